@@ -1,0 +1,87 @@
+"""Every key of an experiment, once: its default, its unit, what it means.
+
+An experiment's file starts from `get_config()` here and changes values; keys that are not listed
+here do not exist, and setting one is an error. From the command line:
+`--config=configs/moving_digits.py --config.optim.lr=1e-3`.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # of weights, data order, augmentation, drop path
+    c.epochs = 200.0  # passes over the training list; may be a fraction
+    c.batch = 512  # clips a step, over all devices
+    c.accumulate = 1  # parts that a step's batch is cut into to save memory
+    c.dtype = "float32"  # what the model computes in: float32 or bfloat16; weights are float32
+    c.precision = "default"  # of matrix products: default, high or highest. On a TPU "default"
+    #                          multiplies float32 in bfloat16, on GPUs in TF32.
+
+    c.model = ConfigDict()
+    c.model.variant = "mvit_b_16x4"  # a name of `python -m mvit_jax.describe --all`
+    # The rest are fields of models/plan.py MViTConfig; what is not set is the variant's own.
+    c.model.frames = config_dict.placeholder(int)  # frames of a clip
+    c.model.size = config_dict.placeholder(int)  # side of the crop, pixels
+    c.model.patch_kernel = config_dict.placeholder(tuple)  # (t, h, w), also those below
+    c.model.patch_stride = config_dict.placeholder(tuple)
+    c.model.patch_padding = config_dict.placeholder(tuple)
+    c.model.width = config_dict.placeholder(int)  # channels of the first stage
+    c.model.heads = config_dict.placeholder(int)  # of the first stage
+    c.model.depths = config_dict.placeholder(tuple)  # blocks per stage
+    c.model.mlp_ratio = config_dict.placeholder(int)
+    c.model.pool_mode = config_dict.placeholder(str)  # conv, max or avg
+    c.model.pool_kernel = config_dict.placeholder(object)  # (t, h, w) or "stride + 1"
+    c.model.q_stride = config_dict.placeholder(tuple)
+    c.model.kv_stride = config_dict.placeholder(tuple)
+    c.model.class_token = config_dict.placeholder(bool)
+    c.model.positions = config_dict.placeholder(str)  # none, space, separate or joint
+    c.model.drop_path = config_dict.placeholder(float)  # probability, at the last block
+    c.model.dropout = config_dict.placeholder(float)  # probability, before the classifier
+
+    c.data = ConfigDict()
+    c.data.folder = config_dict.placeholder(str)  # must be given: holds the lists and labels.txt
+    c.data.train_list = "train.csv"  # lines "path label"
+    c.data.val_list = "val.csv"  # watched while training; "" for none
+    c.data.test_list = "test.csv"
+    c.data.stride = 4  # frames between two sampled ones, at 30 frames a second
+    c.data.short_side = 256  # to which test videos are scaled for one centre crop, pixels
+    c.data.mean = (0.45, 0.45, 0.45)  # of red, green, blue in [0, 1]
+    c.data.std = (0.225, 0.225, 0.225)
+    c.data.threads = 4  # that decode, on each host
+
+    c.augment = ConfigDict()
+    c.augment.crop_area = (0.08, 1.0)  # share of the frame that a random crop takes; None for none
+    c.augment.flip = 0.5  # probability of a left-right flip
+    c.augment.mixup = 0.8  # alpha of its Beta distribution; 0 for none
+    c.augment.cutmix = 1.0  # likewise
+    c.augment.switch = 0.5  # probability of cutmix where both are on
+    c.augment.group = 4  # clips that share one mixing weight; divides a device's clips
+    c.augment.label_smoothing = 0.1
+
+    c.optim = ConfigDict()
+    c.optim.lr = 1.6e-3  # at the end of the warm-up, for the whole batch
+    c.optim.start_lr = 1.6e-5  # at step 0
+    c.optim.end_lr = 1.6e-5  # at the last step of the half cosine
+    c.optim.warmup_epochs = 30.0
+    c.optim.weight_decay = 0.05  # not of biases, norms and other one-dimensional tensors
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.clip_norm = 1.0  # largest global norm of a gradient; 0 for no limit
+    c.optim.ema = 0.0  # decay of the averaged weights that are then tested; 0 for none
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices that hold copies of the weights; -1 for all that are left
+    c.mesh.fsdp = 1  # devices that share one copy
+
+    c.log_every = 20  # steps
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps
+    c.checkpoint.keep = 2  # the last ones; the best one is kept besides
+
+    c.eval = ConfigDict()
+    c.eval.every_epochs = 5.0  # between two validations of 1 clip x 1 crop; 0 for none
+    c.eval.batch = 8  # videos at a time, over all devices
+    c.eval.clips = 5  # evenly spread over a test video
+    c.eval.crops = 1  # 1 (centre) or 3
+    return c.lock()

@@ -1,0 +1,45 @@
+"""Multiscale Vision Transformers (MViT) in JAX. Names are imported when they are first used."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mvit_jax.errors import UserError as UserError
+    from mvit_jax.models.mvit import Block as Block
+    from mvit_jax.models.mvit import MViT as MViT
+    from mvit_jax.models.mvit import PooledAttention as PooledAttention
+    from mvit_jax.models.mvit import apply as apply
+    from mvit_jax.models.mvit import create_model as create_model
+    from mvit_jax.models.mvit import init as init
+    from mvit_jax.models.plan import MViTConfig as MViTConfig
+    from mvit_jax.models.plan import plan as plan
+    from mvit_jax.models.variants import VARIANTS as VARIANTS
+    from mvit_jax.models.variants import variant as variant
+
+_HOME = {
+    "UserError": "mvit_jax.errors",
+    "Block": "mvit_jax.models.mvit",
+    "MViT": "mvit_jax.models.mvit",
+    "PooledAttention": "mvit_jax.models.mvit",
+    "apply": "mvit_jax.models.mvit",
+    "create_model": "mvit_jax.models.mvit",
+    "init": "mvit_jax.models.mvit",
+    "MViTConfig": "mvit_jax.models.plan",
+    "plan": "mvit_jax.models.plan",
+    "VARIANTS": "mvit_jax.models.variants",
+    "variant": "mvit_jax.models.variants",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'mvit_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

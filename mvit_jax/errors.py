@@ -1,0 +1,47 @@
+"""The one exception that is meant for people, and how programs start and end."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+
+
+class UserError(ValueError):
+    """Something that the user can mend: says what is wrong, where, and what to do."""
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Runs an absl program; a `UserError` ends it with one sentence and exit status 1."""
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
+    # Orbax tells of every file that it renames; --verbosity=0 brings that back.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        return main(argv)
+    except UserError as error:
+        _end(error)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; what is wrong with one, or with a config, is one sentence too."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # An exception inside a config file arrives as a printed traceback: its last line says it.
+        _end(re.sub(r"^\w+: ", "", str(error).strip().splitlines()[-1].strip()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        message = str(error.args[0] if error.args else error)
+        meant = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)
+        if meant:
+            _end(f"there is no config key {meant[2]!r}; did you mean {meant[1]!r}?")
+        _end(message.replace("\n", " "))
+
+
+def _end(problem: object) -> NoReturn:
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,145 @@
+"""The test program: K clips x C crops of every video, softmax scores averaged over the views.
+
+    python -m mvit_jax.evaluate --workdir=DIR
+    python -m mvit_jax.evaluate --workdir=DIR --shuffle_frames     (MViT, Table 9)
+
+Writes DIR/evaluation.json (accuracies in percent), DIR/confusion.png and DIR/per_class.png; with
+--shuffle_frames the same with `_shuffled` in the names.
+"""
+
+import functools
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mvit_jax import errors
+from mvit_jax.data.sources import VideoList
+from mvit_jax.inspection import plots
+from mvit_jax.models import mvit
+from mvit_jax.training import evaluation, experiment, sharding, workdir
+from mvit_jax.training.checkpoints import Checkpoints
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.")
+_CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which of its states.")
+_LIST = flags.DEFINE_enum("list", "test", ["test", "val", "train"], "Which list of videos.")
+_CLIPS = flags.DEFINE_integer("clips", None, "Clips per video; the config's where not given.")
+_CROPS = flags.DEFINE_integer("crops", None, "Crops per clip, 1 or 3; the config's likewise.")
+_BATCH = flags.DEFINE_integer("batch", None, "Videos at a time; the config's likewise.")
+_DATA = flags.DEFINE_string("data", None, "The data folder, where it is not the config's.")
+_SHUFFLE = flags.DEFINE_bool("shuffle_frames", False, "Shuffle the frames of each clip.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --workdir=DIR")
+    if _WORKDIR.value is None:
+        raise errors.UserError("give --workdir=DIR, the folder of a run")
+    folder = Path(_WORKDIR.value)
+    config = workdir.frozen(folder)
+    for key, value in (
+        ("eval.clips", _CLIPS.value),
+        ("eval.crops", _CROPS.value),
+        ("eval.batch", _BATCH.value),
+        ("data.folder", _DATA.value),
+    ):
+        if value is not None:
+            config.update_from_flattened_dict({key: value})
+    experiment.check(config)
+
+    videos = experiment.videos(config, _LIST.value)
+    scores, step = test(config, folder, videos, which=_CHECKPOINT.value, shuffle=_SHUFFLE.value)
+    results = {
+        "list": videos.list_file,
+        "checkpoint": _CHECKPOINT.value,
+        "step": step,
+        "clips": config.eval.clips,
+        "crops": config.eval.crops,
+        "shuffled_frames": _SHUFFLE.value,
+        "classes": list(videos.class_names),
+    } | scores.metrics()
+    written = write(folder, results)
+    print(summary(folder))
+    for sentence in scores.failures:
+        print(f"left out: {sentence}")
+    print("wrote " + ", ".join(str(path) for path in written))
+
+
+def test(
+    config: ConfigDict, folder: Path, videos: VideoList, *, which: str, shuffle: bool
+) -> tuple[evaluation.Scores, int]:
+    """Scores of a run's checkpoint on a list of videos, and the step of that checkpoint."""
+    jax.config.update("jax_default_matmul_precision", config.precision)
+    model = experiment.model_config(config, len(videos.class_names))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    apply = experiment.model_apply(config, model)
+    shapes = jax.eval_shape(functools.partial(mvit.init, model), jax.random.key(0))
+    like = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.state_shardings(mesh, shapes),
+    )
+    item = "ema" if config.optim.ema > 0 else "params"
+    with jax.set_mesh(mesh), closing(Checkpoints(folder)) as checkpoints:
+        params = checkpoints.restore_params(like, which, item)
+        step = checkpoints.step(which)
+        with tqdm(total=len(videos), unit="video", disable=not sys.stderr.isatty()) as bar:
+            scores = evaluation.evaluate(
+                evaluation.predictor(apply, experiment.recipe(config, model.num_classes),
+                                     shapes, mesh),
+                params,
+                videos,
+                experiment.clip_settings(config, model),
+                clips=config.eval.clips,
+                crops=config.eval.crops,
+                batch=config.eval.batch,
+                mesh=mesh,
+                threads=config.data.threads,
+                shuffle_seed=config.seed if shuffle else None,
+                progress=lambda done: bar.update(done - bar.n),
+            )  # fmt: skip
+    assert step is not None
+    return scores, step
+
+
+def write(folder: Path, results: dict[str, Any]) -> list[Path]:
+    """The results as JSON and as pictures."""
+    suffix = "_shuffled" if results["shuffled_frames"] else ""
+    paths = [
+        folder / f"evaluation{suffix}.json",
+        folder / f"confusion{suffix}.png",
+        folder / f"per_class{suffix}.png",
+    ]
+    title = f"top-1 {results['top1']:.1f} % of {results['videos']} videos"
+    title += ", frames shuffled" if suffix else ""
+    workdir.write_whole(paths[0], json.dumps(results, indent=1) + "\n")
+    plots.confusion_matrix(paths[1], results["confusion"], results["classes"], title)
+    plots.class_accuracy(paths[2], results["per_class"], results["classes"], title)
+    return paths
+
+
+def summary(folder: Path) -> str:
+    """All evaluations that a run's folder holds, as a short table."""
+    lines = [
+        f"{'test':<16}  {'top-1':>6}  {'top-5':>6}  {'videos':>6}  {'left out':>8}  views",
+        f"{'-' * 16}  {'-' * 6}  {'-' * 6}  {'-' * 6}  {'-' * 8}  -----",
+    ]
+    for name, suffix in (("frames in order", ""), ("frames shuffled", "_shuffled")):
+        path = folder / f"evaluation{suffix}.json"
+        if path.exists():
+            r = workdir.read(path)
+            lines.append(
+                f"{name:<16}  {r['top1']:>6.2f}  {r['top5']:>6.2f}  {r['videos']:>6}  "
+                f"{len(r['left_out']):>8}  {r['clips']} x {r['crops']}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,36 @@
+"""From the last block's tokens to class scores."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mvit_jax.models.attention import Tokens
+from mvit_jax.models.plan import MViTConfig
+
+INITIAL_STD = 0.02  # of linear weights, positions and class token (reference code)
+
+
+class ClassificationHead(nnx.Module):
+    """The class token, or the mean over the grid where there is none; dropout; a linear layer."""
+
+    def __init__(self, config: MViTConfig, width: int, *, dtype, rngs: nnx.Rngs) -> None:
+        self.rate = config.dropout
+        self.classifier = nnx.Linear(
+            width,
+            config.num_classes,
+            kernel_init=nnx.initializers.truncated_normal(INITIAL_STD),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, tokens: Tokens, key: Array | None = None
+    ) -> Float[Array, "batch num_classes"]:
+        """Logits in float32 (float64 where the tokens are); with a `key`, dropout is on."""
+        pooled = tokens.grid.mean((1, 2, 3)) if tokens.cls is None else tokens.cls.squeeze(1)
+        if key is not None and self.rate > 0:
+            keep = jax.random.bernoulli(key, 1 - self.rate, pooled.shape)
+            pooled = jnp.where(keep, pooled / (1 - self.rate), 0)
+        logits = self.classifier(pooled)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

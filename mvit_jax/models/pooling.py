@@ -1,0 +1,155 @@
+"""P(.; kernel, stride, padding): the pooling of token grids (MViT, section 3.1).
+
+One contract for every form: `pool(grid, plan, weight)` takes a grid `[batch, T, H, W, channels]`
+and gives `[batch, T', H', W', channels]` in the grid's dtype, with padding = kernel // 2 and sizes
+rounded down. A pooling of your own has the same signature and goes into `MViT(..., pool=mine)`.
+"""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jaxtyping import Array, Float
+
+from mvit_jax.models.plan import Pool, Triple
+
+Grid = Float[Array, "batch time height width channels"]
+Taps = Float[Array, "kt kh kw channels"]
+
+
+def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Grid:
+    """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
+    if plan.mode == "max":
+        return max_pool(grid, plan)
+    if plan.mode == "avg":
+        return average_pool(grid, plan)
+    if weight is None:
+        raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
+    return lax.platform_dependent(
+        grid,
+        weight,
+        cpu=lambda grid, weight: depthwise_slices(grid, weight, plan),
+        default=lambda grid, weight: depthwise_conv(grid, weight, plan),
+    )
+
+
+def max_pool(grid: Grid, plan: Pool) -> Grid:
+    """Maximum over each window; padding never wins."""
+    return lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan))
+
+
+def average_pool(grid: Grid, plan: Pool) -> Grid:
+    """Mean over each window, padding counted as zeros (the reference code's default)."""
+    return lax.reduce_window(grid, 0.0, lax.add, *_windows(plan)) / math.prod(plan.kernel)
+
+
+def _windows(plan: Pool):
+    padding = [(0, 0), *((p, p) for p in plan.padding), (0, 0)]
+    return (1, *plan.kernel, 1), (1, *plan.stride, 1), padding
+
+
+def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Grid:
+    """Convolution with a filter of its own for each channel, as XLA has it."""
+    channels = grid.shape[-1]
+    return lax.conv_general_dilated(
+        grid,
+        weight.reshape(*plan.kernel, 1, channels),
+        window_strides=plan.stride,
+        padding=[(p, p) for p in plan.padding],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        feature_group_count=channels,
+    )
+
+
+# The same for CPUs. XLA's convolution with one group per channel is there 16 times slower forward
+# and 40 times slower backward than a sum of shifted slices; on a TPU it is the other way round, the
+# slices move twice the bytes (DESIGN.md, section 4). The gradients are written by hand, since those
+# that autodiff makes of the slices take 3 to 11 times as long: `benchmarks/pooling.py`.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Grid:
+    """`depthwise_conv` as a sum over taps: the padded grid, shifted and strided, times weights."""
+    batch, t, h, w, channels = grid.shape
+    output = plan.output((t, h, w))
+    padded = _pad(grid, plan.padding)
+    total = jnp.zeros((batch, *output, channels), grid.dtype)
+    for tap in _indices(plan.kernel):
+        end = [k + (n - 1) * s + 1 for k, n, s in zip(tap, output, plan.stride, strict=True)]
+        strides = (1, *plan.stride, 1)
+        shifted = lax.slice(padded, (0, *tap, 0), (batch, *end, channels), strides)
+        total = total + shifted * weight[tap]
+    return total
+
+
+def _slices_forward(grid: Grid, weight: Taps, plan: Pool):
+    return depthwise_slices(grid, weight, plan), (grid, weight)
+
+
+def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Grid) -> tuple[Grid, Taps]:
+    grid, weight = saved
+    return _grid_gradient(gradient, weight, grid, plan), _weight_gradient(gradient, grid, plan)
+
+
+depthwise_slices.defvjp(_slices_forward, _slices_backward)
+
+
+def _grid_gradient(gradient: Grid, weight: Taps, grid: Grid, plan: Pool) -> Grid:
+    """By output phase: places with the same remainder by the stride meet the same taps.
+
+    Along each axis tap k = chunk * stride + phase. The gradient of place (m, phase) is the sum over
+    chunks of gradient[m - chunk] * weight[chunk, phase]: ceil(kernel / stride) terms an axis, each
+    an outer product over phases, instead of one padded and added term for each tap.
+    """
+    batch, *size, channels = grid.shape
+    chunks = [-(-k // s) for k, s in zip(plan.kernel, plan.stride, strict=True)]
+    phases = _split_phases(weight, chunks, plan.stride)
+    padded = _pad(gradient, [c - 1 for c in chunks])
+    places = [n + c - 1 for n, c in zip(gradient.shape[1:4], chunks, strict=True)]
+    total = jnp.zeros((), gradient.dtype)
+    for chunk in _indices(chunks):
+        start = [c - 1 - i for c, i in zip(chunks, chunk, strict=True)]
+        end = [i + n for i, n in zip(start, places, strict=True)]
+        shifted = lax.slice(padded, (0, *start, 0), (batch, *end, channels))
+        outer = jnp.expand_dims(shifted, (2, 4, 6)) * phases[chunk][None, None, :, None, :, None, :]
+        total = total + outer  # [batch, T', phase, H', phase, W', phase, channels]
+    whole = [n * s for n, s in zip(places, plan.stride, strict=True)]
+    total = total.reshape(batch, *whole, channels)
+    # From the padded grid's places to the grid's: an end that no window reached gets zeros.
+    cut = [(-p, n + p - m, 0) for p, n, m in zip(plan.padding, size, whole, strict=True)]
+    return lax.pad(total, jnp.zeros((), total.dtype), [(0, 0, 0), *cut, (0, 0, 0)])
+
+
+def _split_phases(weight: Taps, chunks, stride: Triple):
+    """Taps [kt, kh, kw, channels] by chunk and phase: [ct, ch, cw, st, sh, sw, channels]."""
+    filled = [c * s - k for c, s, k in zip(chunks, stride, weight.shape, strict=False)]
+    weight = jnp.pad(weight, [*((0, n) for n in filled), (0, 0)])
+    pattern = "(ct st) (ch sh) (cw sw) channels -> ct ch cw st sh sw channels"
+    return rearrange(weight, pattern, st=stride[0], sh=stride[1], sw=stride[2])
+
+
+def _weight_gradient(gradient: Grid, grid: Grid, plan: Pool) -> Taps:
+    """One tap after the other: unrolled, XLA merges the sums into a loop that does not vectorise."""
+    batch, *_, channels = grid.shape
+    padded = _pad(grid, plan.padding)
+    span = [(n - 1) * s + 1 for n, s in zip(gradient.shape[1:4], plan.stride, strict=True)]
+
+    def one_tap(tap):
+        shifted = lax.dynamic_slice(padded, (0, *tap, 0), (batch, *span, channels))
+        shifted = lax.slice(shifted, (0,) * 5, shifted.shape, (1, *plan.stride, 1))
+        return (shifted * gradient).sum((0, 1, 2, 3))
+
+    taps = jnp.array(list(_indices(plan.kernel)))
+    return lax.map(one_tap, taps).reshape(*plan.kernel, channels)
+
+
+def _pad(grid: Grid, padding) -> Grid:
+    return jnp.pad(grid, [(0, 0), *((p, p) for p in padding), (0, 0)])
+
+
+def _indices(shape):
+    return itertools.product(*(range(n) for n in shape))

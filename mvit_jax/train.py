@@ -1,0 +1,223 @@
+"""The training program, top to bottom.
+
+    python -m mvit_jax.train --config=configs/moving_digits.py --workdir=DIR
+    python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=DIR \\
+        --config.optim.lr=1e-3
+
+Started again with the same command after any stop, it goes on where it was and ends with the same
+parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and exits with status
+128 + the signal's number.
+"""
+
+import functools
+import itertools
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mvit_jax import errors
+from mvit_jax.data import pipeline
+from mvit_jax.data.sources import VideoList
+from mvit_jax.models import mvit
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.training import evaluation, experiment, sharding, workdir
+from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training.logbook import Logbook
+from mvit_jax.training.step import State, init_state, train_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made where it is missing.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --workdir=DIR")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise errors.UserError("give --config=configs/moving_digits.py and --workdir=DIR")
+    try:
+        _CONFIG.value.lock()
+    except OSError:  # what config_flags keeps of a file that it could not load
+        path = flags.FLAGS["config"].config_filename
+        raise errors.UserError(f"there is no config file {path}: check --config") from None
+    try:
+        sys.exit(train(_CONFIG.value, _WORKDIR.value))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise errors.UserError(
+            f"batch={_CONFIG.value.batch} does not fit into memory: lower batch (and optim.lr with "
+            "it), or raise accumulate"
+        ) from error
+
+
+def train(config: ConfigDict, folder: str) -> int:
+    """Trains as `config` says in the workdir `folder`; returns the exit status."""
+    experiment.check(config)
+    jax.config.update("jax_default_matmul_precision", config.precision)
+    videos = experiment.videos(config, "train")
+    watched = config.data.val_list and config.eval.every_epochs > 0
+    validation = experiment.videos(config, "val") if watched else None
+    model = experiment.model_config(config, len(videos.class_names))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    experiment.check_batch(config, mesh.size)
+    workdir.freeze(config, folder)
+
+    steps = experiment.steps(config, config.epochs, videos)
+    with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:
+        step_function, predict, schedule, state = build(config, model, videos, mesh)
+        restored = checkpoints.restore(state)
+        state = restored or state
+        start = int(state.step)
+        if start >= steps:
+            print(
+                f"the run in {folder} is complete ({start} of {steps} steps): test it with "
+                f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
+            )
+            return 0
+        log = Logbook(folder, start=start, steps=steps, batch=config.batch, every=config.log_every)
+        with closing(log), StopRequest() as stop:
+            introduce(log, config, model, state, videos, mesh, start, steps)
+            batches = load(videos, config, model, mesh, start, steps)
+            validate_every = experiment.steps(config, config.eval.every_epochs, videos)
+            broken: set[int] = set()
+            for done, batch in zip(itertools.count(start + 1), batches, strict=False):
+                report_broken(log, videos, batch.pop("broken"), broken)
+                state, metrics = step_function(state, sharding.to_devices(batch, mesh))
+                log.step(done, metrics, float(schedule(done - 1)))
+
+                if validation and (done % validate_every == 0 or done == steps):
+                    log.flush()  # never keeps a state whose loss was not finite
+                    results = validate(config, model, state, validation, predict, mesh)
+                    log.validation(done, results)
+                    checkpoints.save_if_best(state, done, results["top1"])
+                if done % config.checkpoint.every == 0 or done == steps or stop.signal:
+                    log.flush()
+                    checkpoints.save(state, done)
+                if stop.signal and done < steps:
+                    log.say(f"stopped at step {done} of {steps}; the same command goes on from it")
+                    return 128 + stop.signal
+            log.say(f"trained {steps} steps; checkpoints are in {folder}/checkpoints and /best")
+    return 0
+
+
+def build(config: ConfigDict, model: MViTConfig, videos: VideoList, mesh: jax.sharding.Mesh):
+    """The jitted training step, the jitted prediction, the learning rates, the first state.
+
+    The state is made in place on the mesh: no device ever holds all of it.
+    """
+    optimizer, schedule = experiment.make_optimizer(config, videos)
+    recipe = experiment.recipe(config, model.num_classes)
+    apply = experiment.model_apply(config, model)
+
+    def first_state() -> State:
+        params = mvit.init(model, jax.random.key(config.seed))
+        return init_state(params, optimizer, config.optim.ema)
+
+    shapes = jax.eval_shape(first_state)
+    shardings = sharding.state_shardings(mesh, shapes)
+    rows, copied = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    step = jax.jit(
+        functools.partial(train_step, apply=apply, optimizer=optimizer, recipe=recipe),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, copied),
+        donate_argnums=0,
+    )
+    predict = evaluation.predictor(apply, recipe, shapes.params, mesh)
+    return step, predict, schedule, jax.jit(first_state, out_shardings=shardings)()
+
+
+def load(
+    videos: VideoList, config: ConfigDict, model: MViTConfig, mesh: jax.sharding.Mesh,
+    start: int, steps: int,
+) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
+    return pipeline.train_batches(
+        videos,
+        experiment.clip_settings(config, model),
+        seed=config.seed,
+        batch=config.batch,
+        steps=steps,
+        start=start,
+        rows=sharding.local_rows(config.batch, mesh),
+        threads=config.data.threads,
+    )
+
+
+def validate(
+    config: ConfigDict, model: MViTConfig, state: State, videos: VideoList, predict, mesh
+) -> dict[str, float]:
+    """One centre clip of every validation video, with the averaged weights where there are any."""
+    began = time.monotonic()
+    scores = evaluation.evaluate(
+        predict,
+        state.params if state.ema is None else state.ema,
+        videos,
+        experiment.clip_settings(config, model),
+        clips=1,
+        crops=1,
+        batch=config.eval.batch,
+        mesh=mesh,
+        threads=config.data.threads,
+    )
+    metrics = scores.metrics()
+    return {name: metrics[name] for name in ("top1", "top5")} | {
+        "videos": metrics["videos"],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) -> None:
+    """Says once what is about to run."""
+    from clu import parameter_overview
+
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    log.text("parameters", f"```\n{overview}\n```")
+    log.text("config", f"```\n{config}\n```")
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    log.say(
+        f"{config.model.variant}: {parameters:,} parameters, clips of {model.frames} x "
+        f"{model.size}^2, {len(videos):,} videos of {len(videos.class_names)} classes, "
+        f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
+    )
+    log.say(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
+
+
+def report_broken(log: Logbook, videos: VideoList, broken: np.ndarray, known: set[int]) -> None:
+    """Says once for each video that it could not be decoded and was replaced."""
+    for index in {int(i) for i in broken if i >= 0} - known:
+        known.add(index)
+        log.say(
+            f"{videos.paths[index]} cannot be decoded and is replaced by another video "
+            f"({len(known)} so far)"
+        )
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop reads after each step."""
+
+    def __enter__(self) -> "StopRequest":
+        self.signal = 0
+        self._before: dict[int, Any] = {
+            s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt  # asked twice at the keyboard: at once
+        self.signal = number
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    errors.run(main)

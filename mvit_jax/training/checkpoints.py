@@ -1,0 +1,127 @@
+"""Checkpoints by Orbax: written in the background, whole or not at all, sharded as the state is."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mvit_jax.errors import UserError
+from mvit_jax.training.step import State
+
+
+class Checkpoints:
+    """The last states of a run, and the one that validated best.
+
+    A checkpoint holds "params" (nested as in the model), "ema" where it is on, and "training": the
+    step and the optimiser's state.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 1) -> None:
+        folder = Path(workdir).absolute()
+        self.last = ocp.CheckpointManager(
+            folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+        self.best = ocp.CheckpointManager(
+            folder / "best",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, best_fn=lambda metrics: metrics["top1"], best_mode="max"
+            ),
+        )
+
+    def save(self, state: State, step: int) -> None:
+        if step not in self.last.all_steps():
+            self.last.save(step, args=_save(state), force=True)
+
+    def save_if_best(self, state: State, step: int, top1: float) -> None:
+        # A run that was killed between this save and the next `save` comes here again with the very
+        # same state.
+        best = self.best_top1()
+        if step in self.best.all_steps() or (best is not None and top1 <= best):
+            return
+        self.best.save(step, args=_save(state), metrics={"top1": top1}, force=True)
+
+    def best_top1(self) -> float | None:
+        step = self.best.best_step()
+        return None if step is None else self.best.metrics(step)["top1"]
+
+    def restore(self, like: State) -> State | None:
+        """The newest state, in the shapes, dtypes and shardings of `like`, or None.
+
+        A `UserError` where it is of another architecture.
+        """
+        if self.last.latest_step() is None:
+            return None
+        items = _items(like)
+        read = _restore(self.last, items)
+        return State(params=read["params"], ema=read.get("ema"), **read["training"])
+
+    def restore_params(self, like: Any, which: str = "last", item: str = "params") -> Any:
+        """Only the parameters of the "last" or "best" checkpoint (item "ema": averaged ones)."""
+        manager = self.last if which == "last" else self.best
+        if manager.latest_step() is None:
+            raise UserError(
+                f"there is no checkpoint in {manager.directory}: train first with python -m "
+                "mvit_jax.train, or check --workdir"
+            )
+        return _restore(manager, {item: like})[item]
+
+    def step(self, which: str = "last") -> int | None:
+        return (self.last if which == "last" else self.best).latest_step()
+
+    def close(self) -> None:
+        """Waits for what is still being written."""
+        for manager in (self.last, self.best):
+            manager.wait_until_finished()
+            manager.close()
+
+
+def _items(state: State) -> dict[str, Any]:
+    items = {
+        "params": state.params,
+        "training": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+def _save(state: State) -> ocp.args.Composite:
+    return ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in _items(state).items()})
+
+
+def _restore(manager: ocp.CheckpointManager, items: dict[str, Any]) -> Any:
+    step = manager.latest_step()
+    place = f"{manager.directory}/{step}"
+    try:
+        found = manager.item_metadata(step)
+        for name in items.keys() & {"params", "ema"}:
+            _compare(items[name], found[name], place)
+        wanted = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        return manager.restore(step, args=ocp.args.Composite(**wanted))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the checkpoint {place} cannot be read ({_first_line(error)}): remove that folder "
+            "to use the one before it"
+        ) from error
+
+
+def _compare(wanted: Any, found: Any, place: str) -> None:
+    """Names the first parameter that differs between the model and a checkpoint."""
+    ours, theirs = _shapes(wanted), _shapes(found)
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"the checkpoint {place} is of another architecture: {name} is "
+                f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} in this "
+                "model; use the config that it was trained with, or another --workdir"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(k.key) for k in path): list(leaf.shape) for path, leaf in leaves}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,125 @@
+"""From a config to the things that it describes. Besides the programs, only this reads configs."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mvit_jax.data.pipeline import ClipSettings
+from mvit_jax.data.sources import VideoList, read_video_list
+from mvit_jax.errors import UserError
+from mvit_jax.models import mvit
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.variants import variant
+from mvit_jax.training import optimizer
+from mvit_jax.training.step import Recipe
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PRECISIONS = ("default", "high", "highest")
+
+
+def check(config: ConfigDict) -> None:
+    """One sentence for each value that no part of the program could work with."""
+    if config.data.folder is None:
+        # Not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
+        raise UserError("the config needs a data folder: give --config.data.folder=DIR")
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
+    if config.precision not in PRECISIONS:
+        raise UserError(
+            f"precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}"
+        )
+    for key in ("batch", "accumulate", "log_every"):
+        if config[key] < 1:
+            raise UserError(f"{key} must be at least 1, not {config[key]}")
+    for key in ("every", "keep"):
+        if config.checkpoint[key] < 1:
+            raise UserError(f"checkpoint.{key} must be at least 1, not {config.checkpoint[key]}")
+    if config.epochs <= 0:
+        raise UserError(f"epochs must be above 0, not {config.epochs}")
+    if config.eval.crops not in (1, 3):
+        raise UserError(f"eval.crops must be 1 or 3, not {config.eval.crops}")
+    if config.eval.clips < 1:
+        raise UserError(f"eval.clips must be at least 1, not {config.eval.clips}")
+
+
+def check_batch(config: ConfigDict, devices: int) -> None:
+    """The batch must cut evenly into devices, accumulated parts, and groups that mix."""
+    share = devices * config.accumulate
+    if config.batch % share:
+        raise UserError(
+            f"batch={config.batch} does not divide into {devices} devices x "
+            f"accumulate={config.accumulate}; set a multiple of {share}"
+        )
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    if mixes and (config.batch // devices) % config.augment.group:
+        raise UserError(
+            f"augment.group={config.augment.group} does not divide the {config.batch // devices} "
+            "clips of a device; set a divisor of it"
+        )
+    if config.eval.batch % devices:
+        raise UserError(
+            f"eval.batch={config.eval.batch} does not divide among {devices} devices; "
+            f"set a multiple of {devices}"
+        )
+
+
+def model_config(config: ConfigDict, num_classes: int) -> MViTConfig:
+    values = {k: _plain(v) for k, v in config.model.items() if k != "variant" and v is not None}
+    return variant(config.model.variant, num_classes=num_classes, **values)
+
+
+def model_apply(config: ConfigDict, model: MViTConfig) -> Callable[..., Any]:
+    return partial(mvit.apply, config=model)
+
+
+def recipe(config: ConfigDict, num_classes: int) -> Recipe:
+    known = {**config, **config.data, **config.augment, "ema": config.optim.ema}
+    known |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    return Recipe(**{name: _plain(known[name]) for name in names})
+
+
+def clip_settings(config: ConfigDict, model: MViTConfig) -> ClipSettings:
+    area = config.augment.crop_area
+    return ClipSettings(
+        frames=model.frames,
+        size=model.size,
+        stride=config.data.stride,
+        short_side=config.data.short_side,
+        crop_area=None if area is None else _plain(area),
+    )
+
+
+def videos(config: ConfigDict, which: str) -> VideoList:
+    """The list `which`: "train", "val" or "test"."""
+    return read_video_list(config.data.folder, config.data[f"{which}_list"])
+
+
+def steps(config: ConfigDict, epochs: float, videos: VideoList) -> int:
+    return max(int(epochs * len(videos) / config.batch), 1)
+
+
+def make_optimizer(
+    config: ConfigDict, videos: VideoList
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    c = config.optim
+    schedule = optimizer.learning_rate(
+        lr=c.lr,
+        start_lr=c.start_lr,
+        end_lr=c.end_lr,
+        warmup_steps=int(c.warmup_epochs * len(videos) / config.batch),
+        steps=steps(config, config.epochs, videos),
+    )
+    transform = optimizer.adamw(
+        schedule, weight_decay=c.weight_decay, b1=c.b1, b2=c.b2, clip_norm=c.clip_norm
+    )
+    return transform, schedule
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,105 @@
+"""What a run tells: TensorBoard events, and a live line on a terminal or plain lines elsewhere."""
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mvit_jax.errors import UserError
+from mvit_jax.training.step import Metrics
+
+
+class Logbook:
+    """Collects the metrics of steps, and every `every` steps writes their means down."""
+
+    def __init__(self, workdir: str | Path, *, start: int, steps: int, batch: int, every: int):
+        # TensorFlow, which clu's writer brings along, takes seconds to import and then talks.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+        from clu import metric_writers, periodic_actions
+
+        self.writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+        self.report = periodic_actions.ReportProgress(
+            num_train_steps=steps, every_steps=None, every_secs=60, writer=self.writer
+        )
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self.start, self.steps, self.batch, self.every = start, steps, batch, every
+        self.pending: Metrics | None = None  # of the step that may still be running
+        self.pending_step = start
+        self.sums: dict[str, np.ndarray] = {}
+        self.began = self.last_time = time.monotonic()
+        self.last_step = start
+
+    def step(self, step: int, metrics: Metrics, learning_rate: float) -> None:
+        """Takes the metrics of a step just sent off, and reads those of the one before."""
+        self.flush()
+        self.pending, self.pending_step = metrics, step
+        self.learning_rate = learning_rate
+        self.bar.update(step - self.bar.n)
+        self.report(step)
+        if step % self.every == 0 or step == self.steps:
+            self.flush()
+            self._write(step)
+
+    def flush(self) -> None:
+        """Waits for the step under way. A loss or gradient that is not finite ends the run."""
+        if self.pending is None:
+            return
+        values = jax.device_get(self.pending)
+        self.pending = None
+        for name, (total, count) in values.items():
+            if not math.isfinite(float(total)):
+                raise UserError(
+                    f"{name} is {total} at step {self.pending_step}: training stops here and the "
+                    "checkpoints before it are kept; a lower optim.lr or a longer "
+                    "optim.warmup_epochs usually helps"
+                )
+            pair = np.array([total, count], np.float64)
+            self.sums[name] = self.sums.get(name, 0) + pair
+
+    def _write(self, step: int) -> None:
+        now = time.monotonic()
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        rate = self.batch * (step - self.last_step) / max(now - self.last_time, 1e-9)
+        scalars = {f"train/{name}": value for name, value in means.items()}
+        scalars |= {"train/learning_rate": self.learning_rate, "train/clips_per_second": rate}
+        self.writer.write_scalars(step, scalars)
+        self.sums, self.last_time, self.last_step = {}, now, step
+        left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
+        shown = f"loss {means['loss']:.3f}  accuracy {means['accuracy']:.1f} %  {rate:.1f} clips/s"
+        if self.bar.disable:
+            print(f"step {step}/{self.steps}  {shown}  {_duration(left)} left", flush=True)
+        else:
+            self.bar.set_postfix_str(shown)
+
+    def validation(self, step: int, scalars: dict[str, float]) -> None:
+        self.writer.write_scalars(step, {f"val/{k}": v for k, v in scalars.items()})
+        text = "  ".join(f"{k} {v:.2f}" for k, v in scalars.items())
+        self.say(f"step {step}/{self.steps}  validation: {text}")
+        # The time a validation takes is none of the training's speed.
+        self.last_time, self.last_step = time.monotonic(), step
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def text(self, name: str, text: str) -> None:
+        self.writer.write_texts(0, {name: text})
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.flush()
+        self.writer.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

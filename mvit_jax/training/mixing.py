@@ -1,0 +1,84 @@
+"""What happens to a batch on the device before the model sees it: scale, flip, mixup, cutmix."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+Clips = Float[Array, "batch time height width 3"]
+Targets = Float[Array, "batch num_classes"]
+
+
+def normalise(
+    clip: UInt8[Array, "*batch 3"], mean: tuple[float, ...], std: tuple[float, ...], dtype
+) -> Float[Array, "*batch 3"]:
+    """Bytes to (value / 255 - mean) / std, per colour channel."""
+    scale = 1 / (255 * jnp.asarray(std, dtype))
+    return clip.astype(dtype) * scale - jnp.asarray(mean, dtype) / jnp.asarray(std, dtype)
+
+
+def flip(clip: Clips, key: Array, rate: float) -> Clips:
+    """Mirrors whole clips left to right with probability `rate`."""
+    chosen = jax.random.bernoulli(key, rate, (clip.shape[0], 1, 1, 1, 1))
+    return jnp.where(chosen, clip[..., ::-1, :], clip)
+
+
+def mix(
+    clip: Clips,
+    targets: Targets,
+    key: Array,
+    *,
+    mixup: float,
+    cutmix: float,
+    switch: float,
+    group: int,
+) -> tuple[Clips, Targets]:
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of clips with their targets.
+
+    Each group of `group` neighbouring clips draws one weight and one of the two ways ("switch" is
+    the chance of cutmix where both are on), and pairs its clips first with last, second with last
+    but one, ...: groups never cross a device, so the number of devices changes nothing. An alpha of
+    0 turns a way off.
+    """
+    if mixup <= 0 and cutmix <= 0:
+        return clip, targets
+    groups = clip.shape[0] // group
+    if mixup > 0 and cutmix > 0:
+        chance = switch
+    else:
+        chance = 1.0 if cutmix > 0 else 0.0
+
+    def mix_group(index, clip, targets):
+        use_cutmix, draw_up, draw_cut, draw_box = jax.random.split(
+            jax.random.fold_in(key, index), 4
+        )
+        weight_up = jax.random.beta(draw_up, mixup, mixup) if mixup > 0 else 1.0
+        weight_cut = jax.random.beta(draw_cut, cutmix, cutmix) if cutmix > 0 else 1.0
+        box, kept = _box(draw_box, weight_cut, clip.shape[2], clip.shape[3])
+        cut = jax.random.bernoulli(use_cutmix, chance)
+        # Share of the first clip, place by place; the box is the same in all frames.
+        share = jnp.where(cut, 1.0 - box, weight_up).astype(clip.dtype)[..., None]
+        weight = jnp.where(cut, kept, weight_up).astype(targets.dtype)
+        return (
+            clip * share + clip[::-1] * (1 - share),
+            targets * weight + targets[::-1] * (1 - weight),
+        )
+
+    grouped = [x.reshape(groups, group, *x.shape[1:]) for x in (clip, targets)]
+    mixed = jax.vmap(mix_group)(jnp.arange(groups), *grouped)
+    return mixed[0].reshape(clip.shape), mixed[1].reshape(targets.shape)
+
+
+def _box(key: Array, weight, height: int, width: int):
+    """A box [height, width] of ones that covers about 1 - weight of a frame, and the share that it
+    leaves: it is cut off at the frame's edges, and the weight of the targets follows."""
+    side = jnp.sqrt(1.0 - weight)
+    cy, cx = jax.random.uniform(key, (2,)) * jnp.array([height, width])
+
+    def inside(n: int, centre) -> Array:
+        half = jnp.floor(n * side) / 2
+        low, high = jnp.floor(centre - half), jnp.floor(centre + half)
+        place = jnp.arange(n)
+        return (place >= low) & (place < high)
+
+    box = (inside(height, cy)[:, None] & inside(width, cx)[None, :]).astype(jnp.float32)
+    return box, 1.0 - box.mean()

@@ -1,0 +1,93 @@
+"""The folder of one run: its frozen config, and whether a command may go on in it.
+
+DIR/config.json     the config, frozen when the run began
+DIR/checkpoints/    the last states
+DIR/best/           the state of the best validation
+DIR/events.*        TensorBoard
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mvit_jax.errors import UserError
+
+# Keys that say where and how fast, not what: they may change when a run goes on.
+MAY_CHANGE = ("data.folder", "data.threads", "mesh.", "checkpoint.", "log_every", "eval.batch")
+
+
+def freeze(config: ConfigDict, workdir: str | Path) -> None:
+    """Writes the config on the first start; later, refuses a config that differs."""
+    path = Path(workdir) / "config.json"
+    now = json.loads(config.to_json())
+    if not path.exists():
+        make(workdir)
+        write_whole(path, json.dumps(now, indent=2) + "\n")
+        return
+    before, now = _flat(read(path)), _flat(now)
+    differing = [
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run with another config ({'; '.join(differing)}): start with the "
+            "same values to go on with it, or choose another --workdir"
+        )
+
+
+def frozen(workdir: str | Path) -> ConfigDict:
+    """The config that a run was started with."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
+    return ConfigDict(_tuples(read(path))).lock()
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as a config ({error}): restore it, or choose another --workdir"
+        ) from None
+
+
+def make(workdir: str | Path) -> None:
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be made ({error.strerror}): choose another --workdir"
+        ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,21 @@
+"""Settings for all tests; what concerns XLA must be set before JAX starts."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("MVIT_JAX_TEST_PLATFORM", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+# Tests compile much and run little.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in signatures are checked in the tests, and in the tests alone.
+hook = install_import_hook("mvit_jax", "beartype.beartype")
+
+import jax  # noqa: E402
+
+# An array that is broadcast by accident is a bug; on purpose, it says so.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,0 +1,349 @@
+"""Batches are a function of (seed, step) alone, whoever loads them and however."""
+
+import itertools
+import pickle
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+# Imported as a module, since pytest would take pipeline.test_batches for a test of this file.
+from mvit_jax.data import decoding, pipeline
+from mvit_jax.data.sources import read_video_list
+from mvit_jax.errors import UserError
+
+SETTINGS = pipeline.ClipSettings(frames=4, stride=2, size=16, short_side=20, crop_area=(0.3, 1.0))
+BITS, BAR, HEIGHT, FRAMES = 8, 6, 24, 40
+
+
+def write_video(path, seed=0, frames=FRAMES):
+    """Above, bars show the bits of the frame's number; below is noise of the video's own."""
+    noise = np.random.default_rng(seed).integers(0, 256, (HEIGHT // 2, BITS * BAR // 4, 3))
+    noise = noise.astype(np.uint8).repeat(4, axis=1)
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=30, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = BITS * BAR, HEIGHT, "yuv444p"
+        for number in range(frames):
+            bits = [(number >> bit) & 1 for bit in range(BITS)]
+            bars = np.repeat(np.array(bits, np.uint8) * 235, BAR)[None, :, None]
+            bars = np.broadcast_to(bars, (HEIGHT // 2, BITS * BAR, 3))
+            picture = np.concatenate([bars, noise])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def decode_all(path: str):
+    with av.open(path) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def write_list(folder, count):
+    lines = [f"{index}.mp4 {index}" for index in range(count)]
+    (folder / "list.csv").write_text("\n".join(lines))
+    return read_video_list(folder, "list.csv")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Seven videos; the label of each is its place, so that labels tell what was loaded."""
+    folder = tmp_path_factory.mktemp("good")
+    for index in range(7):
+        write_video(folder / f"{index}.mp4", seed=index)
+    return write_list(folder, 7)
+
+
+BROKEN = {1: "empty", 4: "cut off", 6: "not a video"}
+
+
+@pytest.fixture(scope="module")
+def mixed(good, tmp_path_factory):
+    """Ten videos, three of them broken, each in another way."""
+    folder = tmp_path_factory.mktemp("mixed")
+    whole = Path(good.paths[0]).read_bytes()
+    for index in range(10):
+        path = folder / f"{index}.mp4"
+        if index not in BROKEN:
+            write_video(path, seed=index)
+    (folder / "1.mp4").touch()
+    (folder / "4.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "6.mp4").write_text("not a video at all " * 50)
+    return write_list(folder, 10)
+
+
+def train(videos, **kwargs):
+    arguments: dict[str, Any] = {"seed": 0, "batch": 8, "steps": 4, "threads": 2} | kwargs
+    return list(pipeline.train_batches(videos, SETTINGS, **arguments))
+
+
+def join(hosts):
+    """Puts the rows of the hosts together again."""
+    return [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*hosts, strict=True)
+    ]
+
+
+def assert_equal(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            assert batch[key].dtype == other[key].dtype
+            assert np.array_equal(batch[key], other[key]), key
+
+
+def split(batch, hosts):
+    return [range(host * batch // hosts, (host + 1) * batch // hosts) for host in range(hosts)]
+
+
+def test_train_batches_have_the_promised_shapes(good):
+    (batch,) = train(good, steps=1)
+    assert batch.keys() == {"clip", "label", "broken"}
+    assert batch["clip"].shape == (8, 4, 16, 16, 3) and batch["clip"].dtype == np.uint8
+    assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
+    assert batch["broken"].shape == (8,) and batch["broken"].dtype == np.int32
+    assert (batch["broken"] == -1).all()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_and_threads_do_not_change_training(mixed, hosts, threads):
+    expected = train(mixed)
+    assert any((batch["broken"] >= 0).any() for batch in expected)
+    parts = [train(mixed, rows=rows, threads=threads) for rows in split(8, hosts)]
+    assert parts[0][0]["label"].shape == (8 // hosts,)
+    assert_equal(join(parts), expected)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_a_resumed_run_sees_what_the_whole_run_would_have(mixed, start):
+    assert_equal(train(mixed, start=start), train(mixed)[start:])
+
+
+def test_steps_that_are_over_give_nothing(good):
+    assert train(good, start=9, steps=4) == []
+
+
+def test_every_epoch_holds_each_video_once_in_an_order_of_its_own(good):
+    # 4 does not divide 7: epochs begin and end within batches.
+    labels = np.concatenate([batch["label"] for batch in train(good, batch=4, steps=14)])
+    epochs = labels.reshape(8, 7)
+    for order in epochs:
+        assert sorted(order) == list(range(7))
+    assert len({tuple(order) for order in epochs}) == 8  # of 5,040 orders
+    assert not np.array_equal(labels, labels_of_seed(good, seed=1))
+    assert np.array_equal(labels, labels_of_seed(good, seed=0))
+
+
+def labels_of_seed(videos, seed):
+    batches = train(videos, batch=4, steps=14, seed=seed)
+    return np.concatenate([batch["label"] for batch in batches])
+
+
+def test_a_video_is_augmented_anew_each_time(good):
+    batches = train(good, batch=7, steps=12)
+    clips = {label: [] for label in range(7)}
+    for batch in batches:
+        for label, clip in zip(batch["label"], batch["clip"], strict=True):
+            clips[int(label)].append(clip)
+    for seen in clips.values():
+        assert len(seen) == 12
+        assert all(not np.array_equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_broken_videos_are_replaced_and_reported(mixed):
+    batches = train(mixed, batch=10, steps=3)  # a step is an epoch
+    for batch in batches:
+        reported = batch["broken"][batch["broken"] >= 0]
+        assert sorted(reported) == sorted(BROKEN)
+        # Replacements come with their own label, and rows with good videos are as asked for.
+        assert not set(batch["label"]) & set(BROKEN)
+        kept = batch["label"][batch["broken"] == -1]
+        assert sorted(kept) == sorted(set(range(10)) - set(BROKEN))
+        for clip in batch["clip"]:
+            assert clip.std() > 10  # none is blank
+    for place, reason in BROKEN.items():
+        assert reason in str(decoding.why_broken(mixed.paths[place]))
+    # Different rows get different replacements: 9 draws from 7 videos.
+    assert len({int(n) for batch in batches for n in batch["label"][batch["broken"] >= 0]}) > 2
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_nothing_but_broken_videos_ends_in_one_sentence(tmp_path, threads):
+    for index in range(3):
+        (tmp_path / f"{index}.mp4").write_text("hello")
+    videos = write_list(tmp_path, 3)
+    with pytest.raises(UserError) as caught:
+        train(videos, threads=threads)
+    message = str(caught.value)
+    assert type(caught.value) is UserError
+    assert "10 videos" in message and videos.list_file in message and "\n" not in message
+    assert "not a video" in message
+    assert any(path in message for path in videos.paths)
+
+
+def test_without_random_crop_the_centre_is_taken(good):
+    settings = pipeline.ClipSettings(frames=4, stride=2, size=24, short_side=24, crop_area=None)
+    for seed in range(3):
+        clip = pipeline.load_train_clip(good.paths[0], settings, np.random.default_rng(seed))
+        frames = decode_all(good.paths[0])
+        centres = [frame[:, 12:36] for frame in frames]  # 24 of 48 columns, all 24 rows
+        places = [[np.array_equal(image, centre) for centre in centres] for image in clip]
+        numbers = [place.index(True) for place in places]
+        assert numbers == sorted(numbers) and len(numbers) == 4
+
+
+def test_a_clip_has_the_frames_that_were_drawn(good):
+    """The decoded numbers are those of the sampling formula, for the very same generator."""
+    settings = pipeline.ClipSettings(frames=4, stride=4, size=24, short_side=24, crop_area=None)
+    for seed in range(5):
+        clip = pipeline.load_train_clip(good.paths[0], settings, np.random.default_rng(seed))
+        start = np.random.default_rng(seed).uniform(0, FRAMES - 16)
+        expected = [int(start + 15 * i / 3) for i in range(4)]
+        with decoding.Video(good.paths[0]) as video:
+            assert np.array_equal(clip, video.frames(expected)[:, :, 12:36])
+
+
+def evaluate(videos, **kwargs):
+    arguments: dict[str, Any] = {"clips": 2, "crops": 1, "batch": 4, "threads": 2} | kwargs
+    return list(pipeline.test_batches(videos, SETTINGS, **arguments))
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("batch", [2, 4, 10, 16])
+def test_each_video_is_tested_once(mixed, batch, hosts):
+    batches = join([evaluate(mixed, batch=batch, rows=rows) for rows in split(batch, hosts)])
+    assert len(batches) == -(-10 // batch)
+    for part in batches:
+        assert part["clip"].shape == (batch, 2, 4, 16, 16, 3)
+        assert (part["label"].dtype, part["video"].dtype) == (np.int32, np.int32)
+        assert part["valid"].dtype == np.bool_
+    video, label, valid = (
+        np.concatenate([part[key] for part in batches]) for key in ("video", "label", "valid")
+    )
+    assert video.tolist() == list(range(10)) + [-1] * (len(video) - 10)
+    assert label[:10].tolist() == list(range(10))
+    assert set(video[~valid]) - {-1} == set(BROKEN)
+    clips = np.concatenate([part["clip"] for part in batches])
+    assert (clips[~valid] == 0).all()
+    assert all(clip.std() > 10 for clip in clips[valid])
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_hosts_and_threads_do_not_change_testing(mixed, shuffle_seed):
+    expected = evaluate(mixed, shuffle_seed=shuffle_seed, threads=0)
+    for threads, hosts in ((1, 1), (3, 2), (2, 4)):
+        parts = [
+            evaluate(mixed, rows=rows, threads=threads, shuffle_seed=shuffle_seed)
+            for rows in split(4, hosts)
+        ]
+        assert_equal(join(parts), expected)
+
+
+def bits_of(image):
+    """The ones among the bars that a crop of full height shows, from the left."""
+    return (image[HEIGHT // 4, BAR // 2 :: BAR].mean(axis=-1) > 120).astype(int).tolist()
+
+
+def test_views_are_the_crops_of_one_clip_after_the_other(good):
+    # Crops as high as the frames: the left one shows bits 0 to 3, the middle one 2 to 5, the
+    # right one 4 to 7.
+    settings = pipeline.ClipSettings(frames=4, stride=2, size=HEIGHT, short_side=30)
+    views = pipeline.load_views(good.paths[0], settings, clips=3, crops=3)
+    assert views.shape == (9, 4, HEIGHT, HEIGHT, 3)
+    for clip in range(3):
+        start = clip * ((FRAMES - 8) // 2)
+        for crop in range(3):
+            for i in range(4):
+                number = int(start + i * 7 / 3)
+                expected = [(number >> (2 * crop + bit)) & 1 for bit in range(4)]
+                assert bits_of(views[3 * clip + crop][i]) == expected
+
+
+def test_a_single_crop_is_cut_from_the_short_side_of_the_settings(good):
+    views = pipeline.load_views(good.paths[2], SETTINGS, clips=1, crops=1)
+    frames = decode_all(good.paths[2])
+    start = (FRAMES - 8) // 2
+    for i in range(4):
+        resized = cv2.resize(frames[int(start + i * 7 / 3)], (40, 20))  # short side 20 of 24
+        assert np.array_equal(views[0, i], resized[2:18, 12:28])
+
+
+def test_shuffling_permutes_the_frames_of_every_clip(good):
+    plain = evaluate(good, clips=2, crops=3, batch=7)[0]["clip"]
+    shuffled = evaluate(good, clips=2, crops=3, batch=7, shuffle_seed=0)[0]["clip"]
+    orders = {}
+    for video, clip in itertools.product(range(7), range(2)):
+        left = 3 * clip  # the left crop shows the low bits, by which frames differ
+        matches = [
+            [np.array_equal(frame, other) for other in plain[video, left]]
+            for frame in shuffled[video, left]
+        ]
+        order = [match.index(True) for match in matches]
+        assert sorted(order) == [0, 1, 2, 3]
+        for view in range(left, left + 3):  # the crops of a clip stay together
+            assert np.array_equal(shuffled[video, view], plain[video, view, order])
+        orders[video, clip] = tuple(order)
+    # Videos and clips have orders of their own, drawn from 24.
+    assert len({orders[video, 0] for video in range(7)}) > 3
+    assert sum(orders[video, 0] != orders[video, 1] for video in range(7)) > 3
+    other = evaluate(good, clips=2, crops=3, batch=7, shuffle_seed=1)[0]["clip"]
+    assert not np.array_equal(shuffled, other)
+
+
+def test_loaders_can_be_sent_to_other_processes(mixed):
+    loader = pipeline._TrainLoader(mixed, SETTINGS, 0, 8, 0, range(8))
+    copy = pickle.loads(pickle.dumps(loader))
+    assert_equal([copy(5)], [loader(5)])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_loading_ends_with_the_iterator(good, monkeypatch, fails):
+    loaded = []
+    first = good.paths[pipeline.epoch_order(7, 0, 0)[0]]
+
+    def load(path, settings, rng):
+        loaded.append(path)
+        time.sleep(0.005)
+        if fails and path != first:
+            raise UserError("enough")
+        return np.zeros((4, 16, 16, 3), np.uint8)
+
+    def loading():
+        return any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate())
+
+    def wait():
+        deadline = time.monotonic() + 20
+        while loading() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    wait()  # for the threads of other tests
+    monkeypatch.setattr(pipeline, "load_train_clip", load)
+    batches = pipeline.train_batches(
+        good, SETTINGS, seed=0, batch=1, steps=1000, threads=2, prefetch=1000
+    )
+    next(batches)
+    assert loading()
+    if fails:
+        with pytest.raises(UserError) as caught:
+            list(batches)
+        assert str(caught.value) == "enough"
+        assert caught.tb is not None  # keeps what is being iterated alive
+    else:
+        batches.close()
+    wait()
+    assert not loading()
+    assert len(loaded) < 500  # of the 1,000 that had been ordered
+
+
+def test_impossible_settings_are_told_at_once(good):
+    with pytest.raises(UserError, match=r"224 pixels .* short side is 200"):
+        pipeline.ClipSettings(frames=16, stride=4, size=224, short_side=200)
+    for rows in (range(4, 9), range(0, 8, 2), range(3, 3), range(-1, 4)):
+        with pytest.raises(ValueError, match="contiguous"):
+            pipeline.train_batches(good, SETTINGS, seed=0, batch=8, steps=1, rows=rows)
