@@ -360,9 +360,10 @@ def main() -> None:
     for block in MVIT_B_16X4:
         costs = [cost((block,), layout) for layout in LAYOUTS]
         print(row(block.name, block.count, costs), flush=True)
+        # Blocks run one after the other: bytes add up, temporary memory is used again.
         totals = [
-            Cost(*(t + block.count * c for t, c in zip(total, cost_, strict=True)))
-            for total, cost_ in zip(totals, costs, strict=True)
+            Cost(total.accessed + block.count * one.accessed, max(total.temporary, one.temporary))
+            for total, one in zip(totals, costs, strict=True)
         ]
     print(row("all, added", sum(block.count for block in MVIT_B_16X4), totals), flush=True)
     if arguments.whole:

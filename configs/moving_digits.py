@@ -15,25 +15,19 @@ from ml_collections import ConfigDict
 
 def get_config(model: str = "mvit") -> ConfigDict:
     c = _base()
-    c.epochs = 8.0
+    c.epochs = 6.0
     c.batch = 32
     c.model.variant = "mvit_b_16x4"
-    c.model.update(dict(frames=8, size=64, drop_path=0.0, dropout=0.0))
+    c.model.update(frames=8, size=64, drop_path=0.0, dropout=0.0)
     if model == "mvit":
-        c.model.update(dict(width=32, heads=1, depths=(1, 2, 3), kv_stride=(1, 4, 4)))
+        c.model.update(width=32, heads=1, depths=(1, 2, 3), kv_stride=(1, 4, 4))
+        # Coarser cubes than the paper's 3x7x7 by 2x4x4: a quarter of the tokens, twice as fast.
+        c.model.update(patch_kernel=(3, 9, 9), patch_stride=(2, 8, 8), patch_padding=(1, 4, 4))
     elif model == "vit":
-        # The paper's baseline: one stage, nothing pooled; of like depth and width, on cubes of
-        # 2x8x8 pixels, since it has no way to shrink a finer grid.
+        # The paper's baseline: one stage, nothing pooled; of like depth and width.
         c.model.variant = "vit_b_8x8"
-        c.model.update(
-            dict(
-                width=96,
-                heads=3,
-                depths=(6,),
-                patch_kernel=(2, 8, 8),
-                patch_stride=(2, 8, 8),
-            )
-        )
+        c.model.update(width=96, heads=3, depths=(6,))
+        c.model.update(patch_kernel=(2, 8, 8), patch_stride=(2, 8, 8))
     else:
         raise ValueError(f"configs/moving_digits.py has the models mvit and vit, not {model!r}")
 
@@ -47,7 +41,7 @@ def get_config(model: str = "mvit") -> ConfigDict:
     c.augment.cutmix = 0.0
     c.augment.crop_area = None
 
-    c.optim.update(dict(lr=2e-3, start_lr=1e-4, end_lr=2e-5, warmup_epochs=0.5, weight_decay=0.05))
+    c.optim.update(lr=2e-3, start_lr=1e-4, end_lr=2e-5, warmup_epochs=0.5)
     c.checkpoint.every = 100
     c.eval.every_epochs = 1.0
     c.eval.batch = 32

@@ -26,7 +26,7 @@ from mvit_jax.models import mvit
 from mvit_jax.training import evaluation, experiment, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which of its states.")
 _LIST = flags.DEFINE_enum("list", "test", ["test", "val", "train"], "Which list of videos.")
 _CLIPS = flags.DEFINE_integer("clips", None, "Clips per video; the config's where not given.")

@@ -34,7 +34,9 @@ from mvit_jax.training.logbook import Logbook
 from mvit_jax.training.step import State, init_state, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made where it is missing.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder; made where it is missing.", allow_override=True
+)
 
 
 def main(argv: list[str]) -> None:

@@ -19,3 +19,15 @@ import jax  # noqa: E402
 # An array that is broadcast by accident is a bug; on purpose, it says so.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+import pytest  # noqa: E402
+
+from mvit_jax.data import moving_digits  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A small set of moving digits: 24 videos to train on, 8 to validate, 10 to test."""
+    folder = tmp_path_factory.mktemp("digits")
+    moving_digits.prepare(folder, train_videos=24, val_videos=8, test_videos=10)
+    return folder

@@ -12,10 +12,10 @@ INITIAL_STD = 0.02  # of linear weights, positions and class token (reference co
 
 
 class ClassificationHead(nnx.Module):
-    """The class token, or the mean over the grid where there is none; dropout; a linear layer."""
+    """The class token, or the mean of all tokens where there is none; dropout; a linear layer."""
 
     def __init__(self, config: MViTConfig, width: int, *, dtype, rngs: nnx.Rngs) -> None:
-        self.rate = config.dropout
+        self.class_token, self.rate = config.class_token, config.dropout
         self.classifier = nnx.Linear(
             width,
             config.num_classes,
@@ -28,7 +28,7 @@ class ClassificationHead(nnx.Module):
         self, tokens: Tokens, key: Array | None = None
     ) -> Float[Array, "batch num_classes"]:
         """Logits in float32 (float64 where the tokens are); with a `key`, dropout is on."""
-        pooled = tokens.grid.mean((1, 2, 3)) if tokens.cls is None else tokens.cls.squeeze(1)
+        pooled = tokens[:, 0] if self.class_token else tokens.mean(1)
         if key is not None and self.rate > 0:
             keep = jax.random.bernoulli(key, 1 - self.rate, pooled.shape)
             pooled = jnp.where(keep, pooled / (1 - self.rate), 0)

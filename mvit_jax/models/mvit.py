@@ -19,9 +19,17 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.errors import UserError
 from mvit_jax.models import pooling
-from mvit_jax.models.attention import Tokens, attend, join_heads, sequence, split_heads
+from mvit_jax.models.attention import Tokens, attend, join_heads, on_grid, split_heads
 from mvit_jax.models.heads import INITIAL_STD, ClassificationHead
-from mvit_jax.models.plan import BlockPlan, MViTConfig, Pool, drop_path_rates, patch_grid, plan
+from mvit_jax.models.plan import (
+    BlockPlan,
+    MViTConfig,
+    Pool,
+    Triple,
+    drop_path_rates,
+    patch_grid,
+    plan,
+)
 from mvit_jax.models.variants import variant
 
 Params = dict[str, Any]  # nested, string keys, arrays at the leaves
@@ -85,14 +93,15 @@ class MViT(nnx.Module):
         """
         clip = _as_video(clip, self.config)
         keys = _fold(key, len(self.blocks) + 1)
-        x = keep_batch_sharded(self.positions(self.patch_embed(clip)))
-        stages = []
+        embedded = self.patch_embed(clip)
+        t, h, w = embedded.shape[1:4]
+        x, grid = keep_batch_sharded(self.positions(embedded)), (t, h, w)
+        stages: list[Array] = []
         for i, (block, block_plan) in enumerate(zip(self.blocks, plan(self.config), strict=True)):
-            x = keep_batch_sharded(block(x, keys[i]))
-            if block_plan.stage == len(stages):
-                stages.append(x.grid)
-            stages[block_plan.stage] = x.grid
-        x = jax.tree.map(self.norm, x)
+            x, grid = block(x, grid, keys[i])
+            x = keep_batch_sharded(x)
+            stages[block_plan.stage :] = [_grid_of(x, grid)]
+        x = self.norm(x)
         return self.head(x, keys[-1]), {"stages": stages, "tokens": x}
 
 
@@ -123,7 +132,7 @@ class CubeEmbedding(nnx.Module):
 
 
 class Positions(nnx.Module):
-    """Adds what tells tokens apart: learned positions, and puts the class token beside the grid.
+    """Adds what tells tokens apart, learned positions, and puts the class token before them.
 
     "separate": one table for space and one for time, added (MViT, section 4.1); "joint": one for
     every place in space-time; "space": none for time; "none" (MViT, Table 11).
@@ -155,12 +164,13 @@ class Positions(nnx.Module):
             grid = grid + self._table("time")[None, :, None, None]
         if hasattr(self, "joint"):
             grid = grid + self._table("joint")[None]
+        x = grid.reshape(grid.shape[0], -1, grid.shape[-1])
         if not hasattr(self, "class_token"):
-            return Tokens(None, grid)
+            return x
         cls = self._table("class_token")
         if hasattr(self, "class_position"):
             cls = cls + self._table("class_position")
-        return Tokens(jnp.broadcast_to(cls, (grid.shape[0], *cls.shape)), grid)
+        return jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], *cls.shape)), x], axis=1)
 
     def _table(self, name: str) -> Array:
         return getattr(self, name)[...].astype(self.dtype)
@@ -187,20 +197,19 @@ class Block(nnx.Module):
         if plan.width_out != plan.attention_width:
             self.proj = _linear(plan.attention_width, plan.width_out, dtype, rngs)
 
-    def __call__(self, x: Tokens, key: Array | None = None) -> Tokens:
+    def __call__(self, x: Tokens, grid: Triple, key: Array | None = None) -> tuple[Tokens, Triple]:
+        """Tokens on `grid` to tokens on the grid that comes back; a `key` turns drop path on."""
         key1, key2 = _fold(key, 2)
-        y = self.attn(jax.tree.map(self.norm1, x))
-        x = _add(self._pooled_skip(x), y, self.drop_path, key1)
-        y = jax.tree.map(self.norm2, x)
+        y, grid_out = self.attn(self.norm1(x), grid)
+        if self.plan.skip_pool is not None:
+            skip_pool = functools.partial(pooling.max_pool, plan=self.plan.skip_pool)
+            x, _ = on_grid(skip_pool, x, grid)
+        x = x + drop_clips(y, self.drop_path, key1)
+        y = self.norm2(x)
         # Where the width changes, the skip is a linear layer of the *normalised* tensor: 2.6 points
         # better than of the tensor itself (MViT, Table A.1).
-        skip = jax.tree.map(self.proj, y) if hasattr(self, "proj") else x
-        return _add(skip, jax.tree.map(self.mlp, y), self.drop_path, key2)
-
-    def _pooled_skip(self, x: Tokens) -> Tokens:
-        if self.plan.skip_pool is None:
-            return x
-        return x._replace(grid=pooling.max_pool(x.grid, self.plan.skip_pool))
+        skip = self.proj(y) if hasattr(self, "proj") else x
+        return skip + drop_clips(self.mlp(y), self.drop_path, key2), grid_out
 
 
 class PooledAttention(nnx.Module):
@@ -211,29 +220,38 @@ class PooledAttention(nnx.Module):
     ) -> None:
         self.plan, self.pool = plan, pool
         self.qkv = _linear(plan.width, 3 * plan.attention_width, dtype, rngs)
-        self.pool_q = _pooled_norm(plan.q_pool, plan.head_dim, dtype, rngs)
-        self.pool_k = _pooled_norm(plan.kv_pool, plan.head_dim, dtype, rngs)
-        self.pool_v = _pooled_norm(plan.kv_pool, plan.head_dim, dtype, rngs)
+        self.pool_q = _pool_weights(plan.q_pool, plan.head_dim, dtype, rngs)
+        self.pool_k = _pool_weights(plan.kv_pool, plan.head_dim, dtype, rngs)
+        self.pool_v = _pool_weights(plan.kv_pool, plan.head_dim, dtype, rngs)
         self.proj = _linear(plan.attention_width, plan.attention_width, dtype, rngs)
 
-    def __call__(self, x: Tokens) -> Tokens:
-        heads = self.plan.heads
-        q, k, v = _split3(jax.tree.map(self.qkv, x))
-        q = self._pool(q, self.plan.q_pool, self.pool_q)
-        k = self._pool(k, self.plan.kv_pool, self.pool_k)
-        v = self._pool(v, self.plan.kv_pool, self.pool_v)
-        keys, values = sequence(k), sequence(v)
-        out = jax.tree.map(lambda queries: attend(queries, keys, values, heads), q)
-        return jax.tree.map(self.proj, out)
+    def __call__(self, x: Tokens, grid: Triple) -> tuple[Tokens, Triple]:
+        """Tokens on `grid` to tokens on the grid of the pooled queries."""
+        # Channels of the fused projection: all of Q, then all of K, then all of V.
+        q, kv = jnp.split(self.qkv(x), [self.plan.attention_width], axis=-1)
+        q, grid_out = self._pool(q, grid, self.plan.q_pool, [self.pool_q])
+        kv, _ = self._pool(kv, grid, self.plan.kv_pool, [self.pool_k, self.pool_v])
+        k, v = jnp.split(kv, 2, axis=-1)
+        return self.proj(attend(q, k, v, self.plan.heads)), grid_out
 
-    def _pool(self, x: Tokens, pool_plan: Pool | None, pooled: "PoolWeights | None") -> Tokens:
-        """Pools the grid; the class token is not pooled, but normalised like every other one."""
+    def _pool(
+        self, x: Tokens, grid: Triple, pool_plan: Pool | None, weights: "list[PoolWeights | None]"
+    ) -> tuple[Tokens, Triple]:
+        """Pools Q, or K and V side by side in one go, each part with its own weights.
+
+        The class token is not pooled, but normalised like every other one.
+        """
         if pool_plan is None:
-            return x
+            return x, grid
+        own = [part for part in weights if part is not None]
         heads = self.plan.heads
-        weight = None if pooled is None else pooled.taps(heads)
-        x = x._replace(grid=self.pool(x.grid, pool_plan, weight))
-        return x if pooled is None else jax.tree.map(lambda t: pooled.normalise(t, heads), x)
+        taps = jnp.concatenate([part.taps(heads) for part in own], axis=-1) if own else None
+        x, grid = on_grid(lambda tokens: self.pool(tokens, pool_plan, taps), x, grid)
+        if own:
+            parts = jnp.split(x, len(own), axis=-1)
+            normed = [w.normalise(p, heads) for w, p in zip(own, parts, strict=True)]
+            x = jnp.concatenate(normed, axis=-1)
+        return x, grid
 
 
 class PoolWeights(nnx.Module):
@@ -249,11 +267,11 @@ class PoolWeights(nnx.Module):
     def taps(self, heads: int) -> Float[Array, "kt kh kw channels"]:
         return jnp.tile(self.kernel[...].astype(self.dtype), heads)
 
-    def normalise(self, x: Float[Array, "*grid channels"], heads: int):
+    def normalise(self, x: Tokens, heads: int) -> Tokens:
         return join_heads(self.norm(split_heads(x, heads)))
 
 
-def _pooled_norm(pool: Pool | None, head_dim: int, dtype, rngs: nnx.Rngs) -> PoolWeights | None:
+def _pool_weights(pool: Pool | None, head_dim: int, dtype, rngs: nnx.Rngs) -> PoolWeights | None:
     """Maximum and average have no weights, and no norm follows them (reference code)."""
     if pool is None or pool.mode != "conv":
         return None
@@ -267,7 +285,7 @@ class Mlp(nnx.Module):
         self.fc1 = _linear(plan.attention_width, plan.mlp_width, dtype, rngs)
         self.fc2 = _linear(plan.mlp_width, plan.width_out, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "*grid channels"]) -> Float[Array, "*grid channels_out"]:
+    def __call__(self, x: Tokens) -> Tokens:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
@@ -323,6 +341,22 @@ def params_of(model: nnx.Module) -> Params:
     return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
+def first_difference(model: Params, found: Params) -> str | None:
+    """Says in which tensor, by name, two trees of arrays or shapes differ first; None if in none."""
+    ours, theirs = (
+        {
+            "/".join(str(k.key) for k in path): list(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (model, found)
+    )
+    for name in sorted({*ours, *theirs}):
+        mine, other = ours.get(name, "missing"), theirs.get(name, "missing")
+        if mine != other:
+            return f"{name} is {other} there and {mine} in this model"
+    return None
+
+
 @functools.lru_cache(maxsize=64)
 def _structure(config: MViTConfig, dtype, plugs: tuple):
     model = nnx.eval_shape(lambda: MViT(config, rngs=nnx.Rngs(0), dtype=dtype, **dict(plugs)))
@@ -331,6 +365,9 @@ def _structure(config: MViTConfig, dtype, plugs: tuple):
 
 def _with_params(params: Params, config: MViTConfig, dtype, plugs: tuple) -> MViT:
     graphdef, abstract = _structure(config, dtype, plugs)
+    difference = first_difference(_string_keys(nnx.to_pure_dict(abstract)), params)
+    if difference:
+        raise UserError(f"these parameters are of another architecture: {difference}")
     state = jax.tree.map(lambda x: x, abstract)  # a copy: replacing is in place
     nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params))
     return nnx.merge(graphdef, state)
@@ -342,16 +379,26 @@ def _string_keys(tree: Any) -> Any:
     return {str(k): _string_keys(v) for k, v in tree.items()}
 
 
-def keep_batch_sharded(tokens: Tokens) -> Tokens:
+def keep_batch_sharded(x: Tokens) -> Tokens:
     """On a mesh, holds activations split by clip, so that weights are gathered and never these.
 
     The mesh is the one entered by `jax.set_mesh`; without one this does nothing.
     """
     axes = [a for a in ("data", "fsdp") if a in jax.sharding.get_abstract_mesh().axis_names]
-    if not axes:
-        return tokens
-    spec = PartitionSpec(tuple(axes))
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tokens)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
+
+
+def drop_clips(x: Tokens, rate: float, key: Array | None) -> Tokens:
+    """Drop path: leaves a branch out for a random share `rate` of the clips, in training."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def _grid_of(x: Tokens, grid: Triple) -> Float[Array, "batch time height width channels"]:
+    batch, tokens, channels = x.shape
+    return x[:, tokens - math.prod(grid) :].reshape(batch, *grid, channels)
 
 
 def _as_video(clip: Array, config: MViTConfig) -> Array:
@@ -373,23 +420,6 @@ def _as_video(clip: Array, config: MViTConfig) -> Array:
             "divide by 255, then subtract the mean and divide by the deviation"
         )
     return clip
-
-
-def _split3(qkv: Tokens) -> tuple[Tokens, Tokens, Tokens]:
-    """Channels of the fused projection: all of Q, then K, then V (reference checkpoints)."""
-    parts = [jnp.split(x, 3, axis=-1) for x in jax.tree.leaves(qkv)]
-    build = jax.tree.structure(qkv).unflatten
-    q, k, v = (build([part[i] for part in parts]) for i in range(3))
-    return q, k, v
-
-
-def _add(x: Tokens, y: Tokens, rate: float, key: Array | None) -> Tokens:
-    """x + y; in training, y is left out for a random share `rate` of the clips (drop path)."""
-    if key is not None and rate > 0:
-        batch = y.grid.shape[0]
-        keep = jax.random.bernoulli(key, 1 - rate, (batch,)) / (1 - rate)
-        y = jax.tree.map(lambda t: t * keep.astype(t.dtype).reshape(-1, *[1] * (t.ndim - 1)), y)
-    return jax.tree.map(jnp.add, x, y)
 
 
 def _fold(key: Array | None, count: int) -> list[Array | None]:

@@ -133,7 +133,7 @@ def drop_path_rates(config: MViTConfig) -> tuple[float, ...]:
 
 
 def patch_grid(config: MViTConfig, frames: int, height: int, width: int) -> Triple:
-    """The token grid after the cube embedding of a clip; an axis that gives no token is an error."""
+    """The token grid after the cube embedding of a clip; an axis without a token is an error."""
     size = (frames, height, width)
     grid = conv_output(size, config.patch_kernel, config.patch_stride, config.patch_padding)
     if min(grid) < 1:
@@ -241,12 +241,14 @@ def conv_output(size: Triple, kernel: Triple, stride: Triple, padding: Triple) -
 
 
 def _pool(config: MViTConfig, stride: Triple) -> Pool | None:
+    return _drop_identity(Pool(config.pool_mode, _pool_kernel(config, stride), stride))
+
+
+def _pool_kernel(config: MViTConfig, stride: Triple) -> Triple:
     kernel = config.pool_kernel
     if kernel == "stride + 1" or (kernel is None and config.pool_mode != "conv"):
-        kernel = _stride_plus_1(stride)
-    elif kernel is None:
-        kernel = (3 if config.frames > 1 else 1, 3, 3)
-    return _drop_identity(Pool(config.pool_mode, _triple(kernel), stride))
+        return _stride_plus_1(stride)
+    return _triple(kernel or (3 if config.frames > 1 else 1, 3, 3))
 
 
 def _drop_identity(pool: Pool) -> Pool | None:
@@ -273,8 +275,13 @@ def _check(config: MViTConfig) -> None:
         triple = field.type in (Triple, "Triple") or (
             field.name == "pool_kernel" and value not in (None, "stride + 1")
         )
-        if triple and (not isinstance(value, tuple) or len(value) != 3 or min(value) < 0):
+        if not triple:
+            continue
+        if not isinstance(value, tuple) or len(value) != 3:
             raise UserError(f"{field.name} must be three numbers (t, h, w), not {value!r}")
+        lowest = 0 if field.name == "patch_padding" else 1
+        if min(value) < lowest:
+            raise UserError(f"{field.name} must be at least {lowest} on every axis, not {value}")
     for name, value, allowed in (
         ("pool_mode", config.pool_mode, POOL_MODES),
         ("positions", config.positions, POSITIONS),
@@ -291,3 +298,14 @@ def _check(config: MViTConfig) -> None:
             raise UserError(f"{name} must be in [0, 1), not {getattr(config, name)}")
     if config.width % config.heads:
         raise UserError(f"width {config.width} is not divisible by {config.heads} heads")
+    # Padded by kernel // 2, an even kernel gives one place more than an odd one, on some grids.
+    query_kernel, skip_kernel = (
+        _pool_kernel(config, config.q_stride),
+        _stride_plus_1(config.q_stride),
+    )
+    pooled = len(config.depths) > 1 and math.prod(config.q_stride) > 1
+    if pooled and any((q - s) % 2 for q, s in zip(query_kernel, skip_kernel, strict=True)):
+        raise UserError(
+            f"pool_kernel {query_kernel} with q_stride {config.q_stride} pools the queries and "
+            'their skip to different grids; use pool_kernel="stride + 1"'
+        )

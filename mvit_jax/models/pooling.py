@@ -18,10 +18,11 @@ from jaxtyping import Array, Float
 from mvit_jax.models.plan import Pool, Triple
 
 Grid = Float[Array, "batch time height width channels"]
+Pooled = Float[Array, "batch pooled_time pooled_height pooled_width channels"]
 Taps = Float[Array, "kt kh kw channels"]
 
 
-def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Grid:
+def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
     """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
     if plan.mode == "max":
         return max_pool(grid, plan)
@@ -37,12 +38,12 @@ def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Grid:
     )
 
 
-def max_pool(grid: Grid, plan: Pool) -> Grid:
+def max_pool(grid: Grid, plan: Pool) -> Pooled:
     """Maximum over each window; padding never wins."""
     return lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan))
 
 
-def average_pool(grid: Grid, plan: Pool) -> Grid:
+def average_pool(grid: Grid, plan: Pool) -> Pooled:
     """Mean over each window, padding counted as zeros (the reference code's default)."""
     return lax.reduce_window(grid, 0.0, lax.add, *_windows(plan)) / math.prod(plan.kernel)
 
@@ -52,7 +53,7 @@ def _windows(plan: Pool):
     return (1, *plan.kernel, 1), (1, *plan.stride, 1), padding
 
 
-def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Grid:
+def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
     """Convolution with a filter of its own for each channel, as XLA has it."""
     channels = grid.shape[-1]
     return lax.conv_general_dilated(
@@ -72,17 +73,18 @@ def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Grid:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Grid:
+def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
     """`depthwise_conv` as a sum over taps: the padded grid, shifted and strided, times weights."""
     batch, t, h, w, channels = grid.shape
     output = plan.output((t, h, w))
     padded = _pad(grid, plan.padding)
     total = jnp.zeros((batch, *output, channels), grid.dtype)
+    taps = weight.reshape(*plan.kernel, 1, 1, 1, 1, channels)
     for tap in _indices(plan.kernel):
         end = [k + (n - 1) * s + 1 for k, n, s in zip(tap, output, plan.stride, strict=True)]
         strides = (1, *plan.stride, 1)
         shifted = lax.slice(padded, (0, *tap, 0), (batch, *end, channels), strides)
-        total = total + shifted * weight[tap]
+        total = total + shifted * taps[tap]
     return total
 
 
@@ -90,7 +92,7 @@ def _slices_forward(grid: Grid, weight: Taps, plan: Pool):
     return depthwise_slices(grid, weight, plan), (grid, weight)
 
 
-def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Grid) -> tuple[Grid, Taps]:
+def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Pooled) -> tuple[Grid, Taps]:
     grid, weight = saved
     return _grid_gradient(gradient, weight, grid, plan), _weight_gradient(gradient, grid, plan)
 
@@ -98,7 +100,7 @@ def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Grid) -> tu
 depthwise_slices.defvjp(_slices_forward, _slices_backward)
 
 
-def _grid_gradient(gradient: Grid, weight: Taps, grid: Grid, plan: Pool) -> Grid:
+def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Grid:
     """By output phase: places with the same remainder by the stride meet the same taps.
 
     Along each axis tap k = chunk * stride + phase. The gradient of place (m, phase) is the sum over
@@ -132,8 +134,8 @@ def _split_phases(weight: Taps, chunks, stride: Triple):
     return rearrange(weight, pattern, st=stride[0], sh=stride[1], sw=stride[2])
 
 
-def _weight_gradient(gradient: Grid, grid: Grid, plan: Pool) -> Taps:
-    """One tap after the other: unrolled, XLA merges the sums into a loop that does not vectorise."""
+def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
+    """One tap after the other: unrolled, XLA merges the sums into one loop, not vectorised."""
     batch, *_, channels = grid.shape
     padded = _pad(grid, plan.padding)
     span = [(n - 1) * s + 1 for n, s in zip(gradient.shape[1:4], plan.stride, strict=True)]
@@ -147,7 +149,9 @@ def _weight_gradient(gradient: Grid, grid: Grid, plan: Pool) -> Taps:
     return lax.map(one_tap, taps).reshape(*plan.kernel, channels)
 
 
-def _pad(grid: Grid, padding) -> Grid:
+def _pad(
+    grid: Grid, padding
+) -> Float[Array, "batch padded_time padded_height padded_width channels"]:
     return jnp.pad(grid, [(0, 0), *((p, p) for p in padding), (0, 0)])
 
 

@@ -64,7 +64,7 @@ FRAME_STRIDE = {
 
 @dataclass(frozen=True)
 class Published:
-    """A paper's row: parameters in millions, multiply-adds of one view in billions, accuracy in %."""
+    """A paper's row: parameters in millions, multiply-adds of a view in billions, accuracy in %."""
 
     data: str
     parameters: float
@@ -75,11 +75,11 @@ class Published:
 
 PUBLISHED: dict[str, Published] = {
     "mvit_b_16x4": Published("Kinetics-400", 36.6, 70.5, 78.4, "P1, Table 4"),
-    "mvit_b_32x3": Published("Kinetics-400", 36.6, 170, 80.2, "P1, Table 4"),
-    "mvit_b_64x3": Published("Kinetics-400", 36.6, 455, 81.2, "P1, Table 4"),
+    "mvit_b_32x3": Published("Kinetics-400", 36.6, 170.0, 80.2, "P1, Table 4"),
+    "mvit_b_64x3": Published("Kinetics-400", 36.6, 455.0, 81.2, "P1, Table 4"),
     # The paper prints 52.9 M for the 600 classes of Kinetics-600; 53.2 M for those of SSv2.
-    "mvit_b24_32x3": Published("Kinetics-600", 52.9, 236, 83.8, "P1, Table 5"),
-    "vit_b_8x8": Published("Kinetics-400", 87.2, 180, 68.5, "P1, Table 4"),
+    "mvit_b24_32x3": Published("Kinetics-600", 52.9, 236.0, 83.8, "P1, Table 5"),
+    "vit_b_8x8": Published("Kinetics-400", 87.2, 180.0, 68.5, "P1, Table 4"),
     "mvit_b16": Published("ImageNet-1k", 37.0, 7.8, 83.0, "P1, Table 17"),
     "mvit_b24": Published("ImageNet-1k", 53.5, 10.9, 83.1, "P1, Table 17 (max pooling)"),
     "mvit_b24_wide_320": Published("ImageNet-1k", 72.9, 32.7, 84.8, "P1, Table 17"),

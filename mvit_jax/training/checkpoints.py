@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from mvit_jax.errors import UserError
+from mvit_jax.models.mvit import first_difference
 from mvit_jax.training.step import State
 
 
@@ -19,14 +19,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int = 1) -> None:
         folder = Path(workdir).absolute()
-        self.last = ocp.CheckpointManager(
-            folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
-        self.best = ocp.CheckpointManager(
-            folder / "best",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, best_fn=lambda metrics: metrics["top1"], best_mode="max"
-            ),
+        self.last = _manager(folder / "checkpoints", max_to_keep=keep)
+        self.best = _manager(
+            folder / "best", max_to_keep=1, best_fn=lambda metrics: metrics["top1"], best_mode="max"
         )
 
     def save(self, state: State, step: int) -> None:
@@ -76,6 +71,17 @@ class Checkpoints:
             manager.close()
 
 
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(**options),
+        # Named here, so that their shapes can be read before they are restored.
+        item_handlers={
+            name: ocp.StandardCheckpointHandler() for name in ("params", "training", "ema")
+        },
+    )
+
+
 def _items(state: State) -> dict[str, Any]:
     items = {
         "params": state.params,
@@ -94,7 +100,12 @@ def _restore(manager: ocp.CheckpointManager, items: dict[str, Any]) -> Any:
     try:
         found = manager.item_metadata(step)
         for name in items.keys() & {"params", "ema"}:
-            _compare(items[name], found[name], place)
+            difference = first_difference(items[name], found[name])
+            if difference:
+                raise UserError(
+                    f"the checkpoint {place} is of another architecture: {difference}; use the "
+                    "config that it was trained with, or another --workdir"
+                )
         wanted = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         return manager.restore(step, args=ocp.args.Composite(**wanted))
     except UserError:
@@ -104,23 +115,6 @@ def _restore(manager: ocp.CheckpointManager, items: dict[str, Any]) -> Any:
             f"the checkpoint {place} cannot be read ({_first_line(error)}): remove that folder "
             "to use the one before it"
         ) from error
-
-
-def _compare(wanted: Any, found: Any, place: str) -> None:
-    """Names the first parameter that differs between the model and a checkpoint."""
-    ours, theirs = _shapes(wanted), _shapes(found)
-    for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"the checkpoint {place} is of another architecture: {name} is "
-                f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} in this "
-                "model; use the config that it was trained with, or another --workdir"
-            )
-
-
-def _shapes(tree: Any) -> dict[str, list[int]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(k.key) for k in path): list(leaf.shape) for path, leaf in leaves}
 
 
 def _first_line(error: Exception) -> str:

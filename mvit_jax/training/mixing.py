@@ -12,8 +12,10 @@ def normalise(
     clip: UInt8[Array, "*batch 3"], mean: tuple[float, ...], std: tuple[float, ...], dtype
 ) -> Float[Array, "*batch 3"]:
     """Bytes to (value / 255 - mean) / std, per colour channel."""
-    scale = 1 / (255 * jnp.asarray(std, dtype))
-    return clip.astype(dtype) * scale - jnp.asarray(mean, dtype) / jnp.asarray(std, dtype)
+    per_colour = (1,) * (clip.ndim - 1) + (3,)
+    scale = jnp.asarray([1 / (255 * s) for s in std], dtype).reshape(per_colour)
+    offset = jnp.asarray([m / s for m, s in zip(mean, std, strict=True)], dtype)
+    return clip.astype(dtype) * scale - offset.reshape(per_colour)
 
 
 def flip(clip: Clips, key: Array, rate: float) -> Clips:
@@ -56,7 +58,7 @@ def mix(
         box, kept = _box(draw_box, weight_cut, clip.shape[2], clip.shape[3])
         cut = jax.random.bernoulli(use_cutmix, chance)
         # Share of the first clip, place by place; the box is the same in all frames.
-        share = jnp.where(cut, 1.0 - box, weight_up).astype(clip.dtype)[..., None]
+        share = jnp.where(cut, 1.0 - box, weight_up).astype(clip.dtype)[None, None, :, :, None]
         weight = jnp.where(cut, kept, weight_up).astype(targets.dtype)
         return (
             clip * share + clip[::-1] * (1 - share),

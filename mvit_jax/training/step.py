@@ -20,7 +20,7 @@ Metrics = dict[str, tuple[Array, Array]]  # (sum, count): summed before it is di
 class State:
     """All that training carries from step to step, and all that a checkpoint holds."""
 
-    step: Array  # int32, steps done
+    step: Any  # int32, steps done; like the rest, a sharding or shape where the tree holds those
     params: Any
     opt_state: Any
     ema: Any  # averaged parameters, or None

@@ -1,0 +1,43 @@
+# `make train` and `make test` do their own set-up; run again, they start at once.
+WORKDIR ?= runs/moving_digits
+DATA ?= data/moving_digits
+CONFIG ?= configs/moving_digits.py
+
+# The first Python that runs and is 3.11 or 3.12.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& echo $$p && break; done)
+RUN := .venv/bin/python
+
+.PHONY: train test test-slow lint typecheck data
+.DEFAULT_GOAL := train
+
+train: data
+	$(RUN) -m mvit_jax.train --config=$(CONFIG) --workdir=$(WORKDIR) --config.data.folder=$(DATA)
+	$(RUN) -m mvit_jax.evaluate --workdir=$(WORKDIR) --data=$(DATA) > /dev/null
+	$(RUN) -m mvit_jax.evaluate --workdir=$(WORKDIR) --data=$(DATA) --shuffle_frames
+
+data: .venv/installed
+	$(RUN) -m mvit_jax.prepare moving_digits --out=$(DATA)
+
+test: .venv/installed
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(RUN) -m pytest -m slow
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+typecheck: .venv/installed
+	.venv/bin/pyright
+
+# The mark is written last, so that an installation broken off is begun anew. --no-deps: the lock is
+# complete, and an extra of one package must not pull another version in.
+.venv/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,296 @@
+"""The architecture as data: published figures, and counts taken from the model itself."""
+
+import copy
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.errors import UserError
+from mvit_jax.models.mvit import apply, init
+from mvit_jax.models.plan import (
+    MViTConfig,
+    Pool,
+    block_cost,
+    conv_output,
+    cost,
+    drop_path_rates,
+    embedding_cost,
+    grids,
+    head_cost,
+    patch_grid,
+    plan,
+)
+from mvit_jax.models.variants import FRAME_STRIDE, PUBLISHED, VARIANTS, variant
+
+TINY = MViTConfig(
+    frames=4, size=28, num_classes=5, width=8, depths=(1, 2, 2), kv_stride=(1, 4, 4), drop_path=0.4
+)
+
+
+def count(tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def shapes(config):
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def test_mvit_b_16x4_costs_what_torchvision_declares():
+    total = cost(variant("mvit_b_16x4"))
+    assert total.parameters == 36_610_672
+    assert round(total.multiply_adds / 1e9, 3) == 70.599
+
+
+def test_every_published_row_is_a_variant():
+    assert set(PUBLISHED) <= set(VARIANTS)
+    assert set(FRAME_STRIDE) == {name for name, c in VARIANTS.items() if c.frames > 1}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_costs_are_within_a_percent_of_the_papers(name):
+    classes = {"Kinetics-400": 400, "Kinetics-600": 600, "ImageNet-1k": 1000}[PUBLISHED[name].data]
+    total = cost(variant(name, num_classes=classes))
+    assert total.parameters / 1e6 == pytest.approx(PUBLISHED[name].parameters, rel=0.01)
+    assert total.multiply_adds / 1e9 == pytest.approx(PUBLISHED[name].multiply_adds, rel=0.01)
+
+
+QUICK = ("mvit_b_16x4", "vit_b16")  # tracing a variant takes seconds
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+)
+def test_parameters_are_those_of_the_model(name):
+    assert cost(VARIANTS[name]).parameters == count(shapes(VARIANTS[name]))
+
+
+OTHERS = {
+    "conv": TINY,
+    "max": dataclasses.replace(TINY, pool_mode="max"),
+    "avg, no class token": dataclasses.replace(TINY, pool_mode="avg", class_token=False),
+    "kernel": dataclasses.replace(TINY, pool_kernel=(1, 3, 3), positions="none"),
+    "stride + 1": dataclasses.replace(TINY, pool_kernel="stride + 1", positions="joint"),
+    "heads, space": dataclasses.replace(TINY, heads=2, mlp_ratio=3, positions="space"),
+    "stride along time": dataclasses.replace(TINY, q_stride=(2, 2, 2), kv_stride=(2, 4, 4)),
+    "no class token, positions": dataclasses.replace(TINY, class_token=False, positions="joint"),
+    "one stage": dataclasses.replace(TINY, depths=(2,), pool_kernel="stride + 1"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameters_of_each_part_are_those_of_the_model(name):
+    config = OTHERS[name]
+    params = shapes(config)
+    assert embedding_cost(config).parameters == count(
+        [params["patch_embed"], params.get("positions", {})]
+    )
+    sizes = grids(config, config.frames, config.size, config.size)
+    for i, (block, sizes_of_block) in enumerate(zip(plan(config), sizes, strict=True)):
+        formula = block_cost(block, sizes_of_block, config.class_token).parameters
+        assert formula == count(params["blocks"][str(i)]), f"block {i}"
+    assert head_cost(config).parameters == count([params["norm"], params["head"]])
+
+
+def multiply_adds(jaxpr) -> int:
+    """Of the products in a traced program; of alternatives by platform, the one with a product."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [
+            multiply_adds(getattr(value, "jaxpr", value))
+            for values in equation.params.values()
+            for value in (values if isinstance(values, tuple) else (values,))
+            if hasattr(getattr(value, "jaxpr", value), "eqns")
+        ]
+        if equation.primitive.name == "cond":
+            total += max(inner)
+            continue
+        total += sum(inner)
+        shapes = [v.aval.shape for v in equation.invars] if equation.invars else []
+        output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += output * math.prod(shapes[0][i] for i in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            # The kernel's input channels are those of one group.
+            rhs = equation.params["dimension_numbers"].rhs_spec
+            total += output * math.prod(shapes[1]) // shapes[1][rhs[0]]
+    return total
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_multiply_adds_are_those_of_the_model(name):
+    config = OTHERS[name]
+    clip = jax.ShapeDtypeStruct((1, config.frames, config.size, config.size, 3), jnp.float32)
+    program = jax.make_jaxpr(lambda params, clip: apply(params, clip, config=config))
+    assert cost(config).multiply_adds == multiply_adds(program(shapes(config), clip).jaxpr)
+
+
+def test_the_table_of_mvit_b_16x4():
+    config = variant("mvit_b_16x4")
+    blocks = plan(config)
+    assert len(blocks) == 16
+    assert [b.kv_pool and b.kv_pool.stride for b in blocks] == (
+        [(1, 8, 8)] + [(1, 4, 4)] * 2 + [(1, 2, 2)] * 11 + [(1, 1, 1)] * 2
+    )
+    assert {b.kv_pool and b.kv_pool.kernel for b in blocks} == {(3, 3, 3)}
+    pools = [i for i, b in enumerate(blocks) if b.q_pool is not None]
+    assert pools == [i for i, b in enumerate(blocks) if b.skip_pool is not None] == [1, 3, 14]
+    for i in pools:
+        assert blocks[i].q_pool == Pool("conv", (3, 3, 3), (1, 2, 2))
+        assert blocks[i].skip_pool == Pool("max", (1, 3, 3), (1, 2, 2))
+    assert [b.stage for b in blocks] == [0] + [1] * 2 + [2] * 11 + [3] * 2
+    assert [b.width for b in blocks] == [96] + [192] * 2 + [384] * 11 + [768] * 2
+    assert [b.attention_width for b in blocks] == [b.width for b in blocks]
+    assert [b.width_out for b in blocks] == [192] + [192, 384] + [384] * 10 + [768] + [768] * 2
+    assert [b.heads for b in blocks] == [1] + [2] * 2 + [4] * 11 + [8] * 2
+    assert {b.head_dim for b in blocks} == {96}
+    assert [b.mlp_width for b in blocks] == [4 * b.width for b in blocks]
+
+
+def test_the_grids_of_mvit_b_16x4():
+    config = variant("mvit_b_16x4")
+    assert patch_grid(config, 16, 224, 224) == (8, 56, 56)
+    rows = grids(config, 16, 224, 224)
+    sides = [56] * 2 + [28] * 2 + [14] * 11 + [7]
+    assert [g.input for g in rows] == [(8, side, side) for side in sides]
+    assert [g.output for g in rows] == [(8, side, side) for side in [*sides[1:], 7]]
+    # 7x7 keys a frame; four times as many where the input is not pooled yet.
+    keys = [14 if i in (1, 3, 14) else 7 for i in range(16)]
+    assert [g.keys for g in rows] == [(8, side, side) for side in keys]
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(16, 224, 320), (5, 97, 131), (2, 1, 1)])
+def test_grids_are_where_a_window_starts(frames, height, width):
+    """Sizes of convolutions, by counting the windows that fit into the padded axis."""
+    config = variant("mvit_b_16x4")
+
+    def fits(size, kernel, stride, padding):
+        starts = range(-padding, size + padding - kernel + 1, stride)
+        return len(starts)
+
+    expected = [
+        fits(*axis)
+        for axis in zip(
+            (frames, height, width),
+            config.patch_kernel,
+            config.patch_stride,
+            config.patch_padding,
+            strict=True,
+        )
+    ]
+    assert list(patch_grid(config, frames, height, width)) == expected
+    for block, row in zip(plan(config), grids(config, frames, height, width), strict=True):
+        for pool, output in ((block.q_pool, row.output), (block.kv_pool, row.keys)):
+            if pool is not None:
+                halves = [k // 2 for k in pool.kernel]
+                axes = zip(row.input, pool.kernel, pool.stride, halves, strict=True)
+                assert list(output) == [fits(*axis) for axis in axes]
+        if block.skip_pool is not None:
+            assert block.skip_pool.output(row.input) == row.output
+
+
+def test_kernels_of_the_modes():
+    def kernels(**overrides):
+        blocks = plan(variant("mvit_b_16x4", **overrides))
+        return [b.kv_pool and b.kv_pool.kernel for b in blocks[:4]], blocks[-1].kv_pool
+
+    by_stride = [(1, 9, 9), (1, 5, 5), (1, 5, 5), (1, 3, 3)]
+    # A pool of stride 1 and, with it, kernel 1 does not exist.
+    assert kernels(pool_mode="max") == kernels(pool_mode="avg") == (by_stride, None)
+    assert kernels(pool_kernel="stride + 1") == (by_stride, None)
+    assert kernels(pool_kernel=(1, 3, 3)) == (
+        [(1, 3, 3)] * 4,
+        Pool("conv", (1, 3, 3), (1, 1, 1)),
+    )
+    assert {b.kv_pool and b.kv_pool.kernel for b in plan(variant("mvit_b16"))} == {(1, 3, 3)}
+    assert all(b.q_pool is b.kv_pool is b.skip_pool is None for b in plan(variant("vit_b_8x8")))
+
+
+def test_equal_blocks_compare_equal():
+    blocks = plan(variant("mvit_b_16x4"))
+    assert len(set(blocks[4:13])) == 1  # those in the middle of the third stage
+    assert blocks[3] != blocks[4] and blocks[13] != blocks[12]
+    assert plan(variant("mvit_b_16x4")) == blocks
+
+
+def test_drop_path_rises_from_zero_in_equal_steps():
+    rates = drop_path_rates(variant("mvit_b_16x4"))
+    np.testing.assert_allclose(rates, np.linspace(0, 0.2, 16))
+    assert drop_path_rates(dataclasses.replace(TINY, depths=(1,))) == (0.0,)
+
+
+def test_conv_output_rounds_down():
+    assert conv_output((8, 9, 10), (3, 3, 3), (2, 2, 2), (1, 1, 1)) == (4, 5, 5)
+    assert conv_output((7, 7, 7), (1, 2, 3), (1, 1, 3), (0, 0, 0)) == (7, 6, 2)
+
+
+BAD = [
+    ({"frames": 0}, "frames must be at least 1, not 0"),
+    ({"num_classes": -1}, "num_classes must be at least 1"),
+    ({"depths": ()}, "depths must be blocks per stage"),
+    ({"depths": (1, 0)}, "depths must be blocks per stage"),
+    ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
+    ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+    ({"width": 10, "heads": 4}, "width 10 is not divisible by 4 heads"),
+    ({"kv_stride": (1, 0, 0)}, "kv_stride must be at least 1 on every axis"),
+    ({"patch_stride": (0, 4, 4)}, "patch_stride must be at least 1 on every axis"),
+    ({"patch_kernel": (3, 0, 7)}, "patch_kernel must be at least 1 on every axis"),
+    ({"pool_kernel": (3, 0, 3)}, "pool_kernel must be at least 1 on every axis"),
+    ({"patch_padding": (-1, 0, 0)}, "patch_padding must be at least 0 on"),
+    (
+        {"pool_kernel": (3, 2, 2)},
+        r"pool_kernel \(3, 2, 2\) .* the queries and their skip to different",
+    ),
+    ({"q_stride": (1, 3, 3)}, r"q_stride \(1, 3, 3\) pools the queries and their skip"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_values_say_what_is_wrong(overrides, words):
+    with pytest.raises(UserError, match=words):
+        variant("mvit_b_16x4", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("pool_mode", "median", "pool_mode must be one of conv, max, avg, not 'median'"),
+        ("positions", "sine", "positions must be one of none, space, separate, joint"),
+        ("q_stride", (2, 2), r"q_stride must be three numbers \(t, h, w\), not \(2, 2\)"),
+        ("patch_kernel", 7, r"patch_kernel must be three numbers \(t, h, w\), not 7"),
+        ("pool_kernel", "stride", "pool_kernel must be three numbers"),
+    ],
+)
+def test_bad_types_say_what_is_wrong(field, value, words):
+    # The tests' own check of signatures would come first: this is what a program's user meets.
+    config = copy.copy(TINY)
+    object.__setattr__(config, field, value)
+    with pytest.raises(UserError, match=words):
+        config.__post_init__()
+
+
+def test_odd_strides_are_fine_where_kernels_follow_them():
+    config = dataclasses.replace(TINY, pool_mode="max", q_stride=(1, 3, 3))
+    for block, row in zip(plan(config), grids(config, 4, 36, 36), strict=True):
+        if block.skip_pool is not None:
+            assert block.skip_pool.output(row.input) == row.output
+
+
+def test_clips_that_leave_no_token():
+    config = variant("vit_b_8x8")
+    with pytest.raises(UserError, match=r"8x15x224 .* leaves no token; the smallest .* 1x16x16"):
+        grids(config, 8, 15, 224)
+
+
+def test_names_that_do_not_exist_name_the_nearest():
+    with pytest.raises(UserError, match="no variant 'mvit_b_16x5'; did you mean 'mvit_b_16x4'"):
+        variant("mvit_b_16x5")
+    with pytest.raises(UserError, match=r"'num_clases' is no field .* mean 'num_classes'"):
+        variant("mvit_b_16x4", num_clases=10)
+    with pytest.raises(UserError, match="no variant 'zzz'; there are mvit_b_16x4, "):
+        variant("zzz")
+    assert variant("mvit_b_16x4", frames=8).frames == 8

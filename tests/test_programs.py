@@ -1,0 +1,262 @@
+"""The training and the test program from end to end, on a tiny model; and all that can be wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvit_jax import evaluate, train
+from mvit_jax.errors import UserError
+from mvit_jax.training import experiment, workdir
+from mvit_jax.training.checkpoints import Checkpoints
+from tests import tiny
+
+# 24 training videos in batches of 8: 3 steps an epoch.
+EPOCHS = 3.0
+RECIPE = {"checkpoint.every": 2, "epochs": EPOCHS, "optim.ema": 0.5, "model.drop_path": 0.3}
+
+
+def final_state(folder) -> dict[str, np.ndarray]:
+    """Every tensor of the last checkpoint, by its path."""
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.step()
+    tree = checkpoints.last.restore(step)
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree.items()))
+    }
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    """A run from start to end, and what it printed is of no interest here."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.train(tiny.config(digits, **RECIPE), str(folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_its_config_checkpoints_and_events(run):
+    assert workdir.frozen(run).optim.lr == 2e-3
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["8", "9"]
+    assert len(list((run / "best").iterdir())) == 1
+    assert list(run.glob("events.*"))
+
+
+def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tmp_path):
+    """Stopped by SIGTERM in the middle; the steps after it have losses of their own."""
+    config = tiny.config(digits, **RECIPE)
+
+    class Stopping(train.Logbook):
+        def step(self, step, *args):
+            super().step(step, *args)
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Logbook", Stopping)
+        assert train.train(config, str(tmp_path)) == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path).step() == 5
+    assert train.train(config, str(tmp_path)) == 0
+    ours, theirs = final_state(tmp_path), final_state(run)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_a_complete_run_says_so_and_changes_nothing(run, digits, capsys):
+    before = final_state(run)
+    assert train.train(tiny.config(digits, **RECIPE), str(run)) == 0
+    assert "is complete (9 of 9 steps)" in capsys.readouterr().out
+    after = final_state(run)
+    assert all((before[k] == after[k]).all() for k in before)
+
+
+def test_another_config_is_refused_key_by_key(run, digits):
+    changed = tiny.config(digits, **(RECIPE | {"optim.lr": 1e-3, "seed": 1}))
+    with pytest.raises(UserError, match=r"optim.lr was 0.002 and is now 0.001; seed was 0"):
+        train.train(changed, str(run))
+    # Where and how fast may change.
+    faster = tiny.config(digits, **(RECIPE | {"data.threads": 3, "log_every": 5}))
+    assert train.train(faster, str(run)) == 0
+
+
+def run_evaluate(folder, *flags, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "mvit_jax.evaluate", f"--workdir={folder}", *flags],
+        capture_output=True, text=True, timeout=300, env=env or os.environ,
+    )  # fmt: skip
+
+
+def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits):
+    """10 videos in batches of 8 on 8 devices, and one by one on 1 device."""
+    one_device = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    results = []
+    for flags, env in (([], os.environ), (["--batch=1"], one_device)):
+        done = run_evaluate(run, *flags, env=env)
+        assert done.returncode == 0, done.stderr
+        assert "frames in order" in done.stdout
+        results.append(json.loads((run / "evaluation.json").read_text()))
+    assert results[0] == results[1]
+    result = results[0]
+    confusion = np.array(result["confusion"])
+    assert result["videos"] == 10 == confusion.sum()
+    labels = [int(line.split()[-1]) for line in (digits / "test.csv").read_text().splitlines()]
+    np.testing.assert_array_equal(confusion.sum(1), np.bincount(labels, minlength=8))
+    assert result["top1"] == pytest.approx(100 * np.trace(confusion) / 10)
+    assert result["top1"] <= result["top5"] <= 100
+    for name in ("confusion.png", "per_class.png"):
+        assert min(Image.open(run / name).size) > 200
+
+
+def test_shuffled_frames_are_another_test_beside_the_first(run):
+    config = workdir.frozen(run)
+    videos = experiment.videos(config, "test")
+    straight, _ = evaluate.test(config, run, videos, which="last", shuffle=False)
+    shuffled, _ = evaluate.test(config, run, videos, which="last", shuffle=True)
+    again, _ = evaluate.test(config, run, videos, which="last", shuffle=True)
+    assert np.abs(straight.probabilities - shuffled.probabilities).max() > 1e-5
+    np.testing.assert_array_equal(shuffled.probabilities, again.probabilities)
+
+
+def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
+    config = workdir.frozen(run)
+    videos = experiment.videos(config, "val")
+    config.eval.clips = 1
+    scores, step = evaluate.test(config, run, videos, which="best", shuffle=False)
+    # The same weights and protocol as the validation that chose it.
+    best = Checkpoints(run).best_top1()
+    assert step == Checkpoints(run).step("best")
+    assert scores.metrics()["top1"] == best
+
+
+def test_broken_test_videos_are_left_out_and_listed(run, digits, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    first, second = ((data / line.split()[0]) for line in
+                     (data / "test.csv").read_text().splitlines()[:2])  # fmt: skip
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:300])
+    done = run_evaluate(run, f"--data={data}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["videos"] == 8 and len(result["left_out"]) == 2
+    assert str(first) in result["left_out"][0] and str(first) in done.stdout
+
+
+def test_broken_training_videos_are_replaced_and_named(digits, tmp_path, capsys):
+    data = shutil.copytree(digits, tmp_path / "data")
+    broken = data / (data / "train.csv").read_text().split()[0]
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert train.train(tiny.config(data, epochs=1.0), str(tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"{broken} cannot be decoded and is replaced") == 1
+
+
+def program(name, *flags, cwd=tiny.ROOT):
+    """Status, and what the program says, without JAX's or TensorFlow's own chatter."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"mvit_jax.{name}", *flags],
+        capture_output=True, text=True, timeout=300, cwd=cwd,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+TRAIN = "--config=configs/moving_digits.py"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([TRAIN, "--config.optim.lrr=1"], "no config key 'lrr'; did you mean 'lr'?"),
+        ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
+        ([TRAIN + ":resnet"], "has the models mvit and vit, not 'resnet'"),
+        (["--config=configs/no.py"], "there is no config file configs/no.py"),
+        (["--config=configs/base.py"], "give --config.data.folder=DIR"),
+        ([], "give --config=configs/moving_digits.py and --workdir=DIR"),
+        ([TRAIN, "--config.data.folder=/nowhere"], "no data folder /nowhere"),
+        ([TRAIN, "--confg=1"], "Unknown command line flag 'confg'"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(flags, sentence, tmp_path):
+    status, said = program("train", *flags, f"--workdir={tmp_path / 'run'}")
+    assert status == 1
+    assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def change_list(data, old, new):
+    path = data / "train.csv"
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "sentence"),
+    [
+        (lambda d: change_list(d, " 0\n", " 8\n"), {}, "label 8"),
+        (lambda d: change_list(d, " 0\n", " left\n"), {}, "left"),
+        (lambda d: change_list(d, "00000.mp4", "gone.mp4"), {}, "gone.mp4"),
+        (lambda d: (d / "train.csv").unlink(), {}, "train.csv"),
+        (lambda d: None, {"batch": 12}, "batch=12 does not divide into 8 devices"),
+        (lambda d: None, {"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the 8 devices"),
+        (lambda d: None, {"model.variant": "mvit_c"}, "no variant 'mvit_c'; did you mean"),
+        (lambda d: None, {"model.dropout": 1.5}, "dropout must be in [0, 1)"),
+        (lambda d: None, {"dtype": "float8"}, "dtype must be one of float32, bfloat16"),
+        (lambda d: None, {"precision": "exact"}, "precision must be one of"),
+        (lambda d: None, {"eval.crops": 2}, "eval.crops must be 1 or 3"),
+        (lambda d: None, {"epochs": 0.0}, "epochs must be above 0"),
+        (lambda d: None, {"accumulate": 3}, "accumulate=3"),
+        (lambda d: None, {"augment.mixup": 1.0, "augment.group": 3}, "augment.group=3"),
+    ],
+)
+def test_bad_data_and_values_end_before_anything_is_written(
+    digits, tmp_path, spoil, changes, sentence
+):
+    data = shutil.copytree(digits, tmp_path / "data")
+    spoil(data)
+    with pytest.raises(UserError) as error:
+        train.train(tiny.config(data, **changes), str(tmp_path / "run"))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(digits, tmp_path):
+    config = tiny.config(digits, **{"optim.start_lr": 1e30, "optim.lr": 1e30, "epochs": 4.0})
+    with pytest.raises(
+        UserError, match=r"(loss|grad_norm) is (nan|inf) at step \d+: training stop"
+    ):
+        train.train(config, str(tmp_path))
+    step = Checkpoints(tmp_path).step()
+    if step is not None:
+        assert all(np.isfinite(v).all() for v in final_state(tmp_path).values())
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run, digits, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    other = tiny.config(digits, **(RECIPE | {"model.width": 32}))
+    with pytest.raises(UserError, match="checkpoints/9 is of another architecture: blocks/0"):
+        train.train(other, str(tmp_path))
+    assert Checkpoints(tmp_path).step() == 9
+
+
+def test_testing_without_a_run_says_so(tmp_path):
+    status, said = program("evaluate", f"--workdir={tmp_path}")
+    assert status == 1 and "holds no run: there is no config.json" in said
+
+
+def test_describe_prints_the_papers_table_and_its_errors():
+    status, said = program("describe", "mvit_b_16x4")
+    assert status == 0
+    assert "36,610,672 parameters, 70.6 G multiply-adds" in said
+    assert "8x14x14 + 1 = 1569" in said and "78.4 % top-1" in said
+    status, said = program("describe", "mvit_b_16x4", "pool_mode=max", "num_classes=10")
+    assert status == 0 and "published" not in said
+    status, said = program("describe", "mvit_b_16x5")
+    assert status == 1 and "did you mean 'mvit_b_16x4'?" in said
+    status, said = program("describe", "mvit_b_16x4", "frame=8")
+    assert status == 1 and "did you mean 'frames'?" in said

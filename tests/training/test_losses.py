@@ -1,0 +1,20 @@
+import jax.numpy as jnp
+import numpy as np
+
+from mvit_jax.training.losses import cross_entropy, soft_targets
+
+
+def test_soft_targets_share_the_smoothing_among_all_classes():
+    targets = soft_targets(jnp.array([2, 0]), 4, 0.1)
+    expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
+    np.testing.assert_allclose(targets, expected, atol=1e-7)
+
+
+def test_cross_entropy_of_targets_that_do_not_sum_to_one():
+    logits = np.array([[1.0, -2.0, 0.5], [3.0, 3.0, -1.0]])
+    targets = np.array([[0.2, 0.3, 0.1], [0.0, 1.0, 0.5]])
+    expected = []
+    for row, target in zip(logits, targets, strict=True):
+        log_sum = np.log(np.exp(row).sum())
+        expected.append(sum(t * (log_sum - x) for t, x in zip(target, row, strict=True)))
+    np.testing.assert_allclose(cross_entropy(jnp.array(logits), jnp.array(targets)), expected, 1e-6)

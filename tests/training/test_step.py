@@ -1,0 +1,159 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.models import mvit
+from mvit_jax.models.variants import variant
+from mvit_jax.training import optimizer, step
+from mvit_jax.training.step import Recipe, init_state, train_step
+
+from tests.tiny import MODEL
+
+CONFIG = variant("mvit_b_16x4", num_classes=4, drop_path=0.0, dropout=0.0, **MODEL)
+RECIPE = {
+    "seed": 0,
+    "num_classes": 4,
+    "mean": (0.45, 0.45, 0.45),
+    "std": (0.225, 0.225, 0.225),
+    "flip": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "switch": 0.5,
+    "group": 2,
+    "label_smoothing": 0.1,
+    "ema": 0.0,
+    "accumulate": 1,
+}
+
+
+def batch(seed: int = 0, clips: int = 8):
+    random = np.random.default_rng(seed)
+    return {
+        "clip": jnp.asarray(random.integers(0, 256, (clips, 4, 32, 32, 3), np.uint8)),
+        "label": jnp.asarray(random.integers(0, 4, clips), jnp.int32),
+    }
+
+
+def make(config=CONFIG, lr=1e-3, dtype=jnp.float32, **changes):
+    recipe = Recipe(**(RECIPE | changes), dtype=dtype)
+    transform = optimizer.adamw(lambda _: lr, weight_decay=0.05, clip_norm=1.0)
+    apply = functools.partial(mvit.apply, config=config)
+    params = jax.tree.map(lambda x: x.astype(dtype), mvit.init(config, jax.random.key(0)))
+    state = init_state(params, transform, recipe.ema)
+    run = functools.partial(train_step, apply=apply, optimizer=transform, recipe=recipe)
+    return jax.jit(run), state
+
+
+def distance(a, b) -> float:
+    return max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+
+
+def test_a_batch_is_learned_by_heart():
+    run, state = make(lr=3e-3)
+    losses = []
+    for _ in range(30):
+        state, metrics = run(state, batch())
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    # The least that smoothed targets allow: their entropy.
+    entropy = -(0.925 * np.log(0.925) + 3 * 0.025 * np.log(0.025))
+    assert losses[0] == pytest.approx(np.log(4), abs=0.4)
+    assert losses[-1] < entropy + 0.1
+    assert int(state.step) == 30
+
+
+def test_accumulated_parts_give_the_whole_batchs_update():
+    with jax.enable_x64(True):
+        whole, state = make(dtype=jnp.float64)
+        parts, _ = make(dtype=jnp.float64, accumulate=4)
+        one, metrics_one = whole(state, batch())
+        four, metrics_four = parts(state, batch())
+        assert distance(state.params, one.params) > 1e-4
+        # Gradients of key biases are zero but for rounding, which Adam would blow up: compare what
+        # Adam is fed.
+        assert distance(one.opt_state[1][0].mu, four.opt_state[1][0].mu) < 1e-12
+        for name in metrics_one:
+            assert float(metrics_one[name][0]) == pytest.approx(float(metrics_four[name][0]), 1e-9)
+
+
+def test_gradient_equals_finite_differences():
+    with jax.enable_x64(True):
+        run, state = make(dtype=jnp.float64)
+        fed = run(state, batch())[0].opt_state[1][0].mu  # 0.1 x clipped gradient
+        norm = float(run(state, batch())[1]["grad_norm"][0])
+        gradient = jax.tree.map(lambda g: g * 10 * max(1.0, norm), fed)
+        direction = jax.tree.map(
+            lambda g: jnp.asarray(np.random.default_rng(0).normal(size=g.shape)), gradient
+        )
+
+        def loss(amount):
+            moved = jax.tree.map(lambda p, d: p + amount * d, state.params, direction)
+            metrics = run(step.replace(state, params=moved), batch())[1]
+            return float(metrics["loss"][0] / metrics["loss"][1])
+
+        expected = (loss(1e-6) - loss(-1e-6)) / 2e-6
+        ours = sum(
+            float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)))
+        )
+        assert ours == pytest.approx(expected, rel=1e-5)
+
+
+def test_ema_is_the_running_mean_of_parameters():
+    run, state = make(ema=0.75)
+    first = state.params
+    after_one, _ = run(state, batch())
+    after_two, _ = run(after_one, batch(1))
+    expected = jax.tree.map(
+        lambda a, b, c: 0.25 * c + 0.75 * (0.25 * b + 0.75 * a),
+        first, after_one.params, after_two.params,
+    )  # fmt: skip
+    assert distance(after_two.ema, expected) < 1e-6
+    assert distance(after_two.ema, after_two.params) > 1e-4
+
+
+def test_what_is_random_follows_from_seed_and_step():
+    config = variant("mvit_b_16x4", num_classes=4, drop_path=0.5, dropout=0.5, **MODEL)
+    run, state = make(config, flip=0.5, mixup=0.8, cutmix=1.0)
+    other_seed, _ = make(config, flip=0.5, mixup=0.8, cutmix=1.0, seed=1)
+
+    def loss(function, state):
+        return float(function(state, batch())[1]["loss"][0])
+
+    later = step.replace(state, step=state.step + 1)
+    assert loss(run, state) == loss(run, state)
+    assert len({loss(run, state), loss(run, later), loss(other_seed, state)}) == 3
+
+
+def test_predictions_are_softmax_scores_averaged_over_views():
+    recipe = Recipe(**RECIPE)
+    params = jax.tree.map(lambda x: 20 * x, mvit.init(CONFIG, jax.random.key(0)))
+    clip = jnp.stack([batch(i)["clip"] for i in range(3)], axis=1)
+    apply = functools.partial(mvit.apply, config=CONFIG)
+    ours = step.predict_step(params, clip, apply=apply, recipe=recipe)
+    views = []
+    for i in range(3):
+        pixels = (np.asarray(clip[:, i], np.float32) / 255 - 0.45) / 0.225
+        logits = np.asarray(apply(params, jnp.asarray(pixels))[0], np.float64)
+        scores = np.exp(logits - logits.max(1, keepdims=True))
+        views.append(scores / scores.sum(1, keepdims=True))
+    np.testing.assert_allclose(ours, np.mean(views, axis=0), atol=1e-4)
+    assert np.ptp(views, axis=0).max() > 0.01  # the views do differ
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
+    run, state = make()
+    half, _ = make()
+    half = jax.jit(
+        functools.partial(
+            train_step,
+            apply=functools.partial(mvit.apply, config=CONFIG),
+            optimizer=optimizer.adamw(lambda _: 1e-3, weight_decay=0.05, clip_norm=1.0),
+            recipe=Recipe(**RECIPE, dtype=jnp.bfloat16),
+        )
+    )
+    exact, rounded = run(state, batch()), half(state, batch())
+    ours, theirs = (float(m["loss"][0] / m["loss"][1]) for m in (rounded[1], exact[1]))
+    assert ours == pytest.approx(theirs, rel=2e-2) and ours != theirs
+    assert {x.dtype for x in jax.tree.leaves(rounded[0].params)} == {jnp.dtype("float32")}
