@@ -315,4 +315,4 @@ def _part(path: pathlib.Path) -> pathlib.Path:
 def _write(path: pathlib.Path, content: bytes) -> None:
     """Writes a whole file or none: under another name in the same folder, then renamed."""
     _part(path).write_bytes(content)
-    os.replace(_part(path), path)
+    _part(path).replace(path)

@@ -342,7 +342,7 @@ def params_of(model: nnx.Module) -> Params:
 
 
 def first_difference(model: Params, found: Params) -> str | None:
-    """Says in which tensor, by name, two trees of arrays or shapes differ first; None if in none."""
+    """Says in which tensor, by name, two trees of arrays or shapes differ first; or None."""
     ours, theirs = (
         {
             "/".join(str(k.key) for k in path): list(leaf.shape)

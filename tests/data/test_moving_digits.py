@@ -430,7 +430,7 @@ def test_a_folder_of_another_version_or_data_set_is_an_error(tmp_path, key, valu
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "3"])
 def test_an_unreadable_record_is_an_error(tmp_path, text):
     (tmp_path / "prepare.json").write_text(text)
-    with pytest.raises(UserError, match="prepare.json is not a record"):
+    with pytest.raises(UserError, match=r"prepare\.json is not a record"):
         moving_digits.prepare(tmp_path, **SMALL)
 
 

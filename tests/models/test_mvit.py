@@ -404,8 +404,8 @@ def test_every_block_draws_from_a_key_of_its_own():
 )
 def test_parameters_of_another_architecture_are_refused_by_name(change, sentence):
     base = {"frames": 2, "size": 16, "width": 8, "depths": (1, 1), "num_classes": 3}
-    params = mvit.init(variant("mvit_b_16x4", **base), jax.random.key(0))
+    params = init(variant("mvit_b_16x4", **base), jax.random.key(0))
     other = variant("mvit_b_16x4", **(base | change))
     size = (1, other.frames, other.size, other.size, 3)
     with pytest.raises(UserError, match=sentence):
-        mvit.apply(params, jnp.zeros(size), config=other)
+        apply(params, jnp.zeros(size), config=other)

@@ -64,7 +64,7 @@ def test_a_state_comes_back_onto_another_mesh(folder, monkeypatch):
 def test_no_checkpoint_is_none_to_resume_and_an_error_to_test(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore(state_of()) is None
-    with pytest.raises(UserError, match="no checkpoint in .*train first"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*train first"):
         checkpoints.restore_params(state_of().params)
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_says_which_folder(folder):
     for file in (folder / "checkpoints" / "3" / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(UserError, match="checkpoints/3 cannot be read"):
+    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
         Checkpoints(folder).restore(state_of())
 
 

@@ -1,4 +1,4 @@
-"""On 8 simulated devices, the same results as on one, and parameters gathered, never activations."""
+"""On 8 simulated devices: the same results as on one; parameters gathered, never activations."""
 
 import functools
 import re
@@ -133,7 +133,7 @@ def test_the_largest_dimension_that_divides_is_cut():
 
 
 def test_meshes_that_do_not_fit_say_so():
-    with pytest.raises(UserError, match="mesh.fsdp=3 does not divide the 8 devices"):
+    with pytest.raises(UserError, match=r"mesh\.fsdp=3 does not divide the 8 devices"):
         sharding.make_mesh(-1, 3)
     with pytest.raises(UserError, match="are 12 devices, and there are 8"):
         sharding.make_mesh(4, 3)

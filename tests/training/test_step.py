@@ -9,7 +9,6 @@ from mvit_jax.models import mvit
 from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer, step
 from mvit_jax.training.step import Recipe, init_state, train_step
-
 from tests.tiny import MODEL
 
 CONFIG = variant("mvit_b_16x4", num_classes=4, drop_path=0.0, dropout=0.0, **MODEL)
@@ -48,7 +47,9 @@ def make(config=CONFIG, lr=1e-3, dtype=jnp.float32, **changes):
 
 
 def distance(a, b) -> float:
-    return max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+    return max(
+        float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
 
 
 def test_a_batch_is_learned_by_heart():
@@ -95,7 +96,8 @@ def test_gradient_equals_finite_differences():
 
         expected = (loss(1e-6) - loss(-1e-6)) / 2e-6
         ours = sum(
-            float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)))
+            float((g * d).sum())
+            for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True)
         )
         assert ours == pytest.approx(expected, rel=1e-5)
 
