@@ -33,10 +33,10 @@ Tokens = tuple[jax.Array, ...]
 
 
 class Block(NamedTuple):
-    """One kind of block: `count` of them, tokens on `grid` (time, height, width) at its input."""
+    """One kind of block: `copies` of them, tokens on `grid` (time, height, width) at its input."""
 
     name: str
-    count: int
+    copies: int
     grid: tuple[int, int, int]
     width: int
     heads: int
@@ -295,8 +295,9 @@ def measure(blocks: tuple[Block, ...], layout: Layout, batch: int, device: Any) 
         for grid, width in ends
     )
     compiled = jax.jit(train_step(blocks, layout)).lower(params, tokens, cotangent).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Cost(compiled.cost_analysis()["bytes accessed"], temporary)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory and cost
+    return Cost(cost["bytes accessed"], memory.temp_size_in_bytes)
 
 
 def check() -> None:
@@ -308,8 +309,8 @@ def check() -> None:
     )
     random = np.random.default_rng(0)
 
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
-        return random.normal(size=shape).astype(np.float32)
+    def draw(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
 
     params = jax.tree.map(
         draw, [param_shapes(block) for block in blocks], is_leaf=lambda n: isinstance(n, tuple)
@@ -346,7 +347,7 @@ def row(name: str, count: int, costs: list[Cost]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare numbers, on the CPU")
     parser.add_argument("--whole", action="store_true", help="also compile all blocks as one")
     parser.add_argument("--batch", type=int, default=4, help="clips on the chip")
@@ -359,15 +360,15 @@ def main() -> None:
     totals = [Cost(0, 0) for _ in LAYOUTS]
     for block in MVIT_B_16X4:
         costs = [cost((block,), layout) for layout in LAYOUTS]
-        print(row(block.name, block.count, costs), flush=True)
+        print(row(block.name, block.copies, costs), flush=True)
         # Blocks run one after the other: bytes add up, temporary memory is used again.
         totals = [
-            Cost(total.accessed + block.count * one.accessed, max(total.temporary, one.temporary))
+            Cost(total.accessed + block.copies * one.accessed, max(total.temporary, one.temporary))
             for total, one in zip(totals, costs, strict=True)
         ]
-    print(row("all, added", sum(block.count for block in MVIT_B_16X4), totals), flush=True)
+    print(row("all, added", sum(block.copies for block in MVIT_B_16X4), totals), flush=True)
     if arguments.whole:
-        blocks = tuple(block for block in MVIT_B_16X4 for _ in range(block.count))
+        blocks = tuple(block for block in MVIT_B_16X4 for _ in range(block.copies))
         print(row("all, one program", 1, [cost(blocks, layout) for layout in LAYOUTS]))
 
 

@@ -32,7 +32,7 @@ _HOME = {
     "variant": "mvit_jax.models.variants",
 }
 
-__all__ = list(_HOME)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mvit_jax import errors
@@ -25,6 +24,7 @@ from mvit_jax.inspection import plots
 from mvit_jax.models import mvit
 from mvit_jax.training import evaluation, experiment, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training.experiment import Config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which of its states.")
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 
 def test(
-    config: ConfigDict, folder: Path, videos: VideoList, *, which: str, shuffle: bool
+    config: Config, folder: Path, videos: VideoList, *, which: str, shuffle: bool
 ) -> tuple[evaluation.Scores, int]:
     """Scores of a run's checkpoint on a list of videos, and the step of that checkpoint."""
     jax.config.update("jax_default_matmul_precision", config.precision)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from mvit_jax import errors
 from mvit_jax.data import pipeline
@@ -30,6 +30,7 @@ from mvit_jax.models import mvit
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import evaluation, experiment, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training.experiment import Config
 from mvit_jax.training.logbook import Logbook
 from mvit_jax.training.step import State, init_state, train_step
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     try:
         _CONFIG.value.lock()
     except OSError:  # what config_flags keeps of a file that it could not load
-        path = flags.FLAGS["config"].config_filename
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise errors.UserError(f"there is no config file {path}: check --config") from None
     try:
         sys.exit(train(_CONFIG.value, _WORKDIR.value))
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
         ) from error
 
 
-def train(config: ConfigDict, folder: str) -> int:
+def train(config: Config, folder: str) -> int:
     """Trains as `config` says in the workdir `folder`; returns the exit status."""
     experiment.check(config)
     jax.config.update("jax_default_matmul_precision", config.precision)
@@ -93,7 +94,7 @@ def train(config: ConfigDict, folder: str) -> int:
             for done, batch in zip(itertools.count(start + 1), batches, strict=False):
                 report_broken(log, videos, batch.pop("broken"), broken)
                 state, metrics = step_function(state, sharding.to_devices(batch, mesh))
-                log.step(done, metrics, float(schedule(done - 1)))
+                log.step(done, metrics, np.asarray(schedule(done - 1)).item())
 
                 if validation and (done % validate_every == 0 or done == steps):
                     log.flush()  # never keeps a state whose loss was not finite
@@ -110,7 +111,7 @@ def train(config: ConfigDict, folder: str) -> int:
     return 0
 
 
-def build(config: ConfigDict, model: MViTConfig, videos: VideoList, mesh: jax.sharding.Mesh):
+def build(config: Config, model: MViTConfig, videos: VideoList, mesh: jax.sharding.Mesh):
     """The jitted training step, the jitted prediction, the learning rates, the first state.
 
     The state is made in place on the mesh: no device ever holds all of it.
@@ -137,7 +138,7 @@ def build(config: ConfigDict, model: MViTConfig, videos: VideoList, mesh: jax.sh
 
 
 def load(
-    videos: VideoList, config: ConfigDict, model: MViTConfig, mesh: jax.sharding.Mesh,
+    videos: VideoList, config: Config, model: MViTConfig, mesh: jax.sharding.Mesh,
     start: int, steps: int,
 ) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
     return pipeline.train_batches(
@@ -153,7 +154,7 @@ def load(
 
 
 def validate(
-    config: ConfigDict, model: MViTConfig, state: State, videos: VideoList, predict, mesh
+    config: Config, model: MViTConfig, state: State, videos: VideoList, predict, mesh
 ) -> dict[str, float]:
     """One centre clip of every validation video, with the averaged weights where there are any."""
     began = time.monotonic()

@@ -21,7 +21,7 @@ class Checkpoints:
         folder = Path(workdir).absolute()
         self.last = _manager(folder / "checkpoints", max_to_keep=keep)
         self.best = _manager(
-            folder / "best", max_to_keep=1, best_fn=lambda metrics: metrics["top1"], best_mode="max"
+            folder / "best", max_to_keep=1, best_fn=_top1, best_mode="max"
         )
 
     def save(self, state: State, step: int) -> None:
@@ -38,7 +38,7 @@ class Checkpoints:
 
     def best_top1(self) -> float | None:
         step = self.best.best_step()
-        return None if step is None else self.best.metrics(step)["top1"]
+        return None if step is None else _top1(self.best.metrics(step))
 
     def restore(self, like: State) -> State | None:
         """The newest state, in the shapes, dtypes and shardings of `like`, or None.
@@ -71,6 +71,10 @@ class Checkpoints:
             manager.close()
 
 
+def _top1(metrics: Any) -> float:
+    return metrics["top1"]
+
+
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder,
@@ -96,6 +100,7 @@ def _save(state: State) -> ocp.args.Composite:
 
 def _restore(manager: ocp.CheckpointManager, items: dict[str, Any]) -> Any:
     step = manager.latest_step()
+    assert step is not None
     place = f"{manager.directory}/{step}"
     try:
         found = manager.item_metadata(step)

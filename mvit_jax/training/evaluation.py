@@ -72,7 +72,7 @@ def evaluate(
     mesh: Mesh,
     threads: int = 2,
     shuffle_seed: int | None = None,
-    progress: Callable[[int], None] = lambda videos_done: None,
+    progress: Callable[[int], object] = lambda videos_done: None,
 ) -> Scores:
     """Scores every video of a list from `clips` x `crops` views, `batch` videos at a time.
 

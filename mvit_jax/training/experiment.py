@@ -7,7 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.sources import VideoList, read_video_list
@@ -18,11 +17,13 @@ from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer
 from mvit_jax.training.step import Recipe
 
+Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PRECISIONS = ("default", "high", "highest")
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """One sentence for each value that no part of the program could work with."""
     if config.data.folder is None:
         # Not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
@@ -47,7 +48,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"eval.clips must be at least 1, not {config.eval.clips}")
 
 
-def check_batch(config: ConfigDict, devices: int) -> None:
+def check_batch(config: Config, devices: int) -> None:
     """The batch must cut evenly into devices, accumulated parts, and groups that mix."""
     share = devices * config.accumulate
     if config.batch % share:
@@ -68,23 +69,23 @@ def check_batch(config: ConfigDict, devices: int) -> None:
         )
 
 
-def model_config(config: ConfigDict, num_classes: int) -> MViTConfig:
+def model_config(config: Config, num_classes: int) -> MViTConfig:
     values = {k: _plain(v) for k, v in config.model.items() if k != "variant" and v is not None}
     return variant(config.model.variant, num_classes=num_classes, **values)
 
 
-def model_apply(config: ConfigDict, model: MViTConfig) -> Callable[..., Any]:
+def model_apply(config: Config, model: MViTConfig) -> Callable[..., Any]:
     return partial(mvit.apply, config=model)
 
 
-def recipe(config: ConfigDict, num_classes: int) -> Recipe:
+def recipe(config: Config, num_classes: int) -> Recipe:
     known = {**config, **config.data, **config.augment, "ema": config.optim.ema}
     known |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
     names = [field.name for field in dataclasses.fields(Recipe)]
     return Recipe(**{name: _plain(known[name]) for name in names})
 
 
-def clip_settings(config: ConfigDict, model: MViTConfig) -> ClipSettings:
+def clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
     area = config.augment.crop_area
     return ClipSettings(
         frames=model.frames,
@@ -95,17 +96,17 @@ def clip_settings(config: ConfigDict, model: MViTConfig) -> ClipSettings:
     )
 
 
-def videos(config: ConfigDict, which: str) -> VideoList:
+def videos(config: Config, which: str) -> VideoList:
     """The list `which`: "train", "val" or "test"."""
     return read_video_list(config.data.folder, config.data[f"{which}_list"])
 
 
-def steps(config: ConfigDict, epochs: float, videos: VideoList) -> int:
+def steps(config: Config, epochs: float, videos: VideoList) -> int:
     return max(int(epochs * len(videos) / config.batch), 1)
 
 
 def make_optimizer(
-    config: ConfigDict, videos: VideoList
+    config: Config, videos: VideoList
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     c = config.optim
     schedule = optimizer.learning_rate(
