@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 
-
 def get_config(model: str = "mvit") -> Any:  # a ConfigDict
     c = _base()
     c.epochs = 6.0

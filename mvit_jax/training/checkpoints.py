@@ -20,9 +20,7 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int = 1) -> None:
         folder = Path(workdir).absolute()
         self.last = _manager(folder / "checkpoints", max_to_keep=keep)
-        self.best = _manager(
-            folder / "best", max_to_keep=1, best_fn=_top1, best_mode="max"
-        )
+        self.best = _manager(folder / "best", max_to_keep=1, best_fn=_top1, best_mode="max")
 
     def save(self, state: State, step: int) -> None:
         if step not in self.last.all_steps():

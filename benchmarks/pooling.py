@@ -1,0 +1,82 @@
+"""Depthwise pooling on this machine: each form, forward and with its gradients, beside the others.
+
+    python -m benchmarks.pooling
+
+One clip in float32 at the shapes of MViT-B 16x4, K and V side by side. The forms take turns within
+one run, since machines are shared: read the ratios. Compile times are of the gradients.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from mvit_jax.models import pooling
+from mvit_jax.models.plan import Pool, grids, plan
+from mvit_jax.models.variants import variant
+
+ROUNDS = 7
+FORMS: dict[str, Callable] = {
+    "by hand": pooling.depthwise_slices,
+    "autodiff": pooling.depthwise_slices.fun,  # the same sum of slices, without its own gradient
+    "convolution": pooling.depthwise_conv,
+}
+
+
+def main() -> None:
+    print(
+        "| block | grid | channels | stride | by hand, ms: forward, with gradients "
+        "| autodiff / by hand | convolution / by hand | compile, s |\n|" + " --- |" * 8,
+        flush=True,
+    )
+    config = variant("mvit_b_16x4")
+    seen: set[tuple] = set()
+    sizes = grids(config, config.frames, config.size, config.size)
+    for i, (block, block_grids) in enumerate(zip(plan(config), sizes, strict=True)):
+        case = (block.kv_pool, block_grids.input, 2 * block.attention_width)
+        if block.kv_pool is None or case in seen:
+            continue
+        seen.add(case)
+        print(row(i, *case), flush=True)
+
+
+def row(block: int, pool: Pool, grid: tuple[int, int, int], channels: int) -> str:
+    random = np.random.default_rng(0)
+    x = jax.numpy.asarray(random.normal(size=(1, *grid, channels)), "float32")
+    weight = jax.numpy.asarray(random.normal(size=(*pool.kernel, channels)), "float32")
+    compiled, compile_seconds = {}, []
+    for name, form in FORMS.items():
+        forward = jax.jit(lambda x, weight, form=form: form(x, weight, pool))
+        both = jax.jit(
+            lambda x, weight, form=form: jax.grad(
+                lambda x, weight: jax.numpy.sin(form(x, weight, pool)).sum(), (0, 1)
+            )(x, weight)
+        )
+        forward = forward.lower(x, weight).compile()
+        began = time.perf_counter()
+        both = both.lower(x, weight).compile()
+        compile_seconds.append(time.perf_counter() - began)
+        compiled[name] = forward, both
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(ROUNDS):
+        for name, functions in compiled.items():
+            for which, function in enumerate(functions):
+                began = time.perf_counter()
+                jax.block_until_ready(function(x, weight))
+                times.setdefault((name, which), []).append(time.perf_counter() - began)
+    ms = {key: 1000 * float(np.median(values[1:])) for key, values in times.items()}
+    ratios = [
+        f"{ms[name, 0] / ms['by hand', 0]:.1f}, {ms[name, 1] / ms['by hand', 1]:.1f}"
+        for name in ("autodiff", "convolution")
+    ]
+    cells = [
+        str(block), "x".join(map(str, grid)), str(channels), "x".join(map(str, pool.stride)),
+        f"{ms['by hand', 0]:.1f}, {ms['by hand', 1]:.1f}", *ratios,
+        ", ".join(f"{s:.1f}" for s in compile_seconds),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
