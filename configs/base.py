@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every_epochs = 5.0  # between two validations of 1 clip x 1 crop; 0 for none
-    c.eval.batch = 8  # videos at a time, over all devices
+    c.eval.batch = 8  # videos at a time; rounded up to a multiple of the devices
     c.eval.clips = 5  # evenly spread over a test video
     c.eval.crops = 1  # 1 (centre) or 3
     return c.lock()

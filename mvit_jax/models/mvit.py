@@ -341,7 +341,7 @@ def params_of(model: nnx.Module) -> Params:
     return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
-def first_difference(model: Params, found: Params) -> str | None:
+def first_difference(model: Any, found: Any) -> str | None:
     """Says in which tensor, by name, two trees of arrays or shapes differ first; or None."""
     ours, theirs = (
         {

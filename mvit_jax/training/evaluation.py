@@ -74,13 +74,14 @@ def evaluate(
     shuffle_seed: int | None = None,
     progress: Callable[[int], object] = lambda videos_done: None,
 ) -> Scores:
-    """Scores every video of a list from `clips` x `crops` views, `batch` videos at a time.
+    """Scores every video of a list from `clips` x `crops` views, about `batch` videos at a time.
 
     `predict` comes from `predictor`. With a `shuffle_seed` the frames of each clip are shuffled
     (MViT, Table 9). A video that cannot be decoded is left out and listed in the result.
     """
     scores = np.zeros((len(videos), len(videos.class_names)))
     seen, tested = np.zeros(len(videos), bool), np.zeros(len(videos), bool)
+    batch = -(-batch // mesh.size) * mesh.size  # at least one for each device
     rows = local_rows(batch, mesh)
     for loaded in pipeline.test_batches(
         videos, settings, clips=clips, crops=crops, batch=batch, rows=rows,

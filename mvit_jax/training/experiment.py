@@ -62,11 +62,6 @@ def check_batch(config: Config, devices: int) -> None:
             f"augment.group={config.augment.group} does not divide the {config.batch // devices} "
             "clips of a device; set a divisor of it"
         )
-    if config.eval.batch % devices:
-        raise UserError(
-            f"eval.batch={config.eval.batch} does not divide among {devices} devices; "
-            f"set a multiple of {devices}"
-        )
 
 
 def model_config(config: Config, num_classes: int) -> MViTConfig:
