@@ -113,8 +113,10 @@ def _all_rows() -> list[Row]:
 
 
 def _totals(total: Cost) -> str:
+    billions = total.multiply_adds / 1e9
+    rounded = f"{billions:.1f}" if billions >= 1 else f"{billions:.3f}"
     return (
-        f"{total.parameters:,} parameters, {total.multiply_adds / 1e9:.1f} G multiply-adds a clip "
+        f"{total.parameters:,} parameters, {rounded} G multiply-adds a clip "
         f"({total.multiply_adds:,})"
     )
 

@@ -1,0 +1,79 @@
+"""The two models of configs/moving_digits.py, MViT and its ViT baseline: time of a training step.
+
+    python -m benchmarks.default_models
+
+The models take turns within one run, since machines are shared: read the ratio.
+"""
+
+import functools
+import importlib.util
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvit_jax.models import mvit
+from mvit_jax.models.plan import cost
+from mvit_jax.training import experiment, optimizer
+from mvit_jax.training.step import init_state, train_step
+
+ROUNDS = 10
+CONFIG = Path(__file__).parents[1] / "configs" / "moving_digits.py"
+
+
+def main() -> None:
+    spec = importlib.util.spec_from_file_location("moving_digits", CONFIG)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runs = {name: prepare(module.get_config(name)) for name in ("mvit", "vit")}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name}: {1000 * median:.0f} ms a step, {median / medians['mvit']:.2f} x mvit")
+
+
+def prepare(config):
+    """A function that does one training step on a batch of noise and waits for it; it has run."""
+    model = experiment.model_config(config, 8)
+    transform = optimizer.adamw(lambda _: 1e-3, weight_decay=0.05, clip_norm=1.0)
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            apply=experiment.model_apply(config, model),
+            optimizer=transform,
+            recipe=experiment.recipe(config, 8),
+        ),
+        donate_argnums=0,
+    )
+    random = np.random.default_rng(0)
+    size = (config.batch, model.frames, model.size, model.size, 3)
+    batch = {
+        "clip": jnp.asarray(random.integers(0, 256, size, np.uint8)),
+        "label": jnp.asarray(random.integers(0, 8, config.batch), jnp.int32),
+    }
+    state = init_state(mvit.init(model, jax.random.key(0)), transform, 0.0)
+    began = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, batch))
+    total = cost(model)
+    print(
+        f"{config.model.variant}: {total.parameters:,} parameters, {total.multiply_adds:,} "
+        f"multiply-adds a clip, first step after {time.perf_counter() - began:.0f} s"
+    )
+
+    def run() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(step(state, batch))
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
