@@ -131,7 +131,7 @@ def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
     config.eval.clips = 1
     scores, step = evaluate.test(config, run, videos, which="best", shuffle=False)
     # The same weights and protocol as the validation that chose it.
-    best = Checkpoints(run).best_top1()
+    best = Checkpoints(run).best_top1
     assert step == Checkpoints(run).step("best")
     assert scores.metrics()["top1"] == best
 

@@ -21,22 +21,21 @@ class Checkpoints:
         folder = Path(workdir).absolute()
         self.last = _manager(folder / "checkpoints", max_to_keep=keep)
         self.best = _manager(folder / "best", max_to_keep=1, best_fn=_top1, best_mode="max")
+        step = self.best.best_step()
+        # Held here, since Orbax has the metrics of a step only once it is written.
+        self.best_top1 = None if step is None else _top1(self.best.metrics(step))
 
     def save(self, state: State, step: int) -> None:
         if step not in self.last.all_steps():
             self.last.save(step, args=_save(state), force=True)
 
     def save_if_best(self, state: State, step: int, top1: float) -> None:
+        """Keeps a state that validated better than all before; of equals, the first."""
         # A run that was killed between this save and the next `save` comes here again with the very
-        # same state.
-        best = self.best_top1()
-        if step in self.best.all_steps() or (best is not None and top1 <= best):
-            return
-        self.best.save(step, args=_save(state), metrics={"top1": top1}, force=True)
-
-    def best_top1(self) -> float | None:
-        step = self.best.best_step()
-        return None if step is None else _top1(self.best.metrics(step))
+        # same state, which is then no better than itself.
+        if self.best_top1 is None or top1 > self.best_top1:
+            self.best.save(step, args=_save(state), metrics={"top1": top1}, force=True)
+            self.best_top1 = top1
 
     def restore(self, like: State) -> State | None:
         """The newest state, in the shapes, dtypes and shardings of `like`, or None.
