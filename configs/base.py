@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     c.data.threads = 4  # that decode, on each host
 
     c.augment = ConfigDict()
+    c.augment.crop_area = config_dict.placeholder(tuple)
     c.augment.crop_area = (0.08, 1.0)  # share of the frame that a random crop takes; None for none
     c.augment.flip = 0.5  # probability of a left-right flip
     c.augment.mixup = 0.8  # alpha of its Beta distribution; 0 for none

@@ -25,6 +25,9 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
         return main(argv)
     except UserError as error:
         _end(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -39,7 +42,12 @@ def _parse(argv: list[str]) -> list[str]:
         meant = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)
         if meant:
             _end(f"there is no config key {meant[2]!r}; did you mean {meant[1]!r}?")
+        unknown = re.fullmatch(r"""["']+(\w+)["']+""", message)
+        if unknown:
+            _end(f"there is no config key {unknown[1]!r}; configs/base.py lists them all")
         _end(message.replace("\n", " "))
+    except OSError as error:
+        _end(f"{error.filename or error} cannot be read: check --config")
 
 
 def _end(problem: object) -> NoReturn:

@@ -4,7 +4,7 @@
     python -m mvit_jax.evaluate --workdir=DIR --shuffle_frames     (MViT, Table 9)
 
 Writes DIR/evaluation.json (accuracies in percent), DIR/confusion.png and DIR/per_class.png; with
---shuffle_frames the same with `_shuffled` in the names.
+--shuffle_frames the same with `_shuffled` in the names, likewise for another list or checkpoint.
 """
 
 import functools
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         "shuffled_frames": _SHUFFLE.value,
         "classes": list(videos.class_names),
     } | scores.metrics()
-    written = write(folder, results)
+    written = write(folder, results, _LIST.value, _CHECKPOINT.value)
     print(summary(folder))
     for sentence in scores.failures:
         print(f"left out: {sentence}")
@@ -77,7 +77,7 @@ def test(
     """Scores of a run's checkpoint on a list of videos, and the step of that checkpoint."""
     jax.config.update("jax_default_matmul_precision", config.precision)
     model = experiment.model_config(config, len(videos.class_names))
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
     apply = experiment.model_apply(config, model)
     shapes = jax.eval_shape(functools.partial(mvit.init, model), jax.random.key(0))
     like = jax.tree.map(
@@ -108,16 +108,15 @@ def test(
     return scores, step
 
 
-def write(folder: Path, results: dict[str, Any]) -> list[Path]:
-    """The results as JSON and as pictures."""
-    suffix = "_shuffled" if results["shuffled_frames"] else ""
-    paths = [
-        folder / f"evaluation{suffix}.json",
-        folder / f"confusion{suffix}.png",
-        folder / f"per_class{suffix}.png",
-    ]
+def write(folder: Path, results: dict[str, Any], which: str, checkpoint: str) -> list[Path]:
+    """The results as JSON and as pictures; what is not the default stands in the names."""
+    parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
+    parts.append("shuffled" if results["shuffled_frames"] else "")
+    suffix = "".join(f"_{part}" for part in parts if part)
+    names = (f"evaluation{suffix}.json", f"confusion{suffix}.png", f"per_class{suffix}.png")
+    paths = [folder / name for name in names]
     title = f"top-1 {results['top1']:.1f} % of {results['videos']} videos"
-    title += ", frames shuffled" if suffix else ""
+    title += ", frames shuffled" if results["shuffled_frames"] else ""
     workdir.write_whole(paths[0], json.dumps(results, indent=1) + "\n")
     plots.confusion_matrix(paths[1], results["confusion"], results["classes"], title)
     plots.class_accuracy(paths[2], results["per_class"], results["classes"], title)
@@ -126,19 +125,20 @@ def write(folder: Path, results: dict[str, Any]) -> list[Path]:
 
 def summary(folder: Path) -> str:
     """All evaluations that a run's folder holds, as a short table."""
-    lines = [
-        f"{'test':<16}  {'top-1':>6}  {'top-5':>6}  {'videos':>6}  {'left out':>8}  views",
-        f"{'-' * 16}  {'-' * 6}  {'-' * 6}  {'-' * 6}  {'-' * 8}  -----",
-    ]
-    for name, suffix in (("frames in order", ""), ("frames shuffled", "_shuffled")):
-        path = folder / f"evaluation{suffix}.json"
-        if path.exists():
-            r = workdir.read(path)
-            lines.append(
-                f"{name:<16}  {r['top1']:>6.2f}  {r['top5']:>6.2f}  {r['videos']:>6}  "
-                f"{len(r['left_out']):>8}  {r['clips']} x {r['crops']}"
-            )
-    return "\n".join(lines)
+    rows = [("list", "frames", "checkpoint", "top-1", "top-5", "videos", "left out", "views")]
+    for path in sorted(folder.glob("evaluation*.json")):
+        r = workdir.read(path)
+        rows.append((
+            Path(r["list"]).stem, "shuffled" if r["shuffled_frames"] else "in order",
+            f"{r['checkpoint']}, step {r['step']}", f"{r['top1']:.2f}", f"{r['top5']:.2f}",
+            str(r["videos"]), str(len(r["left_out"])), f"{r['clips']} x {r['crops']}",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 if __name__ == "__main__":

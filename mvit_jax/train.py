@@ -25,13 +25,14 @@ from ml_collections import config_flags
 
 from mvit_jax import errors
 from mvit_jax.data import pipeline
+from mvit_jax.data.decoding import why_broken
 from mvit_jax.data.sources import VideoList
 from mvit_jax.models import mvit
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import evaluation, experiment, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.experiment import Config
-from mvit_jax.training.logbook import Logbook
+from mvit_jax.training.logbook import Logbook, NotFiniteError
 from mvit_jax.training.step import State, init_state, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
@@ -91,23 +92,33 @@ def train(config: Config, folder: str) -> int:
             batches = load(videos, config, model, mesh, start, steps)
             validate_every = experiment.steps(config, config.eval.every_epochs, videos)
             broken: set[int] = set()
-            for done, batch in zip(itertools.count(start + 1), batches, strict=False):
-                report_broken(log, videos, batch.pop("broken"), broken)
-                state, metrics = step_function(state, sharding.to_devices(batch, mesh))
-                log.step(done, metrics, np.asarray(schedule(done - 1)).item())
+            done = start
+            try:
+                for done, batch in zip(itertools.count(start + 1), batches, strict=False):
+                    report_broken(log, videos, batch.pop("broken"), broken)
+                    state, metrics = step_function(state, sharding.to_devices(batch, mesh))
+                    log.step(done, metrics, np.asarray(schedule(done - 1)).item())
 
-                if validation and (done % validate_every == 0 or done == steps):
-                    log.flush()  # never keeps a state whose loss was not finite
-                    results = validate(config, model, state, validation, predict, mesh)
-                    log.validation(done, results)
-                    checkpoints.save_if_best(state, done, results["top1"])
-                if done % config.checkpoint.every == 0 or done == steps or stop.signal:
+                    if validation and (done % validate_every == 0 or done == steps):
+                        log.flush()  # a state that is not finite is never kept
+                        results = validate(config, model, state, validation, predict, mesh)
+                        log.validation(done, results)
+                        checkpoints.save_if_best(state, done, results["top1"])
+                    if done % config.checkpoint.every == 0 or done == steps or stop.signal:
+                        log.flush()
+                        checkpoints.save(state, done)
+                    if stop.signal and done < steps:
+                        checkpoints.wait()
+                        log.say(f"stopped at step {done} of {steps}; the same command goes on")
+                        return 128 + stop.signal
+            except NotFiniteError:
+                raise
+            except errors.UserError:  # of the data, say: what was trained is kept
+                if done > start:
                     log.flush()
                     checkpoints.save(state, done)
-                if stop.signal and done < steps:
-                    log.say(f"stopped at step {done} of {steps}; the same command goes on from it")
-                    return 128 + stop.signal
-            log.say(f"trained {steps} steps; checkpoints are in {folder}/checkpoints and /best")
+                raise
+            log.say(f"trained {steps} steps; the last checkpoint is in {folder}/checkpoints")
     return 0
 
 
@@ -196,9 +207,10 @@ def report_broken(log: Logbook, videos: VideoList, broken: np.ndarray, known: se
     """Says once for each video that it could not be decoded and was replaced."""
     for index in {int(i) for i in broken if i >= 0} - known:
         known.add(index)
+        path = videos.paths[index]
         log.say(
-            f"{videos.paths[index]} cannot be decoded and is replaced by another video "
-            f"({len(known)} so far)"
+            f"{path} cannot be decoded ({why_broken(path)}) and is replaced by another video; mend "
+            f"it or take it out of {videos.list_file} ({len(known)} such so far)"
         )
 
 

@@ -269,9 +269,27 @@ def _x(size: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in size)
 
 
+def _check_type(name: str, kind: object, value: object) -> None:
+    """A wrong type would otherwise end somewhere in the arithmetic."""
+    integers = isinstance(value, tuple) and all(type(n) is int for n in value)
+    fits = {
+        int: type(value) is int,
+        float: type(value) in (int, float),
+        bool: type(value) is bool,
+    }.get(kind, integers)  # pyright: ignore[reportArgumentType]
+    if not fits:
+        wanted = {int: "a whole number", float: "a number", bool: "True or False"}.get(
+            kind,  # pyright: ignore[reportArgumentType]
+            "whole numbers like (1, 2, 2)",
+        )
+        raise UserError(f"{name} must be {wanted}, not {value!r}")
+
+
 def _check(config: MViTConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if field.name not in ("pool_mode", "positions", "pool_kernel"):
+            _check_type(field.name, field.type, value)
         triple = field.type in (Triple, "Triple") or (
             field.name == "pool_kernel" and value not in (None, "stride + 1")
         )

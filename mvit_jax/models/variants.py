@@ -52,15 +52,6 @@ VARIANTS: dict[str, MViTConfig] = {
     "vit_b16": _replace(_VIT, frames=1, num_classes=1000, dropout=0.0, drop_path=0.1),
 }
 
-# Frames between two sampled ones, at 30 frames a second; the "x4" of "16x4".
-FRAME_STRIDE = {
-    "mvit_b_16x4": 4,
-    "mvit_b_32x3": 3,
-    "mvit_b_64x3": 3,
-    "mvit_b24_32x3": 3,
-    "vit_b_8x8": 8,
-}
-
 
 @dataclass(frozen=True)
 class Published:
@@ -86,7 +77,7 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-def variant(name: str, **overrides: Any) -> MViTConfig:
+def variant(name: str, /, **overrides: Any) -> MViTConfig:
     """The architecture called `name`, with fields of `MViTConfig` overridden by keyword."""
     if name not in VARIANTS:
         raise UserError(f"there is no variant {name!r}{nearest(name, VARIANTS)}")

@@ -26,6 +26,9 @@ class Checkpoints:
         self.best_top1 = None if step is None else _top1(self.best.metrics(step))
 
     def save(self, state: State, step: int) -> None:
+        # The best of this step is on disk before the last one is: a run that is killed in between
+        # validates again.
+        self.best.wait_until_finished()
         if step not in self.last.all_steps():
             self.last.save(step, args=_save(state), force=True)
 
@@ -53,18 +56,22 @@ class Checkpoints:
         manager = self.last if which == "last" else self.best
         if manager.latest_step() is None:
             raise UserError(
-                f"there is no checkpoint in {manager.directory}: train first with python -m "
-                "mvit_jax.train, or check --workdir"
+                f"there is no checkpoint in {manager.directory}: train first (a best one needs "
+                "validation), or check --workdir"
             )
         return _restore(manager, {item: like})[item]
 
     def step(self, which: str = "last") -> int | None:
         return (self.last if which == "last" else self.best).latest_step()
 
-    def close(self) -> None:
-        """Waits for what is still being written."""
+    def wait(self) -> None:
+        """Until all is written."""
         for manager in (self.last, self.best):
             manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        for manager in (self.last, self.best):
             manager.close()
 
 
@@ -114,8 +121,8 @@ def _restore(manager: ocp.CheckpointManager, items: dict[str, Any]) -> Any:
         raise
     except Exception as error:
         raise UserError(
-            f"the checkpoint {place} cannot be read ({_first_line(error)}): remove that folder "
-            "to use the one before it"
+            f"the checkpoint {place} cannot be read ({_first_line(error)}): if it is damaged, move "
+            "that folder away, and the one before it is used, where there is one"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,33 @@ from mvit_jax.training.step import Recipe
 Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+INF = float("inf")
+RANGES = {  # smallest and largest value
+    "seed": (0, 2**31 - 1),
+    "batch": (1, INF),
+    "accumulate": (1, INF),
+    "log_every": (1, INF),
+    "data.stride": (1, INF),
+    "data.short_side": (1, INF),
+    "data.threads": (0, INF),
+    "augment.flip": (0, 1),
+    "augment.mixup": (0, INF),
+    "augment.cutmix": (0, INF),
+    "augment.switch": (0, 1),
+    "augment.group": (1, INF),
+    "augment.label_smoothing": (0, 1),
+    "optim.lr": (0, INF),
+    "optim.warmup_epochs": (0, INF),
+    "optim.weight_decay": (0, INF),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+    "optim.clip_norm": (0, INF),
+    "optim.ema": (0, 1),
+    "checkpoint.every": (1, INF),
+    "checkpoint.keep": (1, INF),
+    "eval.batch": (1, INF),
+    "eval.clips": (1, INF),
+}
 PRECISIONS = ("default", "high", "highest")
 
 
@@ -34,18 +62,19 @@ def check(config: Config) -> None:
         raise UserError(
             f"precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}"
         )
-    for key in ("batch", "accumulate", "log_every"):
-        if config[key] < 1:
-            raise UserError(f"{key} must be at least 1, not {config[key]}")
-    for key in ("every", "keep"):
-        if config.checkpoint[key] < 1:
-            raise UserError(f"checkpoint.{key} must be at least 1, not {config.checkpoint[key]}")
+    for key, (low, high) in RANGES.items():
+        section, _, name = key.rpartition(".")
+        value = (config[section] if section else config)[name]
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == INF else f"from {low} to {high}"
+            raise UserError(f"{key} must be {limits}, not {value}")
     if config.epochs <= 0:
         raise UserError(f"epochs must be above 0, not {config.epochs}")
     if config.eval.crops not in (1, 3):
         raise UserError(f"eval.crops must be 1 or 3, not {config.eval.crops}")
-    if config.eval.clips < 1:
-        raise UserError(f"eval.clips must be at least 1, not {config.eval.clips}")
+    area = config.augment.crop_area
+    if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
+        raise UserError(f"augment.crop_area must be two shares, 0 < low <= high <= 1, not {area}")
 
 
 def check_batch(config: Config, devices: int) -> None:
@@ -93,7 +122,16 @@ def clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
 
 def videos(config: Config, which: str) -> VideoList:
     """The list `which`: "train", "val" or "test"."""
-    return read_video_list(config.data.folder, config.data[f"{which}_list"])
+    name, folder = config.data[f"{which}_list"], Path(config.data.folder)
+    if not name:
+        raise UserError(f"data.{which}_list is empty: name a list of videos, like {which}.csv")
+    if folder.is_dir() and not (folder / "labels.txt").exists():
+        # Counted from one list, the number of classes could differ from another's.
+        raise UserError(
+            f"there is no labels.txt in {folder}: write the names of the classes there, one a "
+            "line, label 0 first"
+        )
+    return read_video_list(folder, name)
 
 
 def steps(config: Config, epochs: float, videos: VideoList) -> int:

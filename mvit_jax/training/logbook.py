@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,10 @@ from tqdm import tqdm
 
 from mvit_jax.errors import UserError
 from mvit_jax.training.step import Metrics
+
+
+class NotFiniteError(UserError):
+    """A loss, gradient or weight that is not finite: the state must not be kept."""
 
 
 class Logbook:
@@ -29,7 +34,7 @@ class Logbook:
         )
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not _has_columns(),
         )  # fmt: skip
         self.start, self.steps, self.batch, self.every = start, steps, batch, every
         self.pending: Metrics | None = None  # of the step that may still be running
@@ -57,10 +62,10 @@ class Logbook:
         self.pending = None
         for name, (total, count) in values.items():
             if not math.isfinite(float(total)):
-                raise UserError(
+                raise NotFiniteError(
                     f"{name} is {total} at step {self.pending_step}: training stops here and the "
                     "checkpoints before it are kept; a lower optim.lr or a longer "
-                    "optim.warmup_epochs usually helps"
+                    "optim.warmup_epochs usually helps, in another --workdir"
                 )
             pair = np.array([total, count], np.float64)
             self.sums[name] = self.sums.get(name, 0) + pair
@@ -98,6 +103,11 @@ class Logbook:
         self.bar.close()
         self.writer.flush()
         self.writer.close()
+
+
+def _has_columns() -> bool:
+    """Whether a live line can be shown; some terminals do not know their width."""
+    return sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 0
 
 
 def _duration(seconds: float) -> str:

@@ -90,6 +90,7 @@ def train_step(
         "loss": (value * clips, clips),
         "accuracy": (100 * correct, clips),  # percent, on the augmented clips
         "grad_norm": (optax.tree.norm(grads), jnp.asarray(1)),
+        "param_norm": (optax.tree.norm(params), jnp.asarray(1)),  # after the update
     }
     return state, metrics
 
