@@ -19,7 +19,8 @@ from mvit_jax.models.variants import variant
 ROUNDS = 7
 FORMS: dict[str, Callable] = {
     "by hand": pooling.depthwise_slices,
-    "autodiff": pooling.depthwise_slices.fun,  # the same sum of slices, without its own gradient
+    # The same sum of slices, without its own gradient.
+    "autodiff": pooling.depthwise_slices.fun,  # pyright: ignore[reportAttributeAccessIssue]
     "convolution": pooling.depthwise_conv,
 }
 
@@ -34,8 +35,10 @@ def main() -> None:
     seen: set[tuple] = set()
     sizes = grids(config, config.frames, config.size, config.size)
     for i, (block, block_grids) in enumerate(zip(plan(config), sizes, strict=True)):
+        if block.kv_pool is None:
+            continue
         case = (block.kv_pool, block_grids.input, 2 * block.attention_width)
-        if block.kv_pool is None or case in seen:
+        if case in seen:
             continue
         seen.add(case)
         print(row(i, *case), flush=True)

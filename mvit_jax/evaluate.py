@@ -125,7 +125,9 @@ def write(folder: Path, results: dict[str, Any], which: str, checkpoint: str) ->
 
 def summary(folder: Path) -> str:
     """All evaluations that a run's folder holds, as a short table."""
-    rows = [("list", "frames", "checkpoint", "top-1", "top-5", "videos", "left out", "views")]
+    rows: list[tuple[str, ...]] = [
+        ("list", "frames", "checkpoint", "top-1", "top-5", "videos", "left out", "views")
+    ]
     for path in sorted(folder.glob("evaluation*.json")):
         r = workdir.read(path)
         rows.append((
