@@ -31,3 +31,13 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     moving_digits.prepare(folder, train_videos=24, val_videos=8, test_videos=10)
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that is skipped tests nothing: only what needs an accelerator may be."""
+    report = yield
+    if report.skipped and item.get_closest_marker("accelerator") is None:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} is skipped but not marked `accelerator`"
+    return report
