@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -89,3 +90,16 @@ def test_programs_help():
             [sys.executable, "-m", f"mvit_jax.{name}", "--help"], capture_output=True, text=True
         )
         assert f"python -m mvit_jax.{name}" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs_and_its_shapes_are_true():
+    readme = (tiny.ROOT / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(code) == 1
+    check = "print(logits.shape, features['stages'][0].shape)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code[0]}\n{check}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "(2, 8) (2, 4, 16, 16, 64)"
+    assert "= (2, 4, 16, 16, 64)" in code[0]

@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from mvit_jax.errors import UserError
+
 matplotlib.use("Agg")
 BLUE = "#2a6f97"
 LABELLED = 40  # classes above which names no longer fit beside a row
@@ -58,5 +60,9 @@ def class_accuracy(
 def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, format="png", dpi=110)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
