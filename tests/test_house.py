@@ -52,9 +52,10 @@ def test_importing_is_quick_and_brings_no_tensorflow():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(2)
     ]
-    seconds, *loaded = runs[-1].stdout.split()
-    assert float(seconds) < 3
-    assert loaded == ["False", "False"]
+    outputs = [done.stdout.split() for done in runs]
+    # The quicker of two: machines are shared, and the first reads the files from disk.
+    assert min(float(seconds) for seconds, *_ in outputs) < 3
+    assert outputs[0][1:] == ["False", "False"]
 
 
 def test_every_public_name_is_there():
