@@ -68,9 +68,9 @@ def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
 
 # The same for CPUs. XLA's convolution with one group per channel takes there 30 to 170 times as
 # long, gradients included, as a sum of shifted slices. On a TPU it should be the other way round:
-# a prototype's training step, compiled for v5e, moved twice the bytes with slices. The gradients are
-# written by hand, since those that autodiff makes of the slices take 1.3 to 7 times as long (`python
-# -m benchmarks.pooling`, 2 cores, 2026-11-22).
+# a prototype's training step, compiled for v5e, moved twice the bytes with slices. The gradients
+# are written by hand, since those that autodiff makes of the slices take 1.3 to 7 times as long
+# (`python -m benchmarks.pooling`, 2 cores, 2026-11-22).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
