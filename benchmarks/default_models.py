@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvit_jax.models import mvit
-from mvit_jax.models.plan import cost
+from mvit_jax.models.cost import cost
 from mvit_jax.training import experiment, optimizer
 from mvit_jax.training.step import init_state, train_step
 

@@ -2,7 +2,8 @@
 
     python -m mvit_jax.describe mvit_b_16x4
     python -m mvit_jax.describe mvit_b_16x4 frames=8 size=160 pool_mode=max
-    python -m mvit_jax.describe --all
+    python -m mvit_jax.describe --all          every variant, beside what its paper reports
+    python -m mvit_jax.describe --ablations    the papers' ablations, as overrides
 
 "Multiply-adds" are what the papers call FLOPs; XLA counts two operations for each.
 """
@@ -14,28 +15,32 @@ from itertools import groupby
 from absl import flags
 
 from mvit_jax import errors
-from mvit_jax.models.plan import (
-    Cost,
-    MViTConfig,
-    Triple,
-    block_cost,
-    cost,
-    embedding_cost,
-    grids,
-    head_cost,
-    patch_grid,
-    plan,
+from mvit_jax.models.cost import Cost, block_cost, cost, embedding_cost, head_cost
+from mvit_jax.models.plan import MViTConfig, Triple, grids, patch_grid, plan
+from mvit_jax.models.ablations import ABLATIONS
+from mvit_jax.models.variants import (
+    CLASSES,
+    PUBLISHED,
+    VARIANTS,
+    Published,
+    preprocessing,
+    variant,
 )
-from mvit_jax.models.variants import PUBLISHED, VARIANTS, variant
 
 _ALL = flags.DEFINE_bool("all", False, "All variants, beside what their papers report.")
+_ABLATIONS = flags.DEFINE_bool("ablations", False, "The papers' ablations, likewise.")
 
 Row = tuple[str, ...]
+
+_NUMBER = set("0123456789+-")
 
 
 def main(argv: list[str]) -> None:
     if _ALL.value:
-        print(table(("variant", "parameters", "multiply-adds", "published", "source"), _all_rows()))
+        print(all_variants())
+        return
+    if _ABLATIONS.value:
+        print(all_ablations())
         return
     if len(argv) < 2:
         raise errors.UserError(f"name a variant: {', '.join(VARIANTS)}; or give --all")
@@ -77,9 +82,25 @@ def describe(name: str, config: MViTConfig) -> str:
         p = PUBLISHED[name]
         lines.append(
             f"published: {p.parameters} M parameters, {p.multiply_adds} G multiply-adds, "
-            f"{p.top1} % top-1 on {p.data} ({p.source})"
+            f"{p.top1} % top-1 on {p.data} ({p.source})" + (f"; {p.why}" if p.why else "")
         )
+    if name in VARIANTS:
+        lines.append(_input(name, config))
     return "\n".join(lines)
+
+
+def _input(name: str, config: MViTConfig) -> str:
+    p = preprocessing(name, frames=config.frames, size=config.size)
+    video = f"{p.frames} frames with a stride of {p.stride} at 30 frames a second"
+    what = video if p.frames > 1 else "one image"
+    return (
+        f"input: {what}; short side to {p.short_side} pixels ({p.interpolation}), centre crop of "
+        f"{p.size}; (value / 255 - {_rgb(p.mean)}) / {_rgb(p.std)}"
+    )
+
+
+def _rgb(values: tuple[float, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else str(values)
 
 
 def table(header: Row, rows: list[Row]) -> str:
@@ -88,8 +109,10 @@ def table(header: Row, rows: list[Row]) -> str:
 
     def line(row: Row) -> str:
         cells = [
-            cell.rjust(width) if cell[:1].isdigit() and " " not in cell else cell.ljust(width)
-            for cell, width in zip(row, widths, strict=True)
+            cell.rjust(width)
+            if i and cell[:1] in _NUMBER and " " not in cell
+            else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join(cells).rstrip()
 
@@ -97,19 +120,58 @@ def table(header: Row, rows: list[Row]) -> str:
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
-def _all_rows() -> list[Row]:
-    rows = []
-    for name, config in VARIANTS.items():
-        ours, p = cost(config), PUBLISHED.get(name)
-        if p is None:
-            rows.append((name, *_cost(ours), "", ""))
-            continue
-        published = (
-            f"{p.parameters} M ({_percent(ours.parameters / 1e6, p.parameters)}), "
-            f"{p.multiply_adds} G ({_percent(ours.multiply_adds / 1e9, p.multiply_adds)})"
+_PUBLISHED_HEADER = (
+    "parameters", "published", "difference", "mult-adds", "published", "difference", "top-1",
+    "data", "source",
+)  # fmt: skip
+
+
+def all_variants() -> str:
+    """Every variant beside its paper's row, with a note where they differ by more than 1 %."""
+    rows, notes = [], []
+    for name in VARIANTS:
+        p = PUBLISHED.get(name)
+        classes = {"num_classes": CLASSES[p.data]} if p else {}
+        rows.append((name, *_beside(cost(variant(name, **classes)), p, notes)))
+    return _with_notes(table(("variant", *_PUBLISHED_HEADER), rows), notes)
+
+
+def all_ablations() -> str:
+    """The papers' ablations: the overrides that make them, and their rows."""
+    rows, notes = [], []
+    for a in ABLATIONS:
+        classes = CLASSES[a.published.data]
+        ours = cost(variant(a.variant, num_classes=classes, **a.overrides))
+        overrides = " ".join(
+            f"{k}='{v}'" if " " in str(v) and isinstance(v, str) else f"{k}={v}".replace(" ", "")
+            for k, v in a.overrides.items()
         )
-        rows.append((name, *_cost(ours), published, p.source))
-    return rows
+        rows.append((a.setting, *_beside(ours, a.published, notes), f"{a.variant} {overrides}"))
+    header = ("setting", *_PUBLISHED_HEADER, "made by")
+    return _with_notes(table(header, rows), notes)
+
+
+def _beside(ours: Cost, p: Published | None, notes: list[str]) -> Row:
+    """Our counts beside a published row's; a reason for a difference goes to `notes`."""
+    millions, billions = ours.parameters / 1e6, ours.multiply_adds / 1e9
+    if p is None:
+        return (f"{ours.parameters:,}", "", "", f"{billions:.2f}G", "", "", "", "", "")
+    if p.why and p.why not in notes:
+        notes.append(p.why)
+    mark = f" [{notes.index(p.why) + 1}]" if p.why else ""
+    return (
+        f"{ours.parameters:,}", _figure(p.parameters, "M"), _percent(millions, p.parameters),
+        f"{billions:.2f}G", _figure(p.multiply_adds, "G"), _percent(billions, p.multiply_adds),
+        "" if p.top1 is None else f"{p.top1}%", p.data, p.source + mark,
+    )  # fmt: skip
+
+
+def _with_notes(text: str, notes: list[str]) -> str:
+    return "\n".join([text, "", *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
+
+
+def _figure(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value}{unit}"
 
 
 def _totals(total: Cost) -> str:
@@ -121,8 +183,8 @@ def _totals(total: Cost) -> str:
     )
 
 
-def _percent(ours: float, published: float) -> str:
-    return f"{100 * (ours / published - 1):+.1f} %"
+def _percent(ours: float, published: float | None) -> str:
+    return "" if published is None else f"{100 * (ours / published - 1):+.2f}%"
 
 
 def _cost(cost: Cost) -> tuple[str, str]:

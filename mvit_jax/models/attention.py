@@ -12,12 +12,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mvit_jax.models.plan import Triple
 
 # Not bound to one number each, since what goes in and what comes out differ.
 Tokens = Float[Array, "batch _tokens _channels"]
+QueryFeatures = Float[Array, "batch _queries _heads _places"]
+KeyFeatures = Float[Array, "_keys _places"]
 
 
 def on_grid(function: Callable[[Array], Array], x: Tokens, grid: Triple) -> tuple[Tokens, Triple]:
@@ -40,17 +43,59 @@ def join_heads(x: Float[Array, "*rows heads dim"]) -> Float[Array, "*rows channe
     return x.reshape(*x.shape[:-2], -1)
 
 
+def relative_features(
+    queries: Tokens,
+    tables: dict[str, Float[Array, "queries_of_axis keys_of_axis dim"]],
+    query_grid: Triple,
+    key_grid: Triple,
+    heads: int,
+) -> tuple[QueryFeatures, KeyFeatures]:
+    """Relative positions as features to append to queries and keys (MViTv2, equation 4).
+
+    A score gets q.R for the distance along each axis. That is the product of appended features:
+    those of a query are its q.R for each place along an axis, those of a key are one-hot rows of
+    its own place. So no table of all pairs is made, and a fused attention kernel can be used. The
+    queries are the pooled, normalised ones, not scaled (unlike the paper's equation, the reference
+    code scales only Q K^T). The class token, as query and as key, gets zeros.
+
+    Args:
+      queries: all of the channels, class token first where there is one.
+      tables: for some of "time", "height", "width", the rows R of each pair of places.
+    """
+    first = queries.shape[1] - math.prod(query_grid)
+    q = split_heads(queries[:, first:], heads)
+    q = q.reshape(q.shape[0], *query_grid, *q.shape[2:])
+    products = {
+        "time": "bthwnd,tkd->bthwnk",
+        "height": "bthwnd,hkd->bthwnk",
+        "width": "bthwnd,wkd->bthwnk",
+    }
+    by_query = jnp.concatenate([jnp.einsum(products[a], q, tables[a]) for a in tables], axis=-1)
+    by_query = by_query.reshape(q.shape[0], -1, *by_query.shape[4:])
+    places = zip(products, key_grid, np.indices(key_grid), strict=True)
+    by_key = np.concatenate([np.eye(n)[place.ravel()] for a, n, place in places if a in tables], 1)
+    by_query = jnp.pad(by_query, [(0, 0), (first, 0), (0, 0), (0, 0)])
+    return by_query, jnp.asarray(np.pad(by_key, [(first, 0), (0, 0)]), by_query.dtype)
+
+
 def attend(
     queries: Float[Array, "batch queries channels"],
     keys: Float[Array, "batch keys channels"],
     values: Float[Array, "batch keys channels"],
     heads: int,
+    relative: "tuple[QueryFeatures, KeyFeatures] | None" = None,
 ) -> Float[Array, "batch queries channels"]:
-    """softmax(Q K^T / sqrt(dim)) V for each head (section 3.1).
+    """softmax(Q K^T / sqrt(dim) + relative positions) V for each head (section 3.1).
 
-    The softmax is taken in float32, or in float64 where the queries are.
+    The softmax is taken in float32, or in float64 where the queries are. `relative` comes from
+    `relative_features`.
     """
     q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
+    q = q * q.shape[-1] ** -0.5
+    if relative is not None:
+        by_query, by_key = relative
+        by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
+        q, k = jnp.concatenate([q, by_query], -1), jnp.concatenate([k, by_key], -1)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
     return join_heads(jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v))

@@ -5,17 +5,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mvit_jax.models.attention import Tokens
 from mvit_jax.models.plan import MViTConfig
 
 INITIAL_STD = 0.02  # of linear weights, positions and class token (reference code)
 
 
 class ClassificationHead(nnx.Module):
-    """The class token, or the mean of all tokens where there is none; dropout; a linear layer."""
+    """Dropout and a linear layer, on one vector for each clip."""
 
     def __init__(self, config: MViTConfig, width: int, *, dtype, rngs: nnx.Rngs) -> None:
-        self.class_token, self.rate = config.class_token, config.dropout
+        self.rate = config.dropout
         self.classifier = nnx.Linear(
             width,
             config.num_classes,
@@ -25,10 +24,9 @@ class ClassificationHead(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Tokens, key: Array | None = None
+        self, pooled: Float[Array, "batch channels"], key: Array | None = None
     ) -> Float[Array, "batch num_classes"]:
-        """Logits in float32 (float64 where the tokens are); with a `key`, dropout is on."""
-        pooled = tokens[:, 0] if self.class_token else tokens.mean(1)
+        """Logits in float32 (float64 where the input is); with a `key`, dropout is on."""
         if key is not None and self.rate > 0:
             keep = jax.random.bernoulli(key, 1 - self.rate, pooled.shape)
             pooled = jnp.where(keep, pooled / (1 - self.rate), 0)

@@ -7,7 +7,7 @@ Top to bottom, as a clip goes: `MViT` -> `CubeEmbedding` -> `Positions` -> `Bloc
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,14 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.errors import UserError
 from mvit_jax.models import pooling
-from mvit_jax.models.attention import Tokens, attend, join_heads, on_grid, split_heads
+from mvit_jax.models.attention import (
+    Tokens,
+    attend,
+    join_heads,
+    on_grid,
+    relative_features,
+    split_heads,
+)
 from mvit_jax.models.heads import INITIAL_STD, ClassificationHead
 from mvit_jax.models.plan import (
     BlockPlan,
@@ -27,9 +34,10 @@ from mvit_jax.models.plan import (
     Pool,
     Triple,
     drop_path_rates,
-    patch_grid,
+    grids,
     plan,
 )
+from mvit_jax.models.positions import Positions, RelativePositions
 from mvit_jax.models.variants import variant
 
 Params = dict[str, Any]  # nested, string keys, arrays at the leaves
@@ -40,13 +48,15 @@ _linear_init = nnx.initializers.truncated_normal(INITIAL_STD)
 _conv_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, kernel_init=_linear_init, dtype=dtype, rngs=rngs)
+def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+    return nnx.Linear(
+        inputs, outputs, use_bias=bias, kernel_init=_linear_init, dtype=dtype, rngs=rngs
+    )
 
 
-def _norm(width: int, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _norm(width: int, dtype, rngs: nnx.Rngs, eps: float = 1e-6) -> nnx.LayerNorm:
     # The fast variance E[x^2] - E[x]^2 cancels in float32: parity with the originals is lost.
-    return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class MViT(nnx.Module):
@@ -72,6 +82,8 @@ class MViT(nnx.Module):
         self.config = config
         self.patch_embed = CubeEmbedding(config, dtype=dtype, rngs=rngs)
         self.positions = Positions(config, dtype=dtype, rngs=rngs)
+        if config.stem_norm:
+            self.stem_norm = _norm(config.width, dtype, rngs)
         self.blocks = nnx.List(
             block(p, rate, attention=attention, pool=pool, dtype=dtype, rngs=rngs)
             for p, rate in zip(blocks, drop_path_rates(config), strict=True)
@@ -80,7 +92,10 @@ class MViT(nnx.Module):
         self.head = ClassificationHead(config, blocks[-1].width_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, clip: Shaped[Array, "..."]) -> Float[Array, "batch num_classes"]:
-        """Logits of normalised clips `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`."""
+        """Logits of normalised clips `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
+
+        T, H and W may be any that leave a token; positions are interpolated.
+        """
         return self.forward(clip)[0]
 
     def forward(
@@ -95,14 +110,26 @@ class MViT(nnx.Module):
         keys = _fold(key, len(self.blocks) + 1)
         embedded = self.patch_embed(clip)
         t, h, w = embedded.shape[1:4]
-        x, grid = keep_batch_sharded(self.positions(embedded)), (t, h, w)
+        x, grid = self.positions(embedded), (t, h, w)
+        if self.config.stem_norm:
+            x = self.stem_norm(x)
+        x = keep_batch_sharded(x)
         stages: list[Array] = []
         for i, (block, block_plan) in enumerate(zip(self.blocks, plan(self.config), strict=True)):
             x, grid = block(x, grid, keys[i])
             x = keep_batch_sharded(x)
             stages[block_plan.stage :] = [_grid_of(x, grid)]
-        x = self.norm(x)
-        return self.head(x, keys[-1]), {"stages": stages, "tokens": x}
+        tokens = self.norm(x)
+        return self.head(self._pooled(x, tokens, grid), keys[-1]), {
+            "stages": stages,
+            "tokens": tokens,
+        }
+
+    def _pooled(self, x: Tokens, tokens: Tokens, grid: Triple) -> Float[Array, "batch channels"]:
+        """What the head reads: the class token, or the mean of all tokens where there is none."""
+        if self.config.mean_pooling:
+            return self.norm(x[:, x.shape[1] - math.prod(grid) :].mean(1))
+        return tokens[:, 0] if self.config.class_token else tokens.mean(1)
 
 
 class CubeEmbedding(nnx.Module):
@@ -131,51 +158,6 @@ class CubeEmbedding(nnx.Module):
         return self.proj(clip)
 
 
-class Positions(nnx.Module):
-    """Adds what tells tokens apart, learned positions, and puts the class token before them.
-
-    "separate": one table for space and one for time, added (MViT, section 4.1); "joint": one for
-    every place in space-time; "space": none for time; "none" (MViT, Table 11).
-    """
-
-    def __init__(self, config: MViTConfig, *, dtype, rngs: nnx.Rngs) -> None:
-        t, h, w = patch_grid(config, config.frames, config.size, config.size)
-        c = config.width
-
-        def table(*shape: int) -> nnx.Param:
-            return nnx.Param(_linear_init(rngs.params(), (*shape, c), jnp.float32))
-
-        self.dtype = dtype
-        if config.class_token:
-            self.class_token = table(1)
-        if config.class_token and config.positions != "none":
-            self.class_position = table(1)
-        if config.positions in ("space", "separate"):
-            self.space = table(h, w)
-        if config.positions == "separate":
-            self.time = table(t)
-        if config.positions == "joint":
-            self.joint = table(t, h, w)
-
-    def __call__(self, grid: Float[Array, "batch time height width channels"]) -> Tokens:
-        if hasattr(self, "space"):
-            grid = grid + self._table("space")[None, None]
-        if hasattr(self, "time"):
-            grid = grid + self._table("time")[None, :, None, None]
-        if hasattr(self, "joint"):
-            grid = grid + self._table("joint")[None]
-        x = grid.reshape(grid.shape[0], -1, grid.shape[-1])
-        if not hasattr(self, "class_token"):
-            return x
-        cls = self._table("class_token")
-        if hasattr(self, "class_position"):
-            cls = cls + self._table("class_position")
-        return jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], *cls.shape)), x], axis=1)
-
-    def _table(self, name: str) -> Array:
-        return getattr(self, name)[...].astype(self.dtype)
-
-
 class Block(nnx.Module):
     """Pre-norm transformer block whose attention, and with it the skip, may shrink the grid."""
 
@@ -194,45 +176,82 @@ class Block(nnx.Module):
         self.attn = attention(plan, pool=pool, dtype=dtype, rngs=rngs)
         self.norm2 = _norm(plan.attention_width, dtype, rngs)
         self.mlp = Mlp(plan, dtype=dtype, rngs=rngs)
-        if plan.width_out != plan.attention_width:
-            self.proj = _linear(plan.attention_width, plan.width_out, dtype, rngs)
+        if plan.width_out != plan.width and plan.skip != "none":
+            self.proj = _linear(plan.width, plan.width_out, dtype, rngs)
 
     def __call__(self, x: Tokens, grid: Triple, key: Array | None = None) -> tuple[Tokens, Triple]:
         """Tokens on `grid` to tokens on the grid that comes back; a `key` turns drop path on."""
         key1, key2 = _fold(key, 2)
-        y, grid_out = self.attn(self.norm1(x), grid)
+        y = self.norm1(x)
+        attended, grid_out = self.attn(y, grid)
+        skip = self._skip(x, y, self.plan.attention_width)
         if self.plan.skip_pool is not None:
             skip_pool = functools.partial(pooling.max_pool, plan=self.plan.skip_pool)
-            x, _ = on_grid(skip_pool, x, grid)
-        x = x + drop_clips(y, self.drop_path, key1)
+            skip, _ = on_grid(skip_pool, skip, grid)
+        x = skip + drop_clips(attended, self.drop_path, key1)
         y = self.norm2(x)
-        # Where the width changes, the skip is a linear layer of the *normalised* tensor: 2.6 points
-        # better than of the tensor itself (MViT, Table A.1).
-        skip = self.proj(y) if hasattr(self, "proj") else x
-        return skip + drop_clips(self.mlp(y), self.drop_path, key2), grid_out
+        mlp = drop_clips(self.mlp(y), self.drop_path, key2)
+        return self._skip(x, y, self.plan.width_out) + mlp, grid_out
+
+    def _skip(self, x: Tokens, normalised: Tokens, width: int) -> Tokens:
+        """Where the width changes, the skip is a linear layer of the *normalised* tensor: 2.6
+        points better than of the tensor itself (MViT, Table A.1)."""
+        if x.shape[-1] == width:
+            return x
+        if self.plan.skip == "none":
+            return jnp.zeros((*x.shape[:2], width), x.dtype)
+        return self.proj(normalised if self.plan.skip == "normalised" else x)
 
 
 class PooledAttention(nnx.Module):
-    """Q, K and V are projected, pooled on the grid, normalised, and attend (MViT, section 3.1)."""
+    """Q, K and V are projected, pooled on the grid, normalised, and attend (MViT, section 3.1).
+
+    With `pool_first` they are pooled first, the input each time, and then projected.
+    """
 
     def __init__(
         self, plan: BlockPlan, *, pool: PoolFunction = pooling.pool, dtype, rngs: nnx.Rngs
     ) -> None:
         self.plan, self.pool = plan, pool
-        self.qkv = _linear(plan.width, 3 * plan.attention_width, dtype, rngs)
-        self.pool_q = _pool_weights(plan.q_pool, plan.head_dim, dtype, rngs)
-        self.pool_k = _pool_weights(plan.kv_pool, plan.head_dim, dtype, rngs)
-        self.pool_v = _pool_weights(plan.kv_pool, plan.head_dim, dtype, rngs)
-        self.proj = _linear(plan.attention_width, plan.attention_width, dtype, rngs)
+        width = plan.attention_width
+        if plan.separate_qkv:
+            self.q = _linear(plan.width, width, dtype, rngs, plan.qkv_bias)
+            self.k = _linear(plan.width, width, dtype, rngs, plan.qkv_bias)
+            self.v = _linear(plan.width, width, dtype, rngs, plan.qkv_bias)
+        else:
+            self.qkv = _linear(plan.width, 3 * width, dtype, rngs, plan.qkv_bias)
+        self.pool_q = _pool_weights(plan, plan.q_pool, dtype, rngs)
+        self.pool_k = _pool_weights(plan, plan.kv_pool, dtype, rngs)
+        self.pool_v = _pool_weights(plan, plan.kv_pool, dtype, rngs)
+        if plan.relative_time or plan.relative_space:
+            self.relative = RelativePositions(plan, dtype=dtype, rngs=rngs)
+        self.proj = _linear(width, width, dtype, rngs)
 
     def __call__(self, x: Tokens, grid: Triple) -> tuple[Tokens, Triple]:
         """Tokens on `grid` to tokens on the grid of the pooled queries."""
+        plan = self.plan
+        q, kv = (x, jnp.concatenate([x, x], -1)) if plan.pool_first else self._project(x)
+        q, query_grid = self._pool(q, grid, plan.q_pool, [self.pool_q])
+        kv, key_grid = self._pool(kv, grid, plan.kv_pool, [self.pool_k, self.pool_v])
+        k, v = jnp.split(kv, 2, axis=-1)
+        if plan.pool_first:
+            q, k, v = self.q(q), self.k(k), self.v(v)
+        relative = None
+        if hasattr(self, "relative"):
+            tables = self.relative(query_grid, key_grid)
+            relative = relative_features(q, tables, query_grid, key_grid, plan.heads)
+        y = attend(q, k, v, plan.heads, relative)
+        if plan.residual_pool != "none":
+            y = y + self._residual(q, query_grid)
+        return self.proj(y), query_grid
+
+    def _project(self, x: Tokens) -> tuple[Tokens, Tokens]:
+        """Q; and K and V side by side, since they are pooled together."""
+        if self.plan.separate_qkv:
+            return self.q(x), jnp.concatenate([self.k(x), self.v(x)], axis=-1)
         # Channels of the fused projection: all of Q, then all of K, then all of V.
         q, kv = jnp.split(self.qkv(x), [self.plan.attention_width], axis=-1)
-        q, grid_out = self._pool(q, grid, self.plan.q_pool, [self.pool_q])
-        kv, _ = self._pool(kv, grid, self.plan.kv_pool, [self.pool_k, self.pool_v])
-        k, v = jnp.split(kv, 2, axis=-1)
-        return self.proj(attend(q, k, v, self.plan.heads)), grid_out
+        return q, kv
 
     def _pool(
         self, x: Tokens, grid: Triple, pool_plan: Pool | None, weights: "list[PoolWeights | None]"
@@ -244,42 +263,50 @@ class PooledAttention(nnx.Module):
         if pool_plan is None:
             return x, grid
         own = [part for part in weights if part is not None]
-        heads = self.plan.heads
-        taps = jnp.concatenate([part.taps(heads) for part in own], axis=-1) if own else None
+        width = self.plan.pooled_width
+        taps = jnp.concatenate([part.taps(width) for part in own], axis=-1) if own else None
         x, grid = on_grid(lambda tokens: self.pool(tokens, pool_plan, taps), x, grid)
         if own:
             parts = jnp.split(x, len(own), axis=-1)
-            normed = [w.normalise(p, heads) for w, p in zip(own, parts, strict=True)]
+            normed = [w.normalise(p) for w, p in zip(own, parts, strict=True)]
             x = jnp.concatenate(normed, axis=-1)
         return x, grid
+
+    def _residual(self, q: Tokens, grid: Triple) -> Tokens:
+        """The pooled queries, with zeros for the class token where it takes no part."""
+        first = q.shape[1] - math.prod(grid)
+        if first == 0 or self.plan.residual_pool == "all":
+            return q
+        return jnp.pad(q[:, first:], [(0, 0), (first, 0), (0, 0)])
 
 
 class PoolWeights(nnx.Module):
     """Taps of one pooling convolution, shared by all heads, and the norm that follows it."""
 
-    def __init__(self, kernel, head_dim: int, *, dtype, rngs: nnx.Rngs) -> None:
-        # [kt, kh, kw, 1, head_dim] for the initialiser's fan in: one input channel per group.
-        shape = (*kernel, 1, head_dim)
+    def __init__(self, kernel, dim: int, eps: float, *, dtype, rngs: nnx.Rngs) -> None:
+        # [kt, kh, kw, 1, dim] for the initialiser's fan in: one input channel per group.
+        shape = (*kernel, 1, dim)
         self.kernel = nnx.Param(_conv_init(rngs.params(), shape, jnp.float32).squeeze(3))
-        self.norm = _norm(head_dim, dtype, rngs)
-        self.dtype = dtype
+        self.norm = _norm(dim, dtype, rngs, eps)
+        self.dtype, self.dim = dtype, dim
 
-    def taps(self, heads: int) -> Float[Array, "kt kh kw channels"]:
-        return jnp.tile(self.kernel[...].astype(self.dtype), heads)
+    def taps(self, width: int) -> Float[Array, "kt kh kw channels"]:
+        return jnp.tile(self.kernel[...].astype(self.dtype), width // self.dim)
 
-    def normalise(self, x: Tokens, heads: int) -> Tokens:
-        return join_heads(self.norm(split_heads(x, heads)))
+    def normalise(self, x: Tokens) -> Tokens:
+        return join_heads(self.norm(split_heads(x, x.shape[-1] // self.dim)))
 
 
-def _pool_weights(pool: Pool | None, head_dim: int, dtype, rngs: nnx.Rngs) -> PoolWeights | None:
+def _pool_weights(plan: BlockPlan, pool: Pool | None, dtype, rngs: nnx.Rngs) -> PoolWeights | None:
     """Maximum and average have no weights, and no norm follows them (reference code)."""
-    if pool is None or pool.mode != "conv":
+    if pool is None or pool.mode in ("max", "avg"):
         return None
-    return PoolWeights(pool.kernel, head_dim, dtype=dtype, rngs=rngs)
+    dim = plan.pool_dim(pool)
+    return PoolWeights(pool.kernel, dim, plan.pool_norm_eps, dtype=dtype, rngs=rngs)
 
 
 class Mlp(nnx.Module):
-    """Linear, exact GELU, linear; the last one of a stage doubles the channels (section 3.2)."""
+    """Linear, exact GELU, linear; MViT's last one of a stage doubles the channels (section 3.2)."""
 
     def __init__(self, plan: BlockPlan, *, dtype, rngs: nnx.Rngs) -> None:
         self.fc1 = _linear(plan.attention_width, plan.mlp_width, dtype, rngs)
@@ -313,7 +340,7 @@ def create_model(
 
 def init(config: MViTConfig, key: Array, **plugs: Any) -> Params:
     """Fresh float32 parameters. `plugs` are the `block`, `attention`, `pool` of `MViT`."""
-    return params_of(MViT(config, rngs=nnx.Rngs(params=key), **plugs))
+    return params_of(MViT(config, rngs=_keys(key), **plugs))
 
 
 def apply(
@@ -341,14 +368,40 @@ def params_of(model: nnx.Module) -> Params:
     return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
+def from_params(params: Params, config: MViTConfig, dtype=jnp.float32, **plugs: Any) -> MViT:
+    """The module with these parameters; a `UserError` where they are of another architecture."""
+    return _with_params(params, config, dtype, tuple(sorted(plugs.items())))
+
+
+def shapes(config: MViTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its path, "blocks/3/attn/qkv/kernel"."""
+    _, abstract = _structure(config, jnp.float32, ())
+    tree = _string_keys(nnx.to_pure_dict(abstract))
+    return {path: tuple(leaf.shape) for path, leaf in flat(tree).items()}
+
+
+def flat(params: Any) -> dict[str, Any]:
+    """Parameters, or anything nested like them, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
+
+
+def nested(params: Mapping[str, Any]) -> Params:
+    """Parameters nested by the parts of their paths."""
+    tree: Params = {}
+    for path, value in params.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
 def first_difference(model: Any, found: Any) -> str | None:
     """Says in which tensor, by name, two trees of arrays or shapes differ first; or None."""
     ours, theirs = (
-        {
-            "/".join(str(k.key) for k in path): list(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (model, found)
+        {path: list(leaf.shape) for path, leaf in flat(tree).items()} for tree in (model, found)
     )
     for name in sorted({*ours, *theirs}):
         mine, other = ours.get(name, "missing"), theirs.get(name, "missing")
@@ -357,9 +410,30 @@ def first_difference(model: Any, found: Any) -> str | None:
     return None
 
 
+class _Keys:
+    """The keys of `nnx.Rngs(params=key)`, the same ones, counted in Python.
+
+    The counter of `nnx.Rngs` is an array: under a trace each draw takes longer than the one before,
+    two minutes in all for the shapes of MViTv2-H (flax 0.12.8).
+    """
+
+    def __init__(self, key: Array) -> None:
+        self.key, self.count = key, 0
+
+    def params(self) -> Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
+def _keys(key: Array) -> Any:
+    return _Keys(key)
+
+
 @functools.lru_cache(maxsize=64)
 def _structure(config: MViTConfig, dtype, plugs: tuple):
-    model = nnx.eval_shape(lambda: MViT(config, rngs=nnx.Rngs(0), dtype=dtype, **dict(plugs)))
+    model = nnx.eval_shape(
+        lambda: MViT(config, rngs=_keys(jax.random.key(0)), dtype=dtype, **dict(plugs))
+    )
     return nnx.split(model)
 
 
@@ -402,18 +476,12 @@ def _grid_of(x: Tokens, grid: Triple) -> Float[Array, "batch time height width c
 
 
 def _as_video(clip: Array, config: MViTConfig) -> Array:
-    expected = (config.frames, config.size, config.size, 3)
     if clip.ndim == 4 and config.frames == 1:
         clip = rearrange(clip, "batch height width rgb -> batch 1 height width rgb")
     if clip.ndim != 5 or clip.shape[-1] != 3:
         what = "[batch, H, W, 3] images" if config.frames == 1 else "[batch, T, H, W, 3] clips"
         raise UserError(f"the model takes {what}; this input has shape {list(clip.shape)}")
-    patch_grid(config, *clip.shape[1:4])
-    if clip.shape[1:] != expected:
-        raise UserError(
-            f"this model was built for clips of {list(expected)}; this input has "
-            f"{list(clip.shape[1:])}: build the model for it with frames= and size=, or resize it"
-        )
+    grids(config, *clip.shape[1:4])
     if not jnp.issubdtype(clip.dtype, jnp.floating):
         raise UserError(
             f"the model takes normalised floating-point clips; this input has {clip.dtype}: "

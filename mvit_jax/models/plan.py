@@ -1,30 +1,31 @@
-"""The architecture as data: what each block does, on which grid of tokens, at what cost.
+"""The architecture as data: what each block does, and on which grid of tokens.
 
 Pure Python, no JAX. What the papers say in prose about stages, channel expansion, pooled queries,
-adaptive key/value strides and skip connections is decided here, once:
+adaptive key/value strides, skip connections and relative positions is decided here, once:
 
 * MViT, Fan et al. 2021 (arXiv 2104.11227), section 3;
-* the counts agree with the published ones, see `variants.py` and `python -m mvit_jax.describe`.
+* MViTv2, Li et al. 2022 (arXiv 2112.01526), section 4 and appendix B.1.
+
+`cost.py` counts parameters and multiply-adds from it, `python -m mvit_jax.describe` prints it.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 from mvit_jax.errors import UserError
 
 Triple = tuple[int, int, int]  # along time, height, width
-
-POOL_MODES = ("conv", "max", "avg")
-POSITIONS = ("none", "space", "separate", "joint")
+KernelRule = Literal["stride", "stride + 1", "2 stride + 1"]
 
 
 @dataclass(frozen=True)
 class MViTConfig:
     """One architecture. Images are the case `frames=1` with kernels and strides of 1 along time.
 
-    Strides and kernels are (time, height, width). Rates are probabilities in [0, 1).
+    Strides and kernels are (time, height, width). Rates are probabilities in [0, 1). `frames` and
+    `size` are what the tables of positions are made for: a model takes clips of other sizes too.
     """
 
     frames: int = 16
@@ -33,18 +34,45 @@ class MViTConfig:
     patch_kernel: Triple = (3, 7, 7)
     patch_stride: Triple = (2, 4, 4)
     patch_padding: Triple = (1, 3, 3)
-    width: int = 96  # channels of the first stage; each stage doubles them
-    heads: int = 1  # of the first stage; each stage doubles them
-    depths: tuple[int, ...] = (1, 2, 11, 2)  # blocks per stage
-    mlp_ratio: int = 4
-    pool_mode: Literal["conv", "max", "avg"] = "conv"
-    # None is the papers' choice for the mode: 3x3x3 for "conv", stride + 1 for "max" and "avg"
-    # (MViT, Table 15); "stride + 1" asks for the latter with "conv" too.
-    pool_kernel: Triple | Literal["stride + 1"] | None = None
-    q_stride: Triple = (1, 2, 2)  # in the first block of stages 2, 3, ...
-    kv_stride: Triple = (1, 8, 8)  # in the first stage; each q_stride divides it (section 3.2)
     class_token: bool = True
-    positions: Literal["none", "space", "separate", "joint"] = "separate"
+    # Absolute positions (MViT, Table 11); "sincos" has no parameters (reference code).
+    positions: Literal["none", "space", "separate", "joint", "sincos"] = "separate"
+    stem_norm: bool = False  # a norm after the positions
+    width: int = 96  # channels of the first stage
+    heads: int = 1  # of the first stage
+    growth: int = 2  # factor of channels and heads from stage to stage
+    depths: tuple[int, ...] = (1, 2, 11, 2)  # blocks per stage
+    # Where channels grow: in the last MLP of a stage (MViT), or in the attention of a stage's first
+    # block (MViTv2, appendix B.1).
+    expand: Literal["mlp", "attention"] = "mlp"
+    # The skip where channels grow: a linear layer of the normalised tensor, of the tensor itself,
+    # or none at all (MViT, Table A.1).
+    skip: Literal["normalised", "plain", "none"] = "normalised"
+    mlp_ratio: int = 4
+    # "conv" shares its weights between heads; "conv_unshared", which needs pool_first, does not.
+    pool_mode: Literal["conv", "conv_unshared", "max", "avg"] = "conv"
+    # None is the papers' choice for the mode: 3x3x3 for convolutions, stride + 1 for "max" and
+    # "avg" (MViT, Table 15). The rules in words hold for each axis that has a stride.
+    pool_kernel: Triple | KernelRule | None = None
+    q_kernels: tuple[Triple, ...] = ()  # of each block, where pool_kernel does not say it
+    kv_kernels: tuple[Triple, ...] = ()  # likewise; with stride 1, (1, 1, 1) is no pool at all
+    q_stride: Triple = (1, 2, 2)  # in the first block of stages 2, 3, ...
+    full_q_pool: bool = False  # pool queries in every block, not only by strides (MViTv2, 4.1)
+    kv_stride: Triple = (1, 8, 8)  # in the first stage
+    kv_adaptive: bool = True  # each q_stride divides kv_stride (MViT, section 3.2 and Table 14)
+    pool_first: bool = False  # pool, then project
+    pool_norm_eps: float = 1e-6  # of the norms after pools; 1e-5 in PyTorchVideo 0.1
+    separate_qkv: bool = False  # three linear layers; with pool_first always
+    qkv_bias: bool = True
+    # Decomposed (MViTv2, equation 4): tables for height and width, for time, or for all three.
+    relative_positions: Literal["none", "space", "time", "both"] = "none"
+    # Whose order of float32 operations makes the distances that are then truncated; it matters
+    # where the grids of queries and keys are no multiples of each other.
+    relative_distances: Literal["slowfast", "torchvision"] = "slowfast"
+    # Add the pooled queries to the attention's output (MViTv2, section 4.1): to that of the grid's
+    # tokens, or of all, class token included (timm).
+    residual_pool: Literal["none", "grid", "all"] = "none"
+    mean_pooling: bool = False  # the head reads the norm of the grid's mean (MaskFeat)
     drop_path: float = 0.2  # of the last block; rises linearly from 0 at the first
     dropout: float = 0.5  # before the classifier
 
@@ -54,15 +82,19 @@ class MViTConfig:
 
 @dataclass(frozen=True)
 class Pool:
-    """P(.; kernel, stride, padding) on a token grid, with padding = kernel // 2 (section 3.1)."""
+    """P(.; kernel, stride, padding) on a token grid (MViT, section 3.1).
+
+    Padding is kernel // 2, or none where windows lie side by side.
+    """
 
     mode: str
     kernel: Triple
     stride: Triple
+    padded: bool = True
 
     @property
     def padding(self) -> Triple:
-        return _triple(k // 2 for k in self.kernel)
+        return _triple(k // 2 if self.padded else 0 for k in self.kernel)
 
     def output(self, grid: Triple) -> Triple:
         return conv_output(grid, self.kernel, self.stride, self.padding)
@@ -75,16 +107,35 @@ class BlockPlan:
     stage: int  # from 0
     width: int  # channels of the block's input
     attention_width: int  # channels of Q, K, V and of the attention's output
-    width_out: int  # channels of the block's output: doubled by a stage's last MLP
+    width_out: int  # channels of the block's output
     heads: int
     mlp_width: int
     q_pool: Pool | None
     kv_pool: Pool | None
     skip_pool: Pool | None
+    skip: str = "normalised"
+    pool_first: bool = False
+    pool_norm_eps: float = 1e-6
+    separate_qkv: bool = False
+    qkv_bias: bool = True
+    relative_time: int = 0  # rows of the table of relative positions; 0 for none
+    relative_space: int = 0  # likewise, of each of the two for height and width
+    relative_distances: str = "slowfast"
+    residual_pool: str = "none"
 
     @property
     def head_dim(self) -> int:
         return self.attention_width // self.heads
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of each of the three tensors that are pooled."""
+        return self.width if self.pool_first else self.attention_width
+
+    def pool_dim(self, pool: Pool) -> int:
+        """Channels that a pooling convolution has weights for, and that its norm is taken over."""
+        shared = 1 if pool.mode == "conv_unshared" else self.heads
+        return self.pooled_width // shared
 
 
 @dataclass(frozen=True)
@@ -97,32 +148,49 @@ class BlockGrids:
 
 
 def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
-    """The blocks of an architecture, first to last (MViT, section 3.2 and Table 2)."""
+    """The blocks of an architecture, first to last (MViT, Table 2; MViTv2, Table 1)."""
     blocks = []
     kv_stride = config.kv_stride
+    # Tables of relative positions are made for the grid by whole-number division; what a padded
+    # convolution leaves of it may be one longer (39 -> 20, not 19), see `positions.relative`.
+    nominal = patch_grid(config, config.frames, config.size, config.size)
     for stage, depth in enumerate(config.depths):
-        width, heads = config.width * 2**stage, config.heads * 2**stage
-        last_stage = stage == len(config.depths) - 1
         for i in range(depth):
-            first, last = i == 0 and stage > 0, i == depth - 1
+            first = i == 0 and stage > 0
             q_stride = config.q_stride if first else (1, 1, 1)
-            # Adaptive: what the queries' pooling shrinks, the keys' need not shrink any more, so
-            # that the number of keys stays about the same through the stages.
-            kv_stride = _triple(max(kv // q, 1) for kv, q in zip(kv_stride, q_stride, strict=True))
+            if config.kv_adaptive:
+                # What the queries' pooling shrinks, the keys' need not shrink any more, so that
+                # the number of keys stays about the same through the stages.
+                kv_stride = _triple(
+                    max(kv // q, 1) for kv, q in zip(kv_stride, q_stride, strict=True)
+                )
+            time, space = _relative_rows(config, nominal, q_stride, kv_stride)
+            q_kernel, kv_kernel = _kernels(config, len(blocks), q_stride, kv_stride)
+            pool_queries = config.full_q_pool or math.prod(q_stride) > 1
+            width, attention_width, width_out, heads = _widths(config, stage, i)
             blocks.append(
                 BlockPlan(
                     stage=stage,
                     width=width,
-                    attention_width=width,
-                    width_out=2 * width if last and not last_stage else width,
+                    attention_width=attention_width,
+                    width_out=width_out,
                     heads=heads,
-                    mlp_width=config.mlp_ratio * width,
-                    q_pool=_pool(config, q_stride) if math.prod(q_stride) > 1 else None,
-                    kv_pool=_pool(config, kv_stride),
-                    # Skips are max pooled whatever the mode (section 3.2, reference code).
-                    skip_pool=_drop_identity(Pool("max", _stride_plus_1(q_stride), q_stride)),
+                    mlp_width=config.mlp_ratio * attention_width,
+                    q_pool=_pool(config, q_kernel, q_stride) if pool_queries else None,
+                    kv_pool=_pool(config, kv_kernel, kv_stride),
+                    skip_pool=_skip_pool(config, q_stride),
+                    skip=config.skip,
+                    pool_first=config.pool_first,
+                    pool_norm_eps=config.pool_norm_eps,
+                    separate_qkv=config.separate_qkv or config.pool_first,
+                    qkv_bias=config.qkv_bias,
+                    relative_time=time,
+                    relative_space=space,
+                    relative_distances=config.relative_distances,
+                    residual_pool=config.residual_pool,
                 )
             )
+            nominal = _triple(n // q for n, q in zip(nominal, q_stride, strict=True))
     return tuple(blocks)
 
 
@@ -137,100 +205,29 @@ def patch_grid(config: MViTConfig, frames: int, height: int, width: int) -> Trip
     size = (frames, height, width)
     grid = conv_output(size, config.patch_kernel, config.patch_stride, config.patch_padding)
     if min(grid) < 1:
-        smallest = tuple(
-            max(k - 2 * p, 1)
-            for k, p in zip(config.patch_kernel, config.patch_padding, strict=True)
-        )
-        raise UserError(
-            f"a clip of {_x(size)} (frames x height x width) leaves no token; the smallest that "
-            f"this model takes is {_x(smallest)}"
-        )
+        raise _too_small(config, size)
     return grid
 
 
 def grids(config: MViTConfig, frames: int, height: int, width: int) -> tuple[BlockGrids, ...]:
     """The token grids of every block for clips of `frames` x `height` x `width` pixels."""
-    grid = patch_grid(config, frames, height, width)
-    rows = []
-    for block in plan(config):
-        keys = block.kv_pool.output(grid) if block.kv_pool else grid
-        output = block.q_pool.output(grid) if block.q_pool else grid
-        rows.append(BlockGrids(grid, keys, output))
-        grid = output
-    return tuple(rows)
+    rows = _grids(config, (frames, height, width))
+    if rows is None:
+        raise _too_small(config, (frames, height, width))
+    return rows
 
 
-# Cost. Multiply-adds are what papers print as "FLOPs": one multiplication with its addition in a
-# linear layer, a convolution or an attention product; norms, softmax and GELU are left out.
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Parameters, and multiply-adds for one clip."""
-
-    parameters: int
-    multiply_adds: int
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.parameters + other.parameters, self.multiply_adds + other.multiply_adds)
-
-
-def embedding_cost(config: MViTConfig) -> Cost:
-    """Cube embedding, class token and positions."""
-    t, h, w = patch_grid(config, config.frames, config.size, config.size)
-    kernel = 3 * math.prod(config.patch_kernel) * config.width
-    positions = {
-        "none": 0,
-        "space": h * w + config.class_token,
-        "separate": t + h * w + config.class_token,
-        "joint": t * h * w + config.class_token,
-    }[config.positions]
-    parameters = kernel + config.width * (1 + config.class_token + positions)
-    return Cost(parameters, kernel * t * h * w)
-
-
-def block_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> Cost:
-    """One block: attention with its pools, MLP, skip projection, norms."""
-    tokens_in, keys, tokens_out = (
-        math.prod(grid) + class_token for grid in (grids.input, grids.keys, grids.output)
-    )
-    a = block.attention_width
-    linears = [  # (inputs, outputs, tokens)
-        (block.width, 3 * a, tokens_in),
-        (a, a, tokens_out),
-        (a, block.mlp_width, tokens_out),
-        (block.mlp_width, block.width_out, tokens_out),
-    ]
-    if block.width_out != a:
-        linears.append((a, block.width_out, tokens_out))
-    parameters = sum((i + 1) * o for i, o, _ in linears)
-    multiply_adds = sum(i * o * n for i, o, n in linears)
-    multiply_adds += 2 * a * tokens_out * keys  # scores, and their product with the values
-    parameters += 2 * block.width + 2 * a  # norms before attention and MLP
-    for pool, grid, copies in (
-        (block.q_pool, grids.output, 1),
-        (block.kv_pool, grids.keys, 2),
-    ):
-        if pool and pool.mode == "conv":
-            taps = math.prod(pool.kernel)
-            parameters += copies * block.head_dim * (taps + 2)  # kernel shared by heads, norm
-            multiply_adds += copies * taps * a * math.prod(grid)
-    return Cost(parameters, multiply_adds)
-
-
-def head_cost(config: MViTConfig) -> Cost:
-    """Final norm and classifier."""
-    width = plan(config)[-1].width_out
-    return Cost(2 * width + (width + 1) * config.num_classes, width * config.num_classes)
-
-
-def cost(config: MViTConfig) -> Cost:
-    """Parameters, and multiply-adds for one clip of the nominal size."""
-    sizes = grids(config, config.frames, config.size, config.size)
-    total = embedding_cost(config) + head_cost(config)
-    for block, block_grids in zip(plan(config), sizes, strict=True):
-        total += block_cost(block, block_grids, config.class_token)
-    return total
+def smallest_clip(config: MViTConfig) -> Triple:
+    """The least (frames, height, width) that leaves a token in every block."""
+    sides = []
+    for axis in range(3):  # no axis depends on another
+        start = [4096] * 3
+        for side in range(1, 4097):
+            start[axis] = side
+            if _grids(config, _triple(start)) is not None:
+                break
+        sides.append(start[axis])
+    return _triple(sides)
 
 
 def conv_output(size: Triple, kernel: Triple, stride: Triple, padding: Triple) -> Triple:
@@ -240,24 +237,87 @@ def conv_output(size: Triple, kernel: Triple, stride: Triple, padding: Triple) -
     )
 
 
-def _pool(config: MViTConfig, stride: Triple) -> Pool | None:
-    return _drop_identity(Pool(config.pool_mode, _pool_kernel(config, stride), stride))
+def _grids(config: MViTConfig, size: Triple) -> tuple[BlockGrids, ...] | None:
+    grid = conv_output(size, config.patch_kernel, config.patch_stride, config.patch_padding)
+    rows = []
+    for block in plan(config):
+        keys = block.kv_pool.output(grid) if block.kv_pool else grid
+        output = block.q_pool.output(grid) if block.q_pool else grid
+        if min(*grid, *keys, *output) < 1:
+            return None
+        rows.append(BlockGrids(grid, keys, output))
+        grid = output
+    return tuple(rows)
 
 
-def _pool_kernel(config: MViTConfig, stride: Triple) -> Triple:
-    kernel = config.pool_kernel
-    if kernel == "stride + 1" or (kernel is None and config.pool_mode != "conv"):
-        return _stride_plus_1(stride)
-    return _triple(kernel or (3 if config.frames > 1 else 1, 3, 3))
+def _too_small(config: MViTConfig, size: Triple) -> UserError:
+    return UserError(
+        f"a clip of {_x(size)} (frames x height x width) leaves no token; the smallest that this "
+        f"model takes is {_x(smallest_clip(config))}"
+    )
 
 
-def _drop_identity(pool: Pool) -> Pool | None:
+def _widths(config: MViTConfig, stage: int, i: int) -> tuple[int, int, int, int]:
+    """Channels in, of the attention, and out; heads: of block `i` of a stage."""
+    width = config.width * config.growth**stage
+    heads = config.heads * config.growth**stage
+    if config.expand == "attention":
+        return (width // config.growth if i == 0 and stage > 0 else width), width, width, heads
+    grows = i == config.depths[stage] - 1 and stage < len(config.depths) - 1
+    return width, width, width * config.growth if grows else width, heads
+
+
+def _relative_rows(
+    config: MViTConfig, grid: Triple, q_stride: Triple, kv_stride: Triple
+) -> tuple[int, int]:
+    """Rows of the tables of relative positions for time, and for height or width."""
+    kind = config.relative_positions
+    side = max(grid[1:])
+    longest = max(side // q_stride[1], side // kv_stride[1], 1)
+    time = 2 * grid[0] - 1 if kind in ("time", "both") else 0
+    return time, 2 * longest - 1 if kind in ("space", "both") else 0
+
+
+def _kernels(
+    config: MViTConfig, block: int, q_stride: Triple, kv_stride: Triple
+) -> tuple[Triple, Triple]:
+    q = config.q_kernels[block] if config.q_kernels else _kernel(config, q_stride)
+    kv = config.kv_kernels[block] if config.kv_kernels else _kernel(config, kv_stride)
+    return q, kv
+
+
+def _kernel(config: MViTConfig, stride: Triple) -> Triple:
+    rule = config.pool_kernel
+    if rule is None:
+        rule = "stride + 1" if config.pool_mode in ("max", "avg") else _three(config)
+    if isinstance(rule, str):
+        return _by_rule(rule, stride)
+    return rule
+
+
+def _three(config: MViTConfig) -> Triple:
+    return (3 if config.frames > 1 else 1, 3, 3)
+
+
+def _by_rule(rule: str, stride: Triple) -> Triple:
+    factor, more = {"stride": (1, 0), "stride + 1": (1, 1), "2 stride + 1": (2, 1)}[rule]
+    return _triple(factor * s + more if s > 1 else 1 for s in stride)
+
+
+def _pool(config: MViTConfig, kernel: Triple, stride: Triple) -> Pool | None:
     """A pool of kernel 1 and stride 1 does not exist: no weights, no norm (reference code)."""
-    return None if math.prod(pool.kernel) == math.prod(pool.stride) == 1 else pool
+    if math.prod(kernel) == math.prod(stride) == 1:
+        return None
+    return Pool(config.pool_mode, kernel, stride, padded=config.pool_kernel != "stride")
 
 
-def _stride_plus_1(stride: Triple) -> Triple:
-    return _triple(s + 1 if s > 1 else 1 for s in stride)
+def _skip_pool(config: MViTConfig, q_stride: Triple) -> Pool | None:
+    """Skips are max pooled whatever the mode, by windows of stride + 1 (reference code)."""
+    if math.prod(q_stride) == 1:
+        return None
+    side_by_side = config.pool_kernel == "stride"
+    kernel = _by_rule("stride" if side_by_side else "stride + 1", q_stride)
+    return Pool("max", kernel, q_stride, padded=not side_by_side)
 
 
 def _triple(values) -> Triple:
@@ -269,44 +329,13 @@ def _x(size: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in size)
 
 
-def _check_type(name: str, kind: object, value: object) -> None:
-    """A wrong type would otherwise end somewhere in the arithmetic."""
-    integers = isinstance(value, tuple) and all(type(n) is int for n in value)
-    fits = {
-        int: type(value) is int,
-        float: type(value) in (int, float),
-        bool: type(value) is bool,
-    }.get(kind, integers)  # pyright: ignore[reportArgumentType]
-    if not fits:
-        wanted = {int: "a whole number", float: "a number", bool: "True or False"}.get(
-            kind,  # pyright: ignore[reportArgumentType]
-            "whole numbers like (1, 2, 2)",
-        )
-        raise UserError(f"{name} must be {wanted}, not {value!r}")
+# Checks: a wrong value would otherwise end somewhere in the arithmetic.
 
 
 def _check(config: MViTConfig) -> None:
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("pool_mode", "positions", "pool_kernel"):
-            _check_type(field.name, field.type, value)
-        triple = field.type in (Triple, "Triple") or (
-            field.name == "pool_kernel" and value not in (None, "stride + 1")
-        )
-        if not triple:
-            continue
-        if not isinstance(value, tuple) or len(value) != 3:
-            raise UserError(f"{field.name} must be three numbers (t, h, w), not {value!r}")
-        lowest = 0 if field.name == "patch_padding" else 1
-        if min(value) < lowest:
-            raise UserError(f"{field.name} must be at least {lowest} on every axis, not {value}")
-    for name, value, allowed in (
-        ("pool_mode", config.pool_mode, POOL_MODES),
-        ("positions", config.positions, POSITIONS),
-    ):
-        if value not in allowed:
-            raise UserError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-    for name in ("frames", "size", "num_classes", "width", "heads", "mlp_ratio"):
+        _check_field(field.name, field.type, getattr(config, field.name))
+    for name in ("frames", "size", "num_classes", "width", "heads", "growth", "mlp_ratio"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
     if not config.depths or min(config.depths) < 1:
@@ -314,16 +343,71 @@ def _check(config: MViTConfig) -> None:
     for name in ("drop_path", "dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), not {getattr(config, name)}")
+    if config.pool_norm_eps <= 0:
+        raise UserError(f"pool_norm_eps must be above 0, not {config.pool_norm_eps}")
     if config.width % config.heads:
         raise UserError(f"width {config.width} is not divisible by {config.heads} heads")
+    if config.positions == "sincos" and config.width % 16:
+        raise UserError(f"sin-cos positions need a width divisible by 16, not {config.width}")
+    if config.pool_mode == "conv_unshared" and not config.pool_first:
+        raise UserError('pool_mode "conv_unshared" pools before the heads are there: it needs '
+                        "pool_first=True")  # fmt: skip
+    for name in ("q_kernels", "kv_kernels"):
+        given = len(getattr(config, name))
+        if given not in (0, sum(config.depths)):
+            raise UserError(f"{name} must name a kernel for each of the {sum(config.depths)} "
+                            f"blocks, or for none, not {given}")  # fmt: skip
+    _check_skips(config)
+
+
+def _check_skips(config: MViTConfig) -> None:
     # Padded by kernel // 2, an even kernel gives one place more than an odd one, on some grids.
-    query_kernel, skip_kernel = (
-        _pool_kernel(config, config.q_stride),
-        _stride_plus_1(config.q_stride),
-    )
-    pooled = len(config.depths) > 1 and math.prod(config.q_stride) > 1
-    if pooled and any((q - s) % 2 for q, s in zip(query_kernel, skip_kernel, strict=True)):
-        raise UserError(
-            f"pool_kernel {query_kernel} with q_stride {config.q_stride} pools the queries and "
-            'their skip to different grids; use pool_kernel="stride + 1"'
-        )
+    for i, block in enumerate(plan(config)):
+        if block.skip_pool is None:
+            continue
+        if block.q_pool is None:
+            raise UserError(f"block {i} pools its skip but not its queries: check q_kernels")
+        kernels = zip(block.q_pool.kernel, block.skip_pool.kernel, strict=True)
+        if any((q - s) % 2 for q, s in kernels):
+            raise UserError(
+                f"pool_kernel {block.q_pool.kernel} with q_stride {config.q_stride} pools the "
+                'queries and their skip to different grids; use pool_kernel="stride + 1"'
+            )
+
+
+def _check_field(name: str, kind: Any, value: object) -> None:
+    choices = [option for part in (kind, *get_args(kind)) for option in _options(part)]
+    if kind in (int, float, bool):
+        words = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{name} must be {words}, not {value!r}")
+    elif name == "pool_kernel":
+        if value is not None and value not in choices:
+            _check_triple(name, value)
+    elif choices:
+        if value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    elif name in ("q_kernels", "kv_kernels"):
+        if not isinstance(value, tuple):
+            raise UserError(f"{name} must be kernels like ((3, 3, 3), (1, 3, 3)), not {value!r}")
+        for kernel in value:
+            _check_triple(name, kernel)
+    elif name == "depths":
+        if not isinstance(value, tuple) or not all(type(n) is int for n in value):
+            raise UserError(f"depths must be whole numbers like (1, 2, 11, 2), not {value!r}")
+    else:
+        _check_triple(name, value)
+
+
+def _options(kind: Any) -> tuple[str, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _check_triple(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or not all(type(n) is int for n in value):
+        raise UserError(f"{name} must be whole numbers like (1, 2, 2), not {value!r}")
+    if len(value) != 3:
+        raise UserError(f"{name} must be three numbers (t, h, w), not {value!r}")
+    lowest = 0 if name == "patch_padding" else 1
+    if min(value) < lowest:
+        raise UserError(f"{name} must be at least {lowest} on every axis, not {value}")

@@ -1,17 +1,22 @@
-"""The published variants: their architectures, and what their papers report.
+"""The published variants: their architectures, what their papers report, what their weights expect.
 
-`P1` is MViT (Fan et al. 2021, arXiv 2104.11227). A field is overridden by keyword:
+`P1` is MViT (Fan et al. 2021, arXiv 2104.11227), `P2` MViTv2 (Li et al. 2022, arXiv 2112.01526),
+`MaskFeat` Wei et al. 2022 (arXiv 2112.09133). A field is overridden by keyword:
 `variant("mvit_b_16x4", pool_mode="max", frames=8, size=160, num_classes=10)`.
 """
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mvit_jax.errors import UserError
 from mvit_jax.models.plan import MViTConfig
 
+_replace = dataclasses.replace
+
+_VIDEO = MViTConfig()
 _IMAGE = MViTConfig(
     frames=1,
     num_classes=1000,
@@ -38,43 +43,181 @@ _VIT = MViTConfig(
     positions="joint",
 )
 
-_replace = dataclasses.replace
+_B24: dict[str, Any] = {"depths": (2, 3, 16, 3), "drop_path": 0.3}
+_LARGE: dict[str, Any] = {"depths": (2, 6, 36, 4), "width": 144, "heads": 2}
+_HUGE: dict[str, Any] = {"depths": (4, 8, 60, 8), "width": 192, "heads": 3, "drop_path": 0.8}
+
+# MViTv2, section 4: relative positions instead of absolute ones, residual pooling, queries pooled
+# in every block, channels that grow in the attention.
+_V2: dict[str, Any] = {
+    "positions": "none",
+    "relative_positions": "both",
+    "residual_pool": "grid",
+    "full_q_pool": True,
+    "expand": "attention",
+}
+_V2_VIDEO = _replace(_VIDEO, **_V2)
+_V2_LONG = _replace(_V2_VIDEO, **_LARGE, frames=40, drop_path=0.75)
+_V2_IMAGE = _replace(_IMAGE, **_V2 | {"relative_positions": "space"}, class_token=False)
+# The released ImageNet-1k weights of L grow in the MLP, those of ImageNet-21k in the attention.
+_V2_L = _replace(_V2_IMAGE, **_LARGE, drop_path=0.5, expand="mlp")
+_V2_H = _replace(_V2_IMAGE, **_HUGE)
+_21K: dict[str, Any] = {"class_token": True, "num_classes": 19168}
+# MaskFeat fine-tunes models with MViTv2's positions and residual pooling, but MViT's growth.
+_MASKFEAT = _replace(_V2_VIDEO, expand="mlp", mean_pooling=True, dropout=0.0, drop_path=0.1)
 
 VARIANTS: dict[str, MViTConfig] = {
-    "mvit_b_16x4": MViTConfig(),
-    "mvit_b_32x3": MViTConfig(frames=32),
-    "mvit_b_64x3": MViTConfig(frames=64),
-    "mvit_b24_32x3": MViTConfig(frames=32, depths=(2, 3, 16, 3), drop_path=0.3),
+    "mvit_s_16x4": _replace(
+        _VIDEO,
+        width=128,
+        depths=(3, 7, 6),
+        patch_kernel=(3, 8, 8),
+        patch_stride=(2, 8, 8),
+        patch_padding=(1, 0, 0),
+        kv_stride=(1, 4, 4),
+    ),
+    "mvit_b_16x4": _VIDEO,
+    "mvit_b_32x2": _replace(_VIDEO, frames=32, patch_stride=(4, 4, 4), pool_mode="max"),
+    "mvit_b_32x3": _replace(_VIDEO, frames=32),
+    "mvit_b_64x3": _replace(_VIDEO, frames=64),
+    "mvit_b24_32x3": _replace(_VIDEO, **_B24, frames=32),
     "vit_b_8x8": _VIT,
     "mvit_b16": _IMAGE,
-    "mvit_b24": _replace(_IMAGE, depths=(2, 3, 16, 3), drop_path=0.3),
-    "mvit_b24_wide_320": _replace(_IMAGE, depths=(2, 3, 16, 3), width=112, size=320, drop_path=0.3),
+    "mvit_b24": _replace(_IMAGE, **_B24),
+    "mvit_b24_wide_320": _replace(_IMAGE, **_B24, width=112, size=320),
     "vit_b16": _replace(_VIT, frames=1, num_classes=1000, dropout=0.0, drop_path=0.1),
+    "mvitv2_s_16x4": _V2_VIDEO,
+    "mvitv2_b_32x3": _replace(_V2_VIDEO, **_B24, frames=32),
+    "mvitv2_l_32x3": _replace(_V2_LONG, frames=32),
+    "mvitv2_l_40x3": _V2_LONG,
+    "mvitv2_l_32x3_312": _replace(_V2_LONG, frames=32, size=312),
+    "mvitv2_l_40x3_312": _replace(_V2_LONG, size=312),
+    "mvitv2_l_40x3_352": _replace(_V2_LONG, size=352),
+    "mvitv2_t": _replace(_V2_IMAGE, depths=(1, 2, 5, 2)),
+    "mvitv2_s": _V2_IMAGE,
+    "mvitv2_b": _replace(_V2_IMAGE, **_B24),
+    "mvitv2_b_384": _replace(_V2_IMAGE, **_B24, size=384),
+    "mvitv2_l": _V2_L,
+    "mvitv2_l_384": _replace(_V2_L, size=384),
+    "mvitv2_h": _V2_H,
+    "mvitv2_h_384": _replace(_V2_H, size=384),
+    "mvitv2_h_512": _replace(_V2_H, size=512),
+    "mvitv2_s_in21k": _replace(_V2_IMAGE, **_21K),
+    "mvitv2_b_in21k": _replace(_V2_IMAGE, **_B24, **_21K),
+    "mvitv2_l_in21k": _replace(_V2_L, **_21K, expand="attention"),
+    "mvitv2_h_in21k": _replace(_V2_H, **_21K),
+    "maskfeat_s_16x4": _MASKFEAT,
+    "maskfeat_l_16x4": _replace(_MASKFEAT, **_LARGE, drop_path=0.2),
 }
 
 
 @dataclass(frozen=True)
 class Published:
-    """A paper's row: parameters in millions, multiply-adds of a view in billions, accuracy in %."""
+    """A paper's row: parameters in millions, multiply-adds of a view in billions, accuracy in %.
+
+    `why` says what is known where our counts differ by more than 1 %.
+    """
 
     data: str
-    parameters: float
-    multiply_adds: float
-    top1: float
+    parameters: float | None
+    multiply_adds: float | None
+    top1: float | None
     source: str
+    why: str = ""
 
+
+_L_WHY = (
+    "the paper's parameters are those of growth in the MLP (its Table 13 has 213.1 M), its "
+    "multiply-adds those of growth in the attention, as in the released configs"
+)
+_L_IMAGE_WHY = (
+    "the released weights and the paper's parameters are those of growth in the MLP, its "
+    "multiply-adds those of growth in the attention (41.8 G)"
+)
 
 PUBLISHED: dict[str, Published] = {
+    "mvit_s_16x4": Published(
+        "Kinetics-400", 26.1, 32.9, 76.0, "P1, Table 4",
+        "never released; the blocks of its first stage, heads and K/V strides are not stated: "
+        "3-7-6 blocks and strides from 1x4x4 give the paper's parameters",
+    ),
     "mvit_b_16x4": Published("Kinetics-400", 36.6, 70.5, 78.4, "P1, Table 4"),
+    "mvit_b_32x2": Published("Kinetics-400", 36.5, 70.5, 77.2, "P1, Table 12"),
     "mvit_b_32x3": Published("Kinetics-400", 36.6, 170.0, 80.2, "P1, Table 4"),
     "mvit_b_64x3": Published("Kinetics-400", 36.6, 455.0, 81.2, "P1, Table 4"),
     # The paper prints 52.9 M for the 600 classes of Kinetics-600; 53.2 M for those of SSv2.
     "mvit_b24_32x3": Published("Kinetics-600", 52.9, 236.0, 83.8, "P1, Table 5"),
     "vit_b_8x8": Published("Kinetics-400", 87.2, 180.0, 68.5, "P1, Table 4"),
     "mvit_b16": Published("ImageNet-1k", 37.0, 7.8, 83.0, "P1, Table 17"),
-    "mvit_b24": Published("ImageNet-1k", 53.5, 10.9, 83.1, "P1, Table 17 (max pooling)"),
+    "mvit_b24": Published("ImageNet-1k", 54.0, 10.9, 83.4, "P2, Table 2"),
     "mvit_b24_wide_320": Published("ImageNet-1k", 72.9, 32.7, 84.8, "P1, Table 17"),
-}
+    "mvitv2_s_16x4": Published("Kinetics-400", 34.5, 64.0, 81.0, "P2, Table 10"),
+    "mvitv2_b_32x3": Published("Kinetics-400", 51.2, 225.0, 82.9, "P2, Table 10"),
+    "mvitv2_l_40x3": Published(
+        "Kinetics-400", 217.6, 1127.0, 84.5, "P2, Table 14 (from ImageNet-21k)",
+        "parameters and multiply-adds of the row are those of growth in the MLP",
+    ),
+    "mvitv2_l_32x3_312": Published(
+        "Kinetics-600", 217.6, 2063.0, 87.2, "P2, Table 11 (from ImageNet-21k)", _L_WHY
+    ),
+    "mvitv2_l_40x3_312": Published(
+        "Kinetics-400", 217.6, 2828.0, 86.1, "P2, Table 10 (from ImageNet-21k)", _L_WHY
+    ),
+    "mvitv2_l_40x3_352": Published(
+        "Kinetics-600", 217.6, 3790.0, 87.9, "P2, Table 11 (from ImageNet-21k)", _L_WHY
+    ),
+    "mvitv2_t": Published("ImageNet-1k", 24.0, 4.7, 82.3, "P2, Table 2"),
+    "mvitv2_s": Published("ImageNet-1k", 35.0, 7.0, 83.6, "P2, Table 2"),
+    "mvitv2_b": Published("ImageNet-1k", 52.0, 10.2, 84.4, "P2, Table 2",
+                          "the paper rounds 51.5 M up"),
+    "mvitv2_b_384": Published("ImageNet-1k", 52.0, 36.7, 85.2, "P2, Table 2"),
+    "mvitv2_l": Published("ImageNet-1k", 218.0, 42.1, 85.3, "P2, Table 2", _L_IMAGE_WHY),
+    "mvitv2_l_384": Published("ImageNet-1k", 218.0, 140.2, 86.0, "P2, Table 2", _L_IMAGE_WHY),
+    "mvitv2_h": Published("ImageNet-1k", 667.0, 120.6, 88.0, "P2, Table 3 (from ImageNet-21k)"),
+    "mvitv2_h_384": Published("ImageNet-1k", 667.0, 388.5, 88.3, "P2, Table 3 (from ImageNet-21k)"),
+    "mvitv2_h_512": Published("ImageNet-1k", 667.0, 763.5, 88.3, "P2, Table 3 (from ImageNet-21k)"),
+    "maskfeat_s_16x4": Published("Kinetics-400", 36.0, 71.0, 82.2, "MaskFeat, PySlowFast's zoo",
+                                 "the zoo rounds 36.5 M down"),
+    "maskfeat_l_16x4": Published("Kinetics-400", 218.0, 377.0, 84.3, "MaskFeat, PySlowFast's zoo"),
+}  # fmt: skip
+
+CLASSES = {"Kinetics-400": 400, "Kinetics-600": 600, "ImageNet-1k": 1000}
+
+_RGB_VIDEO = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
+_RGB_IMAGE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the weights of a variant expect of a video or image."""
+
+    frames: int  # T; 1 for images
+    stride: int  # tau, between two sampled frames at 30 frames a second
+    size: int  # side of the crop, pixels
+    short_side: int  # to which a frame is scaled before one centre crop, pixels
+    mean: tuple[float, float, float]  # of red, green, blue in [0, 1]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic"]  # without antialias; with it, as in PIL
+
+
+def preprocessing(name: str, /, **overrides: Any) -> Preprocessing:
+    """The preprocessing of the variant called `name`, with fields of `MViTConfig` overridden.
+
+    The short side is size / 0.875, rounded down: 256 for crops of 224 pixels, 356 for 312.
+    """
+    config = variant(name, **overrides)
+    image = VARIANTS[name].frames == 1
+    mean, std = _RGB_IMAGE if image or name.startswith("mvitv2_l") else _RGB_VIDEO
+    sampled = re.search(r"_\d+x(\d+)", name)  # frames x stride
+    return Preprocessing(
+        frames=config.frames,
+        stride=int(sampled[1]) if sampled and not image else 1,
+        size=config.size,
+        short_side=int(config.size / 0.875),
+        mean=mean,
+        std=std,
+        interpolation="bicubic" if image else "bilinear",
+    )
 
 
 def variant(name: str, /, **overrides: Any) -> MViTConfig:

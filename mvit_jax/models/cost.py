@@ -1,0 +1,100 @@
+"""What an architecture costs, by formulas: parameters, and multiply-adds for one clip.
+
+Multiply-adds are what papers print as "FLOPs": one multiplication with its addition in a linear
+layer, a convolution or an attention product; norms, softmax and GELU are left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+from mvit_jax.models.plan import BlockGrids, BlockPlan, MViTConfig, grids, patch_grid, plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-adds for one clip."""
+
+    parameters: int
+    multiply_adds: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.parameters + other.parameters, self.multiply_adds + other.multiply_adds)
+
+
+def cost(config: MViTConfig) -> Cost:
+    """Parameters, and multiply-adds for one clip of the nominal size."""
+    sizes = grids(config, config.frames, config.size, config.size)
+    total = embedding_cost(config) + head_cost(config)
+    for block, block_grids in zip(plan(config), sizes, strict=True):
+        total += block_cost(block, block_grids, config.class_token)
+    return total
+
+
+def embedding_cost(config: MViTConfig) -> Cost:
+    """Cube embedding, class token, positions, stem norm."""
+    t, h, w = patch_grid(config, config.frames, config.size, config.size)
+    kernel = 3 * math.prod(config.patch_kernel) * config.width
+    positions = {
+        "none": 0,
+        "sincos": 0,
+        "space": h * w + config.class_token,
+        "separate": t + h * w + config.class_token,
+        "joint": t * h * w + config.class_token,
+    }[config.positions]
+    vectors = 1 + config.class_token + positions + 2 * config.stem_norm
+    return Cost(kernel + config.width * vectors, kernel * t * h * w)
+
+
+def block_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> Cost:
+    """One block: attention with its pools, MLP, skip projection, norms."""
+    total = _attention_cost(block, grids, class_token) + _pools_cost(block, grids)
+    tokens_in, tokens_out = (math.prod(g) + class_token for g in (grids.input, grids.output))
+    a = block.attention_width
+    total += _linear(a, block.mlp_width, tokens_out)
+    total += _linear(block.mlp_width, block.width_out, tokens_out)
+    if block.skip != "none" and block.width != a:
+        total += _linear(block.width, a, tokens_in)
+    if block.skip != "none" and block.width_out != a:
+        total += _linear(a, block.width_out, tokens_out)
+    return total + Cost(2 * block.width + 2 * a, 0)  # the norms before attention and MLP
+
+
+def head_cost(config: MViTConfig) -> Cost:
+    """Final norm and classifier."""
+    width = plan(config)[-1].width_out
+    return Cost(2 * width, 0) + _linear(width, config.num_classes, 1)
+
+
+def _attention_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> Cost:
+    tokens_in, keys, queries = (
+        math.prod(grid) + class_token for grid in (grids.input, grids.keys, grids.output)
+    )
+    a = block.attention_width
+    total = _linear(a, a, queries)
+    for projected in (queries, keys, keys) if block.pool_first else (tokens_in,) * 3:
+        total += _linear(block.width, a, projected, bias=block.qkv_bias)
+    total += Cost(0, 2 * a * queries * keys)  # scores, and their product with the values
+    # Relative positions: each of the grid's queries with each place of the keys, axis by axis.
+    rows = block.relative_time + 2 * block.relative_space
+    time, *space = grids.keys
+    places = (time if block.relative_time else 0) + (sum(space) if block.relative_space else 0)
+    return total + Cost(rows * block.head_dim, math.prod(grids.output) * places * a)
+
+
+def _pools_cost(block: BlockPlan, grids: BlockGrids) -> Cost:
+    total = Cost(0, 0)
+    for pool, grid, copies in (
+        (block.q_pool, grids.output, 1),
+        (block.kv_pool, grids.keys, 2),
+    ):
+        if pool and pool.mode not in ("max", "avg"):
+            taps = math.prod(pool.kernel)
+            total += Cost(
+                copies * block.pool_dim(pool) * (taps + 2),  # kernel, norm
+                copies * taps * block.pooled_width * math.prod(grid),
+            )
+    return total
+
+
+def _linear(inputs: int, outputs: int, tokens: int, bias: bool = True) -> Cost:
+    return Cost((inputs + bias) * outputs, inputs * outputs * tokens)
