@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mvit_jax.data.preprocess import preprocess as preprocess
     from mvit_jax.errors import UserError as UserError
     from mvit_jax.models.mvit import Block as Block
     from mvit_jax.models.mvit import MViT as MViT
@@ -30,6 +31,7 @@ _HOME = {
     "plan": "mvit_jax.models.plan",
     "VARIANTS": "mvit_jax.models.variants",
     "variant": "mvit_jax.models.variants",
+    "preprocess": "mvit_jax.data.preprocess",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

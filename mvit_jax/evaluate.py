@@ -7,24 +7,15 @@ Writes DIR/evaluation.json (accuracies in percent), DIR/confusion.png and DIR/pe
 --shuffle_frames the same with `_shuffled` in the names, likewise for another list or checkpoint.
 """
 
-import functools
 import json
-import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
-from tqdm import tqdm
 
 from mvit_jax import errors
-from mvit_jax.data.sources import VideoList
 from mvit_jax.inspection import plots
-from mvit_jax.models import mvit
-from mvit_jax.training import evaluation, experiment, sharding, workdir
-from mvit_jax.training.checkpoints import Checkpoints
-from mvit_jax.training.experiment import Config
+from mvit_jax.training import experiment, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which of its states.")
@@ -54,7 +45,9 @@ def main(argv: list[str]) -> None:
     experiment.check(config)
 
     videos = experiment.videos(config, _LIST.value)
-    scores, step = test(config, folder, videos, which=_CHECKPOINT.value, shuffle=_SHUFFLE.value)
+    scores, step = experiment.score(
+        config, folder, videos, which=_CHECKPOINT.value, shuffle=_SHUFFLE.value
+    )
     results = {
         "list": videos.list_file,
         "checkpoint": _CHECKPOINT.value,
@@ -69,43 +62,6 @@ def main(argv: list[str]) -> None:
     for sentence in scores.failures:
         print(f"left out: {sentence}")
     print("wrote " + ", ".join(str(path) for path in written))
-
-
-def test(
-    config: Config, folder: Path, videos: VideoList, *, which: str, shuffle: bool
-) -> tuple[evaluation.Scores, int]:
-    """Scores of a run's checkpoint on a list of videos, and the step of that checkpoint."""
-    jax.config.update("jax_default_matmul_precision", config.precision)
-    model = experiment.model_config(config, len(videos.class_names))
-    mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
-    apply = experiment.model_apply(config, model)
-    shapes = jax.eval_shape(functools.partial(mvit.init, model), jax.random.key(0))
-    like = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        sharding.state_shardings(mesh, shapes),
-    )
-    item = "ema" if config.optim.ema > 0 else "params"
-    with jax.set_mesh(mesh), closing(Checkpoints(folder)) as checkpoints:
-        params = checkpoints.restore_params(like, which, item)
-        step = checkpoints.step(which)
-        with tqdm(total=len(videos), unit="video", disable=not sys.stderr.isatty()) as bar:
-            scores = evaluation.evaluate(
-                evaluation.predictor(apply, experiment.recipe(config, model.num_classes),
-                                     shapes, mesh),
-                params,
-                videos,
-                experiment.clip_settings(config, model),
-                clips=config.eval.clips,
-                crops=config.eval.crops,
-                batch=config.eval.batch,
-                mesh=mesh,
-                threads=config.data.threads,
-                shuffle_seed=config.seed if shuffle else None,
-                progress=lambda done: bar.update(done - bar.n),
-            )  # fmt: skip
-    assert step is not None
-    return scores, step
 
 
 def write(folder: Path, results: dict[str, Any], which: str, checkpoint: str) -> list[Path]:

@@ -95,7 +95,7 @@ def train(config: Config, folder: str) -> int:
             done = start
             try:
                 for done, batch in zip(itertools.count(start + 1), batches, strict=False):
-                    report_broken(log, videos, batch.pop("broken"), broken)
+                    report_broken(log, videos, batch.pop("broken"), broken, model.frames)
                     state, metrics = step_function(state, sharding.to_devices(batch, mesh))
                     log.step(done, metrics, np.asarray(schedule(done - 1)).item())
 
@@ -203,14 +203,17 @@ def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     log.say(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
 
 
-def report_broken(log: Logbook, videos: VideoList, broken: np.ndarray, known: set[int]) -> None:
+def report_broken(
+    log: Logbook, videos: VideoList, broken: np.ndarray, known: set[int], clip_frames: int
+) -> None:
     """Says once for each video that it could not be decoded and was replaced."""
     for index in {int(i) for i in broken if i >= 0} - known:
         known.add(index)
         path = videos.paths[index]
+        reason = why_broken(path, clip_frames)
         log.say(
-            f"{path} cannot be decoded ({why_broken(path)}) and is replaced by another video; mend "
-            f"it or take it out of {videos.list_file} ({len(known)} such so far)"
+            f"{path} cannot be decoded ({reason}) and is replaced by another video; mend it or "
+            f"take it out of {videos.list_file} ({len(known)} such so far)"
         )
 
 

@@ -85,7 +85,7 @@ def test_the_default_experiment_keeps_its_labels_true(arg):
 
 
 def test_programs_help():
-    for name in ("train", "evaluate", "describe", "prepare"):
+    for name in ("train", "evaluate", "predict", "describe", "prepare"):
         # absl's --help exits with 1.
         done = subprocess.run(
             [sys.executable, "-m", f"mvit_jax.{name}", "--help"], capture_output=True, text=True

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvit_jax import evaluate, train
+from mvit_jax import train
 from mvit_jax.errors import UserError
 from mvit_jax.training import experiment, workdir
 from mvit_jax.training.checkpoints import Checkpoints
@@ -118,9 +118,9 @@ def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits
 def test_shuffled_frames_are_another_test_beside_the_first(run):
     config = workdir.frozen(run)
     videos = experiment.videos(config, "test")
-    straight, _ = evaluate.test(config, run, videos, which="last", shuffle=False)
-    shuffled, _ = evaluate.test(config, run, videos, which="last", shuffle=True)
-    again, _ = evaluate.test(config, run, videos, which="last", shuffle=True)
+    straight, _ = experiment.score(config, run, videos, which="last")
+    shuffled, _ = experiment.score(config, run, videos, which="last", shuffle=True)
+    again, _ = experiment.score(config, run, videos, which="last", shuffle=True)
     assert np.abs(straight.probabilities - shuffled.probabilities).max() > 1e-5
     np.testing.assert_array_equal(shuffled.probabilities, again.probabilities)
 
@@ -129,7 +129,7 @@ def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
     config = workdir.frozen(run)
     videos = experiment.videos(config, "val")
     config.eval.clips = 1
-    scores, step = evaluate.test(config, run, videos, which="best", shuffle=False)
+    scores, step = experiment.score(config, run, videos, which="best")
     # The same weights and protocol as the validation that chose it.
     best = Checkpoints(run).best_top1
     assert step == Checkpoints(run).step("best")
@@ -209,6 +209,7 @@ def change_list(data, old, new):
         (lambda d: None, {"model.dropout": 1.5}, "dropout must be in [0, 1)"),
         (lambda d: None, {"dtype": "float8"}, "dtype must be one of float32, bfloat16"),
         (lambda d: None, {"precision": "exact"}, "precision must be one of"),
+        (lambda d: None, {"data.interpolation": "cubic"}, "interpolation must be one of bilinear"),
         (lambda d: (d / "labels.txt").unlink(), {}, "there is no labels.txt"),
         (lambda d: None, {"eval.batch": 0}, "eval.batch must be at least 1, not 0"),
         (lambda d: None, {"augment.flip": 2.0}, "augment.flip must be from 0 to 1, not 2.0"),

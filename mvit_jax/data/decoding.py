@@ -1,4 +1,4 @@
-"""Frames of video files, by PyAV."""
+"""Frames of video files, by PyAV, and of any file."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Int, UInt8
 
-from mvit_jax.errors import UserError
+from mvit_jax.data.images import DecodeError, Frames, is_image, read_image
 
 # Headers often count a frame or two more than there are, which PySlowFast bridges by repeating
 # the last frame. A file that was cut off by a broken download lacks far more.
@@ -25,24 +25,6 @@ _LEAST_SHARE_OF_STATED_FRAMES = 0.9
 # for frames that are not wanted saves a fifth to a half of the time at stride 4 with B-frames
 # and leaves the pixels of the others as they are. (The AV1 decoder drops wanted ones too.)
 _CODECS_THAT_SKIP = ("h264", "hevc")
-
-
-class DecodeError(UserError):
-    """A file that is no video, or a broken one.
-
-    Attributes:
-      path: the file.
-      reason: what is wrong with it, without the path.
-    """
-
-    def __init__(self, path: str, reason: str):
-        # Both are arguments of the base class so that the error survives pickling.
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"the video {self.path} cannot be decoded: {self.reason}"
 
 
 class _Start(NamedTuple):
@@ -266,11 +248,31 @@ class Video:
         return DecodeError(self.path, reason)
 
 
-def why_broken(path: str | os.PathLike[str]) -> str | None:
-    """Decodes a whole video; gives the reason if that fails, None if all is well."""
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], clip_frames: int) -> Iterator[Video | Frames]:
+    """Opens a video or image file for clips of `clip_frames` frames.
+
+    Raises:
+      DecodeError: as `Video` and `read_image`; and an image where a clip has several frames.
+    """
+    if not is_image(path):
+        with Video(path) as video:
+            yield video
+    elif clip_frames == 1:
+        yield Frames(read_image(path))
+    else:
+        reason = f"it is an image, and the model takes clips of {clip_frames} frames"
+        raise DecodeError(os.fspath(path), reason)
+
+
+def why_broken(path: str | os.PathLike[str], clip_frames: int = 1) -> str | None:
+    """Decodes a whole file; gives the reason if that fails, None if all is well.
+
+    Like `opened`, says that an image does not do for clips of several frames.
+    """
     step = 64
     try:
-        with Video(path) as video:
+        with opened(path, clip_frames) as video:
             for start in range(0, video.num_frames, step):
                 video.frames(range(start, min(start + step, video.num_frames)))
     except DecodeError as error:

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from mvit_jax.data import augmentation, sampling
-from mvit_jax.data.decoding import DecodeError, Video
+from mvit_jax.data.decoding import DecodeError, Video, opened
+from mvit_jax.data.images import Frames
 from mvit_jax.data.sources import VideoList
 from mvit_jax.errors import UserError
 
@@ -33,13 +34,15 @@ class ClipSettings:
     """What a clip is.
 
     Attributes:
-      frames: T, frames of a clip.
+      frames: T, frames of a clip; 1 for images, which may be files of images or of videos.
       stride: tau, distance of neighbouring frames at 30 frames a second.
       size: side of the square clip in pixels.
       short_side: short side of the frames in pixels from which one test crop is cut; three
         crops are cut from frames whose short side is `size`, as in the released code.
       crop_area: bounds of the random resized crop's share of a training frame; None for no
         random crop: short side to `size`, then the centre.
+      interpolation: how frames are scaled, "bilinear" as for video or "bicubic" as for ImageNet;
+        see `augmentation.resize`.
 
     Raises:
       UserError: `short_side` smaller than `size`.
@@ -50,6 +53,7 @@ class ClipSettings:
     size: int
     short_side: int
     crop_area: tuple[float, float] | None = (0.08, 1.0)
+    interpolation: augmentation.Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if self.short_side < self.size:
@@ -140,16 +144,21 @@ def test_batches(
 def load_train_clip(
     path: str, settings: ClipSettings, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "frames size size 3"]:
-    """Decodes and augments one random clip of a video; raises `DecodeError`."""
-    with Video(path) as video:
+    """Decodes and augments one random clip of a video or image; raises `DecodeError`."""
+    with opened(path, settings.frames) as video:
         indices = sampling.train_indices(
             video.num_frames, video.fps, frames=settings.frames, stride=settings.stride, rng=rng
         )
         clip = video.frames(indices)
     if settings.crop_area is None:
-        clip = augmentation.resize_short_side(clip, settings.size)
-        return augmentation.crop_views(clip, settings.size, 1)[0]
-    return augmentation.random_resized_crop(clip, settings.size, rng=rng, area=settings.crop_area)
+        return _cropped(clip, settings.size, settings, 1)[0]
+    return augmentation.random_resized_crop(
+        clip,
+        settings.size,
+        rng=rng,
+        area=settings.crop_area,
+        interpolation=settings.interpolation,
+    )
 
 
 def load_views(
@@ -160,36 +169,51 @@ def load_views(
     crops: int,
     shuffle: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "{clips*crops} frames size size 3"]:
-    """Decodes the views of the test protocol, the crops of the first clip first.
+    """Decodes the views of the test protocol: `views` of a video or image file.
+
+    Raises:
+      DecodeError: the file cannot be decoded, or is an image where a clip has several frames.
+    """
+    with opened(path, settings.frames) as video:
+        return views(video, settings, clips=clips, crops=crops, shuffle=shuffle)
+
+
+def views(
+    video: Video | Frames,
+    settings: ClipSettings,
+    *,
+    clips: int,
+    crops: int,
+    shuffle: np.random.Generator | None = None,
+) -> UInt8[np.ndarray, "{clips*crops} frames size size 3"]:
+    """Gives the views of the test protocol, the crops of the first clip first.
 
     Args:
-      path: a video file.
+      video: an open file, or frames.
       settings: what a clip is.
       clips: K, clips spread evenly over the video.
       crops: squares cut from each clip, 1 or 3.
       shuffle: if given, permutes the frames of each clip.
 
     Raises:
-      DecodeError: the file is no video, or a broken one.
+      DecodeError: the file is broken.
     """
-    with Video(path) as video:
-        indices = sampling.view_indices(
-            video.num_frames,
-            video.fps,
-            frames=settings.frames,
-            stride=settings.stride,
-            clips=clips,
-        )
-        if shuffle is not None:
-            indices = shuffle.permuted(indices, axis=1)
-        # Clips of a short video share frames: each is decoded and resized once.
-        wanted, places = np.unique(indices, return_inverse=True)
-        frames = video.frames(wanted)
+    indices = sampling.view_indices(
+        video.num_frames, video.fps, frames=settings.frames, stride=settings.stride, clips=clips
+    )
+    if shuffle is not None:
+        indices = shuffle.permuted(indices, axis=1)
+    # Clips of a short video share frames: each is decoded and resized once.
+    wanted, places = np.unique(indices, return_inverse=True)
     side = settings.short_side if crops == 1 else settings.size
-    frames = augmentation.resize_short_side(frames, side)
-    views = augmentation.crop_views(frames, settings.size, crops)
-    by_clip = np.moveaxis(views[:, places.reshape(indices.shape)], 1, 0)
+    cropped = _cropped(video.frames(wanted), side, settings, crops)
+    by_clip = np.moveaxis(cropped[:, places.reshape(indices.shape)], 1, 0)
     return by_clip.reshape(clips * crops, *by_clip.shape[2:])
+
+
+def _cropped(frames: np.ndarray, side: int, settings: ClipSettings, crops: int) -> np.ndarray:
+    frames = augmentation.resize_short_side(frames, side, settings.interpolation)
+    return augmentation.crop_views(frames, settings.size, crops, image=settings.frames == 1)
 
 
 @functools.lru_cache(maxsize=4)

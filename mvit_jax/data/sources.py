@@ -69,6 +69,11 @@ def read_video_list(
     return VideoList(tuple(paths), np.asarray(labels, np.int32), class_names, str(list_file))
 
 
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """The lines of a `labels.txt`, that of label 0 first."""
+    return tuple(name.strip() for name in _read_lines(file) if name.strip())
+
+
 def _read_lines(file: Path) -> list[str]:
     try:
         # utf-8-sig, as spreadsheets put a byte order mark before what would be the first path.
@@ -109,7 +114,7 @@ def _class_names(root: Path, num_classes: int | None, labels_seen: int) -> tuple
     if not file.is_file():
         count = labels_seen if num_classes is None else num_classes
         return tuple(str(label) for label in range(count))
-    names = tuple(name.strip() for name in _read_lines(file) if name.strip())
+    names = read_class_names(file)
     if num_classes is not None and len(names) != num_classes:
         raise UserError(
             f"{file} names {len(names)} classes, but {num_classes} classes were asked for"

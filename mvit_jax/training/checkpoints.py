@@ -1,5 +1,7 @@
 """Checkpoints by Orbax: written in the background, whole or not at all, sharded as the state is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +55,25 @@ class Checkpoints:
 
     def restore_params(self, like: Any, which: str = "last", item: str = "params") -> Any:
         """Only the parameters of the "last" or "best" checkpoint (item "ema": averaged ones)."""
+        return _restore(self._existing(which), {item: like})[item]
+
+    def shapes(self, which: str = "last") -> Any:
+        """The parameters of the "last" or "best" checkpoint, with shapes in place of arrays."""
+        manager = self._existing(which)
+        with _readable(manager) as step:
+            return manager.item_metadata(step)["params"]
+
+    def step(self, which: str = "last") -> int | None:
+        return (self.last if which == "last" else self.best).latest_step()
+
+    def _existing(self, which: str) -> ocp.CheckpointManager:
         manager = self.last if which == "last" else self.best
         if manager.latest_step() is None:
             raise UserError(
                 f"there is no checkpoint in {manager.directory}: train first (a best one needs "
                 "validation), or check --workdir"
             )
-        return _restore(manager, {item: like})[item]
-
-    def step(self, which: str = "last") -> int | None:
-        return (self.last if which == "last" else self.best).latest_step()
+        return manager
 
     def wait(self) -> None:
         """Until all is written."""
@@ -103,26 +114,33 @@ def _save(state: State) -> ocp.args.Composite:
 
 
 def _restore(manager: ocp.CheckpointManager, items: dict[str, Any]) -> Any:
-    step = manager.latest_step()
-    assert step is not None
-    place = f"{manager.directory}/{step}"
-    try:
+    with _readable(manager) as step:
         found = manager.item_metadata(step)
         for name in items.keys() & {"params", "ema"}:
             difference = first_difference(items[name], found[name])
             if difference:
                 raise UserError(
-                    f"the checkpoint {place} is of another architecture: {difference}; use the "
-                    "config that it was trained with, or another --workdir"
+                    f"the checkpoint {manager.directory}/{step} is of another architecture: "
+                    f"{difference}; use the config that it was trained with, or another --workdir"
                 )
         wanted = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         return manager.restore(step, args=ocp.args.Composite(**wanted))
+
+
+@contextmanager
+def _readable(manager: ocp.CheckpointManager) -> Iterator[int]:
+    """Gives the newest step; says in one sentence that what is done with it failed."""
+    step = manager.latest_step()
+    assert step is not None
+    try:
+        yield step
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"the checkpoint {place} cannot be read ({_first_line(error)}): if it is damaged, move "
-            "that folder away, and the one before it is used, where there is one"
+            f"the checkpoint {manager.directory}/{step} cannot be read ({_first_line(error)}): if "
+            "it is damaged, move that folder away, and the one before it is used, where there is "
+            "one"
         ) from error
 
 

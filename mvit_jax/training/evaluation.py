@@ -38,8 +38,12 @@ class Scores:
         """top1 and top5 in percent of the tested videos, per-class accuracy, confusion matrix.
 
         `confusion[i][j]` counts videos of class i that were taken for class j. A class without
-        tested videos has an accuracy of None.
+        tested videos has an accuracy of None. A `UserError` where no video was tested.
         """
+        if not self.tested.any():
+            raise UserError(
+                f"none of the {len(self.tested)} videos can be decoded: {self.failures[0]}"
+            )
         scores, labels = self.probabilities[self.tested], self.labels[self.tested]
         classes = self.probabilities.shape[1]
         # A stable order, so that equal scores give the same answer everywhere.
@@ -97,9 +101,7 @@ def evaluate(
         progress(int(seen.sum()))
     assert seen.all(), "a video was not visited"
     left_out = [videos.paths[i] for i in np.flatnonzero(~tested)]
-    failures = [f"{path}: {why_broken(path)}" for path in left_out]
-    if not tested.any():
-        raise UserError(f"none of the {len(videos)} videos can be decoded: {failures[0]}")
+    failures = [f"{path}: {why_broken(path, settings.frames)}" for path in left_out]
     return Scores(scores, videos.labels, tested, failures)
 
 

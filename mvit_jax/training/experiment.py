@@ -1,25 +1,33 @@
 """From a config to the things that it describes. Besides the programs, only this reads configs."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from tqdm import tqdm
 
+from mvit_jax.data.augmentation import Interpolation
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.sources import VideoList, read_video_list
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
-from mvit_jax.training import optimizer
+from mvit_jax.training import evaluation, optimizer, sharding
+from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.step import Recipe
 
 Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
 
+INTERPOLATIONS = get_args(Interpolation)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 INF = float("inf")
 RANGES = {  # smallest and largest value
@@ -53,14 +61,16 @@ PRECISIONS = ("default", "high", "highest")
 
 def check(config: Config) -> None:
     """One sentence for each value that no part of the program could work with."""
-    if config.data.folder is None:
-        # Not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
-        raise UserError("the config needs a data folder: give --config.data.folder=DIR")
     if config.dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
     if config.precision not in PRECISIONS:
         raise UserError(
             f"precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}"
+        )
+    if config.data.interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"data.interpolation must be one of {', '.join(INTERPOLATIONS)}, "
+            f"not {config.data.interpolation!r}"
         )
     for key, (low, high) in RANGES.items():
         section, _, name = key.rpartition(".")
@@ -102,6 +112,62 @@ def model_apply(config: Config, model: MViTConfig) -> Callable[..., Any]:
     return partial(mvit.apply, config=model)
 
 
+def num_classes(folder: Path, which: str = "last") -> int:
+    """Of the classifier in a run's "last" or "best" checkpoint."""
+    with closing(Checkpoints(folder)) as checkpoints:
+        return checkpoints.shapes(which)["head"]["classifier"]["bias"].shape[0]
+
+
+def load_params(
+    config: Config, model: MViTConfig, folder: Path, which: str, mesh: Mesh
+) -> tuple[Any, int]:
+    """Parameters of a run's "last" or "best" checkpoint (the averaged ones, where it has them) in
+    float32 on `mesh`, which need not be the run's own; and the step of that checkpoint."""
+    shapes = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
+    like = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.state_shardings(mesh, shapes),
+    )
+    item = "ema" if config.optim.ema > 0 else "params"
+    with closing(Checkpoints(folder)) as checkpoints:
+        params = checkpoints.restore_params(like, which, item)
+        step = checkpoints.step(which)
+    assert step is not None
+    return params, step
+
+
+def score(
+    config: Config, folder: Path, videos: VideoList, *, which: str, shuffle: bool = False
+) -> tuple[evaluation.Scores, int]:
+    """Scores of a run's "last" or "best" checkpoint on a list of videos by the test protocol, and
+    the step of that checkpoint."""
+    jax.config.update("jax_default_matmul_precision", config.precision)
+    model = model_config(config, len(videos.class_names))
+    mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
+    with (
+        jax.set_mesh(mesh),
+        tqdm(total=len(videos), unit="video", disable=not sys.stderr.isatty()) as bar,
+    ):
+        params, step = load_params(config, model, folder, which, mesh)
+        scores = evaluation.evaluate(
+            evaluation.predictor(
+                model_apply(config, model), recipe(config, model.num_classes), params, mesh
+            ),
+            params,
+            videos,
+            clip_settings(config, model),
+            clips=config.eval.clips,
+            crops=config.eval.crops,
+            batch=config.eval.batch,
+            mesh=mesh,
+            threads=config.data.threads,
+            shuffle_seed=config.seed if shuffle else None,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+    return scores, step
+
+
 def recipe(config: Config, num_classes: int) -> Recipe:
     known = {**config, **config.data, **config.augment, "ema": config.optim.ema}
     known |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
@@ -117,11 +183,18 @@ def clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
         stride=config.data.stride,
         short_side=config.data.short_side,
         crop_area=None if area is None else _plain(area),
+        interpolation=config.data.interpolation,
     )
 
 
 def videos(config: Config, which: str) -> VideoList:
     """The list `which`: "train", "val" or "test"."""
+    if config.data.folder is None:
+        # Not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
+        raise UserError(
+            "the config names no data folder: give --config.data.folder=DIR, or to evaluate "
+            "--data=DIR"
+        )
     name, folder = config.data[f"{which}_list"], Path(config.data.folder)
     if not name:
         raise UserError(f"data.{which}_list is empty: name a list of videos, like {which}.csv")

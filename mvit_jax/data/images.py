@@ -1,0 +1,92 @@
+"""Still images, by Pillow, and the frames that they and arrays give."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from mvit_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""Endings, in capitals or not, of the files that are read as images."""
+
+
+class DecodeError(UserError):
+    """A file that is no video and no image, or a broken one, or one that a clip cannot come from.
+
+    Attributes:
+      path: the file.
+      reason: what is wrong with it, without the path.
+    """
+
+    def __init__(self, path: str, reason: str):
+        # Both are arguments of the base class so that the error survives pickling.
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be decoded: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Frames in memory, which are sampled in the same way as those of a `decoding.Video`."""
+
+    pixels: UInt8[np.ndarray, "time height width 3"]
+    fps: float = 30.0
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.pixels)
+
+    def frames(
+        self, indices: Sequence[int] | Int[np.ndarray, " frames"]
+    ) -> UInt8[np.ndarray, "frames height width 3"]:
+        """A copy of the frames of these numbers."""
+        return self.pixels[np.asarray(indices)]
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether the name ends like an image's; every other file is taken for a video."""
+    return os.fspath(path).lower().endswith(SUFFIXES)
+
+
+def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height width 3"]:
+    """Reads an image as a clip of one frame, RGB.
+
+    Greyscale, palettes and CMYK become RGB and transparency is dropped, by Pillow's
+    `convert("RGB")`. An orientation in the EXIF data is not applied, since the evaluations by
+    which the published accuracies were measured do not apply it either.
+
+    Raises:
+      DecodeError: no such file, no image, a broken one, or one of far too many pixels.
+    """
+    path = os.fspath(path)
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                # Pillow would cut off all above 255; of 16-bit colours it takes the high byte too.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return np.array(image.convert("RGB"))[None]
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        reason = f"it has more than {limit:,} pixels: make it smaller first"
+        raise DecodeError(path, reason) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DecodeError(path, _reason(Path(path), error)) from error
+
+
+def _reason(file: Path, error: Exception) -> str:
+    if not file.exists():
+        return "there is no such file"
+    if file.is_file() and file.stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image, or its beginning is damaged"
+    strerror = getattr(error, "strerror", None)
+    return str(strerror).lower() if strerror else f"it is damaged or cut off ({error})"

@@ -1,0 +1,206 @@
+"""Files and raw frames to a model's input, against the formulas of the test protocol."""
+
+import dataclasses
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import mvit_jax
+from mvit_jax.data import pipeline
+from mvit_jax.data.decoding import DecodeError
+from mvit_jax.data.preprocess import Preprocess
+from mvit_jax.errors import UserError
+from mvit_jax.training.mixing import normalise
+
+FRAMES = 100
+
+
+def grey_of(number):
+    """A level that H.264 keeps apart from its neighbours'."""
+    return 20 + 2 * number
+
+
+@pytest.fixture(scope="module")
+def grey_video(tmp_path_factory):
+    """100 frames at 25 a second, each of one grey that tells its number."""
+    path = str(tmp_path_factory.mktemp("grey") / "grey.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264rgb", rate=25, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "rgb24"
+        for number in range(FRAMES):
+            pixels = np.full((32, 48, 3), grey_of(number), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def numbers(clip, settings):
+    """Which frame each one of a normalised `[..., T, size, size, 3]` is."""
+    levels = (clip * np.array(settings.std) + np.array(settings.mean)) * 255
+    assert levels.std(axis=(-3, -2, -1)).max() < 1
+    return np.round((levels.mean(axis=(-3, -2, -1)) - 20) / 2).astype(int)
+
+
+def expected_numbers(total, fps, frames, stride, clips):
+    """Starts k * floor(delta / (K - 1)), then T numbers spread over the span, cut to integers."""
+    span = frames * stride * fps / 30
+    delta = max(total - span, 0)
+    rows = []
+    for k in range(clips):
+        start = delta // 2 if clips == 1 else k * (delta // (clips - 1))
+        steps = [start + i * (span - 1) / (frames - 1) for i in range(frames)]
+        rows.append([min(int(step), total - 1) for step in steps])
+    return rows
+
+
+@pytest.mark.parametrize(("variant", "stride"), [("mvit_b_16x4", 4), ("mvit_b_32x3", 3)])
+@pytest.mark.parametrize("clips", [1, 3])
+def test_a_video_is_sampled_by_the_test_protocol(grey_video, variant, stride, clips):
+    preprocess = mvit_jax.preprocess(variant, size=32)
+    frames = preprocess.settings.frames
+    clip = preprocess(grey_video, clips=clips)
+    assert clip.shape == (clips, frames, 32, 32, 3) and clip.dtype == np.float32
+    wanted = expected_numbers(FRAMES, 25.0, frames, stride, clips)
+    assert numbers(clip, preprocess.settings).tolist() == wanted
+
+
+@pytest.mark.parametrize("total", [1, 5, 64, 200])
+def test_raw_frames_of_any_number_are_sampled_likewise(total):
+    preprocess = mvit_jax.preprocess("mvit_b_16x4", size=32)
+    levels = (20 + 2 * np.arange(total) % 200).astype(np.uint8)
+    raw = np.broadcast_to(levels[:, None, None, None], (total, 40, 50, 3))
+    clip = preprocess(raw, fps=60.0, clips=2)
+    wanted = [[n % 100 for n in row] for row in expected_numbers(total, 60.0, 16, 4, 2)]
+    assert numbers(clip, preprocess.settings).tolist() == wanted
+
+
+def test_views_are_the_very_ones_that_evaluation_tests(grey_video):
+    """The same bytes as `load_views`, and the numbers that a device makes of them."""
+    preprocess = mvit_jax.preprocess("mvit_b_16x4", size=24)
+    want = preprocess.settings
+    settings = pipeline.ClipSettings(
+        frames=16, stride=4, size=24, short_side=want.short_side, interpolation="bilinear"
+    )
+    assert want.short_side == 27
+    views = pipeline.load_views(grey_video, settings, clips=2, crops=3)
+    clip = preprocess(grey_video, clips=2, crops=3)
+    assert clip.shape == (6, 16, 24, 24, 3)
+    on_device = normalise(jnp.asarray(views), want.mean, want.std, jnp.float32)
+    np.testing.assert_allclose(clip, jax.device_get(on_device), atol=1e-6)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def by_hand(pixels, size, mean, std):
+    """ImageNet's evaluation, with a loop over colours in float64."""
+    height, width = pixels.shape[:2]
+    short = int(size / 0.875)
+    scale = short / min(height, width)
+    new = (
+        (short, int(short * width / height)) if height < width
+        else (int(short * height / width), short)
+    )  # fmt: skip
+    assert abs(new[0] - height * scale) < 1 and abs(new[1] - width * scale) < 1
+    image = Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BICUBIC)
+    top, left = (round((n - size) / 2.0) for n in new)
+    square = np.asarray(image)[top : top + size, left : left + size].astype(np.float64)
+    for colour in range(3):
+        square[..., colour] = (square[..., colour] / 255 - mean[colour]) / std[colour]
+    return square
+
+
+@pytest.mark.parametrize("shape", [(50, 71), (71, 50), (37, 37), (20, 33)])
+def test_an_image_is_scaled_and_cropped_as_for_imagenet(tmp_path, shape):
+    pixels = noise(*shape, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    preprocess = mvit_jax.preprocess("mvit_b16", size=32)
+    expected = by_hand(pixels, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), pixels, pixels[None]):
+        image = preprocess(source)
+        assert image.shape == (1, 32, 32, 3) and image.dtype == np.float32
+        np.testing.assert_allclose(image[0], expected, atol=1e-6)
+    assert preprocess(pixels, crops=3).shape == (3, 32, 32, 3)
+
+
+def test_a_model_of_images_takes_the_middle_frame_of_a_video(grey_video):
+    preprocess = mvit_jax.preprocess("mvit_b16", size=32)
+    image = preprocess(grey_video)
+    assert image.shape == (1, 32, 32, 3)
+    # At 25 frames a second a frame at 30 spans 5/6 of one: floor((100 - 5/6) / 2) = 49.
+    assert numbers(image, preprocess.settings).tolist() == [49]
+
+
+def test_frames_in_another_order_of_colours_or_memory_are_the_same():
+    raw = noise(6, 40, 33, 3)
+    for variant in ("mvit_b_16x4", "mvit_b16"):
+        preprocess = mvit_jax.preprocess(variant, size=32)
+        turned = raw[::-1, ::-1, :, ::-1]  # as OpenCV's BGR is turned
+        kept = raw.copy()
+        np.testing.assert_array_equal(preprocess(turned), preprocess(turned.copy()))
+        in_other_order = np.asfortranarray(raw)
+        np.testing.assert_array_equal(preprocess(in_other_order), preprocess(raw))
+        np.testing.assert_array_equal(raw, kept)
+
+
+def test_a_model_takes_what_it_gives():
+    small = {"size": 32, "width": 16, "depths": (1, 1), "num_classes": 3}
+    for variant in ("mvit_b_16x4", "mvit_b16"):
+        config = mvit_jax.variant(variant, **small)
+        clip = mvit_jax.preprocess(variant, **small)(noise(9, 40, 50, 3))
+        shape = jax.eval_shape(
+            lambda clip, config=config: mvit_jax.apply(
+                mvit_jax.init(config, jax.random.key(0)), clip, config=config
+            )[0],
+            clip,
+        ).shape
+        assert shape == (1, 3)
+
+
+def test_settings_can_be_read_and_changed():
+    preprocess = mvit_jax.preprocess("mvit_b_16x4")
+    assert "stride=4" in str(preprocess.settings) and "short_side=256" in str(preprocess.settings)
+    changed = Preprocess(dataclasses.replace(preprocess.settings, stride=1, size=32, short_side=32))
+    raw = np.broadcast_to(
+        np.arange(20, 120, 2, dtype=np.uint8)[:, None, None, None], (50, 32, 32, 3)
+    )
+    assert numbers(changed(raw), changed.settings)[0].tolist() == list(range(17, 33))
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (np.zeros((4, 40, 40, 3), np.float32), "frames of float32 are not understood: pass a path"),
+        (np.zeros((3, 4, 40, 40), np.uint8), "shape [3, 4, 40, 40]"),
+        (np.zeros((40, 40), np.uint8), "shape [40, 40]"),
+        (np.zeros((0, 40, 40, 3), np.uint8), "shape [0, 40, 40, 3]"),
+        (np.zeros((40, 40, 3), np.uint8), "one image, and the model takes clips of 16 frames"),
+    ],
+)
+def test_wrong_frames_are_told_what_to_pass(source, sentence):
+    with pytest.raises(UserError) as caught:
+        mvit_jax.preprocess("mvit_b_16x4")(source)
+    assert sentence in str(caught.value)
+    assert "uint8 RGB frames from 0 to 255 as a NumPy array [T, H, W, 3]" in str(caught.value)
+
+
+def test_other_mistakes_are_told(tmp_path):
+    preprocess = mvit_jax.preprocess("mvit_b_16x4")
+    raw = noise(4, 40, 40, 3)
+    for wrong in ({"clips": 0}, {"crops": 2}, {"fps": 0.0}, {"fps": float("nan")}):
+        with pytest.raises(UserError, match="clips must be at least 1, crops 1 or 3 and fps above"):
+            preprocess(raw, **wrong)
+    with pytest.raises(DecodeError, match="there is no such file"):
+        preprocess(tmp_path / "gone.mp4")
+    Image.fromarray(raw[0]).save(tmp_path / "a.png")
+    with pytest.raises(DecodeError, match="is an image, and the model takes clips of 16"):
+        preprocess(tmp_path / "a.png")
+    with pytest.raises(UserError, match="did you mean 'mvit_b_16x4'"):
+        mvit_jax.preprocess("mvit_b_16x5")
+    with pytest.raises(UserError, match="did you mean 'frames'"):
+        mvit_jax.preprocess("mvit_b_16x4", frame=3)
