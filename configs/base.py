@@ -18,6 +18,12 @@ def get_config() -> ConfigDict:
     c.precision = "default"  # of matrix products: default, high or highest. On a TPU "default"
     #                          multiplies float32 in bfloat16, on GPUs in TF32.
 
+    # Where weights start from. A workdir with checkpoints is gone on with, whatever stands here.
+    c.resume = config_dict.placeholder(str)  # a run's folder: go on from its state, in this workdir
+    c.init = ConfigDict()
+    c.init.checkpoint = config_dict.placeholder(str)  # a run's or a converted folder: weights only
+    c.init.inflate = config_dict.placeholder(str)  # image to video: centre, mean or repeat
+
     c.model = ConfigDict()
     c.model.variant = "mvit_b_16x4"  # a name of `python -m mvit_jax.describe --all`
     # The rest are fields of models/plan.py MViTConfig; what is not set is the variant's own.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mvit_jax.models.plan import plan as plan
     from mvit_jax.models.variants import VARIANTS as VARIANTS
     from mvit_jax.models.variants import variant as variant
+    from mvit_jax.weights.exporting import save_torch as save_torch
+    from mvit_jax.weights.loading import load_torch as load_torch
 
 _HOME = {
     "UserError": "mvit_jax.errors",
@@ -29,6 +31,8 @@ _HOME = {
     "init": "mvit_jax.models.mvit",
     "MViTConfig": "mvit_jax.models.plan",
     "plan": "mvit_jax.models.plan",
+    "load_torch": "mvit_jax.weights.loading",
+    "save_torch": "mvit_jax.weights.exporting",
     "VARIANTS": "mvit_jax.models.variants",
     "variant": "mvit_jax.models.variants",
     "preprocess": "mvit_jax.data.preprocess",

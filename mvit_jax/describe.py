@@ -8,21 +8,21 @@
 "Multiply-adds" are what the papers call FLOPs; XLA counts two operations for each.
 """
 
-import ast
 import math
 from itertools import groupby
 
 from absl import flags
 
 from mvit_jax import errors
+from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.cost import Cost, block_cost, cost, embedding_cost, head_cost
 from mvit_jax.models.plan import MViTConfig, Triple, grids, patch_grid, plan
-from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.variants import (
     CLASSES,
     PUBLISHED,
     VARIANTS,
     Published,
+    override,
     preprocessing,
     variant,
 )
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         return
     if len(argv) < 2:
         raise errors.UserError(f"name a variant: {', '.join(VARIANTS)}; or give --all")
-    overrides = dict(_override(text) for text in argv[2:])
+    overrides = dict(override(text) for text in argv[2:])
     print(describe(argv[1], variant(argv[1], **overrides)))
 
 
@@ -199,16 +199,6 @@ def _tokens(grid: Triple, config: MViTConfig) -> str:
 
 def _x(size: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in size)
-
-
-def _override(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise errors.UserError(f"{text!r} is no override: write field=value, like frames=8")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 if __name__ == "__main__":

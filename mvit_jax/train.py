@@ -9,6 +9,7 @@ parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and 
 128 + the signal's number.
 """
 
+import dataclasses
 import functools
 import itertools
 import signal
@@ -77,8 +78,7 @@ def train(config: Config, folder: str) -> int:
     steps = experiment.steps(config, config.epochs, videos)
     with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:
         step_function, predict, schedule, state = build(config, model, videos, mesh)
-        restored = checkpoints.restore(state)
-        state = restored or state
+        state, origin = first(config, model, state, checkpoints)
         start = int(state.step)
         if start >= steps:
             print(
@@ -89,6 +89,7 @@ def train(config: Config, folder: str) -> int:
         log = Logbook(folder, start=start, steps=steps, batch=config.batch, every=config.log_every)
         with closing(log), StopRequest() as stop:
             introduce(log, config, model, state, videos, mesh, start, steps)
+            log.say(origin)
             batches = load(videos, config, model, mesh, start, steps)
             validate_every = experiment.steps(config, config.eval.every_epochs, videos)
             broken: set[int] = set()
@@ -146,6 +147,28 @@ def build(config: Config, model: MViTConfig, videos: VideoList, mesh: jax.shardi
     )
     predict = evaluation.predictor(apply, recipe, shapes.params, mesh)
     return step, predict, schedule, jax.jit(first_state, out_shardings=shardings)()
+
+
+def first(
+    config: Config, model: MViTConfig, fresh: State, checkpoints: Checkpoints
+) -> tuple[State, str]:
+    """The state to start from, and where it came from: this workdir's own, else that of the run
+    `config.resume`, else fresh with the weights of `config.init`, else fresh."""
+    state = checkpoints.restore(fresh)
+    if state is not None:
+        return state, "goes on with this workdir's last checkpoint"
+    if config.resume is not None:
+        with closing(Checkpoints(config.resume)) as others:
+            state = others.restore(fresh)
+        if state is None:
+            raise errors.UserError(f"resume={config.resume} holds no checkpoint: check the folder")
+        return state, f"goes on with the last checkpoint of {config.resume}"
+    if config.init.checkpoint is None:
+        return fresh, "starts from fresh weights"
+    params, words = experiment.initial_params(config, model)
+    put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
+    ema = None if fresh.ema is None else jax.tree.map(lambda x: x.copy(), put)
+    return dataclasses.replace(fresh, params=put, ema=ema), words
 
 
 def load(

@@ -5,6 +5,7 @@
 `variant("mvit_b_16x4", pool_mode="max", frames=8, size=160, num_classes=10)`.
 """
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -229,6 +230,17 @@ def variant(name: str, /, **overrides: Any) -> MViTConfig:
         if key not in fields:
             raise UserError(f"{key!r} is no field of an architecture{nearest(key, fields)}")
     return _replace(VARIANTS[name], **overrides)
+
+
+def override(text: str) -> tuple[str, Any]:
+    """A field and its value from the command line's "field=value"."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"{text!r} is no override: write field=value, like frames=8")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def nearest(name: str, known) -> str:

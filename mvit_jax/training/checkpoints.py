@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mvit_jax.errors import UserError
@@ -34,6 +36,10 @@ class Checkpoints:
         if step not in self.last.all_steps():
             self.last.save(step, args=_save(state), force=True)
 
+    def save_params(self, params: Any) -> None:
+        """Parameters alone, as step 0: of a model that was trained elsewhere."""
+        self.last.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+
     def save_if_best(self, state: State, step: int, top1: float) -> None:
         """Keeps a state that validated better than all before; of equals, the first."""
         # A run that was killed between this save and the next `save` comes here again with the very
@@ -62,6 +68,15 @@ class Checkpoints:
         manager = self._existing(which)
         with _readable(manager) as step:
             return manager.item_metadata(step)["params"]
+
+    def read_params(self, which: str = "last", item: str = "params") -> Any:
+        """The parameters of a checkpoint as NumPy arrays, of whatever architecture they are."""
+        manager = self._existing(which)
+        with _readable(manager) as step:
+            like = manager.item_metadata(step)[item]
+            like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+            wanted = {item: ocp.args.StandardRestore(like)}
+            return manager.restore(step, args=ocp.args.Composite(**wanted))[item]
 
     def step(self, which: str = "last") -> int | None:
         return (self.last if which == "last" else self.best).latest_step()

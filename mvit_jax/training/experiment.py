@@ -1,6 +1,7 @@
 """From a config to the things that it describes. Besides the programs, only this reads configs."""
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -21,9 +22,10 @@ from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
-from mvit_jax.training import evaluation, optimizer, sharding
+from mvit_jax.training import evaluation, optimizer, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.step import Recipe
+from mvit_jax.weights import surgery
 
 Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
 
@@ -78,6 +80,9 @@ def check(config: Config) -> None:
         if not low <= value <= high:
             limits = f"at least {low}" if high == INF else f"from {low} to {high}"
             raise UserError(f"{key} must be {limits}, not {value}")
+    if config.init.inflate not in (None, *surgery.INFLATIONS):
+        allowed = ", ".join(surgery.INFLATIONS)
+        raise UserError(f"init.inflate must be one of {allowed}, not {config.init.inflate!r}")
     if config.epochs <= 0:
         raise UserError(f"epochs must be above 0, not {config.epochs}")
     if config.eval.crops not in (1, 3):
@@ -106,6 +111,51 @@ def check_batch(config: Config, devices: int) -> None:
 def model_config(config: Config, num_classes: int) -> MViTConfig:
     values = {k: _plain(v) for k, v in config.model.items() if k != "variant" and v is not None}
     return variant(config.model.variant, num_classes=num_classes, **values)
+
+
+def base_config() -> Config:
+    """`configs/base.py`, where the package stands beside it."""
+    path = Path(__file__).parents[2] / "configs" / "base.py"
+    spec = importlib.util.spec_from_file_location("base", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise UserError(f"{path} is missing: install mvit_jax from a clone, `pip install -e .`")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
+    """The section `model` of a config that gives this architecture: the variant's name, and the
+    fields in which it differs. The number of classes follows from the data."""
+    plain = variant(name)
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(MViTConfig)}
+    return {"variant": name} | {
+        k: v for k, v in fields.items() if v != getattr(plain, k) and k != "num_classes"
+    }
+
+
+def read_params(folder: Path, which: str = "last") -> tuple[Any, MViTConfig]:
+    """Parameters of a run (the averaged ones, where it has them) or of a converted folder, as NumPy
+    arrays, and their architecture."""
+    config = workdir.frozen(folder)
+    with closing(Checkpoints(folder)) as checkpoints:
+        params = checkpoints.read_params(which, "ema" if config.optim.ema > 0 else "params")
+    classes = params["head"]["classifier"]["kernel"].shape[-1]
+    return params, model_config(config, classes)
+
+
+def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str]:
+    """The weights that `config.init` names, made to fit `model`, and what was done in a few words.
+
+    Positions are resized, and what the model does not share with them, like a classifier of another
+    number of classes, is new.
+    """
+    folder, inflate = config.init.checkpoint, config.init.inflate
+    params, was = read_params(Path(folder))
+    params, report = surgery.carry_over(params, was, model, inflate)
+    new = [line.path for line in report.lines if line.done.startswith("new")]
+    what = "; ".join(f"{count} {done}" for done, count in report.counts.items())
+    return params, f"weights from {folder}: {what}" + (f" ({', '.join(new[:6])})" if new else "")
 
 
 def model_apply(config: Config, model: MViTConfig) -> Callable[..., Any]:

@@ -1,0 +1,133 @@
+"""Weights in and out: checkpoints of PySlowFast, torchvision, PyTorchVideo and timm.
+
+    python -m mvit_jax.convert SOURCE --variant=mvit_b_16x4 --out=DIR
+    python -m mvit_jax.convert SOURCE --variant=mvitv2_s_16x4 --out=DIR --inflate=centre
+    python -m mvit_jax.convert SOURCE --variant=mvit_b_16x4 --out=DIR num_classes=10 frames=32
+    python -m mvit_jax.convert DIR --to=torchvision --out=FILE
+
+SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read, never run. DIR is a folder that
+`evaluate`, `predict` and `--config.init.checkpoint` take: parameters, architecture, preprocessing,
+labels.txt where --labels gives the names of the classes, and report.txt with a line per tensor. A
+tensor that should have been loaded and was not is an error, and then nothing is written.
+"""
+
+import json
+import shutil
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+from absl import flags
+
+from mvit_jax import errors
+from mvit_jax.data.sources import read_class_names
+from mvit_jax.models.variants import override, preprocessing
+from mvit_jax.training import experiment, workdir
+from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.weights.exporting import TARGETS, Origin, save_torch
+from mvit_jax.weights.loading import Loaded, load
+from mvit_jax.weights.report import WeightsError
+from mvit_jax.weights.surgery import INFLATIONS
+
+_VARIANT = flags.DEFINE_string("variant", None, "The variant that SOURCE is of: describe --all.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write; with --to, the file.")
+_TO = flags.DEFINE_enum("to", None, TARGETS, "Write a run's or a converted folder's weights so.")
+_LABELS = flags.DEFINE_string("labels", None, "Names of the classes, one a line, label 0 first.")
+_INFLATE = flags.DEFINE_enum(
+    "inflate", None, INFLATIONS, "How an image model becomes a video model, or back."
+)
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "last", ["last", "best"], "Which state of a run, with --to.", allow_override=True
+)
+
+ORIGIN = "origin.json"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) < 2 or _OUT.value is None:
+        raise errors.UserError("give SOURCE, and --variant=NAME --out=DIR or --to=... --out=FILE")
+    source, overrides = argv[1], dict(override(text) for text in argv[2:])
+    out = Path(_OUT.value)
+    if _TO.value is not None:
+        if overrides or _VARIANT.value:
+            raise errors.UserError("--to takes a folder as it is: leave out --variant and fields")
+        give(Path(source), out, _TO.value, _CHECKPOINT.value)
+        return
+    if _VARIANT.value is None:
+        raise errors.UserError("say which variant SOURCE is of: --variant=NAME (describe --all)")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
+    labels = None if _LABELS.value is None else read_class_names(Path(_LABELS.value))
+    take(source, _VARIANT.value, out, labels, _INFLATE.value, **overrides)
+
+
+def take(
+    source: str, variant: str, out: Path, labels: tuple[str, ...] | None, inflate, **overrides
+) -> None:
+    """A foreign checkpoint becomes the folder `out`, whole or not at all."""
+    try:
+        loaded = load(source, variant, inflate=inflate, **overrides)
+    except WeightsError as error:
+        print(error.report)  # every tensor; the problems follow once more
+        raise
+    if labels is not None and len(labels) != loaded.config.num_classes:
+        raise errors.UserError(
+            f"--labels names {len(labels)} classes and the model has {loaded.config.num_classes}"
+        )
+    workdir.make(out.parent)
+    try:
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise errors.UserError(f"{out} cannot be written ({error.strerror})") from None
+    try:
+        _write(building, loaded, variant, labels)
+        building.chmod(0o755)
+        if out.exists():
+            out.rmdir()  # it is empty
+        building.replace(out)
+    except OSError as error:
+        raise errors.UserError(f"{out} cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    print(loaded.report.summary())
+    print(f"wrote {out}; report.txt in it has a line for each tensor")
+
+
+def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:
+    config = experiment.base_config()
+    config.model.update(experiment.model_fields(variant, loaded.config))
+    expected = preprocessing(variant, frames=loaded.config.frames, size=loaded.config.size)
+    for field in ("stride", "short_side", "mean", "std", "interpolation"):
+        config.data[field] = getattr(expected, field)
+    if expected.frames == 1:
+        config.eval.clips = 1  # every clip of an image is the same
+    workdir.freeze(config, folder)
+    origin = {"family": loaded.family, "ranks": loaded.ranks}
+    workdir.write_whole(folder / ORIGIN, json.dumps(origin) + "\n")
+    workdir.write_whole(folder / "report.txt", f"{loaded.report}\n")
+    if labels is not None:
+        workdir.write_whole(folder / "labels.txt", "\n".join(labels) + "\n")
+    with closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save_params(loaded.params)
+
+
+def give(folder: Path, out: Path, to: str, which: str) -> None:
+    """The weights of a run's or a converted folder become a foreign file."""
+    params, config = experiment.read_params(folder, which)
+    origin = _origin(folder)
+    done = save_torch(params, config, out, to, origin=origin)
+    print(f"wrote {out}: {done.tensors} tensors as {done.family} has them")
+    for note in done.notes:
+        print(f"note: {note}")
+
+
+def _origin(folder: Path) -> Origin | None:
+    path = folder / ORIGIN
+    if not path.exists():
+        return None
+    found = workdir.read(path)
+    return Origin(found["family"], found["ranks"])
+
+
+if __name__ == "__main__":
+    errors.run(main)
