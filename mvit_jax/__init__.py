@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mvit_jax.models.mvit import apply as apply
     from mvit_jax.models.mvit import create_model as create_model
     from mvit_jax.models.mvit import init as init
+    from mvit_jax.models.mvit import params_of as params_of
     from mvit_jax.models.plan import MViTConfig as MViTConfig
     from mvit_jax.models.plan import plan as plan
     from mvit_jax.models.variants import VARIANTS as VARIANTS
@@ -29,6 +30,7 @@ _HOME = {
     "apply": "mvit_jax.models.mvit",
     "create_model": "mvit_jax.models.mvit",
     "init": "mvit_jax.models.mvit",
+    "params_of": "mvit_jax.models.mvit",
     "MViTConfig": "mvit_jax.models.plan",
     "plan": "mvit_jax.models.plan",
     "load_torch": "mvit_jax.weights.loading",

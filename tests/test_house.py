@@ -2,13 +2,19 @@
 
 import ast
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 
+import av
+import jax
+import numpy as np
 import pytest
 
+import mvit_jax
 from mvit_jax.models.plan import MViTConfig
+from mvit_jax.weights.containers import read_tensors
 from tests import tiny
 
 PACKAGE = tiny.ROOT / "mvit_jax"
@@ -59,8 +65,6 @@ def test_importing_is_quick_and_brings_no_tensorflow():
 
 
 def test_every_public_name_is_there():
-    import mvit_jax
-
     for name in mvit_jax.__all__:
         assert getattr(mvit_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
@@ -85,7 +89,7 @@ def test_the_default_experiment_keeps_its_labels_true(arg):
 
 
 def test_programs_help():
-    for name in ("train", "evaluate", "predict", "describe", "prepare"):
+    for name in ("train", "evaluate", "predict", "convert", "describe", "prepare"):
         # absl's --help exits with 1.
         done = subprocess.run(
             [sys.executable, "-m", f"mvit_jax.{name}", "--help"], capture_output=True, text=True
@@ -93,14 +97,48 @@ def test_programs_help():
         assert f"python -m mvit_jax.{name}" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
-def test_the_readmes_example_runs_and_its_shapes_are_true():
+def run_readme(block: int, check: str, folder) -> tuple[str, str]:
+    """A Python example of the README, run in `folder`, and what `check` then prints."""
     readme = (tiny.ROOT / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(code) == 1
-    check = "print(logits.shape, features['stages'][0].shape)"
+    assert len(code) == 2
+    program = f"import jax, mvit_jax\nfrom flax import nnx\n{code[block]}\n{check}"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code[0]}\n{check}"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "(2, 8) (2, 4, 16, 16, 64)"
-    assert "= (2, 4, 16, 16, 64)" in code[0]
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=True, cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(tiny.ROOT)},
+    )  # fmt: skip
+    return code[block], done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs_and_its_shapes_are_true(tmp_path):
+    check = "print(logits.shape, features['stages'][0].shape)"
+    code, printed = run_readme(0, check, tmp_path)
+    assert printed == "(2, 8) (2, 4, 16, 16, 64)"
+    assert "= (2, 4, 16, 16, 64)" in code
+
+
+@pytest.mark.slow
+def test_the_readmes_example_of_foreign_weights_runs(tmp_path):
+    config = mvit_jax.variant("mvit_b_16x4")
+    params = jax.jit(lambda: mvit_jax.init(config, jax.random.key(0)))()
+    mvit_jax.save_torch(params, config, tmp_path / "k400.pyth", "slowfast")
+    write_video(tmp_path / "video.mp4", frames=80, size=64)
+    check = "print(clips.shape, report.ok, round(float(probabilities.sum()), 3))"
+    _, printed = run_readme(1, check, tmp_path)
+    assert printed == "(5, 16, 224, 224, 3) True 1.0"
+    back = read_tensors(tmp_path / "back.pth").tensors
+    assert back["conv_proj.weight"].shape == (96, 3, 3, 7, 7)
+
+
+def write_video(path, frames: int, size: int) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width = stream.height = size
+        for i in range(frames):
+            image = np.full((size, size, 3), 3 * i, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)

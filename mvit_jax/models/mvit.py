@@ -6,6 +6,7 @@ Top to bottom, as a clip goes: `MViT` -> `CubeEmbedding` -> `Positions` -> `Bloc
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -340,7 +341,7 @@ def create_model(
 
 def init(config: MViTConfig, key: Array, **plugs: Any) -> Params:
     """Fresh float32 parameters. `plugs` are the `block`, `attention`, `pool` of `MViT`."""
-    return params_of(MViT(config, rngs=_keys(key), **plugs))
+    return params_of(MViT(config, rngs=_Keys(key), **plugs))
 
 
 def apply(
@@ -365,7 +366,7 @@ def apply(
 
 def params_of(model: nnx.Module) -> Params:
     """The parameters of a module as a nested dict with string keys, sharing its arrays."""
-    return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return _string_Keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def from_params(params: Params, config: MViTConfig, dtype=jnp.float32, **plugs: Any) -> MViT:
@@ -376,7 +377,7 @@ def from_params(params: Params, config: MViTConfig, dtype=jnp.float32, **plugs: 
 def shapes(config: MViTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its path, "blocks/3/attn/qkv/kernel"."""
     _, abstract = _structure(config, jnp.float32, ())
-    tree = _string_keys(nnx.to_pure_dict(abstract))
+    tree = _string_Keys(nnx.to_pure_dict(abstract))
     return {path: tuple(leaf.shape) for path, leaf in flat(tree).items()}
 
 
@@ -410,7 +411,7 @@ def first_difference(model: Any, found: Any) -> str | None:
     return None
 
 
-class _Keys:
+class _Keys(nnx.Rngs):
     """The keys of `nnx.Rngs(params=key)`, the same ones, counted in Python.
 
     The counter of `nnx.Rngs` is an array: under a trace each draw takes longer than the one before,
@@ -418,28 +419,21 @@ class _Keys:
     """
 
     def __init__(self, key: Array) -> None:
-        self.key, self.count = key, 0
-
-    def params(self) -> Array:
-        self.count += 1
-        return jax.random.fold_in(self.key, self.count - 1)
-
-
-def _keys(key: Array) -> Any:
-    return _Keys(key)
+        draws = (jax.random.fold_in(key, count) for count in itertools.count())
+        self.params = nnx.static(functools.partial(next, draws))
 
 
 @functools.lru_cache(maxsize=64)
 def _structure(config: MViTConfig, dtype, plugs: tuple):
     model = nnx.eval_shape(
-        lambda: MViT(config, rngs=_keys(jax.random.key(0)), dtype=dtype, **dict(plugs))
+        lambda: MViT(config, rngs=_Keys(jax.random.key(0)), dtype=dtype, **dict(plugs))
     )
     return nnx.split(model)
 
 
 def _with_params(params: Params, config: MViTConfig, dtype, plugs: tuple) -> MViT:
     graphdef, abstract = _structure(config, dtype, plugs)
-    difference = first_difference(_string_keys(nnx.to_pure_dict(abstract)), params)
+    difference = first_difference(_string_Keys(nnx.to_pure_dict(abstract)), params)
     if difference:
         raise UserError(f"these parameters are of another architecture: {difference}")
     state = jax.tree.map(lambda x: x, abstract)  # a copy: replacing is in place
@@ -447,10 +441,10 @@ def _with_params(params: Params, config: MViTConfig, dtype, plugs: tuple) -> MVi
     return nnx.merge(graphdef, state)
 
 
-def _string_keys(tree: Any) -> Any:
+def _string_Keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
-    return {str(k): _string_keys(v) for k, v in tree.items()}
+    return {str(k): _string_Keys(v) for k, v in tree.items()}
 
 
 def keep_batch_sharded(x: Tokens) -> Tokens:

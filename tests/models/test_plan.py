@@ -140,6 +140,11 @@ BAD = [
         r"pool_kernel \(3, 2, 2\) .* the queries and their skip to different",
     ),
     ({"q_stride": (1, 3, 3)}, r"q_stride \(1, 3, 3\) pools the queries and their skip"),
+    ({"pool_mode": "conv_unshared"}, "conv_unshared.* needs pool_first=True"),
+    ({"kv_kernels": ((3, 3, 3),)}, "kv_kernels must name a kernel for each of the 16 blocks"),
+    ({"positions": "sincos", "width": 24}, "width divisible by 16, not 24"),
+    ({"pool_norm_eps": 0.0}, "pool_norm_eps must be above 0"),
+    ({"growth": 0}, "growth must be at least 1"),
 ]
 
 
@@ -152,11 +157,19 @@ def test_bad_values_say_what_is_wrong(overrides, words):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("pool_mode", "median", "pool_mode must be one of conv, max, avg, not 'median'"),
+        (
+            "pool_mode",
+            "median",
+            "pool_mode must be one of conv, conv_unshared, max, avg, not 'median'",
+        ),
         ("positions", "sine", "positions must be one of none, space, separate, joint"),
         ("q_stride", (2, 2), r"q_stride must be three numbers \(t, h, w\), not \(2, 2\)"),
         ("patch_kernel", 7, r"patch_kernel must be whole numbers like \(1, 2, 2\), not 7"),
-        ("pool_kernel", "stride", "pool_kernel must be three numbers"),
+        ("pool_kernel", "stride-1", r"pool_kernel must be whole numbers like \(1, 2, 2\)"),
+        ("q_kernels", ((3, 3),), r"q_kernels must be three numbers"),
+        ("expand", "head", "expand must be one of mlp, attention, not 'head'"),
+        ("depths", [1, 2], r"depths must be whole numbers like \(1, 2, 11, 2\)"),
+        ("qkv_bias", "yes", "qkv_bias must be True or False"),
     ],
 )
 def test_bad_types_say_what_is_wrong(field, value, words):
@@ -180,11 +193,39 @@ def test_clips_that_leave_no_token():
         grids(config, 8, 15, 224)
 
 
+def test_the_table_of_mvitv2_s_16x4():
+    """Li et al. 2022, Table 1, and the lengths of the released tables of relative positions."""
+    blocks = plan(variant("mvitv2_s_16x4"))
+    assert [b.width for b in blocks] == [96] * 2 + [192] * 2 + [384] * 11 + [768]
+    assert [b.attention_width for b in blocks] == [96] + [192] * 2 + [384] * 11 + [768] * 2
+    assert [b.width_out for b in blocks] == [b.attention_width for b in blocks]
+    assert [b.heads for b in blocks] == [1] + [2] * 2 + [4] * 11 + [8] * 2
+    strides = [(1, 2, 2) if i in (1, 3, 14) else (1, 1, 1) for i in range(16)]
+    assert [b.q_pool for b in blocks] == [Pool("conv", (3, 3, 3), stride) for stride in strides]
+    assert [i for i, b in enumerate(blocks) if b.skip_pool] == [1, 3, 14]
+    assert [b.relative_space for b in blocks] == [111] + [55, 55] + [27] * 12 + [13]
+    assert {b.relative_time for b in blocks} == {15}
+    assert {b.residual_pool for b in blocks} == {"grid"}
+
+
+def test_pools_of_windows_side_by_side():
+    config = dataclasses.replace(TINY, pool_mode="max", pool_kernel="stride")
+    for block, row in zip(plan(config), grids(config, 4, 32, 32), strict=True):
+        for pool, size in ((block.q_pool, row.output), (block.kv_pool, row.keys)):
+            if pool is not None:
+                assert pool.kernel == pool.stride and pool.padding == (0, 0, 0)
+                assert list(size) == [n // s for n, s in zip(row.input, pool.stride, strict=True)]
+    # A side of 4 cubes, which 13 pixels give, can be halved twice.
+    assert smallest_clip(config) == (1, 13, 13)
+    with pytest.raises(UserError, match=r"4x12x32 .* leaves no token; the smallest .* 1x13x13"):
+        grids(config, 4, 12, 32)
+
+
 def test_names_that_do_not_exist_name_the_nearest():
     with pytest.raises(UserError, match="no variant 'mvit_b_16x5'; did you mean 'mvit_b_16x4'"):
         variant("mvit_b_16x5")
     with pytest.raises(UserError, match=r"'num_clases' is no field .* mean 'num_classes'"):
         variant("mvit_b_16x4", num_clases=10)
-    with pytest.raises(UserError, match="no variant 'zzz'; there are mvit_b_16x4, "):
+    with pytest.raises(UserError, match="no variant 'zzz'; there are mvit_s_16x4, "):
         variant("zzz")
     assert variant("mvit_b_16x4", frames=8).frames == 8

@@ -1,0 +1,89 @@
+"""Full-size models against torchvision and timm: logits, and strict loading of what goes back.
+
+    python -m benchmarks.parity                       needs the extra `parity`
+    python -m benchmarks.parity --models=mvit_v1_b,mvitv2_tiny
+
+Each original gets random weights around its own initial ones (no bias zero, no norm's scale one),
+is saved by torch, read by `load_torch` and run on the same input, float32 at highest precision; the
+weights are then written back, loaded by the original with strict matching, and compared bit for
+bit. A difference is the largest one, over the standard deviation of the original's logits.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from mvit_jax.models import mvit
+from mvit_jax.weights.exporting import Origin, save_torch
+from mvit_jax.weights.loading import load
+
+VARIANTS = {
+    "mvit_v1_b": "mvit_b_16x4",
+    "mvit_v2_s": "mvitv2_s_16x4",
+    "mvitv2_tiny": "mvitv2_t",
+    "mvitv2_small": "mvitv2_s",
+    "mvitv2_base": "mvitv2_b",
+    "mvitv2_large": "mvitv2_l",
+    "mvitv2_base_cls": "mvitv2_b_in21k",
+}
+
+_MODELS = flags.DEFINE_list("models", list(VARIANTS), "Which of torchvision's and timm's models.")
+
+
+def main(argv: list[str]) -> None:
+    print(f"{'original':16} {'variant':16} {'tensors':>8} {'difference':>11}  back, bit for bit")
+    for name in _MODELS.value:
+        tensors, difference, same = compare(name)
+        print(f"{name:16} {VARIANTS[name]:16} {tensors:8} {difference:11.1e}  {same}", flush=True)
+
+
+def compare(name: str) -> tuple[int, float, bool]:
+    """Number of tensors, difference of the logits, and whether the weights came back the same."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    make, family = _original(name)
+    original = make().eval()
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        video = family == "torchvision"
+        clip = torch.randn(1, 3, 16, 224, 224) if video else torch.randn(1, 3, 224, 224)
+        expected = original(clip).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        file, back = Path(folder) / "there.pth", Path(folder) / "back.pth"
+        torch.save(original.state_dict(), file)
+        loaded = load(file, VARIANTS[name])
+        logits = _logits(loaded, np.moveaxis(clip.numpy(), 1, -1))
+        origin = Origin(loaded.family, loaded.ranks)
+        save_torch(loaded.params, loaded.config, back, family, origin=origin)
+        returned = torch.load(back, weights_only=True)
+    make().load_state_dict(returned, strict=True)
+    state = original.state_dict()
+    same = all(torch.equal(state[key], returned[key]) for key in state)
+    return len(state), float(np.abs(logits - expected).max() / expected.std()), same
+
+
+def _original(name: str) -> tuple[Callable[[], Any], str]:
+    if name.startswith("mvit_"):
+        from torchvision.models import video  # pyright: ignore[reportMissingImports]
+
+        return getattr(video, name), "torchvision"
+    import timm  # pyright: ignore[reportMissingImports]
+
+    return lambda: timm.create_model(name), "timm"
+
+
+def _logits(loaded, clip: np.ndarray) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(lambda params, x: mvit.apply(params, x, config=loaded.config)[0])
+        return np.asarray(run(loaded.params, clip))
+
+
+if __name__ == "__main__":
+    app.run(main)
