@@ -43,7 +43,7 @@ class Tensors:
     format: Literal["torch", "safetensors", "memory"]
 
 
-def read_tensors(path: str | Path) -> Tensors:
+def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """The state dict in a file of torch's (both formats) or safetensors'.
 
     Arrays are bool, integers, floats or `ml_dtypes.bfloat16`, bit for bit the file's. Raises
@@ -205,7 +205,7 @@ def _without(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], where: st
 
 
 def write_torch(
-    path: str | Path,
+    path: str | os.PathLike[str],
     tensors: Mapping[str, np.ndarray],
     *,
     wrapper: str = "",
@@ -227,7 +227,7 @@ def write_torch(
         torch_files.write(temporary, arrays, wrapper, extra or {})
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file; raises `UserError` as `write_torch` does."""
     arrays = _writable(tensors)
     with _whole(Path(path)) as temporary:

@@ -14,7 +14,7 @@ import numpy as np
 from mvit_jax.errors import UserError
 from mvit_jax.models.plan import MViTConfig
 
-FAMILIES = ("slowfast", "torchvision", "pytorchvideo", "timm")
+FAMILIES: tuple[str, ...] = ("slowfast", "torchvision", "pytorchvideo", "timm")
 
 # Modules and single tensors: ours, then as in FAMILIES; None where a family has none. {} is the
 # block, "{stage}.blocks.{place}" in timm.
@@ -63,7 +63,9 @@ _ROWS = [
     ("norm", "norm", "norm", "norm_embed", "norm"),
     ("head/classifier", "head.projection", "head.1", "head.proj", "head.fc"),
 ]  # fmt: skip
-TABLE = {ours: dict(zip(FAMILIES, names, strict=True)) for ours, *names in _ROWS}
+TABLE: dict[str, dict[str, str | None]] = {
+    ours: dict(zip(FAMILIES, names, strict=True)) for ours, *names in _ROWS
+}
 
 _LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 _GROWS = {"attention": "attn", "mlp": "mlp"}
@@ -224,9 +226,9 @@ def _space(values: np.ndarray, config: MViTConfig) -> Shaped:
 
 def _joint(values: np.ndarray, config: MViTConfig) -> Shaped:
     rows = _rows(values)[int(config.class_token) :]
-    frames = 1 if config.frames == 1 else config.frames // config.patch_stride[0]
-    if len(rows) % frames:
-        raise ValueError(f"has {len(rows)} places, which {frames} frames of tokens do not divide")
+    frames = max(config.frames // config.patch_stride[0], 1)
+    if len(rows) % frames or math.isqrt(len(rows) // frames) ** 2 != len(rows) // frames:
+        frames = 1  # of an image model, perhaps
     return Shaped(rows.reshape(frames, *_square(len(rows) // frames), -1), "split")
 
 

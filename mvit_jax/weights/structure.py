@@ -89,11 +89,13 @@ def structure(
         for field in _IDENTITY
         if field in shows and field not in excused and shows[field] != getattr(config, field)
     ]
-    frames = 1 if shows["patch_kernel"][0] == 1 else max(config.frames, 2)
+    frames = config.frames
+    if crosses:
+        frames = 1 if shows["patch_kernel"][0] == 1 else max(config.frames, 2)
     taken = {k: v for k, v in shows.items() if k not in excused}
     if problems:
         problems.append(_hint(state, name, variant, crosses))
-    elif config.pool_mode not in ("max", "avg", *given) and not _has_pools(state):
+    elif _needs_pools(config) and not _has_pools(state):
         problems.append(
             "the file has no weights of pools, as where these take the maximum or average: if it "
             "is such a model, give pool_mode=max or pool_mode=avg"
@@ -115,6 +117,11 @@ def _hint(state: State, name: str, variant: str, crosses: bool) -> str:
     hint = f"what fits is {' or '.join(fitting)}" if fitting else "no variant fits it"
     way = "; to carry weights between images and video, say how: inflate=centre, mean or repeat"
     return f"the file is of another model than {variant}: {hint}{way if crosses else ''}"
+
+
+def _needs_pools(config: MViTConfig) -> bool:
+    learned = config.pool_mode not in ("max", "avg")
+    return learned and any(block.q_pool or block.kv_pool for block in plan(config))
 
 
 def _has_pools(state: State) -> bool:
@@ -163,9 +170,8 @@ class _Look:
         self.state, self.family, self.config = state, family, config
 
     def shape(self, path: str) -> tuple[int, ...] | None:
-        # A file's residual projections in timm are called after the place where channels grow.
         name = foreign_name(path, self.family, self.config)
-        return self.state[name].shape if name in self.state else None
+        return self.state[name].shape if name is not None and name in self.state else None
 
     def has(self, path: str) -> bool:
         return self.shape(path) is not None

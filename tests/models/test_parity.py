@@ -1,161 +1,205 @@
-"""The model against torchvision's own MViT class, at a tiny size and with weights drawn alike.
+"""The model against the originals: torchvision's, timm's and PyTorchVideo's own classes.
 
-`tests/reference/make_torchvision.py` made the outputs.
+At tiny sizes, with weights drawn by name; `tests/reference/make_outputs.py` made the outputs. The
+weights go through the importer, so that what it does to names and shapes is tested with them.
 """
 
+import dataclasses
 import functools
 import math
 import re
+from collections import defaultdict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models.mvit import apply, init
-from mvit_jax.models.plan import MViTConfig, plan
-from tests.reference import make_torchvision as reference
+from mvit_jax.models.mvit import apply, flat, nested
+from mvit_jax.models.plan import MViTConfig, grids, plan
+from mvit_jax.weights.loading import load
+from tests.reference import make_outputs as reference
 
-REFERENCE = MViTConfig(
-    frames=reference.FRAMES,
-    size=reference.SIZE,
-    num_classes=reference.CLASSES,
-    width=8,
-    depths=(1, 1, 2),
-    kv_stride=(1, 4, 4),
-)
-TOLERANCE = 1e-4  # of logits, largest difference over standard deviation
+TOLERANCE = 1e-4  # largest difference over standard deviation
 
-NAMES = [  # ours to torchvision's, one substitution after the other
-    (r"^patch_embed/proj", "conv_proj"),
-    (r"^positions/class_position", "pos_encoding/class_pos"),
-    (r"^positions/class_token", "pos_encoding/class_token"),
-    (r"^positions/space", "pos_encoding/spatial_pos"),
-    (r"^positions/time", "pos_encoding/temporal_pos"),
-    (r"^head/classifier", "head/1"),
-    (r"^blocks/(\d+)/proj", r"blocks/\1/project"),
-    (r"/attn/proj", "/attn/project/0"),
-    (r"/pool_(.)/kernel", r"/pool_\1/pool/kernel"),
-    (r"/pool_(.)/norm", r"/pool_\1/norm_act/0"),
-    (r"/mlp/fc1", "/mlp/0"),
-    (r"/mlp/fc2", "/mlp/3"),
-    (r"/(kernel|scale)$", "/weight"),
-    (r"/", "."),
-]
+TINY = {"width": 8, "depths": (1, 2, 1)}
+VIDEO = TINY | {"frames": 4, "size": 32, "kv_stride": (1, 4, 4)}
+IMAGE = TINY | {"size": 32}
 
-
-def torchvision_name(path) -> str:
-    name = "/".join(key.key for key in path)
-    for ours, theirs in NAMES:
-        name = re.sub(ours, theirs, name)
-    return name
+CASES = {  # the variant, and what to override for the size and for the options of the case
+    "torchvision_v1": ("mvit_b_16x4", VIDEO | {"size": 28}),
+    "torchvision_v2": ("mvitv2_s_16x4", VIDEO),
+    "torchvision_v2_44": ("mvitv2_s_16x4", VIDEO | {"frames": 6, "size": 44}),
+    "torchvision_v2_60": ("mvitv2_s_16x4", VIDEO | {"size": 60}),
+    "torchvision_v2_156": ("mvitv2_s_16x4", VIDEO | {"frames": 2, "size": 156}),
+    "timm": ("mvitv2_t", IMAGE),
+    "timm_class_token": ("mvitv2_b_in21k", IMAGE),
+    "timm_mlp": ("mvitv2_l", IMAGE | {"heads": 1}),
+    "timm_absolute": ("mvitv2_b_in21k", IMAGE | {"positions": "joint"}),
+    "pytorchvideo": ("mvit_b_16x4", VIDEO),
+    "pytorchvideo_stride": ("mvit_b_16x4", VIDEO),
+    "pytorchvideo_pool_first": (
+        "mvit_b_16x4",
+        VIDEO | {"pool_first": True, "stem_norm": True, "positions": "joint"},
+    ),
+    "pytorchvideo_max": ("mvit_b_16x4", VIDEO | {"pool_mode": "max", "class_token": False}),
+    "pytorchvideo_avg": ("mvit_b_16x4", VIDEO | {"pool_mode": "avg", "qkv_bias": False}),
+    "pytorchvideo_image": ("mvit_b16", IMAGE),
+}
+SOME = ("torchvision_v1", "torchvision_v2", "timm")  # one of each kind of architecture
 
 
-def ours(draw_one):
-    """Our tree of parameters, each tensor drawn in torchvision's shape and turned into ours."""
-
-    def one(path, leaf):
-        name, shape = torchvision_name(path), leaf.shape
-        if name == "conv_proj.weight":
-            return draw_one(name, (*shape[:2:-1], *shape[:3])).transpose(2, 3, 4, 1, 0)
-        if name.endswith("pool.weight"):
-            return draw_one(name, (shape[3], 1, *shape[:3]))[:, 0].transpose(1, 2, 3, 0)
-        if path[-1].key == "kernel":
-            return draw_one(name, shape[::-1]).T
-        if name.startswith("pos_encoding"):
-            rows = math.prod(shape[:-1])
-            theirs = shape[-1:] if "class" in name else (rows, shape[-1])
-            return draw_one(name, theirs).reshape(shape)
-        return draw_one(name, shape)
-
-    abstract = jax.eval_shape(lambda: init(REFERENCE, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(one, abstract)
-
-
-@pytest.fixture(scope="module")
-def stored():
-    return dict(np.load(reference.PATH))
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return ours(reference.draw_weight)
-
-
-@functools.cache
-def reference_model(dtype):
-    return jax.jit(functools.partial(apply, config=REFERENCE, dtype=dtype))
-
-
-def reference_clip():
-    return jnp.array(reference.clip().transpose(0, 2, 3, 4, 1))
-
-
-def difference(logits, stored) -> float:
-    return np.abs(np.array(logits) - stored["logits"]).max() / stored["logits"].std()
-
-
-def test_every_tensor_of_torchvision_has_its_place(stored, weights):
-    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(weights), strict=True)
-    assert sorted(map(torchvision_name, paths)) == sorted(stored["names"])
-    blocks = plan(REFERENCE)
-    assert [b.heads for b in blocks] == reference.BLOCKS["num_heads"]
-    assert [list(b.kv_pool.stride) for b in blocks if b.kv_pool] == reference.BLOCKS["stride_kv"]
-
-
-def test_outputs_are_torchvisions(stored, weights):
-    logits, features = reference_model(jnp.float32)(weights, reference_clip())
-    assert difference(logits, stored) <= TOLERANCE
-    channels = slice(reference.STORED_CHANNELS)
-    for stage, block in zip(features["stages"], reference.STAGE_ENDS, strict=True):
-        expected = stored[f"block{block}"][:, 1:]  # without the class token
-        mine = stage.reshape(len(stage), -1, stage.shape[-1])[..., channels]
-        np.testing.assert_allclose(mine, expected, rtol=0, atol=TOLERANCE * expected.std())
-    np.testing.assert_allclose(
-        features["tokens"][..., channels], stored["tokens"], rtol=0, atol=TOLERANCE
+def cases(names, quick):
+    """The rest is slow: a video model takes 3 seconds to compile, its gradients 8."""
+    return pytest.mark.parametrize(
+        "case", [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
     )
 
 
-def test_outputs_in_bfloat16_are_near_torchvisions(stored, weights):
-    logits, _ = reference_model(jnp.bfloat16)(weights, reference_clip())
-    assert logits.dtype == jnp.float32
-    error = np.array(logits) - stored["logits"]
-    assert 0 < np.sqrt((error**2).mean() / (stored["logits"] ** 2).mean()) <= 2e-2
+VARIATIONS = {
+    "torchvision_v2_60",
+    "torchvision_v2_156",
+    "timm_absolute",
+    "pytorchvideo",
+    "pytorchvideo_avg",
+}
 
 
-def test_gradients_are_torchvisions(stored, weights):
+@functools.cache
+def stored(case):
+    return reference.stored(case)
+
+
+def imported(case, draw):
+    """The case's tensors, drawn in the original's shapes and imported."""
+    shapes, _ = stored(case)
+    variant, overrides = CASES[case]
+    return load({n: draw(n, s) for n, s in shapes.items()}, variant, **overrides)
+
+
+@functools.cache
+def weights(case):
+    return imported(case, reference.draw_weight)
+
+
+def clip(case):
+    """Channels last."""
+    return jnp.array(np.moveaxis(reference.clip(case), 1, -1))
+
+
+@functools.cache
+def model(case, dtype=jnp.float32):
+    """Compiled once for all tests."""
+    run = jax.jit(functools.partial(apply, config=weights(case).config, dtype=dtype))
+    return lambda params: run(params, clip(case))
+
+
+def difference(mine, theirs) -> float:
+    return np.abs(np.array(mine) - theirs).max() / theirs.std()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_architecture_is_read_off_the_originals_tensors(case):
+    loaded, (shapes, _) = weights(case), stored(case)
+    assert loaded.family == case.split("_")[0] and loaded.report.ok
+    # Every tensor of the original goes somewhere, none twice but the table of joint positions.
+    sources = [line.source for line in loaded.report.lines]
+    assert set(sources) == set(shapes)
+    twice = {s for s in sources if sources.count(s) > 1}
+    assert twice <= {"pos_embed", "cls_positional_encoding.pos_embed"}
+    config: MViTConfig = loaded.config
+    sizes = grids(config, config.frames, config.size, config.size)
+    ends = [sizes[i].output for i in reference.STAGE_ENDS]
+    _, answers = stored(case)
+    for end, grid in zip(reference.STAGE_ENDS, ends, strict=True):
+        assert answers[f"block{end}"].shape[1] == math.prod(grid) + config.class_token
+
+
+@cases(CASES, quick=CASES.keys() - VARIATIONS)
+def test_outputs_are_the_originals(case):
+    logits, features = model(case)(weights(case).params)
+    _, theirs = stored(case)
+    assert difference(logits, theirs["logits"]) <= TOLERANCE
+    for stage, block in zip(features["stages"], reference.STAGE_ENDS, strict=True):
+        mine = reference.probe(stage.reshape(len(stage), -1, stage.shape[-1]))
+        assert difference(mine, theirs[f"block{block}"][:, -mine.shape[1] :]) <= TOLERANCE
+    assert difference(reference.probe(features["tokens"]), theirs["tokens"]) <= TOLERANCE
+
+
+@cases(CASES, quick=["timm"])
+def test_gradients_are_the_originals(case):
+    shapes, theirs = stored(case)
     factors = jnp.array(reference.draw("loss", (reference.BATCH, reference.CLASSES)))
 
     def loss(params):
-        return (apply(params, reference_clip(), config=REFERENCE)[0] * factors).sum()
+        return (apply(params, clip(case), config=weights(case).config)[0] * factors).sum()
 
-    gradients = jax.jit(jax.grad(loss))(jax.tree.map(jnp.array, weights))
-    directions = ours(lambda name, shape: reference.draw("direction/" + name, shape))
-    lengths = dict(zip(stored["names"], stored["gradient_lengths"], strict=True))
-    projections = dict(zip(stored["names"], stored["gradient_projections"], strict=True))
-    largest = max(lengths.values())
-
-    def compare(path, gradient, direction):
-        name, gradient = torchvision_name(path), np.array(gradient, np.float64)
+    gradients = jax.jit(jax.grad(loss))(jax.tree.map(jnp.array, weights(case).params))
+    mine = by_name(case, flat(gradients))
+    # The same entries in the same order, since the importer moves and never changes them.
+    directions = imported(case, lambda name, shape: reference.draw("direction/" + name, shape))
+    directions = by_name(case, flat(directions.params))
+    largest = theirs["gradient_lengths"].max()
+    for name, length, along in zip(
+        shapes, theirs["gradient_lengths"], theirs["gradient_projections"], strict=True
+    ):
         # Some gradients are zero but for rounding: of a bias that the softmax cancels.
-        tolerance = 1e-4 * lengths[name] + 1e-6 * largest
-        assert abs(np.linalg.norm(gradient) - lengths[name]) <= tolerance, name
-        assert abs((gradient * direction).sum() - projections[name]) <= tolerance, name
-
-    jax.tree_util.tree_map_with_path(compare, gradients, directions)
+        tolerance = 1e-4 * length + 1e-6 * largest
+        assert abs(np.linalg.norm(mine[name]) - length) <= tolerance, name
+        assert abs(mine[name] @ directions[name] - along) <= tolerance, name
 
 
-def test_the_comparison_with_torchvision_notices_any_tensor(stored, weights):
-    model, clip = reference_model(jnp.float32), reference_clip()
-    leaves, structure = jax.tree_util.tree_flatten_with_path(weights)
-    for i, (path, leaf) in enumerate(leaves):
-        name = torchvision_name(path)
-        noise = reference.draw("noise/" + name, leaf.shape)
-        moved = [x for _, x in leaves]
-        moved[i] = leaf + np.float32(0.1) * leaf.std() * noise
-        logits, _ = model(structure.unflatten(moved), clip)
-        if name.endswith("pool_k.norm_act.0.bias"):
-            # Adds the same to all scores of a query, so the softmax cannot see it.
-            assert difference(logits, stored) <= TOLERANCE
+def by_name(case, params) -> dict[str, np.ndarray]:
+    """Our tensors, flat, joined under the name of the original's tensor that they came from."""
+    parts = defaultdict(list)
+    for line in weights(case).report.lines:
+        parts[line.source].append(np.array(params[line.path], np.float64).ravel())
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+@cases(SOME, quick=["timm"])
+def test_outputs_in_bfloat16_are_near_the_originals(case):
+    logits, _ = model(case, jnp.bfloat16)(weights(case).params)
+    assert logits.dtype == jnp.float32
+    _, theirs = stored(case)
+    error = np.array(logits) - theirs["logits"]
+    assert 0 < np.sqrt((error**2).mean() / (theirs["logits"] ** 2).mean()) <= 2e-2
+
+
+@pytest.mark.slow
+def test_the_comparison_notices_in_which_order_distances_are_rounded():
+    case = "torchvision_v2_156"
+    config = dataclasses.replace(weights(case).config, relative_distances="slowfast")
+    logits, _ = jax.jit(functools.partial(apply, config=config))(weights(case).params, clip(case))
+    assert difference(logits, stored(case)[1]["logits"]) > 10 * TOLERANCE
+
+
+def without_effect(path: str, config: MViTConfig) -> bool:
+    """Whether the logits cannot depend on a tensor.
+
+    The bias of the norm after K's pool adds the same to the scores of a query with all keys, class
+    token among them, so the softmax takes it away. And where the head reads the class token, that
+    is all that is read of the last block: its own query is neither pooled by the convolution nor
+    given relative positions.
+    """
+    if path.endswith("/pool_k/norm/bias"):
+        return True
+    last = f"blocks/{len(plan(config)) - 1}/attn"
+    return config.class_token and bool(re.match(rf"{last}/(pool_q/kernel|relative/)", path))
+
+
+@cases(SOME, quick=SOME)
+def test_the_comparison_notices_any_tensor(case):
+    loaded, (_, theirs) = weights(case), stored(case)
+    leaves = flat(loaded.params)
+    unseen = 0
+    for path, leaf in leaves.items():
+        noise = reference.draw("noise/" + path, leaf.shape)
+        moved = leaf + np.float32(0.2) * leaf.std() * noise
+        logits, _ = model(case)(nested(leaves | {path: moved}))
+        if without_effect(path, loaded.config):
+            unseen += 1
+            assert difference(logits, theirs["logits"]) <= TOLERANCE, path
         else:
-            assert difference(logits, stored) > 10 * TOLERANCE, name
+            assert difference(logits, theirs["logits"]) > 10 * TOLERANCE, path
+    assert unseen == {"torchvision_v1": 4 + 1, "torchvision_v2": 4 + 4, "timm": 4}[case]
