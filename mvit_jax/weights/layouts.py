@@ -164,10 +164,9 @@ def _rule(path: str, config: MViTConfig) -> str:
     if path.endswith("/kernel"):
         return "linear"
     if path.startswith("positions/"):
-        name = path.removeprefix("positions/")
-        if config.positions == "joint" and name in ("joint", "class_position"):
-            return f"joint {name}"
-        return name
+        if joint_with_class_token(path, config):
+            return "joint class_position"
+        return path.removeprefix("positions/")
     return "same"
 
 
@@ -258,6 +257,6 @@ _RULES = {
     "class_position": _Rule(_token, _flat_token),
     "time": _Rule(_time, _flat),
     "space": _Rule(_space, _flat),
-    "joint joint": _Rule(_joint, _flat),
+    "joint": _Rule(_joint, _flat),
     "joint class_position": _Rule(lambda v, c: Shaped(_rows(v)[:1], "split"), lambda v, f: v[None]),
 }

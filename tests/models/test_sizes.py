@@ -1,0 +1,172 @@
+"""Any number of frames, any height and width; and where a size leaves no token, the least that
+does. Shapes alone: nothing here is computed but one tiny model."""
+
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mvit_jax.errors import UserError
+from mvit_jax.models import mvit
+from mvit_jax.models.plan import grids, patch_grid, smallest_clip
+from mvit_jax.models.variants import VARIANTS, variant
+
+
+def traced(config, frames, height, width):
+    """Shapes of logits and of each stage's grid."""
+    params = mvit.nested(
+        {path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in mvit.shapes(config).items()}
+    )
+    clip = jax.ShapeDtypeStruct((1, frames, height, width, 3), jnp.float32)
+    logits, features = jax.eval_shape(functools.partial(mvit.apply, config=config), params, clip)
+    return logits.shape, [stage.shape[1:4] for stage in features["stages"]]
+
+
+# Over two seconds to trace, or nothing but another size of one that is here.
+QUICK = ("mvit_s_16x4", "mvit_b_16x4", "vit_b_8x8", "mvit_b16", "mvitv2_s_16x4", "mvitv2_t",
+         "mvitv2_s_in21k", "maskfeat_s_16x4")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+)
+def test_every_variant_takes_rectangles_other_frames_and_the_smallest_clip(name):
+    config = VARIANTS[name]
+    least = smallest_clip(config)
+    frames = 1 if config.patch_kernel[0] == 1 and config.frames == 1 else config.frames + 3
+    ends = [sum(config.depths[: s + 1]) - 1 for s in range(len(config.depths))]
+    sizes = [(config.frames, config.size, config.size), (frames, config.size + 17, 155), least]
+    for size in sizes:
+        logits, stages = traced(config, *size)
+        assert logits == (1, config.num_classes)
+        expected = grids(config, *size)
+        assert stages == [expected[end].output for end in ends]
+        assert stages[0][1:] != stages[0][:0:-1] or size != sizes[1]  # a rectangle stays one
+    too_small = [(least[0], least[1] - 1, least[2]), (least[0], least[1], least[2] - 1)]
+    for size in too_small:
+        if min(size) < 1:
+            continue
+        with pytest.raises(UserError) as error:
+            traced(config, *size)
+        assert f"the smallest that this model takes is {'x'.join(map(str, least))}" in str(
+            error.value
+        )
+        assert "x".join(map(str, size)) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_smallest_clip_is_the_smallest(name):
+    """Along each axis one pixel or frame less leaves nothing, and any more leaves something."""
+    config = VARIANTS[name]
+    least = smallest_clip(config)
+    grids(config, *least)
+    for axis in range(3):
+        for more in (1, 2, 5, 16):
+            grids(config, *(n + more * (i == axis) for i, n in enumerate(least)))
+        for side in range(1, least[axis]):
+            with pytest.raises(UserError, match="leaves no token"):
+                grids(config, *(side if i == axis else 64 for i in range(3)))
+
+
+TINY = {"width": 8, "depths": (1, 2, 1), "frames": 4, "size": 32, "num_classes": 5}
+CONFIGS = {
+    "3x3x3": {},
+    "side by side": {"pool_kernel": "stride", "kv_stride": (1, 4, 4)},
+    "side by side along time": {"pool_kernel": "stride", "kv_stride": (2, 4, 4),
+                                "q_stride": (2, 2, 2)},
+    "side by side, keys far apart": {"pool_kernel": "stride", "kv_stride": (1, 8, 8),
+                                     "kv_adaptive": False},
+    "max": {"pool_mode": "max"},
+    "2 stride + 1": {"pool_kernel": "2 stride + 1"},
+    "unpadded patches": {"patch_stride": (2, 8, 8), "patch_kernel": (3, 8, 8),
+                         "patch_padding": (0, 0, 0), "kv_stride": (1, 2, 2)},
+    "a wide cube": {"patch_kernel": (5, 9, 11), "patch_padding": (1, 1, 0)},
+    "five steps along time": {"q_stride": (2, 2, 2), "kv_stride": (4, 4, 4),
+                              "pool_kernel": "stride"},
+}  # fmt: skip
+
+
+def possible(config, size) -> bool:
+    """Whether windows fit into the grid, axis by axis and block by block."""
+    for axis in range(3):
+        n = size[axis] + 2 * config.patch_padding[axis]
+        if n < config.patch_kernel[axis]:
+            return False
+        n = (n - config.patch_kernel[axis]) // config.patch_stride[axis] + 1
+        kv = config.kv_stride[axis]
+        for block, stage in enumerate(s for s, d in enumerate(config.depths) for _ in range(d)):
+            first = stage > 0 and block == sum(config.depths[:stage])
+            q = config.q_stride[axis] if first else 1
+            kv = max(kv // q, 1) if config.kv_adaptive else kv
+            strides = {"q": (q, config.q_stride if first else (1, 1, 1)),
+                       "kv": (kv, None)}  # fmt: skip
+            fits = {which: places(config, n, s) for which, (s, _) in strides.items()}
+            if min(fits.values()) < 1:
+                return False
+            n = fits["q"]
+    return True
+
+
+def places(config, n, stride) -> int:
+    """How many windows a pool of this stride has on n places."""
+    if config.pool_kernel == "stride":
+        return n // stride  # no padding
+    return math.ceil(n / stride)  # odd windows, padded by half: one starts at every stride
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_is_possible_is_so_by_brute_force(case):
+    config = variant("mvit_b_16x4", **TINY, **CONFIGS[case])
+    sides = (range(1, 13), range(1, 41), range(1, 41, 3))
+    found = []
+    for size in itertools.product(*sides):
+        if possible(config, size):
+            grids(config, *size)
+            found.append(size)
+        else:
+            with pytest.raises(UserError):
+                grids(config, *size)
+    assert found
+    least = smallest_clip(config)
+    assert possible(config, least)
+    assert (least[0], least[1]) == tuple(min(size[axis] for size in found) for axis in range(2))
+    logits, _ = traced(config, *least)
+    assert logits == (1, 5)
+    for size in ((4, 32, 32), (5, 47, 33), (12, 37, 64)):
+        if possible(config, size):
+            assert traced(config, *size)[0] == (1, 5)
+
+
+def test_a_size_without_a_token_names_the_least_whichever_axis_it_is():
+    config = variant("mvit_b_16x4", **TINY, **CONFIGS["side by side"])
+    least = smallest_clip(config)
+    assert least[1] == least[2] > 8
+    for size in ((4, least[1] - 1, 64), (4, 64, least[2] - 1), (4, 1, 1)):
+        for ask in (grids, traced):
+            with pytest.raises(UserError, match=re.escape("x".join(map(str, least)))):
+                ask(config, *size)
+    none = variant("mvit_b_16x4", **TINY, **CONFIGS["unpadded patches"])
+    with pytest.raises(UserError, match="a clip of 2x32x32 .* takes is 3x16x16"):
+        patch_grid(none, 2, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"positions": "joint"}, {"positions": "sincos", "width": 16},
+               {"relative_positions": "both", "positions": "none"}],
+)  # fmt: skip
+def test_a_model_computes_on_a_rectangle_with_other_frames(fields):
+    config = variant("mvit_b_16x4", **(TINY | {"depths": (1, 1), "drop_path": 0.0} | fields))
+    params = mvit.nested(
+        {
+            path: jax.random.normal(jax.random.key(i), shape) * 0.2
+            for i, (path, shape) in enumerate(mvit.shapes(config).items())
+        }
+    )
+    clip = jax.random.normal(jax.random.key(0), (2, 7, 36, 52, 3))
+    logits, _ = jax.jit(functools.partial(mvit.apply, config=config))(params, clip)
+    assert logits.shape == (2, 5) and bool(jnp.isfinite(logits).all())
+    assert float(jnp.abs(logits[0] - logits[1]).max()) > 1e-4
