@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& echo $$p && break; done)
 RUN := .venv/bin/python
+# Two files of tests at a time: they compile more than they run, and compilers use one core.
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: train test test-slow lint typecheck data
 .DEFAULT_GOAL := train
@@ -21,10 +23,10 @@ data: .venv/installed
 	$(RUN) -m mvit_jax.prepare moving_digits --out=$(DATA)
 
 test: .venv/installed
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: .venv/installed
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow $(PARALLEL)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

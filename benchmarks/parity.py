@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from mvit_jax.models import mvit
-from mvit_jax.weights.exporting import Origin, save_torch
+from mvit_jax.weights.exporting import save_torch
 from mvit_jax.weights.loading import load
 
 VARIANTS = {
@@ -60,8 +60,7 @@ def compare(name: str) -> tuple[int, float, bool]:
         torch.save(original.state_dict(), file)
         loaded = load(file, VARIANTS[name])
         logits = _logits(loaded, np.moveaxis(clip.numpy(), 1, -1))
-        origin = Origin(loaded.family, loaded.ranks)
-        save_torch(loaded.params, loaded.config, back, family, origin=origin)
+        save_torch(loaded.params, loaded.config, back, family, origin=loaded.origin)
         returned = torch.load(back, weights_only=True)
     make().load_state_dict(returned, strict=True)
     state = original.state_dict()

@@ -11,6 +11,7 @@ labels.txt where --labels gives the names of the classes, and report.txt with a 
 tensor that should have been loaded and was not is an error, and then nothing is written.
 """
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -21,10 +22,12 @@ from absl import flags
 
 from mvit_jax import errors
 from mvit_jax.data.sources import read_class_names
+from mvit_jax.models import mvit
 from mvit_jax.models.variants import override, preprocessing
 from mvit_jax.training import experiment, workdir
 from mvit_jax.training.checkpoints import Checkpoints
-from mvit_jax.weights.exporting import TARGETS, Origin, save_torch
+from mvit_jax.weights.exporting import TARGETS, save_torch
+from mvit_jax.weights.layouts import Origin
 from mvit_jax.weights.loading import Loaded, load
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.surgery import INFLATIONS
@@ -44,20 +47,24 @@ ORIGIN = "origin.json"
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) < 2 or _OUT.value is None:
+    if len(argv) < 2 or not _OUT.value:
         raise errors.UserError("give SOURCE, and --variant=NAME --out=DIR or --to=... --out=FILE")
     source, overrides = argv[1], dict(override(text) for text in argv[2:])
     out = Path(_OUT.value)
     if _TO.value is not None:
-        if overrides or _VARIANT.value:
-            raise errors.UserError("--to takes a folder as it is: leave out --variant and fields")
+        if overrides or _VARIANT.value or _LABELS.value or _INFLATE.value:
+            raise errors.UserError(
+                "--to takes a folder as it is: leave out --variant, --labels, --inflate and fields"
+            )
+        if out.exists():
+            raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
         give(Path(source), out, _TO.value, _CHECKPOINT.value)
         return
     if _VARIANT.value is None:
         raise errors.UserError("say which variant SOURCE is of: --variant=NAME (describe --all)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
-    labels = None if _LABELS.value is None else read_class_names(Path(_LABELS.value))
+    labels = None if _LABELS.value is None else _names(Path(_LABELS.value))
     take(source, _VARIANT.value, out, labels, _INFLATE.value, **overrides)
 
 
@@ -75,6 +82,12 @@ def take(
             f"--labels names {len(labels)} classes and the model has {loaded.config.num_classes}"
         )
     workdir.make(out.parent)
+    needed = sum(values.nbytes for values in mvit.flat(loaded.params).values())
+    free = shutil.disk_usage(out.parent).free
+    if free < 1.1 * needed:
+        raise errors.UserError(
+            f"{out} cannot be written: it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} are free"
+        )
     try:
         building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
@@ -85,12 +98,22 @@ def take(
         if out.exists():
             out.rmdir()  # it is empty
         building.replace(out)
-    except OSError as error:
-        raise errors.UserError(f"{out} cannot be written ({error.strerror})") from None
+    except errors.UserError:
+        raise
+    except Exception as error:  # Orbax has its own for a full disk and the like
+        words = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise errors.UserError(f"{out} cannot be written ({words})") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     print(loaded.report.summary())
     print(f"wrote {out}; report.txt in it has a line for each tensor")
+
+
+def _names(file: Path) -> tuple[str, ...]:
+    try:
+        return read_class_names(file)
+    except OSError as error:
+        raise errors.UserError(f"--labels={file} cannot be read ({error.strerror})") from None
 
 
 def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:
@@ -102,8 +125,7 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
     if expected.frames == 1:
         config.eval.clips = 1  # every clip of an image is the same
     workdir.freeze(config, folder)
-    origin = {"family": loaded.family, "ranks": loaded.ranks}
-    workdir.write_whole(folder / ORIGIN, json.dumps(origin) + "\n")
+    workdir.write_whole(folder / ORIGIN, json.dumps(dataclasses.asdict(loaded.origin)) + "\n")
     workdir.write_whole(folder / "report.txt", f"{loaded.report}\n")
     if labels is not None:
         workdir.write_whole(folder / "labels.txt", "\n".join(labels) + "\n")
@@ -125,8 +147,7 @@ def _origin(folder: Path) -> Origin | None:
     path = folder / ORIGIN
     if not path.exists():
         return None
-    found = workdir.read(path)
-    return Origin(found["family"], found["ranks"])
+    return Origin(**workdir.read(path))
 
 
 if __name__ == "__main__":

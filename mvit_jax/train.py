@@ -73,12 +73,14 @@ def train(config: Config, folder: str) -> int:
     model = experiment.model_config(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
+    started = workdir.has_checkpoint(folder)
+    initial = None if started else initial_params(config, model)  # before anything is written
     workdir.freeze(config, folder)
 
     steps = experiment.steps(config, config.epochs, videos)
     with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:
         step_function, predict, schedule, state = build(config, model, videos, mesh)
-        state, origin = first(config, model, state, checkpoints)
+        state, origin = first(config, state, checkpoints, initial)
         start = int(state.step)
         if start >= steps:
             print(
@@ -149,8 +151,16 @@ def build(config: Config, model: MViTConfig, videos: VideoList, mesh: jax.shardi
     return step, predict, schedule, jax.jit(first_state, out_shardings=shardings)()
 
 
+def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str] | None:
+    """The weights that a new run starts from, where the config names some, made to fit."""
+    if config.resume is not None:
+        experiment.check_resume(config, model)
+        return None
+    return None if config.init.checkpoint is None else experiment.initial_params(config, model)
+
+
 def first(
-    config: Config, model: MViTConfig, fresh: State, checkpoints: Checkpoints
+    config: Config, fresh: State, checkpoints: Checkpoints, initial: tuple[Any, str] | None
 ) -> tuple[State, str]:
     """The state to start from, and where it came from: this workdir's own, else that of the run
     `config.resume`, else fresh with the weights of `config.init`, else fresh."""
@@ -160,12 +170,11 @@ def first(
     if config.resume is not None:
         with closing(Checkpoints(config.resume)) as others:
             state = others.restore(fresh)
-        if state is None:
-            raise errors.UserError(f"resume={config.resume} holds no checkpoint: check the folder")
+        assert state is not None  # `check_resume` has seen it
         return state, f"goes on with the last checkpoint of {config.resume}"
-    if config.init.checkpoint is None:
+    if initial is None:
         return fresh, "starts from fresh weights"
-    params, words = experiment.initial_params(config, model)
+    params, words = initial
     put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
     ema = None if fresh.ema is None else jax.tree.map(lambda x: x.copy(), put)
     return dataclasses.replace(fresh, params=put, ema=ema), words

@@ -287,7 +287,7 @@ def test_describe_prints_the_papers_table_and_its_errors():
     [
         ("frames=abc", "frames must be a whole number, not 'abc'"),
         ("heads=2.0", "heads must be a whole number, not 2.0"),
-        ("depths=3", "depths must be whole numbers like (1, 2, 2), not 3"),
+        ("depths=3", "depths must be whole numbers like (1, 2, 11, 2), not 3"),
         ("kv_stride=(1,'a',1)", "kv_stride must be whole numbers"),
         ("class_token=maybe", "class_token must be True or False"),
         ("drop_path=x", "drop_path must be a number"),

@@ -366,7 +366,7 @@ def apply(
 
 def params_of(model: nnx.Module) -> Params:
     """The parameters of a module as a nested dict with string keys, sharing its arrays."""
-    return _string_Keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def from_params(params: Params, config: MViTConfig, dtype=jnp.float32, **plugs: Any) -> MViT:
@@ -377,7 +377,7 @@ def from_params(params: Params, config: MViTConfig, dtype=jnp.float32, **plugs: 
 def shapes(config: MViTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its path, "blocks/3/attn/qkv/kernel"."""
     _, abstract = _structure(config, jnp.float32, ())
-    tree = _string_Keys(nnx.to_pure_dict(abstract))
+    tree = _string_keys(nnx.to_pure_dict(abstract))
     return {path: tuple(leaf.shape) for path, leaf in flat(tree).items()}
 
 
@@ -433,7 +433,7 @@ def _structure(config: MViTConfig, dtype, plugs: tuple):
 
 def _with_params(params: Params, config: MViTConfig, dtype, plugs: tuple) -> MViT:
     graphdef, abstract = _structure(config, dtype, plugs)
-    difference = first_difference(_string_Keys(nnx.to_pure_dict(abstract)), params)
+    difference = first_difference(_string_keys(nnx.to_pure_dict(abstract)), params)
     if difference:
         raise UserError(f"these parameters are of another architecture: {difference}")
     state = jax.tree.map(lambda x: x, abstract)  # a copy: replacing is in place
@@ -441,10 +441,10 @@ def _with_params(params: Params, config: MViTConfig, dtype, plugs: tuple) -> MVi
     return nnx.merge(graphdef, state)
 
 
-def _string_Keys(tree: Any) -> Any:
+def _string_keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
-    return {str(k): _string_Keys(v) for k, v in tree.items()}
+    return {str(k): _string_keys(v) for k, v in tree.items()}
 
 
 def keep_batch_sharded(x: Tokens) -> Tokens:
@@ -470,11 +470,12 @@ def _grid_of(x: Tokens, grid: Triple) -> Float[Array, "batch time height width c
 
 
 def _as_video(clip: Array, config: MViTConfig) -> Array:
+    given = list(clip.shape)
     if clip.ndim == 4 and config.frames == 1:
         clip = rearrange(clip, "batch height width rgb -> batch 1 height width rgb")
     if clip.ndim != 5 or clip.shape[-1] != 3:
         what = "[batch, H, W, 3] images" if config.frames == 1 else "[batch, T, H, W, 3] clips"
-        raise UserError(f"the model takes {what}; this input has shape {list(clip.shape)}")
+        raise UserError(f"the model takes {what}; this input has shape {given}")
     grids(config, *clip.shape[1:4])
     if not jnp.issubdtype(clip.dtype, jnp.floating):
         raise UserError(

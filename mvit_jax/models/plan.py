@@ -364,6 +364,11 @@ def _check_skips(config: MViTConfig) -> None:
     # Padded by kernel // 2, an even kernel gives one place more than an odd one, on some grids.
     for i, block in enumerate(plan(config)):
         if block.skip_pool is None:
+            if block.q_pool and any(k % 2 == 0 for k in block.q_pool.kernel):
+                raise UserError(
+                    f"block {i} pools its queries by {block.q_pool.kernel} with stride 1: an even "
+                    "kernel gives another grid than the skip's; use odd ones"
+                )
             continue
         if block.q_pool is None:
             raise UserError(f"block {i} pools its skip but not its queries: check q_kernels")

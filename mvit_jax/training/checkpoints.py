@@ -69,6 +69,12 @@ class Checkpoints:
         with _readable(manager) as step:
             return manager.item_metadata(step)["params"]
 
+    def has_training(self) -> bool:
+        """Whether the last checkpoint is a whole state, and not weights alone."""
+        manager = self._existing("last")
+        with _readable(manager) as step:
+            return manager.item_metadata(step)["training"] is not None
+
     def read_params(self, which: str = "last", item: str = "params") -> Any:
         """The parameters of a checkpoint as NumPy arrays, of whatever architecture they are."""
         manager = self._existing(which)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mvit_jax.data.augmentation import Interpolation
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.sources import VideoList, read_video_list
+from mvit_jax.data.sources import VideoList, read_class_names, read_video_list
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
 from mvit_jax.models.plan import MViTConfig
@@ -137,6 +137,11 @@ def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
 def read_params(folder: Path, which: str = "last") -> tuple[Any, MViTConfig]:
     """Parameters of a run (the averaged ones, where it has them) or of a converted folder, as NumPy
     arrays, and their architecture."""
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file: make a folder of it first, "
+            f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
+        )
     config = workdir.frozen(folder)
     with closing(Checkpoints(folder)) as checkpoints:
         params = checkpoints.read_params(which, "ema" if config.optim.ema > 0 else "params")
@@ -155,7 +160,43 @@ def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str]:
     params, report = surgery.carry_over(params, was, model, inflate)
     new = [line.path for line in report.lines if line.done.startswith("new")]
     what = "; ".join(f"{count} {done}" for done, count in report.counts.items())
-    return params, f"weights from {folder}: {what}" + (f" ({', '.join(new[:6])})" if new else "")
+    return params, f"weights from {folder}: {what}" + (f"; new: {', '.join(new)}" if new else "")
+
+
+def check_resume(config: Config, model: MViTConfig) -> None:
+    """Whether `config.resume` is a run's folder with a state of this model."""
+    folder = Path(config.resume)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"resume={folder} holds no checkpoint: check the folder")
+    with closing(Checkpoints(folder)) as checkpoints:
+        shapes, whole = checkpoints.shapes(), checkpoints.has_training()
+    if not whole:
+        raise UserError(
+            f"resume={folder} holds weights alone, no state of training: start from them with "
+            f"--config.init.checkpoint={folder}"
+        )
+    expected = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
+    difference = mvit.first_difference(expected, shapes)
+    if difference:
+        raise UserError(f"resume={folder} is of another architecture: {difference}")
+
+
+def check_classes(folder: Path, which: str, videos: VideoList) -> None:
+    """Whether a model's classes are those of the data, as far as the two lists of names tell."""
+    count = num_classes(folder, which)
+    if count != len(videos.class_names):
+        raise UserError(
+            f"the data's labels.txt names {len(videos.class_names)} classes, and the model has "
+            f"{count}: use the list that it was trained with"
+        )
+    own = folder / "labels.txt"
+    if own.exists():
+        names = read_class_names(own)
+        if names != videos.class_names and sorted(names) == sorted(videos.class_names):
+            raise UserError(
+                f"the data's labels.txt has the classes of {own} in another order: labels would "
+                "mean other classes; bring them into the same order"
+            )
 
 
 def model_apply(config: Config, model: MViTConfig) -> Callable[..., Any]:
@@ -193,6 +234,7 @@ def score(
     """Scores of a run's "last" or "best" checkpoint on a list of videos by the test protocol, and
     the step of that checkpoint."""
     jax.config.update("jax_default_matmul_precision", config.precision)
+    check_classes(folder, which, videos)
     model = model_config(config, len(videos.class_names))
     mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
     with (

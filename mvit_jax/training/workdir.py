@@ -40,6 +40,12 @@ def freeze(config: ConfigDict, workdir: str | Path) -> None:
         )
 
 
+def has_checkpoint(workdir: str | Path) -> bool:
+    """Whether there is something to go on with."""
+    folder = Path(workdir) / "checkpoints"
+    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+
+
 def frozen(workdir: str | Path) -> Any:  # a ConfigDict
     """The config that a run was started with."""
     path = Path(workdir) / "config.json"

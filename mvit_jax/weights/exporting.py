@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +41,6 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a model's weights came from, so that they can go back as they were."""
-
-    family: str
-    ranks: Mapping[str, int]  # of "patch" and "pool" kernels in that file: 4 or 5
-
-
-@dataclass(frozen=True)
 class Exported:
     """What was written, and what the other side computes differently with it."""
 
@@ -64,7 +55,7 @@ def save_torch(
     path: str | os.PathLike[str],
     to: str,
     *,
-    origin: Origin | None = None,
+    origin: layouts.Origin | None = None,
 ) -> Exported:
     """Writes parameters as `to` ("slowfast", "torchvision", "pytorchvideo", "timm") has them.
 
@@ -90,7 +81,7 @@ def save_torch(
 
 
 def state_dict(
-    params: mvit.Params, config: MViTConfig, family: str, origin: Origin | None = None
+    params: mvit.Params, config: MViTConfig, family: str, origin: layouts.Origin | None = None
 ) -> dict[str, np.ndarray]:
     """Parameters by a family's names, in its shapes and order of channels."""
     flat = {path: np.asarray(values) for path, values in mvit.flat(params).items()}
@@ -117,9 +108,24 @@ def state_dict(
             pair = (theirs, tensors[name]) if first else (tensors[name], theirs)
             theirs = np.concatenate(pair, axis=1)
         tensors[name] = theirs
+    if family == "pytorchvideo" and config.pool_norm_eps == 1e-6:
+        tensors |= _second_names(tensors)
     if config.positions == "sincos" and family == "slowfast":
         tensors["pos_embed"] = _sincos(config)
+    if origin is not None and origin.family == family and origin.dtype in ("float16", "bfloat16"):
+        # Exact: float32 held them as they were.
+        tensors = {name: values.astype(origin.dtype) for name, values in tensors.items()}
     return tensors
+
+
+def _second_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """After version 0.1, which also changed the eps, PyTorchVideo keeps its pools twice."""
+    pattern, second = r"\.attn\.(pool|norm)_([qkv])\.", r".attn._attention_pool_\2.\1."
+    return {
+        re.sub(pattern, second, name): values
+        for name, values in tensors.items()
+        if re.search(pattern, name)
+    }
 
 
 def _joined(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -137,7 +143,8 @@ def _joined(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _notes(config: MViTConfig, family: str) -> list[str]:
     notes = []
-    if config.pool_norm_eps != 1e-6 and config.pool_mode.startswith("conv"):
+    conv = config.pool_mode.startswith("conv")
+    if config.pool_norm_eps != 1e-6 and conv and family != "pytorchvideo":
         notes.append(
             f"the norms after pools have eps {config.pool_norm_eps} here and 1e-06 there: logits "
             "differ by rounding's size and more where pooled channels hardly vary"
@@ -151,7 +158,7 @@ def _notes(config: MViTConfig, family: str) -> list[str]:
     return notes
 
 
-def _ranks(config: MViTConfig, family: str, origin: Origin | None) -> dict[str, int]:
+def _ranks(config: MViTConfig, family: str, origin: layouts.Origin | None) -> dict[str, int]:
     """Axes of the kernels: PySlowFast convolves images in three dimensions but for their cubes;
     the repository of MViTv2's image models, and timm, in two."""
     if family == "timm":

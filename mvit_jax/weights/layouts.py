@@ -6,13 +6,14 @@ loads with strict matching. Our parameters are named by paths, `blocks/3/attn/qk
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from mvit_jax.errors import UserError
-from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.plan import MViTConfig, patch_grid
+from mvit_jax.models.variants import VARIANTS
 
 FAMILIES: tuple[str, ...] = ("slowfast", "torchvision", "pytorchvideo", "timm")
 
@@ -126,6 +127,15 @@ def joint_with_class_token(path: str, config: MViTConfig) -> bool:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a file was like whose weights came in, so that they can go back the same."""
+
+    family: str
+    ranks: Mapping[str, int]  # of its "patch" and "pool" kernels: 4 or 5
+    dtype: str = "float32"  # of all its tensors
+
+
+@dataclass(frozen=True)
 class Shaped:
     """A tensor in our shape, and what was done to it."""
 
@@ -225,10 +235,23 @@ def _space(values: np.ndarray, config: MViTConfig) -> Shaped:
 
 def _joint(values: np.ndarray, config: MViTConfig) -> Shaped:
     rows = _rows(values)[int(config.class_token) :]
-    frames = max(config.frames // config.patch_stride[0], 1)
-    if len(rows) % frames or math.isqrt(len(rows) // frames) ** 2 != len(rows) // frames:
-        frames = 1  # of an image model, perhaps
-    return Shaped(rows.reshape(frames, *_square(len(rows) // frames), -1), "split")
+    t, h, w = _joint_grid(len(rows), config)
+    return Shaped(rows.reshape(t, h, w, -1), "split")
+
+
+def _joint_grid(places: int, config: MViTConfig) -> tuple[int, int, int]:
+    """Time, height and width of a joint table, which its length alone does not say: those of the
+    model, else of a variant that has as many; of images, the square."""
+    for known in (config, *VARIANTS.values()):
+        grid = patch_grid(known, known.frames, known.size, known.size)
+        if math.prod(grid) == places:
+            return grid
+    if config.frames == 1:
+        return (1, *_square(places))
+    raise ValueError(
+        f"is made for {places} places in space-time, which do not say how many frames these are: "
+        "give the frames and size that it was made for (fine-tuning from there can change them)"
+    )
 
 
 def _square(places: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,8 +28,7 @@ class Loaded:
     params: mvit.Params
     config: MViTConfig
     report: Report
-    family: str
-    ranks: dict[str, int]  # of patch and pooling kernels in the file: 4 or 5
+    origin: layouts.Origin
 
 
 def load_torch(
@@ -59,7 +59,8 @@ def load_torch(
         that should have been loaded was not.
     """
     loaded = load(source, variant, inflate=inflate, **overrides)
-    return mvit.from_params(loaded.params, loaded.config, dtype=dtype), loaded.report
+    params = jax.tree.map(jnp.asarray, loaded.params)
+    return mvit.from_params(params, loaded.config, dtype=dtype), loaded.report
 
 
 def load(
@@ -76,23 +77,37 @@ def load(
     config = variant_config(variant, **overrides)
     if isinstance(source, Mapping):
         tensors, name = state_dict(source), "these tensors"
-    else:
+    elif isinstance(source, str | os.PathLike):
         tensors, name = read_tensors(source), os.fspath(source)
+    else:
+        raise UserError(
+            f"weights come from a file's path or a state dict, not from a {type(source).__name__}: "
+            "of a PyTorch module pass module.state_dict()"
+        )
     state, prefix = without_prefix(tensors.tensors)
-    found = structure(state, variant, config, set(overrides), inflate is not None)
+    try:
+        found = structure(state, variant, config, set(overrides), inflate is not None)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     report = Report(f"{name}: {found.family} -> {variant}, {len(state)} tensors")
     report.notes += _notes(tensors, prefix)
     report.problems += found.problems
     if found.problems:
         raise WeightsError(report)
-    changed = set(overrides)
     if found.crosses and inflate:
-        changed |= {"positions", "class_token", "relative_positions", "num_classes"}
-    params = _fit_all(_read(state, found, report), found, changed, inflate, report)
+        meant = {*overrides, "positions", "class_token", "relative_positions", "num_classes"}
+    else:
+        meant = set(overrides)
+    changed = {f for f in meant if found.shown.get(f) != getattr(found.config, f)}
+    sources = _read(state, found, report)
+    params = _fit_all(sources, found, changed, inflate, report)
+    report.notes += _sizes(report, sources, found)
     if not report.ok:
         raise WeightsError(report)
     ranks = {} if found.crosses else _ranks(state)
-    return Loaded(params, found.config, report, found.family, ranks)
+    dtypes = {values.dtype.name for values in state.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    return Loaded(params, found.config, report, layouts.Origin(found.family, ranks, dtype))
 
 
 @dataclass(frozen=True)
@@ -105,34 +120,48 @@ class _Source:
     done: str
 
 
-def _read(state: Mapping[str, np.ndarray], found: Structure, report: Report) -> dict[str, _Source]:
-    """The file's tensors by our paths; what has no place goes to the report."""
+def _read(
+    state: Mapping[str, np.ndarray], found: Structure, report: Report
+) -> dict[str, _Source | None]:
+    """The file's tensors by our paths, None for those that are of no use; the report has why."""
     known = layouts.known_names(found.family, found.source)
-    sources: dict[str, _Source] = {}
+    sources: dict[str, _Source | None] = {}
     for name, values in state.items():
         shape = tuple(values.shape)
         if name not in known:
             report.lines.append(_unknown(name, values, state))
             continue
-        if not np.issubdtype(values.dtype, np.number) and values.dtype.name != "bfloat16":
-            report.lines.append(Line(name, shape, "", None, f"is {values.dtype}", True))
-            continue
-        numbers = np.asarray(values, np.float32)
-        kind = "" if values.dtype == np.float32 else f", from {values.dtype}"
-        if not np.isfinite(numbers).all():
-            report.lines.append(Line(name, shape, "", None, "holds values not finite", True))
+        useless = _useless(values)
         for path in known[name]:
+            if path in sources:
+                other = sources[path]
+                done = f"collides with {other.name if other else 'another'}: both are {path}"
+                report.lines.append(Line(name, shape, path, None, done, True))
+                continue
+            sources[path] = None
+            if useless:
+                report.lines.append(Line(name, shape, path, None, useless, True))
+                continue
             try:
-                ours = layouts.to_ours(path, numbers, found.source)
+                ours = layouts.to_ours(path, np.asarray(values, np.float32), found.source)
             except ValueError as error:
                 report.lines.append(Line(name, shape, path, None, str(error), True))
                 continue
-            if path in sources:
-                done = f"collides with {sources[path].name}: both are {path}"
-                report.lines.append(Line(name, shape, path, None, done, True))
-                continue
+            kind = "" if values.dtype == np.float32 else f", from {values.dtype}"
             sources[path] = _Source(name, shape, ours.values, ours.done + kind)
     return sources
+
+
+def _useless(values: np.ndarray) -> str:
+    """Why a tensor is no weight, or ""."""
+    real = np.issubdtype(values.dtype, np.number) and not np.iscomplexobj(values)
+    if not real and values.dtype.name != "bfloat16":
+        return f"is {values.dtype}"
+    if values.size == 0:
+        return "is empty"
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is told
+        finite = np.isfinite(np.asarray(values, np.float32)).all()
+    return "" if finite else "holds values not finite"
 
 
 def _unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> Line:
@@ -149,39 +178,62 @@ def _unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> 
 
 
 def _fit_all(
-    sources: dict[str, _Source], found: Structure, changed: set[str], inflate, report: Report
+    sources: dict[str, _Source | None], found: Structure, changed: set[str], inflate, report: Report
 ) -> mvit.Params:
-    values = {path: source.values for path, source in sources.items()}
+    use = {path: source for path, source in sources.items() if source is not None}
+    values = {path: source.values for path, source in use.items()}
     fitted, left = surgery.adapt(values, found.config, changed=changed, inflate=inflate)
+    shapes = mvit.shapes(found.config)
     for path, one in fitted.items():
-        origin = [sources[p] for p in one.used]
+        if one.values is None and path in sources and path not in use:
+            continue  # the report has said why
+        origin = [use[p] for p in one.used]
         steps = [origin[0].done] if origin else []
         steps += [one.done] if one.done != "copied" or not steps else []
         steps = [step for step in steps if step != "copied"] or ["copied"]
-        new = None if one.values is None else one.values.shape
-        line = Line(
-            " + ".join(dict.fromkeys(o.name for o in origin)),
-            origin[0].shape if origin else None,
-            path,
-            new,
-            ", ".join(steps),
-            problem=one.values is None,
-        )
-        report.lines.append(line)
+        if one.values is None and not origin:
+            name = layouts.foreign_name(path, found.family, found.config)
+            advice = ": give num_classes for a new classifier" if path.startswith("head/") else ""
+            steps = [f"{name} is missing from the file{advice}"]
+        names = " + ".join(dict.fromkeys(o.name for o in origin))
+        shape = origin[0].shape if origin else None
+        done = ", ".join(steps)
+        report.lines.append(Line(names, shape, path, shapes[path], done, one.values is None))
     for path, may_be in left.items():
-        done = "unused" if may_be else "unused, though the file is of this model"
-        report.lines.append(
-            Line(sources[path].name, sources[path].shape, "", None, done, not may_be)
-        )
-    report.notes += _sizes(report)
+        name, shape = use[path].name, use[path].shape
+        done = "unused" if may_be else "unused: the model has no such tensor"
+        report.lines.append(Line(name, shape, "", None, done, not may_be))
     return mvit.nested({path: one.values for path, one in fitted.items()})
 
 
-def _sizes(report: Report) -> list[str]:
+def _sizes(report: Report, sources: Mapping[str, _Source | None], found: Structure) -> list[str]:
     resized = [line for line in report.lines if line.done.endswith("resized")]
     if not resized:
         return []
-    return [f"{len(resized)} tables of positions were made for another size and interpolated"]
+    config, fields = found.config, []
+    time, space = (_places(sources, axis) for axis in ("time", "space"))
+    if time and found.source.frames > 1:
+        fields.append(f"frames={time * config.patch_stride[0]}")
+    if space:
+        fields.append(f"size={space * config.patch_stride[1]}")
+    made = f": they were made for {' '.join(fields)}, which keeps them" if fields else ""
+    return [
+        f"{len(resized)} tables of positions were interpolated to frames={config.frames} "
+        f"size={config.size}{made}"
+    ]
+
+
+def _places(sources: Mapping[str, _Source | None], axis: str) -> int | None:
+    """Places along time, or along a side, that the file's tables were made for."""
+    own = sources.get(f"positions/{axis}")
+    if own is not None:
+        return len(own.values)
+    joint = sources.get("positions/joint")
+    if joint is not None:
+        return joint.values.shape[0 if axis == "time" else 1]
+    name = "time" if axis == "time" else "height"
+    relative = sources.get(f"blocks/0/attn/relative/{name}")
+    return None if relative is None else (len(relative.values) + 1) // 2
 
 
 def _notes(tensors: Tensors, prefix: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,29 +30,42 @@ _OF_TIME = (
 )  # fmt: skip
 
 
+_SIGNS = {
+    "torchvision": r"conv_proj\.|pos_encoding\.|blocks\.\d+\.attn\.project\.",
+    "pytorchvideo": r"patch_embed\.patch_model\.|cls_positional_encoding\.|norm_embed\.",
+    "timm": r"stages\.\d+\.blocks\.\d+\.attn\.",
+    "slowfast": r"blocks\.\d+\.attn\.",
+}
+
+
 def without_prefix(state: State) -> tuple[dict[str, np.ndarray], str]:
-    """Names without what a wrapper puts before all of them, like "module."; and that prefix."""
-    names, prefix = list(state), ""
+    """Names without what a wrapper puts before most of them, like "module."; and that prefix."""
+    names, removed = {name: name for name in state}, ""
     while True:
-        found = next((p for p in _PREFIXES if names and all(n.startswith(p) for n in names)), None)
-        if found is None:
-            break
-        prefix += found
-        names = [name.removeprefix(found) for name in names]
-    return dict(zip(names, state.values(), strict=True)), prefix
+        prefix = next((p for p in _PREFIXES if _most(names.values(), p)), "")
+        present = set(names.values())
+        shorter = {
+            name: short.removeprefix(prefix)
+            for name, short in names.items()
+            # Where both names are there they collide, and the report will say so.
+            if prefix and short.startswith(prefix) and short.removeprefix(prefix) not in present
+        }
+        if not shorter:
+            return {short: state[name] for name, short in names.items()}, removed
+        names, removed = names | shorter, removed + prefix
+
+
+def _most(names: Iterable[str], prefix: str) -> bool:
+    begins = [name.startswith(prefix) for name in names]
+    return 2 * sum(begins) > len(begins)
 
 
 def family(state: State) -> str:
     """Whose names these are; a `UserError` where they are no MViT's."""
     if any(name.startswith("rev_backbone.") for name in state):
         raise UserError("this is a reversible MViT (rev_backbone): there is no model of it here")
-    for name, known in (
-        ("torchvision", "conv_proj.weight"),
-        ("pytorchvideo", "patch_embed.patch_model.weight"),
-        ("timm", "stages.0.blocks.0.norm1.weight"),
-        ("slowfast", "blocks.0.norm1.weight"),
-    ):
-        if known in state:
+    for name, pattern in _SIGNS.items():
+        if any(re.match(pattern, tensor) for tensor in state):
             return name
     some = ", ".join(list(state)[:5])
     raise UserError(
@@ -68,6 +81,7 @@ class Structure:
     family: str
     source: MViTConfig  # as the file is
     config: MViTConfig  # as the model shall be
+    shown: Mapping[str, Any]  # the fields that names and shapes give away
     crosses: bool  # from image to video or back
     problems: tuple[str, ...]
 
@@ -82,7 +96,8 @@ def structure(
     """
     name = family(state)
     shows = _shown(state, name, config)
-    crosses = (shows["patch_kernel"][0] == 1) != (config.patch_kernel[0] == 1)
+    kernel = shows.get("patch_kernel", config.patch_kernel)
+    crosses = (kernel[0] == 1) != (config.patch_kernel[0] == 1)
     excused = given | set(_OF_TIME if crosses and inflate else ())
     problems = [
         f"the file has {field}={shows[field]}, {variant} has {getattr(config, field)}"
@@ -91,7 +106,7 @@ def structure(
     ]
     frames = config.frames
     if crosses:
-        frames = 1 if shows["patch_kernel"][0] == 1 else max(config.frames, 2)
+        frames = 1 if kernel[0] == 1 else max(config.frames, 2)
     taken = {k: v for k, v in shows.items() if k not in excused}
     if problems:
         problems.append(_hint(state, name, variant, crosses))
@@ -101,12 +116,13 @@ def structure(
             "is such a model, give pool_mode=max or pool_mode=avg"
         )
     if problems:
-        return Structure(name, config, config, crosses, tuple(problems))
+        return Structure(name, config, config, shows, crosses, tuple(problems))
     source = {k: v for k, v in shows.items() if k in ("class_token", "positions")}
     return Structure(
         name,
         dataclasses.replace(config, frames=frames, **source),
         dataclasses.replace(config, **taken),
+        shows,
         crosses,
         (),
     )
@@ -135,19 +151,19 @@ def _fits(shows: dict[str, Any], config: MViTConfig) -> bool:
 def _shown(state: State, family: str, config: MViTConfig) -> dict[str, Any]:
     """The fields of `MViTConfig` that names and shapes give away."""
     look = _Look(state, family, config)
-    first = look.shape("patch_embed/proj/kernel") or (0, 0, 0, 0)
     blocks = look.blocks()
     shows: dict[str, Any] = {
-        "width": first[0],
-        "patch_kernel": (1, *first[2:]) if len(first) == 4 else tuple(first[2:]),
         "class_token": look.has("positions/class_token"),
         "stem_norm": look.has("stem_norm/scale"),
+        "depths": look.depths(blocks),
     }
-    shows["depths"] = look.depths(blocks)
-    if shows["depths"] != config.depths or shows["width"] != config.width:
+    cubes = look.shape("patch_embed/proj/kernel", 4, 5)
+    if cubes:
+        shows |= {"width": cubes[0], "patch_kernel": _kernel(cubes)}
+    if shows["depths"] != config.depths or shows.get("width", config.width) != config.width:
         return shows  # what follows would only repeat it
     shows |= look.positions() | look.attention(blocks)
-    classes = look.shape("head/classifier/kernel")
+    classes = look.shape("head/classifier/kernel", 2)
     if classes:
         shows["num_classes"] = classes[0]
     if family == "pytorchvideo":
@@ -169,37 +185,41 @@ class _Look:
     def __init__(self, state: State, family: str, config: MViTConfig) -> None:
         self.state, self.family, self.config = state, family, config
 
-    def shape(self, path: str) -> tuple[int, ...] | None:
+    def shape(self, path: str, *ranks: int) -> tuple[int, ...] | None:
+        """Of a tensor that has one of these numbers of axes, and something in it."""
         name = foreign_name(path, self.family, self.config)
-        return self.state[name].shape if name is not None and name in self.state else None
+        if name is None or name not in self.state:
+            return None
+        shape = self.state[name].shape
+        return shape if len(shape) in ranks and 0 not in shape else None
 
     def has(self, path: str) -> bool:
-        return self.shape(path) is not None
+        return foreign_name(path, self.family, self.config) in self.state
 
     def blocks(self) -> int:
-        if self.family == "timm":
-            pattern = r"stages\.\d+\.blocks\.\d+\.norm1\.weight"
-        else:
-            pattern = r"blocks\.\d+\.norm1\.weight"
-        return sum(re.fullmatch(pattern, name) is not None for name in self.state)
+        pattern = r"stages\.\d+\.blocks\.\d+\." if self.family == "timm" else r"blocks\.\d+\."
+        found = (re.match(pattern, name) for name in self.state)
+        return len({match[0] for match in found if match})
 
     def depths(self, blocks: int) -> tuple[int, ...]:
         """Blocks of each width, where widths change at a stage's start."""
         if self.family == "timm":
-            stages = [re.match(r"stages\.(\d+)\.blocks\.\d+\.norm1\.weight", n) for n in self.state]
-            numbers = [int(m[1]) for m in stages if m]
-            return tuple(numbers.count(s) for s in range(max(numbers) + 1))
+            found = (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in self.state)
+            stages = [stage for stage, _ in {match.groups() for match in found if match}]
+            numbers = sorted(set(stages), key=lambda stage: (len(stage), stage))
+            return tuple(stages.count(stage) for stage in numbers)
         if blocks == sum(self.config.depths) and self._grows_like(self.config):
             return self.config.depths
-        widths = [self.state[f"blocks.{i}.norm2.weight"].shape[0] for i in range(blocks)
-                  if f"blocks.{i}.norm2.weight" in self.state]  # fmt: skip
+        names = [f"blocks.{i}.norm2.weight" for i in range(blocks)]
+        widths = [self.state[name].shape for name in names if name in self.state]
         return tuple(widths.count(width) for width in dict.fromkeys(widths))
 
     def _grows_like(self, config: MViTConfig) -> bool:
-        found = [self.shape(f"blocks/{i}/norm2/scale") for i in range(sum(config.depths))]
+        found = [self.shape(f"blocks/{i}/norm2/scale", 1) for i in range(sum(config.depths))]
+        pairs = zip(found, plan(config), strict=True)
+        known = [(shape[0], block.attention_width) for shape, block in pairs if shape]
         # Relative to the first: another width is told of by itself.
-        mine = [block.attention_width / config.width for block in plan(config)]
-        return [f and found[0] and f[0] / found[0][0] for f in found] == mine
+        return all(f * known[0][1] == known[0][0] * width for f, width in known)
 
     def positions(self) -> dict[str, Any]:
         spatial = self.has("positions/space")
@@ -217,7 +237,7 @@ class _Look:
         }
 
     def attention(self, blocks: int) -> dict[str, Any]:
-        separate = self.has("blocks/0/attn/q/kernel")
+        separate = not self.has("blocks/0/attn/qkv/kernel") and self.has("blocks/0/attn/q/kernel")
         projection = "q" if separate else "qkv"
         shows: dict[str, Any] = {
             "separate_qkv": separate,
@@ -225,11 +245,11 @@ class _Look:
         }
         starts = [sum(self.config.depths[:s]) for s in range(1, len(self.config.depths))]
         for i in starts:  # where channels grow in the attention, it gives more than it takes
-            shape = self.shape(f"blocks/{i}/attn/{projection}/kernel")
+            shape = self.shape(f"blocks/{i}/attn/{projection}/kernel", 2)
             if shape:
                 grows = shape[0] // (1 if separate else 3) != shape[1]
                 shows["expand"] = "attention" if grows else "mlp"
-        hidden = self.shape("blocks/0/mlp/fc1/kernel")
+        hidden = self.shape("blocks/0/mlp/fc1/kernel", 2)
         if hidden and hidden[0] % hidden[1] == 0:
             shows["mlp_ratio"] = hidden[0] // hidden[1]
         return shows | self._pools(blocks)
@@ -238,7 +258,7 @@ class _Look:
         kernels: dict[str, list[Triple | None]] = {}
         for which in "qk":
             paths = [f"blocks/{i}/attn/pool_{which}/kernel" for i in range(blocks)]
-            kernels[which] = [_kernel(self.shape(path)) for path in paths]
+            kernels[which] = [_kernel(self.shape(path, 4, 5)) for path in paths]
         if not any(kernels["q"] + kernels["k"]):
             return {}  # maximum, average or nothing at all: the variant says it
         config, plans = self.config, plan(self.config)

@@ -125,7 +125,7 @@ def fit(
         if inflate and 1 in (values.shape[0], shape[0]):
             done = "inflated" if shape[0] > 1 else "deflated"
             return Fitted(inflated(values, shape[0], inflate), done, (path,))
-        if 1 in (values.shape[0], shape[0]):
+        if 1 in (values.shape[0], shape[0]) and path.startswith("patch_embed"):
             return Fitted(None, "spans another number of frames: say how to carry it over with "
                           "inflate=centre, mean or repeat")  # fmt: skip
     if path.startswith("head/") and "num_classes" in changed:

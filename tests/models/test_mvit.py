@@ -260,7 +260,9 @@ def forgetful_pool(grid, plan, weight):
 
 
 @pytest.mark.parametrize(
-    "plug", [{"attention": Mixing}, {"block": Doubling}, {"pool": forgetful_pool}], ids=str
+    "plug",
+    [{"attention": Mixing}, {"block": Doubling}, {"pool": forgetful_pool}],
+    ids=lambda plug: next(iter(plug)),
 )
 def test_parts_of_your_own_go_in_by_argument(plug):
     model = with_weights(lambda: MViT(SMALL, rngs=nnx.Rngs(0), **plug))

@@ -101,7 +101,7 @@ def difference(mine, theirs) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_the_architecture_is_read_off_the_originals_tensors(case):
     loaded, (shapes, _) = weights(case), stored(case)
-    assert loaded.family == case.split("_")[0] and loaded.report.ok
+    assert loaded.origin.family == case.split("_")[0] and loaded.report.ok
     # Every tensor of the original goes somewhere, none twice but the table of joint positions.
     sources = [line.source for line in loaded.report.lines]
     assert set(sources) == set(shapes)

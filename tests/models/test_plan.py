@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from mvit_jax.models.plan import (
     plan,
     smallest_clip,
 )
-from mvit_jax.models.variants import VARIANTS, variant
+from mvit_jax.models.variants import variant
 
 TINY = MViTConfig(
     frames=4, size=28, num_classes=5, width=8, depths=(1, 2, 2), kv_stride=(1, 4, 4), drop_path=0.4

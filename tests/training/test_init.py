@@ -1,0 +1,321 @@
+"""Where weights start from: this workdir, then another run, then a run's or a converted folder's
+weights, then nothing."""
+
+import dataclasses
+import os
+import signal
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+
+from mvit_jax import convert, train
+from mvit_jax.errors import UserError
+from mvit_jax.models import mvit
+from mvit_jax.training import experiment, workdir
+from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training.step import init_state
+from mvit_jax.weights.containers import write_torch
+from mvit_jax.weights.report import WeightsError
+from tests import tiny
+from tests.weights import foreign
+
+KIND = "v1 video"
+# The architecture of `foreign`, for the training program.
+ARCHITECTURE = {f"model.{k}": v for k, v in foreign.fields(KIND).items()} | {
+    "model.patch_kernel": (3, 7, 7),
+    "model.patch_stride": (2, 4, 4),
+    "model.patch_padding": (1, 3, 3),
+}
+IMAGE = {
+    "model.variant": "mvitv2_s",
+    "model.frames": 1,
+    "model.patch_kernel": (1, 7, 7),
+    "model.patch_stride": (1, 4, 4),
+    "model.patch_padding": (0, 3, 3),
+}
+
+
+def settings(digits, **changes):
+    return tiny.config(digits, **(ARCHITECTURE | changes))
+
+
+def shapes_of(config, classes=8):
+    return mvit.shapes(experiment.model_config(config, classes))
+
+
+def state_of(config, digits, params):
+    optimizer, _ = experiment.make_optimizer(config, experiment.videos(config, "train"))
+    return init_state(jax.tree.map(jax.numpy.asarray, params), optimizer, config.optim.ema)
+
+
+def drawn(config, salt, classes=8):
+    flat = {p: np.float32(0.1) * v for p, v in foreign.filled(shapes_of(config, classes)).items()}
+    return mvit.nested({path: values + np.float32(salt) for path, values in flat.items()})
+
+
+def make_run(folder, config, digits, salt, step=3):
+    """A run as it would be after some steps; the averaged weights are twice the others."""
+    workdir.freeze(config, folder)
+    state = state_of(config, digits, drawn(config, salt))
+    state = dataclasses.replace(state, step=jax.numpy.asarray(step, jax.numpy.int32))
+    if state.ema is not None:
+        state = dataclasses.replace(state, ema=jax.tree.map(lambda x: 2 * x, state.params))
+    with closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(state, step)
+    return mvit.flat(state.params if state.ema is None else state.ema)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder as `convert` writes it; and the parameters in it."""
+    here = tmp_path_factory.mktemp("converted")
+    write_torch(here / "in.pyth", foreign.slowfast(KIND), wrapper="model_state")
+    folder = here / "out"
+    convert.take(str(here / "in.pyth"), "mvit_b_16x4", folder, None, None, **foreign.fields(KIND))
+    params, _ = experiment.read_params(folder)
+    return folder, mvit.flat(params)
+
+
+def initial(config, classes=8):
+    params, words = experiment.initial_params(config, experiment.model_config(config, classes))
+    flat = mvit.flat(params)
+    assert {path: values.shape for path, values in flat.items()} == shapes_of(config, classes)
+    return flat, words
+
+
+def same_but(ours, theirs, *new) -> None:
+    """Equal, but for paths that begin so."""
+    assert ours.keys() == theirs.keys()
+    for path, values in theirs.items():
+        if not path.startswith(new):
+            np.testing.assert_array_equal(ours[path], values, err_msg=path)
+
+
+# Weights.
+
+
+def test_a_converted_folder_gives_its_weights_and_a_new_head(converted, digits):
+    folder, source = converted
+    config = settings(digits, **{"init.checkpoint": str(folder)})
+    ours, words = initial(config)
+    same_but(ours, source, "head/")
+    assert ours["head/classifier/kernel"].shape == (32, 8)
+    assert 0.01 < ours["head/classifier/kernel"].std() < 0.03
+    assert not ours["head/classifier/bias"].any()
+    assert str(folder) in words and "2 new" in words and "head/classifier/kernel" in words
+    ours, words = initial(config, classes=foreign.CLASSES)
+    same_but(ours, source)
+    assert "new" not in words
+
+
+def test_a_run_gives_its_averaged_weights(digits, tmp_path):
+    for ema in (0.0, 0.5):
+        config = settings(digits, **{"optim.ema": ema})
+        theirs = make_run(tmp_path / str(ema), config, digits, 0)
+        ours, words = initial(settings(digits, **{"init.checkpoint": str(tmp_path / str(ema))}))
+        same_but(ours, theirs)
+        assert "new" not in words
+
+
+def test_other_frames_and_sizes_resize_positions_and_nothing_else(converted, digits):
+    folder, source = converted
+    config = settings(
+        digits, **{"init.checkpoint": str(folder), "model.frames": 8, "model.size": 48}
+    )
+    ours, words = initial(config, classes=foreign.CLASSES)
+    same_but(ours, source, "positions/space", "positions/time")
+    assert ours["positions/space"].shape == (12, 12, 8) and ours["positions/time"].shape == (4, 8)
+    # Two frames to four, centres at half-integers, ends repeated.
+    first, second = source["positions/time"]
+    np.testing.assert_allclose(
+        ours["positions/time"],
+        [first, 0.75 * first + 0.25 * second, 0.25 * first + 0.75 * second, second],
+        rtol=0, atol=1e-6,
+    )  # fmt: skip
+    assert "2 resized" in words
+
+
+@pytest.mark.parametrize("how", ["centre", "mean", "repeat"])
+def test_an_image_models_weights_are_inflated(how, digits, tmp_path):
+    image = settings(digits, **IMAGE)
+    theirs = make_run(tmp_path, image, digits, 0)
+    video = {"model.variant": "mvitv2_s_16x4", "init.checkpoint": str(tmp_path)}
+    ours, words = initial(settings(digits, **video, **{"init.inflate": how}))
+    kernel, one = ours["patch_embed/proj/kernel"], theirs["patch_embed/proj/kernel"][0]
+    frames = {"centre": [0 * one, one, 0 * one], "mean": [one / 3] * 3, "repeat": [one] * 3}[how]
+    np.testing.assert_allclose(kernel, frames, rtol=1e-6)
+    assert "inflated" in words
+    for path in ("blocks/1/attn/qkv/kernel", "norm/scale", "head/classifier/kernel"):
+        np.testing.assert_array_equal(ours[path], theirs[path])
+    assert not ours["blocks/0/attn/relative/time"].any()
+    assert ours["positions/class_token"].any()  # the image model has none
+
+
+def test_without_a_word_on_inflation_it_is_asked_for(digits, tmp_path):
+    make_run(tmp_path, settings(digits, **IMAGE), digits, 0)
+    video = {"model.variant": "mvitv2_s_16x4", "init.checkpoint": str(tmp_path)}
+    with pytest.raises(WeightsError, match="inflate=centre, mean or repeat"):
+        initial(settings(digits, **video))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"model.width": 16}, "blocks/0/attn"), ({"model.depths": (1, 1, 1)}, "blocks/3/"),
+     ({"model.mlp_ratio": 2}, "mlp/fc1")],
+)  # fmt: skip
+def test_weights_of_another_architecture_are_refused(converted, digits, changes, word):
+    with pytest.raises(WeightsError) as error:
+        initial(settings(digits, **{"init.checkpoint": str(converted[0])}, **changes))
+    assert word in str(error.value) and "problem: " in str(error.value)
+
+
+# What comes before what.
+
+
+def first(config, digits, folder):
+    """What a run starts from: its parameters, averaged parameters, step; and what is said."""
+    fresh = state_of(config, digits, drawn(config, salt=0.5))
+    model = experiment.model_config(config, 8)
+    started = workdir.has_checkpoint(folder)
+    initial = None if started else train.initial_params(config, model)
+    with closing(Checkpoints(folder)) as checkpoints:
+        state, words = train.first(config, fresh, checkpoints, initial)
+    ema = None if state.ema is None else mvit.flat(state.ema)
+    return mvit.flat(state.params), ema, int(state.step), words
+
+
+@pytest.fixture
+def places(digits, tmp_path):
+    """Three runs: one is gone on with, one is resumed, one gives its weights."""
+    own, other, source = (tmp_path / name for name in ("own", "other", "source"))
+    config = settings(digits)
+    weights = {
+        path: make_run(path, config, digits, salt, step)
+        for path, salt, step in ((own, 1, 3), (other, 2, 4), (source, 4, 5))
+    }
+    return own, other, source, weights
+
+
+def test_this_workdir_comes_before_resume_before_init_before_nothing(places, digits, tmp_path):
+    own, other, source, weights = places
+    both = {"resume": str(other), "init.checkpoint": str(source)}
+    params, _, step, words = first(settings(digits, **both), digits, own)
+    same_but(params, weights[own])
+    assert step == 3 and "this workdir's last checkpoint" in words
+    params, _, step, words = first(settings(digits, **both), digits, tmp_path / "new")
+    same_but(params, weights[other])
+    assert step == 4 and str(other) in words
+    alone = settings(digits, **{"init.checkpoint": str(source)})
+    params, _, step, words = first(alone, digits, tmp_path / "new")
+    same_but(params, weights[source])
+    assert step == 0 and str(source) in words
+    params, _, step, words = first(settings(digits), digits, tmp_path / "new")
+    same_but(params, mvit.flat(drawn(settings(digits), 0.5)))
+    assert step == 0 and words == "starts from fresh weights"
+
+
+def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digits, tmp_path):
+    changes = {"init.checkpoint": str(converted[0]), "optim.ema": 0.9}
+    config = settings(digits, **changes)
+    fresh = state_of(config, digits, drawn(config, 0.5))
+    initial = train.initial_params(config, experiment.model_config(config, 8))
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        state, _ = train.first(config, fresh, checkpoints, initial)
+    assert state.ema is not None and int(state.step) == 0
+    same_but(mvit.flat(state.params), converted[1], "head/")
+    same_but(mvit.flat(state.ema), mvit.flat(state.params))
+    pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True)
+    # The training step is given both to reuse their memory.
+    assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"resume": "{gone}"}, "resume={gone} holds no checkpoint"),
+        ({"resume": "{empty}"}, "resume={empty} holds no checkpoint"),
+        ({"resume": "{narrow}"}, "is of another architecture"),
+        ({"resume": "{folder}"}, "{folder}"),  # converted: it has no state to go on from
+        ({"init.checkpoint": "{gone}"}, "{gone} holds no run"),
+        ({"init.checkpoint": "{empty}"}, "there is no checkpoint in {empty}"),
+    ],
+)  # fmt: skip
+def test_folders_that_hold_nothing_of_use_are_one_sentence(
+    changes, sentence, converted, digits, tmp_path
+):
+    places = {name: tmp_path / name for name in ("gone", "empty", "narrow")}
+    workdir.freeze(settings(digits), places["empty"])
+    make_run(places["narrow"], settings(digits, **{"model.mlp_ratio": 2}), digits, 0)
+    places["folder"] = converted[0]
+    config = settings(digits, **{key: value.format(**places) for key, value in changes.items()})
+    before = {p for p in tmp_path.rglob("*") if places["empty"] not in p.parents}
+    with pytest.raises(UserError) as error:
+        first(config, digits, tmp_path / "run")
+    assert sentence.format(**places) in str(error.value)
+    assert "\n" not in str(error.value)
+    # A folder that is only read from is not made.
+    after = {p for p in tmp_path.rglob("*") if places["empty"] not in p.parents}
+    made = {p for p in after - before if tmp_path / "run" not in (p, *p.parents)}
+    assert made == set()
+
+
+def test_an_unknown_inflation_is_one_sentence(digits):
+    with pytest.raises(UserError, match=r"init\.inflate must be one of centre, mean, repeat"):
+        experiment.check(settings(digits, **{"init.inflate": "center"}))
+
+
+# The program.
+
+RECIPE = {"checkpoint.every": 2, "epochs": 3.0, "optim.ema": 0.5, "model.drop_path": 0.3}
+
+
+def final_state(folder):
+    with closing(Checkpoints(folder)) as checkpoints:
+        tree = checkpoints.last.restore(checkpoints.step())
+    leaves = jax.tree_util.tree_leaves_with_path(dict(tree.items()))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+class Stopping(train.Logbook):
+    def step(self, step, *args):
+        super().step(step, *args)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_another_workdir_goes_on_from_a_run_and_ends_as_if_never_stopped(digits, tmp_path, capsys):
+    whole, stopped, resumed = (tmp_path / name for name in ("whole", "stopped", "resumed"))
+    assert train.train(tiny.config(digits, **RECIPE), str(whole)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Logbook", Stopping)
+        assert train.train(tiny.config(digits, **RECIPE), str(stopped)) == 128 + signal.SIGTERM
+    before = final_state(stopped)
+    capsys.readouterr()
+    assert train.train(tiny.config(digits, **RECIPE, resume=str(stopped)), str(resumed)) == 0
+    assert f"goes on with the last checkpoint of {stopped}" in capsys.readouterr().out
+    ours, theirs = final_state(resumed), final_state(whole)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+    again = final_state(stopped)  # only read from
+    assert all((again[name] == values).all() for name, values in before.items())
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_from_the_weights_and_goes_on_after_a_stop(
+    converted, digits, tmp_path, capsys
+):
+    """At a learning rate of 0 the weights of the end are those of the start."""
+    still = {"optim.lr": 0.0, "optim.start_lr": 0.0, "optim.end_lr": 0.0, "epochs": 1.0}
+    config = settings(digits, **still, **{"init.checkpoint": str(converted[0])})
+    assert train.train(config, str(tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert f"weights from {converted[0]}: " in out and "2 new" in out
+    params, _ = experiment.read_params(tmp_path / "run")
+    same_but(mvit.flat(params), converted[1], "head/")
+    # Started again, it is complete, and the weights are not taken a second time.
+    assert train.train(config, str(tmp_path / "run")) == 0
+    assert "is complete (3 of 3 steps)" in capsys.readouterr().out
