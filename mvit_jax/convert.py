@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
             raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
         give(Path(source), out, _TO.value, _CHECKPOINT.value)
         return
+    if _CHECKPOINT.value != "last":
+        raise errors.UserError("--checkpoint=best goes with --to: SOURCE is a file")
     if _VARIANT.value is None:
         raise errors.UserError("say which variant SOURCE is of: --variant=NAME (describe --all)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

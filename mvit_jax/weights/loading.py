@@ -75,15 +75,7 @@ def load(
     if inflate not in (None, *get_args(Inflation)):
         raise UserError(f"inflate must be centre, mean or repeat, not {inflate!r}")
     config = variant_config(variant, **overrides)
-    if isinstance(source, Mapping):
-        tensors, name = state_dict(source), "these tensors"
-    elif isinstance(source, str | os.PathLike):
-        tensors, name = read_tensors(source), os.fspath(source)
-    else:
-        raise UserError(
-            f"weights come from a file's path or a state dict, not from a {type(source).__name__}: "
-            "of a PyTorch module pass module.state_dict()"
-        )
+    tensors, name = _open(source)
     state, prefix = without_prefix(tensors.tensors)
     try:
         found = structure(state, variant, config, set(overrides), inflate is not None)
@@ -94,20 +86,28 @@ def load(
     report.problems += found.problems
     if found.problems:
         raise WeightsError(report)
-    if found.crosses and inflate:
-        meant = {*overrides, "positions", "class_token", "relative_positions", "num_classes"}
-    else:
-        meant = set(overrides)
+    meant = set(overrides)
+    if found.crosses:
+        meant |= {"positions", "class_token", "relative_positions", "num_classes"}
     changed = {f for f in meant if found.shown.get(f) != getattr(found.config, f)}
     sources = _read(state, found, report)
     params = _fit_all(sources, found, changed, inflate, report)
     report.notes += _sizes(report, sources, found)
     if not report.ok:
         raise WeightsError(report)
-    ranks = {} if found.crosses else _ranks(state)
-    dtypes = {values.dtype.name for values in state.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    return Loaded(params, found.config, report, layouts.Origin(found.family, ranks, dtype))
+    return Loaded(params, found.config, report, _origin(state, found))
+
+
+def _open(source: Any) -> tuple[Tensors, str]:
+    """The tensors of a file or of a mapping, and what to call it."""
+    if isinstance(source, Mapping):
+        return state_dict(source), "these tensors"
+    if isinstance(source, str | os.PathLike):
+        return read_tensors(source), os.fspath(source)
+    raise UserError(
+        f"weights come from a file's path or a state dict, not from a {type(source).__name__}: of "
+        "a PyTorch module pass module.state_dict()"
+    )
 
 
 @dataclass(frozen=True)
@@ -245,11 +245,14 @@ def _notes(tensors: Tensors, prefix: str) -> list[str]:
     return notes
 
 
-def _ranks(state: Mapping[str, np.ndarray]) -> dict[str, int]:
+def _origin(state: Mapping[str, np.ndarray], found: Structure) -> layouts.Origin:
     ranks = {}
     for name, values in state.items():
         if re.search(r"pool_[qkv]\.(pool\.)?weight$", name):
             ranks["pool"] = values.ndim
         elif re.match(r"(patch_embed\.(proj|patch_model)|conv_proj)\.weight$", name):
             ranks["patch"] = values.ndim
-    return ranks
+    dtypes = {values.dtype.name for values in state.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    # A video model that was made of an image model does not go back into that one's shapes.
+    return layouts.Origin(found.family, {} if found.crosses else ranks, dtype)

@@ -269,10 +269,10 @@ class _Look:
         shows["full_q_pool"] = any(k and not s for k, s in zip(kernels["q"], strided, strict=True))
         plain = dataclasses.replace(config, full_q_pool=shows["full_q_pool"], q_kernels=(),
                                     kv_kernels=())  # fmt: skip
+        expected = {"q": [p.q_pool for p in plan(plain)], "k": [p.kv_pool for p in plan(plain)]}
         for field, which in (("q_kernels", "q"), ("kv_kernels", "k")):
-            expected = [getattr(p, f"{field[:-8]}_pool") for p in plan(plain)]
             found = tuple(k or (1, 1, 1) for k in kernels[which])
-            same = [(p.kernel if p else (1, 1, 1)) for p in expected] == list(found)
+            same = [(p.kernel if p else (1, 1, 1)) for p in expected[which]] == list(found)
             shows[field] = () if same else found
         return shows
 
