@@ -17,7 +17,7 @@ from mvit_jax.models.variants import variant as variant_config
 from mvit_jax.weights import layouts, surgery
 from mvit_jax.weights.containers import Tensors, read_tensors, state_dict
 from mvit_jax.weights.report import Line, Report, WeightsError
-from mvit_jax.weights.structure import Structure, structure, without_prefix
+from mvit_jax.weights.structure import PREFIXES, Structure, structure, without_prefix
 from mvit_jax.weights.surgery import Inflation
 
 
@@ -171,9 +171,10 @@ def _unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> 
         same = np.array_equal(values, state[second], equal_nan=True)
         done = f"second name of {second}" if same else f"differs from its other name {second}"
         return Line(name, shape, "", None, done, not same)
-    first = re.sub(r"^(module|_orig_mod|model|backbone|encoder)\.", "", name)
-    if first != name and first in state:
-        return Line(name, shape, "", None, f"collides with {first}", True)
+    prefix = next((p for p in PREFIXES if name.startswith(p)), "")
+    if prefix and name.removeprefix(prefix) in state:
+        done = f"collides with {name.removeprefix(prefix)}"
+        return Line(name, shape, "", None, done, True)
     return Line(name, shape, "", None, "has no place in this model", True)
 
 

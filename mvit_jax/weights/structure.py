@@ -14,7 +14,7 @@ from mvit_jax.weights.layouts import foreign_name
 
 State = Mapping[str, np.ndarray]
 
-_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 
 # Fields whose value a file shows, and which must be the variant's: another value is another model.
 # Those of pools, and what makes no other model (`separate_qkv`), are simply taken from the file.
@@ -42,7 +42,7 @@ def without_prefix(state: State) -> tuple[dict[str, np.ndarray], str]:
     """Names without what a wrapper puts before most of them, like "module."; and that prefix."""
     names, removed = {name: name for name in state}, ""
     while True:
-        prefix = next((p for p in _PREFIXES if _most(names.values(), p)), "")
+        prefix = next((p for p in PREFIXES if _most(names.values(), p)), "")
         present = set(names.values())
         shorter = {
             name: short.removeprefix(prefix)

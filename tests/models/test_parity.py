@@ -195,6 +195,8 @@ def test_the_comparison_notices_any_tensor(case):
     unseen = 0
     for path, leaf in leaves.items():
         noise = reference.draw("noise/" + path, leaf.shape)
+        # By a fifth of its spread: by a tenth, one bias of timm's (blocks/0/norm2) moves the logits
+        # by 7.3 tolerances only; by a fifth, every tensor does by 15 or more.
         moved = leaf + np.float32(0.2) * leaf.std() * noise
         logits, _ = model(case)(nested(leaves | {path: moved}))
         if without_effect(path, loaded.config):

@@ -14,7 +14,7 @@ import mvit_jax
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
 from mvit_jax.models.variants import VARIANTS, variant
-from mvit_jax.weights import exporting
+from mvit_jax.weights import exporting, loading
 from mvit_jax.weights.containers import write_safetensors, write_torch
 from mvit_jax.weights.loading import Loaded, load
 from mvit_jax.weights.report import WeightsError
@@ -646,8 +646,9 @@ def test_a_prefix_before_most_names_is_taken_off_and_the_rest_is_named():
 
 @pytest.mark.parametrize("thing", [None, 3, object()])
 def test_what_is_neither_file_nor_state_dict_is_refused(thing):
-    with pytest.raises((UserError, TypeError), match=r"state_dict\(\)|Type-check"):
-        load(thing, "mvit_b_16x4")
+    # The tests' own check of signatures would come before it in `load`.
+    with pytest.raises(UserError, match=rf"not from a {type(thing).__name__}: .*state_dict\(\)"):
+        loading._open(thing)
 
 
 def test_stages_with_huge_numbers_are_refused_at_once():
