@@ -22,7 +22,8 @@ from absl import flags
 
 from mvit_jax import errors
 from mvit_jax.data.sources import read_class_names
-from mvit_jax.models import mvit
+from mvit_jax.files import write_whole
+from mvit_jax.models import trees
 from mvit_jax.models.variants import override, preprocessing
 from mvit_jax.training import experiment, workdir
 from mvit_jax.training.checkpoints import Checkpoints
@@ -84,7 +85,7 @@ def take(
             f"--labels names {len(labels)} classes and the model has {loaded.config.num_classes}"
         )
     workdir.make(out.parent)
-    needed = sum(values.nbytes for values in mvit.flat(loaded.params).values())
+    needed = sum(values.nbytes for values in trees.flat(loaded.params).values())
     free = shutil.disk_usage(out.parent).free
     if free < 1.1 * needed:
         raise errors.UserError(
@@ -119,7 +120,7 @@ def _names(file: Path) -> tuple[str, ...]:
 
 
 def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:
-    config = experiment.base_config()
+    config = experiment.read_config("base")
     config.model.update(experiment.model_fields(variant, loaded.config))
     expected = preprocessing(variant, frames=loaded.config.frames, size=loaded.config.size)
     for field in ("stride", "short_side", "mean", "std", "interpolation"):
@@ -127,10 +128,10 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
     if expected.frames == 1:
         config.eval.clips = 1  # every clip of an image is the same
     workdir.freeze(config, folder)
-    workdir.write_whole(folder / ORIGIN, json.dumps(dataclasses.asdict(loaded.origin)) + "\n")
-    workdir.write_whole(folder / "report.txt", f"{loaded.report}\n")
+    write_whole(folder / ORIGIN, json.dumps(dataclasses.asdict(loaded.origin)) + "\n")
+    write_whole(folder / "report.txt", f"{loaded.report}\n")
     if labels is not None:
-        workdir.write_whole(folder / "labels.txt", "\n".join(labels) + "\n")
+        write_whole(folder / "labels.txt", "\n".join(labels) + "\n")
     with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save_params(loaded.params)
 

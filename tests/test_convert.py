@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 
 from mvit_jax import convert
 from mvit_jax.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models import mvit, trees
 from mvit_jax.models.variants import preprocessing
 from mvit_jax.training import experiment, workdir
 from mvit_jax.training.checkpoints import Checkpoints
@@ -99,7 +99,7 @@ def test_the_folder_has_all_that_it_takes_to_use_the_model(converted):
     expected = load(tensors_of(), "mvit_b_16x4", **foreign.fields(KIND))
     params, config = experiment.read_params(folder)
     assert config == expected.config
-    mine, theirs = mvit.flat(params), mvit.flat(expected.params)
+    mine, theirs = trees.flat(params), trees.flat(expected.params)
     assert mine.keys() == theirs.keys()
     for path, values in theirs.items():
         np.testing.assert_array_equal(mine[path], values, err_msg=path)
@@ -223,10 +223,10 @@ def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
     config = tiny.config(digits, **{"optim.ema": 0.5})
     workdir.freeze(config, tmp_path / "run")
     shapes = mvit.shapes(experiment.model_config(config, 8))
-    params = mvit.nested(foreign.filled(shapes))
+    params = trees.nested(foreign.filled(shapes))
     with closing(Checkpoints(tmp_path / "run")) as checkpoints:
         save = ocp.args.StandardSave
-        twice = mvit.nested({p: 2 * v for p, v in mvit.flat(params).items()})
+        twice = trees.nested({p: 2 * v for p, v in trees.flat(params).items()})
         checkpoints.last.save(3, args=ocp.args.Composite(params=save(params), ema=save(twice)))
     run(tmp_path / "run", "--to=slowfast", f"--out={tmp_path / 'out.pyth'}")
     made = read_tensors(tmp_path / "out.pyth").tensors
@@ -409,7 +409,7 @@ def test_what_is_no_choice_is_refused_by_the_flag(flag, source, tmp_path):
 def test_a_damaged_byte_is_an_error_or_changes_no_tensor(source, tmp_path):
     """Not a byte of a tensor can change without being noticed: its check sum does."""
     whole = source.read_bytes()
-    expected = mvit.flat(load(source, "mvit_b_16x4", **foreign.fields(KIND)).params)
+    expected = trees.flat(load(source, "mvit_b_16x4", **foreign.fields(KIND)).params)
     rng = np.random.default_rng(0)
     for attempt, place in zip(itertools.count(), rng.integers(0, len(whole), 40), strict=False):
         spoilt = bytearray(whole)
@@ -422,5 +422,5 @@ def test_a_damaged_byte_is_an_error_or_changes_no_tensor(source, tmp_path):
             assert not (tmp_path / f"out{attempt}").exists()
         else:  # a byte that nothing reads, as of the padding
             params, _ = experiment.read_params(tmp_path / f"out{attempt}")
-            for path, values in mvit.flat(params).items():
+            for path, values in trees.flat(params).items():
                 np.testing.assert_array_equal(values, expected[path], err_msg=path)

@@ -21,6 +21,7 @@ from mvit_jax.models.plan import Triple
 Tokens = Float[Array, "batch _tokens _channels"]
 QueryFeatures = Float[Array, "batch _queries _heads _places"]
 KeyFeatures = Float[Array, "_keys _places"]
+Record = dict[str, Array]  # what one block's attention lets out for inspection
 
 
 def on_grid(function: Callable[[Array], Array], x: Tokens, grid: Triple) -> tuple[Tokens, Triple]:
@@ -84,11 +85,12 @@ def attend(
     values: Float[Array, "batch keys channels"],
     heads: int,
     relative: "tuple[QueryFeatures, KeyFeatures] | None" = None,
+    record: Record | None = None,
 ) -> Float[Array, "batch queries channels"]:
     """softmax(Q K^T / sqrt(dim) + relative positions) V for each head (section 3.1).
 
     The softmax is taken in float32, or in float64 where the queries are. `relative` comes from
-    `relative_features`.
+    `relative_features`. A `record` gets the probabilities.
     """
     q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
     q = q * q.shape[-1] ** -0.5
@@ -98,4 +100,6 @@ def attend(
         q, k = jnp.concatenate([q, by_query], -1), jnp.concatenate([k, by_key], -1)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
+    if record is not None:
+        record["attention"] = weights
     return join_heads(jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v))

@@ -8,7 +8,7 @@ Top to bottom, as a clip goes: `MViT` -> `CubeEmbedding` -> `Positions` -> `Bloc
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Shaped
 from mvit_jax.errors import UserError
 from mvit_jax.models import pooling
 from mvit_jax.models.attention import (
+    Record,
     Tokens,
     attend,
     join_heads,
@@ -39,9 +40,9 @@ from mvit_jax.models.plan import (
     plan,
 )
 from mvit_jax.models.positions import Positions, RelativePositions
+from mvit_jax.models.trees import Params, first_difference, flat
 from mvit_jax.models.variants import variant
 
-Params = dict[str, Any]  # nested, string keys, arrays at the leaves
 PoolFunction = Callable[[Array, Pool, Array | None], Array]
 
 _linear_init = nnx.initializers.truncated_normal(INITIAL_STD)
@@ -100,31 +101,46 @@ class MViT(nnx.Module):
         return self.forward(clip)[0]
 
     def forward(
-        self, clip: Shaped[Array, "..."], *, key: Array | None = None
+        self, clip: Shaped[Array, "..."], *, key: Array | None = None, capture: bool = False
     ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
         """Logits and features. With a `key`, drop path and dropout are on, as in training.
 
-        Features: "stages", the grid `[batch, T, H, W, channels]` after each stage, and "tokens",
-        the normalised tokens that the head reads. What is not used is not computed under `jit`.
+        Features: "stages", a list of the grids `[batch, T, H, W, channels]` after each stage, and
+        "tokens", the normalised tokens that the head reads. With `capture`, lists with an entry for
+        each block besides: "attention", the probabilities `[batch, heads, queries, keys]`, float32;
+        "queries", "keys" and "values", `[batch, tokens, heads, channels of a head]`, as they meet:
+        pooled and normalised, class token first where there is one, and not yet scaled. What is not
+        used is not computed under `jit`, so take only what you need out of the jitted function.
         """
-        clip = _as_video(clip, self.config)
         keys = _fold(key, len(self.blocks) + 1)
-        embedded = self.patch_embed(clip)
-        t, h, w = embedded.shape[1:4]
-        x, grid = self.positions(embedded), (t, h, w)
-        if self.config.stem_norm:
-            x = self.stem_norm(x)
-        x = keep_batch_sharded(x)
+        x, grid = self.embed(clip)
         stages: list[Array] = []
+        records: list[Record] = []
         for i, (block, block_plan) in enumerate(zip(self.blocks, plan(self.config), strict=True)):
-            x, grid = block(x, grid, keys[i])
+            record: Record = {}
+            x, grid = block(x, grid, keys[i], **({"record": record} if capture else {}))
             x = keep_batch_sharded(x)
             stages[block_plan.stage :] = [_grid_of(x, grid)]
+            records.append(record)
+        logits, tokens = self.classify(x, grid, keys[-1])
+        captured = {name: [record[name] for record in records] for name in records[0]}
+        return logits, {"stages": stages, "tokens": tokens} | captured
+
+    def embed(self, clip: Shaped[Array, "..."]) -> tuple[Tokens, Triple]:
+        """What the first block takes: tokens with their positions, and the grid they lie on."""
+        embedded = self.patch_embed(_as_video(clip, self.config))
+        t, h, w = embedded.shape[1:4]
+        x = self.positions(embedded)
+        if self.config.stem_norm:
+            x = self.stem_norm(x)
+        return keep_batch_sharded(x), (t, h, w)
+
+    def classify(
+        self, x: Tokens, grid: Triple, key: Array | None = None
+    ) -> tuple[Float[Array, "batch num_classes"], Tokens]:
+        """Logits from what the last block gives, and the normalised tokens."""
         tokens = self.norm(x)
-        return self.head(self._pooled(x, tokens, grid), keys[-1]), {
-            "stages": stages,
-            "tokens": tokens,
-        }
+        return self.head(self._pooled(x, tokens, grid), key), tokens
 
     def _pooled(self, x: Tokens, tokens: Tokens, grid: Triple) -> Float[Array, "batch channels"]:
         """What the head reads: the class token, or the mean of all tokens where there is none."""
@@ -180,11 +196,16 @@ class Block(nnx.Module):
         if plan.width_out != plan.width and plan.skip != "none":
             self.proj = _linear(plan.width, plan.width_out, dtype, rngs)
 
-    def __call__(self, x: Tokens, grid: Triple, key: Array | None = None) -> tuple[Tokens, Triple]:
-        """Tokens on `grid` to tokens on the grid that comes back; a `key` turns drop path on."""
+    def __call__(
+        self, x: Tokens, grid: Triple, key: Array | None = None, record: Record | None = None
+    ) -> tuple[Tokens, Triple]:
+        """Tokens on `grid` to tokens on the grid that comes back; a `key` turns drop path on.
+
+        A `record` is passed on to the attention, which may be one that takes none.
+        """
         key1, key2 = _fold(key, 2)
         y = self.norm1(x)
-        attended, grid_out = self.attn(y, grid)
+        attended, grid_out = self.attn(y, grid, **({} if record is None else {"record": record}))
         skip = self._skip(x, y, self.plan.attention_width)
         if self.plan.skip_pool is not None:
             skip_pool = functools.partial(pooling.max_pool, plan=self.plan.skip_pool)
@@ -228,8 +249,13 @@ class PooledAttention(nnx.Module):
             self.relative = RelativePositions(plan, dtype=dtype, rngs=rngs)
         self.proj = _linear(width, width, dtype, rngs)
 
-    def __call__(self, x: Tokens, grid: Triple) -> tuple[Tokens, Triple]:
-        """Tokens on `grid` to tokens on the grid of the pooled queries."""
+    def __call__(
+        self, x: Tokens, grid: Triple, record: Record | None = None
+    ) -> tuple[Tokens, Triple]:
+        """Tokens on `grid` to tokens on the grid of the pooled queries.
+
+        A `record` gets what `MViT.forward` captures.
+        """
         plan = self.plan
         q, kv = (x, jnp.concatenate([x, x], -1)) if plan.pool_first else self._project(x)
         q, query_grid = self._pool(q, grid, plan.q_pool, [self.pool_q])
@@ -241,10 +267,17 @@ class PooledAttention(nnx.Module):
         if hasattr(self, "relative"):
             tables = self.relative(query_grid, key_grid)
             relative = relative_features(q, tables, query_grid, key_grid, plan.heads)
-        y = attend(q, k, v, plan.heads, relative)
+        if record is not None:
+            for name, tokens in (("queries", q), ("keys", k), ("values", v)):
+                record[name] = split_heads(tokens, plan.heads)
+        y = self.attend(q, k, v, relative, record)
         if plan.residual_pool != "none":
             y = y + self._residual(q, query_grid)
         return self.proj(y), query_grid
+
+    def attend(self, q: Tokens, k: Tokens, v: Tokens, relative, record: Record | None) -> Tokens:
+        """What pooled queries make of pooled keys and values: the place for another attention."""
+        return attend(q, k, v, self.plan.heads, relative, record)
 
     def _project(self, x: Tokens) -> tuple[Tokens, Tokens]:
         """Q; and K and V side by side, since they are pooled together."""
@@ -351,17 +384,19 @@ def apply(
     config: MViTConfig,
     train: bool = False,
     key: Array | None = None,
+    capture: bool = False,
     dtype=jnp.float32,
     **plugs: Any,
 ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
     """Logits and features (see `MViT.forward`) of normalised clips, computed in `dtype`.
 
-    With `train=True`, drop path and dropout draw from `key`, block i from `fold_in(key, i)`.
+    With `train=True`, drop path and dropout draw from `key`, block i from `fold_in(key, i)`. With
+    `capture=True`, features hold attention probabilities and pooled queries, keys and values too.
     """
     if train and key is None:
         raise ValueError("apply(train=True) needs a key for drop path and dropout")
     model = _with_params(params, config, dtype, tuple(sorted(plugs.items())))
-    return model.forward(clip, key=key if train else None)
+    return model.forward(clip, key=key if train else None, capture=capture)
 
 
 def params_of(model: nnx.Module) -> Params:
@@ -379,36 +414,6 @@ def shapes(config: MViTConfig) -> dict[str, tuple[int, ...]]:
     _, abstract = _structure(config, jnp.float32, ())
     tree = _string_keys(nnx.to_pure_dict(abstract))
     return {path: tuple(leaf.shape) for path, leaf in flat(tree).items()}
-
-
-def flat(params: Any) -> dict[str, Any]:
-    """Parameters, or anything nested like them, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
-
-
-def nested(params: Mapping[str, Any]) -> Params:
-    """Parameters nested by the parts of their paths."""
-    tree: Params = {}
-    for path, value in params.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
-
-
-def first_difference(model: Any, found: Any) -> str | None:
-    """Says in which tensor, by name, two trees of arrays or shapes differ first; or None."""
-    ours, theirs = (
-        {path: list(leaf.shape) for path, leaf in flat(tree).items()} for tree in (model, found)
-    )
-    for name in sorted({*ours, *theirs}):
-        mine, other = ours.get(name, "missing"), theirs.get(name, "missing")
-        if mine != other:
-            return f"{name} is {other} there and {mine} in this model"
-    return None
 
 
 class _Keys(nnx.Rngs):

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mvit_jax.errors import UserError
-from mvit_jax.models.mvit import first_difference
+from mvit_jax.models.trees import first_difference
 from mvit_jax.training.step import State
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mvit_jax.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.positions import sincos
 from mvit_jax.weights import layouts
@@ -84,7 +84,7 @@ def state_dict(
     params: mvit.Params, config: MViTConfig, family: str, origin: layouts.Origin | None = None
 ) -> dict[str, np.ndarray]:
     """Parameters by a family's names, in its shapes and order of channels."""
-    flat = {path: np.asarray(values) for path, values in mvit.flat(params).items()}
+    flat = {path: np.asarray(values) for path, values in trees.flat(params).items()}
     if family in ("torchvision", "timm") and config.separate_qkv and not config.pool_first:
         flat = _joined(flat)
     names = {path: layouts.foreign_name(path, family, config) for path in flat}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvit_jax.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant as variant_config
 from mvit_jax.weights import layouts, surgery
@@ -204,7 +204,7 @@ def _fit_all(
         name, shape = use[path].name, use[path].shape
         done = "unused" if may_be else "unused: the model has no such tensor"
         report.lines.append(Line(name, shape, "", None, done, not may_be))
-    return mvit.nested({path: one.values for path, one in fitted.items()})
+    return trees.nested({path: one.values for path, one in fitted.items()})
 
 
 def _sizes(report: Report, sources: Mapping[str, _Source | None], found: Structure) -> list[str]:

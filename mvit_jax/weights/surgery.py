@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from mvit_jax.models import mvit
+from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.positions import linear_weights
 from mvit_jax.weights.report import Line, Report, WeightsError
@@ -81,7 +81,7 @@ def carry_over(
     Raises:
       WeightsError: a tensor that the two architectures should share does not fit.
     """
-    source = {path: np.asarray(values) for path, values in mvit.flat(params).items()}
+    source = {path: np.asarray(values) for path, values in trees.flat(params).items()}
     changed = [
         f.name for f in dataclasses.fields(was) if getattr(was, f.name) != getattr(config, f.name)
     ]
@@ -96,7 +96,7 @@ def carry_over(
         report.lines.append(Line(path, source[path].shape, "", None, "unused", not may_be))
     if not report.ok:
         raise WeightsError(report)
-    return mvit.nested({path: one.values for path, one in fitted.items()}), report
+    return trees.nested({path: one.values for path, one in fitted.items()}), report
 
 
 def fit(

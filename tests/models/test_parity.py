@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models.mvit import apply, flat, nested
+from mvit_jax.models.mvit import apply
 from mvit_jax.models.plan import MViTConfig, grids, plan
+from mvit_jax.models.trees import flat, nested
 from mvit_jax.weights.loading import load
 from tests.reference import make_outputs as reference
 

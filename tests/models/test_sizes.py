@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 from mvit_jax.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import grids, patch_grid, smallest_clip
 from mvit_jax.models.variants import VARIANTS, variant
 
 
 def traced(config, frames, height, width):
     """Shapes of logits and of each stage's grid."""
-    params = mvit.nested(
+    params = trees.nested(
         {path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in mvit.shapes(config).items()}
     )
     clip = jax.ShapeDtypeStruct((1, frames, height, width, 3), jnp.float32)
@@ -174,7 +174,7 @@ def test_a_size_without_a_token_names_the_least_whichever_axis_it_is():
 )
 def test_a_model_computes_on_a_rectangle_with_other_frames(fields):
     config = variant("mvit_b_16x4", **(TINY | {"depths": (1, 1), "drop_path": 0.0} | fields))
-    params = mvit.nested(
+    params = trees.nested(
         {
             path: jax.random.normal(jax.random.key(i), shape) * 0.2
             for i, (path, shape) in enumerate(mvit.shapes(config).items())

@@ -12,7 +12,7 @@ import pytest
 
 from mvit_jax import convert, train
 from mvit_jax.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models import mvit, trees
 from mvit_jax.training import experiment, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.step import init_state
@@ -52,7 +52,7 @@ def state_of(config, digits, params):
 
 def drawn(config, salt, classes=8):
     flat = {p: np.float32(0.1) * v for p, v in foreign.filled(shapes_of(config, classes)).items()}
-    return mvit.nested({path: values + np.float32(salt) for path, values in flat.items()})
+    return trees.nested({path: values + np.float32(salt) for path, values in flat.items()})
 
 
 def make_run(folder, config, digits, salt, step=3):
@@ -64,7 +64,7 @@ def make_run(folder, config, digits, salt, step=3):
         state = dataclasses.replace(state, ema=jax.tree.map(lambda x: 2 * x, state.params))
     with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(state, step)
-    return mvit.flat(state.params if state.ema is None else state.ema)
+    return trees.flat(state.params if state.ema is None else state.ema)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def converted(tmp_path_factory):
     folder = here / "out"
     convert.take(str(here / "in.pyth"), "mvit_b_16x4", folder, None, None, **foreign.fields(KIND))
     params, _ = experiment.read_params(folder)
-    return folder, mvit.flat(params)
+    return folder, trees.flat(params)
 
 
 def initial(config, classes=8):
     params, words = experiment.initial_params(config, experiment.model_config(config, classes))
-    flat = mvit.flat(params)
+    flat = trees.flat(params)
     assert {path: values.shape for path, values in flat.items()} == shapes_of(config, classes)
     return flat, words
 
@@ -182,8 +182,8 @@ def first(config, digits, folder):
     initial = None if started else train.initial_params(config, model)
     with closing(Checkpoints(folder)) as checkpoints:
         state, words = train.first(config, fresh, checkpoints, initial)
-    ema = None if state.ema is None else mvit.flat(state.ema)
-    return mvit.flat(state.params), ema, int(state.step), words
+    ema = None if state.ema is None else trees.flat(state.ema)
+    return trees.flat(state.params), ema, int(state.step), words
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_this_workdir_comes_before_resume_before_init_before_nothing(places, dig
     same_but(params, weights[source])
     assert step == 0 and str(source) in words
     params, _, step, words = first(settings(digits), digits, tmp_path / "new")
-    same_but(params, mvit.flat(drawn(settings(digits), 0.5)))
+    same_but(params, trees.flat(drawn(settings(digits), 0.5)))
     assert step == 0 and words == "starts from fresh weights"
 
 
@@ -224,8 +224,8 @@ def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digit
     with closing(Checkpoints(tmp_path)) as checkpoints:
         state, _ = train.first(config, fresh, checkpoints, initial)
     assert state.ema is not None and int(state.step) == 0
-    same_but(mvit.flat(state.params), converted[1], "head/")
-    same_but(mvit.flat(state.ema), mvit.flat(state.params))
+    same_but(trees.flat(state.params), converted[1], "head/")
+    same_but(trees.flat(state.ema), trees.flat(state.params))
     pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True)
     # The training step is given both to reuse their memory.
     assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in pairs)
@@ -315,7 +315,7 @@ def test_fine_tuning_starts_from_the_weights_and_goes_on_after_a_stop(
     out = capsys.readouterr().out
     assert f"weights from {converted[0]}: " in out and "2 new" in out
     params, _ = experiment.read_params(tmp_path / "run")
-    same_but(mvit.flat(params), converted[1], "head/")
+    same_but(trees.flat(params), converted[1], "head/")
     # Started again, it is complete, and the weights are not taken a second time.
     assert train.train(config, str(tmp_path / "run")) == 0
     assert "is complete (3 of 3 steps)" in capsys.readouterr().out
