@@ -29,10 +29,10 @@ def get_config() -> ConfigDict:
     # The rest are fields of models/plan.py MViTConfig; what is not set is the variant's own.
     c.model.frames = config_dict.placeholder(int)  # frames of a clip
     c.model.size = config_dict.placeholder(int)  # side of the crop, pixels
-    c.model.patch_kernel = config_dict.placeholder(tuple)  # (t, h, w), also those below
-    c.model.patch_stride = config_dict.placeholder(tuple)
-    c.model.patch_padding = config_dict.placeholder(tuple)
-    c.model.class_token = config_dict.placeholder(bool)
+    c.model.patch_kernel = config_dict.placeholder(tuple)  # of the cubes: (t, h, w), as all below
+    c.model.patch_stride = config_dict.placeholder(tuple)  # of the cubes
+    c.model.patch_padding = config_dict.placeholder(tuple)  # of the clip, on either side
+    c.model.class_token = config_dict.placeholder(bool)  # else the head reads the mean of tokens
     c.model.positions = config_dict.placeholder(str)  # none, space, separate, joint or sincos
     c.model.stem_norm = config_dict.placeholder(bool)
     c.model.width = config_dict.placeholder(int)  # channels of the first stage
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     c.model.depths = config_dict.placeholder(tuple)  # blocks per stage
     c.model.expand = config_dict.placeholder(str)  # where channels grow: mlp or attention
     c.model.skip = config_dict.placeholder(str)  # where they do: normalised, plain or none
-    c.model.mlp_ratio = config_dict.placeholder(int)
+    c.model.mlp_ratio = config_dict.placeholder(int)  # hidden channels of the MLP, times the width
     c.model.pool_mode = config_dict.placeholder(str)  # conv, conv_unshared, max or avg
     c.model.pool_kernel = config_dict.placeholder(object)  # (t, h, w), "stride + 1", "stride", ...
     c.model.q_kernels = config_dict.placeholder(tuple)  # one for each block
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     c.model.pool_first = config_dict.placeholder(bool)
     c.model.pool_norm_eps = config_dict.placeholder(float)
     c.model.separate_qkv = config_dict.placeholder(bool)
-    c.model.qkv_bias = config_dict.placeholder(bool)
+    c.model.qkv_bias = config_dict.placeholder(bool)  # of the projections to Q, K and V
     c.model.relative_positions = config_dict.placeholder(str)  # none, space, time or both
     c.model.relative_distances = config_dict.placeholder(str)  # slowfast or torchvision
     c.model.residual_pool = config_dict.placeholder(str)  # none, grid or all
@@ -63,14 +63,17 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.folder = config_dict.placeholder(str)  # must be given: holds the lists and labels.txt
+    # Or a set of images that TensorFlow Datasets has prepared, like "imagenet2012:5.1.0"; then the
+    # folder is TFDS's data_dir, and the lists are splits, like "train[:90%]".
+    c.data.tfds = config_dict.placeholder(str)
     c.data.train_list = "train.csv"  # lines "path label"
     c.data.val_list = "val.csv"  # watched while training; "" for none
-    c.data.test_list = "test.csv"
+    c.data.test_list = "test.csv"  # of the test program
     c.data.stride = 4  # frames between two sampled ones, at 30 frames a second
     c.data.short_side = 256  # to which test videos are scaled for one centre crop, pixels
     c.data.interpolation = "bilinear"  # or bicubic, with antialias, as for ImageNet
     c.data.mean = (0.45, 0.45, 0.45)  # of red, green, blue in [0, 1]
-    c.data.std = (0.225, 0.225, 0.225)
+    c.data.std = (0.225, 0.225, 0.225)  # likewise; clips are (value - mean) / std
     c.data.threads = 4  # that decode, on each host
 
     c.augment = ConfigDict()
@@ -81,16 +84,16 @@ def get_config() -> ConfigDict:
     c.augment.cutmix = 1.0  # likewise
     c.augment.switch = 0.5  # probability of cutmix where both are on
     c.augment.group = 4  # clips that share one mixing weight; divides a device's clips
-    c.augment.label_smoothing = 0.1
+    c.augment.label_smoothing = 0.1  # share of the target that is spread over all classes
 
     c.optim = ConfigDict()
     c.optim.lr = 1.6e-3  # at the end of the warm-up, for the whole batch
     c.optim.start_lr = 1.6e-5  # at step 0
     c.optim.end_lr = 1.6e-5  # at the last step of the half cosine
-    c.optim.warmup_epochs = 30.0
+    c.optim.warmup_epochs = 30.0  # over which the rate rises linearly
     c.optim.weight_decay = 0.05  # not of biases, norms and other one-dimensional tensors
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
+    c.optim.b1 = 0.9  # decay of AdamW's mean of gradients
+    c.optim.b2 = 0.999  # and of the mean of their squares
     c.optim.clip_norm = 1.0  # largest global norm of a gradient; 0 for no limit
     c.optim.ema = 0.0  # decay of the averaged weights that are then tested; 0 for none
 

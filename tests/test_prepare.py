@@ -93,11 +93,15 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--out=there"], "give one of moving_digits"),
+        (["--out=there"], "give one of moving_digits, fashion_mnist"),
         (["moving_pictures", "--out=there"], "'moving_pictures' is not the name of a data set"),
         (["moving_digits", "twice", "--out=there"], "'moving_digits twice' is not the name"),
         (["moving_digits"], "give --out=DIR"),
         (["moving_digits", "--out="], "give --out=DIR"),
+        (["fashion_mnist"], "give --out=DIR"),
+        (["fashion_mnist", "--out=there", "--files=nowhere"], "there is no file nowhere/train-"),
+        (["fashion_mnist", "--out=there", "--seed=1"], "--seed is for moving_digits: leave it out"),
+        (["moving_digits", "--out=there", "--files=x"], "--files is for fashion_mnist: leave it"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(args, message):
@@ -111,5 +115,5 @@ def test_bad_input_ends_with_one_sentence(args, message):
 def test_help_tells_usage_and_flags():
     text = run("--help").stdout
     assert "python -m mvit_jax.prepare moving_digits --out=DIR" in text
-    for flag in ("--out", "--seed", "--train_videos", "--val_videos", "--test_videos"):
+    for flag in ("--out", "--seed", "--train_videos", "--val_videos", "--test_videos", "--files"):
         assert flag + ":" in text

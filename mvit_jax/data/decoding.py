@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Int, UInt8
 
-from mvit_jax.data.images import DecodeError, Frames, is_image, read_image
+from mvit_jax.data.images import DecodeError, Frames, check_still, is_image, read_image
 
 # Headers often count a frame or two more than there are, which PySlowFast bridges by repeating
 # the last frame. A file that was cut off by a broken download lacks far more.
@@ -103,10 +103,11 @@ class Video:
             raise IndexError(
                 f"frames {wanted[0]} to {wanted[-1]} of a video of {self.num_frames} frames"
             )
-        try:
-            images = self._decode(wanted.tolist())
-        except FFmpegError as error:
-            raise self._broken(error) from error
+        images = np.empty(0, np.uint8)
+        for row, (_, image) in enumerate(self.in_order(wanted.tolist())):
+            if row == 0:
+                images = np.empty((len(wanted), *image.shape), np.uint8)
+            images[row] = image
         return images if len(places) == len(images) and _is_range(places) else images[places]
 
     def _open(self) -> None:
@@ -157,33 +158,45 @@ class Video:
         known = [time for time in times if time is not None]
         return sorted(known) if len(set(known)) == len(times) else []
 
-    def _decode(self, wanted: list[int]) -> np.ndarray:
-        """Gives the images of frame numbers in rising order."""
-        images, done = None, 0
-        number, frame = -1, None
+    def in_order(
+        self, wanted: Sequence[int]
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "height width 3"]]]:
+        """Gives frames by their numbers, which rise, as `frames` does, but one at a time.
+
+        For long stretches: `frames` holds all of them, and called for one stretch after the other
+        begins each at the key frame before it, which takes the square of the length of a file that
+        has but one.
+
+        Raises:
+          DecodeError: while iterating, the file is broken.
+        """
+        wanted = list(wanted)
+        try:
+            yield from self._in_order(wanted)
+        except FFmpegError as error:
+            raise self._broken(error) from error
+
+    def _in_order(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        done, number, frame = 0, -1, None
         for number, frame in self._decoded(wanted):
             if number < wanted[done]:
                 continue
             image = self._rgb(frame)
-            if images is None:
-                images = np.empty((len(wanted), *image.shape), np.uint8)
             ready = bisect_right(wanted, number)
-            images[done:ready] = image
+            yield from ((name, image) for name in wanted[done:ready])
             done = ready
             if done == len(wanted):
-                return images
+                return
         if frame is None and wanted[0] > 0:
             # The frame to repeat may be one before the last key frame.
-            return self._decode([0, *wanted])[1:]
+            yield from itertools.islice(self._in_order([0, *wanted]), 1, None)
+            return
         if frame is None or number + 1 < _LEAST_SHARE_OF_STATED_FRAMES * self.num_frames:
             raise DecodeError(
                 self.path, f"decoding ends after {number + 1} of its {self.num_frames} frames"
             )
         image = self._rgb(frame)
-        if images is None:
-            images = np.empty((len(wanted), *image.shape), np.uint8)
-        images[done:] = image
-        return images
+        yield from ((name, image) for name in wanted[done:])
 
     def _decoded(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Decodes from the key frame before the first wanted frame on; gives numbered frames."""
@@ -255,24 +268,23 @@ def opened(path: str | os.PathLike[str], clip_frames: int) -> Iterator[Video | F
     Raises:
       DecodeError: as `Video` and `read_image`; and an image where a clip has several frames.
     """
-    if not is_image(path):
-        with Video(path) as video:
-            yield video
-    elif clip_frames == 1:
+    if is_image(path):
+        check_still(os.fspath(path), clip_frames)
         yield Frames(read_image(path))
     else:
-        reason = f"it is an image, and the model takes clips of {clip_frames} frames"
-        raise DecodeError(os.fspath(path), reason)
+        with Video(path) as video:
+            yield video
 
 
-def why_broken(path: str | os.PathLike[str], clip_frames: int = 1) -> str | None:
-    """Decodes a whole file; gives the reason if that fails, None if all is well.
+def why_broken(opened: contextlib.AbstractContextManager[Video | Frames]) -> str | None:
+    """Decodes all of what `opened(path, clip_frames)`, or that of a `sources.Source`, gives.
 
-    Like `opened`, says that an image does not do for clips of several frames.
+    Returns:
+      The reason if that fails, None if all is well.
     """
     step = 64
     try:
-        with opened(path, clip_frames) as video:
+        with opened as video:
             for start in range(0, video.num_frames, step):
                 video.frames(range(start, min(start + step, video.num_frames)))
     except DecodeError as error:

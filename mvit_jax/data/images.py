@@ -1,5 +1,6 @@
 """Still images, by Pillow, and the frames that they and arrays give."""
 
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,24 +69,49 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height widt
     """
     path = os.fspath(path)
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):
-                # Pillow would cut off all above 255; of 16-bit colours it takes the high byte too.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.array(image.convert("RGB"))[None]
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        reason = f"it has more than {limit:,} pixels: make it smaller first"
-        raise DecodeError(path, reason) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DecodeError(path, _reason(Path(path), error)) from error
+        return _rgb(path)
+    except _UNREADABLE as error:
+        raise DecodeError(path, _reason_of_file(Path(path), error)) from error
 
 
-def _reason(file: Path, error: Exception) -> str:
+def decode_image(encoded: bytes, name: str) -> UInt8[np.ndarray, "1 height width 3"]:
+    """Reads an image from the bytes of its file; as `read_image`, and errors call it `name`."""
+    try:
+        return _rgb(io.BytesIO(encoded))
+    except _UNREADABLE as error:
+        raise DecodeError(name, _reason(error) if encoded else "it is empty") from error
+
+
+def check_still(name: str, clip_frames: int) -> None:
+    """Raises `DecodeError` where the image `name` is to be a clip of several frames."""
+    if clip_frames != 1:
+        reason = f"it is an image, and the model takes clips of {clip_frames} frames"
+        raise DecodeError(name, reason)
+
+
+_UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError)
+
+
+def _rgb(file: str | io.BytesIO) -> np.ndarray:
+    with Image.open(file) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow would cut off all above 255; of 16-bit colours it takes the high byte too.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.array(image.convert("RGB"))[None]
+
+
+def _reason_of_file(file: Path, error: Exception) -> str:
     if not file.exists():
         return "there is no such file"
     if file.is_file() and file.stat().st_size == 0:
         return "the file is empty"
+    return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"it has more than {limit:,} pixels: make it smaller first"
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image, or its beginning is damaged"
     strerror = getattr(error, "strerror", None)

@@ -6,6 +6,7 @@ of hosts nor of threads changes what a step sees, and a run resumes by starting 
 there is no iterator state to store.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from mvit_jax.data import augmentation, sampling
-from mvit_jax.data.decoding import DecodeError, Video, opened
-from mvit_jax.data.images import Frames
-from mvit_jax.data.sources import VideoList
+from mvit_jax.data.decoding import Video
+from mvit_jax.data.images import DecodeError, Frames
+from mvit_jax.data.sources import Source
 from mvit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -64,7 +65,7 @@ class ClipSettings:
 
 
 def train_batches(
-    videos: VideoList,
+    videos: Source,
     settings: ClipSettings,
     *,
     seed: int,
@@ -105,7 +106,7 @@ def train_batches(
 
 
 def test_batches(
-    videos: VideoList,
+    videos: Source,
     settings: ClipSettings,
     *,
     clips: int,
@@ -142,10 +143,10 @@ def test_batches(
 
 
 def load_train_clip(
-    path: str, settings: ClipSettings, rng: np.random.Generator
+    videos: Source, index: int, settings: ClipSettings, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "frames size size 3"]:
-    """Decodes and augments one random clip of a video or image; raises `DecodeError`."""
-    with opened(path, settings.frames) as video:
+    """Decodes and augments one random clip of element `index`; raises `DecodeError`."""
+    with videos.opened(index, settings.frames) as video:
         indices = sampling.train_indices(
             video.num_frames, video.fps, frames=settings.frames, stride=settings.stride, rng=rng
         )
@@ -162,19 +163,20 @@ def load_train_clip(
 
 
 def load_views(
-    path: str,
+    videos: Source,
+    index: int,
     settings: ClipSettings,
     *,
     clips: int,
     crops: int,
     shuffle: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "{clips*crops} frames size size 3"]:
-    """Decodes the views of the test protocol: `views` of a video or image file.
+    """Decodes the views of the test protocol: `views` of element `index`.
 
     Raises:
-      DecodeError: the file cannot be decoded, or is an image where a clip has several frames.
+      DecodeError: it cannot be decoded, or is an image where a clip has several frames.
     """
-    with opened(path, settings.frames) as video:
+    with videos.opened(index, settings.frames) as video:
         return views(video, settings, clips=clips, crops=crops, shuffle=shuffle)
 
 
@@ -227,7 +229,7 @@ def epoch_order(videos: int, seed: int, epoch: int) -> Int64[np.ndarray, " video
 # Loaders are objects rather than closures, so that they can be sent to other processes.
 @dataclass(frozen=True, eq=False)
 class _TrainLoader:
-    videos: VideoList
+    videos: Source
     settings: ClipSettings
     seed: int
     batch: int
@@ -245,24 +247,24 @@ class _TrainLoader:
             if attempt > 0:
                 video = int(rng.integers(len(self.videos)))
             try:
-                clip = load_train_clip(self.videos.paths[video], self.settings, rng)
+                clip = load_train_clip(self.videos, video, self.settings, rng)
             except DecodeError as error:
                 failure = error
                 continue
             return {
                 "clip": clip,
-                "label": self.videos.labels[video],
+                "label": np.int32(self.videos.label(video)),
                 "broken": np.int32(-1 if failure is None else asked),
             }
         raise UserError(
             f"{_ATTEMPTS} videos drawn from {self.videos.list_file} one after the other cannot be "
-            f"decoded, so check the files that it lists; the last failure: {failure}"
+            f"decoded, so check what it holds; the last failure: {failure}"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _TestLoader:
-    videos: VideoList
+    videos: Source
     settings: ClipSettings
     clips: int
     crops: int
@@ -278,14 +280,18 @@ class _TestLoader:
         shuffle = None
         if self.shuffle_seed is not None:
             shuffle = _generator(_SHUFFLE, self.shuffle_seed, video)
-        path = self.videos.paths[video]
-        try:
+        label, views = 0, None
+        with contextlib.suppress(DecodeError):
+            label = self.videos.label(video)
             views = load_views(
-                path, self.settings, clips=self.clips, crops=self.crops, shuffle=shuffle
+                self.videos,
+                video,
+                self.settings,
+                clips=self.clips,
+                crops=self.crops,
+                shuffle=shuffle,
             )
-        except DecodeError:
-            views = None
-        return self._element(views, label=int(self.videos.labels[video]), video=video)
+        return self._element(views, label=label, video=video)
 
     def _element(self, views: np.ndarray | None, label: int, video: int) -> dict[str, Any]:
         valid = views is not None

@@ -29,8 +29,8 @@ def train_indices(
       Non-decreasing frame numbers in `range(num_frames)`; the last frame is repeated where the
       video is shorter than the clip.
     """
-    span = _span(fps, frames, stride)
-    return _spread(rng.uniform(0.0, max(num_frames - span, 0.0)), span, frames, num_frames)
+    length = span(fps, frames, stride)
+    return spread(rng.uniform(0.0, max(num_frames - length, 0.0)), length, frames, num_frames)
 
 
 def view_indices(
@@ -43,22 +43,26 @@ def view_indices(
 
     Args and returns as for `train_indices`, one row per clip.
     """
-    span = _span(fps, frames, stride)
-    delta = max(num_frames - span, 0.0)
+    length = span(fps, frames, stride)
+    delta = max(num_frames - length, 0.0)
     if clips == 1:
         starts = [delta // 2]
     else:
         starts = [clip * (delta // (clips - 1)) for clip in range(clips)]
-    return np.stack([_spread(start, span, frames, num_frames) for start in starts])
+    return np.stack([spread(start, length, frames, num_frames) for start in starts])
 
 
-def _span(fps: float, frames: int, stride: int) -> float:
+def span(fps: float, frames: int, stride: int) -> float:
+    """Source frames that a clip takes up."""
     return stride * frames * fps / FRAME_RATE
 
 
-def _spread(start: float, span: float, frames: int, num_frames: int) -> np.ndarray:
+def spread(
+    start: float, length: float, frames: int, num_frames: int
+) -> Int64[np.ndarray, " frames"]:
+    """Frame numbers of the clip that starts at `start` and takes up `length` source frames."""
     # The span counts frames and the last frame is at its end, so the distance between frames is
     # (span - 1) / (T - 1), a little more than the stride: 63 / 15 = 4.2 for 16x4. Published
     # weights were trained and tested with it.
-    indices = np.linspace(start, start + span - 1, frames).astype(np.int64)
+    indices = np.linspace(start, start + length - 1, frames).astype(np.int64)
     return np.clip(indices, 0, num_frames - 1)

@@ -1,23 +1,70 @@
-"""Lists of video files with labels: what a data set is before anything is decoded."""
+"""What a data set is before anything is decoded, and lists of video and image files."""
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
+from mvit_jax.data import decoding
+from mvit_jax.data.images import Frames
 from mvit_jax.errors import UserError
+
+
+@runtime_checkable  # for beartype, in the tests
+class Source(Protocol):
+    """One split of a data set: all that training and testing need to know of where it lies.
+
+    Elements may be asked for in any order and from several threads at a time.
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class."""
+        ...
+
+    @property
+    def list_file(self) -> str:
+        """What messages call the split, for example the path of its list."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def label(self, index: int) -> int:
+        """Class of element `index`, in `range(len(class_names))`.
+
+        Raises:
+          DecodeError: the label cannot be read.
+        """
+        # Of one element, as a set that knows its labels only by reading its images may be large.
+        ...
+
+    def item(self, index: int) -> str:
+        """What messages call element `index`, for example its path."""
+        ...
+
+    def opened(
+        self, index: int, clip_frames: int
+    ) -> AbstractContextManager[decoding.Video | Frames]:
+        """Opens element `index` for clips of `clip_frames` frames.
+
+        Raises:
+          DecodeError: on entering, it is broken, or an image where a clip has several frames.
+        """
+        ...
 
 
 # eq=False: dataclass equality would compare the label arrays elementwise and raise.
 @dataclass(frozen=True, eq=False)
 class VideoList:
-    """The videos of one split, in the order of its list.
+    """The videos or images of one split, files in the order of their list; a `Source`.
 
     Attributes:
-      paths: absolute path of each video file.
-      labels: class of each video, in `range(len(class_names))`.
+      paths: absolute path of each file.
+      labels: class of each file, in `range(len(class_names))`.
       class_names: name of each class.
       list_file: the list that was read, for messages.
     """
@@ -29,6 +76,17 @@ class VideoList:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def item(self, index: int) -> str:
+        return self.paths[index]
+
+    def opened(
+        self, index: int, clip_frames: int
+    ) -> AbstractContextManager[decoding.Video | Frames]:
+        return decoding.opened(self.paths[index], clip_frames)
 
 
 def read_video_list(

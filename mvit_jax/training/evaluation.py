@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from mvit_jax.data import pipeline
 from mvit_jax.data.decoding import why_broken
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.sources import VideoList
+from mvit_jax.data.sources import Source
 from mvit_jax.errors import UserError
 from mvit_jax.training.sharding import (
     batch_sharding,
@@ -67,7 +67,7 @@ class Scores:
 def evaluate(
     predict: Callable[[Any, jax.Array], jax.Array],
     params: Any,
-    videos: VideoList,
+    videos: Source,
     settings: ClipSettings,
     *,
     clips: int,
@@ -84,6 +84,7 @@ def evaluate(
     (MViT, Table 9). A video that cannot be decoded is left out and listed in the result.
     """
     scores = np.zeros((len(videos), len(videos.class_names)))
+    labels = np.zeros(len(videos), np.int32)
     seen, tested = np.zeros(len(videos), bool), np.zeros(len(videos), bool)
     batch = -(-batch // mesh.size) * mesh.size  # at least one for each device
     rows = local_rows(batch, mesh)
@@ -91,18 +92,21 @@ def evaluate(
         videos, settings, clips=clips, crops=crops, batch=batch, rows=rows,
         shuffle_seed=shuffle_seed, threads=threads,
     ):  # fmt: skip
-        on_devices = to_devices({k: loaded[k] for k in ("clip", "video", "valid")}, mesh)
+        on_devices = to_devices(loaded, mesh)
         probabilities = _everywhere(predict(params, on_devices["clip"]))
-        index, valid = _everywhere(on_devices["video"]), _everywhere(on_devices["valid"])
+        index, valid, label = (_everywhere(on_devices[k]) for k in ("video", "valid", "label"))
         real = index >= 0  # the last batch is filled up
         scores[index[real]] = probabilities[real]
+        labels[index[real]] = label[real]
         tested[index[real]] = valid[real]
         seen[index[real]] = True
         progress(int(seen.sum()))
     assert seen.all(), "a video was not visited"
-    left_out = [videos.paths[i] for i in np.flatnonzero(~tested)]
-    failures = [f"{path}: {why_broken(path, settings.frames)}" for path in left_out]
-    return Scores(scores, videos.labels, tested, failures)
+    failures = [
+        f"{videos.item(i)}: {why_broken(videos.opened(i, settings.frames))}"
+        for i in np.flatnonzero(~tested).tolist()
+    ]
+    return Scores(scores, labels, tested, failures)
 
 
 def predictor(

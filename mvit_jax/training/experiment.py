@@ -15,11 +15,12 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mvit_jax.data import tfds_images
 from mvit_jax.data.augmentation import Interpolation
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.sources import VideoList, read_class_names, read_video_list
+from mvit_jax.data.sources import Source, read_class_names, read_video_list
 from mvit_jax.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
 from mvit_jax.training import evaluation, optimizer, sharding, workdir
@@ -113,15 +114,20 @@ def model_config(config: Config, num_classes: int) -> MViTConfig:
     return variant(config.model.variant, num_classes=num_classes, **values)
 
 
-def base_config() -> Config:
-    """`configs/base.py`, where the package stands beside it."""
-    path = Path(__file__).parents[2] / "configs" / "base.py"
-    spec = importlib.util.spec_from_file_location("base", path)
+def read_config(name: str, arg: str | None = None) -> Config:
+    """The experiment `configs/NAME.py`, where the package stands beside that folder."""
+    path = Path(__file__).parents[2] / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{path.parent} is missing: install mvit_jax from a clone, `pip install -e .`"
+        )
     if spec is None or spec.loader is None or not path.exists():
-        raise UserError(f"{path} is missing: install mvit_jax from a clone, `pip install -e .`")
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.py")))
+        raise UserError(f"there is no config {name!r} in {path.parent}: it has {known}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config() if arg is None else module.get_config(arg)
 
 
 def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
@@ -176,12 +182,12 @@ def check_resume(config: Config, model: MViTConfig) -> None:
             f"--config.init.checkpoint={folder}"
         )
     expected = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
-    difference = mvit.first_difference(expected, shapes)
+    difference = trees.first_difference(expected, shapes)
     if difference:
         raise UserError(f"resume={folder} is of another architecture: {difference}")
 
 
-def check_classes(folder: Path, which: str, videos: VideoList) -> None:
+def check_classes(folder: Path, which: str, videos: Source) -> None:
     """Whether a model's classes are those of the data, as far as the two lists of names tell."""
     count = num_classes(folder, which)
     if count != len(videos.class_names):
@@ -229,7 +235,7 @@ def load_params(
 
 
 def score(
-    config: Config, folder: Path, videos: VideoList, *, which: str, shuffle: bool = False
+    config: Config, folder: Path, videos: Source, *, which: str, shuffle: bool = False
 ) -> tuple[evaluation.Scores, int]:
     """Scores of a run's "last" or "best" checkpoint on a list of videos by the test protocol, and
     the step of that checkpoint."""
@@ -279,7 +285,7 @@ def clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
     )
 
 
-def videos(config: Config, which: str) -> VideoList:
+def videos(config: Config, which: str) -> Source:
     """The list `which`: "train", "val" or "test"."""
     if config.data.folder is None:
         # Not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
@@ -290,6 +296,8 @@ def videos(config: Config, which: str) -> VideoList:
     name, folder = config.data[f"{which}_list"], Path(config.data.folder)
     if not name:
         raise UserError(f"data.{which}_list is empty: name a list of videos, like {which}.csv")
+    if config.data.get("tfds") is not None:  # configs that were frozen earlier have no such key
+        return tfds_images.read_split(config.data.tfds, str(folder.expanduser()), name)
     if folder.is_dir() and not (folder / "labels.txt").exists():
         # Counted from one list, the number of classes could differ from another's.
         raise UserError(
@@ -299,12 +307,12 @@ def videos(config: Config, which: str) -> VideoList:
     return read_video_list(folder, name)
 
 
-def steps(config: Config, epochs: float, videos: VideoList) -> int:
+def steps(config: Config, epochs: float, videos: Source) -> int:
     return max(int(epochs * len(videos) / config.batch), 1)
 
 
 def make_optimizer(
-    config: Config, videos: VideoList
+    config: Config, videos: Source
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     c = config.optim
     schedule = optimizer.learning_rate(

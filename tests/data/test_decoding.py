@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from mvit_jax.data.decoding import DecodeError, Video, why_broken
+from mvit_jax.data.decoding import DecodeError, Video, opened, why_broken
 from mvit_jax.errors import UserError
 
 BITS, BAR, HEIGHT = 8, 8, 32
@@ -160,7 +160,7 @@ def test_a_late_clip_does_not_touch_the_start_of_the_file(video_path, tmp_path):
         assert numbers_of(video.frames([80, 84, 88])) == [80, 84, 88]
         with pytest.raises(DecodeError, match="damaged"):
             video.frames([5])
-    assert "damaged" in str(why_broken(path))
+    assert "damaged" in str(why_broken(opened(path, 1)))
 
 
 def test_frames_are_numbered_by_time_of_presentation_at_a_variable_rate(tmp_path):
@@ -199,14 +199,14 @@ def test_a_few_frames_less_than_stated_are_no_failure(video_path, tmp_path, more
         images = video.frames([0, last - 4, last])
     assert numbers_of(images[:2]) == [0, last - 4]
     assert number_of(images[2]) in range(last, 100)  # B-frames shown late may come before it
-    assert why_broken(path) is None
+    assert why_broken(opened(path, 1)) is None
 
 
 def test_a_file_cut_off_in_the_middle_is_broken(video_path, tmp_path):
     path = truncated(video_path, tmp_path / "cut.mp4", 50)
     with pytest.raises(DecodeError, match=r"cut\.mp4 .*cut off, with 50 of its 100 frames"):
         Video(path)
-    assert "cut off" in str(why_broken(path))
+    assert "cut off" in str(why_broken(opened(path, 1)))
 
 
 def test_frames_that_the_decoder_leaves_out_are_replaced_by_the_nearest(tmp_path):
@@ -324,13 +324,13 @@ def test_what_is_no_video_is_told_by_name_and_reason(make, reason, tmp_path):
     assert error.path == str(path)
     assert reason in error.reason
     assert str(path) in str(error) and error.reason in str(error) and "\n" not in str(error)
-    assert why_broken(path) == error.reason
+    assert why_broken(opened(path, 1)) == error.reason
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.path, copy.reason, str(copy)) == (error.path, error.reason, str(error))
 
 
 def test_a_good_file_has_nothing_to_tell(video_path):
-    assert why_broken(video_path) is None
+    assert why_broken(opened(video_path, 1)) is None
 
 
 def test_frame_numbers_out_of_range_are_a_mistake(video_path):

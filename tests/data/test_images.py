@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from mvit_jax.data import augmentation, pipeline
-from mvit_jax.data.decoding import DecodeError, why_broken
+from mvit_jax.data.decoding import DecodeError, opened, why_broken
 from mvit_jax.data.images import is_image, read_image
-from mvit_jax.data.sources import read_video_list
+from mvit_jax.data.sources import VideoList, read_video_list
 
 
 def picture(height=30, width=41, seed=0):
@@ -94,7 +94,7 @@ def test_what_is_no_image_is_told_with_its_path(tmp_path):
         assert error.path == str(path) and reason in error.reason, error
         assert str(error) == f"{path} cannot be decoded: {error.reason}"
         assert "\n" not in str(error)
-        assert why_broken(path) == error.reason
+        assert why_broken(opened(path, 1)) == error.reason
 
 
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
@@ -106,6 +106,11 @@ def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatc
 
 def resized(pixels, height, width):
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def one(path):
+    """A list of one file."""
+    return VideoList((str(path),), np.zeros(1, np.int32), ("a",), "a list")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_views_of_images_are_torchvisions(tmp_path, shape, side):
     if short != side:
         pixels = resized(pixels, *(sides if height <= width else sides[::-1]))
     top, left = (round((n - 16) / 2.0) for n in pixels.shape[:2])
-    views = pipeline.load_views(str(path), settings, clips=1, crops=1)
+    views = pipeline.load_views(one(path), 0, settings, clips=1, crops=1)
     assert views.shape == (1, 1, 16, 16, 3)
     np.testing.assert_array_equal(views[0, 0], pixels[top : top + 16, left : left + 16])
 
@@ -160,7 +165,7 @@ def test_training_on_images_resizes_the_box_alone(tmp_path, interpolation):
         interpolation=interpolation,
     )
     for seed in range(4):
-        clip = pipeline.load_train_clip(str(path), settings, np.random.default_rng(seed))
+        clip = pipeline.load_train_clip(one(path), 0, settings, np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         rng.uniform()  # the start of the clip
         top, left, height, width = augmentation._random_box(50, 60, rng, (0.2, 1.0), (0.75, 1.3333))
@@ -194,8 +199,8 @@ def test_a_list_of_images_is_tested_like_one_of_videos(image_list):
     assert valid.tolist() == [True, True, False, True, False, False]
     for index in (0, 1, 3):
         assert np.abs(clips[index].astype(int) - (20 + 50 * index)).max() <= 3
-    assert "cut off" in str(why_broken(image_list.paths[2]))
-    assert why_broken(image_list.paths[0]) is None
+    assert "cut off" in str(why_broken(image_list.opened(2, 1)))
+    assert why_broken(image_list.opened(0, 1)) is None
 
 
 def test_a_broken_image_is_replaced_in_training(image_list):
@@ -208,18 +213,17 @@ def test_a_broken_image_is_replaced_in_training(image_list):
 
 def test_an_image_does_not_do_for_a_clip_of_several_frames(image_list):
     settings = pipeline.ClipSettings(frames=4, stride=1, size=16, short_side=18)
-    path = image_list.paths[0]
     reason = "it is an image, and the model takes clips of 4 frames"
     for load in (
-        lambda: pipeline.load_views(path, settings, clips=1, crops=1),
-        lambda: pipeline.load_train_clip(path, settings, np.random.default_rng(0)),
+        lambda: pipeline.load_views(image_list, 0, settings, clips=1, crops=1),
+        lambda: pipeline.load_train_clip(image_list, 0, settings, np.random.default_rng(0)),
     ):
         with pytest.raises(DecodeError, match=reason):
             load()
     # Evaluation names the reason.
     (batch,) = pipeline.test_batches(image_list, settings, clips=1, crops=1, batch=4)
     assert not batch["valid"].any()
-    assert why_broken(path, settings.frames) == reason
+    assert why_broken(image_list.opened(0, settings.frames)) == reason
 
 
 def test_bicubic_is_the_same_for_windows_and_copies():

@@ -13,6 +13,7 @@ import mvit_jax
 from mvit_jax.data import pipeline
 from mvit_jax.data.decoding import DecodeError
 from mvit_jax.data.preprocess import Preprocess
+from mvit_jax.data.sources import VideoList
 from mvit_jax.errors import UserError
 from mvit_jax.training.mixing import normalise
 
@@ -86,7 +87,8 @@ def test_views_are_the_very_ones_that_evaluation_tests(grey_video):
         frames=16, stride=4, size=24, short_side=want.short_side, interpolation="bilinear"
     )
     assert want.short_side == 27
-    views = pipeline.load_views(grey_video, settings, clips=2, crops=3)
+    videos = VideoList((str(grey_video),), np.zeros(1, np.int32), ("a",), "a list")
+    views = pipeline.load_views(videos, 0, settings, clips=2, crops=3)
     clip = preprocess(grey_video, clips=2, crops=3)
     assert clip.shape == (6, 16, 24, 24, 3)
     on_device = normalise(jnp.asarray(views), want.mean, want.std, jnp.float32)

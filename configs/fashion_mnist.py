@@ -1,0 +1,47 @@
+"""Fashion-MNIST: small images of clothing, a second data set that runs anywhere on a CPU.
+
+    python -m mvit_jax.prepare fashion_mnist --out=data/tfds
+    python -m mvit_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+    python -m mvit_jax.evaluate --workdir=runs/fashion_mnist
+
+Without a network the first line takes the files of Debian's package dataset-fashion-mnist, with
+--files=/usr/share/datasets/fashion-mnist.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+
+def get_config() -> Any:  # a ConfigDict
+    c = _base()
+    c.epochs = 6.0
+    c.batch = 128
+    c.model.variant = "mvit_b16"
+    c.model.update(size=28, drop_path=0.0, dropout=0.0)
+    # A grid of 7x7 tokens at first; 4x4 and 2x2 in the stages after it.
+    c.model.update(width=32, heads=1, depths=(1, 2, 3), kv_stride=(1, 2, 2))
+    c.model.update(patch_kernel=(1, 7, 7), patch_stride=(1, 4, 4), patch_padding=(0, 3, 3))
+
+    c.data.tfds = "fashion_mnist:3.0.1"
+    c.data.folder = "data/tfds"
+    c.data.update(train_list="train[:55000]", val_list="train[55000:]", test_list="test")
+    c.data.short_side = 28
+    c.data.threads = 2
+    c.data.update(mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353))  # of the training images
+    c.augment.update(crop_area=None, flip=0.5, mixup=0.0, cutmix=0.0)
+
+    c.optim.update(lr=2e-3, start_lr=1e-4, end_lr=2e-5, warmup_epochs=0.5)
+    c.eval.every_epochs = 1.0
+    c.eval.batch = 500
+    c.eval.clips = 1
+    return c
+
+
+def _base() -> Any:
+    """`base.get_config()`, found beside this file from wherever the file is read."""
+    spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()

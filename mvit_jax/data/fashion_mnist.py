@@ -1,0 +1,124 @@
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) as TFDS prepares it, with a network or not.
+
+70,000 grey images of 28x28 pixels of ten kinds of clothing.
+"""
+
+import gzip
+import hashlib
+import os
+import sys
+import tempfile
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import Any
+
+from mvit_jax.data.tfds_images import read_split
+from mvit_jax.errors import UserError
+
+NAME = "fashion_mnist"
+
+# SHA-256 of what the four published files hold, unpacked. MNIST's digits have the same names and
+# sizes, and packages compress the files anew, so neither names nor the sums of the .gz files tell.
+CONTENTS = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+def prepare(folder: str, files: str | None = None) -> None:
+    """Writes the set into TFDS's data folder as array_record, whole or not at all.
+
+    A set that is there already is left as it is.
+
+    Args:
+      folder: TFDS's `data_dir`.
+      files: the folder of the four .gz files; without it TFDS downloads them.
+
+    Raises:
+      UserError: a file is missing, damaged or of another set; the download fails; the folder
+        cannot be written; the set that is there cannot be read, as `read_split` says.
+    """
+    # TensorFlow, which encodes the images, would tell of processors, and of oneDNN in any case.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    builder: Any = tfds.builder(NAME, data_dir=folder)
+    if builder.data_path.exists():
+        read_split(NAME, folder, "test")  # says what is wrong with one that does not do
+        return
+    for left in builder.data_path.parent.glob("incomplete.*"):  # by a run that was killed
+        left.rmtree()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has tfrecord alone
+    with tempfile.TemporaryDirectory() as unpacked:
+        if files is not None:
+            paths = _unpack(Path(files).expanduser(), Path(unpacked))
+            split_generators = builder._split_generators
+            builder._split_generators = lambda manager: split_generators(_Local(paths))
+        try:
+            if files is None:
+                # TFDS would try for three and a half minutes before it says so.
+                urllib.request.urlopen(f"{builder.URL}{min(CONTENTS)}.gz", timeout=30).close()
+            builder.download_and_prepare(
+                download_dir=None if files is None else unpacked,
+                download_config=config,
+                file_format="array_record",
+            )
+        except Exception as error:
+            if files is None:  # TFDS raises its own exceptions here, and those of its libraries
+                raise UserError(
+                    f"{NAME} cannot be downloaded into {folder} ({_reason(error)}): fetch its four "
+                    "files another way, for example as Debian's package dataset-fashion-mnist, and "
+                    "name their folder, --files=DIR"
+                ) from error
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"{NAME} cannot be written into {folder}: {_reason(error)}"
+                ) from error
+            raise
+
+
+class _Local:
+    """Stands in for TFDS's download manager: files that are here instead of those of URLs."""
+
+    def __init__(self, paths: dict[str, Path]):
+        self.paths = paths
+
+    def download_and_extract(self, urls: dict[str, str]) -> dict[str, str]:
+        return {key: str(self.paths[Path(url).stem]) for key, url in urls.items()}
+
+
+def _unpack(folder: Path, to: Path) -> dict[str, Path]:
+    paths = {}
+    for name, expected in CONTENTS.items():
+        file = folder / f"{name}.gz"
+        try:
+            content = gzip.decompress(file.read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"there is no file {file}: --files=DIR should hold the .gz files of "
+                f"{', '.join(CONTENTS)}"
+            ) from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(
+                f"{file} cannot be unpacked ({_reason(error)}): fetch it again"
+            ) from None
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise UserError(
+                f"{file} does not hold what Fashion-MNIST's file of this name does (MNIST's digits "
+                "have the same names): fetch it again"
+            )
+        paths[name] = to / name
+        paths[name].write_bytes(content)
+    return paths
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "reason", error)  # of a URLError
+    text = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
+    return text.strip().splitlines()[0].rstrip(".").lower()
