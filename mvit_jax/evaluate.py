@@ -2,34 +2,52 @@
 
     python -m mvit_jax.evaluate --workdir=DIR
     python -m mvit_jax.evaluate --workdir=DIR --shuffle_frames     (MViT, Table 9)
+    python -m mvit_jax.evaluate --workdir=DIR --which=best --list=val
+    python -m mvit_jax.evaluate --compare DIR1 DIR2 ... [--out=FILE]
 
-Writes DIR/evaluation.json (accuracies in percent), DIR/confusion.png and DIR/per_class.png; with
---shuffle_frames the same with `_shuffled` in the names, likewise for another list or checkpoint.
+Writes DIR/evaluation.json (accuracies in percent), DIR/confusion.png, DIR/per_class.png and
+DIR/clips.json (the clips of the page); with --shuffle_frames the same but the last with `_shuffled`
+in the names, likewise for another list or checkpoint. DIR/report.html is the page of all that the
+folder holds, and opens from disk. --compare tests nothing: it puts what the folders hold side by
+side, as a table here and as a page.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from mvit_jax import errors
+from mvit_jax.data.sources import Source
+from mvit_jax.files import write_whole
 from mvit_jax.inspection import plots
-from mvit_jax.training import experiment, workdir
+from mvit_jax.training import experiment, runs, sheet, workdir
+from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.experiment import Config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
-_CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which of its states.")
+_WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "Which of its checkpoints.")
 _LIST = flags.DEFINE_enum("list", "test", ["test", "val", "train"], "Which list of videos.")
 _CLIPS = flags.DEFINE_integer("clips", None, "Clips per video; the config's where not given.")
 _CROPS = flags.DEFINE_integer("crops", None, "Crops per clip, 1 or 3; the config's likewise.")
 _BATCH = flags.DEFINE_integer("batch", None, "Videos at a time; the config's likewise.")
 _DATA = flags.DEFINE_string("data", None, "The data folder, where it is not the config's.")
 _SHUFFLE = flags.DEFINE_bool("shuffle_frames", False, "Shuffle the frames of each clip.")
+_COMPARE = flags.DEFINE_bool("compare", False, "Put the runs in the named folders side by side.")
+_OUT = flags.DEFINE_string("out", "comparison.html", "The page that --compare writes.")
 
 
 def main(argv: list[str]) -> None:
+    if _COMPARE.value:
+        compare(argv[1:], _OUT.value)
+        return
     if len(argv) > 1:
-        raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --workdir=DIR")
+        raise errors.UserError(
+            f"unknown argument {argv[1]!r}: flags look like --workdir=DIR; folders go with "
+            "--compare"
+        )
     if _WORKDIR.value is None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
     folder = Path(_WORKDIR.value)
@@ -46,36 +64,67 @@ def main(argv: list[str]) -> None:
 
     videos = experiment.videos(config, _LIST.value)
     scores, step = experiment.score(
-        config, folder, videos, which=_CHECKPOINT.value, shuffle=_SHUFFLE.value
+        config, folder, videos, which=_WHICH.value, shuffle=_SHUFFLE.value
     )
     results = {
         "list": videos.list_file,
-        "checkpoint": _CHECKPOINT.value,
+        "checkpoint": _WHICH.value,
         "step": step,
         "clips": config.eval.clips,
         "crops": config.eval.crops,
         "shuffled_frames": _SHUFFLE.value,
         "classes": list(videos.class_names),
     } | scores.metrics()
-    written = write(folder, results, _LIST.value, _CHECKPOINT.value)
-    print(summary(folder))
+    main_process = jax.process_index() == 0
+    if main_process:
+        written = write(folder, results, _LIST.value)  # before clips are drawn, which could fail
+        print(summary(folder), flush=True)
+    pictures = None if _SHUFFLE.value else clips(config, folder, scores, videos)
+    if not main_process:
+        return
+    if pictures is not None:
+        written.append(folder / f"clips{suffix(results, _LIST.value)}.json")
+        runs.keep_sheet(written[-1], pictures, results)
+    written.append(runs.write_report(folder))
     for sentence in scores.failures:
         print(f"left out: {sentence}")
     print("wrote " + ", ".join(str(path) for path in written))
 
 
-def write(folder: Path, results: dict[str, Any], which: str, checkpoint: str) -> list[Path]:
-    """The results as JSON and as pictures; what is not the default stands in the names."""
+def clips(config: Config, folder: Path, scores: Scores, videos: Source) -> dict[str, Any]:
+    """The clips that the page shows, drawn with the weights that were tested."""
+    params, model = experiment.read_params(folder, _WHICH.value)
+    settings = experiment.clip_settings(config, model)
+    recipe = experiment.recipe(config, model.num_classes)
+    return sheet.make(scores, videos, settings, params, model, recipe)
+
+
+def compare(folders: list[str], out: str) -> None:
+    """Several runs side by side, on the terminal and as a page."""
+    if not folders:
+        raise errors.UserError("name the folders of runs: --compare DIR1 DIR2")
+    print(runs.write_comparison(folders, out))
+    print(f"wrote {out}")
+
+
+def suffix(results: dict[str, Any], which: str) -> str:
+    """What is not the default, for the names of files."""
+    checkpoint = results["checkpoint"]
     parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
     parts.append("shuffled" if results["shuffled_frames"] else "")
-    suffix = "".join(f"_{part}" for part in parts if part)
-    names = (f"evaluation{suffix}.json", f"confusion{suffix}.png", f"per_class{suffix}.png")
+    return "".join(f"_{part}" for part in parts if part)
+
+
+def write(folder: Path, results: dict[str, Any], which: str) -> list[Path]:
+    """The results as JSON and as pictures."""
+    end = suffix(results, which)
+    names = (f"evaluation{end}.json", f"confusion{end}.png", f"per_class{end}.png")
     paths = [folder / name for name in names]
     title = f"top-1 {results['top1']:.1f} % of {results['videos']} videos"
     title += ", frames shuffled" if results["shuffled_frames"] else ""
-    workdir.write_whole(paths[0], json.dumps(results, indent=1) + "\n")
-    plots.confusion_matrix(paths[1], results["confusion"], results["classes"], title)
-    plots.class_accuracy(paths[2], results["per_class"], results["classes"], title)
+    write_whole(paths[0], json.dumps(results, indent=1) + "\n")
+    plots.save(plots.confusion_matrix(results["confusion"], results["classes"], title), paths[1])
+    plots.save(plots.class_accuracy(results["per_class"], results["classes"], title), paths[2])
     return paths
 
 

@@ -9,14 +9,17 @@ parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and 
 128 + the signal's number.
 """
 
-import dataclasses
-import functools
+import importlib.metadata
 import itertools
+import os
+import platform
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,17 +27,18 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+import mvit_jax
 from mvit_jax import errors
 from mvit_jax.data import pipeline
 from mvit_jax.data.decoding import why_broken
-from mvit_jax.data.sources import VideoList
-from mvit_jax.models import mvit
+from mvit_jax.data.sources import Source
+from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import evaluation, experiment, sharding, workdir
+from mvit_jax.training import evaluation, experiment, jitted, runs, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.experiment import Config
 from mvit_jax.training.logbook import Logbook, NotFiniteError
-from mvit_jax.training.step import State, init_state, train_step
+from mvit_jax.training.step import State
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
 _WORKDIR = flags.DEFINE_string(
@@ -79,7 +83,7 @@ def train(config: Config, folder: str) -> int:
 
     steps = experiment.steps(config, config.epochs, videos)
     with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:
-        step_function, predict, schedule, state = build(config, model, videos, mesh)
+        step_function, predict, schedule, state = jitted.build(config, model, videos, mesh)
         state, origin = first(config, state, checkpoints, initial)
         start = int(state.step)
         if start >= steps:
@@ -122,33 +126,8 @@ def train(config: Config, folder: str) -> int:
                     checkpoints.save(state, done)
                 raise
             log.say(f"trained {steps} steps; the last checkpoint is in {folder}/checkpoints")
+    report(folder)  # when all else is on disk
     return 0
-
-
-def build(config: Config, model: MViTConfig, videos: VideoList, mesh: jax.sharding.Mesh):
-    """The jitted training step, the jitted prediction, the learning rates, the first state.
-
-    The state is made in place on the mesh: no device ever holds all of it.
-    """
-    optimizer, schedule = experiment.make_optimizer(config, videos)
-    recipe = experiment.recipe(config, model.num_classes)
-    apply = experiment.model_apply(config, model)
-
-    def first_state() -> State:
-        params = mvit.init(model, jax.random.key(config.seed))
-        return init_state(params, optimizer, config.optim.ema)
-
-    shapes = jax.eval_shape(first_state)
-    shardings = sharding.state_shardings(mesh, shapes)
-    rows, copied = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    step = jax.jit(
-        functools.partial(train_step, apply=apply, optimizer=optimizer, recipe=recipe),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, copied),
-        donate_argnums=0,
-    )
-    predict = evaluation.predictor(apply, recipe, shapes.params, mesh)
-    return step, predict, schedule, jax.jit(first_state, out_shardings=shardings)()
 
 
 def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str] | None:
@@ -175,13 +154,11 @@ def first(
     if initial is None:
         return fresh, "starts from fresh weights"
     params, words = initial
-    put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
-    ema = None if fresh.ema is None else jax.tree.map(lambda x: x.copy(), put)
-    return dataclasses.replace(fresh, params=put, ema=ema), words
+    return jitted.with_params(fresh, params), words
 
 
 def load(
-    videos: VideoList, config: Config, model: MViTConfig, mesh: jax.sharding.Mesh,
+    videos: Source, config: Config, model: MViTConfig, mesh: jax.sharding.Mesh,
     start: int, steps: int,
 ) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
     return pipeline.train_batches(
@@ -197,7 +174,7 @@ def load(
 
 
 def validate(
-    config: Config, model: MViTConfig, state: State, videos: VideoList, predict, mesh
+    config: Config, model: MViTConfig, state: State, videos: Source, predict, mesh
 ) -> dict[str, float]:
     """One centre clip of every validation video, with the averaged weights where there are any."""
     began = time.monotonic()
@@ -233,20 +210,53 @@ def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) ->
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
     )
     log.say(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
+    log.begin({
+        "command": command(),
+        "steps": steps,
+        "parameters": parameters,
+        "multiply_adds": cost(model).multiply_adds,
+        "videos": len(videos),
+        "classes": len(videos.class_names),
+        "backend": jax.default_backend(),
+        "devices": mesh.size,
+        "device_kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+        | {"mvit_jax": mvit_jax.__version__},
+    })  # fmt: skip
+
+
+def command() -> str | None:
+    """What was typed to start this program; None where another one called `train`."""
+    if Path(sys.argv[0]).name != Path(__file__).name:
+        return None
+    return shlex.join(["python", "-m", "mvit_jax.train", *sys.argv[1:]])
 
 
 def report_broken(
-    log: Logbook, videos: VideoList, broken: np.ndarray, known: set[int], clip_frames: int
+    log: Logbook, videos: Source, broken: np.ndarray, known: set[int], clip_frames: int
 ) -> None:
     """Says once for each video that it could not be decoded and was replaced."""
     for index in {int(i) for i in broken if i >= 0} - known:
         known.add(index)
-        path = videos.paths[index]
-        reason = why_broken(path, clip_frames)
+        reason = why_broken(videos.opened(index, clip_frames))
         log.say(
-            f"{path} cannot be decoded ({reason}) and is replaced by another video; mend it or "
-            f"take it out of {videos.list_file} ({len(known)} such so far)"
+            f"{videos.item(index)} cannot be decoded ({reason}) and is replaced by another video; "
+            f"mend it or take it out of {videos.list_file} ({len(known)} such so far)"
         )
+
+
+def report(folder: str) -> None:
+    """Writes the run's page, as far as there is something to tell before a test."""
+    if jax.process_index() > 0:
+        return
+    try:
+        print(f"wrote {runs.write_report(folder)}")
+    except Exception as error:  # whatever it is: the training is done, and its status is its own
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"the report {folder}/{runs.REPORT} could not be written: {first}")
 
 
 class StopRequest:

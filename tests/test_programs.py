@@ -14,9 +14,10 @@ from PIL import Image
 
 from mvit_jax import train
 from mvit_jax.errors import UserError
-from mvit_jax.training import experiment, workdir
+from mvit_jax.training import experiment, history, runs, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from tests import tiny
+from tests.inspection.pages import Page
 
 # 24 training videos in batches of 8: 3 steps an epoch.
 EPOCHS = 3.0
@@ -34,11 +35,16 @@ def final_state(folder) -> dict[str, np.ndarray]:
     }
 
 
+def final_params(folder) -> dict[str, np.ndarray]:
+    return {k: v for k, v in final_state(folder).items() if k.startswith("['params']")}
+
+
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
     """A run from start to end, and what it printed is of no interest here."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert train.train(tiny.config(digits, **RECIPE), str(folder)) == 0
+    shutil.copy(folder / runs.REPORT, folder / "first.html")  # tests write it anew
     return folder
 
 
@@ -47,6 +53,25 @@ def test_a_run_leaves_its_config_checkpoints_and_events(run):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["8", "9"]
     assert len(list((run / "best").iterdir())) == 1
     assert list(run.glob("events.*"))
+    told = history.read(run)
+    assert [line["step"] for line in told.train] == [2, 4, 6, 8, 9]
+    assert [line["step"] for line in told.val] == [3, 6, 9]
+    (start,) = told.starts
+    assert start["videos"] == 24 and start["classes"] == 8 and start["devices"] == 8
+    assert start["parameters"] == sum(x.size for x in final_params(run).values())
+
+
+def test_training_leaves_a_page_that_says_how_to_test(run):
+    page = Page((run / "first.html").read_text())
+    assert f"python -m mvit_jax.evaluate --workdir={run}" in page.text
+    assert page.count("svg") == 4
+
+
+def test_a_page_that_cannot_be_written_costs_nothing_else(run, tmp_path, capsys):
+    shutil.copy(run / "config.json", tmp_path)
+    (tmp_path / runs.REPORT).mkdir()
+    train.report(str(tmp_path))
+    assert f"the report {tmp_path / runs.REPORT} could not be written" in capsys.readouterr().out
 
 
 def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tmp_path):
@@ -68,6 +93,15 @@ def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tm
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    told, whole = history.read(tmp_path), history.read(run)
+    assert [line["step"] for line in told.starts] == [0, 5]
+    for kind in ("loss", "learning_rate"):
+        mine = {line["step"]: line[kind] for line in told.train}
+        assert mine.keys() == {line["step"] for line in whole.train}
+        for line in whole.train:
+            if line["step"] != 6:  # of step 6 alone, where `whole` has the mean of 5 and 6
+                assert mine[line["step"]] == line[kind]
+    assert [line["top1"] for line in told.val] == [line["top1"] for line in whole.val]
 
 
 def test_a_complete_run_says_so_and_changes_nothing(run, digits, capsys):
@@ -113,6 +147,28 @@ def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits
     assert result["top1"] <= result["top5"] <= 100
     for name in ("confusion.png", "per_class.png"):
         assert min(Image.open(run / name).size) > 200
+    page = Page((run / runs.REPORT).read_text())
+    assert page.ids["top1"] == f"{result['top1']:.1f} %" and page.ids["videos"] == "10"
+    wrong = 10 - int(np.trace(confusion))
+    assert page.count("img") == 10 + min(wrong, 8)
+
+
+def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_path):
+    done = run_evaluate(run, "--which=best", "--list=val", "--clips=1")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "evaluation_val_best.json").read_text())
+    assert result["checkpoint"] == "best" and result["step"] == Checkpoints(run).step("best")
+    shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("check*", "best", "ev*"))
+    page = tmp_path / "side_by_side.html"
+    folders = [str(run), str(tmp_path / "other")]
+    status, said = program("evaluate", "--compare", *folders, f"--out={page}")
+    assert status == 0, said
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line.strip()}
+    assert f"{history.read(run).val[-1]['step']}" in rows[run.name]
+    assert rows["other"].count("–") == 5
+    assert Page(page.read_text()).ids["runs"].count("–") == 6  # and no test with shuffled frames
+    status, said = program("evaluate", "--compare", str(run), str(tmp_path))
+    assert status == 1 and f"{tmp_path} holds no run" in said and said.count("\n") == 1
 
 
 def test_shuffled_frames_are_another_test_beside_the_first(run):
@@ -147,6 +203,8 @@ def test_broken_test_videos_are_left_out_and_listed(run, digits, tmp_path):
     result = json.loads((run / "evaluation.json").read_text())
     assert result["videos"] == 8 and len(result["left_out"]) == 2
     assert str(first) in result["left_out"][0] and str(first) in done.stdout
+    page = Page((run / runs.REPORT).read_text())
+    assert str(first) in page.text and page.ids["videos"] == "8"
 
 
 def test_broken_training_videos_are_replaced_and_named(digits, tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""What a run tells: TensorBoard events, and a live line on a terminal or plain lines elsewhere."""
+"""What a run tells: TensorBoard events, the history, and a live line on a terminal or plain lines
+elsewhere."""
 
 import math
 import os
@@ -6,12 +7,14 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from mvit_jax.errors import UserError
+from mvit_jax.training import history
 from mvit_jax.training.step import Metrics
 
 
@@ -29,6 +32,8 @@ class Logbook:
         from clu import metric_writers, periodic_actions
 
         self.writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+        # One process of many: all have the same means, and one file takes one writer.
+        self.history = history.Writer(workdir) if jax.process_index() == 0 else None
         self.report = periodic_actions.ReportProgress(
             num_train_steps=steps, every_steps=None, every_secs=60, writer=self.writer
         )
@@ -77,6 +82,7 @@ class Logbook:
         scalars = {f"train/{name}": value for name, value in means.items()}
         scalars |= {"train/learning_rate": self.learning_rate, "train/clips_per_second": rate}
         self.writer.write_scalars(step, scalars)
+        self._keep("train", step, {k.removeprefix("train/"): v for k, v in scalars.items()})
         self.sums, self.last_time, self.last_step = {}, now, step
         left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
         shown = f"loss {means['loss']:.3f}  accuracy {means['accuracy']:.1f} %  {rate:.1f} clips/s"
@@ -87,10 +93,25 @@ class Logbook:
 
     def validation(self, step: int, scalars: dict[str, float]) -> None:
         self.writer.write_scalars(step, {f"val/{k}": v for k, v in scalars.items()})
+        self._keep("val", step, scalars)
         text = "  ".join(f"{k} {v:.2f}" for k, v in scalars.items())
         self.say(f"step {step}/{self.steps}  validation: {text}")
         # The time a validation takes is none of the training's speed.
         self.last_time, self.last_step = time.monotonic(), step
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Keeps what is about to run, and on what machine, in the history."""
+        self._keep("start", self.start, facts)
+
+    def _keep(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.history is None:
+            return
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+        try:
+            self.history.line(kind, step, plain)
+        except OSError as error:  # a full disk, say: training does not need the history
+            self.history = None
+            self.say(f"the history of this run ends here: it cannot be written ({error.strerror})")
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
@@ -101,6 +122,8 @@ class Logbook:
 
     def close(self) -> None:
         self.bar.close()
+        if self.history is not None:
+            self.history.close()
         self.writer.flush()
         self.writer.close()
 

@@ -7,13 +7,13 @@ DIR/events.*        TensorBoard
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mvit_jax.errors import UserError
+from mvit_jax.files import write_whole
 
 # Keys that say where and how fast, not what: they may change when a run goes on.
 MAY_CHANGE = ("data.folder", "data.threads", "mesh.", "checkpoint.", "log_every", "eval.batch")
@@ -70,17 +70,6 @@ def make(workdir: str | Path) -> None:
         raise UserError(
             f"the workdir {workdir} cannot be made ({error.strerror}): choose another --workdir"
         ) from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def _tuples(value: Any) -> Any:

@@ -1,0 +1,83 @@
+"""An architecture by stages, as the papers' tables have it."""
+
+import math
+from itertools import groupby
+
+from mvit_jax.models.cost import Cost, block_cost, cost, embedding_cost, head_cost
+from mvit_jax.models.plan import MViTConfig, Triple, grids, patch_grid, plan
+
+Row = tuple[str, ...]
+
+HEADER: Row = ("stage", "operations", "tokens", "width", "heads", "keys", "parameters", "mult-adds")
+
+_NUMBER = set("0123456789+-")
+
+
+def stages(config: MViTConfig) -> list[Row]:
+    """Clip, cubes, each stage, head and total: tokens, width, heads, cost, under `HEADER`."""
+    sizes = grids(config, config.frames, config.size, config.size)
+    first = patch_grid(config, config.frames, config.size, config.size)
+    cube = f"{_x(config.patch_kernel)} conv, stride {_x(config.patch_stride)}"
+    rows: list[Row] = [
+        ("clip", "", f"{config.frames}x{config.size}x{config.size}", "3", "", "", "", ""),
+        ("cubes", cube, _tokens(first, config), str(config.width), "", "",
+         *_cost(embedding_cost(config))),
+    ]  # fmt: skip
+    blocks = zip(plan(config), sizes, strict=True)
+    for stage, group in groupby(blocks, key=lambda pair: pair[0].stage):
+        members = list(group)
+        block, block_grids = members[-1]
+        total = Cost(0, 0)
+        for member, member_grids in members:
+            total += block_cost(member, member_grids, config.class_token)
+        heads, width = str(block.heads), str(block.attention_width)
+        keys = _x(block_grids.keys)
+        rows.append(
+            (f"stage {stage + 1}", f"{len(members)} x (attention {width}, MLP {block.mlp_width})",
+             _tokens(block_grids.output, config), width, heads, keys, *_cost(total))
+        )  # fmt: skip
+    rows.append(
+        ("head", f"{config.num_classes} classes", "", "", "", "", *_cost(head_cost(config)))
+    )
+    return [*rows, ("total", "", "", "", "", "", *_cost(cost(config)))]
+
+
+def table(header: Row, rows: list[Row]) -> str:
+    """Rows in aligned columns; numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Row) -> str:
+        cells = [
+            cell.rjust(width)
+            if i and cell[:1] in _NUMBER and " " not in cell
+            else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def totals(total: Cost) -> str:
+    """Parameters and multiply-adds in words."""
+    billions = total.multiply_adds / 1e9
+    rounded = f"{billions:.1f}" if billions >= 1 else f"{billions:.3f}"
+    return (
+        f"{total.parameters:,} parameters, {rounded} G multiply-adds a clip "
+        f"({total.multiply_adds:,})"
+    )
+
+
+def _cost(cost: Cost) -> tuple[str, str]:
+    return f"{cost.parameters:,}", f"{cost.multiply_adds / 1e9:.3f}G"
+
+
+def _tokens(grid: Triple, config: MViTConfig) -> str:
+    return (
+        f"{_x(grid)}{' + 1' if config.class_token else ''} = {math.prod(grid) + config.class_token}"
+    )
+
+
+def _x(size: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in size)

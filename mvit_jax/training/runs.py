@@ -1,0 +1,119 @@
+"""What a run's folder holds, read for the pages about it; and the pages, written.
+
+DIR/metrics.jsonl       the history, see `history`
+DIR/evaluation*.json    what the test program found
+DIR/clips*.json         the clips that its page shows, see `sheet`
+DIR/report.html         the page
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from mvit_jax.data.sources import read_class_names
+from mvit_jax.errors import UserError
+from mvit_jax.files import write_whole
+from mvit_jax.inspection import report
+from mvit_jax.inspection.report import Run
+from mvit_jax.training import experiment, history, workdir
+
+REPORT = "report.html"
+# An evaluation's own marks: a sheet of clips belongs to the one that has the same.
+_MARKS = ("list", "checkpoint", "step", "clips", "crops")
+
+
+def read(folder: str | Path) -> Run:
+    """Reads a run's or a converted folder; what is not there is a gap.
+
+    Raises:
+      UserError: the folder holds no run, or a file in it is not what it should be.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no run (there is no config.json): name a folder that training or "
+            "convert made"
+        )
+    config = workdir.frozen(folder)
+    told = history.read(folder)
+    evaluations = _evaluations(folder, config.data.test_list)
+    classes = _classes(folder, told, evaluations)
+    run = Run(
+        folder=str(folder),
+        config=_flat(config),
+        defaults=_defaults(),
+        model=None if classes is None else experiment.model_config(config, classes),
+        starts=told.starts,
+        train=told.train,
+        val=told.val,
+        seconds=told.seconds,
+        evaluations=evaluations,
+        sheet=None,
+    )
+    return run if run.test is None else _with_sheet(run, folder, run.test)
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes the page of a run from what its folder holds, whole or not at all."""
+    path = Path(folder) / REPORT
+    write_whole(path, report.report(read(folder)))
+    return path
+
+
+def write_comparison(folders: Sequence[str | Path], path: str | Path) -> str:
+    """Writes the page of several runs side by side; gives the same as a table for a terminal."""
+    runs = [read(folder) for folder in folders]
+    write_whole(path, report.comparison(runs))
+    return report.comparison_table(runs)
+
+
+def keep_sheet(path: Path, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """Writes the clips of an evaluation's page."""
+    marks = {mark: evaluation[mark] for mark in _MARKS}
+    write_whole(path, json.dumps(sheet | {"of": marks}) + "\n")
+
+
+def _with_sheet(run: Run, folder: Path, test: dict[str, Any]) -> Run:
+    """The run with the clips of its test; an older test's, left by a kill, are none."""
+    wanted = {mark: test[mark] for mark in _MARKS}
+    for path in sorted(folder.glob("clips*.json")):
+        sheet = workdir.read(path)
+        if sheet.get("of") == wanted:
+            return replace(run, sheet=sheet)
+    return run
+
+
+def _evaluations(folder: Path, test_list: str) -> list[dict[str, Any]]:
+    """The evaluations of a folder: the test by default first, those of shuffled frames last."""
+    found = [workdir.read(path) for path in sorted(folder.glob("evaluation*.json"))]
+    return sorted(
+        found,
+        key=lambda e: (
+            e["shuffled_frames"], Path(e["list"]).name != test_list, e["checkpoint"] != "last",
+        ),
+    )  # fmt: skip
+
+
+def _classes(folder: Path, told: history.History, evaluations: list[dict[str, Any]]) -> int | None:
+    if evaluations:
+        return len(evaluations[0]["classes"])
+    if told.starts and "classes" in told.starts[-1]:
+        return told.starts[-1]["classes"]
+    labels = folder / "labels.txt"
+    return len(read_class_names(labels)) if labels.is_file() else None
+
+
+def _defaults() -> dict[str, Any] | None:
+    try:
+        return _flat(experiment.read_config("base"))
+    except UserError:  # an installation without configs/
+        return None
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    """A config as JSON has it, flattened: `{"optim.lr": 1e-3}`."""
+    return flatten_dict(json.loads(config.to_json()), sep=".")
