@@ -1,11 +1,20 @@
 """The most probable classes of video or image files, by a trained model.
 
     python -m mvit_jax.predict FILE... --workdir=DIR
-    python -m mvit_jax.predict FILE... --workdir=DIR --clips=1 --top=3 --json=FILE
+    python -m mvit_jax.predict FILE... --checkpoint=DIR --top=3 --json=FILE
+    python -m mvit_jax.predict FILE... --workdir=DIR --pictures=DIR --attention
+    python -m mvit_jax.predict --serve --workdir=DIR
 
-Probabilities are averages over K clips x C crops, as in the test program. The names of the classes
-are the lines of DIR/labels.txt or else of the data folder's labels.txt. A file that cannot be
-decoded is named, the others are done, and the exit status is 1.
+DIR is the folder of a run (--workdir) or what `convert` wrote (--checkpoint). Probabilities are
+averages over K clips x C crops, as in the test program. A video that is longer than those clips is
+read in overlapping windows of one clip, and gets a timeline besides; its probabilities are averages
+over all windows. --clips=K does without windows. The names of the classes are the lines of
+DIR/labels.txt or else of the data folder's labels.txt. A file that cannot be decoded is named, the
+others are done, and the exit status is 1.
+
+--pictures writes NAME_prediction.png for each file; --attention draws into it where the model looks
+and what speaks for the class, and writes the same as NAME_attention.gif and .mp4. --serve opens a
+page on which to drop files (pip install -e '.[demo]').
 """
 
 import json
@@ -15,98 +24,265 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from mvit_jax import errors
-from mvit_jax.data.sources import VideoList, read_class_names
-from mvit_jax.training import experiment, workdir
-from mvit_jax.training.experiment import Config
+from mvit_jax.data.images import DecodeError
+from mvit_jax.files import write_whole
+from mvit_jax.inspection import render
+from mvit_jax.prediction import picture
+from mvit_jax.prediction.predictor import Prediction, Predictor
+from mvit_jax.prediction.windows import clock
 
+# Other programs have flags of the same names, and tests import them all.
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
-_CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which of its states.")
-_CLIPS = flags.DEFINE_integer("clips", None, "Clips per video; the config's where not given.")
-_CROPS = flags.DEFINE_integer("crops", None, "Crops per clip, 1 or 3; the config's likewise.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A folder that convert wrote.", allow_override=True
+)
+_WHICH = flags.DEFINE_enum(
+    "which", "last", ["last", "best"], "Which of a run's states.", allow_override=True
+)
+_CLIPS = flags.DEFINE_integer(
+    "clips",
+    None,
+    "Clips per video, and no windows; the config's where not given.",
+    allow_override=True,
+)
+_CROPS = flags.DEFINE_integer(
+    "crops", None, "Crops per clip, 1 or 3; the config's where not given.", allow_override=True
+)
 _TOP = flags.DEFINE_integer("top", 5, "Classes to name per file.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where to write the same as JSON.")
+_PICTURES = flags.DEFINE_string("pictures", None, "Folder for a picture of each file.")
+_ATTENTION = flags.DEFINE_bool("attention", False, "Draw where the model looks; with --pictures.")
+_SERVE = flags.DEFINE_bool("serve", False, "Open a page on which to drop files, until Ctrl-C.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page; the default is private.")
+_PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any.", 0, 65535)
+_MAX_MB = flags.DEFINE_integer("max_mb", 200, "Largest file that the page takes.", lower_bound=1)
+_MAX_MINUTES = flags.DEFINE_float("max_minutes", 10.0, "Longest video that it takes.", 0.01)
 
 
 def main(argv: list[str]) -> None:
     files = argv[1:]
-    if not files or _WORKDIR.value is None:
-        raise errors.UserError("give video or image files and --workdir=DIR, the folder of a run")
-    folder = Path(_WORKDIR.value)
-    config = workdir.frozen(folder)
-    for key, value in (("eval.clips", _CLIPS.value), ("eval.crops", _CROPS.value)):
-        if value is not None:
-            config.update_from_flattened_dict({key: value})
-    experiment.check(config)
-
-    results = predict(config, folder, files, which=_CHECKPOINT.value, top=_TOP.value)
+    folder = _folder()
+    if _SERVE.value:
+        _serve(folder, files)
+        return
+    if not files:
+        raise errors.UserError("give video or image files, or --serve")
+    if _ATTENTION.value and _PICTURES.value is None:
+        raise errors.UserError("--attention draws pictures: say where to, --pictures=DIR")
+    if _PICTURES.value is not None:
+        _make_folder(Path(_PICTURES.value))
+    predictor = Predictor(folder, which=_WHICH.value, clips=_CLIPS.value, crops=_CROPS.value)
+    pictures = None if _PICTURES.value is None else Path(_PICTURES.value)
+    results: dict[str, Any] = {"folder": str(folder), "which": _WHICH.value}
+    results |= predict(predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value)
     if _JSON.value is not None:
-        workdir.write_whole(Path(_JSON.value), json.dumps(results, indent=1) + "\n")
-    failures = [result for result in results["files"] if "error" in result]
-    if len(failures) < len(files):
-        print(table(results["files"]))
+        write_whole(Path(_JSON.value), json.dumps(results, indent=1) + "\n")
+    _show(results["files"])
+
+
+def _folder() -> Path:
+    """Where the model is: of two flags, one."""
+    given = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
+    if len(given) != 1:
+        raise errors.UserError(
+            "give --workdir=DIR, the folder of a run, or --checkpoint=DIR, one that convert wrote"
+        )
+    folder = Path(given[0])
+    if _CHECKPOINT.value in ("last", "best") and not folder.is_dir():
+        raise errors.UserError(
+            f"--checkpoint takes a folder: give --workdir=DIR --which={_CHECKPOINT.value}"
+        )
+    return folder
+
+
+def _serve(folder: Path, files: list[str]) -> None:
+    given = {"--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--attention": _ATTENTION}
+    extra = [*files, *(name for name, flag in given.items() if flag.value)]
+    if extra:
+        raise errors.UserError(f"--serve takes files on its page: leave out {', '.join(extra)}")
+    from mvit_jax.prediction import page  # needs gradio, which nothing else does
+
+    page.serve(
+        lambda: Predictor(folder, which=_WHICH.value, crops=_CROPS.value),
+        host=_HOST.value,
+        port=_PORT.value,
+        limits=page.Limits(_MAX_MB.value, _MAX_MINUTES.value),
+        top=_TOP.value,
+    )
+
+
+def predict(
+    predictor: Predictor,
+    files: list[str],
+    *,
+    top: int,
+    pictures: Path | None = None,
+    maps: bool = False,
+) -> dict[str, Any]:
+    """For each file its `top` most probable classes, or why it cannot be decoded, ready for JSON.
+
+    Of long videos also a "timeline": "windows" with the classes of each, and "segments" in which
+    the most probable class stays the same; times in seconds. With `pictures`, a folder, pictures of
+    each file are written, and with `maps` the model's attention.
+    """
+    stems = picture_names(files, pictures) if pictures else files
+    results: list[dict[str, Any]] = []
+    for file, stem in zip(files, stems, strict=True):
+        result: dict[str, Any] = {"file": file}
+        results.append(result)
+        try:
+            with tqdm(unit="window", desc=Path(file).name, delay=2, disable=_quiet()) as bar:
+
+                def progress(done: int, of: int, bar=bar) -> None:
+                    bar.total = of
+                    bar.update(done - bar.n)
+
+                prediction = predictor.predict(file, progress=progress)
+            result |= _described(prediction, predictor.names, top)
+            if pictures is not None:
+                written = _draw(predictor, prediction, file, pictures / stem, top, maps)
+                result["pictures"] = [str(path) for path in written]
+        except DecodeError as error:
+            result["error"] = f"cannot be decoded: {error.reason}"
+        except errors.UserError as error:
+            result["error"] = str(error)
+    config = predictor.config.eval
+    return {
+        "step": predictor.step, "clips": config.clips, "crops": config.crops, "files": results,
+    }  # fmt: skip
+
+
+def _quiet() -> bool:
+    return not sys.stderr.isatty()
+
+
+def _described(prediction: Prediction, names: tuple[str, ...], top: int) -> dict[str, Any]:
+    described: dict[str, Any] = {"classes": _top(prediction.probabilities, names, top)}
+    line = prediction.timeline
+    if line is not None:
+        described["timeline"] = {
+            "seconds": prediction.seconds,
+            "segments": [
+                {"start": s.start, "end": s.end, "class": names[s.label]}
+                | {"probability": s.probability}
+                for s in line.segments()
+            ],
+            "windows": [
+                {"start": float(start), "end": float(end), "classes": _top(row, names, top)}
+                for start, end, row in zip(line.starts, line.ends, line.probabilities, strict=True)
+            ],
+        }
+    return described
+
+
+def _top(probabilities: np.ndarray, names: tuple[str, ...], top: int) -> list[dict[str, Any]]:
+    # A stable order, so that equal probabilities give the same answer everywhere.
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return [{"class": names[i], "probability": float(probabilities[i])} for i in order]
+
+
+def _draw(
+    predictor: Predictor, prediction: Prediction, file: str, start: Path, top: int, maps: bool
+) -> list[Path]:
+    """Writes the pictures whose names begin with `start`."""
+    shown = prediction.shown
+    looks = predictor.maps(shown) if maps else None
+    drawn = picture.picture(
+        file, prediction.probabilities, predictor.names, shown, prediction.times,
+        top=top, timeline=prediction.timeline, maps=looks,
+    )  # fmt: skip
+    written = [Path(f"{start}_prediction.png")]
+    write_whole(written[0], drawn)
+    if looks is not None and shown.shape[0] * shown.shape[1] > 1:  # of a still, all is said
+        frames = picture.attention_frames(shown, looks)
+        fps = picture.attention_fps(shown, predictor.config.data.stride)
+        written += [Path(f"{start}_attention.gif"), Path(f"{start}_attention.mp4")]
+        render.save_gif(written[1], frames, fps)
+        render.save_mp4(written[2], frames, fps)
+    return written
+
+
+def picture_names(files: list[str], folder: Path) -> list[str]:
+    """What the names of each file's pictures begin with: its own without ending.
+
+    No two files get the same, also where capitals do not count; and no picture of a file is another
+    of the files.
+    """
+    taken = {Path(file).resolve() for file in files}
+    names: list[str] = []
+    for file in files:
+        stem, number = Path(file).stem or "file", 1
+        name = stem
+        while name.casefold() in {n.casefold() for n in names} or any(
+            (folder / f"{name}{ending}").resolve() in taken
+            for ending in ("_prediction.png", "_attention.gif", "_attention.mp4")
+        ):
+            number += 1
+            name = f"{stem}_{number}"
+        names.append(name)
+    return names
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UserError(
+            f"--pictures={folder} cannot be made ({error.strerror}): choose another folder"
+        ) from None
+
+
+def _show(results: list[dict[str, Any]]) -> None:
+    """Prints tables, and what failed to stderr; exit status 1 if anything did."""
+    done = [result for result in results if "classes" in result]
+    if done:
+        print(table(classes(done)))
+    for result in done:
+        if "timeline" in result:
+            line = result["timeline"]
+            print(
+                f"\n{result['file']}: {clock(line['seconds'])}, means over {len(line['windows'])} "
+                f"windows above, over time:\n{table(segments(line))}"
+            )
+    written = [path for result in done for path in result.get("pictures", ())]
+    if written:
+        print("wrote " + ", ".join(written))
+    failures = [result for result in results if "error" in result]
     for result in failures:
-        print(f"{result['file']} cannot be decoded: {result['error']}", file=sys.stderr)
+        print(f"{result['file']} {result['error']}", file=sys.stderr)
     if failures:
         sys.exit(1)
 
 
-def predict(
-    config: Config, folder: Path, files: list[str], *, which: str, top: int
-) -> dict[str, Any]:
-    """For each file its `top` most probable classes, or why it cannot be decoded."""
-    names = class_names(config, folder, experiment.num_classes(folder, which))
-    labels = np.zeros(len(files), np.int32)  # nobody knows them
-    videos = VideoList(tuple(files), labels, names, "the command line")
-    config.eval.batch = 1  # a file on each device
-    scores, step = experiment.score(config, folder, videos, which=which)
-    failures = iter(scores.failures)
-    results: list[dict[str, Any]] = []
-    for file, probabilities, tested in zip(files, scores.probabilities, scores.tested, strict=True):
-        if tested:
-            order = np.argsort(-probabilities, kind="stable")[:top]
-            classes = [{"class": names[i], "probability": float(probabilities[i])} for i in order]
-            results.append({"file": file, "classes": classes})
-        else:
-            results.append({"file": file, "error": next(failures).removeprefix(f"{file}: ")})
-    return {
-        "workdir": str(folder),
-        "checkpoint": which,
-        "step": step,
-        "clips": config.eval.clips,
-        "crops": config.eval.crops,
-        "files": results,
-    }
-
-
-def class_names(config: Config, folder: Path, count: int) -> tuple[str, ...]:
-    """Names of a model's classes; "class 0" and so on where no labels.txt gives them."""
-    places = [folder] if config.data.folder is None else [folder, Path(config.data.folder)]
-    for file in (place / "labels.txt" for place in places):
-        if file.is_file():
-            names = read_class_names(file)
-            if len(names) != count:
-                raise errors.UserError(
-                    f"{file} names {len(names)} classes, and the model has {count}: put the list "
-                    f"that it was trained with at {folder / 'labels.txt'}"
-                )
-            return names
-    return tuple(f"class {label}" for label in range(count))
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """File, class and probability, aligned; of files that could be decoded."""
-    rows = [("file", "class", "probability"), ("", "", "")]
+def classes(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of file, class and probability, headings first."""
+    rows = [("file", "class", "probability")]
     for result in results:
-        for rank, found in enumerate(result.get("classes", ())):
+        for rank, found in enumerate(result["classes"]):
             file = result["file"] if rank == 0 else ""
             rows.append((file, found["class"], f"{found['probability']:.4f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    rows[1] = ("-" * widths[0], "-" * widths[1], "-" * widths[2])
+    return rows
+
+
+def segments(timeline: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of time, class and probability, headings first."""
+    rows = [("time", "class", "probability")]
+    for s in timeline["segments"]:
+        time = f"{clock(s['start'])} - {clock(s['end'])}"
+        rows.append((time, s["class"], f"{s['probability']:.2f}"))
+    return rows
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns, and a rule below the headings."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    ruled = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        for row in ruled
     )
 
 

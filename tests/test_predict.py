@@ -1,12 +1,13 @@
 """The program that names a file's classes, against the test program's own scores."""
 
-import dataclasses
 import functools
 import json
-import shutil
+import re
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,33 +16,24 @@ from PIL import Image
 
 import mvit_jax
 from mvit_jax import predict, train
+from mvit_jax.data.decoding import Video
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
+from mvit_jax.prediction.predictor import Maps, Predictor
 from mvit_jax.training import experiment, workdir
 from mvit_jax.training.checkpoints import Checkpoints
-from mvit_jax.training.step import init_state
 from tests import tiny
-
-
-def fresh(config, seed):
-    """A state of random weights."""
-    model = experiment.model_config(config, 8)
-    optimizer, _ = experiment.make_optimizer(config, experiment.videos(config, "train"))
-    return init_state(mvit.init(model, jax.random.key(seed)), optimizer, config.optim.ema)
+from tests.prediction import small
 
 
 @pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
-    """A run with random weights: others in its best, its last and its averaged last state."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    config = tiny.config(digits, **{"optim.ema": 0.5})
-    workdir.freeze(config, folder)
-    state = fresh(config, 0)
-    larger = jax.tree.map(lambda leaf: 1.5 * leaf, state.params)
-    with closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save_if_best(state, 2, 50.0)
-        checkpoints.save(dataclasses.replace(state, ema=larger), 3)
-    return folder
+def run(digits):
+    return small.shared_run(digits)[0]
+
+
+@pytest.fixture(scope="module")
+def predictor(digits):
+    return small.shared_run(digits)[1]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +49,15 @@ def program(*flags):
     )  # fmt: skip
 
 
-def test_files_get_the_probabilities_of_the_test_program(run, digits, paths):
+def test_files_get_the_probabilities_of_the_test_program(run, predictor, digits, paths):
     config = workdir.frozen(run)
     scores, _ = experiment.score(config, run, experiment.videos(config, "test"), which="last")
     # Another order, one file twice, and one that is not there.
     asked = [paths[2], paths[0], paths[2], str(run / "gone.mp4")]
-    result = predict.predict(workdir.frozen(run), run, asked, which="last", top=8)
-    assert (result["checkpoint"], result["step"]) == ("last", 3)
-    assert (result["clips"], result["crops"]) == (2, 1)
+    result = predict.predict(predictor, asked, top=8)
+    assert (result["step"], result["clips"], result["crops"]) == (3, 2, 1)
     assert [file["file"] for file in result["files"]] == asked
-    assert result["files"].pop()["error"] == "there is no such file"
+    assert result["files"].pop()["error"] == "cannot be decoded: there is no such file"
     for file, row in zip(result["files"], (2, 0, 2), strict=True):
         found = {c["class"]: c["probability"] for c in file["classes"]}
         assert list(found.values()) == sorted(found.values(), reverse=True)
@@ -75,80 +66,173 @@ def test_files_get_the_probabilities_of_the_test_program(run, digits, paths):
             assert found[name] == pytest.approx(scores.probabilities[row, label], abs=1e-6)
 
 
-def test_the_program_prints_a_table_writes_json_and_names_broken_files(run, paths, tmp_path):
+def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
+    long = small.write_video(tmp_path / "long.mp4", small.textured(150, height=32))
     done = program(
-        paths[0], broken, paths[1], f"--workdir={run}", "--clips=1", "--top=2",
-        "--checkpoint=best", f"--json={tmp_path / 'out.json'}",
+        paths[0], broken, long, f"--workdir={run}", "--top=2", "--which=best",
+        f"--json={tmp_path / 'out.json'}", f"--pictures={tmp_path / 'new' / 'pictures'}",
     )  # fmt: skip
     assert done.returncode == 1
     assert f"{broken} cannot be decoded: it is not a video" in done.stderr
     assert "Traceback" not in done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["clips"] == 1 and result["step"] == 2 and result["workdir"] == str(run)
+    assert result["step"] == 2 and result["which"] == "best" and result["folder"] == str(run)
     first, failed, second = result["files"]
     assert failed.keys() == {"file", "error"} and failed["file"] == str(broken)
     header, ruler, *lines = done.stdout.splitlines()
     assert header.split() == ["file", "class", "probability"] and set(ruler) == {"-", " "}
     cells = [line.split() for line in lines]
-    for rows, file in ((cells[:2], first), (cells[2:], second)):
+    for rows, file in ((cells[:2], first), (cells[2:4], second)):
         assert rows[0][0] == file["file"]
         for row, found in zip(rows, file["classes"], strict=True):
             assert row[-2:] == [found["class"], f"{found['probability']:.4f}"]
     # Columns begin where those of the first line do.
     starts = [header.index(name) for name in ("class", "probability")]
-    assert all(line[start - 1] == " " != line[start] for line in lines for start in starts)
+    assert all(line[start - 1] == " " != line[start] for line in lines[:4] for start in starts)
+    # The timeline.
+    assert "timeline" not in first
+    line = second["timeline"]
+    assert line["seconds"] == 5 and len(line["windows"]) == 18
+    assert lines[5] == f"{long}: 0:05, means over 18 windows above, over time:"
+    last = line["segments"][-1]
+    assert cells[7 + len(line["segments"])][2] == "0:05"
+    assert cells[7 + len(line["segments"])][-1] == f"{last['probability']:.2f}"
+    assert line["windows"][1]["start"] == pytest.approx(8 / 30)
+    assert [len(window["classes"]) for window in line["windows"]] == [2] * 18
+    drawn = [
+        str(tmp_path / "new" / "pictures" / f"{Path(file).stem}_prediction.png")
+        for file in (paths[0], long)
+    ]
+    assert first["pictures"] + second["pictures"] == drawn
+    assert lines[-1] == f"wrote {drawn[0]}, {drawn[1]}"
 
 
-def test_without_files_it_says_what_to_give():
-    with pytest.raises(UserError, match="give video or image files and --workdir=DIR"):
-        predict.main(["predict"])
+def test_pictures_are_what_their_names_say(predictor, paths, tmp_path):
+    long = small.write_video(tmp_path / "long.mp4", small.textured(150, height=32))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    files = [paths[0], str(long)]
+    results = predict.predict(predictor, files, top=2, pictures=folder, maps=True)["files"]
+    stem = Path(paths[0]).stem
+    expected = [
+        f"{name}_{end}"
+        for name in (stem, "long")
+        for end in ("prediction.png", "attention.gif", "attention.mp4")
+    ]
+    assert [path for result in results for path in result["pictures"]] == [
+        str(folder / name) for name in expected
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
+    with Image.open(folder / "long_prediction.png") as image:
+        assert image.format == "PNG" and image.width > 1000
+        assert len(image.convert("RGB").getcolors(2**24)) > 300
+    with Image.open(folder / "long_attention.gif") as image:
+        assert image.format == "GIF" and image.size == (672, 224) and image.is_animated
+    with Video(folder / "long_attention.mp4") as video:
+        assert video.num_frames == 8 * 4
+        assert video.frames([0]).std() > 20
+    with Video(folder / f"{stem}_attention.mp4") as video:
+        assert video.num_frames == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "sentence"),
+    [
+        ([], {}, "give --workdir=DIR"),
+        (["a.mp4"], {}, "give --workdir=DIR"),
+        (["a.mp4"], {"workdir": "a", "checkpoint": "b"}, "give --workdir=DIR"),
+        ([], {"workdir": "a"}, "give video or image files, or --serve"),
+        (["a.mp4"], {"checkpoint": "best"}, "give --workdir=DIR --which=best"),
+        (["a.mp4"], {"checkpoint": "/no/such"}, "/no/such holds no run"),
+        (["a.mp4"], {"workdir": "a", "attention": True}, "say where to, --pictures=DIR"),
+        (["a.mp4"], {"workdir": "a", "pictures": "/dev/null/x"}, "cannot be made"),
+        (["a.mp4"], {"workdir": "a", "serve": True}, "leave out a.mp4"),
+        ([], {"workdir": "a", "serve": True, "clips": 1}, "leave out --clips"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(files, given, sentence, monkeypatch):
+    for name in (
+        "workdir",
+        "checkpoint",
+        "serve",
+        "clips",
+        "crops",
+        "json",
+        "pictures",
+        "attention",
+    ):
+        flag = SimpleNamespace(value=given.get(name))
+        monkeypatch.setattr(predict, f"_{name.upper()}", flag)
+    monkeypatch.setattr(predict, "_WHICH", SimpleNamespace(value="last"))
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        predict.main(["predict", *files])
+
+
+def test_pictures_of_different_files_have_different_names(tmp_path):
+    names = ["a/x.mp4", "b/x.mp4", "b/x.png", "X.mp4", "x_2.mp4", "c/y", ".mp4"]
+    found = predict.picture_names(names, tmp_path)
+    assert found == ["x", "x_2", "x_3", "X_4", "x_2_2", "y", ".mp4"]
+    # Pictures of earlier pictures lie beside them.
+    files = [str(tmp_path / "x.mp4"), str(tmp_path / "x_attention.mp4")]
+    assert predict.picture_names(files, tmp_path) == ["x_2", "x_attention"]
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_classes(predictor, paths, tmp_path):
+    gone = tmp_path / "gone"
+    (result,) = predict.predict(predictor, paths[:1], top=1, pictures=gone)["files"]
+    assert len(result["classes"]) == 1
+    assert "cannot be written" in result["error"] and "pictures" not in result
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty.mp4", "the file is empty"),
+        ("cut.mp4", "damaged or cut off"),
+        ("tone.mp4", "it holds no video, only other streams"),
+        ("words.mp4", "it is not a video"),
+        ("folder.mp4", "is a directory"),
+        ("picture.png", "it is an image, and the model takes clips of 4 frames"),
+    ],
+)
+def test_what_is_no_video_is_told_and_the_rest_is_done(predictor, paths, tmp_path, name, reason):
+    good = Path(paths[0]).read_bytes()
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "cut.mp4").write_bytes(good[: len(good) // 2])
+    (tmp_path / "words.mp4").write_text("words")
+    (tmp_path / "folder.mp4").mkdir()
+    small.write_audio(tmp_path / "tone.mp4")
+    Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
+    asked = [str(tmp_path / name), paths[0]]
+    bad, fine = predict.predict(predictor, asked, top=1)["files"]
+    assert reason in bad["error"] and fine.keys() == {"file", "classes"}
+
+
+def test_a_long_video_that_breaks_off_is_told(predictor, tmp_path):
+    path = small.write_video(tmp_path / "a.mp4", small.textured(200, height=32))
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + len(data) // 3] = bytes(len(data) // 3)
+    path.write_bytes(data)
+    (result,) = predict.predict(predictor, [str(path)], top=1)["files"]
+    assert result["error"].startswith("cannot be decoded: ") and "classes" not in result
 
 
 def test_a_folder_without_data_and_names_will_do(run, tmp_path):
-    """And where nothing can be decoded, the result says so."""
-    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    """As `convert` writes them."""
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     config = workdir.frozen(run)
     config.data.folder = None
     workdir.freeze(config, tmp_path)
-    config = workdir.frozen(tmp_path)
-    experiment.check(config)
-    result = predict.predict(config, tmp_path, ["/no/a.mp4", "/no/a.png"], which="last", top=1)
+    predictor = Predictor(tmp_path)
+    assert predictor.names == tuple(f"class {i}" for i in range(8))
+    result = predict.predict(predictor, ["/no/a.mp4", "/no/a.png"], top=1)
     assert [file["error"] for file in result["files"]] == [
-        "there is no such file",
-        "it is an image, and the model takes clips of 4 frames",
+        "cannot be decoded: there is no such file",
+        "cannot be decoded: it is an image, and the model takes clips of 4 frames",
     ]
-    assert predict.class_names(config, tmp_path, 3) == ("class 0", "class 1", "class 2")
-    with pytest.raises(UserError, match=r"no data folder: give .* --data=DIR"):
-        experiment.videos(config, "test")
-
-
-def test_names_come_from_the_run_or_else_from_the_data(digits, tmp_path):
-    config = tiny.config(digits)
-    names = tuple((digits / "labels.txt").read_text().split())
-    assert predict.class_names(config, tmp_path, 8) == names
-    (tmp_path / "labels.txt").write_text("one thing\nanother\n")
-    assert predict.class_names(config, tmp_path, 2) == ("one thing", "another")
-    with pytest.raises(UserError, match=r"labels.txt names 2 classes, and the model has 8"):
-        predict.class_names(config, tmp_path, 8)
-
-
-IMAGES = {
-    "model.variant": "mvit_b16",
-    "model.frames": 1,
-    "model.patch_kernel": (1, 7, 7),
-    "model.patch_stride": (1, 8, 8),
-    "model.patch_padding": (0, 3, 3),
-    "model.depths": (1,),
-    "data.interpolation": "bicubic",
-    "data.short_side": 36,
-    "data.mean": (0.485, 0.456, 0.406),
-    "data.std": (0.229, 0.224, 0.225),
-    "augment.crop_area": (0.3, 1.0),
-    "eval.clips": 1,
-    "eval.every_epochs": 0.0,
-}
 
 
 @pytest.fixture
@@ -169,27 +253,31 @@ def images(tmp_path):
     return data
 
 
-def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path):
-    config = tiny.config(images, **IMAGES)
+def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monkeypatch):
+    config = tiny.config(images, **small.IMAGES)
     workdir.freeze(config, tmp_path)
-    state = fresh(config, 0)
+    state = small.fresh(config, 0)
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(state, 1)
     files = [str(images / f"{index}.jpg") for index in (23, 17)]
-    result = predict.predict(config, tmp_path, files, which="last", top=2)["files"]
-    assert "damaged or cut off" in result[0]["error"]
+    predictor = Predictor(tmp_path)
+    flat = np.ones((1, 1, 32, 32), np.float32)
+    monkeypatch.setattr(predictor, "maps", lambda shown: Maps(flat, flat))
+    results = predict.predict(predictor, files, top=2, pictures=tmp_path, maps=True)["files"]
+    assert "damaged or cut off" in results[0]["error"]
+    assert results[1]["pictures"] == [str(tmp_path / "17_prediction.png")]  # nothing moves
     model = experiment.model_config(config, 8)
     image = mvit_jax.preprocess("mvit_b16", size=32)(files[1])
     logits, _ = jax.jit(functools.partial(mvit.apply, config=model))(state.params, image)
     expected = np.sort(np.asarray(jax.nn.softmax(logits)[0]))[::-1]
     assert expected[0] - expected[2] > 1e-4  # or any image would give the same
-    found = [c["probability"] for c in result[1]["classes"]]
+    found = [c["probability"] for c in results[1]["classes"]]
     np.testing.assert_allclose(found, expected[:2], atol=1e-6)
 
 
 @pytest.mark.slow
 def test_a_model_trains_on_image_files_and_the_broken_one_is_left_out_of_the_test(images, tmp_path):
-    config = tiny.config(images, **(IMAGES | {"epochs": 8.0, "eval.crops": 3}))
+    config = tiny.config(images, **(small.IMAGES | {"epochs": 8.0, "eval.crops": 3}))
     folder = tmp_path / "run"
     assert train.train(config, str(folder)) == 0
     scores, _ = experiment.score(config, folder, experiment.videos(config, "test"), which="last")
