@@ -1,0 +1,325 @@
+"""What the pages show of the code: made anew whenever the site is built.
+
+`{drawing}` a figure of `figures.py`; `{variants}` and `{ablations}` the papers' tables;
+`{architecture}` what `describe` prints; `{keys}` the config; `{fields}` a dataclass; `{help}` a
+program's docstring and flags; `{names}` and `{notebooks}` lists of them.
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comments
+import figures
+from docutils import nodes
+from docutils.parsers.rst import directives as options
+from ml_collections import ConfigDict, FieldReference
+from sphinx.util.docutils import SphinxDirective
+
+import mvit_jax
+from mvit_jax import describe
+from mvit_jax.models.ablations import ABLATIONS
+from mvit_jax.models.cost import cost
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, variant
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+
+
+class Drawing(SphinxDirective):
+    """A figure by name; its text is the caption, `:alt:` is for readers who cannot see it."""
+
+    required_arguments = 1
+    has_content = True
+    option_spec: ClassVar = {"alt": options.unchanged_required}
+
+    def run(self) -> list[nodes.Node]:
+        svg = figures.svg(self.arguments[0], self.options["alt"])
+        figure = nodes.figure(classes=["drawing"])
+        figure += nodes.raw("", svg, format="html")
+        caption = nodes.caption()
+        for node in self.parse_content_to_nodes():
+            caption.extend(node.children)
+        figure += caption
+        return [figure]
+
+
+class Generated(SphinxDirective):
+    """Markdown made by `text`, in place of the directive; its tables get the class `table`."""
+
+    table = ""
+
+    def run(self) -> list[nodes.Node]:
+        made = nodes.container(
+            "", *self.parse_text_to_nodes(self.text(), allow_section_headings=True)
+        )
+        for table in made.findall(nodes.table):
+            table["classes"] += [self.table] if self.table else []
+        return made.children
+
+    def text(self) -> str:
+        raise NotImplementedError
+
+
+class Variants(Generated):
+    table = "figures"
+
+    def text(self) -> str:
+        header = (
+            "variant",
+            "clip",
+            "parameters",
+            "multiply-adds",
+            "published",
+            "top-1",
+            "on",
+            "source",
+        )
+        rows = []
+        for name, config in VARIANTS.items():
+            published = PUBLISHED.get(name)
+            classes = {"num_classes": CLASSES[published.data]} if published else {}
+            rows.append((f"`{name}`", _clip(config), *_beside(variant(name, **classes), published)))
+        return _table(header, rows)
+
+
+class Ablations(Generated):
+    table = "figures"
+
+    def text(self) -> str:
+        header = (
+            "setting",
+            "made by",
+            "parameters",
+            "multiply-adds",
+            "published",
+            "top-1",
+            "on",
+            "source",
+        )
+        rows = []
+        for a in ABLATIONS:
+            config = variant(a.variant, num_classes=CLASSES[a.published.data], **a.overrides)
+            fields = ", ".join(f"{k}={v!r}" for k, v in a.overrides.items())
+            rows.append((a.setting, f"`{a.variant}` `{fields}`", *_beside(config, a.published)))
+        return _table(header, rows)
+
+
+class Architecture(Generated):
+    required_arguments = 1
+
+    def text(self) -> str:
+        name = self.arguments[0]
+        return f"```text\n{describe.describe(name, variant(name))}\n```\n"
+
+
+class Keys(Generated):
+    """Every key of `configs/base.py`, section by section."""
+
+    def text(self) -> str:
+        source = (CONFIGS / "base.py").read_text()
+        function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
+        config = _module_of(CONFIGS / "base.py").get_config()
+        of_field = comments.of_class(MViTConfig)
+        sections: dict[str, list[str]] = {}
+        last = ""
+        for entry in comments.entries(source, function.body):
+            key = entry.target.removeprefix("c.")
+            section, _, name = key.rpartition(".")
+            if key == "c" or isinstance(
+                config[section][name] if section else config[key], ConfigDict
+            ):
+                continue
+            parts = sections.setdefault(section, [])
+            if entry.above:
+                parts.append(f"\n{_sentence(entry.above)}\n")
+            meaning = entry.beside or (of_field[name] if section == "model" else "")
+            row = f"| `{key}` | {_default(config, key)} | {_cell(meaning)} |"
+            # A key set twice is told once; one that comes after other sections does not belong to
+            # what was said before those.
+            if row.split("|")[1] in [part.split("|")[1] for part in parts if part.startswith("|")]:
+                parts[-1] = row
+            elif section != last and parts:
+                parts.insert(_end_of_first_table(parts), row)
+            else:
+                parts.append(row)
+            last = section
+        text = []
+        for section, parts in sections.items():
+            text.append(f"\n## {section or 'the run'}\n")
+            text += _tables(parts)
+        return "\n".join(text) + "\n"
+
+
+class Fields(Generated):
+    """The fields of a dataclass: name, default, meaning."""
+
+    required_arguments = 1
+
+    def text(self) -> str:
+        module, _, name = self.arguments[0].rpartition(".")
+        cls = getattr(importlib.import_module(module), name)
+        default = cls()
+        rows = [
+            (f"`{field}`", f"`{getattr(default, field)!r}`", comment)
+            for field, comment in comments.of_class(cls).items()
+        ]
+        return _table(("field", "default", "meaning"), rows)
+
+
+class Help(Generated):
+    """The docstring of a program, and its flags, without running it: flags are global."""
+
+    required_arguments = 1
+
+    def text(self) -> str:
+        tree = ast.parse((ROOT / "mvit_jax" / f"{self.arguments[0]}.py").read_text())
+        docstring = ast.get_docstring(tree)
+        assert docstring is not None
+        rows = [
+            (f"`--{flag}`", f"`{default}`" if default not in ("None", "") else "", meaning)
+            for flag, default, meaning in map(_flag, ast.walk(tree))
+            if flag
+        ]
+        return f"{_fenced(docstring)}\n\n{_table(('flag', 'default', 'meaning'), sorted(rows))}"
+
+
+class Names(Generated):
+    """The public names, where they lead, and the first sentence of each docstring."""
+
+    def text(self) -> str:
+        rows = []
+        for name in mvit_jax.__all__:
+            value = getattr(mvit_jax, name)
+            first = (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
+            if isinstance(value, dict):
+                first = "Every published variant by its name."
+            kind = "data" if isinstance(value, dict) else "obj"
+            rows.append((f"{{py:{kind}}}`~{mvit_jax._HOME[name]}.{name}`", first))
+        return _table(("name", "what it is"), rows)
+
+
+class Notebooks(Generated):
+    """Each notebook's file, title and first sentences, from its first cell."""
+
+    def text(self) -> str:
+        items = []
+        paths = (ROOT / "notebooks").glob("*.ipynb")
+        for path in sorted(paths, key=lambda path: (path.stem != "tour", path.stem)):
+            first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+            title, _, rest = first.partition("\n")
+            what = rest.strip().partition("\n\n")[0]
+            items.append(f"- **{title.lstrip('# ')}**, `notebooks/{path.name}`. {what}\n")
+        return "\n".join(items)
+
+
+def _flag(node: ast.AST) -> tuple[str, str, str]:
+    """Name, default and help of a flag's definition, or empty strings."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return "", "", ""
+    if not node.func.attr.startswith("DEFINE_"):
+        return "", "", ""
+    name, default, *_ = node.args
+    texts = [a for a in node.args[2:] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    assert isinstance(name, ast.Constant)
+    meaning = str(texts[-1].value) if texts else ""
+    return str(name.value), ast.unparse(default).strip("'"), meaning
+
+
+def _fenced(docstring: str) -> str:
+    """Indented commands in fences, as Markdown pages have them."""
+    out, code = [], False
+    for line in docstring.splitlines():
+        indented = line.startswith("    ")
+        if indented != code and (line or not code):
+            out += ["```text" if indented else "```"]
+            code = indented
+        out.append(line.removeprefix("    ") if code else line)
+    return "\n".join(out + (["```"] if code else []))
+
+
+def _beside(config: MViTConfig, published: Published | None) -> tuple[str, ...]:
+    ours = cost(config)
+    counts = (f"{ours.parameters / 1e6:.1f} M", f"{ours.multiply_adds / 1e9:.1f} G")
+    if published is None:
+        return (*counts, "", "", "", "")
+    p = published
+    theirs = ", ".join(
+        f"{value} {unit}" for value, unit in ((p.parameters, "M"), (p.multiply_adds, "G")) if value
+    )
+    return (*counts, theirs, "" if p.top1 is None else f"{p.top1} %", p.data, p.source)
+
+
+def _clip(config: MViTConfig) -> str:
+    side = f"{config.size}²"
+    return side if config.frames == 1 else f"{config.frames} × {side}"
+
+
+def _default(config: Any, key: str) -> str:
+    section, _, name = key.rpartition(".")
+    holder = config[section] if section else config
+    value = holder[name]
+    if value is not None:
+        return f"`{value!r}`"
+    field = holder.get_ref(name)
+    assert isinstance(field, FieldReference)
+    kind = field.get_type().__name__
+    return "" if kind == "object" else f"({kind})"
+
+
+def _end_of_first_table(parts: list[str]) -> int:
+    return next((i for i, part in enumerate(parts) if not part.startswith("|")), len(parts))
+
+
+def _tables(parts: list[str]) -> list[str]:
+    """Rows with a header before each run of them; a paragraph in between begins a new table."""
+    out, open_table = [], False
+    for part in parts:
+        is_row = part.startswith("|")
+        if is_row and not open_table:
+            out += ["", "| key | default | meaning |", "| --- | --- | --- |"]
+        open_table = is_row
+        out.append(part)
+    return out
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _module_of(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def setup(app: Any) -> dict[str, bool]:
+    for directive in (
+        Drawing,
+        Variants,
+        Ablations,
+        Architecture,
+        Keys,
+        Fields,
+        Help,
+        Notebooks,
+        Names,
+    ):
+        app.add_directive(directive.__name__.lower(), directive)
+    return {"parallel_read_safe": True}
