@@ -11,7 +11,7 @@ RUN := .venv/bin/python
 # Two files of tests at a time: they compile more than they run, and compilers use one core.
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: train test test-slow lint typecheck data
+.PHONY: train test test-slow test-browser docs lint typecheck data
 .DEFAULT_GOAL := train
 
 train: data
@@ -23,10 +23,18 @@ data: .venv/installed
 	$(RUN) -m mvit_jax.prepare moving_digits --out=$(DATA)
 
 test: .venv/installed
-	$(RUN) -m pytest -m "not slow" $(PARALLEL)
+	$(RUN) -m pytest -m "not slow and not browser" $(PARALLEL)
 
 test-slow: .venv/installed
-	$(RUN) -m pytest -m slow $(PARALLEL)
+	$(RUN) -m pytest -m "slow and not browser" $(PARALLEL)
+
+test-browser: .venv/installed
+	@command -v chromium > /dev/null || { echo "Chromium is needed: apt-get install chromium"; exit 1; }
+	$(RUN) -m pytest -m browser
+
+docs: .venv/installed
+	.venv/bin/sphinx-build -E -W -n --keep-going -q docs docs/_build
+	@echo "open docs/_build/index.html"
 
 lint: .venv/installed
 	.venv/bin/ruff check .
