@@ -80,6 +80,7 @@ def train(config: Config, folder: str) -> int:
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_params(config, model)  # before anything is written
     workdir.freeze(config, folder)
+    workdir.keep_labels(folder, videos.class_names)
 
     steps = experiment.steps(config, config.epochs, videos)
     with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:

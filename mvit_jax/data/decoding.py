@@ -116,6 +116,9 @@ class Video:
             self._container = av.open(self.path, metadata_errors="replace")
         except (FFmpegError, OSError) as error:
             raise self._broken(error) from error
+        if self._container.format.name == "tty":  # which draws any text as a film of letters
+            self._container.close()
+            raise DecodeError(self.path, "it is text, not a video")
         stream = self._container.streams.best("video")
         if not isinstance(stream, VideoStream):
             self._container.close()

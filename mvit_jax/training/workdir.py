@@ -1,12 +1,14 @@
 """The folder of one run: its frozen config, and whether a command may go on in it.
 
 DIR/config.json     the config, frozen when the run began
+DIR/labels.txt      the names of the classes
 DIR/checkpoints/    the last states
 DIR/best/           the state of the best validation
 DIR/events.*        TensorBoard
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ def freeze(config: ConfigDict, workdir: str | Path) -> None:
             f"{workdir} holds a run with another config ({'; '.join(differing)}): start with the "
             "same values to go on with it, or choose another --workdir"
         )
+
+
+def keep_labels(workdir: str | Path, names: Sequence[str]) -> None:
+    """Writes the names of the classes beside the weights, so that these tell without the data."""
+    path = Path(workdir) / "labels.txt"
+    if not path.exists():
+        write_whole(path, "".join(f"{name}\n" for name in names))
 
 
 def has_checkpoint(workdir: str | Path) -> bool:
