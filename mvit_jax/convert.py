@@ -40,8 +40,8 @@ _LABELS = flags.DEFINE_string("labels", None, "Names of the classes, one a line,
 _INFLATE = flags.DEFINE_enum(
     "inflate", None, INFLATIONS, "How an image model becomes a video model, or back."
 )
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", "best"], "Which state of a run, with --to.", allow_override=True
+_WHICH = flags.DEFINE_enum(
+    "which", "last", ["last", "best"], "Which state of a run, with --to.", allow_override=True
 )
 
 ORIGIN = "origin.json"
@@ -59,10 +59,10 @@ def main(argv: list[str]) -> None:
             )
         if out.exists():
             raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
-        give(Path(source), out, _TO.value, _CHECKPOINT.value)
+        give(Path(source), out, _TO.value, _WHICH.value)
         return
-    if _CHECKPOINT.value != "last":
-        raise errors.UserError("--checkpoint=best goes with --to: SOURCE is a file")
+    if _WHICH.value != "last":
+        raise errors.UserError("--which=best goes with --to: SOURCE is a file")
     if _VARIANT.value is None:
         raise errors.UserError("say which variant SOURCE is of: --variant=NAME (describe --all)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -75,12 +75,13 @@ def main(argv: list[str]) -> None:
         "shuffled_frames": _SHUFFLE.value,
         "classes": list(videos.class_names),
     } | scores.metrics()
-    main_process = jax.process_index() == 0
-    if main_process:
-        written = write(folder, results, _LIST.value)  # before clips are drawn, which could fail
+    first = jax.process_index() == 0
+    # Before clips are drawn, which could fail.
+    written = write(folder, results, _LIST.value) if first else []
+    if first:
         print(summary(folder), flush=True)
     pictures = None if _SHUFFLE.value else clips(config, folder, scores, videos)
-    if not main_process:
+    if not first:
         return
     if pictures is not None:
         written.append(folder / f"clips{suffix(results, _LIST.value)}.json")
@@ -133,8 +134,7 @@ def summary(folder: Path) -> str:
     rows: list[tuple[str, ...]] = [
         ("list", "frames", "checkpoint", "top-1", "top-5", "videos", "left out", "views")
     ]
-    for path in sorted(folder.glob("evaluation*.json")):
-        r = workdir.read(path)
+    for r in runs.evaluations(folder):
         rows.append((
             Path(r["list"]).stem, "shuffled" if r["shuffled_frames"] else "in order",
             f"{r['checkpoint']}, step {r['step']}", f"{r['top1']:.2f}", f"{r['top5']:.2f}",

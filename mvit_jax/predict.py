@@ -78,24 +78,25 @@ def main(argv: list[str]) -> None:
     pictures = None if _PICTURES.value is None else Path(_PICTURES.value)
     results: dict[str, Any] = {"folder": str(folder), "which": _WHICH.value}
     results |= predict(predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value)
+    failed = show(results["files"])
     if _JSON.value is not None:
         write_whole(Path(_JSON.value), json.dumps(results, indent=1) + "\n")
-    _show(results["files"])
+    if failed:
+        sys.exit(1)
 
 
 def _folder() -> Path:
     """Where the model is: of two flags, one."""
     given = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
+    if _CHECKPOINT.value in ("last", "best") and not Path(_CHECKPOINT.value).is_dir():
+        raise errors.UserError(
+            f"--checkpoint takes a folder: give --workdir=DIR --which={_CHECKPOINT.value}"
+        )
     if len(given) != 1:
         raise errors.UserError(
             "give --workdir=DIR, the folder of a run, or --checkpoint=DIR, one that convert wrote"
         )
-    folder = Path(given[0])
-    if _CHECKPOINT.value in ("last", "best") and not folder.is_dir():
-        raise errors.UserError(
-            f"--checkpoint takes a folder: give --workdir=DIR --which={_CHECKPOINT.value}"
-        )
-    return folder
+    return Path(given[0])
 
 
 def _serve(folder: Path, files: list[str]) -> None:
@@ -235,8 +236,8 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _show(results: list[dict[str, Any]]) -> None:
-    """Prints tables, and what failed to stderr; exit status 1 if anything did."""
+def show(results: list[dict[str, Any]]) -> bool:
+    """Prints tables, and what failed to stderr; whether anything did."""
     done = [result for result in results if "classes" in result]
     if done:
         print(table(classes(done)))
@@ -253,8 +254,7 @@ def _show(results: list[dict[str, Any]]) -> None:
     failures = [result for result in results if "error" in result]
     for result in failures:
         print(f"{result['file']} {result['error']}", file=sys.stderr)
-    if failures:
-        sys.exit(1)
+    return bool(failures)
 
 
 def classes(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:

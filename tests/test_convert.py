@@ -233,7 +233,7 @@ def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
     # What is tested is what goes out: the averaged weights.
     np.testing.assert_array_equal(made["norm.weight"], 2 * params["norm"]["scale"])
     with pytest.raises(UserError, match=r"no checkpoint in .*best"):
-        run(tmp_path / "run", "--to=slowfast", "--checkpoint=best", f"--out={tmp_path / 'b.pyth'}")
+        run(tmp_path / "run", "--to=slowfast", "--which=best", f"--out={tmp_path / 'b.pyth'}")
 
 
 # What is wrong.

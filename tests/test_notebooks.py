@@ -16,12 +16,11 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem in TRAIN else ())
-        for p in NOTEBOOKS
-    ],
+    NOTEBOOKS,
+    ids=lambda p: p.stem,
 )
 def test_notebooks_run_from_top_to_bottom(path, tmp_path):
     notebook = read(path)

@@ -153,6 +153,7 @@ def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits
     assert page.count("img") == 10 + min(wrong, 8)
 
 
+@pytest.mark.slow
 def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_path):
     done = run_evaluate(run, "--which=best", "--list=val", "--clips=1")
     assert done.returncode == 0, done.stderr

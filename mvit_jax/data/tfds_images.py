@@ -1,7 +1,7 @@
 """Images with labels that TensorFlow Datasets has prepared, read without TensorFlow."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class TfdsSplit:
       kept: images that were decoded before; None to keep none.
     """
 
-    examples: Sequence[dict[str, Any]]
+    examples: Any  # has a length and places, but TFDS's source is no Sequence by its type
     class_names: tuple[str, ...]
     list_file: str
     kept: dict[int, Frames] | None = None

@@ -58,7 +58,7 @@ class Curve:
 
 def curves(lines: Sequence[Curve], y: str, x: str = "step", title: str = "") -> Figure:
     """Lines over steps; with more than one, each has its name in the legend."""
-    with _style():
+    with style():
         figure = Figure(figsize=(4.5, 2.7), layout="constrained")
         axes = figure.add_subplot()
         for i, line in enumerate(lines):
@@ -85,7 +85,7 @@ def confusion_matrix(
     n = len(names)
     named, numbers = n <= LABELLED, n <= LABELLED / 2
     side = min(max(0.36 * n, 2.2), 11) if named else 3.6
-    with _style():
+    with style():
         room = 1.7 if named else 0.9
         figure = Figure(figsize=(side + room, side + 1.3), layout="constrained")
         axes = figure.add_subplot()
@@ -115,7 +115,7 @@ def class_accuracy(
     """A bar for each class, worst first; classes without videos are left out."""
     pairs = sorted((a, name) for a, name in zip(accuracy, names, strict=True) if a is not None)
     shown = pairs[:LABELLED]
-    with _style():
+    with style():
         figure = Figure(figsize=(4.5, 1.0 + 0.23 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
         bars = axes.barh(range(len(shown)), [a for a, _ in shown], color=COLOURS[0])
@@ -136,7 +136,7 @@ def short(name: str) -> str:
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a PNG, whole or not at all; a `UserError` where it cannot be written."""
     buffer = io.BytesIO()
-    with _style():
+    with style():
         figure.savefig(buffer, format="png", dpi=150)
     write_whole(Path(path), buffer.getvalue())
 
@@ -154,7 +154,7 @@ def svg(figure: Figure, label: str, place: str) -> str:
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with _style():
+    with style():
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -173,7 +173,7 @@ def _own_ids(tag: str, place: str) -> str:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     # Ticks and legends are made when they are drawn, so this surrounds drawing too.
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # A name in a script that the font lacks: the browser has others.

@@ -63,15 +63,8 @@ class Run:
     def shuffled(self) -> dict[str, Any] | None:
         """The same test with shuffled frames."""
         test = self.test
-        same = ("list", "checkpoint", "step", "clips", "crops")
-        return next(
-            (
-                e
-                for e in self.evaluations
-                if test and e["shuffled_frames"] and all(e[k] == test[k] for k in same)
-            ),
-            None,
-        )
+        others = (e for e in self.evaluations if e["shuffled_frames"])
+        return next((e for e in others if test and marks(e) == marks(test)), None)
 
     @property
     def cost(self) -> Cost | None:
@@ -179,6 +172,12 @@ def confused(
     ]
 
 
+def marks(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What evaluations of one test have in common; the data may have moved between them."""
+    names = ("checkpoint", "step", "clips", "crops", "videos", "classes")
+    return {name: evaluation[name] for name in names} | {"list": Path(evaluation["list"]).name}
+
+
 def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
     """The command that makes an evaluation; that of the default test where none is given."""
     words = ["python", "-m", "mvit_jax.evaluate", f"--workdir={run.folder}"]
@@ -192,8 +191,12 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
     for key in ("clips", "crops"):
         if key in e and e[key] != run.config.get(f"eval.{key}"):
             words.append(f"--{key}={e[key]}")
-    if run.config.get("data.folder") is None:
-        words.append(f"--data={Path(e['list']).parent}" if "list" in e else "--data=DIR")
+    folder = run.config.get("data.folder")
+    listed = Path(e.get("list", ""))  # absolute, but of a set that TFDS has prepared
+    if folder is None or (
+        listed.is_absolute() and listed.parent != Path(folder).expanduser().absolute()
+    ):
+        words.append(f"--data={listed.parent if listed.is_absolute() else 'DIR'}")
     if e.get("shuffled_frames"):
         words.append("--shuffle_frames")
     return shlex.join(words)

@@ -54,14 +54,11 @@ def rollout(
     Raises:
       UserError: no such block or token.
     """
-    _, features = apply(params, clip, config=config, capture=True, **plugs)
-    size = _clip_size(clip)
-    blocks, rows = plan(config), grids(config, *size)
+    blocks, rows = plan(config), grids(config, *_clip_size(clip))
     last = _block_index(-1 if block is None else block, len(blocks))
     flow = _start(config, rows[last].output, token, clip.shape[0])
-    for b, row, attention in reversed(
-        list(zip(blocks, rows, features["attention"], strict=True))[: last + 1]
-    ):
+    attentions = _attentions(params, clip, config, plugs)
+    for b, row, attention in reversed(list(zip(blocks, rows, attentions, strict=True))[: last + 1]):
         flow = _through_block(flow, b, row, attention)
     return _normalised(_on_grid(flow, rows[0].input))
 
@@ -70,7 +67,8 @@ def _start(config: MViTConfig, grid: Triple, token: Triple | None, batch: int) -
     first, count = int(config.class_token), math.prod(grid)
     start = np.zeros(first + count)
     if token is not None:
-        if not all(0 <= place < n for place, n in zip(token, grid, strict=True)):
+        inside = (0 <= place < n for place, n in zip(token, grid, strict=False))
+        if len(token) != 3 or not all(inside):
             raise UserError(f"there is no token {token} on a grid of {grid}")
         start[first + np.ravel_multi_index(token, grid)] = 1
     elif first and not config.mean_pooling:
@@ -167,6 +165,7 @@ def grad_cam(
     gradient = jax.grad(score)(x)
     first = x.shape[1] - math.prod(grid)
     gradient, x = gradient[:, first:], x[:, first:]
+    gradient, x = gradient.astype(jnp.float32), x.astype(jnp.float32)
     weights = gradient.mean(1, keepdims=True) if by_channel else jax.nn.relu(gradient)
     heat = jax.nn.relu((weights * x).sum(-1))
     return _normalised(heat.reshape(-1, *grid))
@@ -190,10 +189,10 @@ def attention_distance(
     Returns:
       For each block, in frames along time; and in pixels over the picture.
     """
-    _, features = apply(params, clip, config=config, capture=True, **plugs)
+    attentions = _attentions(params, clip, config, plugs)
     centres = places.block_centres(config, _clip_size(clip))
     in_time, in_space = [], []
-    for i, (block, attention) in enumerate(zip(plan(config), features["attention"], strict=True)):
+    for i, (block, attention) in enumerate(zip(plan(config), attentions, strict=True)):
         keys = places.pooled_centres(block.kv_pool, centres[i])
         time, space = (jnp.asarray(d) for d in places.distances(centres[i + 1], keys))
         first = attention.shape[2] - time.shape[0] * space.shape[0]
@@ -205,6 +204,20 @@ def attention_distance(
         in_time.append(jnp.einsum("bhqpkl,qk->bh", grid, time).mean(0) / queries)
         in_space.append(jnp.einsum("bhqpkl,pl->bh", grid, space).mean(0) / queries)
     return in_time, in_space
+
+
+def _attentions(params: Any, clip: Array, config: MViTConfig, plugs: dict[str, Any]) -> list[Array]:
+    """Of each block, `[batch, heads, queries, keys]`."""
+    try:
+        _, features = apply(params, clip, config=config, capture=True, **plugs)
+        return features["attention"]
+    except (KeyError, TypeError) as error:
+        if "attention" not in str(error) and "record" not in str(error):
+            raise
+        raise UserError(
+            "an attention of this model records no probabilities: take `record=None` in its call, "
+            'and leave them, `[batch, heads, queries, keys]`, in `record["attention"]`'
+        ) from error
 
 
 def _clip_size(clip: Array) -> Triple:

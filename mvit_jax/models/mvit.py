@@ -123,7 +123,8 @@ class MViT(nnx.Module):
             stages[block_plan.stage :] = [_grid_of(x, grid)]
             records.append(record)
         logits, tokens = self.classify(x, grid, keys[-1])
-        captured = {name: [record[name] for record in records] for name in records[0]}
+        names = [name for name in records[0] if all(name in record for record in records)]
+        captured = {name: [record[name] for record in records] for name in names}
         return logits, {"stages": stages, "tokens": tokens} | captured
 
     def embed(self, clip: Shaped[Array, "..."]) -> tuple[Tokens, Triple]:
@@ -299,7 +300,10 @@ class PooledAttention(nnx.Module):
         own = [part for part in weights if part is not None]
         width = self.plan.pooled_width
         taps = jnp.concatenate([part.taps(width) for part in own], axis=-1) if own else None
+        due = pool_plan.output(grid)
         x, grid = on_grid(lambda tokens: self.pool(tokens, pool_plan, taps), x, grid)
+        if grid != due:
+            raise UserError(f"the pool gives a grid of {grid} where {due} is due: see {pool_plan}")
         if own:
             parts = jnp.split(x, len(own), axis=-1)
             normed = [w.normalise(p) for w, p in zip(own, parts, strict=True)]

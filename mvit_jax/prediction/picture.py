@@ -1,11 +1,9 @@
 """A prediction as a picture: frames, classes as bars, the timeline; and attention that moves."""
 
 import io
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
@@ -13,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mvit_jax.data.sampling import FRAME_RATE
-from mvit_jax.inspection import render
+from mvit_jax.inspection import plots, render
 from mvit_jax.prediction.predictor import Maps
 from mvit_jax.prediction.windows import Timeline, clock
 
@@ -26,7 +24,7 @@ GREY = "#9a9a9a"
 FRAMES = 8  # in the strip
 # In the order of `Maps`.
 CAPTIONS = (
-    "attention rollout: where the model looks",
+    "attention rollout: where the model looks (pooled keys show as a grid)",
     "Grad-CAM: what speaks for the most probable class",
 )
 SECONDS_A_PICTURE = 0.5  # in an animation of single frames
@@ -63,7 +61,9 @@ def picture(
     if timeline is not None:
         heights.append(_INCHES["timeline"])
     figure = Figure(figsize=(12, sum(heights) + _INCHES["gap"]), layout="constrained")
-    figure.suptitle(_plain(_shortened(title, 100)), x=0.01, ha="left", fontsize=12)
+    figure.suptitle(
+        _plain(title if len(title) <= 100 else "…" + title[-99:]), x=0.01, ha="left", fontsize=12
+    )
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _strip(parts[0], shown, times, maps)
     _bars(parts[1].subplots(), probabilities, names, top)
@@ -130,7 +130,7 @@ def _bars(
     values = 100 * probabilities[order]
     bars = axes.barh(range(top), values, color=BLUE)
     axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=4, fontsize=9)
-    axes.set_yticks(range(top), [_plain(_shortened(names[int(i)], 40)) for i in order], fontsize=9)
+    axes.set_yticks(range(top), [_plain(plots.short(names[int(i)])) for i in order], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 110)
     axes.set_xticks([])
@@ -150,7 +150,7 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
     lines, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
     centres = (timeline.starts + timeline.ends) / 2
     for label in labels:
-        name = _plain(_shortened(names[label], 24))
+        name = _plain(plots.short(names[label]))
         values = 100 * timeline.probabilities[:, label]
         marker = "o" if len(centres) < 60 else ""
         lines.plot(centres, values, color=colour[label], label=name, lw=1.5, marker=marker, ms=3)
@@ -171,7 +171,7 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"axes.unicode_minus": False}):
+    with plots.style():
         figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
@@ -179,7 +179,3 @@ def _png(figure: Figure) -> bytes:
 def _plain(text: str) -> str:
     # Matplotlib reads what stands between two dollars as mathematics, and fails where it is none.
     return text.replace("$", r"\$")
-
-
-def _shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else textwrap.shorten(text[:width], width - 1) + "…"

@@ -7,10 +7,14 @@ Nothing that training does depends on it.
 """
 
 import json
+import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mvit_jax.errors import UserError
 
 NAME = "metrics.jsonl"
 
@@ -42,8 +46,11 @@ class Writer:
     def __init__(self, workdir: str | Path) -> None:
         path = Path(workdir) / NAME
         # A kill may have left half a line, which the next one must not be glued to.
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self.file = path.open("a", encoding="utf-8")
+        try:
+            torn = path.exists() and path.stat().st_size > 0 and not _ends_a_line(path)
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror})") from None
         if torn:
             self.file.write("\n")
 
@@ -55,6 +62,12 @@ class Writer:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def read(workdir: str | Path) -> History:
@@ -111,4 +124,4 @@ def _entries(path: Path):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

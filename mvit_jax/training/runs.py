@@ -22,8 +22,12 @@ from mvit_jax.inspection.report import Run
 from mvit_jax.training import experiment, history, workdir
 
 REPORT = "report.html"
-# An evaluation's own marks: a sheet of clips belongs to the one that has the same.
-_MARKS = ("list", "checkpoint", "step", "clips", "crops")
+# Without these a file is not what the test program writes.
+_EVALUATION = {
+    "list", "checkpoint", "step", "clips", "crops", "shuffled_frames", "classes", "top1", "top5",
+    "videos", "left_out", "per_class", "confusion",
+}  # fmt: skip
+_SHEET = {"of", "examples", "mistakes", "wrong", "no_attention"}
 
 
 def read(folder: str | Path) -> Run:
@@ -40,8 +44,8 @@ def read(folder: str | Path) -> Run:
         )
     config = workdir.frozen(folder)
     told = history.read(folder)
-    evaluations = _evaluations(folder, config.data.test_list)
-    classes = _classes(folder, told, evaluations)
+    tests = _evaluations(folder, config.data.test_list)
+    classes = _classes(folder, told, tests)
     run = Run(
         folder=str(folder),
         config=_flat(config),
@@ -51,7 +55,7 @@ def read(folder: str | Path) -> Run:
         train=told.train,
         val=told.val,
         seconds=told.seconds,
-        evaluations=evaluations,
+        evaluations=tests,
         sheet=None,
     )
     return run if run.test is None else _with_sheet(run, folder, run.test)
@@ -73,29 +77,44 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> str:
 
 def keep_sheet(path: Path, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Writes the clips of an evaluation's page."""
-    marks = {mark: evaluation[mark] for mark in _MARKS}
-    write_whole(path, json.dumps(sheet | {"of": marks}) + "\n")
+    write_whole(path, json.dumps(sheet | {"of": report.marks(evaluation)}) + "\n")
 
 
 def _with_sheet(run: Run, folder: Path, test: dict[str, Any]) -> Run:
     """The run with the clips of its test; an older test's, left by a kill, are none."""
-    wanted = {mark: test[mark] for mark in _MARKS}
     for path in sorted(folder.glob("clips*.json")):
-        sheet = workdir.read(path)
-        if sheet.get("of") == wanted:
+        sheet = _whole(path, _SHEET)
+        if sheet["of"] == report.marks(test):
             return replace(run, sheet=sheet)
     return run
 
 
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What the test program wrote into a folder, in the order of the files' names."""
+    return [_whole(path, _EVALUATION) for path in sorted(folder.glob("evaluation*.json"))]
+
+
 def _evaluations(folder: Path, test_list: str) -> list[dict[str, Any]]:
     """The evaluations of a folder: the test by default first, those of shuffled frames last."""
-    found = [workdir.read(path) for path in sorted(folder.glob("evaluation*.json"))]
     return sorted(
-        found,
+        evaluations(folder),
         key=lambda e: (
             e["shuffled_frames"], Path(e["list"]).name != test_list, e["checkpoint"] != "last",
         ),
     )  # fmt: skip
+
+
+def _whole(path: Path, keys: set[str]) -> dict[str, Any]:
+    """What the test program wrote, or one sentence where it is not that any more."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not keys <= found.keys():
+        raise UserError(
+            f"{path} is not what `evaluate` writes, or is damaged: delete it and test again"
+        )
+    return found
 
 
 def _classes(folder: Path, told: history.History, evaluations: list[dict[str, Any]]) -> int | None:

@@ -7,6 +7,7 @@ result.scores.metrics()["top1"]
 
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mvit_jax.data import pipeline
+from mvit_jax.data.sources import Source
 from mvit_jax.errors import UserError
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import evaluation, experiment, jitted, sharding
@@ -50,7 +52,10 @@ def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
     Raises:
       UserError: there is no such experiment or key, or a value is not of the key's type.
     """
-    config = experiment.read_config(name, arg)
+    try:
+        config = experiment.read_config(name, arg)
+    except ValueError as error:  # of the experiment's own file
+        raise UserError(str(error)) from None
     for key, value in changes.items():
         try:
             config.update_from_flattened_dict({key: value})
@@ -61,7 +66,8 @@ def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
 
 
 def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
-    """Trains as `config` says, and tests; the workdir's part, checkpoints and logs, is left out.
+    """Trains as `config` says, and tests; what has to do with files, checkpoints, logs and starting
+    from others' weights, is left out (pass `params` for the last).
 
     Args:
       config: of `read_config`; `epochs` says how long.
@@ -69,15 +75,18 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
       plugs: `block`, `attention` and `pool` of `MViT`.
 
     Raises:
-      UserError: as the training program.
+      UserError: as the training program; also where `config` names weights to start from.
     """
     experiment.check(config)
+    for name, value in (("resume", config.resume), ("init.checkpoint", config.init.checkpoint)):
+        if value is not None:
+            raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
     videos = experiment.videos(config, "train")
     model = experiment.model_config(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
     steps = experiment.steps(config, config.epochs, videos)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         step, predict, _, state = jitted.build(config, model, videos, mesh, **plugs)
         if params is not None:
             state = jitted.with_params(state, params)
@@ -91,9 +100,11 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
             threads=config.data.threads,
         )
         for batch in tqdm(batches, "training", total=steps, unit="step", file=sys.stdout):
-            batch.pop("broken")
+            _warn_of_broken(videos, batch.pop("broken"))
             state, metrics = step(state, sharding.to_devices(batch, mesh))
             history.append({k: float(total / count) for k, (total, count) in metrics.items()})
+            if not np.isfinite(history[-1]["loss"]):
+                raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")
             ends.append(time.perf_counter())
         trained = state.params if state.ema is None else state.ema
         scores = evaluation.evaluate(
@@ -110,3 +121,9 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
     columns = {k: np.array([row[k] for row in history]) for k in ("loss", "accuracy", "grad_norm")}
     seconds = float(np.median(np.diff(ends))) if len(ends) > 1 else float("nan")
     return Trial(jax.device_get(trained), model, columns, scores, seconds)
+
+
+def _warn_of_broken(videos: Source, broken: np.ndarray) -> None:
+    for index in broken[broken >= 0]:
+        text = f"{videos.item(int(index))} cannot be decoded and is replaced by another video"
+        warnings.warn(text, stacklevel=3)

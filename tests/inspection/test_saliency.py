@@ -30,6 +30,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @functools.cache
 def drawn(name):
     """Parameters that attend sharply enough to tell places apart, two clips, and features."""
@@ -45,7 +49,7 @@ def drawn(name):
     return params, clip, logits, jax.tree.map(np.asarray, features)
 
 
-@pytest.mark.parametrize("name", ["v1", "v2", "vit"])
+@pytest.mark.parametrize("name", ["v1", slow("v2"), slow("vit")])
 def test_captured_attention_is_the_softmax_of_the_captured_queries_and_keys(name):
     params, clip, logits, features = drawn(name)
     inputs = jax.jit(functools.partial(taken, config=CONFIGS[name]))(params, clip)
@@ -119,7 +123,9 @@ def dense_rollout(config, features, blocks):
     return total
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["v1", "v2", slow("v2 of timm"), slow("mean pooling"), slow("no skip"), slow("vit")]
+)
 def test_rollout_is_the_product_of_the_blocks_matrices(name):
     config = CONFIGS[name]
     params, clip, _, features = drawn(name)
@@ -156,7 +162,7 @@ def test_blocks_and_tokens_that_are_not_there_are_named():
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "label"), [("v1", 0, None), ("v1", -1, 2), ("v2 of timm", 1, None)]
+    ("name", "block", "label"), [("v1", 0, None), slow("v1", -1, 2), slow("v2 of timm", 1, None)]
 )
 def test_grad_cam_is_that_of_finite_differences(name, block, label):
     """The mean gradient of a channel is the slope of the score where all its places are raised."""
@@ -226,7 +232,7 @@ def test_grad_cam_weighs_each_place_by_its_own_gradient():
     np.testing.assert_allclose(whole, heat / heat.sum((1, 2, 3), keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["v1", "v2 of timm", "vit"])
+@pytest.mark.parametrize("name", ["v1", slow("v2 of timm"), slow("vit")])
 def test_attention_distances_are_those_of_every_pair(name):
     config = CONFIGS[name]
     params, clip, _, features = drawn(name)
