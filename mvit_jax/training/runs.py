@@ -1,9 +1,11 @@
 """What a run's folder holds, read for the pages about it; and the pages, written.
 
-DIR/metrics.jsonl       the history, see `history`
-DIR/evaluation*.json    what the test program found
-DIR/clips*.json         the clips that its page shows, see `sheet`
-DIR/report.html         the page
+Besides config and weights it holds:
+
+    DIR/metrics.jsonl       the history, see `history`
+    DIR/evaluation*.json    what the test program found
+    DIR/clips*.json         the clips that its page shows, see `sheet`
+    DIR/report.html         the page
 """
 
 import json

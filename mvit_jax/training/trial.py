@@ -1,8 +1,10 @@
 """A short training run in memory, for notebooks: the data, step and test of the programs, no files.
 
-config = trial.read_config("moving_digits", **{"data.folder": "data/moving_digits"})
-result = trial.run(config, pool=my_pool)
-result.scores.metrics()["top1"]
+In a notebook:
+
+    config = trial.read_config("moving_digits", **{"data.folder": "data/moving_digits"})
+    result = trial.run(config, pool=my_pool)
+    result.scores.metrics()["top1"]
 """
 
 import sys

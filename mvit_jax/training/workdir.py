@@ -1,12 +1,14 @@
 """The folder of one run: its frozen config, and whether a command may go on in it.
 
-DIR/config.json     the config, frozen when the run began
-DIR/labels.txt      the names of the classes
-DIR/checkpoints/    the last states
-DIR/best/           the state of the best validation
-DIR/metrics.jsonl   the history; DIR/events.* the same for TensorBoard
-DIR/evaluation*     what tests found, with clips*.json, confusion*.png, per_class*.png
-DIR/report.html     the page
+It holds:
+
+    DIR/config.json     the config, frozen when the run began
+    DIR/labels.txt      the names of the classes
+    DIR/checkpoints/    the last states
+    DIR/best/           the state of the best validation
+    DIR/metrics.jsonl   the history; DIR/events.* the same for TensorBoard
+    DIR/evaluation*     what tests found, with clips*.json, confusion*.png, per_class*.png
+    DIR/report.html     the page
 """
 
 import json
