@@ -16,8 +16,8 @@ from mvit_jax.errors import UserError
 IN_MEMORY = 256 * 2**20
 
 
-# eq=False: what is read may be large.
-@dataclass(frozen=True, eq=False)
+# Neither compared nor printed, as what is read may be large.
+@dataclass(frozen=True, eq=False, repr=False)
 class TfdsSplit:
     """One split of a prepared set of images; a `sources.Source`.
 

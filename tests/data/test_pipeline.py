@@ -296,6 +296,18 @@ def test_shuffling_permutes_the_frames_of_every_clip(good):
     assert not np.array_equal(shuffled, other)
 
 
+def test_the_data_set_is_not_printed(good, monkeypatch):
+    """Grain prints what it maps: of a large set that took longer than loading an epoch."""
+    expected = train(good, steps=1), evaluate(good)
+
+    def printed(self):
+        raise AssertionError("the data set is printed")
+
+    monkeypatch.setattr(type(good), "__repr__", printed)
+    assert_equal(train(good, steps=1), expected[0])
+    assert_equal(evaluate(good), expected[1])
+
+
 def test_loaders_can_be_sent_to_other_processes(mixed):
     loader = pipeline._TrainLoader(mixed, SETTINGS, 0, 8, 0, range(8))
     copy = pickle.loads(pickle.dumps(loader))
