@@ -8,13 +8,13 @@ Without a network the first line takes the files of Debian's package dataset-fas
 --files=/usr/share/datasets/fashion-mnist.
 """
 
-import importlib.util
-from pathlib import Path
 from typing import Any
+
+from mvit_jax.training.experiment import read_config
 
 
 def get_config() -> Any:  # a ConfigDict
-    c = _base()
+    c = read_config("base")
     c.epochs = 6.0
     c.batch = 128
     c.model.variant = "mvit_b16"
@@ -36,12 +36,3 @@ def get_config() -> Any:  # a ConfigDict
     c.eval.batch = 500
     c.eval.clips = 1
     return c
-
-
-def _base() -> Any:
-    """`base.get_config()`, found beside this file from wherever the file is read."""
-    spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()

@@ -7,13 +7,13 @@
 `make train` does the first two and tests the result. Figures are in the README.
 """
 
-import importlib.util
-from pathlib import Path
 from typing import Any
+
+from mvit_jax.training.experiment import read_config
 
 
 def get_config(model: str = "mvit") -> Any:  # a ConfigDict
-    c = _base()
+    c = read_config("base")
     c.epochs = 6.0
     c.batch = 32
     c.model.variant = "mvit_b_16x4"
@@ -45,12 +45,3 @@ def get_config(model: str = "mvit") -> Any:  # a ConfigDict
     c.eval.every_epochs = 1.0
     c.eval.batch = 32
     return c
-
-
-def _base() -> Any:
-    """`base.get_config()`, found beside this file from wherever the file is read."""
-    spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()

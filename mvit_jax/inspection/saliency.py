@@ -119,8 +119,9 @@ def grad_cam(
     0. Each place has its own weights, where they are positive (LayerCAM, Jiang et al. 2021), or
     with `by_channel` each channel the mean over places (Selvaraju et al. 2017, arXiv 1610.02391),
     which assumes that a channel means the same everywhere. On moving digits (trained as the README
-    says, block 1, 2026-11-22) the first puts 3.2 times as much near the digit as a uniform map, and
-    on every clip more than twice; the second 2.2 times, on 44 % of clips more than twice.
+    says, block 1; `python -m benchmarks.pointing`, 2026-11-22) the first puts 3.2 times as much
+    near the digit as a uniform map, and on every clip more than twice; the second 2.0 times, on a
+    third of the clips more than twice.
 
     What a block takes is looked at, since of what the last one *gives* a head that reads the class
     token alone has no gradient at the other tokens.

@@ -104,7 +104,7 @@ class Painter:
             # One clip at a time: the probabilities of a full-size model take much memory.
             normal = mixing.normalise(jnp.asarray(clip[None]), recipe.mean, recipe.std, jnp.float32)
             maps = [np.asarray(f(self.params, normal)) for f in (self.rollout, self.grad_cam)]
-        except (UserError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        except (UserError, jax.errors.JaxRuntimeError) as error:
             self.why_not = str(error).strip().partition("\n")[0]
             return []
         time, height, width, _ = clip.shape

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mvit_jax.data.sources import read_video_list
+from mvit_jax.errors import UserError
 from mvit_jax.inspection import saliency
 from mvit_jax.models import mvit
 from mvit_jax.training import experiment, sheet
@@ -109,7 +110,7 @@ def test_a_model_that_does_not_tell_its_attention_gets_the_frames_alone(material
     videos, settings, *model = material
 
     def silent(*args, **kwargs):
-        raise NotImplementedError("this attention keeps no probabilities\nand more")
+        raise UserError("this attention keeps no probabilities\nand more")
 
     monkeypatch.setattr(saliency, "rollout", silent)
     s = Scores(np.eye(8)[videos.labels], videos.labels, np.ones(10, bool))

@@ -1,0 +1,68 @@
+"""How much of Grad-CAM lies near the moving digit, against a uniform map.
+
+    python -m benchmarks.pointing runs/moving_digits     (a run of `make train`; a minute)
+
+Both forms at each of the first blocks: the mean over clips of the ratio of their shares, and on how
+many clips it is above 2.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvit_jax.data import moving_digits
+from mvit_jax.inspection import places, saliency
+from mvit_jax.training import experiment
+
+
+def scenes(count: int) -> tuple[jax.Array, np.ndarray]:
+    """Clips as the model takes them, [count, 8, 64, 64, 3], and within 4 px of where digits are."""
+    digits, rng = moving_digits.handwriting(seed=0)["test"], np.random.default_rng(0)
+    clips, masks = [], []
+    for i in range(count):
+        scene = moving_digits.draw(i % 8, digits, rng)
+        frames = moving_digits.render(scene)
+        bare = dataclasses.replace(
+            scene, background=0 * scene.background, noise=0 * scene.noise, brightness=255.0
+        )
+        sampled = np.linspace((len(frames) - 32) // 2, (len(frames) - 32) // 2 + 31, 8).astype(int)
+        clips.append(np.repeat(frames[sampled][..., None], 3, axis=-1))
+        masks.append(grown(moving_digits.render(bare)[sampled] > 64))
+    clips = (np.stack(clips) / np.float32(255) - np.float32(0.45)) / np.float32(0.225)
+    return jnp.asarray(clips), np.stack(masks)
+
+
+def grown(mask: np.ndarray, pixels: int = 4) -> np.ndarray:
+    """The mask, and what is within half a token of it."""
+    side = np.arange(-pixels, pixels + 1)
+    return np.any([np.roll(mask, (y, x), (1, 2)) for y in side for x in side], axis=0)
+
+
+def ratios(heat: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """For each clip, the map's share near the digit over a uniform map's; 0 for an empty map."""
+    share = (heat * masks).sum((1, 2, 3)) / np.maximum(heat.sum((1, 2, 3)), 1e-12)
+    return share / masks.mean((1, 2, 3))
+
+
+def main(workdir: str) -> None:
+    params, model = experiment.read_params(Path(workdir))
+    clips, masks = scenes(48)
+    print("block  form        mean ratio  clips above 2")
+    for block in (0, 1, 3):
+        for by_channel in (False, True):
+            cam = functools.partial(
+                saliency.grad_cam, config=model, block=block, by_channel=by_channel
+            )
+            maps = np.asarray(jax.jit(cam)(params, clips))
+            found = ratios(places.to_pixels(maps, (8, 64, 64), model, block), masks)
+            form = "by channel" if by_channel else "by place"
+            print(f"{block:5}  {form:10}  {found.mean():10.2f}  {(found > 2).mean():12.0%}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
