@@ -63,23 +63,47 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.folder = config_dict.placeholder(str)  # must be given: holds the lists and labels.txt
+    # What the folder holds. list: files of videos or images, named by lists; folders: CLASS/FILE in
+    # a folder for each list; shards: what `prepare videos` wrote; ssv2, charades: frames, with those
+    # sets' own lists; synthetic: nothing, clips are made up, for benchmarks.
+    c.data.source = "list"
     # Or a set of images that TensorFlow Datasets has prepared, like "imagenet2012:5.1.0"; then the
     # folder is TFDS's data_dir, and the lists are splits, like "train[:90%]".
     c.data.tfds = config_dict.placeholder(str)
+    c.data.prefix = ""  # set before each path of the lists
+    c.data.separator = config_dict.placeholder(str)  # of path and label; else white space
+    # Videos to train on, for plans that are made where the data is not (--dry_run).
+    c.data.train_videos = config_dict.placeholder(int)
     c.data.train_list = "train.csv"  # lines "path label"
     c.data.val_list = "val.csv"  # watched while training; "" for none
     c.data.test_list = "test.csv"  # of the test program
-    c.data.stride = 4  # frames between two sampled ones, at 30 frames a second
+    # Which frames make a clip. span: evenly over frames * stride / 30 seconds (Kinetics); segments:
+    # one of each of as many equal parts (SSv2); stride: each stride-th (Charades).
+    c.data.sampling = "span"
+    c.data.stride = 4  # frames between two sampled ones; of a span at 30 frames a second
+    c.data.repeats = 1  # clips augmented out of each one that is decoded; batch counts them all
+    # Whether a video has any number of classes (Charades): sigmoids, binary cross-entropy, mAP.
+    c.data.multi_label = False
     c.data.short_side = 256  # to which test videos are scaled for one centre crop, pixels
     c.data.interpolation = "bilinear"  # or bicubic, with antialias, as for ImageNet
     c.data.mean = (0.45, 0.45, 0.45)  # of red, green, blue in [0, 1]
     c.data.std = (0.225, 0.225, 0.225)  # likewise; clips are (value - mean) / std
-    c.data.threads = 4  # that decode, on each host
+    c.data.threads = 4  # that decode, on each host; 0 to decode between the steps
+    c.data.processes = 0  # that decode, on each host, each with the threads above; 0 for none
+    c.data.max_broken = 0.2  # share of videos that cannot be decoded at which a run ends
 
     c.augment = ConfigDict()
+    # In this order: short_side, RandAugment, random crop, flip, erasing, mixing (images are cropped
+    # before RandAugment).
+    c.augment.short_side = config_dict.placeholder(int)  # of training frames, pixels; None: as is
+    c.augment.randaugment = ""  # like rand-m7-n4-mstd0.5-inc1, as timm has it; "" for none
     c.augment.crop_area = config_dict.placeholder(tuple)
     c.augment.crop_area = (0.08, 1.0)  # share of the frame that a random crop takes; None for none
+    # Or the short side drawn between these (its inverse uniformly), and a square cut at random.
+    c.augment.jitter = config_dict.placeholder(tuple)
     c.augment.flip = 0.5  # probability of a left-right flip
+    c.augment.erase = 0.0  # probability that a box is erased (random erasing)
+    c.augment.erase_mode = "pixel"  # by normal noise, or "const": by the mean colour
     c.augment.mixup = 0.8  # alpha of its Beta distribution; 0 for none
     c.augment.cutmix = 1.0  # likewise
     c.augment.switch = 0.5  # probability of cutmix where both are on
@@ -87,13 +111,19 @@ def get_config() -> ConfigDict:
     c.augment.label_smoothing = 0.1  # share of the target that is spread over all classes
 
     c.optim = ConfigDict()
-    c.optim.lr = 1.6e-3  # at the end of the warm-up, for the whole batch
+    c.optim.name = "adamw"  # or sgd, with Nesterov's momentum
+    # Clips for which the three rates below are meant: they are multiplied by batch / lr_batch, so
+    # that another batch needs no other rates. None: they are taken as they are.
+    c.optim.lr_batch = config_dict.placeholder(int)
+    c.optim.lr = 1.6e-3  # at the end of the warm-up
     c.optim.start_lr = 1.6e-5  # at step 0
     c.optim.end_lr = 1.6e-5  # at the last step of the half cosine
     c.optim.warmup_epochs = 30.0  # over which the rate rises linearly
     c.optim.weight_decay = 0.05  # not of biases, norms and other one-dimensional tensors
+    c.optim.layer_decay = 1.0  # rates fall by this factor from each block to the one before it
     c.optim.b1 = 0.9  # decay of AdamW's mean of gradients
     c.optim.b2 = 0.999  # and of the mean of their squares
+    c.optim.momentum = 0.9  # of SGD
     c.optim.clip_norm = 1.0  # largest global norm of a gradient; 0 for no limit
     c.optim.ema = 0.0  # decay of the averaged weights that are then tested; 0 for none
 
@@ -111,4 +141,6 @@ def get_config() -> ConfigDict:
     c.eval.batch = 8  # videos at a time; rounded up to a multiple of the devices
     c.eval.clips = 5  # evenly spread over a test video
     c.eval.crops = 1  # 1 (centre) or 3
+    c.eval.ensemble = "mean"  # of the scores of a video's views, or "max" (Charades)
+    c.eval.whole_image = False  # squash all of an image to the crop: the papers' "resize" column
     return c.lock()
