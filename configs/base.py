@@ -64,8 +64,8 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.folder = config_dict.placeholder(str)  # must be given: holds the lists and labels.txt
     # What the folder holds. list: files of videos or images, named by lists; folders: CLASS/FILE in
-    # a folder for each list; shards: what `prepare videos` wrote; ssv2, charades: frames, with those
-    # sets' own lists; synthetic: nothing, clips are made up, for benchmarks.
+    # a folder for each list; shards: what `prepare videos` wrote; ssv2, charades: frames, with the
+    # lists of those sets; synthetic: nothing, clips are made up, for benchmarks.
     c.data.source = "list"
     # Or a set of images that TensorFlow Datasets has prepared, like "imagenet2012:5.1.0"; then the
     # folder is TFDS's data_dir, and the lists are splits, like "train[:90%]".
