@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import flags
 
 from mvit_jax import errors
-from mvit_jax.data.sources import read_class_names
+from mvit_jax.data.lists import read_class_names
 from mvit_jax.files import write_whole
 from mvit_jax.models import trees
 from mvit_jax.models.variants import override, preprocessing

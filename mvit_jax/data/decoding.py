@@ -15,7 +15,14 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Int, UInt8
 
-from mvit_jax.data.images import DecodeError, Frames, check_still, is_image, read_image
+from mvit_jax.data.images import (
+    DecodeError,
+    Footage,
+    Frames,
+    check_still,
+    is_image,
+    read_image,
+)
 
 # Headers often count a frame or two more than there are, which PySlowFast bridges by repeating
 # the last frame. A file that was cut off by a broken download lacks far more.
@@ -279,7 +286,7 @@ def opened(path: str | os.PathLike[str], clip_frames: int) -> Iterator[Video | F
             yield video
 
 
-def why_broken(opened: contextlib.AbstractContextManager[Video | Frames]) -> str | None:
+def why_broken(opened: contextlib.AbstractContextManager[Footage]) -> str | None:
     """Decodes all of what `opened(path, clip_frames)`, or that of a `sources.Source`, gives.
 
     Returns:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -32,6 +33,31 @@ class DecodeError(UserError):
 
     def __str__(self) -> str:
         return f"{self.path} cannot be decoded: {self.reason}"
+
+
+@runtime_checkable  # for beartype, in the tests
+class Footage(Protocol):
+    """Something opened that clips come from: a video file, an image, a folder of frames."""
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames, at least 1."""
+        ...
+
+    @property
+    def fps(self) -> float:
+        """Frames a second."""
+        ...
+
+    def frames(
+        self, indices: Sequence[int] | Int[np.ndarray, " frames"]
+    ) -> UInt8[np.ndarray, "frames height width 3"]:
+        """RGB frames of these numbers in `range(num_frames)`, in any order.
+
+        Raises:
+          DecodeError: what holds them is broken.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)

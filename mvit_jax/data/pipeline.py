@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from mvit_jax.data import augmentation, sampling
-from mvit_jax.data.decoding import Video
-from mvit_jax.data.images import DecodeError, Frames
+from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.sources import Source
 from mvit_jax.errors import UserError
 
@@ -181,7 +180,7 @@ def load_views(
 
 
 def views(
-    video: Video | Frames,
+    video: Footage,
     settings: ClipSettings,
     *,
     clips: int,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from mvit_jax.data.images import DecodeError, Frames, check_still, decode_image
 from mvit_jax.errors import UserError
@@ -36,7 +37,7 @@ class TfdsSplit:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def label(self, index: int) -> int:
+    def label(self, index: int, frames: Int[np.ndarray, " frames"] | None = None) -> int:
         return int(self._example(index)["label"])
 
     def item(self, index: int) -> str:
@@ -71,11 +72,11 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
 
     Raises:
       UserError: no such set, version or split, one that is not prepared or cannot be read in any
-        order, or one of something else than images with labels.
+        order, or one of something else than images with labels. Says how to prepare or convert.
     """
     import tensorflow_datasets as tfds  # takes a second, and only some data sets need it
 
-    builder = _builder(name, folder)
+    builder = prepared(name, folder)
     title = builder.info.full_name
     _check_features(title, builder.info.features)
     try:
@@ -88,7 +89,10 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     except NotImplementedError:
         raise UserError(
             f"{title} is prepared in {folder} as {builder.info.file_format.value}, which cannot be "
-            f"read in any order: prepare it as array_record in another folder, {how(name, 'DIR')}"
+            "read in any order: "
+            '`python -c "from mvit_jax.data.tfds_convert import convert; '
+            f"convert('{name}', '{folder}', 'DIR')\"` "
+            "copies it into array_record, which --config.data.folder=DIR then names"
         ) from None
     except Exception as error:  # TFDS and the readers below it raise whatever they like
         raise UserError(
@@ -99,7 +103,12 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     height, width = features["image"].shape[:2]  # None where they differ
     keep = height is not None and width is not None and 3 * count * height * width <= IN_MEMORY
     names = tuple(features["label"].names)
-    return TfdsSplit(examples, names, f"{title}/{split}", {} if keep else None)
+    opened = TfdsSplit(examples, names, f"{title}/{split}", {} if keep else None)
+    # Of the first image alone, which may be damaged too.
+    with contextlib.suppress(DecodeError):
+        if opened.label(0) < 0:  # test splits, like that of imagenet2012
+            raise UserError(f"the images of {opened.list_file} have no labels: name another split")
+    return opened
 
 
 def how(name: str, folder: str) -> str:
@@ -113,7 +122,12 @@ def how(name: str, folder: str) -> str:
     )
 
 
-def _builder(name: str, folder: str) -> Any:
+def prepared(name: str, folder: str) -> Any:
+    """TFDS's builder of a set that lies prepared in its data folder.
+
+    Raises:
+      UserError: no such set, or one that is not prepared.
+    """
     import tensorflow_datasets as tfds
 
     try:
@@ -124,9 +138,11 @@ def _builder(name: str, folder: str) -> Any:
             f"version, and the folder {folder} if it is of one's own making"
         ) from None
     if not builder.data_path.exists():
+        given = f" with the files that TFDS asks for in {folder}/downloads/manual"
+        by_hand = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) is not None
         raise UserError(
-            f"{name} is not prepared in {folder}: {how(name, folder)} does that, or name the "
-            "folder that holds it, --config.data.folder=DIR"
+            f"{name} is not prepared in {folder}: {how(name, folder)} does that{given * by_hand}, "
+            "or name the folder that holds it, --config.data.folder=DIR"
         )
     return builder
 

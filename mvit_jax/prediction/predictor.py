@@ -17,7 +17,7 @@ from jaxtyping import Float32, Float64, UInt8
 from mvit_jax.data import pipeline, sampling
 from mvit_jax.data.decoding import Video, opened
 from mvit_jax.data.images import Frames
-from mvit_jax.data.sources import read_class_names
+from mvit_jax.data.lists import read_class_names
 from mvit_jax.errors import UserError
 from mvit_jax.inspection import places, saliency
 from mvit_jax.prediction import reading

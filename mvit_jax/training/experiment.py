@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from mvit_jax.data import tfds_images
 from mvit_jax.data.augmentation import Interpolation
+from mvit_jax.data.lists import read_class_names, read_video_list
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.sources import Source, read_class_names, read_video_list
+from mvit_jax.data.sources import Source
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig

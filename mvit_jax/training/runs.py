@@ -16,7 +16,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from mvit_jax.data.sources import read_class_names
+from mvit_jax.data.lists import read_class_names
 from mvit_jax.errors import UserError
 from mvit_jax.files import write_whole
 from mvit_jax.inspection import report

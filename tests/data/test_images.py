@@ -11,7 +11,7 @@ from PIL import Image
 from mvit_jax.data import augmentation, pipeline
 from mvit_jax.data.decoding import DecodeError, opened, why_broken
 from mvit_jax.data.images import is_image, read_image
-from mvit_jax.data.sources import VideoList, read_video_list
+from mvit_jax.data.lists import VideoList, read_video_list
 
 
 def picture(height=30, width=41, seed=0):

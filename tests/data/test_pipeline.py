@@ -14,7 +14,7 @@ import pytest
 
 # Imported as a module, since pytest would take pipeline.test_batches for a test of this file.
 from mvit_jax.data import decoding, pipeline
-from mvit_jax.data.sources import read_video_list
+from mvit_jax.data.lists import read_video_list
 from mvit_jax.errors import UserError
 
 SETTINGS = pipeline.ClipSettings(frames=4, stride=2, size=16, short_side=20, crop_area=(0.3, 1.0))

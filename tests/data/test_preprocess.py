@@ -12,8 +12,8 @@ from PIL import Image
 import mvit_jax
 from mvit_jax.data import pipeline
 from mvit_jax.data.decoding import DecodeError
+from mvit_jax.data.lists import VideoList
 from mvit_jax.data.preprocess import Preprocess
-from mvit_jax.data.sources import VideoList
 from mvit_jax.errors import UserError
 from mvit_jax.training.mixing import normalise
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvit_jax.data.sources import read_video_list
+from mvit_jax.data.lists import read_video_list
 from mvit_jax.errors import UserError
 
 
@@ -73,7 +73,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_path(folder):
         (["videos/a.mp4 0", "", "videos/b.mp4"], None, None, ["train.csv, line 3", "label"]),
         (["videos/a.mp4 zero"], None, None, ["train.csv, line 1", "'zero'", "whole number"]),
         (["videos/a.mp4 1.0"], None, None, ["train.csv, line 1", "'1.0'", "whole number"]),
-        (["videos/a.mp4,0"], None, None, ["train.csv, line 1", "space"]),
+        (["videos/a.mp4"], None, None, ["train.csv, line 1", "white space"]),
         (["videos/a.mp4 0", "videos/b.mp4 2"], ["x", "y"], None, ["line 2", "label 2", "0 to 1"]),
         (["videos/a.mp4 3"], None, 3, ["line 1", "label 3", "0 to 2"]),
         (["videos/a.mp4 -1"], None, None, ["line 1", "label -1"]),

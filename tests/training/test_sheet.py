@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvit_jax.data.sources import read_video_list
+from mvit_jax.data.lists import read_video_list
 from mvit_jax.errors import UserError
 from mvit_jax.inspection import saliency
 from mvit_jax.models import mvit
