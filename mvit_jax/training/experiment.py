@@ -51,6 +51,9 @@ RANGES = {  # smallest and largest value
     "optim.lr": (0, INF),
     "optim.warmup_epochs": (0, INF),
     "optim.weight_decay": (0, INF),
+    "optim.lr_batch": (1, INF),
+    "optim.layer_decay": (0, 1),
+    "optim.momentum": (0, 1),
     "optim.b1": (0, 1),
     "optim.b2": (0, 1),
     "optim.clip_norm": (0, INF),
@@ -61,6 +64,7 @@ RANGES = {  # smallest and largest value
     "eval.clips": (1, INF),
 }
 PRECISIONS = ("default", "high", "highest")
+OPTIMIZERS = ("adamw", "sgd")
 
 
 def check(config: Config) -> None:
@@ -78,8 +82,9 @@ def check(config: Config) -> None:
         )
     for key, (low, high) in RANGES.items():
         section, _, name = key.rpartition(".")
-        value = (config[section] if section else config)[name]
-        if not low <= value <= high:
+        value = (config[section] if section else config).get(name)
+        # None where a config was frozen before there was such a key, or for a key without default.
+        if value is not None and not low <= value <= high:
             limits = f"at least {low}" if high == INF else f"from {low} to {high}"
             raise UserError(f"{key} must be {limits}, not {value}")
     if config.init.inflate not in (None, *surgery.INFLATIONS):
@@ -87,11 +92,29 @@ def check(config: Config) -> None:
         raise UserError(f"init.inflate must be one of {allowed}, not {config.init.inflate!r}")
     if config.epochs <= 0:
         raise UserError(f"epochs must be above 0, not {config.epochs}")
+    name = config.optim.get("name", "adamw")
+    if name not in OPTIMIZERS:
+        raise UserError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
     if config.eval.crops not in (1, 3):
         raise UserError(f"eval.crops must be 1 or 3, not {config.eval.crops}")
     area = config.augment.crop_area
     if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
         raise UserError(f"augment.crop_area must be two shares, 0 < low <= high <= 1, not {area}")
+
+
+def check_start(config: Config) -> None:
+    """A recipe that starts from weights must be given some."""
+    if missing_weights(config):
+        raise UserError(
+            f"this experiment starts from {config.init.needed}: give them with "
+            "--config.init.checkpoint=DIR, a run's folder or one that mvit_jax.convert made "
+            "(or start without them, by --config.init.needed=)"
+        )
+
+
+def missing_weights(config: Config) -> bool:
+    given = config.init.checkpoint is not None or config.resume is not None
+    return bool(config.init.get("needed")) and not given
 
 
 def check_batch(config: Config, devices: int) -> None:
@@ -309,24 +332,42 @@ def videos(config: Config, which: str) -> Source:
 
 
 def steps(config: Config, epochs: float, videos: Source) -> int:
-    return max(int(epochs * len(videos) / config.batch), 1)
+    return count_steps(config, epochs, len(videos))
+
+
+def count_steps(config: Config, epochs: float, videos: int) -> int:
+    """Steps of so many passes over `videos`, rounded down. Batches run on from one epoch into the
+    next, where the reference code drops what is left of each."""
+    return max(int(epochs * videos * config.data.repeats / config.batch), 1)
+
+
+def schedule(config: Config, videos: int) -> optax.Schedule:
+    """The learning rate of each step, for a training list of `videos`."""
+    c = config.optim
+    factor = 1 if c.lr_batch is None else config.batch / c.lr_batch
+    return optimizer.learning_rate(
+        lr=c.lr * factor,
+        start_lr=c.start_lr * factor,
+        end_lr=c.end_lr * factor,
+        warmup_epochs=c.warmup_epochs,
+        epochs=config.epochs,
+        steps_per_epoch=videos * config.data.repeats / config.batch,
+    )
 
 
 def make_optimizer(
     config: Config, videos: Source
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     c = config.optim
-    schedule = optimizer.learning_rate(
-        lr=c.lr,
-        start_lr=c.start_lr,
-        end_lr=c.end_lr,
-        warmup_steps=int(c.warmup_epochs * len(videos) / config.batch),
-        steps=steps(config, config.epochs, videos),
-    )
-    transform = optimizer.adamw(
-        schedule, weight_decay=c.weight_decay, b1=c.b1, b2=c.b2, clip_norm=c.clip_norm
-    )
-    return transform, schedule
+    rates = schedule(config, len(videos))
+    common = {
+        "weight_decay": c.weight_decay,
+        "layer_decay": c.layer_decay,
+        "clip_norm": c.clip_norm,
+    }
+    if c.name == "sgd":
+        return optimizer.sgd(rates, momentum=c.momentum, **common), rates
+    return optimizer.adamw(rates, b1=c.b1, b2=c.b2, **common), rates
 
 
 def _plain(value: Any) -> Any:

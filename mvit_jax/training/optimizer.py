@@ -1,27 +1,51 @@
-"""AdamW with warm-up and half cosine, as the papers train (MViT, section D.1)."""
+"""AdamW and SGD as the papers' recipes use them (MViT, appendix D; MViTv2, appendix B).
+
+The arithmetic is PyTorch's, in which the published models were trained, and the learning rate is
+that of the reference code, at fractions of epochs. A step does, in this order: gradients are
+clipped to a global norm; SGD adds the decay to the gradient (L2), AdamW takes it from the weights
+besides (decoupled); everything is multiplied by the learning rate, with layer decay by that of the
+tensor's layer.
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
 
+CLIP_EPS = 1e-6  # added to the norm, as PyTorch's clip_grad_norm_ does
+
 
 def learning_rate(
-    *, lr: float, start_lr: float, end_lr: float, warmup_steps: int, steps: int
+    *,
+    lr: float,
+    start_lr: float,
+    end_lr: float,
+    warmup_epochs: float,
+    epochs: float,
+    steps_per_epoch: float,
 ) -> optax.Schedule:
-    """Linear from `start_lr` to `lr`, then half a cosine down to `end_lr` at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=start_lr,
-        peak_value=lr,
-        warmup_steps=warmup_steps,
-        decay_steps=max(steps, warmup_steps + 1),
-        end_value=end_lr,
-    )
+    """The rate of each step: linear from `start_lr` to `lr`, then half a cosine towards `end_lr`.
+
+    Step s, from 0, stands at epoch e = s / `steps_per_epoch`, which may be any positive number;
+    the cosine's argument is pi (e - warm-up) / (epochs - warm-up). So the last step is one short of
+    `end_lr`.
+    """
+
+    def schedule(step):
+        epoch = step / steps_per_epoch
+        # Where all is warm-up there is no cosine to divide by.
+        share = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1 / steps_per_epoch)
+        cosine = (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1))) / 2
+        rising = start_lr + (lr - start_lr) * epoch / max(warmup_epochs, 1 / steps_per_epoch)
+        return jnp.where(epoch < warmup_epochs, rising, end_lr + (lr - end_lr) * cosine)
+
+    return schedule
 
 
 def decayed(params):
     """True for the tensors that weight decay shrinks: all but biases and one-dimensional ones.
 
-    Positions and the class token are decayed, as in every published MViT recipe.
+    Positions (relative ones too), the class token and pooling kernels are decayed, as in every
+    published MViT recipe; each of them has two dimensions or more here.
     """
 
     def rule(path, leaf) -> bool:
@@ -30,15 +54,75 @@ def decayed(params):
     return jax.tree_util.tree_map_with_path(rule, params)
 
 
+def layers(params):
+    """The layer of each tensor for layer decay: 0 for cubes, class token and positions, i + 1 for
+    block i, and one above the last block's for everything else (the final norm, the head)."""
+    depth = len(params["blocks"])
+
+    def rule(path, leaf) -> int:
+        room = path[0].key
+        if room == "blocks":
+            return int(path[1].key) + 1
+        return 0 if room in ("patch_embed", "positions") else depth + 1
+
+    return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def layer_rates(params, layer_decay: float):
+    """What each tensor's learning rate is multiplied by: `layer_decay` ^ (depth + 1 - layer)."""
+    last = len(params["blocks"]) + 1
+    return jax.tree.map(lambda layer: layer_decay ** (last - layer), layers(params))
+
+
 def adamw(
     schedule: optax.Schedule,
     *,
     weight_decay: float,
     b1: float = 0.9,
     b2: float = 0.999,
+    layer_decay: float = 1.0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW with decoupled decay; gradients are first clipped to a global norm, where above 0."""
-    steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
-    steps.append(optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed))
-    return optax.chain(*steps)
+    return optax.chain(
+        *_clipped(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=decayed),
+        *_by_layer(layer_decay),
+    )
+
+
+def sgd(
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    momentum: float = 0.9,
+    layer_decay: float = 1.0,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """SGD with Nesterov's momentum, no dampening, and decay as a part of the gradient (L2)."""
+    return optax.chain(
+        *_clipped(clip_norm),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.sgd(schedule, momentum=momentum, nesterov=True),
+        *_by_layer(layer_decay),
+    )
+
+
+def _clipped(clip_norm: float) -> list[optax.GradientTransformation]:
+    """Not optax's clip_by_global_norm, which divides by the bare norm."""
+
+    def clip(gradients, params):
+        factor = jnp.minimum(1, clip_norm / (optax.tree.norm(gradients) + CLIP_EPS))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+    return [optax.stateless(clip)] if clip_norm > 0 else []
+
+
+def _by_layer(layer_decay: float) -> list[optax.GradientTransformation]:
+    """Last, where the updates are already negative steps: the decay's share is scaled with them."""
+
+    def scale(updates, params):
+        rates = layer_rates(updates, layer_decay)
+        return jax.tree.map(lambda update, rate: update * rate, updates, rates)
+
+    return [optax.stateless(scale)] if layer_decay != 1 else []

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mvit_jax.training.losses import cross_entropy, soft_targets
+from mvit_jax.training.losses import binary_cross_entropy, cross_entropy, soft_targets
 
 
 def test_soft_targets_share_the_smoothing_among_all_classes():
@@ -18,3 +18,15 @@ def test_cross_entropy_of_targets_that_do_not_sum_to_one():
         log_sum = np.log(np.exp(row).sum())
         expected.append(sum(t * (log_sum - x) for t, x in zip(target, row, strict=True)))
     np.testing.assert_allclose(cross_entropy(jnp.array(logits), jnp.array(targets)), expected, 1e-6)
+
+
+def test_binary_cross_entropy_is_the_mean_over_all_classes():
+    """By the definition, in float64; what the exponential cannot hold stays finite."""
+    logits = np.array([[1.0, -2.0, 0.5], [3.0, 3.0, -1.0]])
+    targets = np.array([[1.0, 0.0, 1.0], [0.0, 0.3, 0.0]])
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).mean(-1)
+    ours = binary_cross_entropy(jnp.array(logits), jnp.array(targets))
+    np.testing.assert_allclose(ours, expected, 1e-6)
+    extreme = binary_cross_entropy(jnp.array([[200.0, -200.0]]), jnp.array([[0.0, 0.0]]))
+    np.testing.assert_allclose(extreme, [100.0])
