@@ -10,6 +10,8 @@ from ml_collections import ConfigDict, config_dict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
+    # What a paper reports of this experiment, and where; for plans (--dry_run).
+    c.published = config_dict.placeholder(str)
     c.seed = 0  # of weights, data order, augmentation, drop path
     c.epochs = 200.0  # passes over the training list; may be a fraction
     c.batch = 512  # clips a step, over all devices
@@ -23,6 +25,7 @@ def get_config() -> ConfigDict:
     c.init = ConfigDict()
     c.init.checkpoint = config_dict.placeholder(str)  # a run's or a converted folder: weights only
     c.init.inflate = config_dict.placeholder(str)  # image to video: centre, mean or repeat
+    c.init.needed = config_dict.placeholder(str)  # the weights that a recipe cannot do without
 
     c.model = ConfigDict()
     c.model.variant = "mvit_b_16x4"  # a name of `python -m mvit_jax.describe --all`
@@ -72,8 +75,9 @@ def get_config() -> ConfigDict:
     c.data.tfds = config_dict.placeholder(str)
     c.data.prefix = ""  # set before each path of the lists
     c.data.separator = config_dict.placeholder(str)  # of path and label; else white space
-    # Videos to train on, for plans that are made where the data is not (--dry_run).
+    # Videos to train on and their classes, for plans that are made where the data is not.
     c.data.train_videos = config_dict.placeholder(int)
+    c.data.classes = config_dict.placeholder(int)
     c.data.train_list = "train.csv"  # lines "path label"
     c.data.val_list = "val.csv"  # watched while training; "" for none
     c.data.test_list = "test.csv"  # of the test program

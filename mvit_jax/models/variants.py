@@ -89,6 +89,7 @@ VARIANTS: dict[str, MViTConfig] = {
     "vit_b16": _replace(_VIT, frames=1, num_classes=1000, dropout=0.0, drop_path=0.1),
     "mvitv2_s_16x4": _V2_VIDEO,
     "mvitv2_b_32x3": _replace(_V2_VIDEO, **_B24, frames=32),
+    "mvitv2_l_16x4": _replace(_V2_LONG, frames=16),
     "mvitv2_l_32x3": _replace(_V2_LONG, frames=32),
     "mvitv2_l_40x3": _V2_LONG,
     "mvitv2_l_32x3_312": _replace(_V2_LONG, frames=32, size=312),
