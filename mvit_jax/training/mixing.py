@@ -1,8 +1,16 @@
-"""What happens to a batch on the device before the model sees it: scale, flip, mixup, cutmix."""
+"""What happens to a batch on the device before the model sees it: scale, flip, erase, mix.
+
+In this order, the recipes'. Draws are of the whole batch, so that the number of devices that hold
+it changes nothing.
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
+
+from mvit_jax.errors import UserError
 
 Clips = Float[Array, "batch time height width 3"]
 Targets = Float[Array, "batch num_classes"]
@@ -22,6 +30,63 @@ def flip(clip: Clips, key: Array, rate: float) -> Clips:
     """Mirrors whole clips left to right with probability `rate`."""
     chosen = jax.random.bernoulli(key, rate, (clip.shape[0], 1, 1, 1, 1))
     return jnp.where(chosen, clip[..., ::-1, :], clip)
+
+
+def erase(clip: Clips, key: Array, rate: float, mode: str) -> Clips:
+    """Random erasing (Zhong et al. 2020): with probability `rate`, overwrites a box of a clip.
+
+    The box is the same in all frames. As in timm: its share of the frame is uniform in 0.02..1/3,
+    its height divided by its width log-uniform in 0.3..10/3; a box that does not fit is drawn
+    again, ten times at most. A rate of 0 turns it off.
+
+    Args:
+      clip: normalised clips.
+      key: gives the draws.
+      rate: probability for each clip.
+      mode: "pixel" for standard normal noise, for every pixel and frame its own; "const" for 0,
+        which is the mean colour of normalised clips.
+
+    Raises:
+      UserError: another mode.
+    """
+    if mode not in ("pixel", "const"):
+        raise UserError(f"random erasing is by 'pixel' or 'const', not by {mode!r}")
+    if rate <= 0:
+        return clip
+    draw_chosen, draw_box, draw_noise = jax.random.split(key, 3)
+    chosen = jax.random.bernoulli(draw_chosen, rate, (clip.shape[0], 1, 1))
+    box = chosen & _erased(draw_box, clip.shape[0], clip.shape[2], clip.shape[3])
+    filling = jnp.zeros((), clip.dtype)
+    if mode == "pixel":
+        # In float32, as bfloat16 would leave few values to draw.
+        filling = jax.random.normal(draw_noise, clip.shape, jnp.float32).astype(clip.dtype)
+    return jnp.where(box[:, None, :, :, None], filling, clip)
+
+
+def _erased(key: Array, clips: int, height: int, width: int) -> Array:
+    """Boxes [clips, height, width] of True; nowhere True where ten draws do not fit."""
+    draw_area, draw_aspect, draw_place = jax.random.split(key, 3)
+    shape = (clips, 10)
+    area = jax.random.uniform(draw_area, shape, minval=0.02, maxval=1 / 3) * (height * width)
+    bound = math.log(0.3)
+    aspect = jnp.exp(jax.random.uniform(draw_aspect, shape, minval=bound, maxval=-bound))
+    sides = jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)], -1).round()
+    frame = jnp.array([[height, width]], sides.dtype)
+    fits = (sides < frame[None]).all(-1)
+    first = fits.argmax(-1)[:, None, None]
+    size = jnp.take_along_axis(sides, first, 1)[:, 0]
+    # Whole numbers from 0 to what is left over; a draw next to 1 may be rounded up to 1.
+    left_over = frame - size
+    corner = jnp.floor(jax.random.uniform(draw_place, (clips, 2)) * (left_over + 1))
+    corner = jnp.minimum(corner, left_over)
+
+    def inside(axis: int, length: int) -> Array:
+        place = jnp.arange(length, dtype=corner.dtype)[None]
+        start = corner[:, axis, None]
+        return (place >= start) & (place < start + size[:, axis, None])
+
+    box = inside(0, height)[:, :, None] & inside(1, width)[:, None, :]
+    return box & fits.any(-1)[:, None, None]
 
 
 def mix(

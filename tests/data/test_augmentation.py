@@ -5,7 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from mvit_jax.data import augmentation
+from benchmarks.augmentation import plain
+from mvit_jax.data import augmentation, randaugment
+from mvit_jax.data.augmentation import Augmentation, augment
+from mvit_jax.data.clip_ops import Box
+from mvit_jax.errors import UserError
 
 
 def noise(time, height, width, seed=0):
@@ -100,12 +104,11 @@ def test_crops_need_large_enough_frames_and_a_known_number():
         augmentation.crop_views(noise(1, 20, 30), 20, 2)
 
 
-def test_random_boxes_keep_the_bounds_of_area_and_aspect():
+def testrandom_boxes_keep_the_bounds_of_area_and_aspect():
     height, width = 200, 300
     rng = np.random.default_rng(0)
     boxes = [
-        augmentation._random_box(height, width, rng, (0.08, 1.0), (0.75, 4 / 3))
-        for _ in range(4000)
+        augmentation.random_box(height, width, rng, (0.08, 1.0), (0.75, 4 / 3)) for _ in range(4000)
     ]
     top, left, box_height, box_width = np.array(boxes).T
     assert (top >= 0).all() and (left >= 0).all()
@@ -134,7 +137,7 @@ def test_random_boxes_keep_the_bounds_of_area_and_aspect():
 )
 def test_a_box_that_never_fits_falls_back_to_the_centre(shape, expected):
     height, width = shape
-    box = augmentation._random_box(
+    box = augmentation.random_box(
         height, width, np.random.default_rng(0), (1.0, 1.0), (0.75, 4 / 3)
     )
     assert box == expected
@@ -144,7 +147,7 @@ def test_random_resized_crop_is_the_box_resized_in_all_frames():
     clip = noise(4, 40, 60)
     for seed in range(20):
         crop = augmentation.random_resized_crop(clip, 16, rng=np.random.default_rng(seed))
-        top, left, height, width = augmentation._random_box(
+        top, left, height, width = augmentation.random_box(
             40, 60, np.random.default_rng(seed), (0.08, 1.0), (0.75, 1.3333)
         )
         assert crop.shape == (4, 16, 16, 3)
@@ -170,3 +173,152 @@ def test_whole_frame_without_aspect_change_is_kept():
     )
     assert np.array_equal(crop, clip)
     assert math.isclose(crop.mean(), clip.mean())
+
+
+def reference_box(height, width, random):
+    """The crop of PySlowFast's recipe, from uniform numbers of `random`."""
+    for _ in range(10):
+        area = height * width * (0.08 + 0.92 * random())
+        aspect = 0.75 * (1.3333 / 0.75) ** random()
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if w <= width and h <= height:
+            return int(random() * (height - h + 1)), int(random() * (width - w + 1)), h, w
+    return None
+
+
+@pytest.mark.parametrize("shape", [(256, 340), (340, 256), (240, 240)])
+def test_random_boxes_are_distributed_as_the_references(shape):
+    rng, other = np.random.default_rng(0), np.random.default_rng(1)
+    ours = np.array([augmentation.random_box(*shape, rng, (0.08, 1.0)) for _ in range(4000)])
+    boxes = [reference_box(*shape, other.random) for _ in range(4000)]
+    theirs = np.array([box for box in boxes if box is not None])
+    assert len(theirs) > 3990
+    for column in range(4):
+        # Two samples' Kolmogorov-Smirnov distance: 0.0436 at a thousandth.
+        values = np.sort(np.concatenate([ours[:, column], theirs[:, column]]))
+        shares = [
+            np.searchsorted(np.sort(x[:, column]), values, "right") / len(x) for x in (ours, theirs)
+        ]
+        assert np.abs(shares[0] - shares[1]).max() < 0.0436
+
+
+VIDEO = randaugment.parse("rand-m7-n4-mstd0.5-inc1")
+IMAGE = randaugment.parse("rand-m9-n6-mstd0.5-inc1")
+
+
+def test_videos_are_augmented_whole_and_then_cropped():
+    settings = Augmentation(randaugment=VIDEO)
+    clip = noise(3, 40, 60)
+    changed = 0
+    for seed in range(60):
+        ours = augment(clip, settings, 16, rng=np.random.default_rng(seed), image=False)
+        rng = np.random.default_rng(seed)
+        frames = plain(clip, VIDEO.draw(rng))
+        box = augmentation.random_box(40, 60, rng, (0.08, 1.0))
+        cropped = box.cut(frames, Box(0, 0, 40, 60))
+        np.testing.assert_array_equal(ours, augmentation.resize(cropped, 16, 16))
+        changed += (frames != clip).any()
+    assert 30 < changed < 60
+
+
+def test_images_are_cropped_and_then_augmented():
+    fill = (124, 116, 104)
+    settings = Augmentation(randaugment=IMAGE, fill=fill, interpolation="bicubic")
+    clip = noise(1, 40, 60)
+    for seed in range(60):
+        ours = augment(clip, settings, 16, rng=np.random.default_rng(seed), image=True)
+        rng = np.random.default_rng(seed)
+        drawn = IMAGE.draw(rng)
+        cropped = augmentation.random_resized_crop(clip, 16, rng=rng, interpolation="bicubic")
+        np.testing.assert_array_equal(ours, plain(cropped, drawn, fill))
+
+
+def test_frames_are_scaled_before_all_else():
+    settings = Augmentation(crop_area=None, short_side=20, randaugment=VIDEO)
+    clip = noise(2, 40, 60)
+    for seed in range(20):
+        ours = augment(clip, settings, 20, rng=np.random.default_rng(seed), image=False)
+        frames = plain(
+            augmentation.resize_short_side(clip, 20), VIDEO.draw(np.random.default_rng(seed))
+        )
+        np.testing.assert_array_equal(ours, frames[:, :, 5:25])
+
+
+def test_without_settings_the_short_side_is_scaled_and_the_centre_cut():
+    clip = noise(2, 41, 60)
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    for image in (False, True):
+        ours = augment(clip, Augmentation(crop_area=None), 16, rng=rng, image=image)
+        resized = augmentation.resize_short_side(clip, 16)
+        expected = augmentation.crop_views(resized, 16, 1, image=image)[0]
+        np.testing.assert_array_equal(ours, expected)
+    assert rng.bit_generator.state == before
+
+
+def test_jitter_draws_the_inverse_of_the_short_side_and_a_place(monkeypatch):
+    sides, squares = [], []
+    monkeypatch.setattr(
+        augmentation,
+        "resize_short_side",
+        lambda clip, side, _: sides.append(side) or positions(side, side + 9, 1),
+    )
+    settings = Augmentation(crop_area=None, jitter=(64, 80))
+    rng = np.random.default_rng(0)
+    for _ in range(4000):
+        square = augment(noise(1, 40, 60), settings, 56, rng=rng, image=False)
+        assert square.shape == (1, 56, 56, 3)
+        squares.append(square[0, 0, 0, 1:])
+    sides = np.array(sides)
+    assert sides.min() == 64 and sides.max() == 80
+    # A side is drawn when 1 / u rounds to it.
+    values = np.arange(64, 81)
+    low, high = np.maximum(values - 0.5, 64), np.minimum(values + 0.5, 80)
+    expected = len(sides) * (1 / low - 1 / high) / (1 / 64 - 1 / 80)
+    counts = np.bincount(sides - 64)
+    assert ((counts - expected) ** 2 / expected).sum() < 39.3  # 16 degrees of freedom
+    # Of each side, all places alike.
+    room = np.stack([sides - 56, sides + 9 - 56], -1)
+    assert ((squares / room) <= 1).all()
+    assert np.mean(squares / room, 0) == pytest.approx(0.5, abs=0.02)
+    assert (np.array(squares) == 0).any(0).all() and (squares == room).any(0).all()
+    few = sides == 64
+    counts = np.bincount(np.array(squares)[few, 0], minlength=9)
+    assert ((counts - few.sum() / 9) ** 2 / (few.sum() / 9)).sum() < 26.1
+
+
+def test_jitter_cuts_squares_out_of_all_frames_alike():
+    clip = noise(3, 40, 60)
+    settings = Augmentation(crop_area=None, jitter=(30, 30), randaugment=VIDEO)
+    rng = np.random.default_rng(3)
+    ours = augment(clip, settings, 20, rng=np.random.default_rng(3), image=False)
+    frames = augmentation.resize_short_side(plain(clip, VIDEO.draw(rng)), 30)
+    places = [
+        (top, left)
+        for top in range(11)
+        for left in range(26)
+        if np.array_equal(ours, frames[:, top : top + 20, left : left + 20])
+    ]
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"jitter": (256, 320)}, "cannot both"),
+        ({"crop_area": (0.0, 1.0)}, "crop_area"),
+        ({"crop_area": (0.5, 0.2)}, "crop_area"),
+        ({"crop_area": (0.5, 1.2)}, "crop_area"),
+        ({"crop_area": None, "jitter": (320, 256)}, "jitter"),
+        ({"crop_area": None, "jitter": (0, 256)}, "jitter"),
+    ],
+)
+def test_bounds_that_are_none_are_refused(changes, problem):
+    with pytest.raises(UserError, match=problem):
+        Augmentation(**changes)
+
+
+def test_jitter_below_the_square_is_refused():
+    settings = Augmentation(crop_area=None, jitter=(15, 30))
+    with pytest.raises(UserError, match="squares of 16 pixels"):
+        augment(noise(1, 40, 60), settings, 16, rng=np.random.default_rng(0), image=False)

@@ -1,0 +1,200 @@
+"""RandAugment against Pillow frame by frame, timm's own outputs, and its definition."""
+
+import numpy as np
+import pytest
+
+from benchmarks.augmentation import plain
+from mvit_jax.data import randaugment
+from mvit_jax.data.clip_ops import Box
+from mvit_jax.data.randaugment import OPERATIONS, Operation, RandAugment
+from mvit_jax.errors import UserError
+from tests.reference import make_randaugment as timm
+
+RECIPE = "rand-m7-n4-mstd0.5-inc1"
+
+
+def frames(kind, time, height, width, rng):
+    """Noise, few values with plain parts between them, nearly one colour, or a dark ramp."""
+    noise = rng.integers(0, 256, (time, height, width, 3), dtype=np.uint8)
+    if kind == "steps":
+        return noise // 64 * 64
+    if kind == "plain":
+        clip = np.full_like(noise, rng.integers(256))
+        clip[:, : height // 2] = rng.integers(256, size=3)
+        return clip
+    if kind == "ramp":
+        return (np.indices(noise.shape).sum(0) % 97).astype(np.uint8)
+    return noise
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("shape", [(2, 23, 31), (1, 24, 18), (2, 1, 1), (1, 2, 9)])
+def test_operations_equal_pillows(name, shape):
+    rng = np.random.default_rng(len(name))
+    for kind in ("noise", "steps", "plain", "ramp"):
+        clip = frames(kind, *shape, rng)
+        for magnitude in (0, 0.4, 2.5, 5, 6.83, 8, 9.7, 10):
+            for sign in (1, -1):
+                drawn = (randaugment.operation(name, magnitude, sign),)
+                ours = randaugment.apply(clip, drawn, fill=(7, 200, 99))
+                expected = plain(clip, drawn, (7, 200, 99))
+                np.testing.assert_array_equal(ours, expected, f"{kind} {drawn}")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_equal_timms(name):
+    with np.load(timm.FILE) as stored:
+        for magnitude in timm.MAGNITUDES:
+            for sign in (1, -1):
+                drawn = (randaugment.operation(name, magnitude, sign),)
+                ours = randaugment.apply(timm.frames(), drawn, fill=timm.FILL)
+                expected = stored[timm.key(name, magnitude, sign)]
+                np.testing.assert_array_equal(ours, expected, f"{magnitude} {sign}")
+
+
+def test_timms_outputs_are_of_these_operations():
+    assert tuple(timm.OPERATIONS) == OPERATIONS
+    with np.load(timm.FILE) as stored:
+        # All that change a frame do so, in a way of their own for each sign where they have one.
+        for name in OPERATIONS:
+            one, other = (stored[timm.key(name, 7.0, sign)] for sign in (1, -1))
+            assert (one != timm.frames()).any(), name
+            signed = randaugment.operation(name, 7, 1) != randaugment.operation(name, 7, -1)
+            assert (one != other).any() == signed, name
+
+
+def test_a_part_of_the_frames_is_what_is_cut_out_of_whole_ones():
+    rng = np.random.default_rng(0)
+    outside = 0
+    for i in range(400):
+        height, width = (int(side) for side in rng.integers(1, 50, 2))
+        kind = ("noise", "steps", "plain", "ramp")[i % 4]
+        clip = frames(kind, int(rng.integers(1, 4)), height, width, rng)
+        box_height, box_width = int(rng.integers(height)) + 1, int(rng.integers(width)) + 1
+        box = Box(
+            int(rng.integers(height - box_height + 1)),
+            int(rng.integers(width - box_width + 1)),
+            box_height,
+            box_width,
+        )
+        settings = RandAugment(int(rng.integers(11)), 6, float(rng.choice([0.0, 0.5])))
+        drawn = settings.draw(rng)
+        before = clip.copy()
+        ours = randaugment.apply(clip, drawn, fill=(3, 140, 255), box=box)
+        expected = box.cut(plain(clip, drawn, (3, 140, 255)), Box(0, 0, height, width))
+        np.testing.assert_array_equal(ours, expected, f"{kind} {drawn} {box} of {clip.shape}")
+        np.testing.assert_array_equal(clip, before)
+        outside += bool((expected == (3, 140, 255)).all(-1).all())
+    assert outside > 0  # boxes of which nothing was in the frame were among them
+
+
+def test_strings_are_read():
+    assert randaugment.parse(RECIPE) == RandAugment(7, 4, 0.5)
+    assert randaugment.parse("rand-m9-n6-mstd0.5-inc1") == RandAugment(9, 6, 0.5)
+    assert randaugment.parse("rand-inc1-n3") == RandAugment(10, 3, 0.0)  # timm's m and mstd
+    assert hash(randaugment.parse(RECIPE)) == hash(RandAugment(7, 4, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "must start with 'rand'"),
+        ("augmix-m5-w4-d2", "must start with 'rand'"),
+        ("rand-m7-n4-mstd0.5-inc1-tweights", "part 'tweights'.* is not known"),
+        ("rand-m7-p0.3-inc1", "part 'p0.3'.* is not known"),
+        ("rand-m7-mmax5-inc1", "part 'mmax5'.* is not known"),
+        ("rand-m7--inc1", "part ''.* is not known"),
+        ("rand-M7-inc1", "part 'M7'.* is not known"),
+        ("rand-m7-n4-m3-inc1", "part 'm3'.* must stand there once"),
+        ("rand-m7.5-inc1", "part 'm7.5'.* a number"),
+        ("rand-m-inc1", "part 'm'.* a number"),
+        ("rand-mstdinf-inc1", "part 'mstdinf'"),
+        ("rand-m11-inc1", "part 'm11'.* out of range: m goes from 0 to 10"),
+        ("rand-m7-n0-inc1", "part 'n0'.* out of range"),
+        ("rand-m7-mstd101-inc1", "part 'mstd101'.* out of range"),
+        ("rand-m7-n4-mstd0.5", "end it with -inc1"),
+        ("rand-m7-n4-mstd0.5-inc0", "do not grow with the magnitude"),
+    ],
+)
+def test_other_strings_are_refused_in_a_sentence(text, problem):
+    with pytest.raises(UserError, match=problem) as caught:
+        randaugment.parse(text)
+    assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def draws():
+    rng = np.random.default_rng(1)
+    return [randaugment.parse(RECIPE).draw(rng) for _ in range(6000)]
+
+
+def test_layers_are_applied_half_the_time(draws):
+    # Binomial(4, 1/2): chi-square of 4 degrees of freedom, 18.5 at a thousandth.
+    counts = np.bincount([len(drawn) for drawn in draws], minlength=5)
+    expected = len(draws) * np.array([1, 4, 6, 4, 1]) / 16
+    assert ((counts - expected) ** 2 / expected).sum() < 18.5
+
+
+def test_operations_are_drawn_evenly_and_with_replacement(draws):
+    names = [one.name for drawn in draws for one in drawn]
+    counts = np.array([names.count(name) for name in OPERATIONS])
+    expected = len(names) / 15
+    assert ((counts - expected) ** 2 / expected).sum() < 36.1  # 14 degrees of freedom
+    pairs = [drawn[0].name == drawn[1].name for drawn in draws if len(drawn) == 2]
+    assert np.mean(pairs) == pytest.approx(1 / 15, abs=0.02)
+
+
+def test_magnitudes_are_normal_and_signs_even(draws):
+    degrees = np.array([one.argument for d in draws for one in d if one.name == "Rotate"])
+    assert np.mean(degrees > 0) == pytest.approx(0.5, abs=0.06)
+    magnitudes = np.abs(degrees) / 3
+    assert magnitudes.mean() == pytest.approx(7, abs=0.06)
+    assert magnitudes.std() == pytest.approx(0.5, abs=0.05)
+    assert np.mean(np.abs(magnitudes - 7) < 0.5) == pytest.approx(0.683, abs=0.06)
+    factors = np.array([one.argument for d in draws for one in d if one.name == "Color"])
+    assert np.mean(factors > 1) == pytest.approx(0.5, abs=0.06)
+    assert np.abs(factors - 1).mean() == pytest.approx(0.63, abs=0.006)
+
+
+def test_magnitudes_are_clipped():
+    rng = np.random.default_rng(0)
+    for magnitude, bound in ((10, 10), (0, 0)):
+        drawn = [one for _ in range(500) for one in RandAugment(magnitude, 4, 0.5).draw(rng)]
+        moved = np.array([abs(one.argument) for one in drawn if one.name == "ShearX"]) / 0.03
+        assert moved.min() >= 0 and moved.max() <= 10 + 1e-9
+        assert np.mean(np.isclose(moved, bound)) == pytest.approx(0.5, abs=0.15)
+
+
+def test_without_a_deviation_the_magnitude_is_exact():
+    rng = np.random.default_rng(0)
+    settings = RandAugment(7, 4, 0.0)
+    drawn = {one for _ in range(300) for one in settings.draw(rng)}
+    assert Operation("Rotate", 21.0) in drawn and Operation("Rotate", -21.0) in drawn
+    # 15 operations, of which 9 have a sign.
+    assert len(drawn) == 24
+
+
+def test_the_same_for_all_frames():
+    rng = np.random.default_rng(0)
+    frame = frames("noise", 1, 30, 40, rng)
+    still = np.repeat(frame, 5, 0)
+    for _ in range(60):
+        drawn = randaugment.parse(RECIPE).draw(rng)
+        ours = randaugment.apply(still, drawn)
+        assert (ours == ours[:1]).all(), drawn
+
+
+def test_statistics_are_of_each_frame_alone():
+    rng = np.random.default_rng(0)
+    clip = frames("noise", 2, 24, 24, rng)
+    clip[1] //= 4
+    for name in ("AutoContrast", "Equalize", "Contrast"):
+        drawn = (randaugment.operation(name, 7, 1),)
+        first, second = (randaugment.apply(frame[None], drawn)[0] for frame in clip)
+        np.testing.assert_array_equal(randaugment.apply(clip, drawn), [first, second])
+        assert (second != clip[1]).any()
+
+
+def test_an_operation_that_does_not_exist_is_no_operation():
+    with pytest.raises(ValueError, match="no operation 'Cutout'"):
+        randaugment.apply(np.zeros((1, 4, 4, 3), np.uint8), (Operation("Cutout", 1.0),))
