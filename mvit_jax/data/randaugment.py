@@ -146,8 +146,8 @@ def apply(
 ) -> UInt8[np.ndarray, "time _ _ 3"]:
     """Applies operations one after the other to all frames.
 
-    The values are Pillow's. Where a rotated frame is cut, coordinates are rounded otherwise in their
-    thirteenth decimal, which changed none of 1.6 * 10^8 values.
+    The values are Pillow's. Where a rotated frame is cut, coordinates are rounded otherwise in
+    their thirteenth decimal, which changed none of 1.6 * 10^8 values.
 
     Args:
       clip: frames of any size, RGB.

@@ -88,6 +88,17 @@ def test_a_part_of_the_frames_is_what_is_cut_out_of_whole_ones():
     assert outside > 0  # boxes of which nothing was in the frame were among them
 
 
+def test_a_pixel_in_the_centre_of_a_rotated_frame_is_rounded_as_pillow_does():
+    # It stays where it is but for the last bits of its coordinates, which decide on its value.
+    rng = np.random.default_rng(0)
+    clip = frames("noise", 1, 25, 23, rng)
+    whole, box = Box(0, 0, 25, 23), Box(3, 11, 22, 8)
+    for degrees in np.linspace(-30, 30, 401):
+        drawn = (Operation("Rotate", float(degrees)),)
+        ours = randaugment.apply(clip, drawn, box=box)
+        np.testing.assert_array_equal(ours, box.cut(plain(clip, drawn), whole), str(degrees))
+
+
 def test_strings_are_read():
     assert randaugment.parse(RECIPE) == RandAugment(7, 4, 0.5)
     assert randaugment.parse("rand-m9-n6-mstd0.5-inc1") == RandAugment(9, 6, 0.5)
