@@ -6,7 +6,7 @@ labels are numbers with commas between them, in quotes, or `""`.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class FrameList:
 
     file: str
     videos: tuple[str, ...]
-    starts: Int64[np.ndarray, " videos+1"]
+    starts: Int64[np.ndarray, " places"]
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -52,13 +52,16 @@ class FrameList:
         try:
             with Path(self.file).open("rb") as file:
                 file.seek(start)
-                lines = file.read(end - start).splitlines()
+                content = file.read(end - start)
         except OSError as error:
             reason = f"its list {self.file} cannot be read: {str(error.strerror).lower()}"
             raise DecodeError(self.videos[index], reason) from error
-        fields = [line.split() for line in lines if line.strip()]
+        fields = [line.split() for line in content.splitlines() if line.strip()]
         name = os.fsencode(self.videos[index])
-        if any(len(row) != 5 or row[0] != name for row in fields) or not fields:
+        sound = len(content) == end - start and all(
+            len(row) == 5 and row[0] == name for row in fields
+        )
+        if not sound:
             reason = (
                 f"{self.file} has lines of other fields than `{_HEADER.decode()}` among its own, "
                 "or has changed since it was first read"
@@ -86,23 +89,39 @@ def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
             f"there is no list {list_file}: it should hold a line for each frame, after the header "
             f"`{_HEADER.decode()}`"
         )
-    starts: dict[bytes, int] = {}
-    texts: list[set[bytes]] = []
-    with list_file.open("rb") as lines:
-        header = lines.readline()
+    with list_file.open("rb") as file:
+        header = file.readline()
         if header.removeprefix(b"\xef\xbb\xbf").split() != _HEADER.split():
             raise UserError(
                 f"{list_file}, line 1 should be the header `{_HEADER.decode()}` of a list of "
                 f"frames, but is {header.decode(errors='replace').strip()[:80]!r}"
             )
-        end, current = len(header), b"\n"
-        # Of millions of lines no more is looked at than whether the video is still the same.
-        for number, line in enumerate(lines, start=2):
-            if not line.startswith(current):
-                fields = line.split(maxsplit=1)
-                if not fields:
-                    end += len(line)
-                    continue
+        starts, texts, end = _index(file, len(header), list_file)
+    if not starts:
+        raise UserError(f"{list_file} lists no frames: it should hold a line for each")
+    videos = tuple(map(os.fsdecode, starts))
+    places = np.array([*starts.values(), end], np.int64)
+    return FrameList(str(list_file), videos, places), texts
+
+
+def _index(
+    lines: Iterable[bytes], end: int, list_file: Path
+) -> tuple[dict[bytes, int], list[set[bytes]], int]:
+    """Gives the place of each video's first line, the texts of its labels, and the end's place.
+
+    Lines begin at place `end`. There are millions of them, so of most no more is looked at than
+    whether the video is still the same, and the labels.
+    """
+    starts: dict[bytes, int] = {}
+    texts: list[set[bytes]] = []
+    name, begin = b"", ()  # no line starts with one of no texts
+    for number, line in enumerate(lines, start=2):
+        if not line.startswith(begin):
+            fields = line.split(maxsplit=1)
+            if not fields:
+                end += len(line)
+                continue
+            if fields[0] != name:
                 name = fields[0]
                 if name in starts:
                     raise UserError(
@@ -111,14 +130,10 @@ def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
                     )
                 starts[name] = end
                 texts.append(set())
-                current = line[: line.index(name) + len(name) + 1]
-            texts[-1].add(line.rsplit(None, 1)[-1])
-            end += len(line)
-    if not starts:
-        raise UserError(f"{list_file} lists no frames: it should hold a line for each")
-    videos = tuple(map(os.fsdecode, starts))
-    places = np.array([*starts.values(), end], np.int64)
-    return FrameList(str(list_file), videos, places), texts
+                begin = line[: line.index(name) + len(name) + 1]
+        texts[-1].add(line.rsplit(None, 1)[-1])
+        end += len(line)
+    return starts, texts, end
 
 
 def label_numbers(text: bytes) -> list[int]:

@@ -26,8 +26,8 @@ class Source(Protocol):
     """One split of a data set: all that training and testing need to know of where it lies.
 
     Elements may be asked for in any order, from several threads at a time, and from other
-    processes, which a source can be sent to. The same index means the same element on every
-    machine.
+    processes, which a source can be sent to; new ones, as a fork leaves behind the threads of
+    array_record's readers, and may hang. The same index means the same element on every machine.
     """
 
     @property

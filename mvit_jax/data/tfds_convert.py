@@ -1,4 +1,4 @@
-"""Sets that TFDS has prepared as tfrecord, copied into array_record, which can be read in any order.
+"""Sets that TFDS has prepared as tfrecord, copied into array_record to be read in any order.
 
 TFDS's own `convert_format` (4.9.10) needs packages that TFDS does not bring, loses the names of
 classes, and ends without the metadata when it writes to another folder. Both formats hold the same

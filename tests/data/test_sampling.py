@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mvit_jax.data import sampling
+from mvit_jax.errors import UserError
 
 
 def indices_one_by_one(start, span, frames, num_frames):
@@ -71,3 +72,116 @@ def test_a_short_video_repeats_its_last_frame():
 def test_a_single_frame_clip_is_its_start():
     assert sampling.view_indices(11, 30.0, frames=1, stride=1, clips=1).tolist() == [[5]]
     assert sampling.view_indices(11, 30.0, frames=1, stride=1, clips=3).tolist() == [[0], [5], [10]]
+
+
+def rounded(value):
+    """To the nearest whole number, halves to the even one, as Python and NumPy do."""
+    low = math.floor(value)
+    if value - low == 0.5:
+        return low + low % 2
+    return low + (value - low > 0.5)
+
+
+def bounds_one_by_one(num_frames, frames):
+    """The definition of segments: T parts of (n - 1) / T frames, both ends rounded."""
+    size = (num_frames - 1) / frames
+    return [(rounded(size * i), rounded(size * (i + 1))) for i in range(frames)]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 16, 32, 40])
+@pytest.mark.parametrize("num_frames", [1, 2, 5, 9, 16, 17, 45, 117, 1000])
+def test_segments_give_the_middle_of_each_in_tests(num_frames, frames):
+    bounds = bounds_one_by_one(num_frames, frames)
+    assert bounds[0][0] == 0 and bounds[-1][1] == num_frames - 1
+    (clip,) = sampling.view_indices(
+        num_frames, 12.0, frames=frames, stride=4, clips=1, sampling="segments"
+    )
+    assert clip.dtype == np.int64
+    assert clip.tolist() == [(start + end) // 2 for start, end in bounds]
+
+
+@pytest.mark.parametrize(("num_frames", "frames"), [(50, 8), (9, 4), (5, 16), (1, 3), (20, 1)])
+def test_segments_draw_uniformly_from_each_in_training(num_frames, frames):
+    draws = 4000
+    rng = np.random.default_rng(0)
+    clips = np.stack(
+        [
+            sampling.train_indices(
+                num_frames, 12.0, frames=frames, stride=4, sampling="segments", rng=rng
+            )
+            for _ in range(draws)
+        ]
+    )
+    assert clips.shape == (draws, frames)
+    assert (np.diff(clips, axis=1) >= 0).all()
+    for place, (start, end) in enumerate(bounds_one_by_one(num_frames, frames)):
+        counts = np.bincount(clips[:, place] - start, minlength=end - start + 1)
+        expected = draws / (end - start + 1)
+        assert len(counts) == end - start + 1  # both ends, and nothing beyond
+        assert np.abs(counts - expected).max() <= 5 * math.sqrt(expected)
+    if frames > 1 and num_frames > 2 * frames:  # of each segment on its own
+        assert abs(np.corrcoef(clips[:, 0], clips[:, 1])[0, 1]) < 0.1
+
+
+def strided_one_by_one(start, frames, stride, num_frames):
+    return [min(max(start + i * stride, 0), num_frames - 1) for i in range(frames)]
+
+
+@pytest.mark.parametrize(("frames", "stride"), [(16, 4), (32, 3), (8, 1), (1, 4)])
+@pytest.mark.parametrize("num_frames", [1, 7, 60, 61, 62, 300, 731])
+def test_views_of_a_stride_are_spread_evenly(num_frames, frames, stride):
+    room = max(num_frames - ((frames - 1) * stride + 1), 0)
+    for clips in (1, 2, 3, 10):
+        views = sampling.view_indices(
+            num_frames, 24.0, frames=frames, stride=stride, clips=clips, sampling="stride"
+        )
+        assert views.shape == (clips, frames) and views.dtype == np.int64
+        for k in range(clips):
+            start = room // 2 if clips == 1 else rounded(room / (clips - 1) * k)
+            assert views[k].tolist() == strided_one_by_one(start, frames, stride, num_frames)
+        # All of the video is between the first clip and the last one.
+        if clips > 1 and room > 0:
+            assert views[0, 0] == 0 and views[-1, -1] == num_frames - 1
+
+
+@pytest.mark.parametrize("num_frames", [1, 20, 61, 62, 90])
+def test_training_clips_of_a_stride_start_at_any_frame(num_frames):
+    room = num_frames - 61
+    first, last = min(room, 0), max(room, 0)
+    expected = {tuple(strided_one_by_one(s, 16, 4, num_frames)) for s in range(first, last + 1)}
+    rng = np.random.default_rng(0)
+    draws = 200 * (last - first + 1)
+    starts = {}
+    for _ in range(draws):
+        clip = sampling.train_indices(
+            num_frames, 24.0, frames=16, stride=4, sampling="stride", rng=rng
+        )
+        starts[tuple(clip.tolist())] = starts.get(tuple(clip.tolist()), 0) + 1
+    assert set(starts) == expected
+    if len(expected) == last - first + 1:  # else several starts give the same frames
+        assert max(abs(count - 200) for count in starts.values()) < 5 * math.sqrt(200)
+
+
+def test_a_short_video_of_a_stride_is_filled_up_on_both_sides():
+    rng = np.random.default_rng(0)
+    clips = [
+        sampling.train_indices(10, 24.0, frames=6, stride=4, sampling="stride", rng=rng).tolist()
+        for _ in range(200)
+    ]
+    assert [0, 4, 8, 9, 9, 9] in clips and [0, 0, 0, 1, 5, 9] in clips
+    (clip,) = sampling.view_indices(10, 24.0, frames=6, stride=4, clips=1, sampling="stride")
+    assert clip.tolist() == [0, 4, 8, 9, 9, 9]
+
+
+def test_frame_rates_matter_to_spans_alone():
+    for name, differ in (("span", True), ("segments", False), ("stride", False)):
+        one, other = (
+            sampling.view_indices(200, fps, frames=8, stride=4, clips=1, sampling=name)
+            for fps in (12.0, 30.0)
+        )
+        assert np.array_equal(one, other) != differ
+
+
+def test_several_clips_of_segments_are_a_mistake():
+    with pytest.raises(UserError, match=r"5 clips .*: set eval\.clips=1"):
+        sampling.view_indices(50, 12.0, frames=8, stride=1, clips=5, sampling="segments")

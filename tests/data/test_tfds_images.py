@@ -266,7 +266,7 @@ def test_sets_of_other_formats_and_features_are_refused(tmp_path):
     )  # fmt: skip
     store(tmp_path, "texts", lambda f: {"text": f.Text()}, {"text": "hello"}, "array_record")
     folder = str(tmp_path)
-    with pytest.raises(UserError, match="as tfrecord, which cannot be read in any order: prepare"):
+    with pytest.raises(UserError, match="as tfrecord, which cannot be read in any order: `python"):
         read_split("records", folder, "train")
     with pytest.raises(UserError, match=r"other features .*float32"):
         read_split("floats", folder, "train")

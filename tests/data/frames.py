@@ -1,0 +1,28 @@
+"""Small videos of frames in folders, and lists of them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def pixels(video: str, frame: int, size=(6, 8)) -> np.ndarray:
+    """Made of the names alone, uint8 `[height, width, 3]`."""
+    rng = np.random.default_rng([frame, *video.encode()])
+    return rng.integers(0, 256, (*size, 3), np.uint8)
+
+
+def write(folder: Path, video: str, count: int, name: str = "{video}_{number:06d}.png") -> None:
+    (folder / video).mkdir(parents=True)
+    for frame in range(count):
+        path = folder / video / name.format(video=video, number=frame + 1)
+        Image.fromarray(pixels(video, frame)).save(path)
+
+
+def row(video: str, frame: int, labels: str = "") -> str:
+    return f'{video} 0 {frame} {video}/{video}_{frame + 1:06d}.png "{labels}"'
+
+
+def write_list(file: Path, rows: list[str]) -> None:
+    header = "original_vido_id video_id frame_id path labels"
+    file.write_text("\n".join([header, *rows]) + "\n")
