@@ -5,16 +5,16 @@
     python -m mvit_jax.evaluate --workdir=runs/charades
 
 The word after the colon is VARIANT[_k600]: RUN is that of configs/kinetics.py, trained on
-Kinetics-400 or Kinetics-600 (`_k600`), or a folder that `python -m mvit_jax.convert` made of released
-weights. `--dry_run` prints the plan, figure included.
+Kinetics-400 or Kinetics-600 (`_k600`), or a folder that `python -m mvit_jax.convert` made of
+released weights. `--dry_run` prints the plan, figure included.
 
 DIR holds PySlowFast's lists of frames, `train.csv` and `val.csv`, whose paths start at
 DIR/frames. Figures are mean average precision on the validation list, over 157 classes, by the
 highest score of 10 clips x 3 crops.
 
 No config was ever released; the recipe is MViT's appendix D.3 (SGD, 200 epochs, batch of 256, rate
-0.6, decay 1e-7, drop path 0.45, augmentation of Kinetics-400 without mixup, sigmoids). Assumed, where
-it says nothing or the released code something else:
+0.6, decay 1e-7, drop path 0.45, augmentation of Kinetics-400 without mixup, sigmoids). Assumed,
+where it says nothing or the released code something else:
 
 * 15 % of the epochs are warm-up; first and last rate are the shares of MViTv2's SGD recipe for
   Something-Something v2 (0.04 and 0.0004 of the highest). Gradients are not clipped.
@@ -22,8 +22,8 @@ it says nothing or the released code something else:
   released code has no RandAugment for this data set, and draws the short side from 256 to 340.
 * Without mixup means also without cutmix. Labels are not smoothed: each class is a yes or no.
 * A clip takes each stride-th frame, and is labelled by what happens in its span.
-* MViT-B-24 from Kinetics-400 stands on a web page alone (46.3, which the paper gives to 64x3) and has
-  no recipe here.
+* MViT-B-24 from Kinetics-400 stands on a web page alone (46.3, which the paper gives to 64x3) and
+  has no recipe here.
 """
 
 from typing import Any

@@ -4,8 +4,9 @@
         --config.data.folder=DIR
     python -m mvit_jax.evaluate --workdir=runs/mvitv2_s
 
-The word after the colon is VARIANT[_max][_384|_512][_in21k|_from_21k]: `_in21k` trains on ImageNet-21k,
-`_from_21k` fine-tunes from that on ImageNet-1k. `--dry_run` prints the plan, figure included.
+The word after the colon is VARIANT[_max][_384|_512][_in21k|_from_21k]: `_in21k` trains on
+ImageNet-21k, `_from_21k` fine-tunes from that on ImageNet-1k. `--dry_run` prints the plan, figure
+included.
 
 DIR is the `data_dir` of TensorFlow Datasets, which prepares imagenet2012:5.1.0 from the official
 tars. Images in folders (DIR/train/CLASS/FILE, DIR/val/CLASS/FILE) are read with `,folders` after
@@ -23,8 +24,8 @@ node of 256 images: 2.5e-4, from 1e-8, to 1e-6. MViT has batches of 4096 (16 nod
 
 Assumed, where papers and released code say different things or nothing:
 
-* MViT trains 100 epochs with 3 repeats, its released config 300 epochs without: the latter, with its
-  70 epochs of warm-up and clipping to 1.
+* MViT trains 100 epochs with 3 repeats, its released config 300 epochs without: the latter, with
+  its 70 epochs of warm-up and clipping to 1. Both have 9.8e-7 an image as rate.
 * RandAugment: MViT has 4 operations with max pooling and 6 with convolutions; the released config
   for max pooling, which clips no gradients, has 5. Here 4 and 6, and all are clipped.
 * MViT's larger models are trained like mvit_b16, but for a drop path of 0.3. mvit_b24 with
@@ -39,12 +40,13 @@ Assumed, where papers and released code say different things or nothing:
   is the one that the rate is stated for; no warm-up; decay 1e-8, as where it is stated (H at 512).
 * ImageNet-21k (B.2: 90 epochs, 60 for H; 6.75e-5, for L and H 1e-4, at 256; decay 0.01, for L and H
   0.1): batches of 2048, 15 % of the epochs as warm-up, rates from 1e-8 to 1e-6 a node as on
-  ImageNet-1k. It is winter 2021's, joined with ImageNet-1k: 19,168 classes, about 13 million images;
-  no accuracy on it was published.
-* From ImageNet-21k (B.2: 30 epochs, 7e-5 at 64, decay 0.05, no mixup), at 384 pixels as at 224: 15 %
-  of the epochs as warm-up, ends a hundredth of the rate. H at 512 (3 epochs, mixup, decay 1e-8) has
-  the same rate, which is not stated, and no warm-up.
+  ImageNet-1k. It is winter 2021's, joined with ImageNet-1k: 19,168 classes, about 13 million
+  images; no accuracy on it was published.
+* From ImageNet-21k (B.2: 30 epochs, 7e-5 at 64, decay 0.05, no mixup), at 384 pixels as at 224:
+  15 % of the epochs as warm-up, first and last rate a hundredth of the highest. H at 512 (3 epochs,
+  mixup, decay 1e-8) has the same rate, which is not stated, and no warm-up.
 * Label smoothing and random erasing stay where there is no mixup.
+* Reversible models (Rev-ViT, Rev-MViT) are not built here.
 """
 
 import re
@@ -79,7 +81,9 @@ _SCHEDULES = {
     "v2": _V2,
     "v2 large": _V2._replace(decay=0.1),
     "384": _384,
-    "384 large": _384._replace(batch=64, lr_batch=64, lr=5e-4, start_lr=5e-6, end_lr=5e-6, mix=False),
+    "384 large": _384._replace(
+        batch=64, lr_batch=64, lr=5e-4, start_lr=5e-6, end_lr=5e-6, mix=False
+    ),
     "21k": _21K,
     "21k large": _21K_LARGE,
     "21k huge": _21K_LARGE._replace(epochs=60.0, warmup=9.0),

@@ -21,8 +21,8 @@ What starts from weights needs `--config.init.checkpoint=RUN`, a run's folder or
     maskfeat_...                        weights pretrained by MaskFeat, which this project reads
                                         but does not train
 
-Batches count clips: 256 videos x 2 repeats = 512, and the rates follow the batch (`optim.lr_batch`).
-The reference code states rates for a node of 32 clips; the papers' 128 GPUs are 16 of these.
+Batches count clips, 256 videos x 2 repeats = 512, and the rates follow them (`optim.lr_batch`). The
+reference code states rates for a node of 32 clips; the papers' 128 GPUs are 16 of these.
 
 Assumed, where papers and released code say different things or nothing:
 
@@ -35,9 +35,10 @@ Assumed, where papers and released code say different things or nothing:
 * L from ImageNet-1k: as S and B (100 epochs, 4.8e-4), for which alone this is stated.
 * Image weights are inflated into the centre frame (MViTv2, 4.3). The released code repeats the
   kernel for every frame and does not divide: `--config.init.inflate=repeat`.
-* mvit_b_32x3 has 16 blocks, as in the paper; the released config of that name has 24
-  (mvit_b24_32x3: 80.4 / 94.8 on Kinetics-400), pooled by other kernels than here (1x9x9, 1x5x5 and
-  1x3x3). Drop path is 0.2 with 16 blocks and 0.3 with 24.
+* mvit_b_32x3 has 16 blocks, as in the paper; the released config of that name has 24 and names no
+  kernels for its pools, so that these are of stride + 1 (keys by 1x9x9, 1x5x5, 1x3x3): that is
+  mvit_b24_32x3 on Kinetics-400. On Kinetics-600, for which there is no config, they are of 3x3x3.
+  Drop path is 0.2 with 16 blocks and 0.3 with 24.
 * vit_b_8x8_in21k: MViTv2's recipe from ImageNet-21k; MViT does not give its own, only that from
   scratch it comes to 34.3.
 * mvit_s: never released; see `python -m mvit_jax.describe mvit_s_16x4`.
@@ -52,7 +53,8 @@ Assumed, where papers and released code say different things or nothing:
   not stated: 5 x 1, and 5 x 3 where Table 10 has the model (86.1; Table 14 has 85.7).
 * MaskFeat: the config for S (100 epochs, 20 of warm-up; the paper has 200 and 5). Its classifier
   starts 1000 times smaller, which no key here says. L's config has one repeat.
-* PyTorchVideo's trainer has mvit_b_16x4's recipe and came to 78.85 / 93.85.
+* PyTorchVideo's trainer has this recipe, and came to 78.85 / 93.85 (16x4) and 80.30 / 94.69 (32x3).
+* Reversible models (Rev-MViT) are not built here.
 """
 
 import re
@@ -167,6 +169,8 @@ def get_config(arg: str = "mvit_b_16x4") -> Any:  # a ConfigDict
     c.init.inflate = "centre" if kind in ("in1k", "in21k") else None
     c.model.variant = variant
     c.model.pool_mode = "max" if ending == "_max" else None
+    if (data, name) == ("k400", "mvit_b24_32x3"):
+        c.model.pool_kernel = "stride + 1"
     c.data.train_videos, c.data.classes = _DATA[data]
     c.data.update(stride=expected.stride, repeats=how.repeats, short_side=expected.short_side)
     c.data.update(mean=expected.mean, std=expected.std, interpolation=expected.interpolation)

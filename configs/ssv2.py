@@ -17,13 +17,13 @@ middle one in tests. Nothing is flipped, as left and right change labels.
 
 Assumed, where papers and released code say different things or nothing:
 
-* Rates of MViTv2 are those of the released configs, for 128 clips: 0.0025 and 0.0015 for a node of 16
-  (S, B), 0.00125 for one of 8 (L), so 0.02, 0.012 and 0.02. The papers state 0.02 at 512 clips
+* Rates of MViTv2 are those of the released configs, for 128 clips: 0.0025 and 0.0015 for a node of
+  16 (S, B), 0.00125 for one of 8 (L), so 0.02, 0.012 and 0.02. The papers state 0.02 at 512 clips
   (MViT, D.4; MViTv2, B.5), a quarter of that a clip: here it is MViT's, which has no config.
 * MViT's warm-up, first and last rate, which are not stated: those of MViTv2-S, 3 epochs and the
   same shares of the rate. Its gradients are not clipped.
-* Frames are scaled to a short side drawn from 256 to 320 (its inverse evenly) and a square is cut, as
-  the released configs come out, which lack the keys of the Inception crop; also for MViT, whose
+* Frames are scaled to a short side drawn from 256 to 320 (its inverse evenly) and a square is cut,
+  as the released configs come out, which lack the keys of the Inception crop; also for MViT, whose
   paper says "as Kinetics". L: 356 to 446.
 * vit_b_8x8_in21k goes from ImageNet-21k over Kinetics-400, and is trained as MViT is.
 * Labels of mvitv2_l_40x3_312_in21k are smoothed, and clips not mixed, as in its config.

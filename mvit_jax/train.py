@@ -3,6 +3,7 @@
     python -m mvit_jax.train --config=configs/moving_digits.py --workdir=DIR
     python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=DIR \\
         --config.optim.lr=1e-3
+    python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --dry_run
 
 Started again with the same command after any stop, it goes on where it was and ends with the same
 parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and exits with status
@@ -34,7 +35,7 @@ from mvit_jax.data.decoding import why_broken
 from mvit_jax.data.sources import Source
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import evaluation, experiment, jitted, runs, sharding, workdir
+from mvit_jax.training import dry_run, evaluation, experiment, jitted, runs, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.experiment import Config
 from mvit_jax.training.logbook import Logbook, NotFiniteError
@@ -44,18 +45,22 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: config
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; made where it is missing.", allow_override=True
 )
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the whole plan and start nothing.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --workdir=DIR")
-    if _CONFIG.value is None or _WORKDIR.value is None:
+    if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
         raise errors.UserError("give --config=configs/moving_digits.py and --workdir=DIR")
     try:
         _CONFIG.value.lock()
     except OSError:  # what config_flags keeps of a file that it could not load
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise errors.UserError(f"there is no config file {path}: check --config") from None
+    if _DRY_RUN.value:
+        print(dry_run.describe(_CONFIG.value, jax.device_count()))
+        return
     try:
         sys.exit(train(_CONFIG.value, _WORKDIR.value))
     except jax.errors.JaxRuntimeError as error:
@@ -77,6 +82,7 @@ def train(config: Config, folder: str) -> int:
     model = experiment.model_config(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
+    experiment.check_start(config)
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_params(config, model)  # before anything is written
     workdir.freeze(config, folder)

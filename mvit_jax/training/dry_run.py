@@ -1,0 +1,336 @@
+"""The plan of an experiment as text, before anything is started: `train --dry_run`.
+
+Numbers come from the functions that training itself uses. Where the data is not there, its size is
+what the config says (`data.train_videos`, `data.classes`).
+"""
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mvit_jax.data.sources import Source
+from mvit_jax.errors import UserError
+from mvit_jax.inspection.architecture import table, totals
+from mvit_jax.models import mvit, trees
+from mvit_jax.models.cost import cost
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.variants import variant
+from mvit_jax.training import experiment, optimizer
+from mvit_jax.training.experiment import Config
+
+Lines = list[tuple[str, str]]  # what, and what of it
+
+
+def describe(config: Config, devices: int) -> str:
+    """All that training with `config` on so many devices would do, as readable text.
+
+    Reads the lists of the data where they are there, and nothing else; writes nothing.
+
+    Raises:
+      UserError: a value that no part of the program could work with, or neither lists nor
+        `data.train_videos` say how many videos there are.
+    """
+    experiment.check(config)
+    found = {name: _read(config, name) for name in ("train", "val", "test")}
+    train = found["train"]
+    videos = config.data.train_videos if isinstance(train, str) else len(train)
+    if videos is None:
+        raise UserError(
+            f"how many videos there are is not known ({train}): give --config.data.train_videos=N"
+        )
+    model = _model(config, train)
+    params = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
+    parts = [
+        _aligned(
+            [
+                ("published", config.published or "nothing of this experiment"),
+                *_model_lines(config, model),
+                ("weights", _weights(config)),
+            ]
+        ),
+        _section("Data", [*_data(config, found, videos), ("clips", _clips(config, model))]),
+        _numbered("Augmentation, in this order", _augmentation(config, model)),
+        _section("Steps", _steps(config, videos, devices)),
+        "Learning rate\n" + _indented(_rates(config, videos)),
+        _section("Optimiser", _optimizer(config)),
+        "Weight decay\n" + _indented(_decay(config, params)),
+    ]
+    if config.optim.layer_decay != 1:
+        parts.append("Learning rates by layers\n" + _indented(_layers(config, params)))
+    parts.append(_section("Tests", _tests(config, model, videos)))
+    return "\n\n".join(parts)
+
+
+def _read(config: Config, which: str) -> Source | str:
+    """A list of videos, or why there is none."""
+    if config.data.folder is None:
+        return "give --config.data.folder=DIR"
+    if not config.data[f"{which}_list"]:
+        return "none"
+    try:
+        return experiment.videos(config, which)
+    except UserError as error:
+        return str(error)
+
+
+def _model(config: Config, train: Source | str) -> MViTConfig:
+    classes = config.data.classes if isinstance(train, str) else len(train.class_names)
+    if classes is not None:
+        return experiment.model_config(config, classes)
+    return experiment.model_config(config, variant(config.model.variant).num_classes)
+
+
+def _model_lines(config: Config, model: MViTConfig) -> Lines:
+    changed = [
+        f"{k}={v}" for k, v in sorted(config.model.items()) if k != "variant" and v is not None
+    ]
+    return [
+        ("model", config.model.variant + (f" with {', '.join(changed)}" if changed else "")),
+        ("", f"{totals(cost(model))}, {model.num_classes:,} classes"),
+        ("", f"drop path {model.drop_path:g}, dropout {model.dropout:g} before the classifier"),
+        ("computes", f"in {config.dtype}, matrix products with precision {config.precision}"),
+    ]
+
+
+def _weights(config: Config) -> str:
+    if config.resume is not None:
+        return f"go on with the state of {config.resume}{_there(config.resume)}"
+    if experiment.missing_weights(config):
+        return f"MISSING: {config.init.needed}; give --config.init.checkpoint=DIR"
+    inflate = config.init.inflate
+    how = f", image to video: {inflate}" if inflate is not None else ""
+    if config.init.checkpoint is None:
+        return "fresh"
+    folder = config.init.checkpoint
+    needed = f" (should be {config.init.needed})" if config.init.get("needed") else ""
+    return f"of {folder}{_there(folder)}{needed}{how}"
+
+
+def _there(path: str) -> str:
+    return "" if Path(path).expanduser().exists() else " (not there)"
+
+
+def _data(config: Config, found: dict[str, Source | str], videos: int) -> Lines:
+    d = config.data
+    name = d.tfds and f"{d.tfds} of TensorFlow Datasets"
+    lines = [
+        ("source", name or d.source),
+        ("folder", f"{d.folder}{_there(d.folder)}" if d.folder else "not given"),
+    ]
+    if d.prefix:
+        lines.append(("prefix", f"{d.prefix}, before each path of the lists"))
+    for which, source in found.items():
+        if isinstance(source, str):
+            taken = f"; taken as {videos:,} (data.train_videos)" if which == "train" else ""
+            lines.append((which, f"{d[f'{which}_list'] or 'no list'}: {source}{taken}"))
+        else:
+            lines.append((which, f"{source.list_file}: {len(source):,}"))
+    lines.append(("labels", "any number for each" if d.multi_label else "one for each"))
+    workers = f"{d.processes} processes x " if d.processes else ""
+    lines.append(("decoded", f"by {workers}{d.threads} threads a host"))
+    lines.append(("broken", f"replaced, up to {100 * d.max_broken:g} % of all videos"))
+    return lines
+
+
+def _clips(config: Config, model: MViTConfig) -> str:
+    d, size = config.data, f"{model.size} x {model.size}"
+    if model.frames == 1:
+        return f"images of {size}"
+    how = {
+        "span": f"spread evenly over {model.frames * d.stride / 30:.2f} s, from a random start",
+        "segments": f"a random one of each of {model.frames} equal parts of the video",
+        "stride": f"each {d.stride}th, from a random start",
+    }.get(d.sampling, d.sampling)
+    return f"{model.frames} frames of {size}, {how}"
+
+
+def _augmentation(config: Config, model: MViTConfig) -> list[str]:
+    a = config.augment
+    scaled = [f"frames scaled to a short side of {a.short_side} pixels"] if a.short_side else []
+    alike = ", the same for all frames" if model.frames > 1 else ""
+    random = [f"RandAugment {a.randaugment}{alike}"] if a.randaugment else []
+    if a.jitter is not None:
+        crop = f"short side drawn from {a.jitter[0]} to {a.jitter[1]} (its inverse evenly), then "
+        crop += f"a random square of {model.size}"
+    elif a.crop_area is not None:
+        crop = f"random crop of {100 * a.crop_area[0]:g} to {100 * a.crop_area[1]:g} % of the area"
+        crop += f", resized to {model.size} ({config.data.interpolation})"
+    else:
+        crop = f"no random crop: short side to {config.data.short_side}, centre square"
+        crop += f" of {model.size}"
+    before = [*scaled, *random, crop] if model.frames > 1 else [crop, *random]
+    lines = [
+        *before,
+        f"left-right flip with probability {a.flip:g}" if a.flip else "",
+        f"(value / 255 - {_rgb(config.data.mean)}) / {_rgb(config.data.std)}",
+        f"random erasing with probability {a.erase:g} ({a.erase_mode})" if a.erase else "",
+        _mixing(config),
+        f"label smoothing {a.label_smoothing:g}" if a.label_smoothing else "",
+    ]
+    return [line for line in lines if line]
+
+
+def _mixing(config: Config) -> str:
+    a = config.augment
+    shared = f", one weight for every {a.group} clips"
+    if a.mixup and a.cutmix:
+        return (
+            f"cutmix (alpha {a.cutmix:g}) with probability {a.switch:g}, else mixup (alpha "
+            f"{a.mixup:g}){shared}"
+        )
+    for name in ("mixup", "cutmix"):
+        if a[name]:
+            return f"{name} (alpha {a[name]:g}){shared}"
+    return ""
+
+
+def _steps(config: Config, videos: int, devices: int) -> Lines:
+    repeats, batch = config.data.repeats, config.batch
+    steps = experiment.count_steps(config, config.epochs, videos)
+    per_epoch = videos * repeats / batch
+    each = f"{batch / repeats:g} videos x {repeats} clips" if repeats > 1 else f"{batch} videos"
+    share = f"{batch / devices:g} clips a device, of which there are {devices}"
+    share += f" ({jax.default_backend()})"
+    if config.accumulate > 1:
+        share += f", in {config.accumulate} parts one after the other"
+    try:
+        experiment.check_batch(config, devices)
+    except UserError as error:
+        share += f": {error}"
+    return [
+        ("batch", f"{batch} clips = {each}"),
+        ("share", share),
+        ("steps", f"{steps:,} = {config.epochs:g} epochs x {per_epoch:,.2f}"),
+        ("warm-up", f"{config.optim.warmup_epochs * per_epoch:,.2f} of them = "
+                    f"{config.optim.warmup_epochs:g} epochs"),
+        ("checkpoints", f"every {config.checkpoint.every:,} steps"),
+    ]  # fmt: skip
+
+
+def _rates(config: Config, videos: int) -> str:
+    """The rate at the start, at the end of the warm-up, at quarters of what follows, at the end."""
+    schedule = experiment.schedule(config, videos)
+    steps = experiment.count_steps(config, config.epochs, videos)
+    per_epoch = videos * config.data.repeats / config.batch
+    warm = min(config.optim.warmup_epochs, config.epochs)
+    epochs = [0.0, warm / 2, *(warm + (config.epochs - warm) * i / 4 for i in range(4))]
+    places = sorted({*(min(math.ceil(e * per_epoch), steps - 1) for e in epochs), steps - 1})
+    rows = [
+        (f"{step:,}", f"{step / per_epoch:.2f}", f"{float(schedule(step)):.4g}") for step in places
+    ]
+    return table(("step", "epoch", "rate"), rows)
+
+
+def _optimizer(config: Config) -> Lines:
+    c = config.optim
+    given = f"{c.lr:g}, from {c.start_lr:g}, to {c.end_lr:g}"
+    scaled = f" at {c.lr_batch} clips: times {config.batch / c.lr_batch:g}" if c.lr_batch else ""
+    sgd = f"SGD, Nesterov's momentum {c.momentum:g}, decay as a part of the gradient"
+    kind = sgd if c.name == "sgd" else f"AdamW, b1 {c.b1:g}, b2 {c.b2:g}, decoupled decay"
+    return [
+        ("kind", kind),
+        ("rates", given + scaled),
+        ("clipping", f"of gradients to a norm of {c.clip_norm:g}" if c.clip_norm else "none"),
+        ("average", f"of weights, decay {c.ema:g}; it is tested" if c.ema else "of weights: none"),
+    ]
+
+
+def _decay(config: Config, params: Any) -> str:
+    """Tensors and parameters that are decayed, and those that are not, by why."""
+    groups: dict[tuple[float, str], list[int]] = {}
+    decays = trees.flat(optimizer.decayed(params))
+    for path, shape in trees.flat(params).items():
+        size = int(np.prod(shape.shape))
+        if decays[path]:
+            key = (config.optim.weight_decay, _kind(path))
+        else:
+            reason = "biases" if path.endswith("/bias") else "scales of norms: one-dimensional"
+            key = (0.0, reason)
+        groups.setdefault(key, []).append(size)
+    rows = [
+        (f"{decay:g}", what, f"{len(sizes):,}", f"{sum(sizes):,}")
+        for (decay, what), sizes in sorted(groups.items(), key=lambda g: (-g[0][0], -sum(g[1])))
+    ]
+    return table(("decay", "of", "tensors", "parameters"), rows)
+
+
+def _kind(path: str) -> str:
+    if "/relative/" in path:
+        return "relative positions"
+    if path == "positions/class_token":
+        return "class token"
+    if path.startswith("positions/"):
+        return "positions"
+    return "kernels of pools" if "/pool_" in path else "kernels"
+
+
+def _layers(config: Config, params: Any) -> str:
+    rates = trees.flat(optimizer.layer_rates(params, config.optim.layer_decay))
+    layers = trees.flat(optimizer.layers(params))
+    sizes: dict[int, list[int]] = {}
+    for path, shape in trees.flat(params).items():
+        sizes.setdefault(layers[path], []).append(int(np.prod(shape.shape)))
+    factor = {layers[path]: rate for path, rate in rates.items()}
+    last = max(sizes)
+    names = {0: "cubes, positions", last: "norm, head"}
+    rows = [
+        (str(layer), names.get(layer, f"block {layer - 1}"), f"{factor[layer]:.4g}",
+         f"{config.optim.lr * _scale(config) * factor[layer]:.4g}", f"{sum(sizes[layer]):,}")
+        for layer in sorted(sizes)
+    ]  # fmt: skip
+    return table(("layer", "what", "factor", "highest rate", "parameters"), rows)
+
+
+def _scale(config: Config) -> float:
+    return config.batch / config.optim.lr_batch if config.optim.lr_batch else 1.0
+
+
+def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
+    e, scores = config.eval, "sigmoids" if config.data.multi_label else "softmax"
+    views = f"{_count(e.clips, 'clip')} x {_count(e.crops, 'crop')}" if model.frames > 1 else "one"
+    square = f"short side to {config.data.short_side}, centre square of {model.size}"
+    if e.crops == 3:
+        square = f"short side to {model.size}, three squares of {model.size}"
+    if model.frames == 1 and e.whole_image:
+        square = f"the whole image squashed to {model.size} x {model.size}"
+    ensemble = {"mean": "mean over the views", "max": "highest of the views"}.get(e.ensemble)
+    lines = [
+        ("views", f"{views}: {square}"),
+        ("scores", f"{scores}, {ensemble or e.ensemble}"),
+        ("figures", "mean average precision" if config.data.multi_label else "top-1, top-5"),
+    ]
+    if e.every_epochs > 0 and config.data.val_list:
+        every = experiment.count_steps(config, e.every_epochs, videos)
+        lines.append(("while training", f"every {every:,} steps, of one centre view"))
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _rgb(values: Iterable[float]) -> str:
+    values = tuple(values)
+    return f"{values[0]:g}" if len(set(values)) == 1 else str(values)
+
+
+def _section(title: str, lines: Lines) -> str:
+    return f"{title}\n{_indented(_aligned(lines))}"
+
+
+def _numbered(title: str, lines: list[str]) -> str:
+    return "\n".join([title, *(f"  {i}. {line}" for i, line in enumerate(lines, 1))])
+
+
+def _aligned(lines: Lines) -> str:
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

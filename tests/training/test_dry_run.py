@@ -1,0 +1,134 @@
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mvit_jax.errors import UserError
+from mvit_jax.training import dry_run
+from tests import tiny
+
+
+def described(file, arg, devices=8, **changes):
+    config = tiny.load_config_file(file).get_config(arg)
+    config.update_from_flattened_dict(changes)
+    return dry_run.describe(config, devices)
+
+
+def row(text, title, *names):
+    """The fields of the line that begins with `names`, of the section `title`."""
+    section = next(part for part in text.split("\n\n") if part.startswith(title))
+    lines = [re.split(r"\s{2,}", line.strip()) for line in section.splitlines()]
+    return next(fields for fields in lines if fields[: len(names)] == list(names))
+
+
+def test_the_plan_of_kinetics_without_the_data():
+    """Computed by hand: 240,436 videos twice in batches of 512; positions (56^2 + 8 + 1) x 96."""
+    text = described("kinetics", "mvit_b_16x4")
+    assert "published  78.4 / 93.5 (MViT, Table 4)" in text
+    assert "36,610,672 parameters, 70.6 G multiply-adds" in text
+    assert "weights    fresh" in text
+    assert row(text, "Data", "train")[1].endswith("taken as 240,436 (data.train_videos)")
+    assert row(text, "Steps", "batch")[1] == "512 clips = 256 videos x 2 clips"
+    assert row(text, "Steps", "share")[1].startswith("64 clips a device, of which there are 8")
+    assert row(text, "Steps", "steps")[1] == "187,840 = 200 epochs x 939.20"
+    assert row(text, "Steps", "warm-up")[1] == "28,176.09 of them = 30 epochs"
+    assert row(text, "Learning rate", "0") == ["0", "0.00", "1.6e-05"]
+    assert row(text, "Learning rate", "28,177") == ["28,177", "30.00", "0.0016"]
+    # Half of the cosine: the mean of highest and last rate.
+    assert row(text, "Learning rate", "108,009")[2] == "0.000808"
+    assert row(text, "Learning rate", "187,839")[2] == "1.6e-05"
+    assert row(text, "Weight decay", "0.05", "positions") == ["0.05", "positions", "3", "301,920"]
+    assert row(text, "Weight decay", "0.05", "class token")[2:] == ["1", "96"]
+    # Every norm has a scale and a bias: 16 x 2, the last, and those after 3 + 16 x 2 pools.
+    norms = 16 * 2 + 1 + 3 + 16 * 2
+    assert row(text, "Weight decay", "0", "scales of norms: one-dimensional")[2] == str(norms)
+    # ... and every linear layer a bias: 16 x 4, 3 skips, the head; and the cubes.
+    assert row(text, "Weight decay", "0", "biases")[2] == str(norms + 16 * 4 + 3 + 1 + 1)
+    parameters = re.findall(r"^  0\S*  .*  ([\d,]+)$", text, re.MULTILINE)
+    assert len(parameters) == 6
+    assert sum(int(n.replace(",", "")) for n in parameters) == 36_610_672
+    assert (
+        row(text, "Tests", "views")[1]
+        == "5 clips x 1 crop: short side to 256, centre square of 224"
+    )
+    assert row(text, "Tests", "while training")[1].startswith("every 9,392 steps")
+
+
+def test_augmentation_stands_in_its_order():
+    text = described("kinetics", "mvit_b_16x4")
+    words = ["short side of 256", "RandAugment rand-m7-n4", "random crop of 8 to 100 %", "flip",
+             "/ 0.225", "erasing", "cutmix (alpha 1) with probability", "smoothing"]  # fmt: skip
+    section = text[text.index("Augmentation") : text.index("Steps")].splitlines()[1:]
+    for number, (line, word) in enumerate(zip(section, words, strict=False), start=1):
+        assert line.startswith(f"  {number}. ") and word in line
+    image = described("imagenet", "mvitv2_s")
+    assert image.index("random crop of 8 to 100 %") < image.index("RandAugment rand-m9-n6-")
+
+
+def test_the_plan_of_a_recipe_that_starts_from_weights(tmp_path):
+    """168,913 videos in batches of 128, 40 times: 52,785.3. The published 213.1 M parameters."""
+    text = described("ssv2", "mvitv2_l_40x3_312_in21k")
+    assert "213,129,534 parameters" in text and "174 classes" in text
+    assert "weights    MISSING: weights of configs/kinetics.py:mvitv2_l_40x3_312_in21k" in text
+    assert row(text, "Steps", "steps")[1] == "52,785 = 40 epochs x 1,319.63"
+    assert row(text, "Optimiser", "kind")[1].startswith("SGD, Nesterov's momentum 0.9")
+    assert row(text, "Optimiser", "clipping")[1] == "of gradients to a norm of 2"
+    assert "mixup" not in text and "flip" not in text
+    assert (
+        row(text, "Tests", "views")[1]
+        == "1 clip x 3 crops: short side to 312, three squares of 312"
+    )
+    given = described("kinetics", "mvitv2_s_16x4_in1k", **{"init.checkpoint": str(tmp_path)})
+    assert f"weights    of {tmp_path} (should be weights of mvitv2_s" in given
+    assert "image to video: centre" in given
+    absent = described("kinetics", "mvit_b_64x3", **{"init.checkpoint": "no/such"})
+    assert "of no/such (not there)" in absent
+
+
+def test_layers_and_their_rates():
+    """0.75 ^ 17 for the cubes of 16 blocks, at 9.6e-3."""
+    text = described("kinetics", "maskfeat_s_16x4")
+    first = row(text, "Learning rates by layers", "0")
+    assert first[:4] == ["0", "cubes, positions", "0.007517", "7.216e-05"]
+    assert row(text, "Learning rates by layers", "17")[1:4] == ["norm, head", "1", "0.0096"]
+    assert row(text, "Learning rates by layers", "16")[1:4] == ["block 15", "0.75", "0.0072"]
+    assert "by layers" not in described("kinetics", "mvit_b_16x4")
+
+
+def test_another_batch_has_other_rates_and_a_share_that_must_divide():
+    text = described("kinetics", "mvit_b_16x4", batch=256)
+    assert row(text, "Optimiser", "rates")[1].endswith("at 512 clips: times 0.5")
+    assert row(text, "Learning rate", "0")[2] == "8e-06"
+    assert "does not divide" in described("kinetics", "mvit_b_16x4", devices=7)
+
+
+def test_where_the_data_is_its_lists_are_counted(digits):
+    """24 videos in batches of 8, 3 times."""
+    text = dry_run.describe(tiny.config(digits, epochs=3.0), 8)
+    assert row(text, "Data", "train") == ["train", f"{digits}/train.csv: 24"]
+    assert row(text, "Data", "test") == ["test", f"{digits}/test.csv: 10"]
+    assert row(text, "Steps", "steps")[1] == "9 = 3 epochs x 3.00"
+    assert ", 8 classes" in text
+    with pytest.raises(UserError, match=r"give --config.data.train_videos=N"):
+        dry_run.describe(tiny.config("no/such"), 8)
+
+
+def test_charades_is_scored_otherwise():
+    text = described("charades", "mvit_b_16x4")
+    assert row(text, "Tests", "scores")[1] == "sigmoids, highest of the views"
+    assert row(text, "Tests", "figures")[1] == "mean average precision"
+    assert "7,985" in row(text, "Data", "train")[1]
+
+
+def test_the_program_prints_the_plan_and_starts_nothing(tmp_path):
+    config = tiny.ROOT / "configs" / "kinetics.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit_jax.train", f"--config={config}:mvit_b_64x3", "--dry_run"],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tiny.ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "published  81.2 / 95.1 (MViT, Table 4)" in done.stdout
+    assert not list(tmp_path.iterdir())
