@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     except OSError:  # what config_flags keeps of a file that it could not load
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise errors.UserError(f"there is no config file {path}: check --config") from None
-    if _DRY_RUN.value:
+    if _DRY_RUN.value or _WORKDIR.value is None:
         print(dry_run.describe(_CONFIG.value, jax.device_count()))
         return
     try:

@@ -221,7 +221,8 @@ def _rates(config: Config, videos: int) -> str:
     epochs = [0.0, warm / 2, *(warm + (config.epochs - warm) * i / 4 for i in range(4))]
     places = sorted({*(min(math.ceil(e * per_epoch), steps - 1) for e in epochs), steps - 1})
     rows = [
-        (f"{step:,}", f"{step / per_epoch:.2f}", f"{float(schedule(step)):.4g}") for step in places
+        (f"{step:,}", f"{step / per_epoch:.2f}", f"{np.asarray(schedule(step)).item():.4g}")
+        for step in places
     ]
     return table(("step", "epoch", "rate"), rows)
 
