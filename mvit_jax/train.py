@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
 def train(config: Config, folder: str) -> int:
     """Trains as `config` says in the workdir `folder`; returns the exit status."""
     experiment.check(config)
+    experiment.check_start(config)
     jax.config.update("jax_default_matmul_precision", config.precision)
     videos = experiment.videos(config, "train")
     watched = config.data.val_list and config.eval.every_epochs > 0
@@ -82,7 +83,6 @@ def train(config: Config, folder: str) -> int:
     model = experiment.model_config(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
-    experiment.check_start(config)
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_params(config, model)  # before anything is written
     workdir.freeze(config, folder)

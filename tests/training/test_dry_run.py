@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from mvit_jax import train
 from mvit_jax.errors import UserError
 from mvit_jax.training import dry_run
 from tests import tiny
@@ -132,3 +133,10 @@ def test_the_program_prints_the_plan_and_starts_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "published  81.2 / 95.1 (MViT, Table 4)" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_training_refuses_to_start_without_the_weights_of_a_recipe(tmp_path):
+    config = tiny.load_config_file("kinetics").get_config("mvit_b_64x3")
+    with pytest.raises(UserError, match=r"weights of mvit_b_32x3 .* --config.init.checkpoint=DIR"):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
