@@ -227,19 +227,20 @@ def test_frames_that_the_decoder_leaves_out_are_replaced_by_the_nearest(tmp_path
 
 def test_the_last_frame_is_repeated_where_the_decoder_ends_early(tmp_path, monkeypatch):
     path = write(tmp_path / "x.mp4", 50, bf="0")
-    decoded = Video._decoded
+    until = Video._until
 
-    def ending_before(end):
-        def some(self, wanted):
-            return ((number, frame) for number, frame in decoded(self, wanted) if number < end)
+    def ending_before(end):  # without B-frames, places in the file are numbers of frames
+        def some(self, packets, last):
+            every = until(self, packets, last)
+            return (packet for packet in every if self._position[packet.pts] < end)
 
         return some
 
     with Video(path) as video:
-        monkeypatch.setattr(Video, "_decoded", ending_before(48))
+        monkeypatch.setattr(Video, "_until", ending_before(48))
         assert numbers_of(video.frames([40, 47, 48, 49])) == [40, 47, 47, 47]
         assert numbers_of(video.frames([49])) == [47]
-        monkeypatch.setattr(Video, "_decoded", ending_before(30))
+        monkeypatch.setattr(Video, "_until", ending_before(30))
         assert numbers_of(video.frames([10, 29])) == [10, 29]
         with pytest.raises(DecodeError, match="ends after 30 of its 50 frames"):
             video.frames([10, 40])
