@@ -300,9 +300,7 @@ class Video:
             )
         yield from ((name, frame) for name in wanted[done:])
 
-    def _decoded(
-        self, wanted: list[int], jumping: bool
-    ) -> Iterator[tuple[int, av.VideoFrame]]:
+    def _decoded(self, wanted: list[int], jumping: bool) -> Iterator[tuple[int, av.VideoFrame]]:
         """Decodes what the wanted frames need, from the key frame before the first of them on.
 
         Frames come with their numbers, rising, and others may be among them. Where `jumping`, what

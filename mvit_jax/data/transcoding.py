@@ -146,7 +146,8 @@ def _stream(container, picture: av.VideoFrame, encoding: Encoding, fps: float):
         # four. (At key frames alone there are none.)
         "bf": "3",
         "b_strategy": "0",
-        "x264-params": "b-pyramid=none",
+        # Of its AVX-512 code for mbtree, equal frames come out as different bytes now and then.
+        "x264-params": "b-pyramid=none:mbtree=0",
     }
     stream = container.add_stream("libx264", rate=rate, options=options)
     stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
