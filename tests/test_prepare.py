@@ -3,13 +3,16 @@
 import os
 import pathlib
 import pty
+import signal
 import subprocess
 import sys
 import termios
 import time
 
+import numpy as np
 import pytest
 
+from mvit_jax import prepare
 from mvit_jax.data import moving_digits
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,6 +97,16 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
     ("args", "message"),
     [
         (["--out=there"], "give one of moving_digits, fashion_mnist"),
+        (["videos", "--out=there"], "give --csv=FILE"),
+        (["videos", "--csv=there.csv"], "give --out=DIR"),
+        (["videos", "--csv=there.csv", "--out=there"], "there is no list "),
+        (["videos", "--csv=there.csv", "--out=there", "--gop=0"], "gop=0"),
+        (["videos", "--csv=there.csv", "--out=there", "--", "runner"], "'runner' is no flag"),
+        (["moving_digits", "--out=there", "--crf=3"], "--crf is for videos: leave it out"),
+        (["moving_digits", "--out=there", "--workers=3"], "--workers is for videos and check"),
+        (["check"], "name its folder, as in prepare check DIR"),
+        (["check", "there"], "there is no data folder"),
+        (["check", "configs"], "neither manifests of shards nor lists"),
         (["moving_pictures", "--out=there"], "'moving_pictures' is not the name of a data set"),
         (["moving_digits", "twice", "--out=there"], "'moving_digits twice' is not the name"),
         (["moving_digits"], "give --out=DIR"),
@@ -115,5 +128,76 @@ def test_bad_input_ends_with_one_sentence(args, message):
 def test_help_tells_usage_and_flags():
     text = run("--help").stdout
     assert "python -m mvit_jax.prepare moving_digits --out=DIR" in text
-    for flag in ("--out", "--seed", "--train_videos", "--val_videos", "--test_videos", "--files"):
-        assert flag + ":" in text
+    for own in prepare.DATA_SETS.values():
+        assert all(f"--{flag}:" in text for flag in ("out", *own))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Twelve small videos of random noise, one of them broken, and their list."""
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        frames = rng.integers(0, 256, (150, 128, 128), dtype=np.uint8)
+        (folder / f"{number}.mp4").write_bytes(moving_digits.encode(frames))
+    (folder / "7.mp4").write_text("404 Not Found")
+    lines = "".join(f"{number}.mp4 {number % 3}\n" for number in range(12))
+    (folder / "train.csv").write_text(lines)
+    (folder / "labels.txt").write_text("a\nb\nc\n")
+    return folder
+
+
+def pack(videos, out, workers, *more):
+    flags = [f"--csv={videos / 'train.csv'}", f"--out={out}", f"--workers={workers}", *more]
+    return command("videos", "--shards=12", *flags)
+
+
+@pytest.mark.slow
+def test_videos_are_packed_killed_and_gone_on_with(videos, tmp_path):
+    """One worker, two workers, and two workers with all of their processes killed: equal bytes."""
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    done = subprocess.run(pack(videos, one, 1), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out 7.mp4: it is not a video" in done.stderr
+    assert done.stdout.splitlines() == [f"11 of 12 videos are in 12 shards in {one}"]
+    assert "train: 12 of 12 videos" in done.stderr and "WARNING" not in done.stderr
+    done = subprocess.run(pack(videos, two, 2), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(two) == contents(one)
+
+    for least in (2, 5):
+        process = subprocess.Popen(
+            pack(videos, killed, 2), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and len(list(killed.glob("*.array_record"))) < least:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left = contents(killed)
+        whole = {name: left[name] for name in left if name.endswith(".array_record")}
+        assert least <= len(whole) < 12 and whole.items() <= contents(one).items()
+    done = subprocess.run(pack(videos, killed, 2), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(killed) == contents(one)
+
+    checked = run("check", killed)
+    assert checked.returncode == 0 and checked.stdout == "train: 11 videos, 0 problems\n"
+    (killed / "train-00003-of-00012.array_record").unlink()
+    checked = run("check", killed, "--split=train")
+    assert checked.returncode == 1 and "00003-of-00012.array_record, which" in checked.stdout
+    assert checked.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(videos, tmp_path):
+    process = subprocess.Popen(
+        pack(videos, tmp_path, 2), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.glob(".*.progress")):
+        time.sleep(0.002)
+    tasks = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
+    workers = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.splitlines()[-1].startswith("error: a worker died (return code -9)")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError, InvalidDataError
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -119,7 +120,7 @@ class Video:
         self._start_times: list[int] = []
         self._position: dict[int | None, int] = {}
         self._index = index
-        self._container = None
+        self._container: InputContainer | None = None
         if index is not None:
             self._use(index)
             return
@@ -189,7 +190,7 @@ class Video:
         try:
             # Titles in unknown encodings must not make a video unreadable.
             file = self._file if self._bytes is None else io.BytesIO(self._bytes)
-            container = av.open(file, metadata_errors="replace")
+            container = av.open(file, "r", metadata_errors="replace")
         except (FFmpegError, OSError) as error:
             raise self._broken(error) from error
         if container.format.name == "tty":  # which draws any text as a film of letters
@@ -388,7 +389,7 @@ class Video:
         return self._container.demux(self._stream)
 
     def _indexed(self, index: Index, start: int) -> Iterator[av.Packet]:
-        whole = memoryview(self._bytes or b"")
+        whole = self._bytes or b""
         for place in range(start, len(index.offsets)):
             offset = index.offsets[place]
             packet = av.Packet(whole[offset : offset + index.sizes[place]])

@@ -311,7 +311,7 @@ def run_jobs(
 def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
     """Beam's runner and options: processes of this machine where flags name no other runner."""
     from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     if any(flag.split("=")[0] == "--runner" for flag in flags):
@@ -322,7 +322,7 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
     worker += "from apache_beam.runners.worker.sdk_worker_main import main; main(sys.argv)"
     environment = None
     if workers > 1:
-        environment = SubprocessSDKEnvironment.from_command_string(
+        environment = SubprocessSDKEnvironment.from_command_string(  # pyright: ignore
             f"exec {shlex.quote(sys.executable)} -c {shlex.quote(worker)}"
         )
     # By name, the local runner would be Prism, a program that Beam downloads.

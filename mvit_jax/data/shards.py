@@ -148,7 +148,8 @@ class ShardedVideos:
 
 def encode_record(name: str, label: int, video: bytes, index: Index) -> bytes:
     """The record of a video."""
-    return msgpack.packb({"id": name, "label": label, "video": video} | asdict(index))
+    fields_of = {"id": name, "label": label, "video": video} | asdict(index)
+    return msgpack.packb(fields_of) or b""
 
 
 def decode_record(record: bytes) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     shards = manifest.shards
     ids = tuple(name for shard in shards for name in shard.ids)
     labels = np.array([label for shard in shards for label in shard.labels], np.int32)
-    parts = [
+    parts: list[Any] = [
         _Part(str(root / shard.file), 0, len(shard.ids), len(shard.ids))
         for shard in shards
         if shard.ids

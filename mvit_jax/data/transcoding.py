@@ -116,7 +116,7 @@ def _encode(video: Video, encoding: Encoding) -> Encoded:
 
 
 def _index(file: bytes, fps: float) -> Index:
-    with av.open(io.BytesIO(file)) as container:
+    with av.open(io.BytesIO(file), "r") as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
         base = stream.time_base or Fraction(1)
@@ -177,7 +177,7 @@ def _turned(picture: av.VideoFrame, degrees: int) -> av.VideoFrame:
     if turns == 0:
         return picture
     height, width = picture.height, picture.width
-    planes = picture.to_ndarray()
+    planes = picture.to_ndarray().astype(np.uint8)
     luma, chroma = planes[:height], planes[height:].reshape(2, height // 2, width // 2)
     parts = [np.rot90(luma, turns), *(np.rot90(part, turns) for part in chroma)]
     if turns % 2:

@@ -1,0 +1,136 @@
+"""Random clips from files of videos as they come, and from the same videos prepared as shards.
+
+    python -m benchmarks.shards                       made-up videos
+    python -m benchmarks.shards --videos=a.mp4,b.mp4  one's own, for 10 seconds each
+
+Videos are brought to 10 seconds of 340x256 in H.264 with x264's own settings (a key frame at least
+every 250 frames), which is what copies of Kinetics scaled to a short side of 256 hold. A clip is 16
+frames at stride 4 from a random start, decoded to RGB, opening included. Times are those of the
+processor, of one thread, the least of several rounds; sizes and times are given per video, and as
+ratios to the files as they come. PSNR is that of the frames against theirs. The line of `prepare`'s
+defaults ends with a star.
+"""
+
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from absl import app, flags
+
+from mvit_jax.data.decoding import Video
+from mvit_jax.data.transcoding import Encoded, Encoding, encode
+
+FRAMES, WIDTH, HEIGHT = 300, 340, 256
+CLIPS, ROUNDS = 20, 3
+SETTINGS = ((1, 20), (4, 20), (8, 20), (12, 20), (16, 20), (32, 20), (250, 20), (16, 23))
+
+_VIDEOS = flags.DEFINE_list("videos", [], "Files to take instead of made-up videos.")
+
+
+def main(argv: list[str]) -> None:
+    names = _VIDEOS.value or ["slow", "fast"]
+    print("video            gop crf    kB    size   ms a clip   speed   PSNR")
+    for name in names:
+        made = made_up(3.0 if name == "fast" else 0.7) if not _VIDEOS.value else frames_of(name)
+        compare(Path(name).stem, as_it_comes(made))
+
+
+def compare(name: str, raw: bytes) -> None:
+    """Prints a line for the file as it comes, and one for each setting."""
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(raw)
+        file.flush()
+        base = seconds_a_clip(lambda: Video(file.name))
+    print(f"{name:16} as it is {len(raw) / 1e3:6.0f} {1:6.2f}x {1e3 * base:11.1f} {1:6.1f}x")
+    with Video(raw) as video:
+        reference = video.frames(range(0, FRAMES, 10)).astype(np.float32)
+    for gop, crf in SETTINGS:
+        encoded = encode(raw, Encoding(gop=gop, crf=crf))
+        seconds = seconds_a_clip(lambda encoded=encoded: prepared(encoded))
+        with prepared(encoded) as video:
+            frames = video.frames(range(0, FRAMES, 10)).astype(np.float32)
+        psnr = 10 * np.log10(255**2 / np.square(frames - reference).mean())
+        star = " *" if Encoding(gop=gop, crf=crf) == Encoding() else ""
+        print(
+            f"{name:16} {gop:3} {crf:3} {len(encoded.file) / 1e3:7.0f} "
+            f"{len(encoded.file) / len(raw):6.2f}x {1e3 * seconds:11.1f} {base / seconds:6.1f}x "
+            f"{psnr:6.1f}{star}",
+            flush=True,
+        )
+
+
+def prepared(encoded: Encoded) -> Video:
+    """What reading a shard opens."""
+    return Video(encoded.file, "a video", encoded.index)
+
+
+def seconds_a_clip(opened: Callable[[], Video]) -> float:
+    """Seconds of this thread for a random clip, the least mean of some rounds of equal clips."""
+    means = []
+    for _ in range(ROUNDS):
+        starts = np.random.default_rng(0).integers(0, FRAMES - 63, CLIPS)
+        began = time.thread_time()
+        for start in starts:
+            with opened() as video:
+                video.frames(start + np.linspace(0, 63, 16).astype(int))
+        means.append((time.thread_time() - began) / CLIPS)
+    return min(means)
+
+
+def made_up(speed: float) -> Iterator[np.ndarray]:
+    """A textured picture that moves, turns and breathes, and a smaller one before it, with noise.
+
+    `speed` in pixels a frame."""
+    rng = np.random.default_rng(0)
+    sides = (1024, 128)
+    back, front = (texture(rng, side) for side in sides)
+    for frame in range(FRAMES):
+        turn = 10 * np.sin(speed * frame / 60)
+        scale = 1 + 0.2 * np.sin(speed * frame / 80)
+        matrix = cv2.getRotationMatrix2D((512, 512), turn, scale)
+        matrix[:, 2] += WIDTH / 2 - 512 - 200 * np.sin(speed * frame / 200), HEIGHT / 2 - 512
+        image = cv2.warpAffine(back, matrix, (WIDTH, HEIGHT), borderMode=cv2.BORDER_REFLECT)
+        x = round(100 + 90 * np.sin(speed * frame / 50))
+        image[60:188, x : x + 128] = front
+        noisy = 128 + image + rng.normal(0, 2, image.shape)
+        yield np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def texture(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Soft shapes of all sizes around zero, `[side, side, 3]`."""
+    coarse = [rng.normal(0, 24, (side >> k, side >> k, 3)) for k in range(1, 6)]
+    return np.sum([cv2.resize(noise, (side, side)) for noise in coarse], axis=0)
+
+
+def frames_of(path: str) -> Iterator[np.ndarray]:
+    """The frames of a file to and fro, scaled."""
+    with Video(path) as video:
+        last = video.num_frames - 1
+        there = [
+            cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
+            for _, image in video.in_order(range(min(video.num_frames, FRAMES)))
+        ]
+    last = max(len(there) - 1, 1)
+    yield from (there[last - abs(last - frame % (2 * last))] for frame in range(FRAMES))
+
+
+def as_it_comes(frames: Iterator[np.ndarray]) -> bytes:
+    """An mp4 file by x264's own settings."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    app.run(main)
