@@ -76,18 +76,39 @@ def test_what_is_wrong_with_a_list_is_said_in_one_sentence(tmp_path):
         read_frame_list(file)
 
 
-def test_a_list_that_is_changed_or_damaged_costs_its_videos_alone(tmp_path):
+@pytest.mark.parametrize("place", [0, 2, 3, 5])
+@pytest.mark.parametrize("wrong", ["b", "b 0 1", "b 0 1 b/1.png 3, 4"])
+def test_a_line_of_other_fields_is_named(tmp_path, place, wrong):
+    rows = [frames.row(name, i) for name in "abc" for i in range(2)]
+    rows[place] = wrong
+    frames.write_list(tmp_path / "train.csv", rows)
+    with pytest.raises(UserError) as error:
+        read_frame_list(tmp_path / "train.csv")
+    said = f"train.csv, line {place + 2}: {wrong!r} has other fields than the header"
+    assert str(error.value) == f"{tmp_path}/{said}"
+
+
+def test_a_list_without_a_newline_at_its_end(tmp_path):
+    file = tmp_path / "train.csv"
+    frames.write_list(file, [frames.row("a", 0), frames.row("b", 0, "7")])
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    found, texts = read_frame_list(file)
+    assert found.rows(1).labels == (b'"7"',) and texts == [{b'""'}, {b'"7"'}]
+
+
+def test_a_list_that_has_changed_costs_videos_alone(tmp_path):
     file = tmp_path / "train.csv"
     rows = [frames.row(name, i) for name in "abc" for i in range(2)]
-    rows[3] = "b 0 1"
     frames.write_list(file, rows)
     found, _ = read_frame_list(file)
-    assert len(found.rows(0).paths) == len(found.rows(2).paths) == 2
-    with pytest.raises(DecodeError, match=r"^b cannot be decoded: .*has lines of other fields"):
+    frames.write_list(file, [*rows[:2], rows[2][:-3], *rows[3:]])
+    assert len(found.rows(0).paths) == 2
+    with pytest.raises(DecodeError, match=r"^b cannot be decoded: .*has changed since it was"):
         found.rows(1)
     frames.write_list(file, rows[1:])
-    with pytest.raises(DecodeError, match="or has changed since it was first read"):
-        found.rows(2)
+    for index in range(3):
+        with pytest.raises(DecodeError, match="has changed since it was first read"):
+            found.rows(index)
     file.unlink()
     with pytest.raises(DecodeError, match=r"its list .* cannot be read: no such file"):
         found.rows(0)
