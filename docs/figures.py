@@ -207,10 +207,12 @@ def clips() -> Figure:
     axes = figure.add_subplot()
     names = []
     for row in range(3):
-        indices = sampling.train_indices(frames, fps, **settings, rng=rng)
+        indices = sampling.train_indices(frames, fps, rng=rng, sampling="span", **settings)
         axes.plot(indices, [len(names)] * len(indices), ".", color=QUERIES, markersize=5)
         names.append(f"training, draw {row + 1}")
-    for number, indices in enumerate(sampling.view_indices(frames, fps, **settings, clips=5)):
+    for number, indices in enumerate(
+        sampling.view_indices(frames, fps, clips=5, sampling="span", **settings)
+    ):
         axes.plot(indices, [len(names)] * len(indices), ".", color=KEYS, markersize=5)
         names.append(f"test, clip {number + 1} of 5")
     axes.set_yticks(range(len(names)), names)

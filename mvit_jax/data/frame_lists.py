@@ -113,8 +113,8 @@ class _WrongLineError(Exception):
         self.place, self.reason = place, reason
 
 
-# Lines that begin with the same name, and blank ones. Of twenty million lines (Something-Something
-# v2 at 30 frames a second) no loop in Python should look at each.
+# Lines that begin with the same name, and blank ones. There are millions of lines: a loop over them
+# takes as long without looking at all of their fields.
 _LINES_OF_A_VIDEO = re.compile(rb"\s*(\S+)[ \t][^\n]*\n?(?:[ \t]*\1[ \t][^\n]*\n?|[ \t\r]*\n)*")
 
 
@@ -135,14 +135,18 @@ def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[b
         starts[name] = begin
         texts.append(set(fields[4::5]))
         begin = match.end()
-    while line := content[begin : content.find(b"\n", begin) + 1 or len(content)]:
-        if len(line.split()) not in (0, 5):
-            reason = (
-                f"{line[:80].decode(errors='replace').strip()!r} has other fields than the header"
-            )
-            raise _WrongLineError(begin, reason)
-        begin += len(line)
+    if content[begin:].strip():
+        raise _wrong_line(content, begin)
     return starts, texts
+
+
+def _wrong_line(content: mmap.mmap, begin: int) -> _WrongLineError:
+    """The error of the first line from `begin` on that does not have five fields."""
+    lines = content[begin:].splitlines(keepends=True)
+    place = next((i for i, line in enumerate(lines) if len(line.split()) not in (0, 5)), 0)
+    said = lines[place][:80].decode(errors="replace").strip()
+    where = begin + sum(map(len, lines[:place]))
+    return _WrongLineError(where, f"{said!r} has other fields than the header")
 
 
 def label_numbers(text: bytes) -> list[int]:
