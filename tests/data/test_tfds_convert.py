@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -175,6 +176,23 @@ def test_a_conversion_that_was_stopped_is_completed(records, tmp_path, monkeypat
         convert("records", records, str(tmp_path / "copy"))
     with pytest.raises(UserError, match="as array_record: only tfrecord can be converted"):
         convert("records", str(tmp_path / "copy"), str(tmp_path / "again"))
+
+
+def test_shards_that_are_whole_are_not_written_again(folders, tmp_path):
+    shutil.copytree(folders / "tfrecord", tmp_path / "in")
+    (shard,) = (tmp_path / "in").rglob("*-train.tfrecord*")  # after that of the test split
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"train.*is cut off"):
+        convert("imagenet2012", str(tmp_path / "in"), str(tmp_path / "out"))
+    (done,) = (tmp_path / "out").rglob("*-test.array_record-00000-of-00001")
+    inode = done.stat().st_ino
+    shard.write_bytes(whole)
+    convert("imagenet2012", str(tmp_path / "in"), str(tmp_path / "out"))
+    (done,) = (tmp_path / "out").rglob("*-test.array_record-00000-of-00001")
+    assert done.stat().st_ino == inode and "incomplete" not in str(done)
+    assert len(read_split("imagenet2012", str(tmp_path / "out"), "train")) == 9
+    assert not list((tmp_path / "out").rglob("*.part"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(records, tmp_path):
