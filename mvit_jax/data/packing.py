@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mvit_jax.data.images import DecodeError
-from mvit_jax.data.lists import VideoList, read_video_list
+from mvit_jax.data.lists import VideoList, read_class_names, read_video_list
 from mvit_jax.data.shards import (
     Manifest,
     Shard,
@@ -109,6 +109,9 @@ def prepare(
     for name, value in (("shards", shards), ("workers", workers)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} should be a whole number from 1 on")
+    for place in (csv, out):
+        if "://" in os.fspath(place):
+            raise UserError(f"{place} is not on this machine: mount it, and give its path there")
     list_file = Path(csv).expanduser().absolute()
     videos = read_video_list(
         list_file.parent, list_file.name, prefix=prefix, separator=separator, max_missing=1.0
@@ -175,8 +178,6 @@ def _plan(
 
 def _claim(path: Path, wanted: Manifest, lists: Path) -> Manifest:
     """Makes this split's beginning in the folder, or gives that of an earlier run."""
-    if "://" in str(path.parent) or not path.parent.is_absolute():
-        raise UserError(f"{path.parent} is no folder of this machine: mount what is remote")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,7 +187,7 @@ def _claim(path: Path, wanted: Manifest, lists: Path) -> Manifest:
     names, copy = lists / "labels.txt", path.parent / "labels.txt"
     if names.is_file() and not copy.exists():
         write_whole(copy, names.read_bytes())
-    elif copy.is_file() and tuple(wanted.classes) != _names(copy) and names.is_file():
+    elif copy.is_file() and tuple(wanted.classes) != read_class_names(copy) and names.is_file():
         raise UserError(
             f"{copy} names other classes than {names}: give another folder, or make them the same"
         )
@@ -203,10 +204,6 @@ def _claim(path: Path, wanted: Manifest, lists: Path) -> Manifest:
                 + ": ask for the same again, delete the split, or give another folder"
             )
     return found
-
-
-def _names(file: Path) -> tuple[str, ...]:
-    return tuple(name.strip() for name in file.read_text().splitlines() if name.strip())
 
 
 def _finished(job: Job, known: dict[str, Shard]) -> Shard | None:

@@ -193,6 +193,8 @@ def test_a_list_that_is_wrong_is_told(tmp_path):
     (tmp_path / "train.csv").write_text("a.mp4\n")
     with pytest.raises(UserError, match="line 1"):
         packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+    with pytest.raises(UserError, match="not on this machine: mount it"):
+        packing.prepare(tmp_path / "train.csv", "gs://bucket/out")
     with pytest.raises(UserError, match="workers=0"):
         packing.prepare(tmp_path / "train.csv", tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()

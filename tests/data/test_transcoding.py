@@ -1,5 +1,6 @@
 """Videos encoded anew: the same frames at the same times, upright, in the same colours."""
 
+import io
 from fractions import Fraction
 
 import av
@@ -43,8 +44,23 @@ def test_the_frames_are_those_of_the_original(name, tmp_path):
 def test_a_clip_needs_no_frame_before_the_key_frame_next_to_it(tmp_path):
     encoded = encode(write(tmp_path / "x.mp4", 70), Encoding(gop=8))
     assert list(encoded.index.keys) == list(range(0, 70, 8))
-    with av.open(str(write(tmp_path / "sound.mp4", 3))) as container:
-        assert len(container.streams) == 1
+
+
+def test_sound_is_left_out(tmp_path):
+    video, sound = write(tmp_path / "x.mp4", 30), audio_only(tmp_path)
+    both = tmp_path / "both.mkv"
+    with av.open(video) as one, av.open(str(sound)) as two, av.open(str(both), "w") as writer:
+        readers = (one, two)
+        streams = [writer.add_stream_from_template(reader.streams[0]) for reader in readers]
+        for reader, stream in zip(readers, streams, strict=True):
+            for packet in reader.demux():
+                if packet.size:
+                    packet.stream = stream
+                    writer.mux(packet)
+    with av.open(str(both)) as container:
+        assert len(container.streams) == 2
+    with av.open(io.BytesIO(encode(str(both), Encoding()).file)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
 
 
 @pytest.mark.parametrize("gop", [1, 4, 16])
