@@ -201,7 +201,8 @@ def relative() -> Figure:
 
 def clips() -> Figure:
     """The frames of training clips and of the test protocol's clips."""
-    frames, fps, settings = 300, 30.0, {"frames": 16, "stride": 4}
+    frames, fps = 300, 30.0
+    settings: dict[str, Any] = {"frames": 16, "stride": 4}
     rng = np.random.default_rng(1)
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     axes = figure.add_subplot()

@@ -1,36 +1,52 @@
-"""The test program: K clips x C crops of every video, softmax scores averaged over the views.
+"""The test program: K clips x C crops of every video, whose scores are averaged over the views.
 
     python -m mvit_jax.evaluate --workdir=DIR
     python -m mvit_jax.evaluate --workdir=DIR --shuffle_frames     (MViT, Table 9)
     python -m mvit_jax.evaluate --workdir=DIR --which=best --list=val
+    python -m mvit_jax.evaluate --workdir=DIR --clips=1,3,5,7,10   (MViT, Figure A.4)
     python -m mvit_jax.evaluate --compare DIR1 DIR2 ... [--out=FILE]
 
-Writes DIR/evaluation.json (accuracies in percent), DIR/confusion.png, DIR/per_class.png and
-DIR/clips.json (the clips of the page); with --shuffle_frames the same but the last with `_shuffled`
-in the names, likewise for another list or checkpoint. DIR/report.html is the page of all that the
-folder holds, and opens from disk. --compare tests nothing: it puts what the folders hold side by
-side, as a table here and as a page.
+Writes into DIR
+
+    evaluation.json                 accuracies in percent
+    confusion.png, per_class.png    the same as pictures
+    scores.npz                      what the model said of each video: "probabilities" [videos,
+                                    classes], "labels", "tested", "videos", "classes"
+    videos.csv                      the videos that were tested, since copies of a data set differ,
+                                    each with its label and the most probable class
+    clips.json                      the clips of the page
+    report.html                     the page of all that the folder holds; it opens from disk
+
+with `_shuffled` in the names for --shuffle_frames (which has no clips), likewise for another list
+or checkpoint. Several numbers of clips are tested in one pass over the list: the largest is the
+evaluation, and views.json and views.png have all of them. --compare tests nothing: it puts what the
+folders hold side by side, as a table here and as a page.
 """
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from mvit_jax import errors
 from mvit_jax.data.sources import Source
 from mvit_jax.files import write_whole
 from mvit_jax.inspection import plots
-from mvit_jax.training import experiment, runs, sheet, workdir
+from mvit_jax.training import experiment, runs, sheet
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.experiment import Config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
 _WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "Which of its checkpoints.")
 _LIST = flags.DEFINE_enum("list", "test", ["test", "val", "train"], "Which list of videos.")
-_CLIPS = flags.DEFINE_integer("clips", None, "Clips per video; the config's where not given.")
+_CLIPS = flags.DEFINE_list(
+    "clips", None, "Clips per video, one number or several; the config's where not given."
+)
 _CROPS = flags.DEFINE_integer("crops", None, "Crops per clip, 1 or 3; the config's likewise.")
 _BATCH = flags.DEFINE_integer("batch", None, "Videos at a time; the config's likewise.")
 _DATA = flags.DEFINE_string("data", None, "The data folder, where it is not the config's.")
@@ -51,9 +67,10 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
     folder = Path(_WORKDIR.value)
-    config = workdir.frozen(folder)
+    config = experiment.frozen(folder)
+    counts = numbers(_CLIPS.value) or [config.eval.clips]
     for key, value in (
-        ("eval.clips", _CLIPS.value),
+        ("eval.clips", max(counts)),
         ("eval.crops", _CROPS.value),
         ("eval.batch", _BATCH.value),
         ("data.folder", _DATA.value),
@@ -63,15 +80,17 @@ def main(argv: list[str]) -> None:
     experiment.check(config)
 
     videos = experiment.videos(config, _LIST.value)
-    scores, step = experiment.score(
-        config, folder, videos, which=_WHICH.value, shuffle=_SHUFFLE.value
+    by_count, step = experiment.score(
+        config, folder, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
     )
+    scores = by_count[counts.index(max(counts))]
     results = {
         "list": videos.list_file,
         "checkpoint": _WHICH.value,
         "step": step,
         "clips": config.eval.clips,
         "crops": config.eval.crops,
+        "ensemble": config.eval.ensemble,
         "shuffled_frames": _SHUFFLE.value,
         "classes": list(videos.class_names),
     } | scores.metrics()
@@ -79,7 +98,11 @@ def main(argv: list[str]) -> None:
     # Before clips are drawn, which could fail.
     written = write(folder, results, _LIST.value) if first else []
     if first:
+        written += write_scores(folder, scores, videos, suffix(results, _LIST.value))
         print(summary(folder), flush=True)
+        if len(counts) > 1:
+            metrics = [s.metrics() for s in by_count]
+            written += write_views(folder, dict(zip(counts, metrics, strict=True)), results)
     pictures = None if _SHUFFLE.value else clips(config, folder, scores, videos)
     if not first:
         return
@@ -90,6 +113,19 @@ def main(argv: list[str]) -> None:
     for sentence in scores.failures:
         print(f"left out: {sentence}")
     print("wrote " + ", ".join(str(path) for path in written))
+
+
+def numbers(texts: list[str] | None) -> list[int]:
+    """Numbers of clips from the command line, each once, in rising order."""
+    try:
+        found = sorted({int(text) for text in texts or []})
+        if found and found[0] < 1:
+            raise ValueError
+    except ValueError:
+        raise errors.UserError(
+            f"--clips={','.join(texts or [])} must be numbers of at least 1, like 5 or 1,5,10"
+        ) from None
+    return found
 
 
 def clips(config: Config, folder: Path, scores: Scores, videos: Source) -> dict[str, Any]:
@@ -129,17 +165,60 @@ def write(folder: Path, results: dict[str, Any], which: str) -> list[Path]:
     return paths
 
 
+def write_scores(folder: Path, scores: Scores, videos: Source, end: str) -> list[Path]:
+    """What the model said of each video, as arrays; and which videos were tested, as a table."""
+    paths = [folder / f"scores{end}.npz", folder / f"videos{end}.csv"]
+    items = [videos.item(i) for i in range(len(videos))]
+    arrays, table = io.BytesIO(), io.StringIO()
+    np.savez_compressed(
+        arrays, probabilities=scores.probabilities.astype(np.float32), labels=scores.labels,
+        tested=scores.tested, videos=np.array(items), classes=np.array(videos.class_names),
+    )  # fmt: skip
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["video", "label", "predicted", "probability"])
+    for i in np.flatnonzero(scores.tested).tolist():
+        label, predicted = scores.labels[i], int(scores.predicted[i])
+        named = label if label.ndim == 0 else " ".join(map(str, np.flatnonzero(label)))
+        rows.writerow([items[i], named, predicted, f"{scores.probabilities[i, predicted]:.4f}"])
+    write_whole(paths[0], arrays.getvalue())
+    write_whole(paths[1], table.getvalue())
+    return paths
+
+
+def write_views(
+    folder: Path, by_count: dict[int, dict[str, Any]], results: dict[str, Any]
+) -> list[Path]:
+    """Accuracy over the number of clips, as a table here, as JSON and as a picture."""
+    end = suffix(results, _LIST.value)
+    measures = [name for name in ("top1", "top5", "map") if name in results]
+    rows = [{"clips": n} | {m: found[m] for m in measures} for n, found in by_count.items()]
+    print("clips  " + "  ".join(f"{m:>6}" for m in measures))
+    for row in rows:
+        print(f"{row['clips']:5d}  " + "  ".join(f"{row[m]:6.2f}" for m in measures))
+    told = {k: results[k] for k in ("list", "checkpoint", "step", "crops", "ensemble", "videos")}
+    paths = [folder / f"views{end}.json", folder / f"views{end}.png"]
+    write_whole(paths[0], json.dumps(told | {"views": rows}, indent=1) + "\n")
+    shown = "map" if "map" in measures else "top1"
+    line = plots.Curve(shown, [row["clips"] for row in rows], [row[shown] for row in rows], True)
+    name = "mAP, %" if shown == "map" else "top-1, %"
+    plots.save(plots.curves([line], name, f"clips, of {results['crops']} crops"), paths[1])
+    return paths
+
+
 def summary(folder: Path) -> str:
     """All evaluations that a run's folder holds, as a short table."""
     rows: list[tuple[str, ...]] = [
-        ("list", "frames", "checkpoint", "top-1", "top-5", "videos", "left out", "views")
+        ("list", "frames", "checkpoint", "top-1", "top-5", "mAP", "videos", "left out", "views")
     ]
     for r in runs.evaluations(folder):
         rows.append((
             Path(r["list"]).stem, "shuffled" if r["shuffled_frames"] else "in order",
             f"{r['checkpoint']}, step {r['step']}", f"{r['top1']:.2f}", f"{r['top5']:.2f}",
-            str(r["videos"]), str(len(r["left_out"])), f"{r['clips']} x {r['crops']}",
+            f"{r['map']:.2f}" if "map" in r else "", str(r["videos"]), str(len(r["left_out"])),
+            f"{r['clips']} x {r['crops']}",
         ))  # fmt: skip
+    if not any(row[5] for row in rows[1:]):  # mAP is of sets of classes
+        rows = [row[:5] + row[6:] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows.insert(1, tuple("-" * width for width in widths))
     return "\n".join(

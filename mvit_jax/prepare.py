@@ -26,6 +26,11 @@ with by the same command. Runs on Apache Beam (pip install 'mvit_jax[prepare]'),
 this machine; flags for Beam come last, after --, as in -- --runner=FlinkRunner: all workers must
 see the videos and DIR under the same paths.
 
+    python -m mvit_jax.prepare lists --out=DIR [--val=0.1 --test=0.1]
+
+deals one's own videos or images in DIR, a folder of them for each class, to train.csv, val.csv and
+test.csv there, and names the classes in labels.txt. Lists that are there and differ are kept.
+
     python -m mvit_jax.prepare check DIR [--split=train]
 
 decodes all of a data set, of shards or of lists of files, and tells what is broken in it and
@@ -37,10 +42,19 @@ import sys
 from absl import flags
 
 from mvit_jax import errors
-from mvit_jax.data import checking, fashion_mnist, moving_digits, packing, transcoding
+from mvit_jax.data import (
+    checking,
+    fashion_mnist,
+    moving_digits,
+    packing,
+    splitting,
+    transcoding,
+)
 
 OUT = flags.DEFINE_string("out", None, "Folder to write into: new, empty, or to be gone on with.")
-SEED = flags.DEFINE_integer("seed", 0, "Another seed gives other moving digits.")
+SEED = flags.DEFINE_integer("seed", 0, "Another seed gives other moving digits, or other lists.")
+VAL = flags.DEFINE_float("val", 0.1, "Share of each class to validate on.")
+TEST = flags.DEFINE_float("test", 0.1, "Share of each class to test on.")
 TRAIN_VIDEOS = flags.DEFINE_integer("train_videos", 2000, "Moving digits to train on.")
 VAL_VIDEOS = flags.DEFINE_integer("val_videos", 200, "Moving digits to validate on.")
 TEST_VIDEOS = flags.DEFINE_integer("test_videos", 400, "Moving digits to test on.")
@@ -59,6 +73,7 @@ SPLIT = flags.DEFINE_string("split", None, "The one split to check.")
 DATA_SETS = {
     "moving_digits": ("seed", "train_videos", "val_videos", "test_videos"),
     "fashion_mnist": ("files",),
+    "lists": ("val", "test", "seed"),
     "videos": ("csv", "prefix", "separator", "short_side", "gop", "crf", "shards", "workers"),
     "check": ("split", "prefix", "separator", "workers"),
 }
@@ -86,6 +101,11 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(f"no folder to write {name} into: give --out=DIR")
     if name == "videos":
         _videos(OUT.value, rest)
+        return
+    if name == "lists":
+        counts = splitting.write_lists(OUT.value, val=VAL.value, test=TEST.value, seed=SEED.value)
+        said = ", ".join(f"{count} files in {list_}" for list_, count in counts.items())
+        print(f"{said}, in {OUT.value}")
         return
     if name == "fashion_mnist":
         fashion_mnist.prepare(OUT.value, FILES.value)

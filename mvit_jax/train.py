@@ -4,10 +4,12 @@
     python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=DIR \\
         --config.optim.lr=1e-3
     python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --dry_run
+    python -m mvit_jax.train --config=configs/moving_digits.py --contact_sheet=FILE.png
 
 Started again with the same command after any stop, it goes on where it was and ends with the same
 parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and exits with status
-128 + the signal's number.
+128 + the signal's number. --contact_sheet trains nothing: it draws the first clips as the model
+would get them.
 """
 
 import importlib.metadata
@@ -35,7 +37,16 @@ from mvit_jax.data.decoding import why_broken
 from mvit_jax.data.sources import Source
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import dry_run, evaluation, experiment, jitted, runs, sharding, workdir
+from mvit_jax.training import (
+    contact_sheet,
+    dry_run,
+    evaluation,
+    experiment,
+    jitted,
+    runs,
+    sharding,
+    workdir,
+)
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.experiment import Config
 from mvit_jax.training.logbook import Logbook, NotFiniteError
@@ -46,12 +57,16 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; made where it is missing.", allow_override=True
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the whole plan and start nothing.")
+_SHEET = flags.DEFINE_string(
+    "contact_sheet", None, "Draw the first training clips into this picture, and stop."
+)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --workdir=DIR")
-    if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
+    plans = _DRY_RUN.value or _SHEET.value is not None
+    if _CONFIG.value is None or (_WORKDIR.value is None and not plans):
         raise errors.UserError("give --config=configs/moving_digits.py and --workdir=DIR")
     try:
         _CONFIG.value.lock()
@@ -60,6 +75,9 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(f"there is no config file {path}: check --config") from None
     if _DRY_RUN.value or _WORKDIR.value is None:
         print(dry_run.describe(_CONFIG.value, jax.device_count()))
+    if _SHEET.value is not None:
+        print(f"wrote {contact_sheet.draw(_CONFIG.value, _SHEET.value)}")
+    if _WORKDIR.value is None or plans:
         return
     try:
         sys.exit(train(_CONFIG.value, _WORKDIR.value))
@@ -85,7 +103,7 @@ def train(config: Config, folder: str) -> int:
     experiment.check_batch(config, mesh.size)
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_params(config, model)  # before anything is written
-    workdir.freeze(config, folder)
+    workdir.freeze(config, folder, experiment.base())
     workdir.keep_labels(folder, videos.class_names)
 
     steps = experiment.steps(config, config.epochs, videos)
@@ -99,7 +117,10 @@ def train(config: Config, folder: str) -> int:
                 f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
             )
             return 0
-        log = Logbook(folder, start=start, steps=steps, batch=config.batch, every=config.log_every)
+        log = Logbook(
+            folder, start=start, steps=steps, batch=config.batch, every=config.log_every,
+            max_broken=config.data.max_broken,
+        )  # fmt: skip
         with closing(log), StopRequest() as stop:
             introduce(log, config, model, state, videos, mesh, start, steps)
             log.say(origin)
@@ -109,7 +130,7 @@ def train(config: Config, folder: str) -> int:
             done = start
             try:
                 for done, batch in zip(itertools.count(start + 1), batches, strict=False):
-                    report_broken(log, videos, batch.pop("broken"), broken, model.frames)
+                    report_broken(log, videos, batch["broken"], broken, model.frames)
                     state, metrics = step_function(state, sharding.to_devices(batch, mesh))
                     log.step(done, metrics, np.asarray(schedule(done - 1)).item())
 
@@ -117,7 +138,7 @@ def train(config: Config, folder: str) -> int:
                         log.flush()  # a state that is not finite is never kept
                         results = validate(config, model, state, validation, predict, mesh)
                         log.validation(done, results)
-                        checkpoints.save_if_best(state, done, results["top1"])
+                        checkpoints.save_if_best(state, done, results.get("map", results["top1"]))
                     if done % config.checkpoint.every == 0 or done == steps or stop.signal:
                         log.flush()
                         checkpoints.save(state, done)
@@ -132,6 +153,11 @@ def train(config: Config, folder: str) -> int:
                     log.flush()
                     checkpoints.save(state, done)
                 raise
+            if broken:
+                log.say(
+                    f"{len(broken)} of the {len(videos)} videos could not be decoded and were "
+                    f"replaced: {', '.join(videos.item(i) for i in sorted(broken))}"
+                )
             log.say(f"trained {steps} steps; the last checkpoint is in {folder}/checkpoints")
     report(folder)  # when all else is on disk
     return 0
@@ -176,7 +202,9 @@ def load(
         steps=steps,
         start=start,
         rows=sharding.local_rows(config.batch, mesh),
+        repeats=config.data.repeats,
         threads=config.data.threads,
+        processes=config.data.processes,
     )
 
 
@@ -185,19 +213,21 @@ def validate(
 ) -> dict[str, float]:
     """One centre clip of every validation video, with the averaged weights where there are any."""
     began = time.monotonic()
-    scores = evaluation.evaluate(
+    [scores] = evaluation.evaluate(
         predict,
         state.params if state.ema is None else state.ema,
         videos,
         experiment.clip_settings(config, model),
-        clips=1,
+        clips=(1,),
         crops=1,
         batch=config.eval.batch,
         mesh=mesh,
+        max_broken=config.data.max_broken,
         threads=config.data.threads,
+        processes=config.data.processes,
     )
     metrics = scores.metrics()
-    return {name: metrics[name] for name in ("top1", "top5")} | {
+    return {name: metrics[name] for name in ("map", "top1", "top5") if name in metrics} | {
         "videos": metrics["videos"],
         "seconds": time.monotonic() - began,
     }

@@ -34,6 +34,15 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "```" in path.read_text())
 NOT_RUN = [
     ("data.md", "python -m mvit_jax.prepare fashion_mnist --out=data/tfds"),
     ("inside.md", "python -m mvit_jax.predict --serve --workdir=runs/moving_digits"),
+    (
+        "own_data.md",
+        "python -m mvit_jax.train --config=configs/custom.py:mvitv2_s_16x4 "
+        "--config.data.folder=mine/videos \\",
+    ),
+    (
+        "recipes.md",
+        "python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --workdir=runs/b \\",
+    ),
     ("start.md", "make train"),
     ("start.md", "python -m pip install -e .            # CPU"),
 ]
@@ -42,7 +51,7 @@ _IMAGES = ["--config.model.width=16", "--config.model.depths=(1,2)", *tiny.FLAGS
 SMALL = {
     "mvit_jax.train": [*tiny.FLAGS, "--config.model.heads=1", "--config.epochs=1"],
     "mvit_jax.train of images": [*_IMAGES, "--config.epochs=1"],
-    "mvit_jax.prepare": ["--train_videos=24", "--val_videos=8", "--test_videos=10"],
+    "mvit_jax.prepare moving_digits": ["--train_videos=24", "--val_videos=8", "--test_videos=10"],
     "mvit_jax.convert": ["frames=8", "size=64", "width=16", "depths=(1,1,1)"],
 }
 SHIM = """#!{python}
@@ -51,6 +60,8 @@ small, args = {small!r}, sys.argv[1:]
 program = args[1] if args[:1] == ["-m"] else ""
 if program == "mvit_jax.train" and any("pictures" in a or "fashion" in a for a in args):
     program += " of images"
+if program == "mvit_jax.prepare":
+    program += " " + args[2]
 if program == "mvit_jax.convert" and not any(a.startswith("--variant") for a in args):
     program = ""
 os.execv({python!r}, [{python!r}, *args, *small.get(program, [])])

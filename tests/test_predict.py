@@ -51,7 +51,7 @@ def program(*flags):
 
 def test_files_get_the_probabilities_of_the_test_program(run, predictor, digits, paths):
     config = workdir.frozen(run)
-    scores, _ = experiment.score(config, run, experiment.videos(config, "test"), which="last")
+    [scores], _ = experiment.score(config, run, experiment.videos(config, "test"), which="last")
     # Another order, one file twice, and one that is not there.
     asked = [paths[2], paths[0], paths[2], str(run / "gone.mp4")]
     result = predict.predict(predictor, asked, top=8)
@@ -280,6 +280,6 @@ def test_a_model_trains_on_image_files_and_the_broken_one_is_left_out_of_the_tes
     config = tiny.config(images, **(small.IMAGES | {"epochs": 8.0, "eval.crops": 3}))
     folder = tmp_path / "run"
     assert train.train(config, str(folder)) == 0
-    scores, _ = experiment.score(config, folder, experiment.videos(config, "test"), which="last")
+    [scores], _ = experiment.score(config, folder, experiment.videos(config, "test"), which="last")
     assert scores.metrics()["videos"] == 7 and scores.metrics()["top1"] == 100
     assert len(scores.failures) == 1 and "23.jpg: it is damaged" in scores.failures[0]

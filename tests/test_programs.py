@@ -175,9 +175,9 @@ def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_
 def test_shuffled_frames_are_another_test_beside_the_first(run):
     config = workdir.frozen(run)
     videos = experiment.videos(config, "test")
-    straight, _ = experiment.score(config, run, videos, which="last")
-    shuffled, _ = experiment.score(config, run, videos, which="last", shuffle=True)
-    again, _ = experiment.score(config, run, videos, which="last", shuffle=True)
+    [straight], _ = experiment.score(config, run, videos, which="last")
+    [shuffled], _ = experiment.score(config, run, videos, which="last", shuffle=True)
+    [again], _ = experiment.score(config, run, videos, which="last", shuffle=True)
     assert np.abs(straight.probabilities - shuffled.probabilities).max() > 1e-5
     np.testing.assert_array_equal(shuffled.probabilities, again.probabilities)
 
@@ -186,7 +186,7 @@ def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
     config = workdir.frozen(run)
     videos = experiment.videos(config, "val")
     config.eval.clips = 1
-    scores, step = experiment.score(config, run, videos, which="best")
+    [scores], step = experiment.score(config, run, videos, which="best")
     # The same weights and protocol as the validation that chose it.
     best = Checkpoints(run).best_top1
     assert step == Checkpoints(run).step("best")
@@ -259,8 +259,9 @@ def change_list(data, old, new):
     ("spoil", "changes", "sentence"),
     [
         (lambda d: change_list(d, " 0\n", " 8\n"), {}, "label 8"),
-        (lambda d: change_list(d, " 0\n", " left\n"), {}, "left"),
-        (lambda d: change_list(d, "00000.mp4", "gone.mp4"), {}, "gone.mp4"),
+        (lambda d: change_list(d, " 0\n", " left\n"), {}, "line 1 looks like a header"),
+        (lambda d: change_list(d, " 3\n", " left\n"), {}, "left"),
+        (lambda d: change_list(d, "00000.mp4", "gone.mp4"), {"data.max_broken": 0.0}, "gone.mp4"),
         (lambda d: (d / "train.csv").unlink(), {}, "train.csv"),
         (lambda d: None, {"batch": 12}, "batch=12 does not divide into 8 devices"),
         (lambda d: None, {"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the 8 devices"),
@@ -273,7 +274,15 @@ def change_list(data, old, new):
         (lambda d: None, {"eval.batch": 0}, "eval.batch must be at least 1, not 0"),
         (lambda d: None, {"augment.flip": 2.0}, "augment.flip must be from 0 to 1, not 2.0"),
         (lambda d: None, {"augment.crop_area": (2.0, 0.1)}, "augment.crop_area must be two"),
-        (lambda d: None, {"eval.crops": 2}, "eval.crops must be 1 or 3"),
+        (lambda d: None, {"eval.crops": 2}, "eval.crops must be one of 1, 3, not 2"),
+        (lambda d: None, {"eval.crops": 3, "eval.whole_image": True}, "nothing to crop"),
+        (lambda d: None, {"augment.crop_area": (0.5, 1.0), "augment.jitter": (40, 50)}, "two ways"),
+        (lambda d: None, {"augment.randaugment": "rand-m7-q3-inc1"}, "q3"),
+        (lambda d: None, {"augment.erase_mode": "grey"}, "erase_mode must be one of pixel, const"),
+        (lambda d: None, {"data.repeats": 3}, "data.repeats=3; set a multiple of 24"),
+        (lambda d: None, {"data.sampling": "all"}, "sampling must be one of span, segments"),
+        (lambda d: None, {"data.source": "videos"}, "data.source must be one of list, folders"),
+        (lambda d: None, {"data.multi_label": True}, "data.multi_label"),
         (lambda d: None, {"epochs": 0.0}, "epochs must be above 0"),
         (lambda d: None, {"accumulate": 3}, "accumulate=3"),
         (lambda d: None, {"augment.mixup": 1.0, "augment.group": 3}, "augment.group=3"),

@@ -1,4 +1,4 @@
-"""Still images, by Pillow, and the frames that they and arrays give."""
+"""Still images, with Pillow's values, and the frames that they and arrays give."""
 
 import io
 import os
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import cv2
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, UnidentifiedImageError
@@ -95,7 +96,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height widt
     """
     path = os.fspath(path)
     try:
-        return _rgb(path)
+        return _rgb(Path(path).read_bytes())
     except _UNREADABLE as error:
         raise DecodeError(path, _reason_of_file(Path(path), error)) from error
 
@@ -103,7 +104,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height widt
 def decode_image(encoded: bytes, name: str) -> UInt8[np.ndarray, "1 height width 3"]:
     """Reads an image from the bytes of its file; as `read_image`, and errors call it `name`."""
     try:
-        return _rgb(io.BytesIO(encoded))
+        return _rgb(encoded)
     except _UNREADABLE as error:
         raise DecodeError(name, _reason(error) if encoded else "it is empty") from error
 
@@ -115,11 +116,21 @@ def check_still(name: str, clip_frames: int) -> None:
         raise DecodeError(name, reason)
 
 
+_END_OF_JPEG = b"\xff\xd9"
+
 _UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError)
 
 
-def _rgb(file: str | io.BytesIO) -> np.ndarray:
-    with Image.open(file) as image:
+def _rgb(encoded: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded)) as image:
+        # OpenCV decodes the JPEGs of cameras and data sets to the same values in a third of the
+        # time; but it takes what is missing of a file that was cut off for grey, and CMYK for
+        # something else.
+        if image.format == "JPEG" and image.mode == "RGB" and encoded.endswith(_END_OF_JPEG):
+            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+            if pixels is not None:
+                return np.asarray(pixels)[None]
         if image.mode.startswith("I;16"):
             # Pillow would cut off all above 255; of 16-bit colours it takes the high byte too.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

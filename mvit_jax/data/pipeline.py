@@ -1,23 +1,27 @@
 """Batches of clips for training and testing.
 
-The data of a run is a pure function of (seed, step): clip j of step s has the global index
-s * batch + j, which decides the video and every draw of its augmentation. So neither the number
-of hosts nor of threads changes what a step sees, and a run resumes by starting at another step;
-there is no iterator state to store.
+The data of a run is a pure function of (seed, step). A step of `batch` clips decodes batch /
+repeats videos; video v of step s has the global index s * batch / repeats + v, which decides the
+file, the frames and every draw of their augmentation. So neither the number of hosts nor of
+processes and threads changes what a step sees, and a run resumes by starting at another step; there
+is no iterator state to store.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Int64, UInt8
 
 from mvit_jax.data import augmentation, sampling
+from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.images import DecodeError, Footage
+from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.sources import Source
 from mvit_jax.errors import UserError
 
@@ -35,14 +39,16 @@ class ClipSettings:
 
     Attributes:
       frames: T, frames of a clip; 1 for images, which may be files of images or of videos.
-      stride: tau, distance of neighbouring frames at 30 frames a second.
+      stride: tau, distance of neighbouring frames, see `sampling`.
       size: side of the square clip in pixels.
       short_side: short side of the frames in pixels from which one test crop is cut; three
         crops are cut from frames whose short side is `size`, as in the released code.
-      crop_area: bounds of the random resized crop's share of a training frame; None for no
-        random crop: short side to `size`, then the centre.
-      interpolation: how frames are scaled, "bilinear" as for video or "bicubic" as for ImageNet;
-        see `augmentation.resize`.
+      sampling: which frames of a video make a clip, see `sampling.train_indices`.
+      interpolation: how test frames are scaled, "bilinear" as for video or "bicubic" as for
+        ImageNet; see `augmentation.resize`.
+      whole: whether test frames are squashed to the square, so that nothing is cut off: the
+        "resize" column of MViTv2's tables.
+      augmentation: what makes a training clip of decoded frames.
 
     Raises:
       UserError: `short_side` smaller than `size`.
@@ -52,8 +58,10 @@ class ClipSettings:
     stride: int
     size: int
     short_side: int
-    crop_area: tuple[float, float] | None = (0.08, 1.0)
+    sampling: Sampling = "span"
     interpolation: augmentation.Interpolation = "bilinear"
+    whole: bool = False
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         if self.short_side < self.size:
@@ -72,13 +80,16 @@ def train_batches(
     steps: int,
     start: int = 0,
     rows: range | None = None,
+    repeats: int = 1,
     threads: int = 2,
+    processes: int = 0,
     prefetch: int = 2,
 ) -> Generator[Batch, None, None]:
     """Gives the batches of steps `start` to `steps - 1`; closing the generator stops loading.
 
     Every epoch is a permutation of its own; an epoch may end within a batch. A video that cannot
     be decoded is replaced by another one, drawn from (seed, global index), with its own label.
+    With repeats (Hoffer et al. 2020) the clips of a video are neighbours in the batch.
 
     Args:
       videos: the data set.
@@ -87,33 +98,49 @@ def train_batches(
       batch: clips per step, all hosts together.
       steps: the step before which to end.
       start: the step to begin with.
-      rows: the rows of the global batch that this host loads, contiguous; None for all.
-      threads: how many load; 0 to load without prefetching.
+      rows: the rows of the global batch that this host loads, contiguous; None for all. Like the
+        batch a multiple of `repeats`.
+      repeats: clips that are augmented out of the same decoded frames.
+      threads: how many load, in each process; 0 to load without prefetching.
+      processes: how many load; 0 for this one alone. They are worth starting where Python's part
+        of the work, which threads do in turns, is large: small images, or many cores.
       prefetch: batches loaded ahead.
 
     Yields:
-      "clip", uint8 `[rows, T, size, size, 3]`, RGB; "label", int32 `[rows]`; "broken", int32
-      `[rows]`, place in `videos` of the video that was asked for but could not be decoded
-      (`decoding.why_broken` tells the reason), or -1.
+      "clip", uint8 `[rows, T, size, size, 3]`, RGB; "label", int32 `[rows]`, or uint8 `[rows,
+      classes]` where a video has any number of classes; "broken", int32 `[rows]`, place in
+      `videos` of the video that was asked for but could not be decoded (`decoding.why_broken`
+      tells the reason), or -1.
 
     Raises:
       UserError: while iterating, ten videos in a row cannot be decoded.
     """
     rows = _checked(rows, batch)
-    load = _TrainLoader(videos, settings, seed, batch, start, rows)
-    return _load(load, max(steps - start, 0), len(rows), threads, prefetch)
+    if batch % repeats or rows.start % repeats or len(rows) % repeats:
+        raise UserError(
+            f"a batch of {batch} clips, {len(rows)} of them on this host, does not divide into "
+            f"{repeats} repeats of each video: set batch to a multiple of {repeats} for each host"
+        )
+    decoded = range(rows.start // repeats, rows.stop // repeats)
+    load = _TrainLoader(videos, settings, seed, batch // repeats, start, decoded, repeats)
+    batches = _load(
+        load, max(steps - start, 0), len(decoded), threads=threads, processes=processes,
+        prefetch=prefetch,
+    )  # fmt: skip
+    return _merged(batches)
 
 
 def test_batches(
     videos: Source,
     settings: ClipSettings,
     *,
-    clips: int,
+    clips: int | Sequence[int],
     crops: int,
     batch: int,
     rows: range | None = None,
     shuffle_seed: int | None = None,
     threads: int = 2,
+    processes: int = 0,
     prefetch: int = 1,
 ) -> Generator[Batch, None, None]:
     """Gives the views of every video, each video once, in order, in batches of one shape.
@@ -121,44 +148,64 @@ def test_batches(
     Args:
       videos: the data set.
       settings: what a clip is.
-      clips: K, clips spread evenly over a video.
+      clips: K, clips spread evenly over a video; of several numbers, the clips of each in turn.
       crops: squares cut from each clip, 1 or 3.
       batch: videos per batch, all hosts together; the last batch is padded.
       rows: the rows of the global batch that this host loads, contiguous; None for all.
       shuffle_seed: if given, the frames of each clip are permuted, by draws from
         (shuffle_seed, place of the video): the test of Fan et al. 2021, table 9.
-      threads: how many load; 0 to load without prefetching.
+      threads: how many load, in each process; 0 to load without prefetching.
+      processes: how many load; 0 for this one alone.
       prefetch: batches loaded ahead.
 
     Yields:
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
-      first; "label", int32 `[rows]`; "video", int32 `[rows]`, place in `videos`, or -1 for
-      padding; "valid", bool `[rows]`, False for padding and for videos that cannot be decoded
+      first; "label", int32 `[rows]`, or uint8 `[rows, classes]`; "video", int32 `[rows]`, place
+      in `videos`, or -1 for padding; "valid", bool `[rows]`, False for padding and for videos that
+      cannot be decoded
       (`decoding.why_broken` tells the reason), whose clips are black.
     """
     rows = _checked(rows, batch)
-    load = _TestLoader(videos, settings, clips, crops, batch, rows, shuffle_seed)
-    return _load(load, -(-len(videos) // batch), len(rows), threads, prefetch)
+    counts = (clips,) if isinstance(clips, int) else tuple(clips)
+    load = _TestLoader(videos, settings, counts, crops, batch, rows, shuffle_seed)
+    return _load(
+        load, -(-len(videos) // batch), len(rows), threads=threads, processes=processes,
+        prefetch=prefetch,
+    )  # fmt: skip
 
 
-def load_train_clip(
-    videos: Source, index: int, settings: ClipSettings, rng: np.random.Generator
-) -> UInt8[np.ndarray, "frames size size 3"]:
-    """Decodes and augments one random clip of element `index`; raises `DecodeError`."""
+def load_train_clips(
+    videos: Source,
+    index: int,
+    settings: ClipSettings,
+    rng: np.random.Generator,
+    repeats: int = 1,
+) -> tuple[UInt8[np.ndarray, "repeats frames size size 3"], Any]:
+    """Decodes the frames of one random clip of element `index`, augments them `repeats` times.
+
+    Returns:
+      The clips, and the label, see `Source.label`.
+
+    Raises:
+      DecodeError: the file is broken.
+    """
     with videos.opened(index, settings.frames) as video:
         indices = sampling.train_indices(
-            video.num_frames, video.fps, frames=settings.frames, stride=settings.stride, rng=rng
+            video.num_frames,
+            video.fps,
+            frames=settings.frames,
+            stride=settings.stride,
+            sampling=settings.sampling,
+            rng=rng,
         )
-        clip = video.frames(indices)
-    if settings.crop_area is None:
-        return _cropped(clip, settings.size, settings, 1)[0]
-    return augmentation.random_resized_crop(
-        clip,
-        settings.size,
-        rng=rng,
-        area=settings.crop_area,
-        interpolation=settings.interpolation,
-    )
+        frames = video.frames(indices)
+    clips = np.stack([
+        augmentation.augment(
+            frames, settings.augmentation, settings.size, rng=rng, image=settings.frames == 1
+        )
+        for _ in range(repeats)
+    ])  # fmt: skip
+    return clips, videos.label(index, indices)
 
 
 def load_views(
@@ -166,10 +213,10 @@ def load_views(
     index: int,
     settings: ClipSettings,
     *,
-    clips: int,
+    clips: int | Sequence[int],
     crops: int,
     shuffle: np.random.Generator | None = None,
-) -> UInt8[np.ndarray, "{clips*crops} frames size size 3"]:
+) -> UInt8[np.ndarray, "views frames size size 3"]:
     """Decodes the views of the test protocol: `views` of element `index`.
 
     Raises:
@@ -183,38 +230,52 @@ def views(
     video: Footage,
     settings: ClipSettings,
     *,
-    clips: int,
+    clips: int | Sequence[int],
     crops: int,
     shuffle: np.random.Generator | None = None,
-) -> UInt8[np.ndarray, "{clips*crops} frames size size 3"]:
+) -> UInt8[np.ndarray, "views frames size size 3"]:
     """Gives the views of the test protocol, the crops of the first clip first.
 
     Args:
       video: an open file, or frames.
       settings: what a clip is.
-      clips: K, clips spread evenly over the video.
+      clips: K, clips spread evenly over the video; of several numbers, the clips of each in turn.
       crops: squares cut from each clip, 1 or 3.
       shuffle: if given, permutes the frames of each clip.
 
     Raises:
       DecodeError: the file is broken.
     """
-    indices = sampling.view_indices(
-        video.num_frames, video.fps, frames=settings.frames, stride=settings.stride, clips=clips
-    )
+    indices = np.concatenate([
+        sampling.view_indices(
+            video.num_frames,
+            video.fps,
+            frames=settings.frames,
+            stride=settings.stride,
+            sampling=settings.sampling,
+            clips=count,
+        )
+        for count in ((clips,) if isinstance(clips, int) else clips)
+    ])  # fmt: skip
     if shuffle is not None:
         indices = shuffle.permuted(indices, axis=1)
     # Clips of a short video share frames: each is decoded and resized once.
     wanted, places = np.unique(indices, return_inverse=True)
-    side = settings.short_side if crops == 1 else settings.size
-    cropped = _cropped(video.frames(wanted), side, settings, crops)
+    cropped = crops_of(video.frames(wanted), settings, crops)
     by_clip = np.moveaxis(cropped[:, places.reshape(indices.shape)], 1, 0)
-    return by_clip.reshape(clips * crops, *by_clip.shape[2:])
+    return by_clip.reshape(len(indices) * crops, *by_clip.shape[2:])
 
 
-def _cropped(frames: np.ndarray, side: int, settings: ClipSettings, crops: int) -> np.ndarray:
+def crops_of(
+    frames: UInt8[np.ndarray, "frames height width 3"], settings: ClipSettings, crops: int
+) -> UInt8[np.ndarray, "{crops} frames size size 3"]:
+    """Frames scaled and cropped as the test protocol has it."""
+    size = settings.size
+    if settings.whole:
+        return augmentation.resize(frames, size, size, settings.interpolation)[None]
+    side = settings.short_side if crops == 1 else size
     frames = augmentation.resize_short_side(frames, side, settings.interpolation)
-    return augmentation.crop_views(frames, settings.size, crops, image=settings.frames == 1)
+    return augmentation.crop_views(frames, size, crops, image=settings.frames == 1)
 
 
 @functools.lru_cache(maxsize=4)
@@ -236,6 +297,7 @@ class _TrainLoader:
     batch: int
     start: int
     rows: range
+    repeats: int
 
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
@@ -248,15 +310,15 @@ class _TrainLoader:
             if attempt > 0:
                 video = int(rng.integers(len(self.videos)))
             try:
-                clip = load_train_clip(self.videos, video, self.settings, rng)
+                clips, label = load_train_clips(
+                    self.videos, video, self.settings, rng, self.repeats
+                )
             except DecodeError as error:
                 failure = error
                 continue
-            return {
-                "clip": clip,
-                "label": np.int32(self.videos.label(video)),
-                "broken": np.int32(-1 if failure is None else asked),
-            }
+            label = np.asarray(label, np.int32 if np.ndim(label) == 0 else np.uint8)
+            broken = np.full(self.repeats, -1 if failure is None else asked, np.int32)
+            return {"clip": clips, "label": np.stack([label] * self.repeats), "broken": broken}
         raise UserError(
             f"{_ATTEMPTS} videos drawn from {self.videos.list_file} one after the other cannot be "
             f"decoded, so check what it holds; the last failure: {failure}"
@@ -267,7 +329,7 @@ class _TrainLoader:
 class _TestLoader:
     videos: Source
     settings: ClipSettings
-    clips: int
+    clips: tuple[int, ...]
     crops: int
     batch: int
     rows: range
@@ -277,11 +339,11 @@ class _TestLoader:
         step, row = divmod(element, len(self.rows))
         video = step * self.batch + self.rows[row]
         if video >= len(self.videos):
-            return self._element(None, label=0, video=-1)
+            return self._element(None, label=None, video=-1)
         shuffle = None
         if self.shuffle_seed is not None:
             shuffle = _generator(_SHUFFLE, self.shuffle_seed, video)
-        label, views = 0, None
+        label, views = None, None
         with contextlib.suppress(DecodeError):
             label = self.videos.label(video)
             views = load_views(
@@ -294,23 +356,32 @@ class _TestLoader:
             )
         return self._element(views, label=label, video=video)
 
-    def _element(self, views: np.ndarray | None, label: int, video: int) -> dict[str, Any]:
+    def _element(self, views: np.ndarray | None, label: Any, video: int) -> dict[str, Any]:
         valid = views is not None
         if views is None:
             size = self.settings.size
-            shape = (self.clips * self.crops, self.settings.frames, size, size, 3)
+            shape = (sum(self.clips) * self.crops, self.settings.frames, size, size, 3)
             views = np.zeros(shape, np.uint8)
+        if label is None:
+            label = self._blank_label()
         return {
             "clip": views,
-            "label": np.int32(label),
+            "label": np.asarray(label, np.int32 if np.ndim(label) == 0 else np.uint8),
             "video": np.int32(video),
             "valid": np.bool_(valid),
         }
 
+    def _blank_label(self) -> Any:
+        """Zeros in the shape of a label; those of a source are all of one kind."""
+        with contextlib.suppress(DecodeError):
+            return np.zeros_like(self.videos.label(0))
+        return 0
+
 
 def _load(
-    load: Callable[[int], dict[str, Any]], batches: int, rows: int, threads: int, prefetch: int
-) -> Generator[Batch, None, None]:
+    load: Callable[[int], dict[str, Any]], batches: int, rows: int, *, threads: int,
+    processes: int, prefetch: int,
+) -> Generator[Batch, None, None]:  # fmt: skip
     if batches == 0:
         return
     # Elements, not batches, are spread over the threads, so that the first batch comes as early
@@ -320,11 +391,30 @@ def _load(
         num_threads=threads, prefetch_buffer_size=max(threads, prefetch * rows)
     )
     dataset = grain.MapDataset.range(batches * rows).map(load).to_iter_dataset(options)
+    if processes > 0:
+        _mark_flags_as_parsed()
+        ahead = max(prefetch * rows // processes, 1)
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=ahead)
+        )
     iterator = iter(dataset.batch(rows, drop_remainder=True))
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def _mark_flags_as_parsed() -> None:
+    """Grain's workers read absl's flags, which nobody parses in a notebook or a plain script."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _merged(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """Repeats of videos `[videos, repeats, ...]` as clips one after the other."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
 
 
 def _checked(rows: range | None, batch: int) -> range:

@@ -22,7 +22,7 @@ from mvit_jax.errors import UserError
 from mvit_jax.inspection import places, saliency
 from mvit_jax.prediction import reading
 from mvit_jax.prediction.windows import Timeline, is_long, windows
-from mvit_jax.training import evaluation, experiment, mixing, sharding, workdir
+from mvit_jax.training import evaluation, experiment, mixing, sharding
 from mvit_jax.training.experiment import Config
 
 AT_A_TIME = 8  # windows that go through the model together
@@ -36,7 +36,8 @@ class Prediction:
     """What a model says of one file, and what of it the model saw.
 
     Attributes:
-      probabilities: of the classes: softmax, mean over the clips and crops, or over all windows.
+      probabilities: of the classes: softmax (or a sigmoid each), mean (or maximum) over the clips
+        and crops, or over all windows, as the run's test protocol has it.
       clips: how many clips, or windows, those are.
       timeline: of a long video, else None.
       shown: the centre crops of some clips: of the one in the middle, or of windows spread evenly
@@ -95,15 +96,16 @@ class Predictor:
                 f"{folder} is a file: make a folder of it first, "
                 f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
             )
-        self.config: Config = workdir.frozen(folder)
+        self.config: Config = experiment.frozen(folder)
         for key, value in (("eval.clips", clips), ("eval.crops", crops)):
             if value is not None:
                 self.config.update_from_flattened_dict({key: value})
         experiment.check(self.config)
         self.names = class_names(self.config, folder, experiment.num_classes(folder, which))
         self.model = experiment.model_config(self.config, len(self.names))
-        self._takes_windows = clips is None
         self._settings = experiment.clip_settings(self.config, self.model)
+        # A clip of segments is spread over all of a video, however long.
+        self._takes_windows = clips is None and self._settings.sampling == "span"
         self._recipe = experiment.recipe(self.config, len(self.names))
         self._mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
         with self._entered():
@@ -144,14 +146,22 @@ class Predictor:
                 and is_long(video.num_frames, video.fps, clips=eval_.clips, **shape)
             ):
                 return self._over_time(video, progress)
-            indices = sampling.view_indices(video.num_frames, video.fps, clips=eval_.clips, **shape)
+            indices = sampling.view_indices(
+                video.num_frames,
+                video.fps,
+                clips=eval_.clips,
+                sampling=settings.sampling,
+                **shape,
+            )
             if isinstance(video, Video):
                 views = np.concatenate(list(reading.clips(video, indices, settings, eval_.crops)))
             else:
                 views = pipeline.views(video, settings, clips=eval_.clips, crops=eval_.crops)
         middle = eval_.clips // 2
         return Prediction(
-            probabilities=np.concatenate(list(self._scored([views]))).mean(0),
+            probabilities=evaluation.over_views(
+                np.concatenate(list(self._scored([views]))), eval_.ensemble, axis=0
+            ),
             clips=eval_.clips,
             timeline=None,
             shown=views[middle * eval_.crops + eval_.crops // 2][None],
@@ -178,9 +188,11 @@ class Predictor:
                     batch.clear()
 
         scores = self._scored(batches(), AT_A_TIME * crops)
-        by_window = np.concatenate(list(scores)).reshape(count, crops, -1).mean(1)
+        ensemble = self.config.eval.ensemble
+        by_crop = np.concatenate(list(scores)).reshape(count, crops, -1)
+        by_window = evaluation.over_views(by_crop, ensemble, axis=1)
         return Prediction(
-            probabilities=by_window.mean(0),
+            probabilities=evaluation.over_views(by_window, ensemble, axis=0),
             clips=count,
             timeline=Timeline(found.starts, found.ends, by_window),
             shown=np.stack(shown),
@@ -246,7 +258,7 @@ class Predictor:
 
 
 def _fetched(result: jax.Array, rows: int) -> Float64[np.ndarray, "views classes"]:
-    return np.asarray(result[:rows], np.float64)
+    return np.asarray(result[:rows, 0], np.float64)
 
 
 def class_names(config: Config, folder: Path, count: int) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from mvit_jax.data import augmentation
+from mvit_jax.data import pipeline
 from mvit_jax.data.decoding import Video
 from mvit_jax.data.pipeline import ClipSettings
 
@@ -26,15 +26,11 @@ def clips(
     Raises:
       DecodeError: while iterating, the file is broken.
     """
-    side = settings.short_side if crops == 1 else settings.size
     decoded = video.in_order(np.unique(indices).tolist())
     held: dict[int, np.ndarray] = {}
     for clip in indices:
         held = {number: frame for number, frame in held.items() if number >= clip.min()}
         while clip.max() not in held:
             number, frame = next(decoded)
-            frame = augmentation.resize_short_side(frame[None], side, settings.interpolation)
-            held[number] = augmentation.crop_views(
-                frame, settings.size, crops, image=settings.frames == 1
-            )
+            held[number] = pipeline.crops_of(frame[None], settings, crops)
         yield np.concatenate([held[number] for number in clip.tolist()], axis=1)

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -15,24 +15,38 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mvit_jax.data import tfds_images
-from mvit_jax.data.augmentation import Interpolation
-from mvit_jax.data.lists import read_class_names, read_video_list
+from mvit_jax.data import randaugment
+from mvit_jax.data.augmentation import Augmentation, Interpolation
+from mvit_jax.data.lists import read_class_names
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.sources import Source
+from mvit_jax.data.sampling import Sampling
+from mvit_jax.data.sources import SOURCES, Source, open_source
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
 from mvit_jax.training import evaluation, optimizer, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training.evaluation import Ensemble
 from mvit_jax.training.step import Recipe
 from mvit_jax.weights import surgery
 
 Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
 
-INTERPOLATIONS = get_args(Interpolation)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PRECISIONS = ("default", "high", "highest")
+CHOICES = {
+    "dtype": tuple(DTYPES),
+    "precision": PRECISIONS,
+    "data.interpolation": get_args(Interpolation),
+    "data.source": SOURCES,
+    "data.sampling": get_args(Sampling),
+    "augment.erase_mode": ("pixel", "const"),
+    "eval.ensemble": get_args(Ensemble),
+    "eval.crops": (1, 3),
+    "init.inflate": (None, *surgery.INFLATIONS),
+    "optim.name": ("adamw", "sgd"),
+}
 INF = float("inf")
 RANGES = {  # smallest and largest value
     "seed": (0, 2**31 - 1),
@@ -42,6 +56,10 @@ RANGES = {  # smallest and largest value
     "data.stride": (1, INF),
     "data.short_side": (1, INF),
     "data.threads": (0, INF),
+    "data.processes": (0, INF),
+    "data.repeats": (1, INF),
+    "data.max_broken": (0, 1),
+    "augment.erase": (0, 1),
     "augment.flip": (0, 1),
     "augment.mixup": (0, INF),
     "augment.cutmix": (0, INF),
@@ -63,43 +81,45 @@ RANGES = {  # smallest and largest value
     "eval.batch": (1, INF),
     "eval.clips": (1, INF),
 }
-PRECISIONS = ("default", "high", "highest")
-OPTIMIZERS = ("adamw", "sgd")
 
 
 def check(config: Config) -> None:
     """One sentence for each value that no part of the program could work with."""
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
-    if config.precision not in PRECISIONS:
-        raise UserError(
-            f"precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}"
-        )
-    if config.data.interpolation not in INTERPOLATIONS:
-        raise UserError(
-            f"data.interpolation must be one of {', '.join(INTERPOLATIONS)}, "
-            f"not {config.data.interpolation!r}"
-        )
+    for key, allowed in CHOICES.items():
+        if _value(config, key) not in allowed:
+            known = ", ".join(str(value) for value in allowed if value is not None)
+            raise UserError(f"{key} must be one of {known}, not {_value(config, key)!r}")
     for key, (low, high) in RANGES.items():
-        section, _, name = key.rpartition(".")
-        value = (config[section] if section else config).get(name)
-        # None where a config was frozen before there was such a key, or for a key without default.
-        if value is not None and not low <= value <= high:
+        value = _value(config, key)
+        if value is not None and not low <= value <= high:  # None: a key without a default
             limits = f"at least {low}" if high == INF else f"from {low} to {high}"
             raise UserError(f"{key} must be {limits}, not {value}")
-    if config.init.inflate not in (None, *surgery.INFLATIONS):
-        allowed = ", ".join(surgery.INFLATIONS)
-        raise UserError(f"init.inflate must be one of {allowed}, not {config.init.inflate!r}")
     if config.epochs <= 0:
         raise UserError(f"epochs must be above 0, not {config.epochs}")
-    name = config.optim.get("name", "adamw")
-    if name not in OPTIMIZERS:
-        raise UserError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
-    if config.eval.crops not in (1, 3):
-        raise UserError(f"eval.crops must be 1 or 3, not {config.eval.crops}")
-    area = config.augment.crop_area
+    _check_augmentation(config)
+    if config.eval.whole_image and config.eval.crops != 1:
+        raise UserError("eval.whole_image leaves nothing to crop: set eval.crops=1")
+    if config.data.multi_label and config.augment.mixup + config.augment.cutmix > 0:
+        raise UserError("sets of classes (data.multi_label) are not mixed: set mixup and cutmix 0")
+
+
+def _check_augmentation(config: Config) -> None:
+    area, jitter = config.augment.crop_area, config.augment.jitter
     if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
         raise UserError(f"augment.crop_area must be two shares, 0 < low <= high <= 1, not {area}")
+    if jitter is not None and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
+        raise UserError(f"augment.jitter must be two sides, 0 < low <= high pixels, not {jitter}")
+    if area is not None and jitter is not None:
+        raise UserError(
+            "augment.crop_area and augment.jitter are two ways to crop: set one of them to None"
+        )
+    if config.augment.randaugment:
+        randaugment.parse(config.augment.randaugment)
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return (config[section] if section else config)[name]
 
 
 def check_start(config: Config) -> None:
@@ -114,12 +134,17 @@ def check_start(config: Config) -> None:
 
 def missing_weights(config: Config) -> bool:
     given = config.init.checkpoint is not None or config.resume is not None
-    return bool(config.init.get("needed")) and not given
+    return bool(config.init.needed) and not given
 
 
 def check_batch(config: Config, devices: int) -> None:
     """The batch must cut evenly into devices, accumulated parts, and groups that mix."""
     share = devices * config.accumulate
+    if config.batch % (devices * config.data.repeats):
+        raise UserError(
+            f"batch={config.batch} does not divide into {devices} devices x "
+            f"data.repeats={config.data.repeats}; set a multiple of {devices * config.data.repeats}"
+        )
     if config.batch % share:
         raise UserError(
             f"batch={config.batch} does not divide into {devices} devices x "
@@ -154,6 +179,19 @@ def read_config(name: str, arg: str | None = None) -> Config:
     return module.get_config() if arg is None else module.get_config(arg)
 
 
+def base() -> Config | None:
+    """All keys with their defaults; None in an installation without configs/."""
+    try:
+        return read_config("base")
+    except UserError:
+        return None
+
+
+def frozen(folder: str | Path) -> Config:
+    """The config that a run was started with; keys that are newer than it have their defaults."""
+    return workdir.frozen(folder, base())
+
+
 def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
     """The section `model` of a config that gives this architecture: the variant's name, and the
     fields in which it differs. The number of classes follows from the data."""
@@ -172,7 +210,7 @@ def read_params(folder: Path, which: str = "last") -> tuple[Any, MViTConfig]:
             f"{folder} is a file: make a folder of it first, "
             f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
         )
-    config = workdir.frozen(folder)
+    config = frozen(folder)
     with closing(Checkpoints(folder)) as checkpoints:
         params = checkpoints.read_params(which, "ema" if config.optim.ema > 0 else "params")
     classes = params["head"]["classifier"]["kernel"].shape[-1]
@@ -259,10 +297,16 @@ def load_params(
 
 
 def score(
-    config: Config, folder: Path, videos: Source, *, which: str, shuffle: bool = False
-) -> tuple[evaluation.Scores, int]:
-    """Scores of a run's "last" or "best" checkpoint on a list of videos by the test protocol, and
-    the step of that checkpoint."""
+    config: Config,
+    folder: Path,
+    videos: Source,
+    *,
+    which: str,
+    shuffle: bool = False,
+    clips: Sequence[int] | None = None,
+) -> tuple[list[evaluation.Scores], int]:
+    """Scores of a run's "last" or "best" checkpoint on a list of videos by the test protocol, for
+    each number of `clips` (by default one, the config's), and the step of that checkpoint."""
     jax.config.update("jax_default_matmul_precision", config.precision)
     check_classes(folder, which, videos)
     model = model_config(config, len(videos.class_names))
@@ -279,11 +323,14 @@ def score(
             params,
             videos,
             clip_settings(config, model),
-            clips=config.eval.clips,
+            clips=clips or (config.eval.clips,),
             crops=config.eval.crops,
             batch=config.eval.batch,
             mesh=mesh,
+            ensemble=config.eval.ensemble,
+            max_broken=config.data.max_broken,
             threads=config.data.threads,
+            processes=config.data.processes,
             shuffle_seed=config.seed if shuffle else None,
             progress=lambda done: bar.update(done - bar.n),
         )
@@ -298,37 +345,53 @@ def recipe(config: Config, num_classes: int) -> Recipe:
 
 
 def clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
-    area = config.augment.crop_area
+    c = config.augment
+    policy = randaugment.parse(c.randaugment) if c.randaugment else None
     return ClipSettings(
         frames=model.frames,
         size=model.size,
         stride=config.data.stride,
         short_side=config.data.short_side,
-        crop_area=None if area is None else _plain(area),
+        sampling=config.data.sampling,
         interpolation=config.data.interpolation,
+        whole=config.eval.whole_image,
+        augmentation=Augmentation(
+            crop_area=None if c.crop_area is None else _plain(c.crop_area),
+            jitter=None if c.jitter is None else _plain(c.jitter),
+            short_side=c.short_side,
+            randaugment=policy,
+            fill=_fill(config, model),
+            interpolation=config.data.interpolation,
+        ),
     )
+
+
+def _fill(config: Config, model: MViTConfig) -> tuple[int, int, int]:
+    """What RandAugment fills corners with: grey in the recipes of videos, the mean in timm's."""
+    if model.frames > 1:
+        return (128, 128, 128)
+    red, green, blue = (min(255, round(255 * mean)) for mean in config.data.mean)
+    return red, green, blue
 
 
 def videos(config: Config, which: str) -> Source:
     """The list `which`: "train", "val" or "test"."""
-    if config.data.folder is None:
-        # Not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
-        raise UserError(
-            "the config names no data folder: give --config.data.folder=DIR, or to evaluate "
-            "--data=DIR"
-        )
-    name, folder = config.data[f"{which}_list"], Path(config.data.folder)
+    c = config.data
+    name = c[f"{which}_list"]
     if not name:
         raise UserError(f"data.{which}_list is empty: name a list of videos, like {which}.csv")
-    if config.data.get("tfds") is not None:  # configs that were frozen earlier have no such key
-        return tfds_images.read_split(config.data.tfds, str(folder.expanduser()), name)
-    if folder.is_dir() and not (folder / "labels.txt").exists():
-        # Counted from one list, the number of classes could differ from another's.
-        raise UserError(
-            f"there is no labels.txt in {folder}: write the names of the classes there, one a "
-            "line, label 0 first"
-        )
-    return read_video_list(folder, name)
+    # Folder is not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
+    return open_source(
+        c.folder,
+        name,
+        source=c.source,
+        tfds=c.tfds,
+        train_list=c.train_list,
+        prefix=c.prefix,
+        separator=c.separator,
+        multi_label=c.multi_label,
+        max_missing=c.max_broken,
+    )
 
 
 def steps(config: Config, epochs: float, videos: Source) -> int:

@@ -22,10 +22,21 @@ class NotFiniteError(UserError):
     """A loss, gradient or weight that is not finite: the state must not be kept."""
 
 
+class BrokenDataError(UserError):
+    """Too large a share of the videos cannot be decoded."""
+
+
+# A share of fewer clips than these says little.
+_FEWEST_CLIPS = 200
+
+
 class Logbook:
     """Collects the metrics of steps, and every `every` steps writes their means down."""
 
-    def __init__(self, workdir: str | Path, *, start: int, steps: int, batch: int, every: int):
+    def __init__(
+        self, workdir: str | Path, *, start: int, steps: int, batch: int, every: int,
+        max_broken: float = 1.0,
+    ):  # fmt: skip
         # TensorFlow, which clu's writer brings along, takes seconds to import and then talks.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -42,6 +53,7 @@ class Logbook:
             disable=not _has_columns(),
         )  # fmt: skip
         self.start, self.steps, self.batch, self.every = start, steps, batch, every
+        self.max_broken, self.broken, self.clips = max_broken, 0, 0
         self.pending: Metrics | None = None  # of the step that may still be running
         self.pending_step = start
         self.sums: dict[str, np.ndarray] = {}
@@ -60,7 +72,8 @@ class Logbook:
             self._write(step)
 
     def flush(self) -> None:
-        """Waits for the step under way. A loss or gradient that is not finite ends the run."""
+        """Waits for the step under way. A loss or gradient that is not finite ends the run, and so
+        do too many broken videos: on all hosts at the same step, for these are sums over all."""
         if self.pending is None:
             return
         values = jax.device_get(self.pending)
@@ -74,6 +87,14 @@ class Logbook:
                 )
             pair = np.array([total, count], np.float64)
             self.sums[name] = self.sums.get(name, 0) + pair
+        broken, clips = values["broken"]
+        self.broken, self.clips = self.broken + int(broken), self.clips + int(clips)
+        if self.broken > self.max_broken * max(self.clips, _FEWEST_CLIPS):
+            raise BrokenDataError(
+                f"{self.broken} of {self.clips} clips were replaced, as their videos cannot be "
+                f"decoded, more than data.max_broken={self.max_broken:g}: see above which, mend "
+                "them or take them out of the list, or raise it; the same command then goes on"
+            )
 
     def _write(self, step: int) -> None:
         now = time.monotonic()

@@ -21,7 +21,7 @@ from mvit_jax.errors import UserError
 from mvit_jax.files import write_whole
 from mvit_jax.inspection import report
 from mvit_jax.inspection.report import Run
-from mvit_jax.training import experiment, history, workdir
+from mvit_jax.training import experiment, history
 
 REPORT = "report.html"
 # Without these a file is not what the test program writes.
@@ -44,14 +44,14 @@ def read(folder: str | Path) -> Run:
             f"{folder} holds no run (there is no config.json): name a folder that training or "
             "convert made"
         )
-    config = workdir.frozen(folder)
+    config = experiment.frozen(folder)
     told = history.read(folder)
     tests = _evaluations(folder, config.data.test_list)
     classes = _classes(folder, told, tests)
     run = Run(
         folder=str(folder),
         config=_flat(config),
-        defaults=_defaults(),
+        defaults=None if (base := experiment.base()) is None else _flat(base),
         model=None if classes is None else experiment.model_config(config, classes),
         starts=told.starts,
         train=told.train,
@@ -126,13 +126,6 @@ def _classes(folder: Path, told: history.History, evaluations: list[dict[str, An
         return told.starts[-1]["classes"]
     labels = folder / "labels.txt"
     return len(read_class_names(labels)) if labels.is_file() else None
-
-
-def _defaults() -> dict[str, Any] | None:
-    try:
-        return _flat(experiment.read_config("base"))
-    except UserError:  # an installation without configs/
-        return None
 
 
 def _flat(config: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def make(
     entries = {
         index: _entry(index, scores, videos, settings, painter) for index in {*chosen, *worst}
     }
-    wrong = scores.tested & (scores.probabilities.argmax(1) != scores.labels)
+    wrong = scores.tested & ~scores.hit
     return {
         "examples": [entries[index] for index in chosen],
         "mistakes": [entries[index] for index in worst],
@@ -60,17 +60,18 @@ def make(
 def examples(scores: Scores, most: int = EXAMPLES) -> list[int]:
     """Places of the videos to show, by class: the first ones that were tested of each class; where
     there are more classes than pictures, of classes spread evenly."""
-    labels = np.unique(scores.labels[scores.tested])
+    first = scores.first_label
+    labels = np.unique(first[scores.tested])
     if len(labels) > most:
         labels = labels[np.linspace(0, len(labels) - 1, most).round().astype(int)]
-    of_class = [np.flatnonzero(scores.tested & (scores.labels == label)) for label in labels]
+    of_class = [np.flatnonzero(scores.tested & (first == label)) for label in labels]
     return [int(i) for found in of_class for i in found[: most // len(labels)]]
 
 
 def mistakes(scores: Scores, most: int = MISTAKES) -> list[int]:
     """Places of the videos that were taken for another class, the surest of these first."""
-    predicted = scores.probabilities.argmax(1)
-    wrong = np.flatnonzero(scores.tested & (predicted != scores.labels))
+    predicted = scores.predicted
+    wrong = np.flatnonzero(scores.tested & ~scores.hit)
     sure = scores.probabilities[wrong, predicted[wrong]]
     return [int(i) for i in wrong[np.argsort(-sure, kind="stable")][:most]]
 
@@ -125,10 +126,11 @@ def _entry(
     index: int, scores: Scores, videos: Source, settings: ClipSettings, painter: Painter
 ) -> dict[str, Any]:
     clip = pipeline.load_views(videos, index, settings, clips=1, crops=1)[0]
-    predicted = int(scores.probabilities[index].argmax())
+    predicted = int(scores.predicted[index])
     return {
         "video": _name(videos, index),
-        "truth": int(scores.labels[index]),
+        # Of several classes the one that was found, or else the first.
+        "truth": predicted if scores.hit[index] else int(scores.first_label[index]),
         "predicted": predicted,
         "probability": float(scores.probabilities[index, predicted]),
         "pictures": painter.pictures(clip),

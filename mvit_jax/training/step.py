@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from mvit_jax.training import mixing
-from mvit_jax.training.losses import cross_entropy, soft_targets
+from mvit_jax.training.losses import binary_cross_entropy, cross_entropy, soft_targets
 
 Metrics = dict[str, tuple[Array, Array]]  # (sum, count): summed before it is divided
 
@@ -34,7 +34,10 @@ class Recipe:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    multi_label: bool
     flip: float
+    erase: float
+    erase_mode: str
     mixup: float
     cutmix: float
     switch: float
@@ -58,19 +61,23 @@ def train_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
 ) -> tuple[State, Metrics]:
-    """One update from one batch: "clip" uint8 [batch, T, H, W, 3], "label" int32 [batch].
+    """One update from one batch: "clip" uint8 [batch, T, H, W, 3]; "label" int32 [batch], or where
+    a clip has any number of classes uint8 [batch, num_classes] of 0 and 1; "broken" int32 [batch],
+    not negative where the clip stands for one that could not be decoded.
 
     `apply` is `models.mvit.apply` with its config. Nothing random is stored: every draw follows
     from the seed and the step.
     """
-    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    key_batch, key_model = jax.random.split(key)
-    clip, targets = _augmented(batch, key_batch, recipe)
+    key_batch, key_model = keys(recipe.seed, state.step)
+    clip, targets = augmented(batch, key_batch, recipe)
 
     def loss(params, clip, targets, labels, key):
         logits, _ = apply(params, clip, train=True, key=key, dtype=recipe.dtype)
-        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
-        return jnp.mean(cross_entropy(logits, targets)), correct
+        best = jnp.argmax(logits, -1)
+        if recipe.multi_label:
+            correct = jnp.sum(jnp.take_along_axis(labels, best[:, None], axis=1), dtype=jnp.int32)
+            return jnp.mean(binary_cross_entropy(logits, targets)), correct
+        return jnp.mean(cross_entropy(logits, targets)), jnp.sum(best == labels)
 
     (value, correct), grads = _accumulated(
         jax.value_and_grad(loss, has_aux=True),
@@ -91,26 +98,41 @@ def train_step(
         "accuracy": (100 * correct, clips),  # percent, on the augmented clips
         "grad_norm": (optax.tree.norm(grads), jnp.asarray(1)),
         "param_norm": (optax.tree.norm(params), jnp.asarray(1)),  # after the update
+        "broken": (jnp.sum(batch["broken"] >= 0), clips),
     }
     return state, metrics
 
 
 def predict_step(params: Any, clip: Array, *, apply: Callable[..., Any], recipe: Recipe) -> Array:
-    """Class probabilities [batch, num_classes] of uint8 views [batch, views, T, H, W, 3]: softmax
-    per view, then the mean over views (MViT, section 4)."""
+    """Class probabilities [batch, views, num_classes] of uint8 views [batch, views, T, H, W, 3]: of
+    each view by softmax, or by a sigmoid for each class where a clip has any number of classes."""
     batch, views = clip.shape[:2]
     flat = clip.reshape(batch * views, *clip.shape[2:])
     flat = mixing.normalise(flat, recipe.mean, recipe.std, recipe.dtype)
     logits, _ = apply(params, flat, dtype=recipe.dtype)
-    return jax.nn.softmax(logits).reshape(batch, views, -1).mean(1)
+    probabilities = jax.nn.sigmoid(logits) if recipe.multi_label else jax.nn.softmax(logits)
+    return probabilities.reshape(batch, views, -1)
 
 
-def _augmented(batch: dict[str, Array], key: Array, recipe: Recipe) -> tuple[Array, Array]:
-    key_flip, key_mix = jax.random.split(key)
+def keys(seed: int, step: Any) -> tuple[Array, Array]:
+    """Of the batch's augmentation and of the model, at one step."""
+    key_batch, key_model = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+    return key_batch, key_model
+
+
+def augmented(batch: dict[str, Array], key: Array, recipe: Recipe) -> tuple[Array, Array]:
+    """What is done to a batch on the device: normalised, flipped, erased and mixed clips [batch, T,
+    H, W, 3], and their targets [batch, num_classes]."""
+    key_flip, key_mix, key_erase = jax.random.split(key, 3)
     clip = mixing.normalise(batch["clip"], recipe.mean, recipe.std, recipe.dtype)
-    targets = soft_targets(batch["label"], recipe.num_classes, recipe.label_smoothing)
+    if recipe.multi_label:
+        targets = batch["label"].astype(jnp.float32)
+    else:
+        targets = soft_targets(batch["label"], recipe.num_classes, recipe.label_smoothing)
     if recipe.flip > 0:
         clip = mixing.flip(clip, key_flip, recipe.flip)
+    if recipe.erase > 0:
+        clip = mixing.erase(clip, key_erase, recipe.erase, recipe.erase_mode)
     return mixing.mix(
         clip,
         targets,

@@ -99,26 +99,31 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
             seed=config.seed,
             batch=config.batch,
             steps=steps,
+            repeats=config.data.repeats,
             threads=config.data.threads,
+            processes=config.data.processes,
         )
         for batch in tqdm(batches, "training", total=steps, unit="step", file=sys.stdout):
-            _warn_of_broken(videos, batch.pop("broken"))
+            _warn_of_broken(videos, batch["broken"])
             state, metrics = step(state, sharding.to_devices(batch, mesh))
             history.append({k: float(total / count) for k, (total, count) in metrics.items()})
             if not np.isfinite(history[-1]["loss"]):
                 raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")
             ends.append(time.perf_counter())
         trained = state.params if state.ema is None else state.ema
-        scores = evaluation.evaluate(
+        [scores] = evaluation.evaluate(
             predict,
             trained,
             experiment.videos(config, "test"),
             experiment.clip_settings(config, model),
-            clips=config.eval.clips,
+            clips=(config.eval.clips,),
             crops=config.eval.crops,
             batch=config.eval.batch,
             mesh=mesh,
+            ensemble=config.eval.ensemble,
+            max_broken=config.data.max_broken,
             threads=config.data.threads,
+            processes=config.data.processes,
         )
     columns = {k: np.array([row[k] for row in history]) for k in ("loss", "accuracy", "grad_norm")}
     seconds = float(np.median(np.diff(ends))) if len(ends) > 1 else float("nan")

@@ -22,18 +22,26 @@ from mvit_jax.errors import UserError
 from mvit_jax.files import write_whole
 
 # Keys that say where and how fast, not what: they may change when a run goes on.
-MAY_CHANGE = ("data.folder", "data.threads", "mesh.", "checkpoint.", "log_every", "eval.batch")
+MAY_CHANGE = (
+    "data.folder", "data.threads", "data.processes", "data.max_broken", "data.train_videos",
+    "data.classes", "published",
+    "mesh.", "checkpoint.", "log_every", "eval.batch",
+)  # fmt: skip
 
 
-def freeze(config: ConfigDict, workdir: str | Path) -> None:
-    """Writes the config on the first start; later, refuses a config that differs."""
+def freeze(config: ConfigDict, workdir: str | Path, defaults: ConfigDict | None = None) -> None:
+    """Writes the config on the first start; later, refuses a config that differs.
+
+    `defaults` has the values of keys that are newer than the run.
+    """
     path = Path(workdir) / "config.json"
     now = json.loads(config.to_json())
     if not path.exists():
         make(workdir)
         write_whole(path, json.dumps(now, indent=2) + "\n")
         return
-    before, now = _flat(read(path)), _flat(now)
+    older = {} if defaults is None else _flat(json.loads(defaults.to_json()))
+    before, now = older | _flat(read(path)), _flat(now)
     differing = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -59,12 +67,17 @@ def has_checkpoint(workdir: str | Path) -> bool:
     return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
 
 
-def frozen(workdir: str | Path) -> Any:  # a ConfigDict
-    """The config that a run was started with."""
+def frozen(workdir: str | Path, defaults: ConfigDict | None = None) -> Any:  # a ConfigDict
+    """The config that a run was started with; keys that are newer have the values of `defaults`."""
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
-    return ConfigDict(_tuples(read(path))).lock()
+    started_with = ConfigDict(_tuples(read(path)))
+    if defaults is None:
+        return started_with.lock()
+    config = ConfigDict(defaults.to_dict())  # of plain values, which take any others
+    config.update(started_with)
+    return config.lock()
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mvit_jax.data import augmentation, pipeline
+from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.decoding import DecodeError, opened, why_broken
 from mvit_jax.data.images import is_image, read_image
 from mvit_jax.data.lists import VideoList, read_video_list
@@ -161,14 +162,13 @@ def test_training_on_images_resizes_the_box_alone(tmp_path, interpolation):
         stride=1,
         size=16,
         short_side=16,
-        crop_area=(0.2, 1.0),
-        interpolation=interpolation,
+        augmentation=Augmentation(crop_area=(0.2, 1.0), interpolation=interpolation),
     )
     for seed in range(4):
-        clip = pipeline.load_train_clip(one(path), 0, settings, np.random.default_rng(seed))
+        (clip,), _ = pipeline.load_train_clips(one(path), 0, settings, np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         rng.uniform()  # the start of the clip
-        top, left, height, width = augmentation._random_box(50, 60, rng, (0.2, 1.0), (0.75, 1.3333))
+        top, left, height, width = augmentation.random_box(50, 60, rng, (0.2, 1.0), (0.75, 1.3333))
         box = picture(50, 60)[top : top + height, left : left + width]
         same = np.array_equal(clip[0], resized(box, 16, 16))
         assert same == (interpolation == "bicubic")
@@ -216,7 +216,7 @@ def test_an_image_does_not_do_for_a_clip_of_several_frames(image_list):
     reason = "it is an image, and the model takes clips of 4 frames"
     for load in (
         lambda: pipeline.load_views(image_list, 0, settings, clips=1, crops=1),
-        lambda: pipeline.load_train_clip(image_list, 0, settings, np.random.default_rng(0)),
+        lambda: pipeline.load_train_clips(image_list, 0, settings, np.random.default_rng(0)),
     ):
         with pytest.raises(DecodeError, match=reason):
             load()
@@ -232,3 +232,32 @@ def test_bicubic_is_the_same_for_windows_and_copies():
         window = clip[:, rows, columns]
         for frame, target in zip(window, augmentation.resize(window, 8, 9, "bicubic"), strict=True):
             np.testing.assert_array_equal(target, resized(frame.copy(), 8, 9))
+
+
+@pytest.mark.parametrize("kind", ["444", "422", "420", "progressive", "grey", "turned", "flipped"])
+@pytest.mark.parametrize("shape", [(37, 53), (64, 80), (200, 301)])
+def test_jpegs_have_pillows_values(kind, shape, tmp_path):
+    """Whatever decodes them: published accuracies were measured with Pillow's pixels."""
+    rng = np.random.default_rng(0)
+    pixels = np.clip(picture(*shape).astype(int) + rng.normal(size=(*shape, 3)) * 9, 0, 255)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    options = {"quality": 88}
+    if kind in ("444", "422", "420"):
+        options["subsampling"] = {"444": 0, "422": 1, "420": 2}[kind]
+    if kind == "progressive":
+        options["progressive"] = True
+    if kind == "grey":
+        image = image.convert("L")
+    if kind == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    path = tmp_path / "a.jpg"
+    image.save(path, **options)
+    if kind == "flipped":  # some bits in the middle, which decoders go over
+        data = bytearray(path.read_bytes())
+        for place in rng.integers(len(data) // 2, len(data) - 2, 3):
+            data[place] ^= 4
+        path.write_bytes(data)
+    with Image.open(path) as opened_:
+        expected = np.asarray(opened_.convert("RGB"))
+    assert np.array_equal(read_image(path)[0], expected)

@@ -1,5 +1,6 @@
 """Batches are a function of (seed, step) alone, whoever loads them and however."""
 
+import dataclasses
 import itertools
 import pickle
 import threading
@@ -11,13 +12,18 @@ import av
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 # Imported as a module, since pytest would take pipeline.test_batches for a test of this file.
 from mvit_jax.data import decoding, pipeline
+from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.lists import read_video_list
 from mvit_jax.errors import UserError
 
-SETTINGS = pipeline.ClipSettings(frames=4, stride=2, size=16, short_side=20, crop_area=(0.3, 1.0))
+SETTINGS = pipeline.ClipSettings(
+    frames=4, stride=2, size=16, short_side=20, augmentation=Augmentation(crop_area=(0.3, 1.0))
+)
+CENTRED = Augmentation(crop_area=None)
 BITS, BAR, HEIGHT, FRAMES = 8, 6, 24, 40
 
 
@@ -120,6 +126,71 @@ def test_hosts_and_threads_do_not_change_training(mixed, hosts, threads):
     assert_equal(join(parts), expected)
 
 
+def test_worker_processes_do_not_change_training(mixed):
+    assert_equal(train(mixed, repeats=2, processes=2, start=1), train(mixed, repeats=2)[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2, 4])
+def test_the_same_batches_on_any_number_of_hosts_and_workers_and_after_a_resume(mixed, processes):
+    expected = train(mixed, batch=16, steps=6, repeats=2, threads=0)
+    for hosts in (1, 2, 4):
+        for start in (0, 4):
+            parts = [
+                train(
+                    mixed, batch=16, steps=6, repeats=2, start=start, rows=rows, threads=2,
+                    processes=processes,
+                )
+                for rows in split(16, hosts)
+            ]  # fmt: skip
+            assert_equal(join(parts), expected[start:])
+
+
+def test_worker_processes_do_not_change_testing(mixed):
+    assert_equal(evaluate(mixed, processes=2), evaluate(mixed, threads=0))
+
+
+def test_what_a_worker_process_cannot_mend_ends_in_one_sentence(tmp_path):
+    for index in range(3):
+        (tmp_path / f"{index}.mp4").write_text("hello")
+    with pytest.raises(UserError, match=r"10 videos drawn from .*list\.csv"):
+        train(write_list(tmp_path, 3), processes=1)
+
+
+def test_repeats_are_clips_of_one_decoding_augmented_each_anew(good):
+    """Twice as many clips of the videos that a batch of half the size has, with the same frames."""
+    settings = dataclasses.replace(SETTINGS, size=HEIGHT, short_side=HEIGHT, augmentation=CENTRED)
+
+    def batches(settings, **kwargs):
+        return list(pipeline.train_batches(good, settings, seed=0, steps=3, threads=0, **kwargs))
+
+    single = batches(settings, batch=4)
+    for one, two in zip(single, batches(settings, batch=8, repeats=2), strict=True):
+        assert np.array_equal(two["label"], np.repeat(one["label"], 2))
+        assert np.array_equal(two["broken"], np.repeat(one["broken"], 2))
+        # Without anything random in the augmentation, both are the clip itself.
+        assert np.array_equal(two["clip"], np.repeat(one["clip"], 2, axis=0))
+    for batch in batches(SETTINGS, batch=8, repeats=2):
+        pairs = batch["clip"].reshape(4, 2, *batch["clip"].shape[1:])
+        assert all(not np.array_equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_repeats_do_not_depend_on_hosts(mixed, hosts):
+    parts = [train(mixed, repeats=2, rows=rows) for rows in split(8, hosts)]
+    assert_equal(join(parts), train(mixed, repeats=2))
+
+
+def test_repeats_must_divide_what_a_host_loads(good):
+    for kwargs in (
+        {"repeats": 3},
+        {"repeats": 2, "rows": range(3)},
+        {"repeats": 4, "rows": range(2, 6)},
+    ):
+        with pytest.raises(UserError, match="does not divide into"):
+            train(good, **kwargs)
+
+
 @pytest.mark.parametrize("start", [0, 1, 3, 4])
 def test_a_resumed_run_sees_what_the_whole_run_would_have(mixed, start):
     assert_equal(train(mixed, start=start), train(mixed)[start:])
@@ -188,9 +259,12 @@ def test_nothing_but_broken_videos_ends_in_one_sentence(tmp_path, threads):
 
 
 def test_without_random_crop_the_centre_is_taken(good):
-    settings = pipeline.ClipSettings(frames=4, stride=2, size=24, short_side=24, crop_area=None)
+    settings = pipeline.ClipSettings(
+        frames=4, stride=2, size=24, short_side=24, augmentation=CENTRED
+    )
     for seed in range(3):
-        clip = pipeline.load_train_clip(good, 0, settings, np.random.default_rng(seed))
+        (clip,), label = pipeline.load_train_clips(good, 0, settings, np.random.default_rng(seed))
+        assert label == 0
         frames = decode_all(good.paths[0])
         centres = [frame[:, 12:36] for frame in frames]  # 24 of 48 columns, all 24 rows
         places = [[np.array_equal(image, centre) for centre in centres] for image in clip]
@@ -200,9 +274,12 @@ def test_without_random_crop_the_centre_is_taken(good):
 
 def test_a_clip_has_the_frames_that_were_drawn(good):
     """The decoded numbers are those of the sampling formula, for the very same generator."""
-    settings = pipeline.ClipSettings(frames=4, stride=4, size=24, short_side=24, crop_area=None)
+    settings = pipeline.ClipSettings(
+        frames=4, stride=4, size=24, short_side=24, augmentation=CENTRED
+    )
     for seed in range(5):
-        clip = pipeline.load_train_clip(good, 0, settings, np.random.default_rng(seed))
+        (clip,), label = pipeline.load_train_clips(good, 0, settings, np.random.default_rng(seed))
+        assert label == 0
         start = np.random.default_rng(seed).uniform(0, FRAMES - 16)
         expected = [int(start + 15 * i / 3) for i in range(4)]
         with decoding.Video(good.paths[0]) as video:
@@ -274,6 +351,20 @@ def test_a_single_crop_is_cut_from_the_short_side_of_the_settings(good):
         assert np.array_equal(views[0, i], resized[2:18, 12:28])
 
 
+def test_several_numbers_of_clips_are_those_of_each(good):
+    together = evaluate(good, clips=(1, 3), crops=3, batch=7)[0]["clip"]
+    apart = [evaluate(good, clips=k, crops=3, batch=7)[0]["clip"] for k in (1, 3)]
+    assert np.array_equal(together, np.concatenate(apart, axis=1))
+
+
+def test_a_whole_image_is_squashed_into_the_square(good):
+    settings = dataclasses.replace(SETTINGS, frames=1, whole=True, interpolation="bicubic")
+    view = pipeline.load_views(good, 3, settings, clips=1, crops=1)
+    middle = decode_all(good.paths[3])[int((FRAMES - 2 / 30 * 30) // 2)]
+    expected = Image.fromarray(middle).resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(view[0, 0], np.asarray(expected))
+
+
 def test_shuffling_permutes_the_frames_of_every_clip(good):
     plain = evaluate(good, clips=2, crops=3, batch=7)[0]["clip"]
     shuffled = evaluate(good, clips=2, crops=3, batch=7, shuffle_seed=0)[0]["clip"]
@@ -309,7 +400,7 @@ def test_the_data_set_is_not_printed(good, monkeypatch):
 
 
 def test_loaders_can_be_sent_to_other_processes(mixed):
-    loader = pipeline._TrainLoader(mixed, SETTINGS, 0, 8, 0, range(8))
+    loader = pipeline._TrainLoader(mixed, SETTINGS, 0, 8, 0, range(8), 1)
     copy = pickle.loads(pickle.dumps(loader))
     assert_equal([copy(5)], [loader(5)])
 
@@ -319,12 +410,12 @@ def test_loading_ends_with_the_iterator(good, monkeypatch, fails):
     loaded = []
     first = pipeline.epoch_order(7, 0, 0)[0]
 
-    def load(videos, index, settings, rng):
+    def load(videos, index, settings, rng, repeats):
         loaded.append(index)
         time.sleep(0.005)
         if fails and index != first:
             raise UserError("enough")
-        return np.zeros((4, 16, 16, 3), np.uint8)
+        return np.zeros((1, 4, 16, 16, 3), np.uint8), 0
 
     def loading():
         return any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate())
@@ -335,7 +426,7 @@ def test_loading_ends_with_the_iterator(good, monkeypatch, fails):
             time.sleep(0.01)
 
     wait()  # for the threads of other tests
-    monkeypatch.setattr(pipeline, "load_train_clip", load)
+    monkeypatch.setattr(pipeline, "load_train_clips", load)
     batches = pipeline.train_batches(
         good, SETTINGS, seed=0, batch=1, steps=1000, threads=2, prefetch=1000
     )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mvit_jax import train
 from mvit_jax.data import fashion_mnist, pipeline, tfds_images
+from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.decoding import DecodeError, why_broken
 from mvit_jax.data.tfds_images import read_split
 from mvit_jax.errors import UserError
@@ -20,8 +21,10 @@ from mvit_jax.training import experiment
 from tests import tiny
 from tests.data import idx
 
-SETTINGS = pipeline.ClipSettings(frames=1, stride=1, size=24, short_side=28, crop_area=(0.3, 1.0))
-WHOLE = dataclasses.replace(SETTINGS, size=28, crop_area=None)
+SETTINGS = pipeline.ClipSettings(
+    frames=1, stride=1, size=24, short_side=28, augmentation=Augmentation(crop_area=(0.3, 1.0))
+)
+WHOLE = dataclasses.replace(SETTINGS, size=28, augmentation=Augmentation(crop_area=None))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def test_loaders_can_be_sent_to_other_processes(folder, monkeypatch):
     for size in (tfds_images.IN_MEMORY, 0):
         monkeypatch.setattr(tfds_images, "IN_MEMORY", size)
         split = read_split("fashion_mnist", folder, "train")
-        loader = pipeline._TrainLoader(split, SETTINGS, 0, 8, 0, range(8))
+        loader = pipeline._TrainLoader(split, SETTINGS, 0, 8, 0, range(8), 1)
         copy = pickle.loads(pickle.dumps(loader))
         assert_equal([copy(5)], [loader(5)])
 
@@ -303,7 +306,7 @@ def test_a_model_learns_it_by_the_programs(folder, tmp_path, capsys):
     config.eval.update(every_epochs=15.0, batch=16)
     assert train.train(config, str(tmp_path / "run")) == 0
     assert "80 videos of 10 classes" in capsys.readouterr().out
-    scores, step = experiment.score(
+    [scores], step = experiment.score(
         config, tmp_path / "run", experiment.videos(config, "test"), which="last"
     )
     assert step == 150 and scores.tested.all()

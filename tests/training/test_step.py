@@ -17,7 +17,10 @@ RECIPE = {
     "num_classes": 4,
     "mean": (0.45, 0.45, 0.45),
     "std": (0.225, 0.225, 0.225),
+    "multi_label": False,
     "flip": 0.0,
+    "erase": 0.0,
+    "erase_mode": "pixel",
     "mixup": 0.0,
     "cutmix": 0.0,
     "switch": 0.5,
@@ -33,6 +36,7 @@ def batch(seed: int = 0, clips: int = 8):
     return {
         "clip": jnp.asarray(random.integers(0, 256, (clips, 4, 32, 32, 3), np.uint8)),
         "label": jnp.asarray(random.integers(0, 4, clips), jnp.int32),
+        "broken": jnp.full(clips, -1, jnp.int32),
     }
 
 
@@ -128,7 +132,32 @@ def test_what_is_random_follows_from_seed_and_step():
     assert len({loss(run, state), loss(run, later), loss(other_seed, state)}) == 3
 
 
-def test_predictions_are_softmax_scores_averaged_over_views():
+def test_sets_of_classes_are_learned_by_sigmoids_and_counted():
+    """Fan et al. 2021, D.3: a sigmoid and a binary cross-entropy for each class."""
+    run, state = make(lr=3e-3, multi_label=True, label_smoothing=0.0)
+    sets = np.random.default_rng(0).integers(0, 2, (8, 4), np.uint8)
+    fed = batch() | {"label": jnp.asarray(sets)}
+    logits = mvit.apply(
+        state.params, (fed["clip"].astype(jnp.float32) / 255 - 0.45) / 0.225, config=CONFIG
+    )[0]
+    chance = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    expected = -np.where(sets == 1, np.log(chance), np.log(1 - chance)).mean()
+    state, metrics = run(state, fed)
+    assert float(metrics["loss"][0]) / 8 == pytest.approx(expected, rel=1e-5)
+    hits = sets[np.arange(8), np.asarray(logits).argmax(1)].sum()
+    assert float(metrics["accuracy"][0]) == 100 * hits
+    for _ in range(40):
+        state, metrics = run(state, fed)
+    assert float(metrics["loss"][0]) / 8 < 0.3
+
+
+def test_clips_that_stand_for_broken_videos_are_counted():
+    run, state = make()
+    fed = batch() | {"broken": jnp.asarray([-1, 3, -1, 0, -1, -1, 5, -1], jnp.int32)}
+    assert [int(x) for x in run(state, fed)[1]["broken"]] == [3, 8]
+
+
+def test_predictions_are_softmax_scores_of_each_view():
     recipe = Recipe(**RECIPE)
     params = jax.tree.map(lambda x: 20 * x, mvit.init(CONFIG, jax.random.key(0)))
     clip = jnp.stack([batch(i)["clip"] for i in range(3)], axis=1)
@@ -140,7 +169,7 @@ def test_predictions_are_softmax_scores_averaged_over_views():
         logits = np.asarray(apply(params, jnp.asarray(pixels))[0], np.float64)
         scores = np.exp(logits - logits.max(1, keepdims=True))
         views.append(scores / scores.sum(1, keepdims=True))
-    np.testing.assert_allclose(ours, np.mean(views, axis=0), atol=1e-4)
+    np.testing.assert_allclose(ours, np.stack(views, axis=1), atol=1e-4)
     assert np.ptp(views, axis=0).max() > 0.01  # the views do differ
 
 

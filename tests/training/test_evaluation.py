@@ -1,0 +1,154 @@
+"""Scores of videos from those of their views, against loops; and how many broken ones may be."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.data.images import DecodeError, Frames
+from mvit_jax.data.pipeline import ClipSettings
+from mvit_jax.errors import UserError
+from mvit_jax.training import evaluation, sharding
+from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.logbook import BrokenDataError, Logbook
+
+SETTINGS = ClipSettings(frames=2, stride=4, size=8, short_side=8)
+
+
+class Memory:
+    """Videos in memory: of video i frame n has the brightness 10 * i + n, in three classes."""
+
+    class_names, list_file = ("a", "b", "c"), "memory.csv"
+
+    def __init__(self, count, broken=(), sets=None):
+        self.count, self.broken, self.sets = count, broken, sets
+
+    def __len__(self):
+        return self.count
+
+    def label(self, index, frames=None):
+        return index % 3 if self.sets is None else self.sets[index]
+
+    def item(self, index):
+        return f"{index}.mp4"
+
+    @contextlib.contextmanager
+    def opened(self, index, clip_frames):
+        if index in self.broken:
+            raise DecodeError(self.item(index), "it is made so")
+        numbers = np.arange(30, dtype=np.uint8) + 10 * index
+        yield Frames(np.broadcast_to(numbers[:, None, None, None], (30, 8, 12, 3)))
+
+
+def brightness(params, clip):
+    """Three numbers that tell a view: its mean brightness b, 255 - b and 128."""
+    mean = clip.astype(jnp.float32).mean((2, 3, 4, 5))
+    return jnp.stack([mean, 255 - mean, jnp.full_like(mean, 128.0)], -1) / 255
+
+
+def evaluate(videos, **kwargs):
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    arguments = {"clips": (1, 3), "crops": 3, "batch": 4, "mesh": mesh, "threads": 0} | kwargs
+    return evaluation.evaluate(brightness, None, videos, SETTINGS, **arguments)
+
+
+@pytest.mark.parametrize("ensemble", ["mean", "max"])
+def test_scores_of_each_number_of_clips_in_one_pass(ensemble):
+    """Against the definition: K starts, k * floor(delta / (K - 1)), frames at 0 and 7 of 8."""
+    one, three = evaluate(Memory(7), ensemble=ensemble)
+    for scores, starts in ((one, [11]), (three, [0, 11, 22])):
+        assert scores.tested.all() and scores.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+        for video in range(7):
+            views = [10 * video + start + 3.5 for start in starts]
+            told = np.array([[b, 255 - b, 128] for b in views]) / 255
+            expected = told.mean(0) if ensemble == "mean" else told.max(0)
+            np.testing.assert_allclose(scores.probabilities[video], expected, atol=1e-6)
+    differ = ensemble == "max"  # of evenly spread clips, the mean is the middle one's
+    assert np.allclose(one.probabilities, three.probabilities, atol=1e-6) != differ
+
+
+def test_broken_videos_are_left_out_up_to_a_share():
+    (scores,) = evaluate(Memory(10, broken=(2, 5)), clips=(2,), max_broken=0.2)
+    assert np.flatnonzero(~scores.tested).tolist() == [2, 5]
+    assert scores.metrics()["videos"] == 8
+    assert scores.failures == ["2.mp4: it is made so", "5.mp4: it is made so"]
+    with pytest.raises(
+        UserError, match=r"2 of the 10 videos of memory\.csv .*max_broken=0\.1 .*2\.mp4"
+    ):
+        evaluate(Memory(10, broken=(2, 5)), clips=(2,), max_broken=0.1)
+
+
+def average_precision(truth, scores):
+    """The mean, over the true videos, of the precision down to each of them."""
+    order = np.argsort(-scores)
+    hits = truth[order]
+    return float(np.mean([hits[: i + 1].mean() for i in np.flatnonzero(hits)]))
+
+
+def test_sets_of_classes_have_a_mean_average_precision():
+    random = np.random.default_rng(0)
+    sets = (random.random((40, 5)) < 0.3).astype(np.uint8)
+    sets[:, 3] = 0  # a class that does not occur
+    sets[4] = 0  # a video without a class
+    probabilities = random.random((40, 5))
+    tested = np.arange(40) != 7
+    metrics = Scores(probabilities, sets, tested).metrics()
+    expected = [
+        100 * average_precision(sets[tested, c], probabilities[tested, c]) for c in (0, 1, 2, 4)
+    ]
+    assert metrics["per_class"][3] is None
+    assert [metrics["per_class"][c] for c in (0, 1, 2, 4)] == pytest.approx(expected)
+    assert metrics["map"] == pytest.approx(np.mean(expected))
+    best = probabilities.argmax(1)
+    right = [sets[i, best[i]] for i in np.flatnonzero(tested)]
+    assert metrics["top1"] == pytest.approx(100 * np.mean(right))
+    counted = np.zeros((5, 5), int)
+    for i in np.flatnonzero(tested):
+        for c in np.flatnonzero(sets[i]):
+            counted[c, best[i]] += 1
+    assert metrics["confusion"] == counted.tolist()
+
+
+def test_sets_of_classes_come_through_batches_and_padding():
+    sets = np.random.default_rng(1).integers(0, 2, (5, 3), np.uint8)
+    (scores,) = evaluate(Memory(5, broken=(1,), sets=sets), clips=(1,))
+    kept = [0, 2, 3, 4]
+    assert np.array_equal(scores.labels[kept], sets[kept])
+    assert scores.hit[kept].tolist() == [bool(sets[i, scores.predicted[i]]) for i in kept]
+
+
+def test_one_class_each_counts_as_ever():
+    probabilities = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.4, 0.5, 0.1], [0.3, 0.3, 0.4]])
+    metrics = Scores(
+        probabilities, np.array([0, 1, 0, 2]), np.array([True] * 3 + [False])
+    ).metrics()
+    assert metrics["top1"] == pytest.approx(100 / 3)
+    assert metrics["confusion"] == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
+    assert metrics["per_class"] == [50.0, 0.0, None]
+    assert "map" not in metrics
+
+
+def told(broken, clips):
+    numbers = {"loss": (1.0 * clips, clips), "accuracy": (0.0, clips), "broken": (broken, clips)}
+    return {name: tuple(map(jnp.asarray, pair)) for name, pair in numbers.items()}
+
+
+@pytest.mark.parametrize(("share", "ends_at"), [(0.2, 11), (0.0, 5), (0.5, None)])
+def test_too_many_broken_videos_end_a_run(tmp_path, share, ends_at):
+    """Steps of 25 clips, from the fifth on with eight of them replaced: 8 (n - 4) of 25 n, and of
+    fewer than 200 clips nothing is concluded but at a limit of none."""
+    log = Logbook(tmp_path, start=0, steps=20, batch=25, every=5, max_broken=share)
+    seen = 0
+    with contextlib.closing(log):
+        try:
+            for seen in range(1, 21):
+                log.step(seen, told(8 if seen >= 5 else 0, 25), 1e-3)
+                log.flush()
+        except BrokenDataError as error:
+            message = f"{8 * (seen - 4)} of {25 * seen} clips were replaced"
+            assert message in str(error) and "data.max_broken" in str(error)
+        else:
+            seen = None
+    assert seen == ends_at
