@@ -58,6 +58,7 @@ def prepare(config):
     batch = {
         "clip": jnp.asarray(random.integers(0, 256, size, np.uint8)),
         "label": jnp.asarray(random.integers(0, 8, config.batch), jnp.int32),
+        "broken": jnp.full(config.batch, -1, jnp.int32),
     }
     state = init_state(mvit.init(model, jax.random.key(0)), transform, 0.0)
     began = time.perf_counter()

@@ -94,7 +94,9 @@ def get_config() -> ConfigDict:
     c.data.std = (0.225, 0.225, 0.225)  # likewise; clips are (value - mean) / std
     c.data.threads = 4  # that decode, on each host; 0 to decode between the steps
     c.data.processes = 0  # that decode, on each host, each with the threads above; 0 for none
-    c.data.max_broken = 0.2  # share of videos that cannot be decoded at which a run ends
+    # Share of broken videos above which a run ends: of a test's list, or of the clips drawn since
+    # training was started (of at least 200).
+    c.data.max_broken = 0.2
 
     c.augment = ConfigDict()
     # In this order: short_side, RandAugment, random crop, flip, erasing, mixing (images are cropped

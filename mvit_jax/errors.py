@@ -36,7 +36,7 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         # An exception inside a config file arrives as a printed traceback: its last line says it.
-        _end(re.sub(r"^\w+: ", "", str(error).strip().splitlines()[-1].strip()))
+        _end(re.sub(r"^[\w.]*(Error|Exception): ", "", str(error).strip().splitlines()[-1].strip()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = str(error.args[0] if error.args else error)
         meant = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)

@@ -212,7 +212,8 @@ def summary(folder: Path) -> str:
     ]
     for r in runs.evaluations(folder):
         rows.append((
-            Path(r["list"]).stem, "shuffled" if r["shuffled_frames"] else "in order",
+            Path(r["list"]).name.partition(".")[0],
+            "shuffled" if r["shuffled_frames"] else "in order",
             f"{r['checkpoint']}, step {r['step']}", f"{r['top1']:.2f}", f"{r['top5']:.2f}",
             f"{r['map']:.2f}" if "map" in r else "", str(r["videos"]), str(len(r["left_out"])),
             f"{r['clips']} x {r['crops']}",

@@ -85,8 +85,8 @@ def main(argv: list[str]) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise errors.UserError(
-            f"batch={_CONFIG.value.batch} does not fit into memory: lower batch (and optim.lr with "
-            "it), or raise accumulate"
+            f"batch={_CONFIG.value.batch} does not fit into memory: lower batch (rates follow it "
+            "where optim.lr_batch is set, else lower optim.lr with it), or raise accumulate"
         ) from error
 
 
@@ -98,7 +98,14 @@ def train(config: Config, folder: str) -> int:
     videos = experiment.videos(config, "train")
     watched = config.data.val_list and config.eval.every_epochs > 0
     validation = experiment.videos(config, "val") if watched else None
+    if validation and validation.class_names != videos.class_names:
+        raise errors.UserError(
+            f"{validation.list_file} has {len(validation.class_names)} classes and "
+            f"{videos.list_file} {len(videos.class_names)}, or they have other names: make both of "
+            "the same labels.txt"
+        )
     model = experiment.model_config(config, len(videos.class_names))
+    experiment.clip_settings(config, model)  # a crop that cannot be cut is told at once
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
     started = workdir.has_checkpoint(folder)
@@ -146,6 +153,13 @@ def train(config: Config, folder: str) -> int:
                         checkpoints.wait()
                         log.say(f"stopped at step {done} of {steps}; the same command goes on")
                         return 128 + stop.signal
+            except RuntimeError:  # workers that Ctrl-C ended while they started
+                if not stop.signal:
+                    raise
+                if done > start:
+                    log.flush()
+                    checkpoints.save(state, done)
+                return 128 + stop.signal
             except NotFiniteError:
                 raise
             except errors.UserError:  # of the data, say: what was trained is kept

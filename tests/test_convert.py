@@ -130,6 +130,7 @@ def test_the_folders_preprocessing_is_the_variants(kind, tmp_path):
     assert config.init.checkpoint is None and config.resume is None
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict_take_the_folder_as_it_is(converted, digits, tmp_path):
     folder = shutil.copytree(converted[0], tmp_path / "model")
     lines = [line.split() for line in (digits / "test.csv").read_text().splitlines()]

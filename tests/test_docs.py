@@ -36,7 +36,7 @@ NOT_RUN = [
     ("inside.md", "python -m mvit_jax.predict --serve --workdir=runs/moving_digits"),
     (
         "own_data.md",
-        "python -m mvit_jax.train --config=configs/custom.py:mvitv2_s_16x4 "
+        "python -m mvit_jax.train --config=configs/custom.py:weights/v2_s "
         "--config.data.folder=mine/videos \\",
     ),
     (

@@ -88,6 +88,7 @@ def test_the_default_experiment_keeps_its_labels_true(arg):
         config.optim.learning_rate = 1
 
 
+@pytest.mark.slow
 def test_programs_help():
     for name in ("train", "evaluate", "predict", "convert", "describe", "prepare"):
         # absl's --help exits with 1.

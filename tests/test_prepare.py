@@ -1,5 +1,6 @@
 """`python -m mvit_jax.prepare` as people run it: in a process of its own."""
 
+import json
 import os
 import pathlib
 import pty
@@ -12,7 +13,6 @@ import time
 import numpy as np
 import pytest
 
-from mvit_jax import prepare
 from mvit_jax.data import moving_digits
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,7 +113,10 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
         (["moving_digits", "--out="], "give --out=DIR"),
         (["fashion_mnist"], "give --out=DIR"),
         (["fashion_mnist", "--out=there", "--files=nowhere"], "there is no file nowhere/train-"),
-        (["fashion_mnist", "--out=there", "--seed=1"], "--seed is for moving_digits: leave it out"),
+        (["fashion_mnist", "--out=there", "--seed=1"], "--seed is for moving_digits and lists"),
+        (["lists", "--out=there"], "there is no folder there"),
+        (["lists", "--out=configs"], "holds 0 folders with videos"),
+        (["lists", "--out=there", "--val=0.6", "--test=0.5"], "leave some for training"),
         (["moving_digits", "--out=there", "--files=x"], "--files is for fashion_mnist: leave it"),
     ],
 )
@@ -125,10 +128,25 @@ def test_bad_input_ends_with_one_sentence(args, message):
     assert not (ROOT / "there").exists()
 
 
+def test_lists_are_written_for_folders_of_classes(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            (tmp_path / name / f"{number}.mp4").touch()
+    result = run("lists", f"--out={tmp_path}", "--val=0.2")
+    assert result.returncode == 0, result.stderr
+    said = f"14 files in train.csv, 4 files in val.csv, 2 files in test.csv, in {tmp_path}"
+    assert result.stdout.strip().endswith(said)
+    assert (tmp_path / "labels.txt").read_text() == "cats\ndogs\n"
+
+
 def test_help_tells_usage_and_flags():
     text = run("--help").stdout
     assert "python -m mvit_jax.prepare moving_digits --out=DIR" in text
-    for own in prepare.DATA_SETS.values():
+    # In another process, as programs share names of flags.
+    ask = "import json; from mvit_jax import prepare; print(json.dumps(prepare.DATA_SETS))"
+    told = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, check=True)
+    for own in json.loads(told.stdout).values():
         assert all(f"--{flag}:" in text for flag in ("out", *own))
 
 

@@ -172,6 +172,7 @@ def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_
     assert status == 1 and f"{tmp_path} holds no run" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_shuffled_frames_are_another_test_beside_the_first(run):
     config = workdir.frozen(run)
     videos = experiment.videos(config, "test")
@@ -193,6 +194,85 @@ def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
     assert scores.metrics()["top1"] == best
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["from step 0", "step 4/"])
+def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
+    digits, tmp_path, after
+):
+    """A terminal sends the signal to all processes of the group, those that load clips too."""
+    flags = [*tiny.FLAGS, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
+    command = [
+        sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *flags,
+        "--config.data.processes=2", "--config.epochs=200", "--config.eval.every_epochs=0",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tiny.ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(after):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert "leaked" not in err
+    if after == "from step 0":  # workers that are starting may still say what ended them
+        return
+    assert "stopped at step" in out and "the same command goes on" in out
+    assert "Traceback" not in err
+    saved = [child.name for child in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert any(name.isdigit() for name in saved)
+
+
+@pytest.mark.slow
+def test_several_numbers_of_clips_and_the_scores_of_each_video(run, digits, tmp_path):
+    """One pass over the list gives what a pass for each number gives."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    done = run_evaluate(folder, "--clips=3,1", "--list=val")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((folder / "views_val.json").read_text())
+    assert [row["clips"] for row in told["views"]] == [1, 3]
+    assert Image.open(folder / "views_val.png").size[0] > 300
+    config = experiment.frozen(folder)
+    videos = experiment.videos(config, "val")
+    for row in told["views"]:
+        [scores], _ = experiment.score(config, folder, videos, which="last", clips=[row["clips"]])
+        assert row["top1"] == pytest.approx(scores.metrics()["top1"])
+    assert json.loads((folder / "evaluation_val.json").read_text())["clips"] == 3
+    kept = np.load(folder / "scores_val.npz")
+    np.testing.assert_allclose(kept["probabilities"], scores.probabilities, atol=1e-6)
+    assert kept["labels"].tolist() == scores.labels.tolist()
+    assert kept["videos"].tolist() == [videos.item(i) for i in range(len(videos))]
+    lines = (folder / "videos_val.csv").read_text().splitlines()
+    assert lines[0] == "video,label,predicted,probability"
+    for i, line in enumerate(lines[1:]):
+        video, label, predicted, _ = line.split(",")
+        assert (video, int(label)) == (videos.item(i), videos.label(i))
+        assert int(predicted) == scores.probabilities[i].argmax()
+    done = run_evaluate(folder, "--clips=0,2")
+    assert done.returncode != 0 and "--clips=0,2 must be numbers of at least 1" in done.stderr
+
+
+def test_a_run_that_older_code_began_goes_on(digits, tmp_path, capsys):
+    """Keys that did not exist then have their defaults."""
+    config = tiny.config(digits, epochs=1.0)
+    folder = tmp_path / "run"
+    assert train.train(config, str(folder)) == 0
+    frozen = json.loads((folder / "config.json").read_text())
+    for section, key in (("data", "source"), ("optim", "name"), ("eval", "ensemble")):
+        del frozen[section][key]
+    (folder / "config.json").write_text(json.dumps(frozen))
+    assert experiment.frozen(folder).data.source == "list"
+    assert train.train(config, str(folder)) == 0
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.source was 'list' and is now 'folders'"):
+        train.train(tiny.config(digits, **{"data.source": "folders"}), str(folder))
+    with pytest.raises(UserError, match=r"optim\.name was 'adamw' and is now 'sgd'"):
+        train.train(tiny.config(digits, **{"epochs": 1.0, "optim.name": "sgd"}), str(folder))
+
+
+@pytest.mark.slow
 def test_broken_test_videos_are_left_out_and_listed(run, digits, tmp_path):
     data = shutil.copytree(digits, tmp_path / "data")
     first, second = ((data / line.split()[0]) for line in
@@ -208,6 +288,7 @@ def test_broken_test_videos_are_left_out_and_listed(run, digits, tmp_path):
     assert str(first) in page.text and page.ids["videos"] == "8"
 
 
+@pytest.mark.slow
 def test_broken_training_videos_are_replaced_and_named(digits, tmp_path, capsys):
     data = shutil.copytree(digits, tmp_path / "data")
     broken = data / (data / "train.csv").read_text().split()[0]
@@ -283,6 +364,13 @@ def change_list(data, old, new):
         (lambda d: None, {"data.sampling": "all"}, "sampling must be one of span, segments"),
         (lambda d: None, {"data.source": "videos"}, "data.source must be one of list, folders"),
         (lambda d: None, {"data.multi_label": True}, "data.multi_label"),
+        (lambda d: None, {"augment.short_side": 0}, "augment.short_side must be at least 1"),
+        (lambda d: None, {"optim.end_lr": -1.0}, "optim.end_lr must be at least 0"),
+        (
+            lambda d: None,
+            {"augment.jitter": (20, 40)},
+            "short side is drawn from 20 on: raise the lower bound",
+        ),
         (lambda d: None, {"epochs": 0.0}, "epochs must be above 0"),
         (lambda d: None, {"accumulate": 3}, "accumulate=3"),
         (lambda d: None, {"augment.mixup": 1.0, "augment.group": 3}, "augment.group=3"),
@@ -308,6 +396,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(digits, tmp_path):
     assert all(np.isfinite(v).all() for v in final_state(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_data_that_vanish_in_mid_run_cost_no_step(digits, tmp_path):
     data = shutil.copytree(digits, tmp_path / "data")
 

@@ -202,9 +202,17 @@ def _other_separator(separator: str | None) -> str:
     return f"the separator seems to be {separator!r}: set data.separator to it"
 
 
+_MOST_CLASSES = 1_000_000  # that are believed without a list of their names
+
+
 def _class_names(root: Path, num_classes: int | None, labels_seen: int) -> tuple[str, ...]:
     file = root / "labels.txt"
     if not file.is_file():
+        if labels_seen > _MOST_CLASSES:
+            raise UserError(
+                f"labels go up to {labels_seen - 1}, which is no number of a class: see that the "
+                f"last field of each line is the label, or name the classes in {file}"
+            )
         count = labels_seen if num_classes is None else num_classes
         return tuple(str(label) for label in range(count))
     names = read_class_names(file)

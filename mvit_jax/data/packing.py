@@ -116,6 +116,12 @@ def prepare(
     videos = read_video_list(
         list_file.parent, list_file.name, prefix=prefix, separator=separator, max_missing=1.0
     )
+    if not (list_file.parent / "labels.txt").is_file():
+        # Counted from one list, the number of classes could differ from another's.
+        raise UserError(
+            f"there is no labels.txt in {list_file.parent}: write the names of the classes there, "
+            "one a line, label 0 first"
+        )
     split = list_file.stem
     root = Path(out).expanduser().absolute()
     base = list_file.parent / Path(prefix).expanduser()

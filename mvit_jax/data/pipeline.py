@@ -9,6 +9,8 @@ is no iterator state to store.
 
 import contextlib
 import functools
+import os
+import signal
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +70,12 @@ class ClipSettings:
             raise UserError(
                 f"crops of {self.size} pixels cannot be cut from frames whose short side is "
                 f"{self.short_side}: raise the short side or lower the size"
+            )
+        jitter = self.augmentation.jitter
+        if jitter is not None and jitter[0] < self.size:
+            raise UserError(
+                f"crops of {self.size} pixels cannot be cut from frames whose short side is drawn "
+                f"from {jitter[0]} on: raise the lower bound of the jitter, or lower the size"
             )
 
 
@@ -393,15 +401,23 @@ def _load(
     dataset = grain.MapDataset.range(batches * rows).map(load).to_iter_dataset(options)
     if processes > 0:
         _mark_flags_as_parsed()
+        # What a worker has prefetched at the end is freed, but reported as if it were lost.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         ahead = max(prefetch * rows // processes, 1)
         dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=ahead)
+            grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=ahead),
+            worker_init_fn=_ignore_interrupts,
         )
     iterator = iter(dataset.batch(rows, drop_remainder=True))
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """A terminal sends Ctrl-C to workers too, but it is for the process that saves its state."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _mark_flags_as_parsed() -> None:

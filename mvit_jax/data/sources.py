@@ -114,7 +114,7 @@ def open_source(
     kind = source if tfds is None else f"data.tfds={tfds}"
     if source == "synthetic" and tfds is None:
         return Synthetic(multi_label=multi_label)
-    if multi_label and kind not in ("charades", "shards"):
+    if multi_label and kind != "charades":
         raise UserError(
             f"data.multi_label is on, but of the source {kind} each video has one label: turn it "
             "off, or name another data.source"

@@ -144,7 +144,7 @@ def _clips(config: Config, model: MViTConfig) -> str:
     how = {
         "span": f"spread evenly over {model.frames * d.stride / 30:.2f} s, from a random start",
         "segments": f"a random one of each of {model.frames} equal parts of the video",
-        "stride": f"each {d.stride}th, from a random start",
+        "stride": f"{d.stride} frames apart, from a random start",
     }.get(d.sampling, d.sampling)
     return f"{model.frames} frames of {size}, {how}"
 
@@ -161,9 +161,8 @@ def _augmentation(config: Config, model: MViTConfig) -> list[str]:
         crop = f"random crop of {100 * a.crop_area[0]:g} to {100 * a.crop_area[1]:g} % of the area"
         crop += f", resized to {model.size} ({config.data.interpolation})"
     else:
-        crop = f"no random crop: short side to {config.data.short_side}, centre square"
-        crop += f" of {model.size}"
-    before = [*scaled, *random, crop] if model.frames > 1 else [crop, *random]
+        crop = f"no random crop: short side to {model.size}, then the centre square"
+    before = [*scaled, *random, crop] if model.frames > 1 else [*scaled, crop, *random]
     lines = [
         *before,
         f"left-right flip with probability {a.flip:g}" if a.flip else "",

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Integer
-from sklearn.metrics import average_precision_score
 
 from mvit_jax.data import pipeline
 from mvit_jax.data.decoding import why_broken
@@ -90,6 +89,8 @@ class Scores:
                 for i, n in enumerate(truth.sum(0).tolist())
             ]
         else:
+            from sklearn.metrics import average_precision_score  # takes a second
+
             per_class = [
                 100 * float(average_precision_score(t, s)) if t.any() else None
                 for t, s in zip(truth.T, scores.T, strict=True)

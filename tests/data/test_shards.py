@@ -164,6 +164,7 @@ def test_another_list_or_other_classes_are_refused(videos, copied, tmp_path):
     other = tmp_path / "lists"
     other.mkdir()
     (other / "train.csv").write_text("\n".join([*lines[1:], lines[0]]))
+    shutil.copy(videos / "labels.txt", other)
     with pytest.raises(UserError, match="another list"):
         packing.prepare(other / "train.csv", copied, prefix=str(videos), shards=4)
     (other / "train.csv").write_text("\n".join(lines))
@@ -175,14 +176,16 @@ def test_another_list_or_other_classes_are_refused(videos, copied, tmp_path):
 def test_names_start_at_the_prefix(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "run_jobs", lambda jobs, *_: list(map(packing.pack, jobs)))
     (tmp_path / "val.csv").write_text("5.mp4,1\n")
+    (tmp_path / "labels.txt").write_text("sit\nrun\n")
     packing.prepare(tmp_path / "val.csv", tmp_path / "o", prefix=str(videos), separator=",")
     assert read_shards(tmp_path / "o", "val").ids == ("5.mp4",)
-    assert read_shards(tmp_path / "o", "val").class_names == ("0", "1")
+    assert read_shards(tmp_path / "o", "val").class_names == ("sit", "run")
 
 
 def test_a_list_without_a_single_video_is_an_error(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "run_jobs", lambda jobs, *_: list(map(packing.pack, jobs)))
     (tmp_path / "train.csv").write_text(f"{videos}/text.mp4 0\n{videos}/empty.mp4 0\n")
+    (tmp_path / "labels.txt").write_text("sit\n")
     with pytest.raises(UserError, match=r"none of the 2 videos .* not a video"):
         packing.prepare(tmp_path / "train.csv", tmp_path / "out")
 
@@ -300,3 +303,18 @@ def test_check_reads_lists_of_files(videos):
     assert "missing.mp4 cannot be decoded: there is no such file" in report.problems[-1]
     with pytest.raises(UserError, match="neither manifests"):
         check(videos / "..")
+
+
+def test_a_list_without_names_of_classes_is_not_packed(tmp_path):
+    """Each split would have as many classes as labels happen to occur in it."""
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1\n")
+    with pytest.raises(UserError, match=r"there is no labels\.txt in .*one a line, label 0 first"):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1600000000\n")
+    with pytest.raises(
+        UserError, match="labels go up to 1600000000, which is no number of a class"
+    ):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -208,6 +208,7 @@ def block_input(params, clip, config, index):
     return tokens(params, clip), grids(config, *size)[index].input
 
 
+@pytest.mark.slow
 def test_grad_cam_weighs_each_place_by_its_own_gradient():
     params, clip, _, _ = drawn("v1")
     config = CONFIGS["v1"]
@@ -260,6 +261,7 @@ def test_attention_distances_are_those_of_every_pair(name):
         stride = stride * q
 
 
+@pytest.mark.slow
 def test_attention_that_sees_all_alike_looks_half_the_picture_far():
     """Zero queries: uniform attention, whose mean distance on a line of n is (n^2 - 1) / 3n."""
     config = CONFIGS["vit"]

@@ -81,7 +81,7 @@ def test_a_timeline_turns_where_the_video_does(predictor, long_video, monkeypatc
         light = np.asarray(clip, np.float64).mean((1, 2, 3, 4, 5))
         bright = 1 / (1 + np.exp(-(light - middle) / 5))
         rows = [1 - bright, bright, *np.zeros((6, len(bright)))]
-        return jax.numpy.asarray(np.stack(rows, axis=1))
+        return jax.numpy.asarray(np.stack(rows, axis=1))[:, None]
 
     with Video(long_video) as video:
         middle = np.median(video.frames(range(192)))

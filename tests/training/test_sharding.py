@@ -55,6 +55,7 @@ def batches():
         yield {
             "clip": random.integers(0, 256, (CLIPS, 4, 32, 32, 3), np.uint8),
             "label": random.integers(0, 4, CLIPS).astype(np.int32),
+            "broken": np.full(CLIPS, -1, np.int32),
         }
 
 

@@ -191,6 +191,7 @@ def test_other_precisions_become_float32_and_the_report_says_so(dtype):
     assert all(f"from {np.dtype(dtype)}" in line.done for line in found.report.lines)
 
 
+@pytest.mark.slow
 def test_the_model_computes_in_inference_mode_and_in_the_dtype_asked_for():
     tensors = foreign.slowfast(KIND)
     name, fields = foreign.VARIANTS[KIND], foreign.fields(KIND, drop_path=0.9, dropout=0.9)
