@@ -254,20 +254,24 @@ def test_several_numbers_of_clips_and_the_scores_of_each_video(run, digits, tmp_
     assert done.returncode != 0 and "--clips=0,2 must be numbers of at least 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_older_code_began_goes_on(digits, tmp_path, capsys):
     """Keys that did not exist then have their defaults."""
     config = tiny.config(digits, epochs=1.0)
     folder = tmp_path / "run"
     assert train.train(config, str(folder)) == 0
     frozen = json.loads((folder / "config.json").read_text())
-    for section, key in (("data", "source"), ("optim", "name"), ("eval", "ensemble")):
+    for section, key in (("data", "sampling"), ("optim", "name"), ("eval", "ensemble")):
         del frozen[section][key]
     (folder / "config.json").write_text(json.dumps(frozen))
-    assert experiment.frozen(folder).data.source == "list"
+    assert experiment.frozen(folder).data.sampling == "span"
     assert train.train(config, str(folder)) == 0
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"data\.source was 'list' and is now 'folders'"):
-        train.train(tiny.config(digits, **{"data.source": "folders"}), str(folder))
+    with pytest.raises(UserError, match=r"data\.sampling was 'span' and is now 'segments'"):
+        train.train(
+            tiny.config(digits, **{"epochs": 1.0, "data.sampling": "segments", "eval.clips": 1}),
+            str(folder),
+        )
     with pytest.raises(UserError, match=r"optim\.name was 'adamw' and is now 'sgd'"):
         train.train(tiny.config(digits, **{"epochs": 1.0, "optim.name": "sgd"}), str(folder))
 
@@ -361,6 +365,7 @@ def change_list(data, old, new):
         (lambda d: None, {"augment.randaugment": "rand-m7-q3-inc1"}, "q3"),
         (lambda d: None, {"augment.erase_mode": "grey"}, "erase_mode must be one of pixel, const"),
         (lambda d: None, {"data.repeats": 3}, "data.repeats=3; set a multiple of 24"),
+        (lambda d: None, {"data.sampling": "segments"}, "segments make one clip"),
         (lambda d: None, {"data.sampling": "all"}, "sampling must be one of span, segments"),
         (lambda d: None, {"data.source": "videos"}, "data.source must be one of list, folders"),
         (lambda d: None, {"data.multi_label": True}, "data.multi_label"),

@@ -103,6 +103,8 @@ def check(config: Config) -> None:
     _check_augmentation(config)
     if config.eval.whole_image and config.eval.crops != 1:
         raise UserError("eval.whole_image leaves nothing to crop: set eval.crops=1")
+    if config.data.sampling == "segments" and config.eval.clips != 1:
+        raise UserError("segments make one clip of the whole video: set eval.clips=1")
     if config.data.multi_label and config.augment.mixup + config.augment.cutmix > 0:
         raise UserError("sets of classes (data.multi_label) are not mixed: set mixup and cutmix 0")
 

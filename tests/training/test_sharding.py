@@ -69,7 +69,7 @@ def run(shape, dtype, config=CONFIG):
     return losses, jax.device_get((state.params, state.ema))
 
 
-@pytest.mark.parametrize("model", ["mvit", "vit"])
+@pytest.mark.parametrize("model", [pytest.param("mvit", marks=pytest.mark.slow), "vit"])
 def test_meshes_train_alike(model):
     config = CONFIG
     if model == "vit":
