@@ -116,6 +116,7 @@ class FrameFolders:
             reason = (
                 "there is no such folder of frames, nor a video "
                 + " or ".join(Path(folder + suffix).name for suffix in _VIDEO_SUFFIXES)
+                + " (data.prefix is set before the paths of lists)"
                 if isinstance(error, FileNotFoundError)
                 else str(error.strerror).lower()
             )
