@@ -201,7 +201,11 @@ def write_views(
     shown = "map" if "map" in measures else "top1"
     line = plots.Curve(shown, [row["clips"] for row in rows], [row[shown] for row in rows], True)
     name = "mAP, %" if shown == "map" else "top-1, %"
-    plots.save(plots.curves([line], name, f"clips, of {results['crops']} crops"), paths[1])
+    crops = "1 crop" if results["crops"] == 1 else f"{results['crops']} crops"
+    figure = plots.curves([line], name, f"clips of a video, {crops} of each")
+    axes = figure.axes[0]
+    axes.set(xticks=list(by_count), ylim=(None, min(axes.get_ylim()[1], 100.5)))
+    plots.save(figure, paths[1])
     return paths
 
 

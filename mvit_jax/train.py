@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     except OSError:  # what config_flags keeps of a file that it could not load
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise errors.UserError(f"there is no config file {path}: check --config") from None
-    if _DRY_RUN.value or _WORKDIR.value is None:
+    if _DRY_RUN.value:
         print(dry_run.describe(_CONFIG.value, jax.device_count()))
     if _SHEET.value is not None:
         print(f"wrote {contact_sheet.draw(_CONFIG.value, _SHEET.value)}")
@@ -159,6 +159,7 @@ def train(config: Config, folder: str) -> int:
                 if done > start:
                     log.flush()
                     checkpoints.save(state, done)
+                log.say(f"stopped at step {done} of {steps}; the same command goes on")
                 return 128 + stop.signal
             except NotFiniteError:
                 raise

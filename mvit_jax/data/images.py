@@ -123,7 +123,7 @@ _UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, E
 
 def _rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded)) as image:
-        # OpenCV decodes the JPEGs of cameras and data sets to the same values in a third of the
+        # OpenCV decodes the JPEGs of cameras and data sets to the same values in less
         # time; but it takes what is missing of a file that was cut off for grey, and CMYK for
         # something else.
         if image.format == "JPEG" and image.mode == "RGB" and encoded.endswith(_END_OF_JPEG):

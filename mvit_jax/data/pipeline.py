@@ -170,8 +170,7 @@ def test_batches(
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
       first; "label", int32 `[rows]`, or uint8 `[rows, classes]`; "video", int32 `[rows]`, place
       in `videos`, or -1 for padding; "valid", bool `[rows]`, False for padding and for videos that
-      cannot be decoded
-      (`decoding.why_broken` tells the reason), whose clips are black.
+      cannot be decoded (`decoding.why_broken` tells the reason), whose clips are black.
     """
     rows = _checked(rows, batch)
     counts = (clips,) if isinstance(clips, int) else tuple(clips)

@@ -2,6 +2,7 @@
 
 import io
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import cv2
@@ -200,7 +201,7 @@ def test_what_is_no_video_is_told(make, tmp_path):
     path = str(make(tmp_path))
     with pytest.raises(DecodeError) as from_file:
         encode(path, Encoding())
-    with open(path, "rb") as file:  # noqa: PTH123
+    with Path(path).open("rb") as file:
         content = file.read()
     with pytest.raises(DecodeError) as from_bytes:
         encode(content, Encoding(), "the thing")
@@ -210,7 +211,7 @@ def test_what_is_no_video_is_told(make, tmp_path):
 
 def test_a_video_damaged_in_the_middle_is_told(tmp_path):
     path = write(tmp_path / "x.mp4", 60, gop=60)
-    with open(path, "rb+") as file:  # noqa: PTH123
+    with Path(path).open("rb+") as file:
         for position, size, _ in packets_of(path)[20:]:
             file.seek(position)
             file.write(bytes(size))

@@ -1,5 +1,8 @@
 """The picture of the first clips shows what the training step gets."""
 
+import subprocess
+import sys
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -46,3 +49,14 @@ def test_what_cannot_be_drawn_is_one_sentence(digits, tmp_path):
         contact_sheet.draw(tiny.config(digits), tmp_path / "missing" / "sheet.png")
     with pytest.raises(UserError, match="there is no data folder"):
         contact_sheet.draw(tiny.config(tmp_path / "nothing"), tmp_path / "sheet.png")
+
+
+def test_the_program_draws_and_does_nothing_else(digits, tmp_path):
+    flags = [*tiny.FLAGS, f"--config.data.folder={digits}", f"--contact_sheet={tmp_path / 'a.png'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *flags],
+        cwd=tiny.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {tmp_path / 'a.png'}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
