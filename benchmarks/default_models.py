@@ -16,7 +16,7 @@ import numpy as np
 
 from mvit_jax.models import mvit
 from mvit_jax.models.cost import cost
-from mvit_jax.training import experiment, optimizer
+from mvit_jax.training import experiment, optimizer, sharding
 from mvit_jax.training.step import init_state, train_step
 
 ROUNDS = 10
@@ -47,7 +47,7 @@ def prepare(config):
     step = jax.jit(
         functools.partial(
             train_step,
-            apply=experiment.model_apply(config, model),
+            apply=experiment.model_apply(config, model, sharding.make_mesh()),
             optimizer=transform,
             recipe=experiment.recipe(config, 8),
         ),

@@ -16,6 +16,9 @@ def get_config() -> ConfigDict:
     c.epochs = 200.0  # passes over the training list; may be a fraction
     c.batch = 512  # clips a step, over all devices
     c.accumulate = 1  # parts that a step's batch is cut into to save memory
+    # What the backward pass computes again and does not keep, to save memory: none; cheap (norms,
+    # activations); first_stage (the blocks on its grid, which hold the most); blocks (all).
+    c.remat = "none"
     c.dtype = "float32"  # what the model computes in: float32 or bfloat16; weights are float32
     c.precision = "default"  # of matrix products: default, high or highest. On a TPU "default"
     #                          multiplies float32 in bfloat16, on GPUs in TF32.

@@ -7,15 +7,21 @@ step on a TPU (41.8 GB for 4 clips of MViT-B 16x4 against 42.2 with a flat grid;
 2026-11-22, `benchmarks/token_layout.py`), and doubles the operations to compile.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from mvit_jax.models import attention_tpu
 from mvit_jax.models.plan import Triple
+
+BATCH_AXES = ("data", "fsdp")  # of the mesh, over both of which clips are split
 
 # Not bound to one number each, since what goes in and what comes out differ.
 Tokens = Float[Array, "batch _tokens _channels"]
@@ -90,16 +96,124 @@ def attend(
     """softmax(Q K^T / sqrt(dim) + relative positions) V for each head (section 3.1).
 
     The softmax is taken in float32, or in float64 where the queries are. `relative` comes from
-    `relative_features`. A `record` gets the probabilities.
+    `relative_features`. A `record` gets the probabilities, which are made for it alone: where they
+    are not asked for, a platform that has a kernel for it never writes them.
+    """
+    scaled = queries * (queries.shape[-1] // heads) ** -0.5
+    by_query, by_key = (None, None) if relative is None else (join_heads(relative[0]), relative[1])
+    if record is not None:
+        return materialised(scaled, keys, values, by_query, by_key, heads, record)
+    if _cudnn_takes(scaled, by_key, heads):
+        return _cudnn(scaled, keys, values, by_query, by_key, heads)
+    return _fused(scaled, keys, values, by_query, by_key, heads)
+
+
+def materialised(
+    queries: Tokens,
+    keys: Tokens,
+    values: Tokens,
+    by_query: Tokens | None,
+    by_key: KeyFeatures | None,
+    heads: int,
+    record: Record | None = None,
+) -> Tokens:
+    """softmax(Q K^T + by_query by_key^T) V for each head, all scores written: the definition.
+
+    Queries come scaled; `by_query` [batch, queries, heads * places], `by_key` [keys, places].
     """
     q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
-    q = q * q.shape[-1] ** -0.5
-    if relative is not None:
-        by_query, by_key = relative
+    if by_query is not None and by_key is not None:
         by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
-        q, k = jnp.concatenate([q, by_query], -1), jnp.concatenate([k, by_key], -1)
+        q = jnp.concatenate([q, split_heads(by_query, heads)], -1)
+        k = jnp.concatenate([k, by_key], -1)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
     if record is not None:
         record["attention"] = weights
     return join_heads(jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v))
+
+
+# One operation, and the form that each platform runs: chosen when the step is lowered for it, in
+# the forward and the backward pass alike. Only the arguments are kept between the two.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _fused(queries, keys, values, by_query, by_key, heads: int):
+    arrays = queries, keys, values, by_query, by_key
+    default = functools.partial(materialised, heads=heads)
+    if not attention_tpu.fits(queries, keys) or not _each_device_has_clips(queries.shape[0]):
+        return default(*arrays)
+    on_tpu = _on_each_device(functools.partial(attention_tpu.forward, heads=heads))
+    return lax.platform_dependent(*arrays, tpu=on_tpu, default=default)
+
+
+def _fused_forward(queries, keys, values, by_query, by_key, heads: int):
+    out = _fused(queries, keys, values, by_query, by_key, heads)
+    return out, (queries, keys, values, by_query, by_key)
+
+
+def _fused_backward(heads: int, saved: tuple, gradient: Tokens):
+    queries, keys, *_, by_key = saved
+
+    def default(queries, keys, values, by_query, by_key, gradient):
+        form = functools.partial(materialised, by_key=by_key, heads=heads)
+        return jax.vjp(form, queries, keys, values, by_query)[1](gradient)
+
+    if not attention_tpu.fits(queries, keys) or not _each_device_has_clips(queries.shape[0]):
+        gradients = default(*saved, gradient)
+    else:
+        on_tpu = _on_each_device(functools.partial(attention_tpu.backward, heads=heads))
+        gradients = lax.platform_dependent(*saved, gradient, tpu=on_tpu, default=default)
+    # The places of keys are fixed.
+    return *gradients, None if by_key is None else jnp.zeros_like(by_key)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh entered by `jax.set_mesh` that clips are split over; none without one"""
+    return tuple(a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names)
+
+
+def _each_device_has_clips(batch: int) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return batch % math.prod(mesh.shape[axis] for axis in _batch_axes()) == 0
+
+
+def _on_each_device(function: Callable) -> Callable:
+    """Has each device call `function` on its own clips: XLA cannot cut a kernel by itself."""
+    if not _batch_axes():
+        return function
+
+    def split(*arrays):
+        # The keys' places, of two dimensions, are the same on every device.
+        spec = PartitionSpec(_batch_axes())
+        specs = tuple(PartitionSpec() if x is not None and x.ndim == 2 else spec for x in arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
+
+    return split
+
+
+def _cudnn_takes(queries: Tokens, by_key: KeyFeatures | None, heads: int) -> bool:
+    """Whether cuDNN's fused attention, of 16-bit numbers on a GPU, takes heads of this width."""
+    if jax.default_backend() != "gpu" or queries.dtype.itemsize != 2:
+        return False
+    places = 0 if by_key is None else by_key.shape[-1]
+    # Up to 256 from Hopper on (compute capability 9.0).
+    hopper = float(jax.devices()[0].compute_capability) >= 9
+    return queries.shape[-1] // heads + places <= (256 if hopper else 128)
+
+
+def _cudnn(queries, keys, values, by_query, by_key, heads: int):
+    """cuDNN's kernel has no relative positions, so they become features of queries and keys; it
+    wants one width for all three, a multiple of 8, so zeros fill up."""
+    q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
+    if by_query is not None:
+        by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
+        q = jnp.concatenate([q, split_heads(by_query, heads)], -1)
+        k = jnp.concatenate([k, by_key], -1)
+    width = -(-q.shape[-1] // 8) * 8
+    fill = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])  # noqa: E731
+    out = jax.nn.dot_product_attention(fill(q), fill(k), fill(v), scale=1.0, implementation="cudnn")
+    return join_heads(out[..., : v.shape[-1]])

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.errors import UserError
-from mvit_jax.models import pooling
+from mvit_jax.models import pooling, stages
 from mvit_jax.models.attention import (
     Record,
     Tokens,
@@ -40,6 +39,7 @@ from mvit_jax.models.plan import (
     plan,
 )
 from mvit_jax.models.positions import Positions, RelativePositions
+from mvit_jax.models.stages import drop_clips, keep, keep_batch_sharded
 from mvit_jax.models.trees import Params, first_difference, flat
 from mvit_jax.models.variants import variant
 
@@ -54,6 +54,15 @@ def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, bias: bool = True)
     return nnx.Linear(
         inputs, outputs, use_bias=bias, kernel_init=_linear_init, dtype=dtype, rngs=rngs
     )
+
+
+def _columns(linear: nnx.Linear, x: Array, columns: slice) -> Array:
+    """Some of the channels that a linear layer gives."""
+    kernel = linear.kernel[...][:, columns].astype(linear.dtype)
+    y = x @ kernel
+    if linear.bias is None:
+        return y
+    return y + jnp.expand_dims(linear.bias[...][columns].astype(linear.dtype), range(x.ndim - 1))
 
 
 def _norm(width: int, dtype, rngs: nnx.Rngs, eps: float = 1e-6) -> nnx.LayerNorm:
@@ -101,7 +110,13 @@ class MViT(nnx.Module):
         return self.forward(clip)[0]
 
     def forward(
-        self, clip: Shaped[Array, "..."], *, key: Array | None = None, capture: bool = False
+        self,
+        clip: Shaped[Array, "..."],
+        *,
+        key: Array | None = None,
+        capture: bool = False,
+        scan: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
         """Logits and features. With a `key`, drop path and dropout are on, as in training.
 
@@ -111,21 +126,21 @@ class MViT(nnx.Module):
         "queries", "keys" and "values", `[batch, tokens, heads, channels of a head]`, as they meet:
         pooled and normalised, class token first where there is one, and not yet scaled. What is not
         used is not computed under `jit`, so take only what you need out of the jitted function.
+
+        `scan` and `remat` are how the blocks are run, see `models/stages.py`; with `capture` and
+        with blocks of your own, none are looped over.
         """
         keys = _fold(key, len(self.blocks) + 1)
         x, grid = self.embed(clip)
-        stages: list[Array] = []
-        records: list[Record] = []
-        for i, (block, block_plan) in enumerate(zip(self.blocks, plan(self.config), strict=True)):
-            record: Record = {}
-            x, grid = block(x, grid, keys[i], **({"record": record} if capture else {}))
-            x = keep_batch_sharded(x)
-            stages[block_plan.stage :] = [_grid_of(x, grid)]
-            records.append(record)
+        own = any(type(block) is not Block for block in self.blocks)  # may change as it likes
+        x, grid, after, records = stages.run(
+            list(self.blocks), plan(self.config), x, grid, keys,
+            capture=capture, scan=scan and not own, remat=remat,
+        )  # fmt: skip
         logits, tokens = self.classify(x, grid, keys[-1])
-        names = [name for name in records[0] if all(name in record for record in records)]
+        names = [n for n in records[0] if all(n in record for record in records)] if capture else []
         captured = {name: [record[name] for record in records] for name in names}
-        return logits, {"stages": stages, "tokens": tokens} | captured
+        return logits, {"stages": after, "tokens": tokens} | captured
 
     def embed(self, clip: Shaped[Array, "..."]) -> tuple[Tokens, Triple]:
         """What the first block takes: tokens with their positions, and the grid they lie on."""
@@ -211,7 +226,7 @@ class Block(nnx.Module):
         if self.plan.skip_pool is not None:
             skip_pool = functools.partial(pooling.max_pool, plan=self.plan.skip_pool)
             skip, _ = on_grid(skip_pool, skip, grid)
-        x = skip + drop_clips(attended, self.drop_path, key1)
+        x = keep(skip + drop_clips(attended, self.drop_path, key1))
         y = self.norm2(x)
         mlp = drop_clips(self.mlp(y), self.drop_path, key2)
         return self._skip(x, y, self.plan.width_out) + mlp, grid_out
@@ -259,6 +274,7 @@ class PooledAttention(nnx.Module):
         """
         plan = self.plan
         q, kv = (x, jnp.concatenate([x, x], -1)) if plan.pool_first else self._project(x)
+        q, kv = keep(q), keep(kv)
         q, query_grid = self._pool(q, grid, plan.q_pool, [self.pool_q])
         kv, key_grid = self._pool(kv, grid, plan.kv_pool, [self.pool_k, self.pool_v])
         k, v = jnp.split(kv, 2, axis=-1)
@@ -271,7 +287,7 @@ class PooledAttention(nnx.Module):
         if record is not None:
             for name, tokens in (("queries", q), ("keys", k), ("values", v)):
                 record[name] = split_heads(tokens, plan.heads)
-        y = self.attend(q, k, v, relative, record)
+        y = keep(self.attend(q, k, v, relative, record))
         if plan.residual_pool != "none":
             y = y + self._residual(q, query_grid)
         return self.proj(y), query_grid
@@ -284,9 +300,10 @@ class PooledAttention(nnx.Module):
         """Q; and K and V side by side, since they are pooled together."""
         if self.plan.separate_qkv:
             return self.q(x), jnp.concatenate([self.k(x), self.v(x)], axis=-1)
-        # Channels of the fused projection: all of Q, then all of K, then all of V.
-        q, kv = jnp.split(self.qkv(x), [self.plan.attention_width], axis=-1)
-        return q, kv
+        # Channels of the fused projection: all of Q, then all of K, then all of V. Its weights are
+        # cut, not its result, which would be copied.
+        width = self.plan.attention_width
+        return _columns(self.qkv, x, slice(None, width)), _columns(self.qkv, x, slice(width, None))
 
     def _pool(
         self, x: Tokens, grid: Triple, pool_plan: Pool | None, weights: "list[PoolWeights | None]"
@@ -304,6 +321,7 @@ class PooledAttention(nnx.Module):
         x, grid = on_grid(lambda tokens: self.pool(tokens, pool_plan, taps), x, grid)
         if grid != due:
             raise UserError(f"the pool gives a grid of {grid} where {due} is due: see {pool_plan}")
+        x = keep(x)
         if own:
             parts = jnp.split(x, len(own), axis=-1)
             normed = [w.normalise(p) for w, p in zip(own, parts, strict=True)]
@@ -351,7 +369,7 @@ class Mlp(nnx.Module):
         self.fc2 = _linear(plan.mlp_width, plan.width_out, dtype, rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(jax.nn.gelu(keep(self.fc1(x)), approximate=False))
 
 
 def create_model(
@@ -389,6 +407,8 @@ def apply(
     train: bool = False,
     key: Array | None = None,
     capture: bool = False,
+    scan: bool = False,
+    remat: str = "none",
     dtype=jnp.float32,
     **plugs: Any,
 ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
@@ -396,11 +416,13 @@ def apply(
 
     With `train=True`, drop path and dropout draw from `key`, block i from `fold_in(key, i)`. With
     `capture=True`, features hold attention probabilities and pooled queries, keys and values too.
+    `scan` makes equal blocks one loop, which compiles faster, and `remat` ("none", "cheap",
+    "first_stage", "blocks") trades arithmetic for memory in training; neither changes results.
     """
     if train and key is None:
         raise ValueError("apply(train=True) needs a key for drop path and dropout")
     model = _with_params(params, config, dtype, tuple(sorted(plugs.items())))
-    return model.forward(clip, key=key if train else None, capture=capture)
+    return model.forward(clip, key=key if train else None, capture=capture, scan=scan, remat=remat)
 
 
 def params_of(model: nnx.Module) -> Params:
@@ -454,28 +476,6 @@ def _string_keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {str(k): _string_keys(v) for k, v in tree.items()}
-
-
-def keep_batch_sharded(x: Tokens) -> Tokens:
-    """On a mesh, holds activations split by clip, so that weights are gathered and never these.
-
-    The mesh is the one entered by `jax.set_mesh`; without one this does nothing.
-    """
-    axes = [a for a in ("data", "fsdp") if a in jax.sharding.get_abstract_mesh().axis_names]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
-
-
-def drop_clips(x: Tokens, rate: float, key: Array | None) -> Tokens:
-    """Drop path: leaves a branch out for a random share `rate` of the clips, in training."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / (1 - rate), 0)
-
-
-def _grid_of(x: Tokens, grid: Triple) -> Float[Array, "batch time height width channels"]:
-    batch, tokens, channels = x.shape
-    return x[:, tokens - math.prod(grid) :].reshape(batch, *grid, channels)
 
 
 def _as_video(clip: Array, config: MViTConfig) -> Array:

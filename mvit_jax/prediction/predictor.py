@@ -113,7 +113,10 @@ class Predictor:
                 self.config, self.model, folder, which, self._mesh
             )
         self._apply = evaluation.predictor(
-            experiment.model_apply(self.config, self.model), self._recipe, self._params, self._mesh
+            experiment.model_apply(self.config, self.model, self._mesh),
+            self._recipe,
+            self._params,
+            self._mesh,
         )
 
     def predict(

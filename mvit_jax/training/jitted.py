@@ -23,7 +23,7 @@ def build(config: Config, model: MViTConfig, videos: Source, mesh: Mesh, **plugs
     """
     optimizer, schedule = experiment.make_optimizer(config, videos)
     recipe = experiment.recipe(config, model.num_classes)
-    apply = functools.partial(experiment.model_apply(config, model), **plugs)
+    apply = functools.partial(experiment.model_apply(config, model, mesh), **plugs)
 
     def first_state() -> State:
         params = mvit.init(model, jax.random.key(config.seed), **plugs)

@@ -25,7 +25,7 @@ from mvit_jax.files import write_whole
 MAY_CHANGE = (
     "data.folder", "data.threads", "data.processes", "data.max_broken", "data.train_videos",
     "data.classes", "published",
-    "mesh.", "checkpoint.", "log_every", "eval.batch",
+    "mesh.", "remat", "checkpoint.", "log_every", "eval.batch",
 )  # fmt: skip
 
 

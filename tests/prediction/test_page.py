@@ -161,6 +161,8 @@ def drop(tab, path, wait):
 def test_a_good_video_shows_classes_over_time_and_attention(browser, files, served):
     assert "deleted" in browser.inner_text("body")
     drop(browser, files / "good.mp4", "h3:has-text('Where it looks')")
+    # The heading may be there before the progress, with its own "100%", is gone.
+    browser.wait_for_selector("text=drawing where it looks", state="detached")
     body = browser.inner_text("body")
     assert "good.mp4: 0:05; means over 18 windows" in body
     assert len(re.findall(r"\d+%", body)) == 5

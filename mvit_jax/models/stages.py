@@ -1,0 +1,136 @@
+"""Runs the blocks one after the other, or equal ones as a loop, and says what of them is kept.
+
+What a training step keeps for its backward pass is most of the memory that it takes, and one block
+compiled nine times most of the time that it takes to compile. Neither changes any result.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from mvit_jax.models.attention import BATCH_AXES, Record, Tokens
+from mvit_jax.models.plan import BlockPlan, Triple
+
+# What is computed again in the backward pass, instead of being kept: nothing; norms, activations
+# and drop path ("cheap"); the blocks on the first stage's grid, which hold most of what is kept;
+# all blocks.
+REMAT = ("none", "cheap", "first_stage", "blocks")
+KEPT = "kept"  # the name of what "cheap" keeps: the results of products, pools and attention
+
+
+def keep(x: Array) -> Array:
+    """Marks what costs much to compute, for `remat="cheap"`."""
+    return checkpoint_name(x, KEPT)
+
+
+def run(
+    blocks: Sequence[Any],
+    plans: Sequence[BlockPlan],
+    x: Tokens,
+    grid: Triple,
+    keys: Sequence[Array | None],
+    *,
+    capture: bool = False,
+    scan: bool = False,
+    remat: str = "none",
+) -> tuple[Tokens, Triple, list[Array], list[Record]]:
+    """Tokens on `grid` through all blocks: the tokens and their grid after the last one, the grids
+    `[batch, T, H, W, channels]` after each stage, and with `capture` a record of each block.
+
+    With `scan`, equal blocks that follow each other are one loop: a program with fewer operations,
+    which compiles faster. On CPUs, where loops run slowly backwards, it does not pay.
+    """
+    stages: list[Array] = []
+    records: list[Record] = []
+    first_grid = grid
+    for start, stop in _groups(plans, scan and not capture):
+        group, plan = blocks[start:stop], plans[start]
+        again = remat == "blocks" or (remat == "first_stage" and grid == first_grid)
+        call = functools.partial(_call, grid=grid, remat="blocks" if again else remat)
+        with jax.named_scope(f"stage{plan.stage}"):
+            if len(group) > 1:
+                with jax.named_scope(f"blocks{start}-{stop - 1}"):
+                    x = _loop(group, x, keys[start:stop], call)
+            else:
+                with jax.named_scope(f"block{start}"):
+                    record: Record = {}
+                    extra = {"record": record} if capture else {}
+                    x, grid = call(group[0], x, keys[start], **extra)
+                    records.append(record)
+        x = keep_batch_sharded(x)
+        stages[plan.stage :] = [on_its_grid(x, grid)]
+    return x, grid, stages, records
+
+
+def _groups(plans: Sequence[BlockPlan], scan: bool) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of blocks that go together: equal ones in a row, else each by itself."""
+    start = 0
+    while start < len(plans):
+        stop = start + 1
+        while scan and stop < len(plans) and plans[stop] == plans[start]:
+            stop += 1
+        yield start, stop
+        start = stop
+
+
+def _call(block, x: Tokens, key: Array | None, *, grid: Triple, remat: str, **record):
+    if remat not in ("cheap", "blocks") or record:
+        return block(x, grid, key, **record)
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(KEPT) if remat == "cheap" else None
+    after: list[Triple] = []  # not an array, so it takes another way out
+
+    def tokens(x, key):
+        x, grid_after = block(x, grid, key)
+        after.append(grid_after)
+        return x
+
+    x = jax.checkpoint(tokens, policy=policy)(x, key)
+    return x, after[0]
+
+
+def _loop(blocks: Sequence[Any], x: Tokens, keys: Sequence[Array | None], call: Callable) -> Tokens:
+    """Equal blocks, none of which changes the grid, as one loop over their stacked parameters."""
+    graph, _ = nnx.split(blocks[0])
+    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(b) for b in blocks))
+    rates = jnp.asarray([block.drop_path for block in blocks], jnp.float32)
+    drawn = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
+
+    def body(x, each):
+        state, rate, key = each
+        block = nnx.merge(graph, state)
+        block.drop_path = rate
+        return keep_batch_sharded(call(block, x, key)[0]), None
+
+    return jax.lax.scan(body, x, (weights, rates, drawn))[0]
+
+
+def keep_batch_sharded(x: Tokens) -> Tokens:
+    """On a mesh, holds activations split by clip, so that weights are gathered and never these.
+
+    The mesh is the one entered by `jax.set_mesh`; without one this does nothing.
+    """
+    axes = [a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
+
+
+def drop_clips(x: Tokens, rate: Any, key: Array | None) -> Tokens:
+    """Drop path: leaves a branch out for a random share `rate` of the clips, in training."""
+    if key is None or (isinstance(rate, float | int) and rate == 0):
+        return x
+    kept = 1 - jnp.asarray(rate, jnp.float32)  # in float32, as a loop over blocks has it
+    drawn = jax.random.bernoulli(key, kept, (x.shape[0], 1, 1))
+    return jnp.where(drawn, x / kept.astype(x.dtype), 0)
+
+
+def on_its_grid(x: Tokens, grid: Triple) -> Float[Array, "batch time height width channels"]:
+    batch, tokens, channels = x.shape
+    return x[:, tokens - math.prod(grid) :].reshape(batch, *grid, channels)
