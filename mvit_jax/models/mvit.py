@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.errors import UserError
 from mvit_jax.models import pooling, stages
+from mvit_jax.models.activations import gelu
 from mvit_jax.models.attention import (
     Record,
     Tokens,
@@ -369,7 +370,7 @@ class Mlp(nnx.Module):
         self.fc2 = _linear(plan.mlp_width, plan.width_out, dtype, rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
-        return self.fc2(jax.nn.gelu(keep(self.fc1(x)), approximate=False))
+        return self.fc2(gelu(keep(self.fc1(x))))
 
 
 def create_model(

@@ -1,0 +1,309 @@
+"""Whole models on this machine against their PyTorch originals, in one run, taking turns.
+
+    python -m benchmarks.model                               the variants of the README
+    python -m benchmarks.model --models=mvit_b_16x4 --batch=4 --json=model.json
+
+Forward is the evaluation's: logits, nothing kept. A train step is the cross-entropy's value and the
+gradients of all parameters, dropout and drop path on; no update on either side. PyTorch runs
+eagerly in float32 on as many threads as this process may use cores, as XLA does. Each side lives in
+a process of its own, is warm, and the two take turns in every round, since machines are shared:
+read the ratios (ours / PyTorch) of medians. Compile time is XLA's, tracing included, without the
+compilation cache. Peak memory is the largest resident set of a side's process during the rounds,
+Python and libraries included. Without torch, or torchvision, or timm, only our side runs (extra
+`parity`).
+
+MViT-B for images has no original in either library: torchvision's class, set to its sizes, with one
+frame, is the same but for a sum of two position tables where we have one.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from mvit_jax.models import mvit
+from mvit_jax.models.plan import MViTConfig, plan
+from mvit_jax.models.variants import variant
+from mvit_jax.training.losses import cross_entropy
+
+# The library of the original, and batch sizes.
+CASES = {
+    "mvit_b_16x4": ("torchvision", (1, 4)),
+    "mvitv2_s_16x4": ("torchvision", (1, 4)),
+    "mvit_b16": ("torchvision", (8,)),
+    "mvitv2_t": ("timm", (8,)),
+}
+ORIGINALS = {"mvit_b_16x4": "mvit_v1_b", "mvitv2_s_16x4": "mvit_v2_s", "mvitv2_t": "mvitv2_tiny"}
+PARTS = ("forward", "train step")
+
+_MODELS = flags.DEFINE_list("models", list(CASES), f"Which of {', '.join(CASES)}.")
+_BATCH = flags.DEFINE_list("batch", None, "Batch sizes; by default the variant's own.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "A file for the figures.")
+_SIDE = flags.DEFINE_enum(
+    "side", None, ["ours", "PyTorch"], "Be one side of one case (used by the program itself)."
+)
+
+
+def main(argv: list[str]) -> None:
+    unknown = set(_MODELS.value) - set(CASES)
+    if unknown:
+        raise app.UsageError(f"--models: {', '.join(sorted(unknown))}; it takes {', '.join(CASES)}")
+    jax.config.update("jax_enable_compilation_cache", False)
+    cases = [
+        (name, int(batch))
+        for name in _MODELS.value
+        for batch in (_BATCH.value or CASES[name][1])
+    ]  # fmt: skip
+    if _SIDE.value:
+        serve(*cases[0], _SIDE.value)
+        return
+    machine = f"{platform.processor() or platform.machine()}, {cores()} cores"
+    print(f"{machine}, float32, {date.today()}: {versions()}\n")
+    print(
+        "| variant, batch | | ours, ms | PyTorch, ms | ours / PyTorch | compile, s |\n|"
+        + " --- |" * 6,
+        flush=True,
+    )
+    rows = []
+    for name, batch in cases:
+        row = measure(name, batch, _ROUNDS.value)
+        rows.append(row)
+        print(as_table(row), flush=True)
+        if _JSON.value:
+            about = {"machine": machine, "date": str(date.today()), "versions": versions()}
+            Path(_JSON.value).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of every round, compile seconds, and peak MiB, by side ("ours", "PyTorch")."""
+    names = ["ours", "PyTorch"] if has_original(name) else ["ours"]
+    sides = {side: Side(name, batch, side) for side in names}
+    times: dict[str, dict[str, list[float]]] = {p: {s: [] for s in sides} for p in PARTS}
+    for _ in range(rounds):
+        for part in PARTS:
+            for side in sides:
+                times[part][side].append(sides[side].ask(part))
+    memory = {side: sides[side].ask("peak") for side in sides}
+    for side in sides.values():
+        side.end()
+    return {
+        "variant": name,
+        "batch": batch,
+        "milliseconds": times,
+        "compile_seconds": sides["ours"].ready,
+        "peak_mebibytes": memory,
+    }
+
+
+class Side:
+    """A process that has one side of one case ready, and runs it when asked."""
+
+    def __init__(self, name: str, batch: int, side: str) -> None:
+        flags = [f"--models={name}", f"--batch={batch}", f"--side={side}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.model", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ready = self._answer()
+
+    def ask(self, what: str) -> Any:
+        assert self.process.stdin is not None
+        print(what, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def end(self) -> None:
+        self.process.communicate()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("one side of the comparison has ended, see above")
+        return json.loads(line)
+
+
+def serve(name: str, batch: int, side: str) -> None:
+    """Prints compile seconds when warm, then answers lines: a part with its milliseconds, "peak"
+    with the MiB since then."""
+    seconds: dict[str, float] = {}
+    runs = ours(name, batch, seconds) if side == "ours" else original(name, batch)
+    for run in runs.values():
+        run()
+    forget_peak()
+    print(json.dumps(seconds), flush=True)
+    for line in map(str.strip, sys.stdin):
+        if line == "peak":
+            print(peak(), flush=True)
+            continue
+        began = time.perf_counter()
+        runs[line]()
+        print(1000 * (time.perf_counter() - began), flush=True)
+
+
+def as_table(row: dict[str, Any]) -> str:
+    lines = []
+    compared = "PyTorch" in row["peak_mebibytes"]
+    for part in PARTS:
+        ms = {side: float(np.median(t)) for side, t in row["milliseconds"][part].items()}
+        theirs = f"{ms['PyTorch']:.0f} | {ms['ours'] / ms['PyTorch']:.2f}" if compared else " | "
+        seconds = row["compile_seconds"][part]
+        cells = f"{row['variant']}, {row['batch']} | {part} | {ms['ours']:.0f} | {theirs}"
+        lines.append(f"| {cells} | {seconds:.1f} |")
+    peak = row["peak_mebibytes"]
+    theirs = f"{peak['PyTorch']:.0f} | {peak['ours'] / peak['PyTorch']:.2f}" if compared else " | "
+    cells = f"{row['variant']}, {row['batch']} | peak memory, MiB | {peak['ours']:.0f} | {theirs}"
+    return "\n".join([*lines, f"| {cells} | |"])
+
+
+def ours(name: str, batch: int, compile_seconds: dict[str, float]) -> dict[str, Callable[[], Any]]:
+    """The compiled forward pass and train step, ready to be called."""
+    config = variant(name)
+    params = jax.jit(lambda: mvit.init(config, jax.random.key(0)))()
+    clip, labels = (jnp.asarray(x) for x in example(config, batch))
+    key = jax.random.key(1)
+
+    def loss(params, clip, labels, key):
+        logits, _ = mvit.apply(params, clip, config=config, train=True, key=key)
+        return cross_entropy(logits, jax.nn.one_hot(labels, config.num_classes)).mean()
+
+    functions = {
+        "forward": (lambda params, clip: mvit.apply(params, clip, config=config)[0], params, clip),
+        "train step": (jax.value_and_grad(loss), params, clip, labels, key),
+    }
+    runs = {}
+    for part, (function, *arguments) in functions.items():
+        began = time.perf_counter()
+        compiled = jax.jit(function).lower(*arguments).compile()
+        compile_seconds[part] = time.perf_counter() - began
+        runs[part] = lambda compiled=compiled, arguments=arguments: jax.block_until_ready(
+            compiled(*arguments)
+        )
+    return runs
+
+
+def original(name: str, batch: int) -> dict[str, Callable[[], Any]]:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(cores())
+    torch.manual_seed(0)
+    config = variant(name)
+    model = _original(name, config)
+    clip, labels = example(config, batch)
+    if config.frames == 1 and CASES[name][0] == "torchvision":
+        clip = clip[:, None]
+    clip = torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip, -1, 1)))
+    labels = torch.from_numpy(labels)
+
+    def forward():
+        model.eval()
+        with torch.inference_mode():
+            model(clip)
+
+    def train_step():
+        model.train()
+        model.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(clip), labels).backward()
+
+    return {"forward": forward, "train step": train_step}
+
+
+def _original(name: str, config: MViTConfig) -> Any:
+    if CASES[name][0] == "timm":
+        import timm  # pyright: ignore[reportMissingImports]
+
+        return timm.create_model(ORIGINALS[name], drop_path_rate=config.drop_path)
+    from torchvision.models import video  # pyright: ignore[reportMissingImports]
+
+    if name in ORIGINALS:
+        return getattr(video, ORIGINALS[name])()
+    import torchvision.models.video.mvit as classes  # pyright: ignore[reportMissingImports]
+
+    blocks = [
+        classes.MSBlockConfig(
+            block.heads,
+            block.width,
+            block.width_out,
+            list(block.q_pool.kernel) if block.q_pool else [],
+            list(block.kv_pool.kernel) if block.kv_pool else [],
+            list(block.q_pool.stride) if block.q_pool else [],
+            list(block.kv_pool.stride) if block.kv_pool else [],
+        )
+        for block in plan(config)
+    ]
+    return classes.MViT(
+        spatial_size=(config.size, config.size),
+        temporal_size=config.frames,
+        block_setting=blocks,
+        residual_pool=False,
+        residual_with_cls_embed=False,
+        rel_pos_embed=False,
+        proj_after_attn=False,
+        dropout=config.dropout,
+        stochastic_depth_prob=config.drop_path,
+        num_classes=config.num_classes,
+        patch_embed_kernel=config.patch_kernel,
+        patch_embed_stride=config.patch_stride,
+        patch_embed_padding=config.patch_padding,
+    )
+
+
+def example(config: MViTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised clips `[batch, T, H, W, 3]` (images without T) and labels `[batch]`, made up."""
+    rng = np.random.default_rng(0)
+    frames = (config.frames,) if config.frames > 1 else ()
+    shape = (batch, *frames, config.size, config.size, 3)
+    return rng.standard_normal(shape, np.float32), rng.integers(0, config.num_classes, batch)
+
+
+def forget_peak() -> None:
+    """So that compiling is not counted; where the system cannot (all but Linux), it is."""
+    forget = Path("/proc/self/clear_refs")
+    if forget.exists():
+        forget.write_text("5")  # proc_pid_clear_refs(5)
+
+
+def peak() -> float:
+    """Largest resident set of this process, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 2**10
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
+def has_original(name: str) -> bool:
+    return all(importlib.util.find_spec(module) for module in ("torch", CASES[name][0]))
+
+
+def versions() -> str:
+    found = [f"jax {jax.__version__}"]
+    for module in ("torch", "torchvision", "timm"):
+        if importlib.util.find_spec(module):
+            found.append(f"{module} {importlib.metadata.version(module)}")
+    return ", ".join(found)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    app.run(main)
