@@ -38,9 +38,54 @@ def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(grid: Grid, plan: Pool) -> Pooled:
-    """Maximum over each window; padding never wins."""
+    """Maximum over each window; padding never wins. The gradient goes to the window's first place
+    of that value, as everywhere in XLA."""
     return lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan))
+
+
+def _max_forward(grid: Grid, plan: Pool):
+    return max_pool(grid, plan), grid
+
+
+def _max_backward(plan: Pool, grid: Grid, gradient: Pooled) -> tuple[Grid]:
+    gradient = lax.platform_dependent(
+        grid,
+        gradient,
+        cpu=lambda grid, gradient: _max_gradient_by_phases(grid, gradient, plan),
+        default=lambda grid, gradient: jax.vjp(
+            lambda grid: lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan)), grid
+        )[1](gradient)[0],
+    )
+    return (gradient,)
+
+
+max_pool.defvjp(_max_forward, _max_backward)
+
+
+def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:
+    """For CPUs, where XLA's select-and-scatter is one thread's loop over windows.
+
+    Which tap wins is found by comparing shifted slices; that tap's place takes the gradient, by
+    output phase like `_grid_gradient`.
+    """
+    padded = _pad(grid, plan.padding, -jnp.inf)
+    taps = jnp.arange(math.prod(plan.kernel), dtype=jnp.int32)
+    best = winner = None
+    for i, tap in enumerate(_indices(plan.kernel)):
+        shifted = _shifted(padded, tap, gradient.shape, plan.stride)
+        if best is None or winner is None:
+            best, winner = shifted, jnp.zeros(shifted.shape, jnp.int32)
+        else:
+            winner = jnp.where(shifted > best, i, winner)
+            best = jnp.maximum(shifted, best)
+    assert winner is not None
+    phases = _split_phases(taps.reshape(*plan.kernel, 1), _chunks(plan), plan.stride, fill=-1)
+    return _by_phases(
+        lambda gradient, winner, taps: jnp.where(winner == taps, gradient, 0),
+        phases, (gradient, winner), grid.shape, plan,
+    )  # fmt: skip
 
 
 def average_pool(grid: Grid, plan: Pool) -> Pooled:
@@ -82,11 +127,16 @@ def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
     total = jnp.zeros((batch, *output, channels), grid.dtype)
     taps = weight.reshape(*plan.kernel, 1, 1, 1, 1, channels)
     for tap in _indices(plan.kernel):
-        end = [k + (n - 1) * s + 1 for k, n, s in zip(tap, output, plan.stride, strict=True)]
-        strides = (1, *plan.stride, 1)
-        shifted = lax.slice(padded, (0, *tap, 0), (batch, *end, channels), strides)
+        shifted = _shifted(padded, tap, total.shape, plan.stride)
         total = total + shifted * taps[tap]
     return total
+
+
+def _shifted(padded: Array, tap, shape, stride: Triple) -> Pooled:
+    """What one tap of each window meets; `shape` is the pooled grid's."""
+    batch, *output, channels = shape
+    end = [k + (n - 1) * s + 1 for k, n, s in zip(tap, output, stride, strict=True)]
+    return lax.slice(padded, (0, *tap, 0), (batch, *end, channels), (1, *stride, 1))
 
 
 def _slices_forward(grid: Grid, weight: Taps, plan: Pool):
@@ -108,18 +158,28 @@ def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Gr
     chunks of gradient[m - chunk] * weight[chunk, phase]: ceil(kernel / stride) terms an axis, each
     an outer product over phases, instead of one padded and added term for each tap.
     """
-    batch, *size, channels = grid.shape
-    chunks = [-(-k // s) for k, s in zip(plan.kernel, plan.stride, strict=True)]
-    phases = _split_phases(weight, chunks, plan.stride)
-    padded = _pad(gradient, [c - 1 for c in chunks])
-    places = [n + c - 1 for n, c in zip(gradient.shape[1:4], chunks, strict=True)]
-    total = jnp.zeros((), gradient.dtype)
+    phases = _split_phases(weight, _chunks(plan), plan.stride)
+    return _by_phases(
+        lambda gradient, weight: gradient * weight, phases, (gradient,), grid.shape, plan
+    )
+
+
+def _by_phases(term, phases: Array, pooled: tuple[Array, ...], shape, plan: Pool) -> Grid:
+    """Sums `term(*pooled, taps)`, taps from `_split_phases`, for the windows that hold a place."""
+    batch, *size, channels = shape
+    chunks = _chunks(plan)
+    padded = [_pad(x, [c - 1 for c in chunks], 0) for x in pooled]
+    places = [n + c - 1 for n, c in zip(pooled[0].shape[1:4], chunks, strict=True)]
+    total = jnp.zeros((), pooled[0].dtype)
     for chunk in _indices(chunks):
         start = [c - 1 - i for c, i in zip(chunks, chunk, strict=True)]
         end = [i + n for i, n in zip(start, places, strict=True)]
-        shifted = lax.slice(padded, (0, *start, 0), (batch, *end, channels))
-        outer = jnp.expand_dims(shifted, (2, 4, 6)) * phases[chunk][None, None, :, None, :, None, :]
-        total = total + outer  # [batch, T', phase, H', phase, W', phase, channels]
+        met = [
+            jnp.expand_dims(lax.slice(x, (0, *start, 0), (batch, *end, channels)), (2, 4, 6))
+            for x in padded
+        ]
+        # [batch, T', phase, H', phase, W', phase, channels]
+        total = total + term(*met, phases[chunk][None, None, :, None, :, None, :])
     whole = [n * s for n, s in zip(places, plan.stride, strict=True)]
     total = total.reshape(batch, *whole, channels)
     # From the padded grid's places to the grid's: an end that no window reached gets zeros.
@@ -127,10 +187,14 @@ def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Gr
     return lax.pad(total, jnp.zeros((), total.dtype), [(0, 0, 0), *cut, (0, 0, 0)])
 
 
-def _split_phases(weight: Taps, chunks, stride: Triple):
+def _chunks(plan: Pool) -> list[int]:
+    return [-(-k // s) for k, s in zip(plan.kernel, plan.stride, strict=True)]
+
+
+def _split_phases(weight: Array, chunks, stride: Triple, fill: int = 0):
     """Taps [kt, kh, kw, channels] by chunk and phase: [ct, ch, cw, st, sh, sw, channels]."""
     filled = [c * s - k for c, s, k in zip(chunks, stride, weight.shape, strict=False)]
-    weight = jnp.pad(weight, [*((0, n) for n in filled), (0, 0)])
+    weight = jnp.pad(weight, [*((0, n) for n in filled), (0, 0)], constant_values=fill)
     pattern = "(ct st) (ch sh) (cw sw) channels -> ct ch cw st sh sw channels"
     return rearrange(weight, pattern, st=stride[0], sh=stride[1], sw=stride[2])
 
@@ -151,9 +215,9 @@ def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
 
 
 def _pad(
-    grid: Grid, padding
+    grid: Grid, padding, value: float = 0
 ) -> Float[Array, "batch padded_time padded_height padded_width channels"]:
-    return jnp.pad(grid, [(0, 0), *((p, p) for p in padding), (0, 0)])
+    return jnp.pad(grid, [(0, 0), *((p, p) for p in padding), (0, 0)], constant_values=value)
 
 
 def _indices(shape):
