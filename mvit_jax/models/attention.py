@@ -15,13 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mvit_jax.models import attention_tpu
+from mvit_jax.models import attention_cpu, attention_tpu
+from mvit_jax.models.devices import each_device_has_clips, on_each_device
 from mvit_jax.models.plan import Triple
-
-BATCH_AXES = ("data", "fsdp")  # of the mesh, over both of which clips are split
 
 # Not bound to one number each, since what goes in and what comes out differ.
 Tokens = Float[Array, "batch _tokens _channels"]
@@ -134,65 +132,54 @@ def materialised(
 
 
 # One operation, and the form that each platform runs: chosen when the step is lowered for it, in
-# the forward and the backward pass alike. Only the arguments are kept between the two.
+# the forward and the backward pass alike.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _fused(queries, keys, values, by_query, by_key, heads: int):
-    arrays = queries, keys, values, by_query, by_key
-    default = functools.partial(materialised, heads=heads)
-    if not attention_tpu.fits(queries, keys) or not _each_device_has_clips(queries.shape[0]):
-        return default(*arrays)
-    on_tpu = _on_each_device(functools.partial(attention_tpu.forward, heads=heads))
-    return lax.platform_dependent(*arrays, tpu=on_tpu, default=default)
+    return _fused_forward(queries, keys, values, by_query, by_key, heads)[0]
 
 
 def _fused_forward(queries, keys, values, by_query, by_key, heads: int):
-    out = _fused(queries, keys, values, by_query, by_key, heads)
-    return out, (queries, keys, values, by_query, by_key)
+    arrays = queries, keys, values, by_query, by_key
+    on_cpu = functools.partial(attention_cpu.forward, heads=heads)
+    kept = jax.eval_shape(on_cpu, *arrays)[1]
+
+    def nothing_kept(function):
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)  # of which XLA makes none
+        return lambda *arrays: (function(*arrays), zeros)
+
+    forms = {"cpu": on_cpu}
+    if _tpu_takes(queries, keys):
+        on_tpu = functools.partial(attention_tpu.forward, heads=heads)
+        forms["tpu"] = nothing_kept(on_each_device(on_tpu))
+    default = nothing_kept(functools.partial(materialised, heads=heads))
+    out, kept = lax.platform_dependent(*arrays, default=default, **forms)
+    return out, (*arrays, out, kept)
 
 
 def _fused_backward(heads: int, saved: tuple, gradient: Tokens):
-    queries, keys, *_, by_key = saved
-
-    def default(queries, keys, values, by_query, by_key, gradient):
+    def default(queries, keys, values, by_query, by_key, out, kept, gradient):
         form = functools.partial(materialised, by_key=by_key, heads=heads)
         return jax.vjp(form, queries, keys, values, by_query)[1](gradient)
 
-    if not attention_tpu.fits(queries, keys) or not _each_device_has_clips(queries.shape[0]):
-        gradients = default(*saved, gradient)
-    else:
-        on_tpu = _on_each_device(functools.partial(attention_tpu.backward, heads=heads))
-        gradients = lax.platform_dependent(*saved, gradient, tpu=on_tpu, default=default)
-    # The places of keys are fixed.
+    def on_tpu(queries, keys, values, by_query, by_key, out, kept, gradient):
+        kernel = on_each_device(functools.partial(attention_tpu.backward, heads=heads))
+        return kernel(queries, keys, values, by_query, by_key, gradient)
+
+    forms = {"cpu": functools.partial(attention_cpu.backward, heads=heads)}
+    if _tpu_takes(*saved[:2]):
+        forms["tpu"] = on_tpu
+    gradients = lax.platform_dependent(*saved, gradient, default=default, **forms)
+    by_key = saved[4]  # the places of keys, which are fixed
     return *gradients, None if by_key is None else jnp.zeros_like(by_key)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh entered by `jax.set_mesh` that clips are split over; none without one"""
-    return tuple(a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names)
-
-
-def _each_device_has_clips(batch: int) -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return batch % math.prod(mesh.shape[axis] for axis in _batch_axes()) == 0
-
-
-def _on_each_device(function: Callable) -> Callable:
-    """Has each device call `function` on its own clips: XLA cannot cut a kernel by itself."""
-    if not _batch_axes():
-        return function
-
-    def split(*arrays):
-        # The keys' places, of two dimensions, are the same on every device.
-        spec = PartitionSpec(_batch_axes())
-        specs = tuple(PartitionSpec() if x is not None and x.ndim == 2 else spec for x in arrays)
-        return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
-
-    return split
+def _tpu_takes(queries: Tokens, keys: Tokens) -> bool:
+    return attention_tpu.fits(queries, keys) and each_device_has_clips(queries.shape[0])
 
 
 def _cudnn_takes(queries: Tokens, by_key: KeyFeatures | None, heads: int) -> bool:

@@ -11,9 +11,6 @@ Processor time over that of the plain form with XLA's gradients (2 cores, float3
 block 1 of MViT-B 16x4 0.39 forward and 0.55 with gradients, blocks 4 to 13 0.78 and 0.88.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -25,40 +22,47 @@ KEPT_SCORES = 3 * 2**20
 
 Queries = Float[Array, "batch queries channels"]
 Keys = Float[Array, "batch keys channels"]
+# The softmax's numerators and one over their sums, where all scores are kept.
+Kept = tuple[Float[Array, "batch heads queries keys"], Float[Array, "batch heads queries 1"]] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attention(
+def forward(
     queries: Queries,
     keys: Keys,
     values: Keys,
     by_query: Float[Array, "batch queries head_places"] | None,
     by_key: Float[Array, "keys places"] | None,
+    *,
     heads: int,
-) -> Queries:
-    """softmax(Q K^T + by_query by_key^T) V for each head; queries come scaled. Other than in
-    `attention.attend`, probabilities are rounded to the values' dtype before they are normalised.
-    """
-    return _forward(queries, keys, values, by_query, by_key, heads)[0]
-
-
-def _forward(queries, keys, values, by_query, by_key, heads: int):
+) -> tuple[Queries, Kept]:
+    """softmax(Q K^T + by_query by_key^T) V for each head, and what `backward` needs besides its
+    arguments; queries come scaled. Probabilities are rounded to the values' dtype before they are
+    normalised, not after."""
     q, k = _with_places(queries, keys, by_query, by_key, heads)
     v = _split(values, heads)
     block = _block(q.shape, k.shape[2])
     if block is None:
         weights, scale = _weights(q, k)
-        out, kept = _out(weights, scale, v), (weights, scale)
-    else:
-        out, kept = lax.map(lambda q: _out(*_weights(q, k), v), _blocks(q, block)), None
-        out = _unblocked(out, q.shape[2])
-    return _join(out), (queries, keys, values, by_query, by_key, out, kept)
+        return _join(_out(weights, scale, v)), (weights, scale)
+    out = lax.map(lambda q: _out(*_weights(q, k), v), _blocks(q, block))
+    return _join(_unblocked(out, q.shape[2])), None
 
 
-def _backward(heads: int, saved: tuple, gradient: Queries):
-    queries, keys, values, by_query, by_key, out, kept = saved
+def backward(
+    queries: Queries,
+    keys: Keys,
+    values: Keys,
+    by_query: Float[Array, "batch queries head_places"] | None,
+    by_key: Float[Array, "keys places"] | None,
+    out: Queries,
+    kept: Kept,
+    gradient: Queries,
+    *,
+    heads: int,
+) -> tuple[Queries, Keys, Keys, Float[Array, "batch queries head_places"] | None]:
+    """Gradients of queries, keys, values and by_query, from that of what `forward` gives."""
     q, k = _with_places(queries, keys, by_query, by_key, heads)
-    v, do = _split(values, heads), _split(gradient, heads)
+    v, out, do = (_split(x, heads) for x in (values, out, gradient))
     if kept is not None:
         dq, dk, dv = _gradients(q, k, v, *kept, out, do)
     else:
@@ -76,13 +80,8 @@ def _backward(heads: int, saved: tuple, gradient: Queries):
         dq = _unblocked(dq, q.shape[2])
     dim = queries.shape[-1] // heads
     dk, dv = (jnp.swapaxes(x, 2, 3).astype(keys.dtype) for x in (dk, dv))
-    by_places = (None, None)
-    if by_key is not None:
-        by_places = _join(dq[..., dim:]), jnp.zeros_like(by_key)
-    return _join(dq[..., :dim]), _join(dk[..., :dim]), _join(dv), *by_places
-
-
-attention.defvjp(_forward, _backward)
+    by_places = None if by_query is None else _join(dq[..., dim:])
+    return _join(dq[..., :dim]), _join(dk[..., :dim]), _join(dv), by_places
 
 
 def _weights(q, k) -> tuple[Array, Array]:

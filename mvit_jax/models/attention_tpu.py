@@ -24,11 +24,16 @@ from jaxtyping import Array, Float
 # Scores of one head and one block of queries that the kernels hold at a time: 1 MB in float32, of
 # which they need about five at once.
 BLOCK_SCORES = 2**18
-# Of the 16 (v4) to 128 MiB (v5e, v6e) of a chip's fast memory; what needs more goes another way.
-MEMORY = 2**20 * 48
 
 Queries = Float[Array, "batch queries channels"]
 Keys = Float[Array, "batch keys channels"]
+
+
+def memory() -> int:
+    """Bytes of fast memory that a kernel may take; what needs more goes another way."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return 2**20 * (14 if kind in ("TPU v2", "TPU v3", "TPU v4") else 48)  # of 16, or at least 64
 
 
 def fits(queries: Queries, keys: Keys) -> bool:
@@ -37,7 +42,7 @@ def fits(queries: Queries, keys: Keys) -> bool:
     # Keys and values, each twice since the next ones are on their way, and their gradients.
     whole = count * channels * (4 * itemsize + 4 * 4)
     block = block_of(queries.shape[1], count)
-    return whole + block * (6 * channels * itemsize + 5 * 4 * count) < MEMORY
+    return whole + block * (6 * channels * itemsize + 5 * 4 * count) < memory()
 
 
 def block_of(queries: int, keys: int) -> int:
@@ -116,7 +121,7 @@ def _call(kernel, arrays: dict, outputs: dict, heads: int, interpret: bool):
         out_specs=[spec(*item) for item in outputs.items()],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory()
         ),
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * batch * queries * keys * channels,

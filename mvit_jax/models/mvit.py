@@ -29,7 +29,9 @@ from mvit_jax.models.attention import (
     relative_features,
     split_heads,
 )
+from mvit_jax.models.devices import keep_batch_sharded
 from mvit_jax.models.heads import INITIAL_STD, ClassificationHead
+from mvit_jax.models.norm import LayerNorm
 from mvit_jax.models.plan import (
     BlockPlan,
     MViTConfig,
@@ -40,7 +42,7 @@ from mvit_jax.models.plan import (
     plan,
 )
 from mvit_jax.models.positions import Positions, RelativePositions
-from mvit_jax.models.stages import drop_clips, keep, keep_batch_sharded
+from mvit_jax.models.stages import drop_clips, keep
 from mvit_jax.models.trees import Params, first_difference, flat
 from mvit_jax.models.variants import variant
 
@@ -66,9 +68,8 @@ def _columns(linear: nnx.Linear, x: Array, columns: slice) -> Array:
     return y + jnp.expand_dims(linear.bias[...][columns].astype(linear.dtype), range(x.ndim - 1))
 
 
-def _norm(width: int, dtype, rngs: nnx.Rngs, eps: float = 1e-6) -> nnx.LayerNorm:
-    # The fast variance E[x^2] - E[x]^2 cancels in float32: parity with the originals is lost.
-    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+def _norm(width: int, dtype, rngs: nnx.Rngs, eps: float = 1e-6) -> LayerNorm:
+    return LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
 class MViT(nnx.Module):
@@ -319,7 +320,10 @@ class PooledAttention(nnx.Module):
         width = self.plan.pooled_width
         taps = jnp.concatenate([part.taps(width) for part in own], axis=-1) if own else None
         due = pool_plan.output(grid)
-        x, grid = on_grid(lambda tokens: self.pool(tokens, pool_plan, taps), x, grid)
+        if self.pool is pooling.pool:
+            x, grid = pooling.pool_tokens(x, grid, pool_plan, taps)
+        else:
+            x, grid = on_grid(lambda tokens: self.pool(tokens, pool_plan, taps), x, grid)
         if grid != due:
             raise UserError(f"the pool gives a grid of {grid} where {due} is due: see {pool_plan}")
         x = keep(x)

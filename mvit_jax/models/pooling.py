@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from mvit_jax.models import pooling_tpu
+from mvit_jax.models.attention import Tokens, on_grid
+from mvit_jax.models.devices import each_device_has_clips, on_each_device
 from mvit_jax.models.plan import Pool, Triple
 
 Grid = Float[Array, "batch time height width channels"]
@@ -36,6 +39,61 @@ def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
         cpu=lambda grid, weight: depthwise_slices(grid, weight, plan),
         default=lambda grid, weight: depthwise_conv(grid, weight, plan),
     )
+
+
+def pool_tokens(
+    x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None
+) -> tuple[Tokens, Triple]:
+    """`pool` of the tokens that lie on `grid`, and their new grid; a class token stays as it is."""
+    if weight is None or not pooling_tpu.fits(x, grid, plan) or not each_device_has_clips(len(x)):
+        return on_grid(lambda tokens: pool(tokens, plan, weight), x, grid)
+    return _pool_tokens(x, weight, grid, plan), plan.output(grid)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _pool_tokens(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
+    def on_tpu(x, weight):
+        return pooling_tpu.forward(x, weight, grid=grid, plan=plan)
+
+    return lax.platform_dependent(
+        x,
+        weight.reshape(-1, weight.shape[-1]),
+        tpu=on_each_device(on_tpu),
+        default=lambda x, taps: _pool_grid(x, taps.reshape(weight.shape), grid, plan),
+    )
+
+
+def _pool_grid(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
+    return on_grid(lambda tokens: pool(tokens, plan, weight), x, grid)[0]
+
+
+def _pool_tokens_forward(x: Tokens, weight: Taps, grid: Triple, plan: Pool):
+    return _pool_tokens(x, weight, grid, plan), (x, weight)
+
+
+def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], gradient: Tokens):
+    x, weight = saved
+
+    def on_tpu(x, taps, gradient):
+        def each(x, taps, gradient):
+            dx, dtaps = pooling_tpu.backward(x, taps, gradient, grid=grid, plan=plan)
+            return dx, dtaps[None]
+
+        dx, dtaps = on_each_device(each)(x, taps, gradient)
+        return dx, dtaps.sum(0)
+
+    def default(x, taps, gradient):
+        form = lambda x, taps: _pool_grid(x, taps.reshape(weight.shape), grid, plan)  # noqa: E731
+        dx, dtaps = jax.vjp(form, x, taps)[1](gradient)
+        return dx, dtaps
+
+    dx, dtaps = lax.platform_dependent(
+        x, weight.reshape(-1, weight.shape[-1]), gradient, tpu=on_tpu, default=default
+    )
+    return dx, dtaps.reshape(weight.shape)
+
+
+_pool_tokens.defvjp(_pool_tokens_forward, _pool_tokens_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -168,7 +226,7 @@ def _by_phases(term, phases: Array, pooled: tuple[Array, ...], shape, plan: Pool
     """Sums `term(*pooled, taps)`, taps from `_split_phases`, for the windows that hold a place."""
     batch, *size, channels = shape
     chunks = _chunks(plan)
-    padded = [_pad(x, [c - 1 for c in chunks], 0) for x in pooled]
+    padded = [_pad(x, [c - 1 for c in chunks]) for x in pooled]
     places = [n + c - 1 for n, c in zip(pooled[0].shape[1:4], chunks, strict=True)]
     total = jnp.zeros((), pooled[0].dtype)
     for chunk in _indices(chunks):
@@ -215,8 +273,8 @@ def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
 
 
 def _pad(
-    grid: Grid, padding, value: float = 0
-) -> Float[Array, "batch padded_time padded_height padded_width channels"]:
+    grid: Shaped[Array, "batch time height width channels"], padding, value: float = 0.0
+) -> Shaped[Array, "batch padded_time padded_height padded_width channels"]:
     return jnp.pad(grid, [(0, 0), *((p, p) for p in padding), (0, 0)], constant_values=value)
 
 

@@ -22,11 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from mvit_jax.models.attention_tpu import MEMORY
+from mvit_jax.models.attention_tpu import memory
 from mvit_jax.models.plan import Pool, Triple
 
 Tokens = Float[Array, "batch _tokens channels"]
-Taps = Float[Array, "kt kh kw channels"]
+Taps = Float[Array, "taps channels"]
 LANES = 128  # channels that go at a time: rows at any place can be read of no more
 TILE = 16  # rows of a tile of 16-bit numbers; blocks of rows begin at multiples of it
 WHOLE = 2048  # rows of a sequence that come at once where frames are no multiples of a tile
@@ -117,7 +117,7 @@ def _layout(x: Tokens, grid: Triple, plan: Pool) -> _Layout | None:
     pooled = first + math.prod(layout.output)
     # What the backward pass holds: blocks that come and go twice, the rest in float32.
     held = (4 * 2 + 2 * 4) * layout.rows + 2 * 4 * math.prod(layout.bordered) + (4 + 2 * 2) * pooled
-    return layout if held * LANES < MEMORY else None
+    return layout if held * LANES < memory() else None
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "plan", "interpret"))
@@ -141,7 +141,7 @@ def backward(
     assert layout is not None
     taps = jax.ShapeDtypeStruct((math.prod(plan.kernel), x.shape[2]), jnp.float32)
     dx, dw = _call(_backward, layout, [x, weight, gradient], {"dx": x, "dw": taps}, interpret)
-    return dx, dw.reshape(weight.shape).astype(weight.dtype)
+    return dx, dw.astype(weight.dtype)
 
 
 def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool):
@@ -157,7 +157,7 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
         "dx": frames,
         "dw": pl.BlockSpec((taps, width), lambda c, clip, i: (0, c)),
     }
-    inputs = {"x": x, "w": weight.reshape(taps, channels).astype(jnp.float32)}
+    inputs = {"x": x, "w": weight.astype(jnp.float32)}
     if layout.shifted:
         last = -(-x.shape[1] // TILE) - 1
         step = layout.rows // TILE
@@ -189,7 +189,7 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
         out_shape=[jax.ShapeDtypeStruct(s.shape, s.dtype) for s in outputs.values()],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=MEMORY
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=memory()
         ),
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * taps * batch * pooled * channels,

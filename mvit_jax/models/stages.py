@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mvit_jax.models.attention import BATCH_AXES, Record, Tokens
+from mvit_jax.models.attention import Record, Tokens
+from mvit_jax.models.devices import keep_batch_sharded
 from mvit_jax.models.plan import BlockPlan, Triple
 
 # What is computed again in the backward pass, instead of being kept: nothing; norms, activations
@@ -111,15 +111,6 @@ def _loop(blocks: Sequence[Any], x: Tokens, keys: Sequence[Array | None], call: 
         return keep_batch_sharded(call(block, x, key)[0]), None
 
     return jax.lax.scan(body, x, (weights, rates, drawn))[0]
-
-
-def keep_batch_sharded(x: Tokens) -> Tokens:
-    """On a mesh, holds activations split by clip, so that weights are gathered and never these.
-
-    The mesh is the one entered by `jax.set_mesh`; without one this does nothing.
-    """
-    axes = [a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
 
 
 def drop_clips(x: Tokens, rate: Any, key: Array | None) -> Tokens:

@@ -1,0 +1,48 @@
+"""The devices that a model runs on: how clips are split over them, and how kernels are.
+
+The mesh is the one entered by `jax.set_mesh`; without one there is one device.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+BATCH_AXES = ("data", "fsdp")  # of the mesh, over both of which clips are split
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh entered by `jax.set_mesh` that clips are split over; none without one"""
+    return tuple(a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names)
+
+
+def each_device_has_clips(batch: int) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return batch % math.prod(mesh.shape[axis] for axis in batch_axes()) == 0
+
+
+def on_each_device(function: Callable) -> Callable:
+    """Has each device call `function` on its own clips: XLA cannot cut a kernel by itself.
+
+    Arrays of two dimensions, weights, go whole to every device.
+    """
+    if not batch_axes():
+        return function
+
+    def split(*arrays):
+        clips, copied = PartitionSpec(batch_axes()), PartitionSpec()
+        specs = tuple(jax.tree.map(lambda x: clips if x.ndim != 2 else copied, a) for a in arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=clips, check_vma=False)(*arrays)
+
+    return split
+
+
+def keep_batch_sharded(x: Array) -> Array:
+    """On a mesh, holds activations split by clip, so that weights are gathered and never these.
+
+    The mesh is the one entered by `jax.set_mesh`; without one this does nothing.
+    """
+    axes = batch_axes()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
