@@ -1,0 +1,506 @@
+"""What a compiled program does: arithmetic, bytes, collectives and memory, loops counted in full.
+
+XLA's own `cost_analysis()` counts the body of a loop once, however often it runs. Here the text of
+the optimised program is read instead, and every instruction counts as often as it runs:
+
+- A fusion is one operation: it reads its operands and writes its results, and what it computes
+  inside moves nothing. Of an operand that is only sliced, the slices count; of a result that is
+  updated in place, the update.
+- A custom kernel (Pallas: `tpu_custom_call`) reads its operands and writes its results once each;
+  what it does inside, its arithmetic too, is not in the text and must be added by hand.
+- Of the branches of a conditional the one that moves the most bytes counts.
+- A loop whose trips the compiler does not know counts once, and is reported.
+
+`bytes` are without the padding of tiled layouts, and of all operands and results, wherever they
+lie; `hbm_bytes` leaves out what lies in a TPU's on-chip memory, to where the compiler brings what
+it reads soon. A multiply-add is two FLOPs. Everything is per device.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mvit_jax.inspection import hlo
+from mvit_jax.inspection.hlo import Computation, Instruction, Module, Shape
+
+FREE = {  # names, constants, and what is no memory traffic
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "domain"),
+    *("after-all", "add-dependency", "partition-id", "replica-id", "get-dimension-size"),
+}
+MOVES = {  # what only brings data elsewhere or into another form
+    *("copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "pad"),
+    *("concatenate", "broadcast", "reverse", "gather", "scatter", "convert", "iota", "copy-done"),
+    *("slice-done", "dynamic-slice-done", "dynamic-update-slice-done"),
+}
+COLLECTIVES = {
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+    *("ragged-all-to-all", "collective-broadcast"),
+}
+TRANSCENDENTAL = {
+    *("exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "power", "sqrt"),
+    *("rsqrt", "cbrt", "sine", "cosine", "tan", "erf", "logistic", "atan2"),
+}
+ARITHMETIC = {  # one FLOP for each element, as XLA counts
+    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "compare", "select", "abs"),
+    *("negate", "and", "or", "xor", "not", "clamp", "convert", "floor", "ceil", "sign", "remainder"),
+    *("shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite", "popcnt"),
+    *("round-nearest-afz", "round-nearest-even", "bitcast-convert", "stochastic-convert"),
+}
+# Custom calls that XLA itself makes and that do nothing: pieces that lie one after the other.
+_NO_KERNEL = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
+_SLICES = ("slice", "dynamic-slice", "gather")
+_SEEN_THROUGH = ("bitcast", "convert", "reshape", "copy")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One instruction that does something, as often as it runs.
+
+    Attributes:
+      category: "matrix" (products and convolutions), "depthwise", "kernel" (custom), "collective",
+        "reduce", "elementwise" or "movement".
+      op_name: JAX's scopes and primitive, "jit(step)/jvp(stage1)/block0/dot_general".
+      trips: how often it runs, by the loops around it.
+      flops, matrix_flops, transcendentals, bytes, hbm_bytes: of one run.
+    """
+
+    name: str
+    opcode: str
+    category: str
+    op_name: str
+    trips: int
+    flops: float
+    matrix_flops: float
+    transcendentals: float
+    bytes: int
+    hbm_bytes: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Bytes that each device gives or gets (the larger of the two) in one run, among how many."""
+
+    kind: str
+    op_name: str
+    trips: int
+    bytes: int
+    devices: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """All operations of a program; the properties are totals over all trips, per device."""
+
+    operations: tuple[Operation, ...]
+    collectives: tuple[Collective, ...]
+    unknown_loops: tuple[str, ...]  # loops that are counted once, as nobody knows their trips
+
+    @property
+    def flops(self) -> float:
+        return sum(op.trips * op.flops for op in self.operations)
+
+    @property
+    def matrix_flops(self) -> float:
+        return sum(op.trips * op.matrix_flops for op in self.operations)
+
+    @property
+    def transcendentals(self) -> float:
+        return sum(op.trips * op.transcendentals for op in self.operations)
+
+    @property
+    def bytes(self) -> int:
+        return sum(op.trips * op.bytes for op in self.operations)
+
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(op.trips * op.hbm_bytes for op in self.operations)
+
+    @property
+    def kernels(self) -> tuple[Operation, ...]:
+        """Custom kernels, whose arithmetic is in no total."""
+        return tuple(op for op in self.operations if op.category == "kernel")
+
+    def by(self, key: Callable[[Operation], str]) -> dict[str, int]:
+        """Bytes of groups of operations, the largest first."""
+        groups: dict[str, int] = {}
+        for op in self.operations:
+            groups[key(op)] = groups.get(key(op), 0) + op.trips * op.bytes
+        return dict(sorted(groups.items(), key=lambda item: -item[1]))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device that a program needs. `peak` is what must be free at once: arguments and
+    results (those that take an argument's place once), temporaries, and the program itself."""
+
+    arguments: int
+    results: int
+    aliased: int
+    temporaries: int
+    code: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.results - self.aliased + self.temporaries + self.code
+
+
+def count(text: str) -> Counts:
+    """What the program of `jax.stages.Compiled.as_text()` does."""
+    module = hlo.parse(text)
+    walk = _Walk(module)
+    operations = tuple(walk.computation(module.computations[module.entry], 1))
+    return Counts(operations, tuple(walk.collectives), tuple(walk.unknown_loops))
+
+
+def memory(compiled: Any) -> Memory:
+    """The memory of a `jax.stages.Compiled`, per device, as its compiler planned it."""
+    stats = compiled.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        results=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+
+
+def scopes(op_name: str) -> tuple[str, ...]:
+    """The scopes in an `op_name`, without what JAX put around them: "jit(step)/jvp(stage1)/block0/
+    mul" gives ("stage1", "block0", "mul")."""
+    bare = re.sub(r"jit\([^()]*\)|[\w.]+\(|\)", "", op_name)
+    return tuple(part for part in bare.split("/") if part)
+
+
+class _Walk:
+    """One pass over a program, from its entry through loops and calls."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.collectives: list[Collective] = []
+        self.unknown_loops: list[str] = []
+        self._arithmetic: dict[str, tuple[float, float, float]] = {}
+
+    def computation(self, computation: Computation, trips: int) -> Iterator[Operation]:
+        for line in computation.instructions.values():
+            if line.opcode == "while":
+                yield from self._loop(line, trips)
+            elif line.opcode == "conditional":
+                yield from self._branches(line, trips)
+            elif line.opcode in ("call", "async-start"):
+                for name in line.called("to_apply") + line.called("calls"):
+                    yield from self.computation(self.module.computations[name], trips)
+            elif not _is_free(line):
+                yield self._operation(line, computation, trips)
+
+    def _loop(self, line: Instruction, trips: int) -> Iterator[Operation]:
+        (body,), (condition,) = line.called("body"), line.called("condition")
+        times = known_trips(line, self.module)
+        if times is None:
+            self.unknown_loops.append(line.op_name or line.name)
+            times = 1
+        for name in (body, condition):
+            yield from self.computation(self.module.computations[name], trips * times)
+
+    def _branches(self, line: Instruction, trips: int) -> Iterator[Operation]:
+        names = [
+            *line.called("branch_computations"),
+            *line.called("true_computation"),
+            *line.called("false_computation"),
+        ]
+        walks = []
+        for name in names:
+            walk = _Walk(self.module)
+            walks.append((list(walk.computation(self.module.computations[name], trips)), walk))
+        operations, walk = max(walks, key=lambda pair: sum(op.trips * op.bytes for op in pair[0]))
+        self.collectives += walk.collectives
+        self.unknown_loops += walk.unknown_loops
+        yield from operations
+
+    def _operation(self, line: Instruction, computation: Computation, trips: int) -> Operation:
+        flops, matrix_flops, transcendentals = self._line_arithmetic(line, computation)
+        inside = list(_lines_inside(line, self.module))
+        traffic = list(_traffic(line, computation, self.module))
+        for part, where in inside:
+            if part.opcode.removesuffix("-done") in COLLECTIVES:
+                self.collectives.append(self._collective(part, where or computation, trips))
+        return Operation(
+            name=line.name,
+            opcode=line.opcode,
+            category=_category([part for part, _ in inside]),
+            op_name=line.op_name,
+            trips=trips,
+            flops=flops,
+            matrix_flops=matrix_flops,
+            transcendentals=transcendentals,
+            bytes=sum(size for size, _ in traffic),
+            hbm_bytes=sum(size for size, space in traffic if space == 0),
+        )
+
+    def _collective(self, line: Instruction, computation: Computation, trips: int) -> Collective:
+        start = _start(line, computation)
+        given = sum(shape.bytes for shape in _operand_shapes(start, computation))
+        got = sum(shape.bytes for shape in line.shapes)
+        return Collective(
+            kind=line.opcode.removesuffix("-done"),
+            op_name=start.op_name,
+            trips=trips,
+            bytes=max(given, got),
+            devices=_group_size(start.attributes, self.module.devices),
+        )
+
+    def _line_arithmetic(
+        self, line: Instruction, computation: Computation
+    ) -> tuple[float, float, float]:
+        """FLOPs, those of matrix products and convolutions among them, and transcendentals."""
+        elements = sum(shape.elements for shape in line.shapes)
+        if line.opcode == "fusion":
+            return self._inside(*line.called("calls"))
+        if line.opcode == "dot":
+            flops = dot_flops(line, *_operand_shapes(line, computation)[:2])
+            return flops, flops, 0
+        if line.opcode == "convolution":
+            flops = convolution_flops(line, *_operand_shapes(line, computation)[:2])
+            return flops, flops, 0
+        if line.opcode in TRANSCENDENTAL:
+            return 0, 0, elements
+        if line.opcode in ARITHMETIC:
+            return elements, 0, 0
+        if line.opcode in ("reduce", "reduce-window", "select-and-scatter", "scatter", "map"):
+            runs = _body_runs(line, computation)
+            flops, _, transcendentals = self._inside(
+                *(line.called("to_apply") or line.called("scatter"))
+            )
+            return runs * flops, 0, runs * transcendentals
+        return 0, 0, 0
+
+    def _inside(self, name: str) -> tuple[float, float, float]:
+        if name not in self._arithmetic:
+            computation = self.module.computations[name]
+            totals = [
+                self._line_arithmetic(line, computation)
+                for line in computation.instructions.values()
+            ]
+            flops, matrix_flops, transcendentals = zip(*totals, strict=True)
+            self._arithmetic[name] = sum(flops), sum(matrix_flops), sum(transcendentals)
+        return self._arithmetic[name]
+
+
+def known_trips(line: Instruction, module: Module) -> int | None:
+    """How often a `while` runs: what the compiler found out, else the bound of a counter that goes
+    up from 0 by 1, which is how JAX writes `scan`; None where neither is there."""
+    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.attributes)
+    if found:
+        return int(found.group(1))
+    condition = module.computations[line.called("condition")[0]]
+    inside = [part for part, _ in _lines_inside(condition.root, module)]
+    less = [part for part in inside if part.opcode == "compare" and "direction=LT" in part.attributes]
+    bounds = [
+        int(part.inside)
+        for part in condition.instructions.values()
+        if part.opcode == "constant" and part.shapes[0].dtype in ("s32", "u32", "s64", "u64")
+    ]
+    return bounds[0] if len(less) == 1 and len(bounds) == 1 else None
+
+
+def dot_flops(line: Instruction, left: Shape, right: Shape) -> float:
+    """Two for each element of the result and each product that is summed into it."""
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
+    axes = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
+    return 2.0 * line.shapes[0].elements * math.prod(left.dims[axis] for axis in axes)
+
+
+def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> float:
+    """Two for each product with an element that is there: padding, and the holes of a dilated
+    image, cost nothing. XLA for TPUs writes matrix products as convolutions too, whose batch
+    dimensions are dilated spatial ones, so that the holes must be told apart."""
+    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
+    assert found, line
+    of_image, of_kernel, of_result = found.groups()
+    result = line.shapes[0]
+    window = _window(line.attributes, len(of_image) - 2)
+    products = 1
+    for axis in range(len(of_image) - 2):
+        products *= _positions(
+            image.dims[of_image.index(str(axis))],
+            result.dims[of_result.index(str(axis))],
+            *window[axis],
+        )
+    # The kernel's input features are those of one group.
+    features = kernel.dims[of_kernel.index("i")] * result.dims[of_result.index("f")]
+    batch_groups = int(line.attribute("batch_group_count") or 1)
+    batch = image.dims[of_image.index("b")] // batch_groups
+    return 2.0 * products * features * batch
+
+
+def _window(attributes: str, rank: int) -> list[tuple[int, int, int, int, int]]:
+    """For each spatial axis: size, stride, padding before, dilation of the image, of the kernel."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(part.split("=") for part in found.group(1).split()) if found else {}
+
+    def values(name: str, default: str) -> list[int]:
+        return [int(x.split("_")[0]) for x in given.get(name, "x".join([default] * rank)).split("x")]
+
+    names = (("size", "1"), ("stride", "1"), ("pad", "0"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
+    return list(zip(*(values(*name) for name in names), strict=True)) if rank else []
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(
+    image: int, result: int, size: int, stride: int, before: int, dilation: int, spread: int
+) -> int:
+    """How many pairs of an output position and a tap meet an element of the image, on one axis."""
+    outputs, taps = (result, stride), (size, spread)
+    few, many = sorted((outputs, taps))
+    offsets = np.arange(many[0]) * many[1] - before
+    total = 0
+    for index in range(few[0]):
+        at = offsets + index * few[1]
+        total += int(np.sum((at >= 0) & (at <= (image - 1) * dilation) & (at % dilation == 0)))
+    return total
+
+
+def _body_runs(line: Instruction, computation: Computation) -> int:
+    """How often a reduction calls the function that it reduces with."""
+    first = _operand_shapes(line, computation)[0]
+    if line.opcode == "reduce":
+        return first.elements - line.shapes[0].elements
+    if line.opcode == "scatter":
+        return _operand_shapes(line, computation)[-1].elements
+    if line.opcode == "map":
+        return line.shapes[0].elements
+    sizes = re.search(r"window=\{size=([\dx]+)", line.attributes)
+    window = math.prod(int(size) for size in sizes.group(1).split("x")) if sizes else 1
+    if line.opcode == "select-and-scatter":
+        return _operand_shapes(line, computation)[1].elements * window
+    return line.shapes[0].elements * (window - 1)
+
+
+def _traffic(
+    line: Instruction, computation: Computation, module: Module
+) -> Iterator[tuple[int, int]]:
+    """(bytes, memory space) of every operand that is read and every result that is written."""
+    start = _start(line, computation)
+    given = _operand_shapes(start, computation)
+    opcode = line.opcode.removesuffix("-done")
+    if opcode == "fusion":
+        inside = module.computations[line.called("calls")[0]]
+        for position, name in enumerate(line.operands):
+            arrays = computation.instructions[name].shapes
+            read = _read(inside, inside.parameters[position], module)
+            whole = sum(shape.bytes for shape in arrays)
+            yield min(read, whole), arrays[0].space if arrays else 0
+        for size, shape in zip(_written(inside, inside.root, module), line.shapes, strict=True):
+            yield size, shape.space
+    elif opcode in ("slice", "dynamic-slice", "gather"):
+        yield line.shapes[0].bytes, given[0].space
+        yield from ((shape.bytes, shape.space) for shape in given[1:])
+        yield line.shapes[0].bytes, line.shapes[0].space
+    elif opcode == "dynamic-update-slice":
+        yield given[1].bytes, given[1].space
+        yield given[1].bytes, line.shapes[0].space
+    elif opcode == "scatter":  # reads and writes what it updates, in place
+        *targets, updates = given[0], given[-1]
+        yield from ((shape.bytes, shape.space) for shape in given[len(targets) :])
+        yield 2 * updates.bytes, line.shapes[0].space
+    else:
+        yield from ((shape.bytes, shape.space) for shape in (*given, *line.shapes))
+
+
+def _read(computation: Computation, line: Instruction, module: Module) -> int:
+    """Bytes of a fusion's parameter, or of what it is renamed to, that the fusion reads."""
+    whole, total = sum(shape.bytes for shape in line.shapes), 0
+    for user, position in computation.users[line.name]:
+        if user.opcode in _SLICES and position == 0:
+            total += user.shapes[0].bytes
+        elif user.opcode == "dynamic-update-slice" and position == 0:
+            continue  # updated in place
+        elif user.opcode in _SEEN_THROUGH and user.shapes[0].elements == line.shapes[0].elements:
+            part = _read(computation, user, module) if not user.root else whole
+            total += min(whole, part * whole // max(1, user.shapes[0].bytes))
+        elif user.opcode == "fusion":
+            inside = module.computations[user.called("calls")[0]]
+            total += _read(inside, inside.parameters[position], module)
+        else:
+            return whole
+    # Nothing uses it, or it is the fusion's result as it is.
+    return whole if line.root else min(total, whole)
+
+
+def _written(computation: Computation, line: Instruction, module: Module) -> Iterable[int]:
+    """Bytes that a fusion writes for each array of its result."""
+    if line.opcode == "tuple":
+        for name in line.operands:
+            yield from _written(computation, computation.instructions[name], module)
+    elif line.opcode == "dynamic-update-slice":
+        yield computation.instructions[line.operands[1]].shapes[0].bytes
+    elif line.opcode in _SEEN_THROUGH and line.operands:
+        source = computation.instructions[line.operands[0]]
+        (size,) = _written(computation, source, module) if len(source.shapes) == 1 else (0,)
+        part = size / max(1, source.shapes[0].bytes)
+        yield math.ceil(line.shapes[0].bytes * part) if part < 1 else line.shapes[0].bytes
+    elif line.opcode == "fusion":
+        inside = module.computations[line.called("calls")[0]]
+        yield from _written(inside, inside.root, module)
+    else:
+        yield from (shape.bytes for shape in line.shapes)
+
+
+def _is_free(line: Instruction) -> bool:
+    """Starts count where they are done."""
+    target = line.attribute("custom_call_target").strip('"')
+    if line.opcode == "custom-call" and target in _NO_KERNEL:
+        return True
+    ends = ("async-update", "async-done", "while", "call")
+    return line.opcode in FREE or line.opcode.endswith("-start") or line.opcode in ends
+
+
+def _start(line: Instruction, computation: Computation) -> Instruction:
+    """The instruction with the operands: for the end of an asynchronous pair its start."""
+    return computation.instructions[line.operands[0]] if line.opcode.endswith("-done") else line
+
+
+def _operand_shapes(line: Instruction, computation: Computation) -> list[Shape]:
+    return [shape for name in line.operands for shape in computation.instructions[name].shapes]
+
+
+def _lines_inside(
+    line: Instruction, module: Module
+) -> Iterator[tuple[Instruction, Computation | None]]:
+    """The instruction, or those of a fusion, to any depth, and which computation holds them."""
+    if line.opcode != "fusion":
+        yield line, None
+        return
+    inside = module.computations[line.called("calls")[0]]
+    for part in inside.instructions.values():
+        for deep, where in _lines_inside(part, module):
+            yield deep, where or inside
+
+
+def _category(lines: list[Instruction]) -> str:
+    opcodes = {line.opcode.removesuffix("-done") for line in lines}
+    if opcodes & COLLECTIVES:
+        return "collective"
+    if "custom-call" in opcodes:
+        return "kernel"
+    convolutions = [line for line in lines if line.opcode == "convolution"]
+    if any("feature_group_count" in line.attributes for line in convolutions):
+        return "depthwise"
+    if convolutions or "dot" in opcodes:
+        return "matrix"
+    if opcodes & {"reduce", "reduce-window", "select-and-scatter", "sort"}:
+        return "reduce"
+    return "movement" if opcodes <= MOVES | FREE else "elementwise"
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    """How many devices take part together: `replica_groups` as a list or as a shape."""
+    found = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+    if found:
+        return int(found.group(1))
+    found = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    return len(found.group(1).split(",")) if found else devices
