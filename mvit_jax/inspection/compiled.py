@@ -6,27 +6,26 @@ the optimised program is read instead, and every instruction counts as often as 
 - A fusion is one operation: it reads its operands and writes its results, and what it computes
   inside moves nothing. Of an operand that is only sliced, the slices count; of a result that is
   updated in place, the update.
-- A custom kernel (Pallas: `tpu_custom_call`) reads its operands and writes its results once each;
-  what it does inside, its arithmetic too, is not in the text and must be added by hand.
+- A custom kernel (Pallas: `tpu_custom_call`) reads its operands and writes its results once each.
+  What it computes is not in the text: it is in no total but `kernel_flops`, which adds what the
+  kernels' authors state (`pl.CostEstimate`). XLA's own totals leave both out.
 - Of the branches of a conditional the one that moves the most bytes counts.
 - A loop whose trips the compiler does not know counts once, and is reported.
 
-`bytes` are without the padding of tiled layouts, and of all operands and results, wherever they
-lie; `hbm_bytes` leaves out what lies in a TPU's on-chip memory, to where the compiler brings what
-it reads soon. A multiply-add is two FLOPs. Everything is per device.
+`bytes` are of all operands and results, wherever they lie, with the padding of tiled layouts;
+`hbm_bytes` leaves out what lies in a TPU's on-chip memory, to where the compiler brings what it
+reads soon. A multiply-add is two FLOPs. Everything is per device.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mvit_jax.inspection import hlo
-from mvit_jax.inspection.hlo import Computation, Instruction, Module, Shape
+from mvit_jax.inspection.arithmetic import Counter
+from mvit_jax.inspection.hlo import Computation, Instruction, Module, operand_shapes
 
 FREE = {  # names, constants, and what is no memory traffic
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "domain"),
@@ -41,18 +40,11 @@ COLLECTIVES = {
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
     *("ragged-all-to-all", "collective-broadcast"),
 }
-TRANSCENDENTAL = {
-    *("exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "power", "sqrt"),
-    *("rsqrt", "cbrt", "sine", "cosine", "tan", "erf", "logistic", "atan2"),
-}
-ARITHMETIC = {  # one FLOP for each element, as XLA counts
-    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "compare", "select", "abs"),
-    *("negate", "and", "or", "xor", "not", "clamp", "convert", "floor", "ceil", "sign", "remainder"),
-    *("shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite", "popcnt"),
-    *("round-nearest-afz", "round-nearest-even", "bitcast-convert", "stochastic-convert"),
-}
-# Custom calls that XLA itself makes and that do nothing: pieces that lie one after the other.
-_NO_KERNEL = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
+# Custom calls that XLA for TPUs makes for itself, and that do nothing of their own.
+_NO_KERNEL = (
+    *("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"),
+    "GatherScatterIndicesBitpacked",
+)
 _SLICES = ("slice", "dynamic-slice", "gather")
 _SEEN_THROUGH = ("bitcast", "convert", "reshape", "copy")
 
@@ -67,6 +59,7 @@ class Operation:
       op_name: JAX's scopes and primitive, "jit(step)/jvp(stage1)/block0/dot_general".
       trips: how often it runs, by the loops around it.
       flops, matrix_flops, transcendentals, bytes, hbm_bytes: of one run.
+      kernel_flops: of a custom kernel, as its author states them.
     """
 
     name: str
@@ -79,6 +72,7 @@ class Operation:
     transcendentals: float
     bytes: int
     hbm_bytes: int
+    kernel_flops: float = 0
 
 
 @dataclass(frozen=True)
@@ -121,8 +115,12 @@ class Counts:
         return sum(op.trips * op.hbm_bytes for op in self.operations)
 
     @property
+    def kernel_flops(self) -> float:
+        return sum(op.trips * op.kernel_flops for op in self.operations)
+
+    @property
     def kernels(self) -> tuple[Operation, ...]:
-        """Custom kernels, whose arithmetic is in no total."""
+        """Custom kernels, whose arithmetic no other total holds."""
         return tuple(op for op in self.operations if op.category == "kernel")
 
     def by(self, key: Callable[[Operation], str]) -> dict[str, int]:
@@ -183,7 +181,7 @@ class _Walk:
         self.module = module
         self.collectives: list[Collective] = []
         self.unknown_loops: list[str] = []
-        self._arithmetic: dict[str, tuple[float, float, float]] = {}
+        self.arithmetic = Counter(module)
 
     def computation(self, computation: Computation, trips: int) -> Iterator[Operation]:
         for line in computation.instructions.values():
@@ -222,7 +220,7 @@ class _Walk:
         yield from operations
 
     def _operation(self, line: Instruction, computation: Computation, trips: int) -> Operation:
-        flops, matrix_flops, transcendentals = self._line_arithmetic(line, computation)
+        flops, matrix_flops, transcendentals = self.arithmetic.of(line, computation)
         inside = list(_lines_inside(line, self.module))
         traffic = list(_traffic(line, computation, self.module))
         for part, where in inside:
@@ -239,11 +237,12 @@ class _Walk:
             transcendentals=transcendentals,
             bytes=sum(size for size, _ in traffic),
             hbm_bytes=sum(size for size, space in traffic if space == 0),
+            kernel_flops=_stated_flops(line),
         )
 
     def _collective(self, line: Instruction, computation: Computation, trips: int) -> Collective:
         start = _start(line, computation)
-        given = sum(shape.bytes for shape in _operand_shapes(start, computation))
+        given = sum(shape.bytes for shape in operand_shapes(start, computation))
         got = sum(shape.bytes for shape in line.shapes)
         return Collective(
             kind=line.opcode.removesuffix("-done"),
@@ -252,42 +251,6 @@ class _Walk:
             bytes=max(given, got),
             devices=_group_size(start.attributes, self.module.devices),
         )
-
-    def _line_arithmetic(
-        self, line: Instruction, computation: Computation
-    ) -> tuple[float, float, float]:
-        """FLOPs, those of matrix products and convolutions among them, and transcendentals."""
-        elements = sum(shape.elements for shape in line.shapes)
-        if line.opcode == "fusion":
-            return self._inside(*line.called("calls"))
-        if line.opcode == "dot":
-            flops = dot_flops(line, *_operand_shapes(line, computation)[:2])
-            return flops, flops, 0
-        if line.opcode == "convolution":
-            flops = convolution_flops(line, *_operand_shapes(line, computation)[:2])
-            return flops, flops, 0
-        if line.opcode in TRANSCENDENTAL:
-            return 0, 0, elements
-        if line.opcode in ARITHMETIC:
-            return elements, 0, 0
-        if line.opcode in ("reduce", "reduce-window", "select-and-scatter", "scatter", "map"):
-            runs = _body_runs(line, computation)
-            flops, _, transcendentals = self._inside(
-                *(line.called("to_apply") or line.called("scatter"))
-            )
-            return runs * flops, 0, runs * transcendentals
-        return 0, 0, 0
-
-    def _inside(self, name: str) -> tuple[float, float, float]:
-        if name not in self._arithmetic:
-            computation = self.module.computations[name]
-            totals = [
-                self._line_arithmetic(line, computation)
-                for line in computation.instructions.values()
-            ]
-            flops, matrix_flops, transcendentals = zip(*totals, strict=True)
-            self._arithmetic[name] = sum(flops), sum(matrix_flops), sum(transcendentals)
-        return self._arithmetic[name]
 
 
 def known_trips(line: Instruction, module: Module) -> int | None:
@@ -298,7 +261,9 @@ def known_trips(line: Instruction, module: Module) -> int | None:
         return int(found.group(1))
     condition = module.computations[line.called("condition")[0]]
     inside = [part for part, _ in _lines_inside(condition.root, module)]
-    less = [part for part in inside if part.opcode == "compare" and "direction=LT" in part.attributes]
+    less = [
+        part for part in inside if part.opcode == "compare" and "direction=LT" in part.attributes
+    ]
     bounds = [
         int(part.inside)
         for part in condition.instructions.values()
@@ -307,85 +272,12 @@ def known_trips(line: Instruction, module: Module) -> int | None:
     return bounds[0] if len(less) == 1 and len(bounds) == 1 else None
 
 
-def dot_flops(line: Instruction, left: Shape, right: Shape) -> float:
-    """Two for each element of the result and each product that is summed into it."""
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
-    axes = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
-    return 2.0 * line.shapes[0].elements * math.prod(left.dims[axis] for axis in axes)
-
-
-def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> float:
-    """Two for each product with an element that is there: padding, and the holes of a dilated
-    image, cost nothing. XLA for TPUs writes matrix products as convolutions too, whose batch
-    dimensions are dilated spatial ones, so that the holes must be told apart."""
-    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
-    assert found, line
-    of_image, of_kernel, of_result = found.groups()
-    result = line.shapes[0]
-    window = _window(line.attributes, len(of_image) - 2)
-    products = 1
-    for axis in range(len(of_image) - 2):
-        products *= _positions(
-            image.dims[of_image.index(str(axis))],
-            result.dims[of_result.index(str(axis))],
-            *window[axis],
-        )
-    # The kernel's input features are those of one group.
-    features = kernel.dims[of_kernel.index("i")] * result.dims[of_result.index("f")]
-    batch_groups = int(line.attribute("batch_group_count") or 1)
-    batch = image.dims[of_image.index("b")] // batch_groups
-    return 2.0 * products * features * batch
-
-
-def _window(attributes: str, rank: int) -> list[tuple[int, int, int, int, int]]:
-    """For each spatial axis: size, stride, padding before, dilation of the image, of the kernel."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    given = dict(part.split("=") for part in found.group(1).split()) if found else {}
-
-    def values(name: str, default: str) -> list[int]:
-        return [int(x.split("_")[0]) for x in given.get(name, "x".join([default] * rank)).split("x")]
-
-    names = (("size", "1"), ("stride", "1"), ("pad", "0"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
-    return list(zip(*(values(*name) for name in names), strict=True)) if rank else []
-
-
-@functools.lru_cache(maxsize=4096)
-def _positions(
-    image: int, result: int, size: int, stride: int, before: int, dilation: int, spread: int
-) -> int:
-    """How many pairs of an output position and a tap meet an element of the image, on one axis."""
-    outputs, taps = (result, stride), (size, spread)
-    few, many = sorted((outputs, taps))
-    offsets = np.arange(many[0]) * many[1] - before
-    total = 0
-    for index in range(few[0]):
-        at = offsets + index * few[1]
-        total += int(np.sum((at >= 0) & (at <= (image - 1) * dilation) & (at % dilation == 0)))
-    return total
-
-
-def _body_runs(line: Instruction, computation: Computation) -> int:
-    """How often a reduction calls the function that it reduces with."""
-    first = _operand_shapes(line, computation)[0]
-    if line.opcode == "reduce":
-        return first.elements - line.shapes[0].elements
-    if line.opcode == "scatter":
-        return _operand_shapes(line, computation)[-1].elements
-    if line.opcode == "map":
-        return line.shapes[0].elements
-    sizes = re.search(r"window=\{size=([\dx]+)", line.attributes)
-    window = math.prod(int(size) for size in sizes.group(1).split("x")) if sizes else 1
-    if line.opcode == "select-and-scatter":
-        return _operand_shapes(line, computation)[1].elements * window
-    return line.shapes[0].elements * (window - 1)
-
-
 def _traffic(
     line: Instruction, computation: Computation, module: Module
 ) -> Iterator[tuple[int, int]]:
     """(bytes, memory space) of every operand that is read and every result that is written."""
     start = _start(line, computation)
-    given = _operand_shapes(start, computation)
+    given = operand_shapes(start, computation)
     opcode = line.opcode.removesuffix("-done")
     if opcode == "fusion":
         inside = module.computations[line.called("calls")[0]]
@@ -420,8 +312,8 @@ def _read(computation: Computation, line: Instruction, module: Module) -> int:
         elif user.opcode == "dynamic-update-slice" and position == 0:
             continue  # updated in place
         elif user.opcode in _SEEN_THROUGH and user.shapes[0].elements == line.shapes[0].elements:
-            part = _read(computation, user, module) if not user.root else whole
-            total += min(whole, part * whole // max(1, user.shapes[0].bytes))
+            share = 1.0 if user.root else _read(computation, user, module) / user.shapes[0].bytes
+            total += math.ceil(whole * share)
         elif user.opcode == "fusion":
             inside = module.computations[user.called("calls")[0]]
             total += _read(inside, inside.parameters[position], module)
@@ -452,20 +344,24 @@ def _written(computation: Computation, line: Instruction, module: Module) -> Ite
 
 def _is_free(line: Instruction) -> bool:
     """Starts count where they are done."""
-    target = line.attribute("custom_call_target").strip('"')
-    if line.opcode == "custom-call" and target in _NO_KERNEL:
+    if line.opcode in FREE or line.opcode in ("async-update", "async-done"):
         return True
-    ends = ("async-update", "async-done", "while", "call")
-    return line.opcode in FREE or line.opcode.endswith("-start") or line.opcode in ends
+    return line.opcode.endswith("-start") or (line.opcode == "custom-call" and not _is_kernel(line))
+
+
+def _is_kernel(line: Instruction) -> bool:
+    target = line.attribute("custom_call_target").strip('"')
+    return line.opcode == "custom-call" and target not in _NO_KERNEL
+
+
+def _stated_flops(line: Instruction) -> float:
+    found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line.attributes)
+    return float(found.group(1)) if found else 0.0
 
 
 def _start(line: Instruction, computation: Computation) -> Instruction:
     """The instruction with the operands: for the end of an asynchronous pair its start."""
     return computation.instructions[line.operands[0]] if line.opcode.endswith("-done") else line
-
-
-def _operand_shapes(line: Instruction, computation: Computation) -> list[Shape]:
-    return [shape for name in line.operands for shape in computation.instructions[name].shapes]
 
 
 def _lines_inside(
@@ -485,7 +381,7 @@ def _category(lines: list[Instruction]) -> str:
     opcodes = {line.opcode.removesuffix("-done") for line in lines}
     if opcodes & COLLECTIVES:
         return "collective"
-    if "custom-call" in opcodes:
+    if any(_is_kernel(line) for line in lines):
         return "kernel"
     convolutions = [line for line in lines if line.opcode == "convolution"]
     if any("feature_group_count" in line.attributes for line in convolutions):
@@ -494,11 +390,17 @@ def _category(lines: list[Instruction]) -> str:
         return "matrix"
     if opcodes & {"reduce", "reduce-window", "select-and-scatter", "sort"}:
         return "reduce"
-    return "movement" if opcodes <= MOVES | FREE else "elementwise"
+    return "movement" if opcodes <= MOVES | FREE | {"custom-call"} else "elementwise"
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """How many devices take part together: `replica_groups` as a list or as a shape."""
+    """How many devices take part together: `replica_groups` is a list of groups, their number and
+    size, or axes of a mesh; nothing means all devices."""
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+    if found:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
+        return math.prod(int(part or sizes[name]) for name, part in axes)
     found = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
     if found:
         return int(found.group(1))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 _SHAPE = re.compile(r"([a-z]+[a-z0-9]*)\[([0-9,<=? ]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
+_TILE = re.compile(r":T\(([\d,]+)\)")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?.*\{$")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
@@ -18,11 +19,16 @@ _BRACKET = re.compile(r"[()]")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array of `dims` elements of `dtype` ("bf16"); `space` is the memory that it lies in, where
-    0 is the device's main memory and, on a TPU, 1 the on-chip VMEM."""
+    """An array of `dims` elements of `dtype` ("bf16").
+
+    Attributes:
+      padded: elements in memory; a TPU's tiles of 8x128 or so are always whole.
+      space: the memory that it lies in: 0 is the device's main memory, 1 a TPU's on-chip VMEM.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    padded: int
     space: int = 0
 
     @functools.cached_property
@@ -31,10 +37,10 @@ class Shape:
 
     @functools.cached_property
     def bytes(self) -> int:
-        """Without the padding of a tiled layout."""
+        """In memory, padding included."""
         bits = re.search(r"\d+", self.dtype)
         width = 8 if self.dtype == "pred" else int(bits.group()) if bits else 0  # token: nothing
-        return -(-self.elements * width // 8)
+        return -(-self.padded * width // 8)
 
 
 @dataclass(frozen=True)
@@ -124,13 +130,19 @@ def parse(text: str) -> Module:
             entry = found.group(2) if found.group(1) else entry
     if not entry:
         raise ValueError("this text holds no program: no line starts with ENTRY")
-    counts = [re.search(rf"\b{name}=(\d+)", lines[0]) for name in ("num_partitions", "replica_count")]
+    counts = [
+        re.search(rf"\b{name}=(\d+)", lines[0]) for name in ("num_partitions", "replica_count")
+    ]
     return Module(computations, entry, math.prod(int(found.group(1)) for found in counts if found))
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
     """The arrays of a type as it is printed, "(f32[4,8]{1,0:T(8,128)}, bf16[])"."""
     return tuple(_shape(*found) for found in _SHAPE.findall(text))
+
+
+def operand_shapes(line: Instruction, computation: Computation) -> list[Shape]:
+    return [shape for name in line.operands for shape in computation.instructions[name].shapes]
 
 
 def _instruction(line: str, head: re.Match[str]) -> Instruction:
@@ -156,7 +168,21 @@ def _instruction(line: str, head: re.Match[str]) -> Instruction:
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
     space = _SPACE.search(layout)
     sizes = tuple(int(size.strip("<=? ")) for size in dims.split(",") if size)
-    return Shape(dtype, sizes, int(space.group(1)) if space else 0)
+    return Shape(dtype, sizes, _padded(sizes, layout), int(space.group(1)) if space else 0)
+
+
+def _padded(sizes: tuple[int, ...], layout: str) -> int:
+    """Elements of whole tiles: "{2,0,1:T(8,128)}" tiles dimension 0 by 8 and dimension 2 by 128."""
+    found = _TILE.search(layout)
+    if not found or not sizes:
+        return math.prod(sizes)
+    tile = [int(size) for size in found.group(1).split(",")]
+    order = [int(axis) for axis in layout[: found.start()].split(",")]  # the minor one first
+    physical = [sizes[axis] for axis in order]
+    for place, size in enumerate(reversed(tile)):
+        if place < len(physical):
+            physical[place] = -(-physical[place] // size) * size
+    return math.prod(physical)
 
 
 def _closing(text: str, start: int) -> int:
