@@ -22,11 +22,13 @@ the figures are the compiler's plan, repeatable to the byte. Needs the extra `tp
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -90,11 +92,16 @@ class Row:
     kernel_flops: float
     bytes: float
     hbm_bytes: float
+    xla_bytes: float  # XLA's own count: loop bodies once, prefetched arrays twice over
     peak: int
     roofline: float  # seconds a step
     compute_share: float
     compile_seconds: float
     unknown_loops: tuple[str, ...]
+
+
+# What was found for each number of clips; where they do not fit, the bytes that they would take.
+Rows = dict[int, Row | int]
 
 
 def main() -> None:
@@ -124,7 +131,13 @@ def main() -> None:
         tqdm.write(line(case, found))
         rows.append((case, found))
     for group, members in groups(rows).items():
-        tqdm.write(fits(group, members, given.largest, given.text))
+        memory = CHIPS[group.chip].memory
+        while given.largest and (clips := next_clips(members, memory)) is not None:
+            case = dataclasses.replace(group, clips=clips)
+            members[clips] = measure(case, given.text)
+            rows.append((case, members[clips]))
+            print(line(case, members[clips]), flush=True)
+        print(fits(group, members, memory), flush=True)
     if given.json:
         report = {
             "jax": jax.__version__,
@@ -156,10 +169,138 @@ def experiment_of(case: Case) -> Any:
 
 
 def mesh_of(chip: Chip) -> Mesh:
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
-    except (RuntimeError, ImportError) as error:
-        raise UserError(
-            f"this needs libtpu, which compiles for TPUs: pip install 'jax[tpu]' ({error})"
-        ) from error
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     return sharding.make_mesh(1, 1, np.asarray(topology.devices)[:1])
+
+
+def compiled_program(case: Case) -> tuple[Any, float]:
+    """The compiled step or forward pass, and the seconds that its compilation took."""
+    config = experiment_of(case)
+    model = experiment.model_config(config, config.data.classes)
+    videos = Synthetic(videos=config.data.train_videos, classes=model.num_classes)
+    mesh = mesh_of(CHIPS[case.chip])
+    with jax.set_mesh(mesh):
+        program = jitted.describe(config, model, videos, mesh)
+        batch = jitted.batch_shapes(config, model, mesh)
+        began = time.perf_counter()
+        if case.which == "train":
+            lowered = program.step.lower(program.state, batch)
+        else:
+            clip = batch["clip"]
+            views = (clip.shape[0], 1, *clip.shape[1:])  # one view of each video
+            lowered = program.predict.lower(
+                program.state.params,
+                jax.ShapeDtypeStruct(views, clip.dtype, sharding=clip.sharding),
+            )
+        return lowered.compile(), time.perf_counter() - began
+
+
+def measure(case: Case, texts: str | None) -> Row | int:
+    """The figures, or where it does not fit the bytes that it would take."""
+    try:
+        compiled, seconds = compiled_program(case)
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        if not found:
+            raise
+        return int(float(found.group(1)) * 1024 ** ("KMGT".index(found.group(2)) + 1))
+    text = compiled.as_text()
+    if texts:
+        name = f"{case.model}_{case.which}_{case.chip}_{case.clips}_{case.remat}.txt"
+        write_whole(Path(texts) / name, text)
+    counts, chip = counting.count(text), CHIPS[case.chip]
+    compute = (counts.flops + counts.kernel_flops) / chip.flops
+    roofline = max(compute, counts.hbm_bytes / chip.bandwidth)
+    return Row(
+        case=case,
+        flops=counts.flops / case.clips,
+        kernel_flops=counts.kernel_flops / case.clips,
+        bytes=counts.bytes / case.clips,
+        hbm_bytes=counts.hbm_bytes / case.clips,
+        xla_bytes=compiled.cost_analysis()["bytes accessed"] / case.clips,
+        peak=counting.memory(compiled).peak,
+        roofline=roofline,
+        compute_share=compute / roofline,
+        compile_seconds=seconds,
+        unknown_loops=counts.unknown_loops,
+    )
+
+
+HEADER = """\
+| model | pass | chip | clips | remat | GFLOP a clip | in kernels | GB a clip | HBM GB a clip \
+| peak GiB | roofline ms a step | clips/s | compute roof | compile s |
+|{}""".format(" --- |" * 14)
+
+
+def line(case: Case, row: Row | int) -> str:
+    cells = [case.model, case.which, case.chip, str(case.clips), case.remat]
+    if isinstance(row, int):
+        cells += ["does not fit"] + 3 * [""] + [f"{row / GIB:.1f}"] + 4 * [""]
+    else:
+        cells += [
+            f"{row.flops / 1e9:.0f}", f"{row.kernel_flops / 1e9:.0f}", f"{row.bytes / 1e9:.2f}",
+            f"{row.hbm_bytes / 1e9:.2f}", f"{row.peak / GIB:.2f}", f"{1000 * row.roofline:.1f}",
+            f"{case.clips / row.roofline:.0f}", f"{100 * row.compute_share:.0f} %",
+            f"{row.compile_seconds:.0f}",
+        ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def groups(rows: list[tuple[Case, Row | int]]) -> dict[Case, Rows]:
+    """Cases that differ in clips alone, by their number of clips."""
+    found: dict[Case, Rows] = {}
+    for case, row in rows:
+        found.setdefault(dataclasses.replace(case, clips=0), {})[case.clips] = row
+    return found
+
+
+def fits(group: Case, rows: Rows, memory: float) -> str:
+    """How many clips the chip holds, in a sentence."""
+    name = f"{group.model}, {group.which}, {group.chip}, remat={group.remat}"
+    fitting, failing = bounds(rows)
+    if failing is not None and failing - fitting <= tolerance(fitting):
+        return f"{name}: {fitting} clips fit, {failing} do not"
+    if len(rows) < 2:
+        return f"{name}: how many clips fit follows from two numbers of them (--clips=2,4)"
+    return f"{name}: about {estimate(rows, memory)} clips fit, by the line through {sorted(rows)}"
+
+
+def next_clips(rows: Rows, memory: float) -> int | None:
+    """The number of clips to compile next in search of the most that fit; None when found."""
+    fitting, failing = bounds(rows)
+    if failing is not None and failing - fitting <= tolerance(fitting):
+        return None
+    if len(rows) < 2:
+        return 2 * max(rows)
+    guess = max(estimate(rows, memory), fitting + tolerance(fitting))
+    # Short of memory, the compiler recomputes of its own accord: more may fit than the line says.
+    return guess if failing is None else min(guess, failing - 1)
+
+
+def bounds(rows: Rows) -> tuple[int, int | None]:
+    """The most clips that fit, and the fewest that do not."""
+    fitting = [n for n, row in rows.items() if isinstance(row, Row)]
+    failing = [n for n, row in rows.items() if isinstance(row, int)]
+    return max(fitting, default=0), min(failing, default=None)
+
+
+def tolerance(clips: int) -> int:
+    """Compiling takes minutes: the most clips are sought to a sixteenth."""
+    return max(1, clips // 16)
+
+
+def estimate(rows: Rows, memory: float) -> int:
+    """Where the line through the memory of two numbers of clips, the largest, meets `memory`."""
+    low, high = sorted(rows)[-2:]
+    used = {n: row if isinstance(row, int) else row.peak for n, row in rows.items()}
+    slope = (used[high] - used[low]) / (high - low)
+    return int(high + (memory - used[high]) / slope)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -37,9 +37,9 @@ class Counter:
 
     def __init__(self, module: Module) -> None:
         self.module = module
-        self._known: dict[str, tuple[float, float, float]] = {}
+        self._known: dict[str, tuple[int, int, int]] = {}
 
-    def of(self, line: Instruction, computation: Computation) -> tuple[float, float, float]:
+    def of(self, line: Instruction, computation: Computation) -> tuple[int, int, int]:
         """FLOPs, those of matrix products and convolutions among them, and transcendentals."""
         elements = sum(shape.elements for shape in line.shapes)
         if line.opcode == "fusion":
@@ -62,7 +62,7 @@ class Counter:
             return runs * flops, 0, runs * transcendentals
         return 0, 0, 0
 
-    def _inside(self, name: str) -> tuple[float, float, float]:
+    def _inside(self, name: str) -> tuple[int, int, int]:
         if name not in self._known:
             computation = self.module.computations[name]
             totals = [self.of(line, computation) for line in computation.instructions.values()]
@@ -71,14 +71,14 @@ class Counter:
         return self._known[name]
 
 
-def dot_flops(line: Instruction, left: Shape, right: Shape) -> float:
+def dot_flops(line: Instruction, left: Shape, right: Shape) -> int:
     """Two for each element of the result and each product that is summed into it."""
     found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
     axes = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
-    return 2.0 * line.shapes[0].elements * math.prod(left.dims[axis] for axis in axes)
+    return 2 * line.shapes[0].elements * math.prod(left.dims[axis] for axis in axes)
 
 
-def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> float:
+def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> int:
     """Two for each product with an element that is there: padding, and the holes of a dilated
     image, cost nothing. XLA for TPUs writes matrix products as convolutions too, whose batch
     dimensions are dilated spatial ones, so that the holes must be told apart."""
@@ -98,7 +98,7 @@ def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> float:
     features = kernel.dims[of_kernel.index("i")] * result.dims[of_result.index("f")]
     batch_groups = int(line.attribute("batch_group_count") or 1)
     batch = image.dims[of_image.index("b")] // batch_groups
-    return 2.0 * products * features * batch
+    return 2 * products * features * batch
 
 
 def _window(attributes: str, rank: int) -> list[tuple[int, int, int, int, int]]:

@@ -8,13 +8,19 @@ the optimised program is read instead, and every instruction counts as often as 
   updated in place, the update.
 - A custom kernel (Pallas: `tpu_custom_call`) reads its operands and writes its results once each.
   What it computes is not in the text: it is in no total but `kernel_flops`, which adds what the
-  kernels' authors state (`pl.CostEstimate`). XLA's own totals leave both out.
+  kernels' authors state (`pl.CostEstimate`). XLA's own totals take FLOPs and bytes from that
+  statement, and count nothing where there is none.
 - Of the branches of a conditional the one that moves the most bytes counts.
 - A loop whose trips the compiler does not know counts once, and is reported.
 
 `bytes` are of all operands and results, wherever they lie, with the padding of tiled layouts;
 `hbm_bytes` leaves out what lies in a TPU's on-chip memory, to where the compiler brings what it
 reads soon. A multiply-add is two FLOPs. Everything is per device.
+
+Without loops and kernels the totals are XLA's: on CPUs to the byte (but where one fusion reads
+overlapping slices of an array: XLA counts them all, here the array counts once), on TPUs within a
+few percent once both halves of each prefetch are counted, as XLA does: that is four times the
+array, where it is read once and written once.
 """
 
 import math
@@ -67,12 +73,12 @@ class Operation:
     category: str
     op_name: str
     trips: int
-    flops: float
-    matrix_flops: float
-    transcendentals: float
+    flops: int
+    matrix_flops: int
+    transcendentals: int
     bytes: int
     hbm_bytes: int
-    kernel_flops: float = 0
+    kernel_flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,15 +101,15 @@ class Counts:
     unknown_loops: tuple[str, ...]  # loops that are counted once, as nobody knows their trips
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> int:
         return sum(op.trips * op.flops for op in self.operations)
 
     @property
-    def matrix_flops(self) -> float:
+    def matrix_flops(self) -> int:
         return sum(op.trips * op.matrix_flops for op in self.operations)
 
     @property
-    def transcendentals(self) -> float:
+    def transcendentals(self) -> int:
         return sum(op.trips * op.transcendentals for op in self.operations)
 
     @property
@@ -115,7 +121,7 @@ class Counts:
         return sum(op.trips * op.hbm_bytes for op in self.operations)
 
     @property
-    def kernel_flops(self) -> float:
+    def kernel_flops(self) -> int:
         return sum(op.trips * op.kernel_flops for op in self.operations)
 
     @property
@@ -354,9 +360,9 @@ def _is_kernel(line: Instruction) -> bool:
     return line.opcode == "custom-call" and target not in _NO_KERNEL
 
 
-def _stated_flops(line: Instruction) -> float:
+def _stated_flops(line: Instruction) -> int:
     found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line.attributes)
-    return float(found.group(1)) if found else 0.0
+    return int(found.group(1)) if found else 0
 
 
 def _start(line: Instruction, computation: Computation) -> Instruction:

@@ -6,6 +6,7 @@ In it, on clips that are dealt to the chips: a loop of 5 matrix products, a dept
 a product with a batch dimension, a custom kernel, and a mean over all chips.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -76,7 +77,10 @@ def main() -> None:
     FILE.write_text(
         re.sub(r"\n(FileNames|FunctionNames|FileLocations)\n.*?\n(?=\n%)", "\n", text, flags=re.S)
     )
-    print(FILE, FILE.stat().st_size, "bytes", compiled.cost_analysis())
+    cost = compiled.cost_analysis()
+    totals = {name: cost[name] for name in ("flops", "bytes accessed")}
+    FILE.with_suffix(".json").write_text(json.dumps(totals) + "\n")
+    print(FILE, FILE.stat().st_size, "bytes", totals)
 
 
 if __name__ == "__main__":

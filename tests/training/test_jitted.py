@@ -1,0 +1,35 @@
+"""What is known of a training step before there is a state, beside the real state and batch."""
+
+import jax
+import numpy as np
+import pytest
+
+from mvit_jax.data import pipeline
+from mvit_jax.data.synthetic import Synthetic
+from mvit_jax.training import experiment, jitted, sharding
+from tests import tiny
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_described_shapes_and_places_are_those_of_what_runs(multi_label):
+    changes = {"data.multi_label": multi_label, "augment.mixup": 0.0, "augment.cutmix": 0.0}
+    config = tiny.config("", **{"data.stride": 1, **changes})
+    videos = Synthetic(videos=16, classes=5, height=32, width=40, multi_label=multi_label)
+    model = experiment.model_config(config, 5)
+    mesh = sharding.make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        described = jitted.describe(config, model, videos, mesh)
+        settings = experiment.clip_settings(config, model)
+        batches = pipeline.train_batches(videos, settings, seed=0, batch=config.batch, steps=1)
+        batch = sharding.to_devices(next(iter(batches)), mesh)
+        state = described.first_state()
+        same(described.state, state)
+        same(jitted.batch_shapes(config, model, mesh), batch)
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+
+
+def same(described, real) -> None:
+    assert jax.tree.structure(described) == jax.tree.structure(real)
+    for shape, array in zip(jax.tree.leaves(described), jax.tree.leaves(real), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert shape.sharding.is_equivalent_to(array.sharding, np.ndim(array))
