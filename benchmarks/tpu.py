@@ -47,6 +47,7 @@ from mvit_jax.data.synthetic import Synthetic
 from mvit_jax.errors import UserError
 from mvit_jax.files import write_whole
 from mvit_jax.inspection import compiled as counting
+from mvit_jax.models.stages import REMAT
 from mvit_jax.models.variants import variant
 from mvit_jax.training import experiment, jitted, sharding, trial
 
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--passes", default=",".join(PASSES), help="train, forward or both")
     parser.add_argument("--chips", default="v5e", help=f"some of {','.join(CHIPS)}")
     parser.add_argument("--clips", default="4", help="clips on the chip, several with commas")
-    parser.add_argument("--remat", default="none", help="values of the config key `remat`")
+    parser.add_argument("--remat", default="none", help=f"some of {','.join(REMAT)}")
     parser.add_argument("--largest", action="store_true", help="search the most clips that fit")
     parser.add_argument("--json", help="a file for the same figures")
     parser.add_argument("--text", help="a folder for the compiled programs' texts")
@@ -121,7 +122,7 @@ def main() -> None:
         Case(model, which, chip, clips, remat)
         for model, which, chip, remat, clips in itertools.product(
             chosen(given.models), chosen(given.passes, PASSES), chosen(given.chips, CHIPS),
-            chosen(given.remat), map(int, chosen(given.clips)),
+            chosen(given.remat, REMAT), numbers(given.clips),
         )
     ]  # fmt: skip
     print(HEADER, flush=True)
@@ -155,6 +156,12 @@ def chosen(given: str, known: Any = None) -> list[str]:
     return words
 
 
+def numbers(given: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
+        raise UserError(f"--clips takes numbers, like 2,4,16, not {given}")
+    return [int(word) for word in given.split(",")]
+
+
 def experiment_of(case: Case) -> Any:
     """The published recipe with so many clips a step."""
     name = "kinetics" if variant(case.model).frames > 1 else "imagenet"
@@ -163,8 +170,7 @@ def experiment_of(case: Case) -> Any:
         config.batch = case.clips
         config.dtype = "bfloat16"
         config.augment.group = math.gcd(config.augment.group, case.clips)
-        if case.remat != "none" or "remat" in config:
-            config.remat = case.remat
+        config.remat = case.remat
     return config
 
 

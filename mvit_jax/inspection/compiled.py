@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mvit_jax.inspection import hlo
+from mvit_jax.inspection import hlo, loops
 from mvit_jax.inspection.arithmetic import Counter
 from mvit_jax.inspection.hlo import Computation, Instruction, Module, operand_shapes
 
@@ -192,7 +192,7 @@ class _Walk:
     def computation(self, computation: Computation, trips: int) -> Iterator[Operation]:
         for line in computation.instructions.values():
             if line.opcode == "while":
-                yield from self._loop(line, trips)
+                yield from self._loop(line, computation, trips)
             elif line.opcode == "conditional":
                 yield from self._branches(line, trips)
             elif line.opcode in ("call", "async-start"):
@@ -201,9 +201,9 @@ class _Walk:
             elif not _is_free(line):
                 yield self._operation(line, computation, trips)
 
-    def _loop(self, line: Instruction, trips: int) -> Iterator[Operation]:
+    def _loop(self, line: Instruction, computation: Computation, trips: int) -> Iterator[Operation]:
         (body,), (condition,) = line.called("body"), line.called("condition")
-        times = known_trips(line, self.module)
+        times = loops.trips(line, computation, self.module)
         if times is None:
             self.unknown_loops.append(line.op_name or line.name)
             times = 1
@@ -257,25 +257,6 @@ class _Walk:
             bytes=max(given, got),
             devices=_group_size(start.attributes, self.module.devices),
         )
-
-
-def known_trips(line: Instruction, module: Module) -> int | None:
-    """How often a `while` runs: what the compiler found out, else the bound of a counter that goes
-    up from 0 by 1, which is how JAX writes `scan`; None where neither is there."""
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.attributes)
-    if found:
-        return int(found.group(1))
-    condition = module.computations[line.called("condition")[0]]
-    inside = [part for part, _ in _lines_inside(condition.root, module)]
-    less = [
-        part for part in inside if part.opcode == "compare" and "direction=LT" in part.attributes
-    ]
-    bounds = [
-        int(part.inside)
-        for part in condition.instructions.values()
-        if part.opcode == "constant" and part.shapes[0].dtype in ("s32", "u32", "s64", "u64")
-    ]
-    return bounds[0] if len(less) == 1 and len(bounds) == 1 else None
 
 
 def _traffic(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -79,6 +80,28 @@ def test_loops_in_loops_multiply():
     counts = count(outer, ones(ROWS, WIDTH), ones(LAYERS, WIDTH, WIDTH))
     assert counts.matrix_flops == 4 * 2 * LAYERS * ROWS * WIDTH * WIDTH
     assert counts.transcendentals == 4 * LAYERS * ROWS * WIDTH
+
+
+def test_counters_are_followed_where_the_compiler_does_not_say_how_often_a_loop_runs():
+    def steps(x):
+        def by_three(carry):
+            return carry[0] + 3, jnp.tanh(carry[1])
+
+        x = lax.while_loop(lambda carry: carry[0] <= 20, by_three, (jnp.int32(2), x))[1]
+        x = lax.while_loop(lambda c: c[0] > 0, lambda c: (c[0] - 1, jnp.sin(c[1])), (4, x))[1]
+        return lax.scan(
+            lambda x, _: (lax.fori_loop(0, 5, lambda _, x: x * 2, x), None), x, length=3
+        )
+
+    text = compile_(steps, ones(ROWS)).as_text()
+    told, followed = (
+        compiled.count(re.sub(removed, "", text)) for removed in ("$^", r'"known_trip_count":\S*?}')
+    )
+    assert "known_trip_count" in text
+    assert followed == told
+    assert told.unknown_loops == ()
+    assert told.transcendentals == (7 + 4) * ROWS  # at 2, 5, ... 20; at 4, 3, 2, 1
+    assert max(op.trips for op in told.operations) == 3 * 5
 
 
 def test_a_loop_of_unknown_length_is_told():
