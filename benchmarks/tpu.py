@@ -64,10 +64,9 @@ class Chip:
     memory: float
 
 
-# "Key specifications" of cloud.google.com/tpu/docs/v4, v5e, v5p, v6e. Memory is the limit in
-# libtpu's own errors ("Exceeded hbm capacity"): capacity without what it keeps for itself.
+# "Key specifications" of docs.cloud.google.com/tpu/docs/v5e, v5p and v6e: 16, 95 and 32 GB of
+# memory, of which the compiler gives a program what it names in its errors ("available HBM").
 CHIPS = {
-    "v4": Chip("v4:2x2x1", 275e12, 1.2e12, 31.75 * GIB),
     "v5e": Chip("v5e:2x2", 197e12, 0.819e12, 15.75 * GIB),
     "v5p": Chip("v5p:2x2x1", 459e12, 2.765e12, 95.74 * GIB),
     "v6e": Chip("v6e:2x2", 918e12, 1.638e12, 31.25 * GIB),
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument("--remat", default="none", help=f"some of {','.join(REMAT)}")
     parser.add_argument("--largest", action="store_true", help="search the most clips that fit")
     parser.add_argument("--json", help="a file for the same figures")
-    parser.add_argument("--text", help="a folder for the compiled programs' texts")
+    parser.add_argument("--top", type=int, default=0, help="and so many operations, by HBM bytes")
     given = parser.parse_args()
     cases = [
         Case(model, which, chip, clips, remat)
@@ -128,14 +127,14 @@ def main() -> None:
     print(HEADER, flush=True)
     rows = []
     for case in tqdm(cases, unit="program"):
-        found = measure(case, given.text)
+        found = measure(case, given.top)
         tqdm.write(line(case, found))
         rows.append((case, found))
     for group, members in groups(rows).items():
         memory = CHIPS[group.chip].memory
         while given.largest and (clips := next_clips(members, memory)) is not None:
             case = dataclasses.replace(group, clips=clips)
-            members[clips] = measure(case, given.text)
+            members[clips] = measure(case, given.top)
             rows.append((case, members[clips]))
             print(line(case, members[clips]), flush=True)
         print(fits(group, members, memory), flush=True)
@@ -203,20 +202,19 @@ def compiled_program(case: Case) -> tuple[Any, float]:
         return lowered.compile(), time.perf_counter() - began
 
 
-def measure(case: Case, texts: str | None) -> Row | int:
+def measure(case: Case, top: int) -> Row | int:
     """The figures, or where it does not fit the bytes that it would take."""
     try:
         compiled, seconds = compiled_program(case)
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        # It says either what it planned in all, or that temporaries alone are too many.
+        found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", str(error))
         if not found:
             raise
         return int(float(found.group(1)) * 1024 ** ("KMGT".index(found.group(2)) + 1))
-    text = compiled.as_text()
-    if texts:
-        name = f"{case.model}_{case.which}_{case.chip}_{case.clips}_{case.remat}.txt"
-        write_whole(Path(texts) / name, text)
-    counts, chip = counting.count(text), CHIPS[case.chip]
+    counts, chip = counting.count(compiled.as_text()), CHIPS[case.chip]
+    if top:
+        tqdm.write(breakdown(counts, top))
     compute = (counts.flops + counts.kernel_flops) / chip.flops
     roofline = max(compute, counts.hbm_bytes / chip.bandwidth)
     return Row(
@@ -232,6 +230,35 @@ def measure(case: Case, texts: str | None) -> Row | int:
         compile_seconds=seconds,
         unknown_loops=counts.unknown_loops,
     )
+
+
+def breakdown(counts: counting.Counts, top: int) -> str:
+    """Bytes by kind of operation, by block and direction, and the largest operations."""
+    operations = counts.operations
+    parts = []
+    for title, key in (("kind", lambda op: op.category), ("block", block)):
+        groups: dict[str, list[float]] = {}
+        for op in operations:
+            total = groups.setdefault(key(op), [0, 0, 0])
+            for i, value in enumerate((op.bytes, op.hbm_bytes, op.flops + op.kernel_flops)):
+                total[i] += op.trips * value / 1e9
+        rows = sorted(groups.items(), key=lambda item: -item[1][1])
+        parts.append(f"\n{title}: GB, HBM GB, GFLOP")
+        parts += [f"{a:8.3f} {b:8.3f} {c:8.1f}  {name}" for name, (a, b, c) in rows]
+    parts.append("\noperation: HBM GB, trips")
+    largest = sorted(operations, key=lambda op: -op.trips * op.hbm_bytes)[:top]
+    parts += [
+        f"{op.trips * op.hbm_bytes / 1e9:8.3f} {op.trips:4d}  {op.category} {op.name} {op.op_name}"
+        for op in largest
+    ]
+    return "\n".join(parts)
+
+
+def block(op: counting.Operation) -> str:
+    """Of the scopes that the model sets, "stage2/block3", and which way."""
+    where = [part for part in counting.scopes(op.op_name) if re.match(r"(stage|block)s?\d", part)]
+    way = "backward" if "transpose(" in op.op_name else "forward"
+    return f"{'/'.join(where)} {way}" if where else "outside the blocks"
 
 
 HEADER = """\
