@@ -239,12 +239,13 @@ def breakdown(counts: counting.Counts, top: int) -> str:
     for title, key in (("kind", lambda op: op.category), ("block", block)):
         groups: dict[str, list[float]] = {}
         for op in operations:
-            total = groups.setdefault(key(op), [0, 0, 0])
-            for i, value in enumerate((op.bytes, op.hbm_bytes, op.flops + op.kernel_flops)):
+            total = groups.setdefault(key(op), [0, 0, 0, 0])
+            flops = op.flops + op.kernel_flops
+            for i, value in enumerate((op.bytes, op.hbm_bytes, flops, 1000 * op.cycles)):
                 total[i] += op.trips * value / 1e9
         rows = sorted(groups.items(), key=lambda item: -item[1][1])
-        parts.append(f"\n{title}: GB, HBM GB, GFLOP")
-        parts += [f"{a:8.3f} {b:8.3f} {c:8.1f}  {name}" for name, (a, b, c) in rows]
+        parts.append(f"\n{title}: GB, HBM GB, GFLOP, million cycles as the compiler estimates")
+        parts += [f"{a:8.3f} {b:8.3f} {c:8.1f} {d:8.2f}  {name}" for name, (a, b, c, d) in rows]
     parts.append("\noperation: HBM GB, trips")
     largest = sorted(operations, key=lambda op: -op.trips * op.hbm_bytes)[:top]
     parts += [

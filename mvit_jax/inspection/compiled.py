@@ -18,14 +18,15 @@ the optimised program is read instead, and every instruction counts as often as 
 reads soon. A multiply-add is two FLOPs. Everything is per device.
 
 Without loops and kernels the totals are XLA's: on CPUs to the byte (but where one fusion reads
-overlapping slices of an array: XLA counts them all, here the array counts once), on TPUs within a
-few percent once both halves of each prefetch are counted, as XLA does: that is four times the
-array, where it is read once and written once.
+overlapping slices of an array: XLA counts them all, here the array counts once). On TPUs XLA counts
+both halves of what it prefetches, four times the array for a copy and three times for a slice,
+where it is read once and written once; counted like that, the bytes agree to 0.2 % for the train
+step of MViT-B 16x4 (v5e, 4 clips).
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ class Operation:
       trips: how often it runs, by the loops around it.
       flops, matrix_flops, transcendentals, bytes, hbm_bytes: of one run.
       kernel_flops: of a custom kernel, as its author states them.
+      cycles: of one run, as a TPU's compiler estimates; 0 for kernels and on other platforms.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Operation:
     bytes: int
     hbm_bytes: int
     kernel_flops: int = 0
+    cycles: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,6 @@ class Counts:
     def kernels(self) -> tuple[Operation, ...]:
         """Custom kernels, whose arithmetic no other total holds."""
         return tuple(op for op in self.operations if op.category == "kernel")
-
-    def by(self, key: Callable[[Operation], str]) -> dict[str, int]:
-        """Bytes of groups of operations, the largest first."""
-        groups: dict[str, int] = {}
-        for op in self.operations:
-            groups[key(op)] = groups.get(key(op), 0) + op.trips * op.bytes
-        return dict(sorted(groups.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True)
@@ -243,7 +239,8 @@ class _Walk:
             transcendentals=transcendentals,
             bytes=sum(size for size, _ in traffic),
             hbm_bytes=sum(size for size, space in traffic if space == 0),
-            kernel_flops=_stated_flops(line),
+            kernel_flops=_stated(line, r'"cost_estimate":\{"flops":'),
+            cycles=_stated(line, r'"estimated_cycles":'),
         )
 
     def _collective(self, line: Instruction, computation: Computation, trips: int) -> Collective:
@@ -341,8 +338,9 @@ def _is_kernel(line: Instruction) -> bool:
     return line.opcode == "custom-call" and target not in _NO_KERNEL
 
 
-def _stated_flops(line: Instruction) -> int:
-    found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line.attributes)
+def _stated(line: Instruction, name: str) -> int:
+    """A number in the compiler's notes on an instruction."""
+    found = re.search(name + r'"(\d+)"', line.attributes)
     return int(found.group(1)) if found else 0
 
 
