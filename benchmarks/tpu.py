@@ -307,7 +307,7 @@ def next_clips(rows: Rows, memory: float) -> int | None:
     if failing is not None and failing - fitting <= tolerance(fitting):
         return None
     if len(rows) < 2:
-        return 2 * max(rows)
+        return 2 * fitting or max(rows) // 2
     guess = max(estimate(rows, memory), fitting + tolerance(fitting))
     # Short of memory, the compiler recomputes of its own accord: more may fit than the line says.
     return guess if failing is None else min(guess, failing - 1)
