@@ -222,9 +222,9 @@ def _flag(node: ast.AST) -> tuple[str, str, str]:
     """Name, default and help of a flag's definition, or empty strings."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return "", "", ""
-    if not node.func.attr.startswith("DEFINE_"):
+    if not node.func.attr.startswith("DEFINE"):
         return "", "", ""
-    name, default, *_ = node.args
+    name, default, *_ = node.args[node.func.attr == "DEFINE" :]  # a parser of one's own before them
     texts = [a for a in node.args[2:] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     assert isinstance(name, ast.Constant)
     meaning = str(texts[-1].value) if texts else ""

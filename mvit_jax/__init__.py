@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mvit_jax.data.preprocess import preprocess as preprocess
     from mvit_jax.errors import UserError as UserError
+    from mvit_jax.models.inference import Inference as Inference
     from mvit_jax.models.mvit import Block as Block
     from mvit_jax.models.mvit import MViT as MViT
     from mvit_jax.models.mvit import PooledAttention as PooledAttention
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mvit_jax.models.variants import variant as variant
     from mvit_jax.weights.exporting import save_torch as save_torch
     from mvit_jax.weights.loading import load_torch as load_torch
+    from mvit_jax.weights.stablehlo import save_stablehlo as save_stablehlo
 
 _HOME = {
     "UserError": "mvit_jax.errors",
@@ -33,8 +35,10 @@ _HOME = {
     "params_of": "mvit_jax.models.mvit",
     "MViTConfig": "mvit_jax.models.plan",
     "plan": "mvit_jax.models.plan",
+    "Inference": "mvit_jax.models.inference",
     "load_torch": "mvit_jax.weights.loading",
     "save_torch": "mvit_jax.weights.exporting",
+    "save_stablehlo": "mvit_jax.weights.stablehlo",
     "VARIANTS": "mvit_jax.models.variants",
     "variant": "mvit_jax.models.variants",
     "preprocess": "mvit_jax.data.preprocess",

@@ -4,11 +4,17 @@
     python -m mvit_jax.convert SOURCE --variant=mvitv2_s_16x4 --out=DIR --inflate=centre
     python -m mvit_jax.convert SOURCE --variant=mvit_b_16x4 --out=DIR num_classes=10 frames=32
     python -m mvit_jax.convert DIR --to=torchvision --out=FILE
+    python -m mvit_jax.convert DIR --to=stablehlo --out=FILE [--platforms=cpu,cuda,tpu] [--batch=N]
 
 SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read, never run. DIR is a folder that
 `evaluate`, `predict` and `--config.init.checkpoint` take: parameters, architecture, preprocessing,
 labels.txt where --labels gives the names of the classes, and report.txt with a line per tensor. A
 tensor that should have been loaded and was not is an error, and then nothing is written.
+
+--to=stablehlo writes the whole model, to be run by JAX without this package. It takes uint8 clips
+[batch, T, H, W, 3] (images [batch, H, W, 3]), RGB from 0 to 255, scaled and cut to the model's
+size, normalises them, computes in the run's dtype and precision, and gives float32 logits [batch,
+classes].
 """
 
 import dataclasses
@@ -18,6 +24,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from mvit_jax import errors
@@ -31,17 +38,32 @@ from mvit_jax.weights.exporting import TARGETS, save_torch
 from mvit_jax.weights.layouts import Origin
 from mvit_jax.weights.loading import Loaded, load
 from mvit_jax.weights.report import WeightsError
+from mvit_jax.weights.stablehlo import save_stablehlo
 from mvit_jax.weights.surgery import INFLATIONS
 
 _VARIANT = flags.DEFINE_string("variant", None, "The variant that SOURCE is of: describe --all.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; with --to, the file.")
-_TO = flags.DEFINE_enum("to", None, TARGETS, "Write a run's or a converted folder's weights so.")
+_TO = flags.DEFINE_enum(
+    "to", None, (*TARGETS, "stablehlo"), "Write a run's or a converted folder's weights so."
+)
 _LABELS = flags.DEFINE_string("labels", None, "Names of the classes, one a line, label 0 first.")
 _INFLATE = flags.DEFINE_enum(
     "inflate", None, INFLATIONS, "How an image model becomes a video model, or back."
 )
 _WHICH = flags.DEFINE_enum(
     "which", "last", ["last", "best"], "Which state of a run, with --to.", allow_override=True
+)
+_PLATFORMS = flags.DEFINE_list(
+    "platforms",
+    None,
+    "Of stablehlo: cpu, cuda, rocm, tpu or several; where none are given this one.",
+)
+_BATCH = flags.DEFINE_integer(
+    "batch",
+    None,
+    "Of stablehlo: clips at a time; any number where not given.",
+    lower_bound=1,
+    allow_override=True,
 )
 
 ORIGIN = "origin.json"
@@ -52,6 +74,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError("give SOURCE, and --variant=NAME --out=DIR or --to=... --out=FILE")
     source, overrides = argv[1], dict(override(text) for text in argv[2:])
     out = Path(_OUT.value)
+    if _TO.value != "stablehlo" and (_PLATFORMS.value or _BATCH.value):
+        raise errors.UserError("--platforms and --batch go with --to=stablehlo")
     if _TO.value is not None:
         if overrides or _VARIANT.value or _LABELS.value or _INFLATE.value:
             raise errors.UserError(
@@ -59,6 +83,9 @@ def main(argv: list[str]) -> None:
             )
         if out.exists():
             raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
+        if _TO.value == "stablehlo":
+            give_program(Path(source), out, _WHICH.value, _BATCH.value, _PLATFORMS.value)
+            return
         give(Path(source), out, _TO.value, _WHICH.value)
         return
     if _WHICH.value != "last":
@@ -144,6 +171,30 @@ def give(folder: Path, out: Path, to: str, which: str) -> None:
     print(f"wrote {out}: {done.tensors} tensors as {done.family} has them")
     for note in done.notes:
         print(f"note: {note}")
+
+
+def give_program(
+    folder: Path, out: Path, which: str, batch: int | None, platforms: list[str] | None
+) -> None:
+    """The model of a run's or a converted folder becomes a file that JAX alone can run."""
+    params, model = experiment.read_params(folder, which)
+    config = experiment.frozen(folder)
+    with jax.default_matmul_precision(config.precision):
+        exported = save_stablehlo(
+            params,
+            model,
+            out,
+            mean=config.data.mean,
+            std=config.data.std,
+            dtype=experiment.DTYPES[config.dtype],
+            batch=batch,
+            platforms=platforms,
+        )
+    [clips], [logits] = exported.in_avals, exported.out_avals
+    print(
+        f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB for {', '.join(exported.platforms)}: "
+        f"{clips.str_short()}, RGB from 0 to 255, to logits {logits.str_short()}"
+    )
 
 
 def _origin(folder: Path) -> Origin | None:

@@ -37,7 +37,7 @@ from mvit_jax import errors
 from mvit_jax.data.sources import Source
 from mvit_jax.files import write_whole
 from mvit_jax.inspection import plots
-from mvit_jax.training import experiment, runs, sheet
+from mvit_jax.training import compiled, experiment, runs, sheet
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.experiment import Config
 
@@ -48,7 +48,9 @@ _CLIPS = flags.DEFINE_list(
     "clips", None, "Clips per video, one number or several; the config's where not given."
 )
 _CROPS = flags.DEFINE_integer("crops", None, "Crops per clip, 1 or 3; the config's likewise.")
-_BATCH = flags.DEFINE_integer("batch", None, "Videos at a time; the config's likewise.")
+_BATCH = flags.DEFINE_integer(
+    "batch", None, "Videos at a time; the config's likewise.", allow_override=True
+)
 _DATA = flags.DEFINE_string("data", None, "The data folder, where it is not the config's.")
 _SHUFFLE = flags.DEFINE_bool("shuffle_frames", False, "Shuffle the frames of each clip.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Put the runs in the named folders side by side.")
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> None:
         )
     if _WORKDIR.value is None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
+    compiled.keep()
     folder = Path(_WORKDIR.value)
     config = experiment.frozen(folder)
     counts = numbers(_CLIPS.value) or [config.eval.clips]

@@ -33,6 +33,7 @@ from mvit_jax.inspection import render
 from mvit_jax.prediction import picture
 from mvit_jax.prediction.predictor import Prediction, Predictor
 from mvit_jax.prediction.windows import clock
+from mvit_jax.training import compiled
 
 # Other programs have flags of the same names, and tests import them all.
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
@@ -65,6 +66,7 @@ _MAX_MINUTES = flags.DEFINE_float("max_minutes", 10.0, "Longest video that it ta
 def main(argv: list[str]) -> None:
     files = argv[1:]
     folder = _folder()
+    compiled.keep()
     if _SERVE.value:
         _serve(folder, files)
         return

@@ -5,11 +5,15 @@
         --config.optim.lr=1e-3
     python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --dry_run
     python -m mvit_jax.train --config=configs/moving_digits.py --contact_sheet=FILE.png
+    python -m mvit_jax.train --config=configs/moving_digits.py --workdir=DIR --profile
 
 Started again with the same command after any stop, it goes on where it was and ends with the same
 parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and exits with status
 128 + the signal's number. --contact_sheet trains nothing: it draws the first clips as the model
-would get them.
+would get them. --profile traces steps 10 to 15 after the start, --profile=FIRST:LAST others, into
+DIR/profile, for TensorBoard or xprof.
+
+Compiled programs are kept (`training.compiled`), so that a second start need not compile again.
 """
 
 import importlib.metadata
@@ -38,11 +42,13 @@ from mvit_jax.data.sources import Source
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import (
+    compiled,
     contact_sheet,
     dry_run,
     evaluation,
     experiment,
     jitted,
+    profiling,
     runs,
     sharding,
     workdir,
@@ -59,6 +65,23 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the whole plan and start nothing.")
 _SHEET = flags.DEFINE_string(
     "contact_sheet", None, "Draw the first training clips into this picture, and stop."
+)
+
+
+class _Steps(flags.ArgumentParser):
+    """Of a flag that is given alone, or as --profile=FIRST:LAST."""
+
+    def parse(self, argument: str) -> tuple[int, int] | None:
+        alone = {"true": (profiling.FIRST, profiling.LAST), "false": None}
+        return alone[argument] if argument in alone else profiling.window(argument)
+
+
+_PROFILE = flags.DEFINE(
+    _Steps(),
+    "profile",
+    None,
+    "Trace these steps of this start, FIRST:LAST, into DIR/profile; alone, steps 10 to 15.",
+    boolean=True,
 )
 
 
@@ -80,7 +103,8 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None or plans:
         return
     try:
-        sys.exit(train(_CONFIG.value, _WORKDIR.value))
+        compiled.keep()
+        sys.exit(train(_CONFIG.value, _WORKDIR.value, _PROFILE.value))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -90,8 +114,11 @@ def main(argv: list[str]) -> None:
         ) from error
 
 
-def train(config: Config, folder: str) -> int:
-    """Trains as `config` says in the workdir `folder`; returns the exit status."""
+def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -> int:
+    """Trains as `config` says in the workdir `folder`; returns the exit status.
+
+    Of this start, the steps from the first to the last of `profile` are traced.
+    """
     experiment.check(config)
     experiment.check_start(config)
     jax.config.update("jax_default_matmul_precision", config.precision)
@@ -128,7 +155,11 @@ def train(config: Config, folder: str) -> int:
             folder, start=start, steps=steps, batch=config.batch, every=config.log_every,
             max_broken=config.data.max_broken,
         )  # fmt: skip
-        with closing(log), StopRequest() as stop:
+        with (
+            closing(log),
+            StopRequest() as stop,
+            profiling.Profile(folder, profile, start=start, steps=steps, say=log.say) as trace,
+        ):
             introduce(log, config, model, state, videos, mesh, start, steps)
             log.say(origin)
             batches = load(videos, config, model, mesh, start, steps)
@@ -138,7 +169,9 @@ def train(config: Config, folder: str) -> int:
             try:
                 for done, batch in zip(itertools.count(start + 1), batches, strict=False):
                     report_broken(log, videos, batch["broken"], broken, model.frames)
-                    state, metrics = step_function(state, sharding.to_devices(batch, mesh))
+                    state, metrics = trace.step(
+                        done, step_function, state, sharding.to_devices(batch, mesh)
+                    )
                     log.step(done, metrics, np.asarray(schedule(done - 1)).item())
 
                     if validation and (done % validate_every == 0 or done == steps):

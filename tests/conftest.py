@@ -6,6 +6,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("MVIT_JAX_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Programs keep what they compiled in the user's folder; tests that try that choose their own.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # Tests compile much and run little.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

@@ -68,7 +68,7 @@ class Preprocess:
             views = pipeline.views(video, settings, clips=clips, crops=crops)
         if want.frames == 1:
             views = views[:, 0]
-        # The arithmetic of training.mixing.normalise, which works on devices.
+        # The arithmetic of models.inference.normalise, which works on devices.
         std = np.asarray(want.std)
         clip = views * (1 / (255 * std)).astype(np.float32)
         clip -= (np.asarray(want.mean) / std).astype(np.float32)

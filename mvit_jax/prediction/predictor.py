@@ -1,11 +1,9 @@
 """A trained model, loaded once, and what it says of files."""
 
-import contextlib
-import functools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +18,10 @@ from mvit_jax.data.images import Frames
 from mvit_jax.data.lists import read_class_names
 from mvit_jax.errors import UserError
 from mvit_jax.inspection import places, saliency
+from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.prediction import reading
 from mvit_jax.prediction.windows import Timeline, is_long, windows
-from mvit_jax.training import evaluation, experiment, mixing, sharding
+from mvit_jax.training import evaluation, experiment, sharding
 from mvit_jax.training.experiment import Config
 
 AT_A_TIME = 8  # windows that go through the model together
@@ -107,16 +106,20 @@ class Predictor:
         # A clip of segments is spread over all of a video, however long.
         self._takes_windows = clips is None and self._settings.sampling == "span"
         self._recipe = experiment.recipe(self.config, len(self.names))
-        self._mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
-        with self._entered():
-            self._params, self.step = experiment.load_params(
-                self.config, self.model, folder, which, self._mesh
-            )
-        self._apply = evaluation.predictor(
-            experiment.model_apply(self.config, self.model, self._mesh),
-            self._recipe,
+        mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
+        self._params, self.step = experiment.load_params(
+            self.config, self.model, folder, which, mesh
+        )
+        eval_ = self.config.eval
+        self._logits = Inference(
             self._params,
-            self._mesh,
+            self.model,
+            dtype=self._recipe.dtype,
+            mean=self._recipe.mean,
+            std=self._recipe.std,
+            # Of a short video, and of a long one's windows.
+            buckets=(eval_.clips * eval_.crops, AT_A_TIME * eval_.crops),
+            mesh=mesh,
         )
 
     def predict(
@@ -190,7 +193,7 @@ class Predictor:
                     yield np.concatenate(batch)
                     batch.clear()
 
-        scores = self._scored(batches(), AT_A_TIME * crops)
+        scores = self._scored(batches())
         ensemble = self.config.eval.ensemble
         by_crop = np.concatenate(list(scores)).reshape(count, crops, -1)
         by_window = evaluation.over_views(by_crop, ensemble, axis=1)
@@ -204,24 +207,19 @@ class Predictor:
         )
 
     def _scored(
-        self, batches: Iterable[np.ndarray], largest: int | None = None
+        self, batches: Iterable[np.ndarray]
     ) -> Iterator[Float64[np.ndarray, "views classes"]]:
-        """Probabilities of uint8 views, batch by batch; all are padded to the largest, for one
-        compilation."""
-        waiting: tuple[jax.Array, int] | None = None
+        """Probabilities of uint8 views, batch by batch."""
+        activation = jax.nn.sigmoid if self._recipe.multi_label else jax.nn.softmax
+        waiting: jax.Array | None = None
         for views in batches:
-            rows = math.ceil((largest or len(views)) / self._mesh.size) * self._mesh.size
-            padded = np.zeros((rows, 1, *views.shape[1:]), np.uint8)
-            padded[: len(views), 0] = views
-            with self._entered():
-                result = self._apply(
-                    self._params, sharding.to_devices({"clip": padded}, self._mesh)["clip"]
-                )
+            with jax.default_matmul_precision(self.config.precision):
+                probabilities = activation(self._logits(views))
             if waiting is not None:  # the next batch is decoded while the model computes
-                yield _fetched(*waiting)
-            waiting = result, len(views)
+                yield np.asarray(waiting, np.float64)
+            waiting = probabilities
         if waiting is not None:
-            yield _fetched(*waiting)
+            yield np.asarray(waiting, np.float64)
 
     def maps(self, shown: UInt8[np.ndarray, "clips time size size 3"]) -> Maps:
         """Where the model looks in each of these clips, and what speaks there for the class that it
@@ -237,10 +235,10 @@ class Predictor:
             ),
         )
 
-    @functools.cached_property
+    @cached_property
     def _jitted_maps(self) -> Callable[[Any, np.ndarray], tuple[jax.Array, jax.Array]]:
         def maps(params: Any, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
-            clip = mixing.normalise(clip, self._recipe.mean, self._recipe.std, jnp.float32)
+            clip = normalise(clip, self._recipe.mean, self._recipe.std, jnp.float32)
             return (
                 saliency.rollout(params, clip, config=self.model),
                 saliency.grad_cam(params, clip, config=self.model, block=self._fine_block),
@@ -252,16 +250,6 @@ class Predictor:
     def _fine_block(self) -> int:
         size = self.model.size
         return saliency.fine_block(self.model, (self.model.frames, size, size))
-
-    @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
-        # Of the thread that asks, and for no longer: a page answers in threads of its own.
-        with jax.default_matmul_precision(self.config.precision), jax.set_mesh(self._mesh):
-            yield
-
-
-def _fetched(result: jax.Array, rows: int) -> Float64[np.ndarray, "views classes"]:
-    return np.asarray(result[:rows, 0], np.float64)
 
 
 def class_names(config: Config, folder: Path, count: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What happens to a batch on the device before the model sees it: scale, flip, erase, mix.
+"""What happens to a batch on the device before the model sees it: flip, erase, mix.
 
 In this order, the recipes'. Draws are of the whole batch, so that the number of devices that hold
 it changes nothing.
@@ -8,22 +8,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from mvit_jax.errors import UserError
 
 Clips = Float[Array, "batch time height width 3"]
 Targets = Float[Array, "batch num_classes"]
-
-
-def normalise(
-    clip: UInt8[Array, "*batch 3"], mean: tuple[float, ...], std: tuple[float, ...], dtype
-) -> Float[Array, "*batch 3"]:
-    """Bytes to (value / 255 - mean) / std, per colour channel."""
-    per_colour = (1,) * (clip.ndim - 1) + (3,)
-    scale = jnp.asarray([1 / (255 * s) for s in std], dtype).reshape(per_colour)
-    offset = jnp.asarray([m / s for m, s in zip(mean, std, strict=True)], dtype)
-    return clip.astype(dtype) * scale - offset.reshape(per_colour)
 
 
 def flip(clip: Clips, key: Array, rate: float) -> Clips:

@@ -18,8 +18,8 @@ from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.sources import Source
 from mvit_jax.errors import UserError
 from mvit_jax.inspection import places, render, saliency
+from mvit_jax.models.inference import normalise
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import mixing
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.step import Recipe
 
@@ -103,7 +103,7 @@ class Painter:
         recipe = self.recipe
         try:
             # One clip at a time: the probabilities of a full-size model take much memory.
-            normal = mixing.normalise(jnp.asarray(clip[None]), recipe.mean, recipe.std, jnp.float32)
+            normal = normalise(jnp.asarray(clip[None]), recipe.mean, recipe.std, jnp.float32)
             maps = [np.asarray(f(self.params, normal)) for f in (self.rollout, self.grad_cam)]
         except (UserError, jax.errors.JaxRuntimeError) as error:
             self.why_not = str(error).strip().partition("\n")[0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from mvit_jax.models.inference import normalise
 from mvit_jax.training import mixing
 from mvit_jax.training.losses import binary_cross_entropy, cross_entropy, soft_targets
 
@@ -66,18 +67,21 @@ def train_step(
     not negative where the clip stands for one that could not be decoded.
 
     `apply` is `models.mvit.apply` with its config. Nothing random is stored: every draw follows
-    from the seed and the step.
+    from the seed and the step. The scopes name what a profile shows (`train --profile`).
     """
     key_batch, key_model = keys(recipe.seed, state.step)
-    clip, targets = augmented(batch, key_batch, recipe)
+    with jax.named_scope("augment"):
+        clip, targets = augmented(batch, key_batch, recipe)
 
     def loss(params, clip, targets, labels, key):
         logits, _ = apply(params, clip, train=True, key=key, dtype=recipe.dtype)
-        best = jnp.argmax(logits, -1)
-        if recipe.multi_label:
-            correct = jnp.sum(jnp.take_along_axis(labels, best[:, None], axis=1), dtype=jnp.int32)
-            return jnp.mean(binary_cross_entropy(logits, targets)), correct
-        return jnp.mean(cross_entropy(logits, targets)), jnp.sum(best == labels)
+        with jax.named_scope("loss"):
+            best = jnp.argmax(logits, -1)
+            if recipe.multi_label:
+                right = jnp.take_along_axis(labels, best[:, None], axis=1)
+                correct = jnp.sum(right, dtype=jnp.int32)
+                return jnp.mean(binary_cross_entropy(logits, targets)), correct
+            return jnp.mean(cross_entropy(logits, targets)), jnp.sum(best == labels)
 
     (value, correct), grads = _accumulated(
         jax.value_and_grad(loss, has_aux=True),
@@ -86,11 +90,12 @@ def train_step(
         (clip, targets, batch["label"]),
         key_model,
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1 - recipe.ema)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1 - recipe.ema)
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
     clips = jnp.asarray(batch["label"].shape[0])
     metrics = {
@@ -108,7 +113,7 @@ def predict_step(params: Any, clip: Array, *, apply: Callable[..., Any], recipe:
     each view by softmax, or by a sigmoid for each class where a clip has any number of classes."""
     batch, views = clip.shape[:2]
     flat = clip.reshape(batch * views, *clip.shape[2:])
-    flat = mixing.normalise(flat, recipe.mean, recipe.std, recipe.dtype)
+    flat = normalise(flat, recipe.mean, recipe.std, recipe.dtype)
     logits, _ = apply(params, flat, dtype=recipe.dtype)
     probabilities = jax.nn.sigmoid(logits) if recipe.multi_label else jax.nn.softmax(logits)
     return probabilities.reshape(batch, views, -1)
@@ -124,7 +129,7 @@ def augmented(batch: dict[str, Array], key: Array, recipe: Recipe) -> tuple[Arra
     """What is done to a batch on the device: normalised, flipped, erased and mixed clips [batch, T,
     H, W, 3], and their targets [batch, num_classes]."""
     key_flip, key_mix, key_erase = jax.random.split(key, 3)
-    clip = mixing.normalise(batch["clip"], recipe.mean, recipe.std, recipe.dtype)
+    clip = normalise(batch["clip"], recipe.mean, recipe.std, recipe.dtype)
     if recipe.multi_label:
         targets = batch["label"].astype(jnp.float32)
     else:

@@ -15,7 +15,6 @@ from mvit_jax.data.decoding import DecodeError
 from mvit_jax.data.lists import VideoList
 from mvit_jax.data.preprocess import Preprocess
 from mvit_jax.errors import UserError
-from mvit_jax.training.mixing import normalise
 
 FRAMES = 100
 

@@ -77,15 +77,15 @@ def test_windows_are_clips_of_their_frames_through_the_model(
 def test_a_timeline_turns_where_the_video_does(predictor, long_video, monkeypatch):
     """With a model that tells dark from bright, as a stand-in for a trained one."""
 
-    def brightness(params, clip):
-        light = np.asarray(clip, np.float64).mean((1, 2, 3, 4, 5))
-        bright = 1 / (1 + np.exp(-(light - middle) / 5))
-        rows = [1 - bright, bright, *np.zeros((6, len(bright)))]
-        return jax.numpy.asarray(np.stack(rows, axis=1))[:, None]
+    def brightness(clips):
+        light = np.asarray(clips, np.float64).mean((1, 2, 3, 4))
+        bright = (light - middle) / 5
+        rows = [np.zeros(len(light)), bright, *np.full((6, len(light)), -1e3)]
+        return jax.numpy.asarray(np.stack(rows, axis=1))
 
     with Video(long_video) as video:
         middle = np.median(video.frames(range(192)))
-    monkeypatch.setattr(predictor, "_apply", brightness)
+    monkeypatch.setattr(predictor, "_logits", brightness)
     segments = predictor.predict(long_video).timeline.segments()
     assert [segment.label for segment in segments] == [0, 1]
     span = 16 / 30

@@ -1,0 +1,92 @@
+"""A trace of a few training steps, for TensorBoard and xprof."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FIRST, LAST = 10, 15  # by default; by then all is compiled and the input has settled
+
+
+class Profile:
+    """Traces some steps of a run into `WORKDIR/profile`, each under its number.
+
+    A context, so that a trace is also ended where training stops in the middle of it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        window: tuple[int, int] | None,
+        *,
+        start: int,
+        steps: int,
+        say: Callable[[str], object],
+    ) -> None:
+        """Nothing is traced where `window` is None.
+
+        Args:
+          folder: the workdir.
+          window: first and last step to trace, counted from 1 at this start of the run. One that
+            goes beyond the run's end is moved to its last steps.
+          start: steps done before this start.
+          steps: of the whole run.
+          say: is told, in one line, where the trace is.
+        """
+        self._folder, self._say = Path(folder) / "profile", say
+        self._steps = range(0)
+        self._last: int | None = None  # step that the trace holds, while one is running
+        if window is not None:
+            last = min(start + window[1], steps)
+            # Moved, it leaves out the first step of a start where it can: that one compiles.
+            earliest = max(start + min(2, window[0]), last - (window[1] - window[0]))
+            self._steps = range(min(start + window[0], earliest, last), last + 1)
+
+    def step(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, the step `number` of the run, from 1."""
+        if number not in self._steps:
+            return function(*args)
+        if self._last is None:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call would be most of the trace
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+        self._last = number
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            result = function(*args)
+        if number == self._steps[-1]:
+            jax.block_until_ready(result)  # the devices are behind
+            self._stop()
+        return result
+
+    def _stop(self) -> None:
+        first, last, self._last = self._steps[0], self._last, None
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:  # whatever it is, a full disk say: the training goes on
+            self._say(f"the trace in {self._folder} could not be written: {error}")
+        else:
+            self._say(
+                f"traced steps {first} to {last} into {self._folder}: open it by "
+                f"pip install xprof, then xprof --logdir={self._folder}"
+            )
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._last is not None:
+            self._stop()
+
+
+def window(text: str) -> tuple[int, int]:
+    """First and last step of "10:15".
+
+    Raises:
+      ValueError: it is no such range.
+    """
+    parts = re.fullmatch(r"(\d+):(\d+)", text)
+    if parts is None or not 1 <= int(parts[1]) <= int(parts[2]):
+        raise ValueError(f"{text} is no range of steps: give first and last, {FIRST}:{LAST}")
+    return int(parts[1]), int(parts[2])

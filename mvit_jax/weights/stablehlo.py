@@ -1,0 +1,87 @@
+"""A trained model as one file that JAX runs without this package: StableHLO, by `jax.export`."""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from mvit_jax.errors import UserError
+from mvit_jax.files import write_whole
+from mvit_jax.models import trees
+from mvit_jax.models.inference import Colour, forward_function, with_dtype
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.trees import Params
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+LARGEST = 2**31 - 2**24  # bytes: the format counts in 32 bits with a sign
+
+
+def save_stablehlo(
+    params: Params,
+    config: MViTConfig,
+    path: str | os.PathLike[str],
+    *,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+    dtype: Any = jnp.float32,
+    batch: int | None = None,
+    platforms: Sequence[str] | None = None,
+    **options: Any,
+) -> export.Exported:
+    """Writes a model, weights and all, as one file. To run it needs JAX and nothing else:
+
+        from jax import export
+        model = jax.jit(export.deserialize(open(path, "rb").read()).call)
+        logits = model(clips)  # float32 [batch, num_classes]
+
+    With `mean` and `std` it takes uint8 clips, RGB from 0 to 255, and normalises them; without, it
+    takes float32 ones that are normalised already, (value / 255 - mean) / std. Clips are `[batch,
+    T, H, W, 3]`, for models of images `[batch, H, W, 3]`, of the config's frames and size.
+
+    Args:
+      params: of `init`, `params_of` or a checkpoint.
+      config: their architecture.
+      path: the file.
+      mean: of the colours, from 0 to 1.
+      std: their standard deviation.
+      dtype: what the model computes in, and what most of its weights are kept in.
+      batch: clips at a time; any number where not given.
+      platforms: some of "cpu", "cuda", "rocm" and "tpu"; the one that JAX runs on where not given.
+      **options: more arguments of `apply`.
+
+    Returns:
+      What was written; `in_avals`, `out_avals` and `platforms` describe it.
+
+    Raises:
+      UserError: the model is too large for the format, there is no such platform, or the file
+        cannot be written.
+    """
+    platforms = tuple(platforms or [export.default_export_platform()])
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if unknown:
+        raise UserError(f"platforms are {', '.join(PLATFORMS)}, not {', '.join(unknown)}")
+    weights = with_dtype(jax.device_get(params), dtype)  # wherever they were
+    size = sum(leaf.nbytes for leaf in trees.flat(weights).values())
+    if size > LARGEST:
+        raise UserError(
+            f"{path} would hold {size / 1e9:.1f} GB of weights, and the format ends at "
+            f"{LARGEST / 1e9:.1f} GB: use bfloat16"
+        )
+    forward = forward_function(config, dtype=dtype, mean=mean, std=std, **options)
+    exported = export.export(jax.jit(functools.partial(forward, weights)), platforms=platforms)(
+        clip_shape(config, np.uint8 if mean is not None else np.float32, batch)
+    )
+    write_whole(path, bytes(exported.serialize()))
+    return exported
+
+
+def clip_shape(config: MViTConfig, dtype: Any, batch: int | None = None) -> jax.ShapeDtypeStruct:
+    """Of the clips or images that a model takes; `batch` None stands for any number."""
+    rows = export.symbolic_shape("batch")[0] if batch is None else batch
+    time = () if config.frames == 1 else (config.frames,)
+    return jax.ShapeDtypeStruct((rows, *time, config.size, config.size, 3), dtype)

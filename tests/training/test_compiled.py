@@ -1,0 +1,66 @@
+"""Programs that find in a second process what the first one compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mvit_jax.training import compiled
+from tests import tiny
+
+# Prints how many compilations were found on disk and how many were not.
+PROGRAM = """
+import functools, jax
+from mvit_jax.models import mvit
+from mvit_jax.models.variants import variant
+from mvit_jax.training import compiled
+compiled.keep()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[1]))
+config = variant("mvit_b_16x4", frames=2, size=16, width=4, depths=(1,), num_classes=3)
+params = jax.eval_shape(lambda: mvit.init(config, jax.random.key(0)))
+clip = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "float32")
+jax.jit(functools.partial(mvit.apply, config=config)).lower(params, clip).compile()
+print(events.count("cache_hits"), events.count("cache_misses"))
+"""
+
+
+def run(folder: Path, code=PROGRAM, **env) -> str:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "XDG_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=tiny.ROOT,
+        env=inherited | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder)} | env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_a_second_process_need_not_compile(tmp_path):
+    assert run(tmp_path) == "0 1"
+    assert list((tmp_path / "mvit_jax" / "compiled").glob("jit_apply-*"))
+    assert run(tmp_path) == "1 0"
+
+
+def test_jaxs_own_variables_come_first(tmp_path):
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    assert run(tmp_path / "default", **own) == "0 1"
+    assert list((tmp_path / "own").glob("jit_apply-*"))
+    assert run(tmp_path / "default", JAX_ENABLE_COMPILATION_CACHE="0") == "0 0"
+    assert not (tmp_path / "default").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiled.default_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled.default_folder() == tmp_path / "mvit_jax" / "compiled"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert compiled.default_folder() == tmp_path / "home" / ".cache" / "mvit_jax" / "compiled"
+
+
+def test_the_tests_keep_nothing_in_the_users_folder():
+    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "0"

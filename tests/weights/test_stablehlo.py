@@ -1,0 +1,120 @@
+"""Models as files that JAX runs alone, in a process in which this package cannot be imported."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import mvit_jax
+from mvit_jax.errors import UserError
+from mvit_jax.models import inference, mvit
+from mvit_jax.models.variants import variant
+from mvit_jax.weights import stablehlo
+from mvit_jax.weights.stablehlo import save_stablehlo
+
+SMALL = {"size": 32, "width": 16, "depths": (1, 1), "num_classes": 5}
+VIDEO = variant("mvitv2_s_16x4", frames=4, **SMALL)  # with relative positions
+MEAN, STD = (0.45, 0.4, 0.5), (0.225, 0.2, 0.25)
+
+ALONE = """
+import sys
+for name in ("mvit_jax", "flax", "optax", "einops", "jaxtyping"):
+    sys.modules[name] = None  # importing it raises
+import jax, numpy as np
+from jax import export
+model = jax.jit(export.deserialize(open("model", "rb").read()).call)
+np.save("logits.npy", model(np.load("clips.npy")))
+"""
+
+
+@pytest.fixture(scope="module")
+def params():
+    return mvit.init(VIDEO, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return np.random.default_rng(0).integers(0, 256, (3, 4, 32, 32, 3)).astype(np.uint8)
+
+
+def logits_of(params, config, clips, **options):
+    return jax.jit(functools.partial(mvit.apply, config=config, **options))(params, clips)[0]
+
+
+def normalised(clips):
+    return ((clips / 255 - MEAN) / STD).astype(np.float32)
+
+
+def test_a_file_runs_without_this_package_and_gives_the_same_logits(params, clips, tmp_path):
+    save_stablehlo(params, VIDEO, tmp_path / "model", mean=MEAN, std=STD)
+    np.save(tmp_path / "clips.npy", clips)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = logits_of(params, VIDEO, normalised(clips))
+    assert expected.std() > 1e-2
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5)
+
+
+def test_any_number_of_clips_on_any_platform(params, clips, tmp_path):
+    platforms = ("cpu", "cuda", "tpu")
+    made = save_stablehlo(params, VIDEO, tmp_path / "model", platforms=platforms)
+    exported = export.deserialize(bytearray((tmp_path / "model").read_bytes()))
+    assert exported.platforms == made.platforms == platforms
+    assert str(exported.in_avals[0]) == "float32[batch,4,32,32,3]"
+    model, given = jax.jit(exported.call), normalised(clips)
+    expected = logits_of(params, VIDEO, given)
+    for count in (1, 3):
+        np.testing.assert_allclose(model(given[:count]), expected[:count], atol=1e-5)
+
+
+def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
+    config = variant("mvitv2_t", **SMALL)
+    params = mvit.init(config, jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    save_stablehlo(params, config, tmp_path / "float32", batch=2)
+    save_stablehlo(params, config, tmp_path / "bfloat16", batch=2, dtype=jnp.bfloat16)
+    model = export.deserialize(bytearray((tmp_path / "bfloat16").read_bytes())).call
+    expected = logits_of(params, config, images, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(jax.jit(model)(images), expected, atol=2e-2 * expected.std())
+    with pytest.raises(ValueError, match="shape"):
+        model(images[:1])
+    saved = (tmp_path / "float32").stat().st_size - (tmp_path / "bfloat16").stat().st_size
+    kernels = sum(
+        leaf.size for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim == 2
+    )  # most of the weights
+    assert saved > 2 * 0.9 * kernels
+
+
+def test_what_cannot_be_written_is_one_sentence(params, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="platforms are cpu, cuda, rocm, tpu, not gpu"):
+        save_stablehlo(params, VIDEO, tmp_path / "model", platforms=["cpu", "gpu"])
+    with pytest.raises(UserError, match="cannot be written"):
+        save_stablehlo(params, VIDEO, tmp_path / "missing" / "model")
+    monkeypatch.setattr(stablehlo, "LARGEST", 1000)
+    with pytest.raises(UserError, match="use bfloat16"):
+        save_stablehlo(params, VIDEO, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [None, 1])
+def test_relative_positions_do_not_blow_up_the_program(batch):
+    """At full size: what surrounds the weights is half a percent of them, and no constant in it
+    holds a value for each pair of places (vision#7003 is such a graph)."""
+    config = mvit_jax.variant("mvitv2_s_16x4")
+    shapes = jax.eval_shape(lambda: mvit.init(config, jax.random.key(0)))
+    forward = inference.forward_function(config, mean=MEAN, std=STD)
+    clip = stablehlo.clip_shape(config, np.uint8, batch)
+    exported = export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(shapes, clip)
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
+    assert weights > 130e6
+    assert len(exported.serialize()) < 1e6
