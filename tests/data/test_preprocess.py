@@ -15,6 +15,7 @@ from mvit_jax.data.decoding import DecodeError
 from mvit_jax.data.lists import VideoList
 from mvit_jax.data.preprocess import Preprocess
 from mvit_jax.errors import UserError
+from mvit_jax.models.inference import normalise
 
 FRAMES = 100
 

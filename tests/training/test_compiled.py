@@ -1,9 +1,12 @@
 """Programs that find in a second process what the first one compiled."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from mvit_jax.training import compiled
 from tests import tiny
@@ -39,7 +42,7 @@ def run(folder: Path, code=PROGRAM, **env) -> str:
 
 def test_a_second_process_need_not_compile(tmp_path):
     assert run(tmp_path) == "0 1"
-    assert list((tmp_path / "mvit_jax" / "compiled").glob("jit_apply-*"))
+    assert list((tmp_path / "mvit_jax" / "compiled").glob("*/jit_apply-*"))
     assert run(tmp_path) == "1 0"
 
 
@@ -56,11 +59,47 @@ def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compiled.default_folder() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiled.default_folder() == tmp_path / "mvit_jax" / "compiled"
+    folder = compiled.default_folder()
+    assert folder and folder.is_dir() and folder.parent == tmp_path / "mvit_jax" / "compiled"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    assert compiled.default_folder() == tmp_path / "home" / ".cache" / "mvit_jax" / "compiled"
+    at_home = compiled.default_folder()
+    assert at_home == tmp_path / "home" / ".cache" / "mvit_jax" / "compiled" / folder.name
+
+
+def test_machines_with_other_instructions_share_nothing(monkeypatch):
+    cores = "processor : {}\nmodel name : A\ncpu MHz : {}\nflags : fpu avx2{}\n\n"
+
+    def name(*values):
+        text = "".join(cores.format(core, *values) for core in range(2))
+        monkeypatch.setattr(Path, "read_text", lambda path: text)
+        return compiled.processor()
+
+    assert name(2000, "") == name(3000, "")
+    assert name(2000, "") != name(2000, " avx512f")
 
 
 def test_the_tests_keep_nothing_in_the_users_folder():
     assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "0"
+
+
+@pytest.mark.slow
+def test_eight_devices_train_the_same_from_kept_programs(digits, tmp_path):
+    """Sharded weights, donated state, collectives: the whole program, three times."""
+    losses = []
+    for name in ("off", "first", "second"):
+        flags = [*tiny.FLAGS, "--config.mesh.fsdp=2", "--config.epochs=4"]
+        flags += [f"--config.data.folder={digits}", f"--workdir={tmp_path / name}"]
+        code = (
+            "import runpy, sys\n"
+            f"sys.argv = ['train.py', '--config=configs/moving_digits.py', *{flags!r}]\n"
+            "runpy.run_module('mvit_jax.train', run_name='__main__')"
+        )
+        on = {"JAX_ENABLE_COMPILATION_CACHE": str(int(name != "off"))}
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+        run(tmp_path / "kept", code, **on, **devices, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("loss") for line in lines])
+    assert list((tmp_path / "kept" / "mvit_jax" / "compiled").glob("*/jit_train_step-*"))
+    assert losses[0] == losses[1] == losses[2]
+    assert len([loss for loss in losses[0] if loss is not None]) == 6

@@ -64,7 +64,8 @@ def test_a_run_writes_a_trace_that_names_steps_stages_and_blocks(digits, tmp_pat
     assert train.train(config, str(tmp_path / "run"), (10, 11)) == 0  # of 3 steps the last two
     data, content = planes_of(tmp_path / "run" / "profile")
     assert annotated(data) == [2, 3]
-    for name in (b"stage0/block0", b"stage1/block2", b"optimizer", b"augment"):
+    blocks = (b"jvp(stage0/block0)/", b"transpose(jvp(stage1/block2))/")
+    for name in (*blocks, b"/augment/", b"/jvp(loss)/", b"/optimizer/"):
         assert name in content, name
     said = [line for line in capsys.readouterr().out.splitlines() if "traced" in line]
     assert len(said) == 1
@@ -96,5 +97,6 @@ def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path, capsys):
 def test_the_lowered_step_names_what_it_does():
     run, state = test_step.make()
     text = run.lower(state, test_step.batch()).as_text(debug_info=True)
-    for name in ("augment", "stage0/block0", "stage1/block1", "loss", "optimizer"):
+    blocks = ("jvp(stage0/block0)/", "transpose(jvp(stage1/block1))/")
+    for name in (*blocks, "/augment/", "/jvp(loss)/", "/optimizer/"):
         assert name in text, name
