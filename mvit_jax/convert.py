@@ -192,7 +192,7 @@ def give_program(
         )
     [clips], [logits] = exported.in_avals, exported.out_avals
     print(
-        f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB for {', '.join(exported.platforms)}: "
+        f"wrote {out} for {', '.join(exported.platforms)}: "
         f"{clips.str_short()}, RGB from 0 to 255, to logits {logits.str_short()}"
     )
 

@@ -1,5 +1,6 @@
 """The program that takes foreign weights in and gives them out again, from end to end."""
 
+import functools
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import zipfile
 from contextlib import closing
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -425,3 +427,31 @@ def test_a_damaged_byte_is_an_error_or_changes_no_tensor(source, tmp_path):
             params, _ = experiment.read_params(tmp_path / f"out{attempt}")
             for path, values in trees.flat(params).items():
                 np.testing.assert_array_equal(values, expected[path], err_msg=path)
+
+
+# Out, as a program.
+
+
+def test_a_converted_folder_becomes_a_file_that_jax_alone_runs(converted, tmp_path):
+    folder, _ = converted
+    status, out, err = program(
+        "convert", folder, "--to=stablehlo", f"--out={tmp_path / 'model'}", "--platforms=cpu,tpu"
+    )
+    assert status == 0, err
+    assert "for cpu, tpu: uint8[batch,4,32,32,3], RGB from 0 to 255" in out
+    assert "to logits float32[batch,8]" in out
+    params, config = experiment.read_params(folder)
+    clips = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3)).astype(np.uint8)
+    normalised = ((clips / 255 - 0.45) / 0.225).astype(np.float32)
+    expected, _ = jax.jit(functools.partial(mvit.apply, config=config))(params, normalised)
+    model = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes())).call
+    np.testing.assert_allclose(jax.jit(model)(clips), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_flags_of_the_program_go_with_it_alone(converted, tmp_path):
+    for flag in ("--platforms=cpu", "--batch=2"):
+        with pytest.raises(UserError, match="go with --to=stablehlo"):
+            run(converted[0], "--to=torchvision", flag, f"--out={tmp_path / 'model'}")
+    run(converted[0], "--to=stablehlo", "--batch=2", f"--out={tmp_path / 'model'}")
+    exported = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()))
+    assert str(exported.in_avals[0]) == "uint8[2,4,32,32,3]"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from mvit_jax.errors import UserError
@@ -42,7 +42,7 @@ class Inference:
         mean: Colour | None = None,
         std: Colour | None = None,
         buckets: Sequence[int] = BUCKETS,
-        mesh: Mesh | None = None,
+        devices: Sequence[Any] | None = None,
         **options: Any,
     ) -> None:
         """Places the weights; nothing is compiled before the first batch.
@@ -54,7 +54,8 @@ class Inference:
           mean: of the colours, from 0 to 1, where uint8 clips are to be taken.
           std: their standard deviation.
           buckets: batch sizes to compile for.
-          mesh: devices to split batches over; buckets are rounded up to multiples of them.
+          devices: to split batches over, `jax.devices()` say, each with all of the weights; buckets
+            are rounded up to multiples of them. Where not given, everything is where `params` is.
           **options: more arguments of `apply`.
 
         Raises:
@@ -62,17 +63,20 @@ class Inference:
         """
         if not buckets or min(buckets) < 1:
             raise UserError(f"buckets are batch sizes of at least 1, not {tuple(buckets)}")
-        devices = 1 if mesh is None else mesh.size
+        count = len(devices or (None,))
         self.config = config
         self.params = with_dtype(params, dtype)
-        self.buckets = tuple(sorted({-(-size // devices) * devices for size in buckets}))
-        self._mesh, self._takes_bytes = mesh, mean is not None
+        self.buckets = tuple(sorted({-(-size // count) * count for size in buckets}))
+        self._takes_bytes = mean is not None
         forward = forward_function(config, dtype=dtype, mean=mean, std=std, **options)
-        if mesh is None:
+        self._mesh = None
+        if devices is None:
             self._apply = jax.jit(forward)
         else:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self._rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            self._mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+            everywhere = NamedSharding(self._mesh, PartitionSpec())
+            self.params = jax.device_put(self.params, everywhere)
+            self._rows = NamedSharding(self._mesh, PartitionSpec("data"))
             self._apply = jax.jit(forward, out_shardings=everywhere)
 
     def __call__(

@@ -119,7 +119,7 @@ class Predictor:
             std=self._recipe.std,
             # Of a short video, and of a long one's windows.
             buckets=(eval_.clips * eval_.crops, AT_A_TIME * eval_.crops),
-            mesh=mesh,
+            devices=jax.devices(),
         )
 
     def predict(

@@ -20,7 +20,7 @@ def keep() -> None:
     tidied up (a training step takes 1 MB): delete it when it has grown too large.
 
     It is on for any number of devices. Eight simulated ones that load a sharded training step give
-    the same losses, bit for bit, as when they compile it; where those hang, with many steps on their
+    the same losses, bit for bit, as when they compile it; where they hang, with many steps on their
     way and few cores, they do so without a cache as well (jax 0.10.2).
     """
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,7 +11,6 @@ from mvit_jax.errors import UserError
 from mvit_jax.models import inference, mvit, trees
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.models.variants import variant
-from mvit_jax.training import sharding
 
 CONFIG = variant(
     "mvitv2_s_16x4", frames=4, size=32, width=16, depths=(1, 1), num_classes=5
@@ -114,8 +113,8 @@ def test_weights_are_converted_once_but_for_norms_and_positions(params):
     )  # float32 needs no second copy
 
 
-def test_batches_are_split_over_a_mesh(params, clips, expected, traced):
-    run = Inference(params, CONFIG, buckets=(3, 9), mesh=sharding.make_mesh(4, 2))
+def test_batches_are_split_over_devices(params, clips, expected, traced):
+    run = Inference(params, CONFIG, buckets=(3, 9), devices=jax.devices())
     assert run.buckets == (8, 16)
     for count in (1, 7):
         np.testing.assert_allclose(run(clips[:count]), expected[:count], atol=1e-5)
