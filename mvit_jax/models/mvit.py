@@ -68,8 +68,8 @@ def _columns(linear: nnx.Linear, x: Array, columns: slice) -> Array:
     return y + jnp.expand_dims(linear.bias[...][columns].astype(linear.dtype), range(x.ndim - 1))
 
 
-def _norm(width: int, dtype, rngs: nnx.Rngs, eps: float = 1e-6) -> LayerNorm:
-    return LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
+def _norm(width: int, dtype, eps: float = 1e-6) -> LayerNorm:
+    return LayerNorm(width, eps=eps, dtype=dtype)
 
 
 class MViT(nnx.Module):
@@ -96,12 +96,12 @@ class MViT(nnx.Module):
         self.patch_embed = CubeEmbedding(config, dtype=dtype, rngs=rngs)
         self.positions = Positions(config, dtype=dtype, rngs=rngs)
         if config.stem_norm:
-            self.stem_norm = _norm(config.width, dtype, rngs)
+            self.stem_norm = _norm(config.width, dtype)
         self.blocks = nnx.List(
             block(p, rate, attention=attention, pool=pool, dtype=dtype, rngs=rngs)
             for p, rate in zip(blocks, drop_path_rates(config), strict=True)
         )
-        self.norm = _norm(blocks[-1].width_out, dtype, rngs)
+        self.norm = _norm(blocks[-1].width_out, dtype)
         self.head = ClassificationHead(config, blocks[-1].width_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, clip: Shaped[Array, "..."]) -> Float[Array, "batch num_classes"]:
@@ -207,9 +207,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.plan, self.drop_path = plan, drop_path
-        self.norm1 = _norm(plan.width, dtype, rngs)
+        self.norm1 = _norm(plan.width, dtype)
         self.attn = attention(plan, pool=pool, dtype=dtype, rngs=rngs)
-        self.norm2 = _norm(plan.attention_width, dtype, rngs)
+        self.norm2 = _norm(plan.attention_width, dtype)
         self.mlp = Mlp(plan, dtype=dtype, rngs=rngs)
         if plan.width_out != plan.width and plan.skip != "none":
             self.proj = _linear(plan.width, plan.width_out, dtype, rngs)
@@ -348,7 +348,7 @@ class PoolWeights(nnx.Module):
         # [kt, kh, kw, 1, dim] for the initialiser's fan in: one input channel per group.
         shape = (*kernel, 1, dim)
         self.kernel = nnx.Param(_conv_init(rngs.params(), shape, jnp.float32).squeeze(3))
-        self.norm = _norm(dim, dtype, rngs, eps)
+        self.norm = _norm(dim, dtype, eps)
         self.dtype, self.dim = dtype, dim
 
     def taps(self, width: int) -> Float[Array, "kt kh kw channels"]:

@@ -12,13 +12,16 @@ Rows = Float[Array, "*rows channels"]
 Channels = Float[Array, " channels"]
 
 
-class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` over the last axis, with scale and bias, computed by `layer_norm`."""
+class LayerNorm(nnx.Module):
+    """`layer_norm` with its scale and bias, float32; the result is in `dtype`."""
+
+    def __init__(self, width: int, *, eps: float, dtype) -> None:
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Rows) -> Rows:
-        assert self.scale is not None and self.bias is not None
-        out = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
-        return out.astype(self.dtype or out.dtype)
+        return jnp.asarray(layer_norm(x, self.scale[...], self.bias[...], self.eps), self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
