@@ -32,6 +32,7 @@ from mvit_jax.models.attention import (
 from mvit_jax.models.devices import keep_batch_sharded
 from mvit_jax.models.heads import INITIAL_STD, ClassificationHead
 from mvit_jax.models.norm import LayerNorm
+from mvit_jax.models.patches import convolve
 from mvit_jax.models.plan import (
     BlockPlan,
     MViTConfig,
@@ -171,6 +172,8 @@ class CubeEmbedding(nnx.Module):
     """A strided convolution turns cubes of pixels into tokens, overlapping in all but the ViT."""
 
     def __init__(self, config: MViTConfig, *, dtype, rngs: nnx.Rngs) -> None:
+        self.stride, self.padding = config.patch_stride, config.patch_padding
+        self.dtype = dtype
         fan_in = 3 * math.prod(config.patch_kernel)
         bound = fan_in**-0.5
         self.proj = nnx.Conv(
@@ -190,7 +193,12 @@ class CubeEmbedding(nnx.Module):
     def __call__(
         self, clip: Float[Array, "batch T H W 3"]
     ) -> Float[Array, "batch time height width channels"]:
-        return self.proj(clip)
+        assert self.proj.bias is not None
+        clip, kernel, bias = (
+            x.astype(self.dtype) for x in (clip, self.proj.kernel[...], self.proj.bias[...])
+        )
+        grid = jnp.asarray(convolve(clip, kernel, self.stride, self.padding))
+        return grid + bias.reshape(1, 1, 1, 1, -1)
 
 
 class Block(nnx.Module):

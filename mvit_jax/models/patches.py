@@ -1,0 +1,75 @@
+"""The convolution that turns cubes of pixels into tokens (MViT, section 3.2.1)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mvit_jax.models.plan import Triple
+
+Clip = Float[Array, "batch T H W rgb"]
+Kernel = Float[Array, "kt kh kw rgb channels"]
+Grid = Float[Array, "batch time height width channels"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve(clip: Clip, kernel: Kernel, stride: Triple, padding: Triple) -> Grid:
+    """Strided convolution with zeros around the clip; sizes are rounded down."""
+    return lax.platform_dependent(
+        clip,
+        kernel,
+        cpu=functools.partial(_by_columns, stride=stride, padding=padding),
+        default=functools.partial(_plain, stride=stride, padding=padding),
+    )
+
+
+def _plain(clip, kernel, stride: Triple, padding: Triple):
+    return lax.conv_general_dilated(
+        clip,
+        kernel,
+        window_strides=stride,
+        padding=[(p, p) for p in padding],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+def _save(clip, kernel, stride: Triple, padding: Triple):
+    return convolve(clip, kernel, stride, padding), (clip, kernel)
+
+
+def _backward(stride: Triple, padding: Triple, saved: tuple, gradient):
+    def default(clip, kernel, gradient):
+        plain = functools.partial(_plain, stride=stride, padding=padding)
+        return jax.vjp(plain, clip, kernel)[1](gradient)
+
+    def cpu(clip, kernel, gradient):
+        columns = _columns(clip, kernel.shape, stride, padding)
+        axes = ((0, 1, 2, 3), (0, 1, 2, 3))
+        by_kernel = lax.dot_general(columns, gradient, (axes, ((), ())))
+        return default(clip, kernel, gradient)[0], by_kernel.reshape(kernel.shape)
+
+    return lax.platform_dependent(*saved, gradient, cpu=cpu, default=default)
+
+
+convolve.defvjp(_save, _backward)
+
+
+def _by_columns(clip, kernel, stride: Triple, padding: Triple):
+    """For CPUs: one product of a matrix of windows, 0.4 to 0.7 of the processor time of XLA's
+    convolution forward, 0.3 to 0.5 with the kernel's gradient (one clip and 8 images of 224 pixels,
+    2026-11-23). The backward pass makes the windows anew: they are 5 times the clip's size."""
+    columns = _columns(clip, kernel.shape, stride, padding)
+    return columns @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _columns(clip, kernel: tuple[int, ...], stride: Triple, padding: Triple):
+    """Windows `[batch, time, height, width, kt * kh * kw * rgb]`, cut one axis after the other."""
+    x = jnp.pad(clip, [(0, 0), *((p, p) for p in padding), (0, 0)])
+    for axis in (3, 2, 1):
+        size, step = kernel[axis - 1], stride[axis - 1]
+        span = (x.shape[axis] - size) // step * step + 1
+        taps = [lax.slice_in_dim(x, i, i + span, step, axis) for i in range(size)]
+        x = jnp.concatenate(taps, axis=-1)
+    return x
