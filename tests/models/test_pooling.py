@@ -190,3 +190,23 @@ def test_a_pooling_of_your_own_replaces_all_but_the_skips():
     run = functools.partial(apply, config=config, pool=first_of_window)
     jax.eval_shape(run, params, clip)
     assert calls == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_of_equal_values_the_first_gets_the_gradient(case):
+    rng = np.random.default_rng(0)
+    grid = rng.integers(-1, 2, (BATCH, *case[2], CHANNELS)).astype(np.float32)
+    plan = Pool("max", *case[:2])
+    factors = rng.standard_normal((BATCH, *plan.output(case[2]), CHANNELS)).astype(np.float32)
+    expected = np.zeros(grid.shape)
+    for place, window in windows(grid, case):
+        first = np.stack(list(window.values())).argmax(0)  # in the order of taps
+        for b, c in np.ndindex(first.shape):
+            tap = list(window)[first[b, c]]
+            where = [
+                o * s - p + k
+                for o, s, p, k in zip(place, plan.stride, plan.padding, tap, strict=True)
+            ]
+            expected[b, *where, c] += factors[b, *place, c]
+    loss = jax.jit(jax.grad(lambda grid: (pooling.max_pool(grid, plan) * factors).sum()))
+    np.testing.assert_allclose(loss(jnp.array(grid)), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,27 @@
+"""GELU and its gradient against the normal distribution of the standard library."""
+
+from statistics import NormalDist
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.models.activations import gelu
+
+PLACES = np.linspace(-6, 6, 97)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_value_and_gradient(dtype):
+    normal = NormalDist()
+    with jax.enable_x64(True):
+        x = jnp.array(PLACES, dtype)
+        value, gradient = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(x)
+        assert value.dtype == gradient.dtype == dtype
+        places = [float(p) for p in x]
+        expected = np.array([p * normal.cdf(p) for p in places])
+        slope = np.array([normal.cdf(p) + p * normal.pdf(p) for p in places])
+        tolerance = {"bfloat16": 2e-2, "float32": 1e-6, "float64": 1e-14}[dtype]
+        np.testing.assert_allclose(np.array(value, np.float64), expected, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(np.array(gradient, np.float64), slope, rtol=0, atol=tolerance)
