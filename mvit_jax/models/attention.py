@@ -103,7 +103,7 @@ def attend(
         return materialised(scaled, keys, values, by_query, by_key, heads, record)
     if _cudnn_takes(scaled, by_key, heads):
         return _cudnn(scaled, keys, values, by_query, by_key, heads)
-    return _fused(scaled, keys, values, by_query, by_key, heads)
+    return fused(scaled, keys, values, by_query, by_key, heads)
 
 
 def materialised(
@@ -136,7 +136,15 @@ def materialised(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _fused(queries, keys, values, by_query, by_key, heads: int):
+def fused(
+    queries: Tokens,
+    keys: Tokens,
+    values: Tokens,
+    by_query: Tokens | None,
+    by_key: KeyFeatures | None,
+    heads: int,
+) -> Tokens:
+    """What `materialised` gives, without a gradient for `by_key`, in the platform's own form."""
     return _fused_forward(queries, keys, values, by_query, by_key, heads)[0]
 
 
@@ -175,7 +183,7 @@ def _fused_backward(heads: int, saved: tuple, gradient: Tokens):
     return *gradients, None if by_key is None else jnp.zeros_like(by_key)
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _tpu_takes(queries: Tokens, keys: Tokens) -> bool:

@@ -75,7 +75,7 @@ def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     """For TPUs, which spread 3 channels over 128 lanes: a clip of 19 MB became one of 822 MB. Cubes
     of a stride's size become channels first (96 in MViT-B 16x4), the kernel is filled up with zeros
     to whole cubes, and the convolution has stride 1."""
-    batch, *size, rgb = clip.shape
+    size = clip.shape[1:4]
     cubes = [-(-k // s) for k, s in zip(kernel.shape, stride, strict=False)]
     out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, padding, kernel.shape, stride)]
     whole = [(n - 1 + c) * s for n, c, s in zip(out, cubes, stride, strict=True)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models import attention_cpu
+from mvit_jax.models import attention, attention_cpu
 
 BATCH, HEADS, DIM = 2, 3, 4
 FORMS = {"kept": 2**20, "blocks": 0}  # scores that are kept
@@ -56,7 +56,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("queries", [7, 64, 71])  # one block, two, and a last one not full
 def test_it_is_the_definition(form, queries, places):
     arguments = draw(queries, 11, places, np.float32)
-    run = jax.jit(attention_cpu.attention, static_argnums=5)
+    run = jax.jit(attention.fused, static_argnums=5)
     out = run(*jax.tree.map(jnp.array, arguments), HEADS)
     expected = defined(*(None if x is None else x.astype(np.float64) for x in arguments))
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_autodiff(form, queries, places):
             loss = lambda *arguments: (function(*arguments) * factors).sum()  # noqa: E731
             return jax.jit(jax.grad(loss, which))(*given)
 
-        mine = gradients(lambda *arguments: attention_cpu.attention(*arguments, HEADS))
+        mine = gradients(lambda *arguments: attention.fused(*arguments, HEADS))
         for gradient, expected in zip(mine, gradients(plain), strict=True):
             assert gradient.dtype == np.float64
             np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-12)
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_autodiff(form, queries, places):
 def test_large_scores_do_not_overflow(form):
     arguments = draw(40, 11, None, np.float32)
     arguments[0] *= 1000
-    out = attention_cpu.attention(*jax.tree.map(jnp.array, arguments), HEADS)
+    out = attention.fused(*jax.tree.map(jnp.array, arguments), HEADS)
     assert np.isfinite(out).all()
     assert np.abs(out).max() <= np.abs(arguments[2]).max() * (1 + 1e-6)  # a mean of values
 
@@ -92,9 +92,9 @@ def test_large_scores_do_not_overflow(form):
 def test_bfloat16(form):
     arguments = draw(71, 11, 5, np.float32)
     given = jax.tree.map(lambda x: jnp.array(x, jnp.bfloat16), arguments)
-    loss = lambda q: attention_cpu.attention(q, *given[1:], HEADS).sum()  # noqa: E731
+    loss = lambda q: attention.fused(q, *given[1:], HEADS).sum()  # noqa: E731
     assert jax.jit(jax.grad(loss))(given[0]).dtype == jnp.bfloat16
-    out = attention_cpu.attention(*given, HEADS)
+    out = attention.fused(*given, HEADS)
     assert out.dtype == jnp.bfloat16
     expected = defined(*(np.array(x, np.float64) for x in given))
     difference = np.array(out, np.float64) - expected
