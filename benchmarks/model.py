@@ -36,7 +36,7 @@ import numpy as np
 from absl import app, flags
 
 from mvit_jax.models import mvit
-from mvit_jax.models.host_memory import keep_freed_memory
+from mvit_jax.models.host_memory import keep_freed_memory, release_freed_memory
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
 from mvit_jax.training.losses import cross_entropy
@@ -149,6 +149,7 @@ def serve(name: str, batch: int, side: str) -> None:
     runs = ours(name, batch, seconds) if side == "ours" else original(name, batch)
     for run in runs.values():
         run()
+    release_freed_memory()
     forget_peak()
     print(json.dumps(seconds), flush=True)
     for line in map(str.strip, sys.stdin):
