@@ -11,7 +11,7 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x times the normal distribution's probability of less than x, in x's dtype.
 
     `jax.nn.gelu` is written with erfc, for which XLA computes two approximations and an exponential
-    each time, and whose gradient keeps or makes anew all of them: processor time 0.4 of its forward,
+    each time, and whose gradient keeps or makes all of them anew: processor time 0.4 of it forward,
     0.3 to 0.6 with the gradient (6,273 tokens of 768 channels and 1,569 of 1,536, 2026-11-23).
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
