@@ -1,20 +1,25 @@
 """Depthwise pooling on this machine: each form, forward and with its gradients, beside the others.
 
-    python -m benchmarks.pooling
+    python -m benchmarks.pooling [--json=FILE]
 
 One clip in float32 at the shapes of MViT-B 16x4, K and V side by side. The forms take turns within
 one run, since machines are shared: read the ratios. Compile times are of the gradients.
 """
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
+from absl import app, flags
 
 from mvit_jax.models import pooling
 from mvit_jax.models.plan import Pool, grids, plan
 from mvit_jax.models.variants import variant
+
+_JSON = flags.DEFINE_string("json", None, "A file for the figures.")
 
 ROUNDS = 7
 FORMS: dict[str, Callable] = {
@@ -25,7 +30,7 @@ FORMS: dict[str, Callable] = {
 }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     print(
         "| block | grid | channels | stride | by hand, ms: forward, with gradients "
         "| autodiff / by hand | convolution / by hand | compile, s |\n|" + " --- |" * 8,
@@ -33,6 +38,7 @@ def main() -> None:
     )
     config = variant("mvit_b_16x4")
     seen: set[tuple] = set()
+    rows = []
     sizes = grids(config, config.frames, config.size, config.size)
     for i, (block, block_grids) in enumerate(zip(plan(config), sizes, strict=True)):
         if block.kv_pool is None:
@@ -41,10 +47,24 @@ def main() -> None:
         if case in seen:
             continue
         seen.add(case)
-        print(row(i, *case), flush=True)
+        rows.append(row(i, *case))
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    if _JSON.value:
+        columns = [
+            "block",
+            "grid",
+            "channels",
+            "stride",
+            "ms",
+            "autodiff",
+            "convolution",
+            "compile",
+        ]
+        table = [dict(zip(columns, cells, strict=True)) for cells in rows]
+        Path(_JSON.value).write_text(json.dumps({"rows": table}, indent=1) + "\n")
 
 
-def row(block: int, pool: Pool, grid: tuple[int, int, int], channels: int) -> str:
+def row(block: int, pool: Pool, grid: tuple[int, int, int], channels: int) -> list[str]:
     random = np.random.default_rng(0)
     x = jax.numpy.asarray(random.normal(size=(1, *grid, channels)), "float32")
     weight = jax.numpy.asarray(random.normal(size=(*pool.kernel, channels)), "float32")
@@ -73,13 +93,12 @@ def row(block: int, pool: Pool, grid: tuple[int, int, int], channels: int) -> st
         f"{ms[name, 0] / ms['by hand', 0]:.1f}, {ms[name, 1] / ms['by hand', 1]:.1f}"
         for name in ("autodiff", "convolution")
     ]
-    cells = [
+    return [
         str(block), "x".join(map(str, grid)), str(channels), "x".join(map(str, pool.stride)),
         f"{ms['by hand', 0]:.1f}, {ms['by hand', 1]:.1f}", *ratios,
         ", ".join(f"{s:.1f}" for s in compile_seconds),
     ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

@@ -39,6 +39,7 @@ from mvit_jax import errors
 from mvit_jax.data import pipeline
 from mvit_jax.data.decoding import why_broken
 from mvit_jax.data.sources import Source
+from mvit_jax.models import host_memory
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import (
@@ -141,6 +142,8 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     workdir.keep_labels(folder, videos.class_names)
 
     steps = experiment.steps(config, config.epochs, videos)
+    if mesh.devices.flat[0].platform == "cpu":
+        host_memory.keep_freed_memory()
     with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:
         step_function, predict, schedule, state = jitted.build(config, model, videos, mesh)
         state, origin = first(config, state, checkpoints, initial)

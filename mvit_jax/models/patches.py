@@ -77,7 +77,10 @@ def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     to whole cubes, and the convolution has stride 1."""
     size = clip.shape[1:4]
     cubes = [-(-k // s) for k, s in zip(kernel.shape, stride, strict=False)]
-    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, padding, kernel.shape, stride)]
+    out = [
+        (n + 2 * p - k) // s + 1
+        for n, p, k, s in zip(size, padding, kernel.shape[:3], stride, strict=True)
+    ]
     whole = [(n - 1 + c) * s for n, c, s in zip(out, cubes, stride, strict=True)]
     ends = [(p, m - n - p, 0) for p, m, n in zip(padding, whole, size, strict=True)]
     x = lax.pad(clip, jnp.zeros((), clip.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
@@ -89,7 +92,7 @@ def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     exact = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     x = jnp.einsum("bTtHhvc,vWw->bTHWthwc", x, deal, precision=exact)
     x = rearrange(x, "b T H W t h w rgb -> b T H W (t h w rgb)")
-    filled = [(0, c * s - k) for c, s, k in zip(cubes, stride, kernel.shape, strict=False)]
+    filled = [(0, c * s - k) for c, s, k in zip(cubes, stride, taps, strict=True)]
     kernel = jnp.pad(kernel, [*filled, (0, 0), (0, 0)])
     kernel = rearrange(kernel, "(T t) (H h) (W w) rgb c -> T H W (t h w rgb) c", t=t, h=h, w=w)
     return _plain(x, kernel, (1, 1, 1), (0, 0, 0))

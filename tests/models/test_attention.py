@@ -96,3 +96,42 @@ def test_tokens_lie_on_the_grid_by_time_height_width(first):
     assert grid == (2, 3, 2)
     expected = [(i + 10, j + 10, k + 10) for i, j, k in places if k % 2 == 0]
     np.testing.assert_array_equal(out[0], [(-1, -1, -1)] * first + expected)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What tracing asks of a GPU, answered for one of NVIDIA's Ampere chips."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    class Ampere:
+        compute_capability = "8.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [Ampere()])
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: False)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+
+
+@pytest.mark.parametrize("places", [0, 22])
+def test_on_a_gpu_bfloat16_goes_to_cudnn_with_its_gradients(places, as_on_a_gpu):
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)  # noqa: E731
+    arrays = [shape(2, 40, 192), shape(2, 24, 192), shape(2, 24, 192)]
+    relative = (shape(2, 40, 2, places), shape(24, places)) if places else None
+
+    def loss(q, k, v, relative):
+        return attend(q, k, v, 2, relative).astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    text = gradients.trace(*arrays, relative).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn$fmhaSoftmax" in text and "cudnn$fmhaSoftmaxBackward" in text
+    assert "tensor<2x2x40x24x" not in text  # scores
+    # 118 channels of queries are filled up to 120.
+    assert ("tensor<2x40x2x120xbf16>" in text) == bool(places)
+
+
+def test_on_a_gpu_float32_and_wide_heads_go_another_way(as_on_a_gpu):
+    for dtype, width in ((jnp.float32, 96), (jnp.bfloat16, 132)):
+        q, k = (jax.ShapeDtypeStruct((1, n, width), dtype) for n in (8, 5))
+        lowered = jax.jit(lambda q, k: attend(q, k, k, 1)).trace(q, k)
+        assert "cudnn" not in lowered.lower(lowering_platforms=("cuda",)).as_text()

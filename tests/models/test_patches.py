@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from mvit_jax.models import patches
 from mvit_jax.models.patches import convolve
 
 CASES = [  # kernel, stride, padding, size of the clip
@@ -32,17 +33,22 @@ def naive(clip, weight, stride, padding):
     return out
 
 
+FORMS = {"here": convolve, "TPU": patches._by_cubes}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_the_loop_over_windows(case):
+def test_it_is_the_loop_over_windows(case, form):
     clip, weight = draw(case)
-    out = jax.jit(convolve, static_argnums=(2, 3))(
+    out = jax.jit(FORMS[form], static_argnums=(2, 3))(
         jnp.array(clip, jnp.float32), jnp.array(weight, jnp.float32), *case[1:3]
     )
     np.testing.assert_allclose(out, naive(clip, weight, *case[1:3]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_are_those_of_the_convolution(case):
+def test_gradients_are_those_of_the_convolution(case, form):
     _, stride, padding, _ = case
     with jax.enable_x64(True):
         clip, weight = map(jnp.array, draw(case))
@@ -56,6 +62,6 @@ def test_gradients_are_those_of_the_convolution(case):
             loss = lambda *arguments: jnp.sin(function(*arguments)).sum()  # noqa: E731
             return jax.jit(jax.grad(loss, (0, 1)))(clip, weight)
 
-        mine = gradients(lambda clip, weight: convolve(clip, weight, stride, padding))
+        mine = gradients(lambda clip, weight: FORMS[form](clip, weight, stride, padding))
         for gradient, expected in zip(mine, gradients(plain), strict=True):
             np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-11)

@@ -1,4 +1,4 @@
-"""Blocks as a loop, and what is computed again: neither changes a result, each does what it is for."""
+"""Blocks as a loop, and what is computed again: results stay, and each does what it is for."""
 
 import functools
 
@@ -27,8 +27,8 @@ WAYS = [
 
 
 def loss(params, clip, config, **way):
-    key = jax.random.key(3)
-    logits, _ = mvit.apply(params, clip, config=config, train=True, key=key, dtype=clip.dtype, **way)
+    drawn = {"train": True, "key": jax.random.key(3)}
+    logits, _ = mvit.apply(params, clip, config=config, dtype=clip.dtype, **drawn, **way)
     return (logits * jnp.arange(1.0, 4)[None]).sum()
 
 

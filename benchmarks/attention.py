@@ -1,0 +1,101 @@
+"""Attention on this machine: with all scores written, and as the model runs it, side by side.
+
+    python -m benchmarks.attention [--models=mvit_b_16x4] [--clips=1] [--json=FILE]
+
+The shapes of a variant's blocks, float32 on CPUs and bfloat16 elsewhere. The forms take turns
+within one run, since machines are shared: read the ratios.
+"""
+
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from mvit_jax.models import attention
+from mvit_jax.models.plan import BlockGrids, BlockPlan, grids, plan
+from mvit_jax.models.variants import variant
+
+_MODELS = flags.DEFINE_list("models", ["mvit_b_16x4", "mvitv2_s_16x4"], "Variants.")
+_CLIPS = flags.DEFINE_integer("clips", 1, "At a time.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "A file for the figures.")
+
+FORMS = {"scores written": attention.materialised, "as it is": attention.fused}
+
+
+def main(argv: list[str]) -> None:
+    print(
+        "| variant | block | queries x keys x heads | as it is, ms: forward, with gradients "
+        "| as it is / scores written |\n|" + " --- |" * 5,
+        flush=True,
+    )
+    rows = []
+    for name in _MODELS.value:
+        config = variant(name)
+        sizes = grids(config, config.frames, config.size, config.size)
+        seen: set[tuple] = set()
+        for i, (block, block_grids) in enumerate(zip(plan(config), sizes, strict=True)):
+            key = (block_grids.output, block_grids.keys, block.heads)
+            if key in seen:
+                continue
+            seen.add(key)
+            row = {"variant": name, "block": i} | measure(block, block_grids, config.class_token)
+            rows.append(row)
+            print(as_table(row), flush=True)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def measure(block: BlockPlan, sizes: BlockGrids, class_token: bool) -> dict[str, Any]:
+    queries, keys = (math.prod(grid) + class_token for grid in (sizes.output, sizes.keys))
+    arrays = draw(block, queries, keys, sizes.keys)
+    runs = {}
+    for name, form in FORMS.items():
+        one = functools.partial(form, heads=block.heads)
+        gradients = jax.grad(lambda *x, one=one: jnp.sin(one(*x)).sum(), (0, 1, 2))
+        runs[name] = [jax.jit(f).lower(*arrays).compile() for f in (one, gradients)]
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for _ in range(_ROUNDS.value + 1):
+        for name, functions in runs.items():
+            for part, function in enumerate(functions):
+                began = time.perf_counter()
+                jax.block_until_ready(function(*arrays))
+                seconds.setdefault((name, part), []).append(time.perf_counter() - began)
+    ms = {
+        name: [1000 * float(np.median(seconds[name, part][1:])) for part in (0, 1)]
+        for name in FORMS
+    }
+    return {"queries": queries, "keys": keys, "heads": block.heads, "ms": ms}
+
+
+def draw(block: BlockPlan, queries: int, keys: int, key_grid) -> list:
+    random = np.random.default_rng(0)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    make = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)  # noqa: E731
+    clips, width = _CLIPS.value, block.attention_width
+    arrays = [make(clips, n, width) for n in (queries, keys, keys)]
+    if not (block.relative_time or block.relative_space):
+        return [*arrays, None, None]
+    places = sum(key_grid)
+    return [*arrays, make(clips, queries, block.heads * places), make(keys, places)]
+
+
+def as_table(row: dict[str, Any]) -> str:
+    own, written = row["ms"]["as it is"], row["ms"]["scores written"]
+    cells = [
+        row["variant"], str(row["block"]), f"{row['queries']} x {row['keys']} x {row['heads']}",
+        ", ".join(f"{x:.1f}" for x in own),
+        ", ".join(f"{a / b:.2f}" for a, b in zip(own, written, strict=True)),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    app.run(main)
