@@ -157,7 +157,7 @@ def _fused_forward(queries, keys, values, by_query, by_key, heads: int):
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)  # of which XLA makes none
         return lambda *arrays: (function(*arrays), zeros)
 
-    forms = {"cpu": on_cpu}
+    forms: dict[str, Callable] = {"cpu": on_cpu}
     if _tpu_takes(queries, keys):
         on_tpu = functools.partial(attention_tpu.forward, heads=heads)
         forms["tpu"] = nothing_kept(on_each_device(on_tpu))
@@ -175,7 +175,7 @@ def _fused_backward(heads: int, saved: tuple, gradient: Tokens):
         kernel = on_each_device(functools.partial(attention_tpu.backward, heads=heads))
         return kernel(queries, keys, values, by_query, by_key, gradient)
 
-    forms = {"cpu": functools.partial(attention_cpu.backward, heads=heads)}
+    forms: dict[str, Callable] = {"cpu": functools.partial(attention_cpu.backward, heads=heads)}
     if _tpu_takes(*saved[:2]):
         forms["tpu"] = on_tpu
     gradients = lax.platform_dependent(*saved, gradient, default=default, **forms)

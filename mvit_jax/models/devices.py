@@ -5,6 +5,7 @@ The mesh is the one entered by `jax.set_mesh`; without one there is one device.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -18,7 +19,11 @@ def batch_axes() -> tuple[str, ...]:
     return tuple(a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names)
 
 
-def each_device_has_clips(batch: int) -> bool:
+def each_device_has_clips(batch: Any) -> bool:
+    """Whether a batch divides among the devices; of one that an exported program leaves open, that
+    is not known."""
+    if not isinstance(batch, int):
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     return batch % math.prod(mesh.shape[axis] for axis in batch_axes()) == 0
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-from mvit_jax.models.plan import Triple
+from mvit_jax.models.plan import Triple, conv_output
 
 Clip = Float[Array, "batch T H W rgb"]
 Kernel = Float[Array, "kt kh kw rgb channels"]
@@ -75,12 +75,9 @@ def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     """For TPUs, which spread 3 channels over 128 lanes: a clip of 19 MB became one of 822 MB. Cubes
     of a stride's size become channels first (96 in MViT-B 16x4), the kernel is filled up with zeros
     to whole cubes, and the convolution has stride 1."""
-    size = clip.shape[1:4]
-    cubes = [-(-k // s) for k, s in zip(kernel.shape, stride, strict=False)]
-    out = [
-        (n + 2 * p - k) // s + 1
-        for n, p, k, s in zip(size, padding, kernel.shape[:3], stride, strict=True)
-    ]
+    size, taps = clip.shape[1:4], kernel.shape[:3]
+    cubes = [-(-k // s) for k, s in zip(taps, stride, strict=True)]
+    out = conv_output(size, taps, stride, padding)
     whole = [(n - 1 + c) * s for n, c, s in zip(out, cubes, stride, strict=True)]
     ends = [(p, m - n - p, 0) for p, m, n in zip(padding, whole, size, strict=True)]
     x = lax.pad(clip, jnp.zeros((), clip.dtype), [(0, 0, 0), *ends, (0, 0, 0)])

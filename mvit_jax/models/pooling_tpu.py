@@ -170,7 +170,10 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
     pooled = layout.first + math.prod(layout.output)
     specs["y"] = specs["dy"] = pl.BlockSpec((1, pooled, width), lambda c, clip, i: (clip, 0, c))
     bordered = math.prod(layout.bordered)
-    scratch = {"frame": (bordered, width), "rows": (layout.rows + TILE, width)}
+    scratch: dict[str, tuple[int, ...]] = {
+        "frame": (bordered, width),
+        "rows": (layout.rows + TILE, width),
+    }
     scratch["pooled"] = (pooled, width)
     if gradient:
         scratch["dframe"] = (bordered, width)

@@ -62,7 +62,7 @@ def run(
             else:
                 with jax.named_scope(f"block{start}"):
                     record: Record = {}
-                    extra = {"record": record} if capture else {}
+                    extra: dict[str, Any] = {"record": record} if capture else {}
                     x, grid = call(group[0], x, keys[start], **extra)
                     records.append(record)
         x = keep_batch_sharded(x)

@@ -105,6 +105,7 @@ def as_on_a_gpu(monkeypatch):
 
     class Ampere:
         compute_capability = "8.0"
+        device_kind = "NVIDIA A100"
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [Ampere()])

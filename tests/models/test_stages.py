@@ -16,6 +16,7 @@ V2 = MViTConfig(
     frames=4, depths=(1, 4), expand="attention", full_q_pool=True, relative_positions="both",
     residual_pool="grid", **SMALL,
 )  # fmt: skip
+SLOW = [pytest.mark.slow]
 WAYS = [
     {"scan": True},
     {"remat": "cheap"},
@@ -41,8 +42,15 @@ def given(config):
     return params, clip, plain
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("config", [V1, V2], ids=["v1", "v2"])
+QUICK = [("v1", WAYS[0]), ("v1", WAYS[1]), ("v2", WAYS[4])]  # the others are in the slow suite
+CASES = [
+    pytest.param(config, way, id=f"{name}, {way}", marks=[] if (name, way) in QUICK else SLOW)
+    for name, config in (("v1", V1), ("v2", V2))
+    for way in WAYS
+]
+
+
+@pytest.mark.parametrize(("config", "way"), CASES)
 def test_no_way_of_running_the_blocks_changes_loss_or_gradients(config, way):
     with jax.enable_x64(True):
         params, clip, plain = given(config)
