@@ -45,11 +45,8 @@ def pool_tokens(
     x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None
 ) -> tuple[Tokens, Triple]:
     """`pool` of the tokens that lie on `grid`, and their new grid; a class token stays as it is."""
-    if (
-        weight is None
-        or not pooling_tpu.fits(x, grid, plan)
-        or not each_device_has_clips(x.shape[0])
-    ):
+    fits = pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0])
+    if weight is None or not fits:
         return on_grid(lambda tokens: pool(tokens, plan, weight), x, grid)
     return _pool_tokens(x, weight, grid, plan), plan.output(grid)
 

@@ -36,13 +36,7 @@ def draw(case, first, dtype=np.float32):
 
 
 @pytest.mark.parametrize("whole", WHOLE)
-@pytest.mark.parametrize(
-    "first",
-    [
-        pytest.param(0, id="no class token", marks=pytest.mark.slow),
-        pytest.param(1, id="class token"),
-    ],
-)
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_are_the_convolution_and_its_gradients(case, first, whole, monkeypatch):
     monkeypatch.setattr(pooling_tpu, "WHOLE", WHOLE[whole])
