@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from mvit_jax.files import write_whole
 from mvit_jax.models import mvit
 from mvit_jax.models.host_memory import keep_freed_memory, release_freed_memory
 from mvit_jax.models.plan import MViTConfig, plan
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
         print(as_table(row), flush=True)
         if _JSON.value:
             about = {"machine": machine, "date": str(date.today()), "versions": versions()}
-            Path(_JSON.value).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+            write_whole(Path(_JSON.value), json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class _Steps(flags.ArgumentParser):
 
     def parse(self, argument: str) -> tuple[int, int] | None:
         alone = {"true": (profiling.FIRST, profiling.LAST), "false": None}
-        return alone[argument] if argument in alone else profiling.window(argument)
+        word = argument.lower()
+        return alone[word] if word in alone else profiling.window(argument)
 
 
 _PROFILE = flags.DEFINE(

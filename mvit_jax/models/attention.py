@@ -10,22 +10,35 @@ step on a TPU (41.8 GB for 4 clips of MViT-B 16x4 against 42.2 with a flat grid;
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mvit_jax.models import attention_cpu, attention_tpu
-from mvit_jax.models.devices import each_device_has_clips, on_each_device
+from mvit_jax.models.devices import (
+    each_device_has_clips,
+    kernels_allowed,
+    on_each_device,
+    with_gradient_of,
+)
 from mvit_jax.models.plan import Triple
 
 # Not bound to one number each, since what goes in and what comes out differ.
 Tokens = Float[Array, "batch _tokens _channels"]
 QueryFeatures = Float[Array, "batch _queries _heads _places"]
 KeyFeatures = Float[Array, "_keys _places"]
+KEPT = "kept"  # the name of what `keep` marks
 Record = dict[str, Array]  # what one block's attention lets out for inspection
+
+
+def keep(x: Any) -> Any:
+    """Marks what costs much to compute, so that `remat="cheap"` keeps it."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEPT), x)
 
 
 def on_grid(function: Callable[[Array], Array], x: Tokens, grid: Triple) -> tuple[Tokens, Triple]:
@@ -101,8 +114,6 @@ def attend(
     by_query, by_key = (None, None) if relative is None else (join_heads(relative[0]), relative[1])
     if record is not None:
         return materialised(scaled, keys, values, by_query, by_key, heads, record)
-    if _cudnn_takes(scaled, by_key, heads):
-        return _cudnn(scaled, keys, values, by_query, by_key, heads)
     return fused(scaled, keys, values, by_query, by_key, heads)
 
 
@@ -159,10 +170,14 @@ def _fused_forward(queries, keys, values, by_query, by_key, heads: int):
 
     forms: dict[str, Callable] = {"cpu": on_cpu}
     if _tpu_takes(queries, keys):
-        on_tpu = functools.partial(attention_tpu.forward, heads=heads)
-        forms["tpu"] = nothing_kept(on_each_device(on_tpu))
+        on_tpu = on_each_device(functools.partial(attention_tpu.forward, heads=heads))
+        plain = functools.partial(materialised, heads=heads)
+        forms["tpu"] = nothing_kept(with_gradient_of(plain, on_tpu))
+    if _cudnn_takes(queries, by_key, heads):
+        forms["cuda"] = nothing_kept(functools.partial(_cudnn, heads=heads))
     default = nothing_kept(functools.partial(materialised, heads=heads))
     out, kept = lax.platform_dependent(*arrays, default=default, **forms)
+    out, kept = keep((out, kept))
     return out, (*arrays, out, kept)
 
 
@@ -173,11 +188,22 @@ def _fused_backward(heads: int, saved: tuple, gradient: Tokens):
 
     def on_tpu(queries, keys, values, by_query, by_key, out, kept, gradient):
         kernel = on_each_device(functools.partial(attention_tpu.backward, heads=heads))
+
+        def plain(queries, keys, values, by_query, by_key, gradient):
+            return default(queries, keys, values, by_query, by_key, out, kept, gradient)
+
+        kernel = with_gradient_of(plain, kernel)
         return kernel(queries, keys, values, by_query, by_key, gradient)
+
+    def on_cuda(queries, keys, values, by_query, by_key, out, kept, gradient):
+        form = functools.partial(_cudnn, by_key=by_key, heads=heads)
+        return jax.vjp(form, queries, keys, values, by_query)[1](gradient)
 
     forms: dict[str, Callable] = {"cpu": functools.partial(attention_cpu.backward, heads=heads)}
     if _tpu_takes(*saved[:2]):
         forms["tpu"] = on_tpu
+    if _cudnn_takes(saved[0], saved[4], heads):
+        forms["cuda"] = on_cuda
     gradients = lax.platform_dependent(*saved, gradient, default=default, **forms)
     by_key = saved[4]  # the places of keys, which are fixed
     return *gradients, None if by_key is None else jnp.zeros_like(by_key)
@@ -192,23 +218,39 @@ def _tpu_takes(queries: Tokens, keys: Tokens) -> bool:
 
 def _cudnn_takes(queries: Tokens, by_key: KeyFeatures | None, heads: int) -> bool:
     """Whether cuDNN's fused attention, of 16-bit numbers on a GPU, takes heads of this width."""
-    if jax.default_backend() != "gpu" or queries.dtype.itemsize != 2:
+    if jax.default_backend() != "gpu" or queries.dtype.itemsize != 2 or not kernels_allowed():
+        return False
+    # "8.0" for Ampere, the first that it runs on; AMD's chips have names.
+    generation = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    if not generation.isdecimal() or int(generation) < 8:
         return False
     places = 0 if by_key is None else by_key.shape[-1]
-    # Up to 256 from Hopper on (compute capability 9.0).
-    hopper = float(jax.devices()[0].compute_capability) >= 9
-    return queries.shape[-1] // heads + places <= (256 if hopper else 128)
+    # Up to 256 from Hopper on.
+    return queries.shape[-1] // heads + places <= (256 if int(generation) >= 9 else 128)
 
 
 def _cudnn(queries, keys, values, by_query, by_key, heads: int):
-    """cuDNN's kernel has no relative positions, so they become features of queries and keys; it
-    wants one width for all three, a multiple of 8, so zeros fill up."""
+    """cuDNN's kernel has no relative positions, so they become features of queries and keys. It
+    wants one width for all three, a multiple of 8, and for gradients even numbers of queries and
+    keys: zeros fill up, and lengths leave them out."""
     q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
     if by_query is not None:
         by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
         q = jnp.concatenate([q, split_heads(by_query, heads)], -1)
         k = jnp.concatenate([k, by_key], -1)
     width = -(-q.shape[-1] // 8) * 8
-    fill = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])  # noqa: E731
-    out = jax.nn.dot_product_attention(fill(q), fill(k), fill(v), scale=1.0, implementation="cudnn")
-    return join_heads(out[..., : v.shape[-1]])
+    lengths: dict[str, Any] = {}
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        names = ("query_seq_lengths", "key_value_seq_lengths")
+        lengths = {
+            name: jnp.full(len(x), x.shape[1], jnp.int32)
+            for name, x in zip(names, (q, k), strict=True)
+        }
+
+    def fill(x):
+        return jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, width - x.shape[-1])])
+
+    out = jax.nn.dot_product_attention(
+        fill(q), fill(k), fill(v), scale=1.0, implementation="cudnn", **lengths
+    )
+    return join_heads(out[:, : q.shape[1], :, : v.shape[-1]])

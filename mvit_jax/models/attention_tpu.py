@@ -33,7 +33,8 @@ def memory() -> int:
     """Bytes of fast memory that a kernel may take; what needs more goes another way."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return 2**20 * (14 if kind in ("TPU v2", "TPU v3", "TPU v4") else 48)  # of 16, or at least 64
+    large = kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3", "TPU v4")
+    return 2**20 * (48 if large else 14)  # of at least 64, or of 16 (and where nobody knows)
 
 
 def fits(queries: Queries, keys: Keys) -> bool:
@@ -42,7 +43,8 @@ def fits(queries: Queries, keys: Keys) -> bool:
     # Keys and values, each twice since the next ones are on their way, and their gradients.
     whole = count * channels * (4 * itemsize + 4 * 4)
     block = block_of(queries.shape[1], count)
-    return whole + block * (6 * channels * itemsize + 5 * 4 * count) < memory()
+    known = keys.dtype in (jnp.float32, jnp.bfloat16)
+    return known and whole + block * (6 * channels * itemsize + 5 * 4 * count) < memory()
 
 
 def block_of(queries: int, keys: int) -> int:

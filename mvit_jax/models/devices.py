@@ -3,28 +3,61 @@
 The mesh is the one entered by `jax.set_mesh`; without one there is one device.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 BATCH_AXES = ("data", "fsdp")  # of the mesh, over both of which clips are split
 
 
+_PLAIN = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """What is traced in here has no kernels: a program for several platforms cannot hold those of
+    one, and cuDNN's calls are not kept compatible, so they cannot be written to files."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def kernels_allowed() -> bool:
+    return not _PLAIN.get()
+
+
+def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
+    """`kernel`, which has no gradient, with that of `plain`: for second derivatives."""
+    function = jax.custom_vjp(kernel)
+    function.defvjp(
+        lambda *arrays: (kernel(*arrays), arrays),
+        lambda arrays, gradient: jax.vjp(plain, *arrays)[1](gradient),
+    )
+    return function
+
+
 def batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh entered by `jax.set_mesh` that clips are split over; none without one"""
+    """The axes of the mesh entered by `jax.set_mesh` that clips are split over; none without
+    one."""
     return tuple(a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names)
 
 
 def each_device_has_clips(batch: Any) -> bool:
-    """Whether a batch divides among the devices; of one that an exported program leaves open, that
-    is not known."""
-    if not isinstance(batch, int):
+    """Whether kernels can have a batch: it divides among the devices. Of one that an exported
+    program leaves open, that is not known."""
+    if not isinstance(batch, int) or _PLAIN.get():
         return False
     mesh = jax.sharding.get_abstract_mesh()
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return False
     return batch % math.prod(mesh.shape[axis] for axis in batch_axes()) == 0
 
 

@@ -25,6 +25,7 @@ from mvit_jax.models.attention import (
     Tokens,
     attend,
     join_heads,
+    keep,
     on_grid,
     relative_features,
     split_heads,
@@ -43,7 +44,7 @@ from mvit_jax.models.plan import (
     plan,
 )
 from mvit_jax.models.positions import Positions, RelativePositions
-from mvit_jax.models.stages import drop_clips, keep
+from mvit_jax.models.stages import drop_clips
 from mvit_jax.models.trees import Params, first_difference, flat
 from mvit_jax.models.variants import variant
 
@@ -135,7 +136,12 @@ class MViT(nnx.Module):
         """
         keys = _fold(key, len(self.blocks) + 1)
         x, grid = self.embed(clip)
-        own = any(type(block) is not Block for block in self.blocks)  # may change as it likes
+        # What is a user's own may differ between blocks that are equal by plan.
+        own = any(
+            (type(b), type(b.attn), b.attn.pool) != (Block, PooledAttention, pooling.pool)
+            for b in self.blocks
+            if scan
+        )
         x, grid, after, records = stages.run(
             list(self.blocks), plan(self.config), x, grid, keys,
             capture=capture, scan=scan and not own, remat=remat,

@@ -74,7 +74,8 @@ def _by_columns(clip, kernel, stride: Triple, padding: Triple):
 def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     """For TPUs, which spread 3 channels over 128 lanes: a clip of 19 MB became one of 822 MB. Cubes
     of a stride's size become channels first (96 in MViT-B 16x4), the kernel is filled up with zeros
-    to whole cubes, and the convolution has stride 1."""
+    to whole cubes, and the convolution has stride 1. A number that is not finite spreads along its
+    row of pixels."""
     size, taps = clip.shape[1:4], kernel.shape[:3]
     cubes = [-(-k // s) for k, s in zip(taps, stride, strict=True)]
     out = conv_output(size, taps, stride, padding)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.models import pooling_tpu
 from mvit_jax.models.attention import Tokens, on_grid
-from mvit_jax.models.devices import each_device_has_clips, on_each_device
+from mvit_jax.models.devices import each_device_has_clips, on_each_device, with_gradient_of
 from mvit_jax.models.plan import Pool, Triple
 
 Grid = Float[Array, "batch time height width channels"]
@@ -56,11 +56,14 @@ def _pool_tokens(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
     def on_tpu(x, weight):
         return pooling_tpu.forward(x, weight, grid=grid, plan=plan)
 
+    def default(x, taps):
+        return _pool_grid(x, taps.reshape(weight.shape), grid, plan)
+
     return lax.platform_dependent(
         x,
         weight.reshape(-1, weight.shape[-1]),
-        tpu=on_each_device(on_tpu),
-        default=lambda x, taps: _pool_grid(x, taps.reshape(weight.shape), grid, plan),
+        tpu=with_gradient_of(default, on_each_device(on_tpu)),
+        default=default,
     )
 
 
@@ -89,7 +92,11 @@ def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], 
         return dx, dtaps
 
     dx, dtaps = lax.platform_dependent(
-        x, weight.reshape(-1, weight.shape[-1]), gradient, tpu=on_tpu, default=default
+        x,
+        weight.reshape(-1, weight.shape[-1]),
+        gradient,
+        tpu=with_gradient_of(default, on_tpu),
+        default=default,
     )
     return dx, dtaps.reshape(weight.shape)
 

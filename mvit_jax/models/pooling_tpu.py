@@ -40,7 +40,7 @@ class _Layout:
     grid: Triple
     output: Triple
     first: int  # 1 with a class token
-    frames: int  # of a block: one, or all
+    whole: bool  # whether all frames come at once, else one by one
 
     @property
     def frame(self) -> int:
@@ -49,16 +49,16 @@ class _Layout:
     @property
     def rows(self) -> int:
         """Of a block."""
-        return self.frame if self.frames == 1 else self.first + self.frames * self.frame
+        return self.first + self.grid[0] * self.frame if self.whole else self.frame
 
     @property
     def shifted(self) -> bool:
         """Whether a frame's last row is in the block after its own."""
-        return self.frames == 1 and self.first == 1
+        return self.first == 1 and not self.whole
 
     @property
     def blocks(self) -> int:
-        return self.grid[0] // self.frames + self.shifted
+        return 1 if self.whole else self.grid[0] + self.first
 
     @property
     def bordered(self) -> tuple[int, int]:
@@ -100,20 +100,17 @@ class _Layout:
 
 def fits(x: Tokens, grid: Triple, plan: Pool) -> bool:
     """Whether the kernels take this pool."""
-    return _layout(x, grid, plan) is not None and x.dtype.itemsize <= 4
+    return x.dtype in (jnp.float32, jnp.bfloat16) and _layout(x, grid, plan) is not None
 
 
 def _layout(x: Tokens, grid: Triple, plan: Pool) -> _Layout | None:
     if plan.mode not in ("conv", "conv_unshared") or min(plan.output(grid)) < 1:
         return None
     first = x.shape[1] - math.prod(grid)
-    if x.shape[1] <= WHOLE:
-        frames = grid[0]
-    elif grid[1] * grid[2] % TILE == 0:
-        frames = 1
-    else:
+    whole = x.shape[1] <= WHOLE
+    if not whole and grid[1] * grid[2] % TILE:
         return None
-    layout = _Layout(plan, grid, plan.output(grid), first, frames)
+    layout = _Layout(plan, grid, plan.output(grid), first, whole)
     pooled = first + math.prod(layout.output)
     # What the backward pass holds: blocks that come and go twice, the rest in float32.
     held = (4 * 2 + 2 * 4) * layout.rows + 2 * 4 * math.prod(layout.bordered) + (4 + 2 * 2) * pooled
@@ -309,8 +306,8 @@ def _unfold(rows, frame, layout: _Layout, start) -> None:
 
 def _each_frame(layout: _Layout, function) -> None:
     """Calls `function` with each frame of a block and the place of its first row."""
-    if layout.frames > 1:
-        for time in range(layout.frames):
+    if layout.whole:
+        for time in range(layout.grid[0]):
             function(time, layout.first + time * layout.frame)
         return
     time = pl.program_id(2)

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mvit_jax.models.attention import Record, Tokens
+from mvit_jax.models.attention import KEPT, Record, Tokens
 from mvit_jax.models.devices import keep_batch_sharded
 from mvit_jax.models.plan import BlockPlan, Triple
 
@@ -23,12 +22,6 @@ from mvit_jax.models.plan import BlockPlan, Triple
 # and drop path ("cheap"); the blocks on the first stage's grid, which hold most of what is kept;
 # all blocks.
 REMAT = ("none", "cheap", "first_stage", "blocks")
-KEPT = "kept"  # the name of what "cheap" keeps: the results of products, pools and attention
-
-
-def keep(x: Array) -> Array:
-    """Marks what costs much to compute, for `remat="cheap"`."""
-    return checkpoint_name(x, KEPT)
 
 
 def run(

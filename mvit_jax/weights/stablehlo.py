@@ -1,5 +1,6 @@
 """A trained model as one file that JAX runs without this package: StableHLO, by `jax.export`."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from jax import export
 from mvit_jax.errors import UserError
 from mvit_jax.files import write_whole
 from mvit_jax.models import trees
+from mvit_jax.models.devices import without_kernels
 from mvit_jax.models.inference import Colour, forward_function, with_dtype
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.trees import Params
@@ -73,9 +75,11 @@ def save_stablehlo(
             f"{LARGEST / 1e9:.1f} GB: use bfloat16"
         )
     forward = forward_function(config, dtype=dtype, mean=mean, std=std, **options)
-    exported = export.export(jax.jit(functools.partial(forward, weights)), platforms=platforms)(
-        clip_shape(config, np.uint8 if mean is not None else np.float32, batch)
-    )
+    kernels = contextlib.nullcontext() if platforms == ("tpu",) else without_kernels()
+    with kernels:
+        exported = export.export(jax.jit(functools.partial(forward, weights)), platforms=platforms)(
+            clip_shape(config, np.uint8 if mean is not None else np.float32, batch)
+        )
     write_whole(path, bytes(exported.serialize()))
     return exported
 

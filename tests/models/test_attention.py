@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models.attention import attend, join_heads, on_grid, split_heads
+from mvit_jax.models.attention import (
+    attend,
+    fused,
+    join_heads,
+    materialised,
+    on_grid,
+    split_heads,
+)
 
 BATCH, QUERIES, KEYS, HEADS, DIM = 2, 5, 7, 3, 4
 
@@ -114,11 +121,12 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(40, 24), (39, 23)], ids=["even", "odd"])
 @pytest.mark.parametrize("places", [0, 22])
-def test_on_a_gpu_bfloat16_goes_to_cudnn_with_its_gradients(places, as_on_a_gpu):
+def test_on_a_gpu_bfloat16_goes_to_cudnn_with_its_gradients(places, queries, keys, as_on_a_gpu):
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)  # noqa: E731
-    arrays = [shape(2, 40, 192), shape(2, 24, 192), shape(2, 24, 192)]
-    relative = (shape(2, 40, 2, places), shape(24, places)) if places else None
+    arrays = [shape(2, queries, 192), shape(2, keys, 192), shape(2, keys, 192)]
+    relative = (shape(2, queries, 2, places), shape(keys, places)) if places else None
 
     def loss(q, k, v, relative):
         return attend(q, k, v, 2, relative).astype(jnp.float32).sum()
@@ -126,8 +134,8 @@ def test_on_a_gpu_bfloat16_goes_to_cudnn_with_its_gradients(places, as_on_a_gpu)
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
     text = gradients.trace(*arrays, relative).lower(lowering_platforms=("cuda",)).as_text()
     assert "cudnn$fmhaSoftmax" in text and "cudnn$fmhaSoftmaxBackward" in text
-    assert "tensor<2x2x40x24x" not in text  # scores
-    # 118 channels of queries are filled up to 120.
+    assert "stablehlo.dot_general" not in text  # no scores
+    # 118 channels of queries are filled up to 120, and to even numbers of tokens.
     assert ("tensor<2x40x2x120xbf16>" in text) == bool(places)
 
 
@@ -136,3 +144,28 @@ def test_on_a_gpu_float32_and_wide_heads_go_another_way(as_on_a_gpu):
         q, k = (jax.ShapeDtypeStruct((1, n, width), dtype) for n in (8, 5))
         lowered = jax.jit(lambda q, k: attend(q, k, k, 1)).trace(q, k)
         assert "cudnn" not in lowered.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx90a"])
+def test_gpus_that_cudnn_does_not_serve_go_another_way(capability, as_on_a_gpu):
+    jax.devices()[0].__class__.compute_capability = capability
+    q, k = (jax.ShapeDtypeStruct((1, n, 96), jnp.bfloat16) for n in (8, 5))
+    lowered = jax.jit(lambda q, k: attend(q, k, k, 1)).trace(q, k)
+    assert "cudnn" not in lowered.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_on_a_gpu_machine_its_cpu_still_works(as_on_a_gpu):
+    q, k = (jax.ShapeDtypeStruct((1, n, 96), jnp.bfloat16) for n in (8, 5))
+    traced = jax.jit(jax.grad(lambda q, k: attend(q, k, k, 1).sum().astype(float))).trace(q, k)
+    assert "cudnn" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_second_derivatives_are_those_of_the_definition():
+    q, k, v = (jnp.array(x, jnp.float32) for x in draw())
+
+    def second(form):
+        first = jax.grad(lambda q: (form(q, k, v, None, None, HEADS) ** 2).sum())
+        return jax.jit(jax.grad(lambda q: (first(q) ** 2).sum()))(q)
+
+    expected = second(materialised)
+    np.testing.assert_allclose(second(fused), expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -106,3 +106,20 @@ def test_blocks_of_your_own_are_never_looped_over():
     run = functools.partial(mvit.apply, config=V1, scan=True, block=Mine)
     text = str(jax.make_jaxpr(run)(params, jax.ShapeDtypeStruct((1, 4, 16, 16, 3), jnp.float32)))
     assert "length=3" not in text
+
+
+def test_cheap_computes_no_product_again():
+    """Each product's gradient has two; one more is a product made anew."""
+    params = mvit.init(V1, jax.random.key(0))
+    clip = jnp.zeros((1, 4, 16, 16, 3))
+
+    def products(**way):
+        run = jax.jit(jax.grad(functools.partial(loss, config=V1, **way)))
+        return (
+            run.trace(params, clip)
+            .lower(lowering_platforms=("cpu",))
+            .as_text()
+            .count("stablehlo.dot_general")
+        )
+
+    assert products(remat="cheap") == products() < products(remat="blocks")

@@ -76,6 +76,20 @@ def test_any_number_of_clips_on_any_platform(params, clips, tmp_path):
         np.testing.assert_allclose(model(given[:count]), expected[:count], atol=1e-5)
 
 
+def test_a_fixed_number_of_clips_on_several_platforms(params, clips, tmp_path):
+    platforms = ("cpu", "cuda", "tpu")
+    save_stablehlo(params, VIDEO, tmp_path / "model", batch=2, platforms=platforms)
+    exported = export.deserialize(bytearray((tmp_path / "model").read_bytes()))
+    given = normalised(clips)[:2]
+    expected = logits_of(params, VIDEO, given)
+    np.testing.assert_allclose(jax.jit(exported.call)(given), expected, atol=1e-5)
+
+
+def test_a_file_for_tpus_alone_has_the_kernels(params, tmp_path):
+    exported = save_stablehlo(params, VIDEO, tmp_path / "model", batch=2, platforms=("tpu",))
+    assert "tpu_custom_call" in exported.mlir_module()
+
+
 def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
     config = variant("mvitv2_t", **SMALL)
     params = mvit.init(config, jax.random.key(0))
