@@ -106,6 +106,8 @@ def main(argv: list[str]) -> None:
         return
     try:
         compiled.keep()
+        if jax.default_backend() == "cpu":
+            host_memory.keep_freed_memory()
         sys.exit(train(_CONFIG.value, _WORKDIR.value, _PROFILE.value))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -143,8 +145,6 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     workdir.keep_labels(folder, videos.class_names)
 
     steps = experiment.steps(config, config.epochs, videos)
-    if mesh.devices.flat[0].platform == "cpu":
-        host_memory.keep_freed_memory()
     with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:
         step_function, predict, schedule, state = jitted.build(config, model, videos, mesh)
         state, origin = first(config, state, checkpoints, initial)

@@ -48,16 +48,15 @@ def run(
         group, plan = blocks[start:stop], plans[start]
         again = remat == "blocks" or (remat == "first_stage" and grid == first_grid)
         call = functools.partial(_call, grid=grid, remat="blocks" if again else remat)
-        with jax.named_scope(f"stage{plan.stage}"):
+        name = f"block{start}" if len(group) == 1 else f"blocks{start}-{stop - 1}"
+        with jax.named_scope(f"stage{plan.stage}/{name}"):
             if len(group) > 1:
-                with jax.named_scope(f"blocks{start}-{stop - 1}"):
-                    x = _loop(group, x, keys[start:stop], call)
+                x = _loop(group, x, keys[start:stop], call)
             else:
-                with jax.named_scope(f"block{start}"):
-                    record: Record = {}
-                    extra: dict[str, Any] = {"record": record} if capture else {}
-                    x, grid = call(group[0], x, keys[start], **extra)
-                    records.append(record)
+                record: Record = {}
+                extra: dict[str, Any] = {"record": record} if capture else {}
+                x, grid = call(group[0], x, keys[start], **extra)
+                records.append(record)
         x = keep_batch_sharded(x)
         stages[plan.stage :] = [on_its_grid(x, grid)]
     return x, grid, stages, records
