@@ -159,7 +159,7 @@ def test_clips_that_stand_for_broken_videos_are_counted():
 
 def test_predictions_are_softmax_scores_of_each_view():
     recipe = Recipe(**RECIPE)
-    params = jax.tree.map(lambda x: 20 * x, mvit.init(CONFIG, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 10 * x, mvit.init(CONFIG, jax.random.key(0)))
     clip = jnp.stack([batch(i)["clip"] for i in range(3)], axis=1)
     apply = functools.partial(mvit.apply, config=CONFIG)
     ours = step.predict_step(params, clip, apply=apply, recipe=recipe)
