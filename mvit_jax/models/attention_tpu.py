@@ -196,4 +196,10 @@ def _put(ref, head: int, heads: int, value, add: bool = False) -> None:
 
 
 def _dot(a, b, axes):
-    return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+    # Kernels know two precisions, and the higher one for float32 alone; "high" becomes "highest".
+    wanted = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    exact = a.dtype == jnp.float32 and wanted in ("high", "highest", "tensorfloat32", "float32")
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return lax.dot_general(
+        a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
