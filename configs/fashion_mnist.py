@@ -17,7 +17,7 @@ from mvit_jax.training.experiment import read_config
 
 def get_config() -> Any:  # a ConfigDict
     c = read_config("base")
-    c.epochs = 8.0
+    c.epochs = 9.0
     c.batch = 128
     c.model.variant = "mvit_b16"
     c.model.update(size=28, drop_path=0.0, dropout=0.0)

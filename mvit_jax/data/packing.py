@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -336,9 +337,8 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _dead_workers() -> Iterator[list[str]]:
     """Interrupts the main thread when a worker process dies, for which Beam would wait for ever."""
-    import _thread
-
     died: list[str] = []
+    main = threading.current_thread().ident or 0
     previous = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -346,7 +346,8 @@ def _dead_workers() -> Iterator[list[str]]:
             previous(args)
         elif not died:
             died.append(str(args.exc_value).rpartition("with ")[2])
-            _thread.interrupt_main()
+            # A true signal, to that thread: `_thread.interrupt_main` would not end a wait in it.
+            signal.pthread_kill(main, signal.SIGINT)
 
     threading.excepthook = hook
     try:

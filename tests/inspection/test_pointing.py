@@ -16,7 +16,7 @@ from mvit_jax.training import trial
 def test_grad_cam_points_at_the_moving_digit(tmp_path):
     moving_digits.prepare(tmp_path / "data", train_videos=1000, val_videos=8, test_videos=40)
     config = trial.read_config(
-        "moving_digits", **{"data.folder": str(tmp_path / "data"), "epochs": 2.0, "eval.clips": 1}
+        "moving_digits", **{"data.folder": str(tmp_path / "data"), "epochs": 4.0, "eval.clips": 1}
     )
     trained = trial.run(config)
     assert trained.scores.metrics()["top1"] > 40  # of eight classes
