@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import machine
 from mvit_jax.files import write_whole
 from mvit_jax.models import attention
 from mvit_jax.models.plan import BlockGrids, BlockPlan, grids, plan
@@ -51,7 +52,9 @@ def main(argv: list[str]) -> None:
             rows.append(row)
             print(as_table(row), flush=True)
     if _JSON.value:
-        write_whole(Path(_JSON.value), json.dumps({"rows": rows}, indent=1) + "\n")
+        write_whole(
+            Path(_JSON.value), json.dumps(machine.about() | {"rows": rows}, indent=1) + "\n"
+        )
 
 
 def measure(block: BlockPlan, sizes: BlockGrids, class_token: bool) -> dict[str, Any]:

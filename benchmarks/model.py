@@ -16,17 +16,14 @@ MViT-B for images has no original in either library: torchvision's class, set to
 frame, is the same but for a sum of two position tables where we have one.
 """
 
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import machine
 from mvit_jax.files import write_whole
 from mvit_jax.models import mvit
 from mvit_jax.models.host_memory import keep_freed_memory, release_freed_memory
@@ -65,6 +63,8 @@ def main(argv: list[str]) -> None:
     unknown = set(_MODELS.value) - set(CASES)
     if unknown:
         raise app.UsageError(f"--models: {', '.join(sorted(unknown))}; it takes {', '.join(CASES)}")
+    if not all(re.fullmatch("[1-9][0-9]*", batch) for batch in _BATCH.value or []):
+        raise app.UsageError(f"--batch takes numbers, like 1,4, not {','.join(_BATCH.value)}")
     jax.config.update("jax_enable_compilation_cache", False)
     cases = [
         (name, int(batch))
@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
     if _SIDE.value:
         serve(*cases[0], _SIDE.value)
         return
-    machine = f"{platform.processor() or platform.machine()}, {cores()} cores"
-    print(f"{machine}, float32, {date.today()}: {versions()}\n")
+    about = machine.about()
+    print(f"{about['machine']}, float32, {about['date']}: {about['versions']}\n")
     print(
         "| variant, batch | | ours, ms | PyTorch, ms | ours / PyTorch | compile, s |\n|"
         + " --- |" * 6,
@@ -87,7 +87,6 @@ def main(argv: list[str]) -> None:
         rows.append(row)
         print(as_table(row), flush=True)
         if _JSON.value:
-            about = {"machine": machine, "date": str(date.today()), "versions": versions()}
             write_whole(Path(_JSON.value), json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
@@ -206,7 +205,7 @@ def ours(name: str, batch: int, compile_seconds: dict[str, float]) -> dict[str, 
 def original(name: str, batch: int) -> dict[str, Callable[[], Any]]:
     import torch  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(cores())
+    torch.set_num_threads(machine.cores())
     torch.manual_seed(0)
     config = variant(name)
     model = _original(name, config)
@@ -296,18 +295,6 @@ def peak() -> float:
 
 def has_original(name: str) -> bool:
     return all(importlib.util.find_spec(module) for module in ("torch", CASES[name][0]))
-
-
-def versions() -> str:
-    found = [f"jax {jax.__version__}"]
-    for module in ("torch", "torchvision", "timm"):
-        if importlib.util.find_spec(module):
-            found.append(f"{module} {importlib.metadata.version(module)}")
-    return ", ".join(found)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from benchmarks import machine
 from mvit_jax.files import write_whole
 from mvit_jax.models import pooling
 from mvit_jax.models.plan import Pool, grids, plan
@@ -54,7 +55,9 @@ def main(argv: list[str]) -> None:
         columns = ["block", "grid", "channels", "stride", "ms"]
         columns += ["autodiff", "convolution", "compile"]
         table = [dict(zip(columns, cells, strict=True)) for cells in rows]
-        write_whole(Path(_JSON.value), json.dumps({"rows": table}, indent=1) + "\n")
+        write_whole(
+            Path(_JSON.value), json.dumps(machine.about() | {"rows": table}, indent=1) + "\n"
+        )
 
 
 def row(block: int, pool: Pool, grid: tuple[int, int, int], channels: int) -> list[str]:

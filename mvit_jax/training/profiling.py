@@ -51,7 +51,12 @@ class Profile:
         if self._last is None:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every Python call would be most of the trace
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            try:
+                jax.profiler.start_trace(self._folder, profiler_options=options)
+            except Exception as error:  # another trace runs, say: the training goes on
+                self._say(f"no trace: {error}")
+                self._steps = range(0)
+                return function(*args)
         self._last = number
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             result = function(*args)
