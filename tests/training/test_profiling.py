@@ -86,14 +86,6 @@ def test_a_trace_that_is_cut_off_is_written(tmp_path, capsys):
     assert "traced steps 5 to 6" in capsys.readouterr().out
 
 
-def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path, capsys):
-    (tmp_path / "profile").write_text("in the way")
-    with Profile(tmp_path, (1, 1), start=0, steps=9, say=print) as profile:
-        assert profile.step(1, np.add, 1, 1) == 2
-        assert profile.step(2, np.add, 2, 2) == 4
-    assert "could not be written" in capsys.readouterr().out
-
-
 def test_a_trace_while_another_runs_costs_no_step(tmp_path, capsys):
     with (
         jax.profiler.trace(tmp_path / "other"),
@@ -102,6 +94,14 @@ def test_a_trace_while_another_runs_costs_no_step(tmp_path, capsys):
         assert profile.step(1, np.add, 1, 1) == 2
         assert profile.step(2, np.add, 2, 2) == 4
     assert capsys.readouterr().out.count("no trace: ") == 1
+
+
+def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path, capsys):
+    (tmp_path / "profile").write_text("in the way")
+    with Profile(tmp_path, (1, 1), start=0, steps=9, say=print) as profile:
+        assert profile.step(1, np.add, 1, 1) == 2
+        assert profile.step(2, np.add, 2, 2) == 4
+    assert "could not be written" in capsys.readouterr().out
 
 
 def test_the_lowered_step_names_what_it_does():
