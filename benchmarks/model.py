@@ -63,8 +63,9 @@ def main(argv: list[str]) -> None:
     unknown = set(_MODELS.value) - set(CASES)
     if unknown:
         raise app.UsageError(f"--models: {', '.join(sorted(unknown))}; it takes {', '.join(CASES)}")
-    if not all(re.fullmatch("[1-9][0-9]*", batch) for batch in _BATCH.value or []):
-        raise app.UsageError(f"--batch takes numbers, like 1,4, not {','.join(_BATCH.value)}")
+    batches = _BATCH.value or []
+    if not all(re.fullmatch("[1-9][0-9]*", batch) for batch in batches):
+        raise app.UsageError(f"--batch takes numbers, like 1,4, not {','.join(batches)}")
     jax.config.update("jax_enable_compilation_cache", False)
     cases = [
         (name, int(batch))
