@@ -338,7 +338,7 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
 def _dead_workers() -> Iterator[list[str]]:
     """Interrupts the main thread when a worker process dies, for which Beam would wait for ever."""
     died: list[str] = []
-    main = threading.current_thread().ident or 0
+    main = threading.get_ident()
     previous = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:

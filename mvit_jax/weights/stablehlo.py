@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,13 +75,17 @@ def save_stablehlo(
             f"{LARGEST / 1e9:.1f} GB: use bfloat16"
         )
     forward = forward_function(config, dtype=dtype, mean=mean, std=std, **options)
-    kernels = contextlib.nullcontext() if platforms == ("tpu",) else without_kernels()
-    with kernels:
-        exported = export.export(jax.jit(functools.partial(forward, weights)), platforms=platforms)(
-            clip_shape(config, np.uint8 if mean is not None else np.float32, batch)
-        )
-    write_whole(path, bytes(exported.serialize()))
-    return exported
+    clip = clip_shape(config, np.uint8 if mean is not None else np.float32, batch)
+    program = exported(functools.partial(forward, weights), platforms, clip)
+    write_whole(path, bytes(program.serialize()))
+    return program
+
+
+def exported(function: Callable[..., Any], platforms: tuple[str, ...], *shapes: Any) -> Any:
+    """A function for some platforms, of arguments of these shapes; a TPU's kernels are in it if it
+    is for TPUs alone."""
+    with contextlib.nullcontext() if platforms == ("tpu",) else without_kernels():
+        return export.export(jax.jit(function), platforms=platforms)(*shapes)
 
 
 def clip_shape(config: MViTConfig, dtype: Any, batch: int | None = None) -> jax.ShapeDtypeStruct:

@@ -13,7 +13,7 @@ from jax import export
 
 import mvit_jax
 from mvit_jax.errors import UserError
-from mvit_jax.models import devices, inference, mvit
+from mvit_jax.models import inference, mvit
 from mvit_jax.models.variants import variant
 from mvit_jax.weights import stablehlo
 from mvit_jax.weights.stablehlo import save_stablehlo
@@ -128,8 +128,7 @@ def test_relative_positions_do_not_blow_up_the_program(batch):
     shapes = jax.eval_shape(lambda: mvit.init(config, jax.random.key(0)))
     forward = inference.forward_function(config, mean=MEAN, std=STD)
     clip = stablehlo.clip_shape(config, np.uint8, batch)
-    with devices.without_kernels():
-        exported = export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(shapes, clip)
+    exported = stablehlo.exported(forward, ("cpu", "cuda", "tpu"), shapes, clip)
     weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
     assert weights > 130e6
     assert len(exported.serialize()) < 1e6
