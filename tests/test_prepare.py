@@ -219,3 +219,26 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(videos, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert said.splitlines()[-1].startswith("error: a worker died (return code -9)")
+
+
+def test_a_worker_that_dies_ends_the_run_though_beam_does_not_let_go():
+    code = """if True:
+        import threading, time
+        from mvit_jax.data import packing
+
+        def worker():
+            raise RuntimeError("Worker subprocess exited with return code -9")
+
+        with packing._dead_workers(patience=0.5):
+            threading.Thread(target=worker).start()
+            while True:
+                try:
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    print("interrupted", flush=True)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and done.stdout == "interrupted\n"
+    assert done.stderr.startswith("error: a worker died (return code -9)")

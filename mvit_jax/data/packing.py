@@ -306,10 +306,14 @@ def run_jobs(
             if not died:
                 raise
     if died:
-        raise UserError(
-            f"a worker died ({died[0]}), perhaps for want of memory: give the same command again, "
-            "with fewer --workers; finished shards are kept"
-        )
+        raise UserError(_of_death(died[0]))
+
+
+def _of_death(code: str) -> str:
+    return (
+        f"a worker died ({code}), perhaps for want of memory: give the same command again, "
+        "with fewer --workers; finished shards are kept"
+    )
 
 
 def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
@@ -335,17 +339,29 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _dead_workers() -> Iterator[list[str]]:
-    """Interrupts the main thread when a worker process dies, for which Beam would wait for ever."""
+def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
+    """Interrupts the main thread when a worker process dies, for which Beam would wait for ever.
+
+    Beam may also wait for it on its way out (once in some thirty deaths): after `patience` seconds
+    the process ends without it. The other workers follow when they lose their connection to it.
+    """
     died: list[str] = []
     main = threading.get_ident()
     previous = threading.excepthook
+
+    def give_up() -> None:
+        print(f"error: {_of_death(died[0])}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(patience, give_up)
+    timer.daemon = True
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if "Worker subprocess exited" not in str(args.exc_value):
             previous(args)
         elif not died:
             died.append(str(args.exc_value).rpartition("with ")[2])
+            timer.start()
             # A true signal, to that thread: `_thread.interrupt_main` would not end a wait in it.
             signal.pthread_kill(main, signal.SIGINT)
 
@@ -354,6 +370,7 @@ def _dead_workers() -> Iterator[list[str]]:
         yield died
     finally:
         threading.excepthook = previous
+        timer.cancel()
 
 
 @contextlib.contextmanager
