@@ -6,35 +6,56 @@ It holds:
     DIR/labels.txt      the names of the classes
     DIR/checkpoints/    the last states
     DIR/best/           the state of the best validation
+    DIR/damaged/        checkpoints that were found damaged
+    DIR/validated.txt   the last step that was validated; DIR/.lock keeps a second start out
     DIR/metrics.jsonl   the history; DIR/events.* the same for TensorBoard
     DIR/evaluation*     what tests found, with clips*.json, confusion*.png, per_class*.png
     DIR/report.html     the page
 """
 
+import fcntl
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
 from mvit_jax.errors import UserError
-from mvit_jax.files import write_whole
+from mvit_jax.files import AnyPath, faults, is_local, to_path, why, write_whole
+
+LOCK_SECONDS = 60
+_VALIDATED = "validated.txt"
 
 # Keys that say where and how fast, not what: they may change when a run goes on.
 MAY_CHANGE = (
-    "data.folder", "data.threads", "data.processes", "data.max_broken", "data.train_videos",
-    "data.classes", "published",
-    "mesh.", "remat", "checkpoint.", "log_every", "eval.batch",
+    "data.folder", "data.threads", "data.processes", "data.timeout", "data.max_broken",
+    "data.train_videos", "data.classes", "published",
+    "mesh.", "remat", "checkpoint.", "log_every", "eval.batch", "on_nan",
 )  # fmt: skip
 
+# What Orbax writes last into a checkpoint in a bucket, where nothing can be renamed at once.
+_COMPLETE = "commit_success.txt"
 
-def freeze(config: ConfigDict, workdir: str | Path, defaults: ConfigDict | None = None) -> None:
+# Where and how fast each host reads its clips. All else must be the same in all processes of a run.
+_OF_A_HOST = ("data.folder", "data.prefix", "data.threads", "data.processes", "data.timeout")
+
+
+def decisive(config: ConfigDict) -> dict[str, Any]:
+    """The values, by key, that decide what the processes of a run do together."""
+    flat = _flat(json.loads(config.to_json()))
+    return {key: value for key, value in flat.items() if key not in _OF_A_HOST}
+
+
+def freeze(config: ConfigDict, workdir: str | AnyPath, defaults: ConfigDict | None = None) -> None:
     """Writes the config on the first start; later, refuses a config that differs.
 
     `defaults` has the values of keys that are newer than the run.
     """
-    path = Path(workdir) / "config.json"
+    path = to_path(workdir) / "config.json"
     now = json.loads(config.to_json())
     if not path.exists():
         make(workdir)
@@ -54,22 +75,25 @@ def freeze(config: ConfigDict, workdir: str | Path, defaults: ConfigDict | None 
         )
 
 
-def keep_labels(workdir: str | Path, names: Sequence[str]) -> None:
+def keep_labels(workdir: str | AnyPath, names: Sequence[str]) -> None:
     """Writes the names of the classes beside the weights, so that these tell without the data."""
-    path = Path(workdir) / "labels.txt"
+    path = to_path(workdir) / "labels.txt"
     if not path.exists():
         write_whole(path, "".join(f"{name}\n" for name in names))
 
 
-def has_checkpoint(workdir: str | Path) -> bool:
+def has_checkpoint(workdir: str | AnyPath) -> bool:
     """Whether there is something to go on with."""
-    folder = Path(workdir) / "checkpoints"
-    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+    folder = to_path(workdir) / "checkpoints"
+    return folder.is_dir() and any(
+        child.name.isdigit() and (is_local(child) or (child / _COMPLETE).exists())
+        for child in folder.iterdir()
+    )
 
 
-def frozen(workdir: str | Path, defaults: ConfigDict | None = None) -> Any:  # a ConfigDict
+def frozen(workdir: str | AnyPath, defaults: ConfigDict | None = None) -> Any:  # a ConfigDict
     """The config that a run was started with; keys that are newer have the values of `defaults`."""
-    path = Path(workdir) / "config.json"
+    path = to_path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
     started_with = ConfigDict(_tuples(read(path)))
@@ -80,21 +104,95 @@ def frozen(workdir: str | Path, defaults: ConfigDict | None = None) -> Any:  # a
     return config.lock()
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: AnyPath) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (*faults(), ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a config ({error}): restore it, or choose another --workdir"
         ) from None
 
 
-def make(workdir: str | Path) -> None:
+def keep_validated(workdir: str | AnyPath, step: int) -> None:
+    """Notes that the state after `step` was validated, and kept where it is the best."""
+    write_whole(to_path(workdir) / _VALIDATED, f"{step}\n")
+
+
+def validated(workdir: str | AnyPath) -> int:
+    """The last step that was validated; 0 where none was, or it is not known."""
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        return int((to_path(workdir) / _VALIDATED).read_text())
+    except (*faults(), ValueError):
+        return 0
+
+
+@contextmanager
+def locked(workdir: str | AnyPath, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Keeps others from training in the same folder, as far as its file system knows locks; buckets
+    do not.
+
+    A lock ends with its process, however that ends. One that a scheduler has just replaced may
+    still be saving, so it is waited for.
+
+    Raises:
+      UserError: another process has the lock for `LOCK_SECONDS`.
+    """
+    path = to_path(workdir) / ".lock"
+    if not is_local(path):
+        yield
+        return
+    with path.open("a+") as file:
+        until = time.monotonic() + LOCK_SECONDS
+        waits = False
+        while not _lock(file):
+            file.seek(0)
+            other = file.read().strip() or "another process"
+            if time.monotonic() > until:
+                raise UserError(f"{workdir} is in use: {other} trains there; end that first")
+            if not waits:
+                say(f"{other} still trains in {workdir}: waits until it has ended")
+            waits = True
+            time.sleep(0.5)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}")
+        file.flush()
+        yield
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def check_writable(workdir: str | AnyPath) -> None:
+    """Writes a file and removes it: a run learns at its start what would end it at its first save.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    make(workdir)
+    probe = to_path(workdir) / f".writable.{platform.node()}.{os.getpid()}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except faults() as error:
         raise UserError(
-            f"the workdir {workdir} cannot be made ({error.strerror}): choose another --workdir"
+            f"the workdir {workdir} cannot be written ({why(error)}): choose another "
+            "--workdir, or mend its permissions"
+        ) from None
+
+
+def make(workdir: str | AnyPath) -> None:
+    try:
+        to_path(workdir).mkdir(parents=True, exist_ok=True)
+    except faults() as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be made ({why(error)}): choose another --workdir"
         ) from None
 
 
