@@ -1,5 +1,7 @@
 """The one exception that is meant for people, and how programs start and end."""
 
+import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +12,10 @@ from absl import app, flags, logging
 
 class UserError(ValueError):
     """Something that the user can mend: says what is wrong, where, and what to do."""
+
+
+class HungError(UserError):
+    """Something in this process hangs for good, and Python would wait for its threads at exit."""
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -23,11 +29,22 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
         logging.set_verbosity(logging.WARNING)
     try:
         return main(argv)
+    except HungError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(1)
     except UserError as error:
         _end(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends without waiting for threads, and ends the processes that nothing else would end then."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,75 +1,84 @@
-"""kill -9 at any moment, start again, end with the same parameters."""
+"""kill -9 at random moments, start again, end with the same parameters, bit for bit."""
 
-import itertools
-import os
 import random
-import subprocess
-import sys
+import signal
 import time
 
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.test_programs import final_state
+from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training.processes import LOST
+from tests import group
+from tests.group import final_state
 
 pytestmark = pytest.mark.slow
-COMMAND = [
-    sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *tiny.FLAGS,
-    "--config.epochs=10.0", "--config.checkpoint.every=3", "--config.model.drop_path=0.3",
-]  # fmt: skip
-
-
-def start(digits, folder):
-    flags = [f"--config.data.folder={digits}", f"--workdir={folder}"]
-    environment = os.environ | {"XLA_FLAGS": ""}
-    return subprocess.Popen(
-        [*COMMAND, *flags], cwd=tiny.ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def finish(process) -> str:
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
+# Saves in the background at every third step, and validates, so that some kills fall into these.
+COMMAND = (
+    *group.TRAIN, "--config.epochs=60", "--config.checkpoint.every=3",
+    "--config.eval.every_epochs=4", "--config.model.drop_path=0.3", "--config.optim.ema=0.9",
+)  # fmt: skip
+# Of one process with two devices, and of two with one each.
+KILLS = {1: 11, 2: 10}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(digits, tmp_path_factory):
+def cache(tmp_path_factory):
+    """Compiled programs, so that a start takes seconds."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def uninterrupted(request, digits, tmp_path_factory, cache):
+    processes = request.param
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(digits, folder))
-    return final_state(folder)
+    flags = [f"--config.data.folder={digits}", f"--workdir={folder}"]
+    done = group.finish(
+        group.start([*COMMAND, *flags], processes, 2 // processes, cache=cache), 300
+    )
+    assert all(d.status == 0 for d in done), done
+    return processes, final_state(folder), best(folder)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_several_times_ends_with_the_same_parameters(seed, digits, tmp_path, uninterrupted):
-    """Kills some random time after one of the lines that tell of a step, twice. Saves happen at
-    every third step, so that some kills fall into one."""
-    draw = random.Random(seed)
-    for _ in range(2):
-        process = start(digits, tmp_path)
-        assert process.stdout
-        steps = (line for line in process.stdout if line.startswith("step"))
-        next(itertools.islice(steps, draw.randrange(5, 10), None))
-        time.sleep(draw.uniform(0, 0.5))
-        process.kill()
-        process.wait()
-    out = finish(start(digits, tmp_path))
-    assert "resumed" in out
+def best(folder):
+    checkpoints = Checkpoints(folder)
+    return checkpoints.step("best"), checkpoints.best_top1
+
+
+def test_killed_at_random_moments_ends_with_the_same_parameters(
+    digits, tmp_path, cache, uninterrupted
+):
+    """A kill comes some time after a start: mostly among steps, sometimes before the first one. Of
+    two processes one is killed, after which the other has to end as well, or both are."""
+    processes, whole, whole_best = uninterrupted
+    flags = [f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
+    draw = random.Random(processes)
+    seen = []
+    for kill in range(KILLS[processes]):
+        started = group.start([*COMMAND, *flags], processes, 2 // processes, cache=cache)
+        if kill % 5 == 4:
+            time.sleep(draw.uniform(0, 6))
+        else:
+            seen.append(group.wait_for(started[0], "step ", lines=draw.randrange(1, 4)))
+            time.sleep(draw.uniform(0, 0.6))
+        victims = draw.choice([[0], [processes - 1], range(processes)])
+        for victim in victims:
+            assert started[victim].poll() is None, "the run was over: nothing was killed"
+            started[victim].kill()
+        done = group.finish(started)
+        # Who was not killed has lost another, which a scheduler can tell from an error.
+        survivors = [d for i, d in enumerate(done) if i not in victims]
+        assert all(d.status in (LOST, -signal.SIGABRT) for d in survivors), survivors
+    done = group.finish(
+        group.start([*COMMAND, *flags], processes, 2 // processes, cache=cache), 300
+    )
+    assert all(d.status == 0 for d in done), done[0].err
+    assert "(resumed)" in done[0].out
     ours = final_state(tmp_path)
-    assert ours.keys() == uninterrupted.keys()
-    for name, value in uninterrupted.items():
+    assert ours.keys() == whole.keys() and len(ours) > 100
+    for name, value in whole.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
-
-
-def test_killed_before_the_first_checkpoint_starts_anew(digits, tmp_path, uninterrupted):
-    process = start(digits, tmp_path)
-    assert process.stdout
-    next(line for line in process.stdout if line.startswith("from step"))
-    process.kill()
-    process.wait()
-    finish(start(digits, tmp_path))
-    ours = final_state(tmp_path)
-    for name, value in uninterrupted.items():
-        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    assert best(tmp_path) == whole_best  # no validation was lost either
+    # The steps after which it was killed went on.
+    numbers = [int(line.split()[1].split("/")[0]) for line in seen]
+    assert numbers[-1] > numbers[0], numbers

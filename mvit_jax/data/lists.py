@@ -14,6 +14,7 @@ from jaxtyping import Int, Int32
 from mvit_jax.data import decoding
 from mvit_jax.data.images import Footage
 from mvit_jax.errors import UserError
+from mvit_jax.files import AnyPath
 
 
 # eq=False: dataclass equality would compare the label arrays elementwise and raise. repr=False:
@@ -102,7 +103,7 @@ def read_video_list(
     return VideoList(tuple(paths), np.asarray(labels, np.int32), class_names, str(list_file))
 
 
-def read_class_names(file: Path) -> tuple[str, ...]:
+def read_class_names(file: AnyPath) -> tuple[str, ...]:
     """The lines of a `labels.txt`, that of label 0 first.
 
     Raises:
@@ -114,7 +115,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     return names
 
 
-def read_lines(file: Path) -> list[str]:
+def read_lines(file: AnyPath) -> list[str]:
     """The lines of a text file; raises `UserError` where it is not UTF-8 or cannot be read."""
     try:
         # utf-8-sig, as spreadsheets put a byte order mark before what would be the first path.

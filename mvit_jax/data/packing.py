@@ -277,13 +277,19 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+class DeadWorkerError(UserError):
+    """A process that packs died. A program does best to end by `os._exit`: Python's own end would
+    wait for Beam's threads, and these for workers that may still be busy."""
+
+
 def run_jobs(
     jobs: Sequence[Job], every: Sequence[Job], title: str, workers: int, flags: Sequence[str]
 ) -> None:
     """Has Beam make shards, and shows progress among `every` one of the split.
 
     Raises:
-      UserError: Beam is not installed, or a worker died.
+      UserError: Beam is not installed.
+      DeadWorkerError: a worker died.
     """
     logging.disable(logging.WARNING)  # on being imported it complains of what nobody needs here
     try:
@@ -306,7 +312,7 @@ def run_jobs(
             if not died:
                 raise
     if died:
-        raise UserError(_of_death(died[0]))
+        raise DeadWorkerError(_of_death(died[0]))
 
 
 def _of_death(code: str) -> str:

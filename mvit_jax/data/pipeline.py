@@ -9,10 +9,12 @@ is no iterator state to store.
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grain
@@ -20,12 +22,12 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int64, UInt8
 
-from mvit_jax.data import augmentation, sampling
+from mvit_jax.data import augmentation, sampling, watchdog
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.sources import Source
-from mvit_jax.errors import UserError
+from mvit_jax.errors import HungError, UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -92,6 +94,7 @@ def train_batches(
     threads: int = 2,
     processes: int = 0,
     prefetch: int = 2,
+    timeout: float = 0.0,
 ) -> Generator[Batch, None, None]:
     """Gives the batches of steps `start` to `steps - 1`; closing the generator stops loading.
 
@@ -113,6 +116,7 @@ def train_batches(
       processes: how many load; 0 for this one alone. They are worth starting where Python's part
         of the work, which threads do in turns, is large: small images, or many cores.
       prefetch: batches loaded ahead.
+      timeout: seconds that a batch may take to come; 0 for any time.
 
     Yields:
       "clip", uint8 `[rows, T, size, size, 3]`, RGB; "label", int32 `[rows]`, or uint8 `[rows,
@@ -122,6 +126,7 @@ def train_batches(
 
     Raises:
       UserError: while iterating, ten videos in a row cannot be decoded.
+      HungError: while iterating, a batch does not come in time.
     """
     rows = _checked(rows, batch)
     if batch % repeats or rows.start % repeats or len(rows) % repeats:
@@ -133,7 +138,7 @@ def train_batches(
     load = _TrainLoader(videos, settings, seed, batch // repeats, start, decoded, repeats)
     batches = _load(
         load, max(steps - start, 0), len(decoded), threads=threads, processes=processes,
-        prefetch=prefetch,
+        prefetch=prefetch, timeout=timeout,
     )  # fmt: skip
     return _merged(batches)
 
@@ -150,6 +155,7 @@ def test_batches(
     threads: int = 2,
     processes: int = 0,
     prefetch: int = 1,
+    timeout: float = 0.0,
 ) -> Generator[Batch, None, None]:
     """Gives the views of every video, each video once, in order, in batches of one shape.
 
@@ -165,19 +171,23 @@ def test_batches(
       threads: how many load, in each process; 0 to load without prefetching.
       processes: how many load; 0 for this one alone.
       prefetch: batches loaded ahead.
+      timeout: seconds that a batch may take to come; 0 for any time.
 
     Yields:
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
       first; "label", int32 `[rows]`, or uint8 `[rows, classes]`; "video", int32 `[rows]`, place
       in `videos`, or -1 for padding; "valid", bool `[rows]`, False for padding and for videos that
       cannot be decoded (`decoding.why_broken` tells the reason), whose clips are black.
+
+    Raises:
+      HungError: while iterating, a batch does not come in time.
     """
     rows = _checked(rows, batch)
     counts = (clips,) if isinstance(clips, int) else tuple(clips)
     load = _TestLoader(videos, settings, counts, crops, batch, rows, shuffle_seed)
     return _load(
         load, -(-len(videos) // batch), len(rows), threads=threads, processes=processes,
-        prefetch=prefetch,
+        prefetch=prefetch, timeout=timeout,
     )  # fmt: skip
 
 
@@ -305,6 +315,7 @@ class _TrainLoader:
     start: int
     rows: range
     repeats: int
+    board: watchdog.Board | None = None
 
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
@@ -317,9 +328,10 @@ class _TrainLoader:
             if attempt > 0:
                 video = int(rng.integers(len(self.videos)))
             try:
-                clips, label = load_train_clips(
-                    self.videos, video, self.settings, rng, self.repeats
-                )
+                with watchdog.noted(self.board, element, video):
+                    clips, label = load_train_clips(
+                        self.videos, video, self.settings, rng, self.repeats
+                    )
             except DecodeError as error:
                 failure = error
                 continue
@@ -341,6 +353,7 @@ class _TestLoader:
     batch: int
     rows: range
     shuffle_seed: int | None
+    board: watchdog.Board | None = None
 
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
@@ -351,7 +364,7 @@ class _TestLoader:
         if self.shuffle_seed is not None:
             shuffle = _generator(_SHUFFLE, self.shuffle_seed, video)
         label, views = None, None
-        with contextlib.suppress(DecodeError):
+        with contextlib.suppress(DecodeError), watchdog.noted(self.board, element, video):
             label = self.videos.label(video)
             views = load_views(
                 self.videos,
@@ -386,11 +399,19 @@ class _TestLoader:
 
 
 def _load(
-    load: Callable[[int], dict[str, Any]], batches: int, rows: int, *, threads: int,
-    processes: int, prefetch: int,
+    load: "_TrainLoader | _TestLoader", batches: int, rows: int, *, threads: int,
+    processes: int, prefetch: int, timeout: float,
 ) -> Generator[Batch, None, None]:  # fmt: skip
     if batches == 0:
         return
+    others = frozenset(multiprocessing.active_children())
+    board = None
+    if timeout > 0:
+        # In each process as many elements are under way as its two buffers hold and its threads
+        # load; those of the processes take turns.
+        slots = 4 * max(processes, 1) * (threads + prefetch * rows + 1)
+        board = watchdog.Board(slots, shared=processes > 0)
+        load = replace(load, board=board)
     # Elements, not batches, are spread over the threads, so that the first batch comes as early
     # as can be. Stacking is left to the caller's thread: 0.8 ms for a clip of 16x224x224, which
     # took 45 ms to decode.
@@ -405,18 +426,40 @@ def _load(
         ahead = max(prefetch * rows // processes, 1)
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=ahead),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_serve_parent,
         )
     iterator = iter(dataset.batch(rows, drop_remainder=True))
+    batches_in_time, hangs = iterator, False
+    if board is not None:
+        batches_in_time = watchdog.within(
+            iterator, watchdog.Hung(timeout, board, load.videos.item, others)
+        )
     try:
-        yield from iterator
+        yield from batches_in_time
+    except HungError:
+        hangs = True
+        raise
     finally:
-        iterator.close()
+        # Workers that were killed may have held locks that closing waits for.
+        if not (hangs and processes > 0):
+            iterator.close()
+        if board is not None:
+            board.close()
 
 
-def _ignore_interrupts(worker: int, workers: int) -> None:
-    """A terminal sends Ctrl-C to workers too, but it is for the process that saves its state."""
+def _serve_parent(worker: int, workers: int) -> None:
+    """Terminals and schedulers send their signals to workers too, but they are for the process that
+    saves its state; and a worker whose parent was killed would wait for it for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _mark_flags_as_parsed() -> None:

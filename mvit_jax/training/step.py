@@ -1,7 +1,7 @@
 """One step of training, as a pure function, and the state that it carries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -67,7 +67,9 @@ def train_step(
     not negative where the clip stands for one that could not be decoded.
 
     `apply` is `models.mvit.apply` with its config. Nothing random is stored: every draw follows
-    from the seed and the step. The scopes name what a profile shows (`train --profile`).
+    from the seed and the step. Where the loss or the gradient is not finite, nothing is updated
+    but the step; what then happens to the run see `training.not_finite`. The scopes name what a
+    profile shows (`train --profile`).
     """
     key_batch, key_model = keys(recipe.seed, state.step)
     with jax.named_scope("augment"):
@@ -96,13 +98,15 @@ def train_step(
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1 - recipe.ema)
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        after = State(state.step + 1, params, opt_state, ema)
+        norm = optax.tree.norm(grads)
+        state = _where(jnp.isfinite(value) & jnp.isfinite(norm), after, state)
     clips = jnp.asarray(batch["label"].shape[0])
     metrics = {
         "loss": (value * clips, clips),
         "accuracy": (100 * correct, clips),  # percent, on the augmented clips
-        "grad_norm": (optax.tree.norm(grads), jnp.asarray(1)),
-        "param_norm": (optax.tree.norm(params), jnp.asarray(1)),  # after the update
+        "grad_norm": (norm, jnp.asarray(1)),
+        "param_norm": (optax.tree.norm(state.params), jnp.asarray(1)),  # after the update
         "broken": (jnp.sum(batch["broken"] >= 0), clips),
     }
     return state, metrics
@@ -147,6 +151,18 @@ def augmented(batch: dict[str, Array], key: Array, recipe: Recipe) -> tuple[Arra
         switch=recipe.switch,
         group=recipe.group,
     )
+
+
+def _where(finite: Array, after: State, before: State) -> State:
+    """The state after an update where that is `finite`, else the one before, its steps counted.
+
+    The optimiser's counts are whole numbers and go on with the step: rates are a function of it.
+    """
+
+    def chosen(new: Array, old: Array) -> Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return jax.tree.map(chosen, after, before)
 
 
 def _accumulated(value_and_grad, parts: int, params, batch: tuple, key: Array):

@@ -7,6 +7,7 @@ import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from mvit_jax.data import moving_digits
 from mvit_jax.data.images import Footage
-from mvit_jax.data.sources import SOURCES, Source, open_source
+from mvit_jax.data.sources import SOURCES, Source, fingerprint, open_source
 from mvit_jax.errors import UserError
 from tests.data import frames
 
@@ -218,3 +219,33 @@ def test_the_config_names_the_sources():
     text = (tiny.ROOT / "configs/base.py").read_text()
     for name in SOURCES:
         assert f"{name}:" in text or f"{name}, " in text
+
+
+def test_two_hosts_know_whether_they_have_the_same_split(tmp_path):
+    """Wherever each has its folder; not if a line is missing, or they are in another order."""
+
+    def of(name, *lines, labels="a\nb\n"):
+        folder = tmp_path / name
+        (folder / "videos").mkdir(parents=True)
+        for line in lines:
+            (folder / "videos" / line.split()[0]).touch()
+        (folder / "labels.txt").write_text(labels)
+        (folder / "train.csv").write_text("".join(f"videos/{line}\n" for line in lines))
+        return fingerprint(open_source(folder, "train.csv", max_missing=1.0))
+
+    lines = ("one.mp4 0", "two.mp4 1", "three.mp4 1")
+    first = of("local/here", *lines)
+    assert (first["videos"], first["classes"]) == (3, 2)
+    assert of("elsewhere", *lines) == first
+    others = (of("x", *lines[:2]), of("y", *lines[::-1]), of("z", *lines, labels="a\nc\n"))
+    assert all(other["names in order"] != first["names in order"] for other in others)
+
+
+def test_packed_videos_are_compared_by_their_ids():
+    def of(folder, *ids):
+        items = [f"{i} of {folder}/train" for i in ids]
+        videos = MagicMock(Source, list_file=f"{folder}/train", class_names=("a",))
+        videos.item, videos.__len__.return_value = items.__getitem__, len(items)
+        return fingerprint(videos)
+
+    assert of("/a/b", "v1", "v2") == of("/c", "v1", "v2") != of("/c", "v1", "v3")

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -69,6 +70,7 @@ def test_a_batch_is_learned_by_heart():
     assert int(state.step) == 30
 
 
+@pytest.mark.slow
 def test_accumulated_parts_give_the_whole_batchs_update():
     with jax.enable_x64(True):
         whole, state = make(dtype=jnp.float64)
@@ -95,7 +97,7 @@ def test_gradient_equals_finite_differences():
 
         def loss(amount):
             moved = jax.tree.map(lambda p, d: p + amount * d, state.params, direction)
-            metrics = run(step.replace(state, params=moved), batch())[1]
+            metrics = run(dataclasses.replace(state, params=moved), batch())[1]
             return float(metrics["loss"][0] / metrics["loss"][1])
 
         expected = (loss(1e-6) - loss(-1e-6)) / 2e-6
@@ -127,7 +129,7 @@ def test_what_is_random_follows_from_seed_and_step():
     def loss(function, state):
         return float(function(state, batch())[1]["loss"][0])
 
-    later = step.replace(state, step=state.step + 1)
+    later = dataclasses.replace(state, step=state.step + 1)
     assert loss(run, state) == loss(run, state)
     assert len({loss(run, state), loss(run, later), loss(other_seed, state)}) == 3
 

@@ -1,0 +1,139 @@
+"""Batches that never come end the wait, whatever keeps them, and say what was being read."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from mvit_jax.data import pipeline, watchdog
+from mvit_jax.data.augmentation import Augmentation
+from mvit_jax.data.synthetic import Synthetic
+from mvit_jax.errors import HungError
+
+SETTINGS = pipeline.ClipSettings(
+    frames=2, stride=2, size=8, short_side=8, augmentation=Augmentation(crop_area=None)
+)
+
+
+@dataclass(frozen=True)
+class Hanging(Synthetic):
+    """Synthetic videos, one of which is never read to its end."""
+
+    stuck: int = -1
+    freed: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def opened(self, index, clip_frames):
+        if index == self.stuck:
+            self.freed.wait()
+        with super().opened(index, clip_frames) as video:
+            yield video
+
+
+def synthetic(stuck=-1):
+    return Hanging(videos=12, classes=3, num_frames=8, height=8, width=8, stuck=stuck)
+
+
+def load(videos, kind="train", **changes):
+    if kind == "test":
+        return pipeline.test_batches(videos, SETTINGS, clips=1, crops=1, batch=4, **changes)
+    return pipeline.train_batches(videos, SETTINGS, seed=0, batch=4, steps=3, **changes)
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_a_video_that_is_never_read_ends_the_wait_and_is_named(kind, threads):
+    order = pipeline.epoch_order(12, 0, 0) if kind == "train" else range(12)
+    stuck = int(order[6])  # of the second batch
+    videos = synthetic(stuck)
+    batches = load(videos, kind, threads=threads, timeout=0.4)
+    try:
+        first = next(batches)
+        plain = next(load(synthetic(), kind, threads=0))
+        np.testing.assert_array_equal(first["clip"], plain["clip"])
+        began = time.monotonic()
+        with pytest.raises(HungError) as caught:
+            next(batches)
+        assert 0.35 < time.monotonic() - began < 3
+    finally:
+        videos.freed.set()
+    said = str(caught.value)
+    assert f"synthetic/{stuck} is still being read" in said
+    assert os.uname().nodename in said and "data.timeout=0.4 s" in said
+    assert next(batches, None) is None
+
+
+def test_a_batch_that_comes_in_time_is_the_same_and_so_are_errors():
+    expected = list(load(synthetic(), threads=0))
+    for timeout in (0.0, 30.0):
+        found = list(load(synthetic(), threads=2, timeout=timeout))
+        assert len(found) == 3
+        for batch, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(batch["clip"], other["clip"])
+
+    def fails():
+        yield 1
+        raise KeyError("two")
+
+    hung = watchdog.Hung(30.0, watchdog.Board(1, shared=False), str, frozenset())
+    given = watchdog.within(fails(), hung)
+    assert next(given) == 1
+    with pytest.raises(KeyError, match="two"):
+        next(given)
+
+
+def test_the_thread_that_asks_ends_with_the_iterator():
+    batches = load(synthetic(), threads=1, timeout=30.0)
+    next(batches)
+    assert any(thread.name == "batches" for thread in threading.enumerate())
+    batches.close()
+    deadline = time.monotonic() + 10
+    while any(thread.name == "batches" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_board_tells_the_oldest_of_what_is_read_in_all_processes():
+    board = watchdog.Board(16, shared=True)
+    assert board.oldest() is None
+    with board.note(21, 5), board.note(19, 7):
+        assert board.oldest() == 7
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:
+            assert pool.apply(watchdog.Board.oldest, [board]) == 7
+    with pytest.raises(ValueError), board.note(3, 1):
+        raise ValueError  # a broken video
+    assert board.oldest() is None
+    board.close()
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_is_stopped_is_ended_and_others_are_not():
+    context = multiprocessing.get_context("spawn")
+    bystander = context.Process(target=time.sleep, args=(60,), daemon=True)
+    bystander.start()
+    videos = Synthetic(videos=4000, classes=3, num_frames=8, height=8, width=8)
+    batches = pipeline.train_batches(
+        videos, SETTINGS, seed=0, batch=4, steps=1000, threads=1, processes=2, timeout=20.0
+    )
+    next(batches)
+    workers = [p for p in multiprocessing.active_children() if p != bystander]
+    assert len(workers) == 2
+    assert workers[0].pid
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(HungError, match=r"stopped or stuck|still being read"):
+        for _ in batches:
+            pass
+    assert 19 < time.monotonic() - began < 40
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+    assert bystander.is_alive()
+    bystander.kill()
