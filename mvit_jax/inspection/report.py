@@ -34,7 +34,7 @@ class Run:
       config: flattened: `{"optim.lr": 1e-3}`.
       defaults: likewise, of `configs/base.py`; None where that file is not there.
       model: the architecture; None where the number of classes is not known.
-      starts, train, val, seconds: as in `training.history.History`.
+      starts, train, val, seconds, spent: as in `training.history.History`.
       evaluations: what the test program wrote; the test by default first.
       sheet: as `training.sheet.make` gives it, of the first evaluation; None where there is none.
     """
@@ -47,6 +47,7 @@ class Run:
     train: list[dict[str, Any]] = field(default_factory=list)
     val: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     sheet: dict[str, Any] | None = None
 
@@ -71,6 +72,12 @@ class Run:
         return None if self.model is None else cost(self.model)
 
     @property
+    def goodput(self) -> float | None:
+        """Percent of the wall time that went into steps that count; None where nothing tells."""
+        whole = sum(self.spent.values())
+        return 100 * self.spent["step"] / whole if whole > 0 else None
+
+    @property
     def steps(self) -> int | None:
         """Steps done, as far as history and tests tell."""
         told = [e["step"] for e in (*self.train, *self.val, *self.evaluations)]
@@ -93,6 +100,7 @@ def report(run: Run) -> str:
         run=run,
         test=test,
         history=_history_figures(run),
+        time_spent=_time_figure(run),
         evaluations=[(e, evaluate_command(run, e)) for e in run.evaluations],
         test_command=evaluate_command(run, None),
         shuffle_command=evaluate_command(run, (test or {}) | {"shuffled_frames": True}),
@@ -208,6 +216,7 @@ def _sections(run: Run) -> list[tuple[str, str]]:
     broken = [("left_out", "Left out")] if run.test and run.test["left_out"] else []
     return [
         ("training", "Training"),
+        *([("time", "Time")] if run.goodput is not None else []),
         ("test", "Test"),
         *([*tested, *broken] if run.test else []),
         *([("model", "Model")] if run.model else []),
@@ -233,6 +242,15 @@ def _history_figures(run: Run) -> list[Markup]:
             figure = plots.curves([Curve(name, *_columns(run.train, key))], name)
             drawn.append(_figure(figure, label, key))
     return [*drawn[1:2], drawn[0], *drawn[2:]]
+
+
+def _time_figure(run: Run) -> Markup | None:
+    """Where the wall time went, the largest part on top."""
+    if run.goodput is None:
+        return None
+    parts = {name: seconds for name, seconds in run.spent.items() if seconds > 0}
+    figure = plots.parts(parts, "of the wall time, %", marked="step")
+    return _figure(figure, "Where the wall time went", "time")
 
 
 def _test_figures(test: dict[str, Any]) -> dict[str, Markup]:

@@ -1,11 +1,14 @@
 """A trace of a few training steps, for TensorBoard and xprof."""
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from mvit_jax.files import AnyPath, is_local, to_path, write_whole
 
 FIRST, LAST = 10, 15  # by default; by then all is compiled and the input has settled
 
@@ -18,7 +21,7 @@ class Profile:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | AnyPath,
         window: tuple[int, int] | None,
         *,
         start: int,
@@ -35,7 +38,9 @@ class Profile:
           steps: of the whole run.
           say: is told, in one line, where the trace is.
         """
-        self._folder, self._say = Path(folder) / "profile", say
+        self._folder, self._say = to_path(folder) / "profile", say
+        # Where the trace of a run in a bucket is written first, as JAX knows folders alone.
+        self._here: tempfile.TemporaryDirectory[str] | None = None
         self._steps = range(0)
         self._last: int | None = None  # step that the trace holds, while one is running
         if window is not None:
@@ -52,7 +57,10 @@ class Profile:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every Python call would be most of the trace
             try:
-                jax.profiler.start_trace(self._folder, profiler_options=options)
+                if not is_local(self._folder):
+                    self._here = tempfile.TemporaryDirectory()
+                folder = self._here.name if self._here else self._folder
+                jax.profiler.start_trace(folder, profiler_options=options)
             except Exception as error:  # another trace runs, say: the training goes on
                 self._say(f"no trace: {error}")
                 self._steps = range(0)
@@ -69,6 +77,7 @@ class Profile:
         first, last, self._last = self._steps[0], self._last, None
         try:
             jax.profiler.stop_trace()
+            self._hand_over()
         except Exception as error:  # whatever it is, a full disk say: the training goes on
             self._say(f"the trace in {self._folder} could not be written: {error}")
         else:
@@ -76,6 +85,17 @@ class Profile:
                 f"traced steps {first} to {last} into {self._folder}: open it by "
                 f"pip install xprof, then xprof --logdir={self._folder}"
             )
+
+    def _hand_over(self) -> None:
+        """Brings a trace into the bucket of the run."""
+        if self._here is None:
+            return
+        written = Path(self._here.name)
+        for file in filter(Path.is_file, written.rglob("*")):
+            target = self._folder / file.relative_to(written).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(target, file.read_bytes())
+        self._here.cleanup()
 
     def __enter__(self) -> "Profile":
         return self

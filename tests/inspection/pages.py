@@ -61,6 +61,10 @@ def run(**changes) -> Run:
         ],
         "val": [{"step": s, "top1": s / 2, "top5": 99.0} for s in steps],
         "seconds": 3725.0,
+        "spent": {
+            "start": 40.0, "compile": 60.0, "step": 3000.0, "data": 200.0, "checkpoint": 20.0,
+            "validation": 175.0, "rest": 5.0, "repeated": 250.0,
+        },
         "evaluations": [evaluation(), evaluation(shuffled_frames=True, top1=41.25)],
         "sheet": {
             "examples": [clip(0, 0, 0.91), clip(1, 1, 0.5)],

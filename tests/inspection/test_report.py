@@ -64,7 +64,7 @@ def test_every_picture_says_what_it_shows_and_ids_are_unique(page):
     assert len(images) == 6 and all(image["alt"] for image in images)
     figures = [a for tag, a in page.tags if tag == "svg"]
     labels = [figure["aria-label"] for figure in figures]
-    assert len(set(labels)) == len(labels) == 6
+    assert len(set(labels)) == len(labels) == 7
     ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
     assert len(set(ids)) == len(ids)
     links = [a["href"] for tag, a in page.tags if tag == "a"]
@@ -91,11 +91,18 @@ def test_a_run_that_was_not_tested_says_how_to_test_it():
     page = Page(report.report(pages.run(evaluations=[], sheet=None)))
     assert "Not tested yet" in page.text
     assert "python -m mvit_jax.evaluate '--workdir=/runs/<a>&b'" in page.text
-    assert page.count("svg") == 4 and page.count("img") == 0 and "top1" not in page.ids
+    assert page.count("svg") == 5 and page.count("img") == 0 and "top1" not in page.ids
+
+
+def test_where_the_time_went_is_told_as_far_as_it_is_known(page):
+    assert page.ids["goodput"] == "80.0 %"  # 3,000 of 3,750 s
+    assert "Of 1 h 02 min of wall time (1 start), 80.0 % went into steps" in page.text
+    html = report.report(pages.run(spent={}))
+    assert "goodput" not in Page(html).ids and "Where the time went" not in html
 
 
 def test_a_folder_of_weights_alone_has_a_page_too():
-    bare = pages.run(starts=[], train=[], val=[], seconds=0.0, defaults=None)
+    bare = pages.run(starts=[], train=[], val=[], seconds=0.0, spent={}, defaults=None)
     page = Page(report.report(bare))
     assert "no history of its training" in page.text and "seconds" not in page.ids
     assert page.ids["top1"] == "66.7 %" and page.count("svg") == 2

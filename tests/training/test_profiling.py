@@ -1,11 +1,13 @@
 """The trace of training steps: which steps, and what is in the file."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from mvit_jax import train
 from mvit_jax.training.profiling import Profile, window
@@ -59,6 +61,7 @@ def annotated(data):
     )
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_trace_that_names_steps_stages_and_blocks(digits, tmp_path, capsys):
     config = tiny.config(digits, **{"epochs": 1.0, "eval.every_epochs": 0.0})
     assert train.train(config, str(tmp_path / "run"), (10, 11)) == 0  # of 3 steps the last two
@@ -94,6 +97,18 @@ def test_a_trace_while_another_runs_costs_no_step(tmp_path, capsys):
         assert profile.step(1, np.add, 1, 1) == 2
         assert profile.step(2, np.add, 2, 2) == 4
     assert capsys.readouterr().out.count("no trace: ") == 1
+
+
+def test_a_trace_of_a_run_in_a_bucket_is_brought_there(tmp_path):
+    said = []
+    add = jax.jit(lambda x: x + 1)
+    profile = Profile(epath.Path(tmp_path), (1, 2), start=0, steps=2, say=said.append)
+    with profile:
+        for number in (1, 2):
+            profile.step(number, add, jnp.ones(3))
+    assert len(said) == 1 and f"into {tmp_path}/profile" in said[0]
+    assert annotated(planes_of(tmp_path / "profile")[0]) == [1, 2]
+    assert profile._here is not None and not Path(profile._here.name).exists()
 
 
 def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path, capsys):
