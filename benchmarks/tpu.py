@@ -16,13 +16,12 @@ the figures are the compiler's plan, repeatable to the byte. Needs the extra `tp
 - The roofline's time is the longer of FLOPs / peak and HBM bytes / bandwidth; the share of the
   compute roof is what arithmetic has of it. A real step takes longer: both are bounds.
 - "fits" is from the straight line through the memory of two numbers of clips, where two were
-  compiled; `--largest` compiles what it promises, and less or more until one fits and a larger one
-  does not.
+  compiled; `--largest` compiles what it promises, and less or more until one fits that fills the
+  chip to nine tenths, or one fits and a larger one does not.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -30,47 +29,25 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-# Arrays live on the CPU, and on a machine without a TPU nobody asks the metadata server about one.
+# Arrays live on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mvit_jax.data.synthetic import Synthetic
 from mvit_jax.errors import UserError
-from mvit_jax.files import write_whole
+from mvit_jax.files import check_writable, write_whole
 from mvit_jax.inspection import compiled as counting
+from mvit_jax.inspection import tpus
+from mvit_jax.inspection.tpus import CHIPS, GIB
 from mvit_jax.models.stages import REMAT
 from mvit_jax.models.variants import variant
-from mvit_jax.training import experiment, jitted, sharding, trial
+from mvit_jax.training import ahead, experiment, largest, trial
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Peak bfloat16 FLOP/s, bytes/s of HBM, and what the compiler lets a program have of it."""
-
-    topology: str
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-# "Key specifications" of docs.cloud.google.com/tpu/docs/v5e, v5p and v6e: 16, 95 and 32 GB of
-# memory, of which the compiler gives a program what it names in its errors ("available HBM").
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 197e12, 0.819e12, 15.75 * GIB),
-    "v5p": Chip("v5p:2x2x1", 459e12, 2.765e12, 95.74 * GIB),
-    "v6e": Chip("v6e:2x2", 918e12, 1.638e12, 31.25 * GIB),
-}
+# A slice of each kind of chip, of which one chip is taken.
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 PASSES = ("train", "forward")
 
 
@@ -117,13 +94,17 @@ def main() -> None:
     parser.add_argument("--json", help="a file for the same figures")
     parser.add_argument("--top", type=int, default=0, help="and so many operations, by HBM bytes")
     given = parser.parse_args()
+    if given.json is not None:
+        check_writable(given.json)
     cases = [
         Case(model, which, chip, clips, remat)
         for model, which, chip, remat, clips in itertools.product(
             chosen(given.models), chosen(given.passes, PASSES), chosen(given.chips, CHIPS),
-            chosen(given.remat, REMAT), numbers(given.clips),
+            chosen(given.remat, REMAT), numbers("clips", given.clips),
         )
     ]  # fmt: skip
+    for model in {case.model for case in cases}:
+        variant(model)  # refused before anything is compiled
     print(HEADER, flush=True)
     rows = []
     for case in tqdm(cases, unit="program"):
@@ -132,7 +113,7 @@ def main() -> None:
         rows.append((case, found))
     for group, members in groups(rows).items():
         memory = CHIPS[group.chip].memory
-        while given.largest and (clips := next_clips(members, memory)) is not None:
+        while given.largest and (clips := largest.next_clips(tried(members), memory)) is not None:
             case = dataclasses.replace(group, clips=clips)
             members[clips] = measure(case, given.top)
             rows.append((case, members[clips]))
@@ -144,7 +125,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
             "rows": [dataclasses.asdict(row) for _, row in rows if isinstance(row, Row)],
         }
-        write_whole(Path(given.json), json.dumps(report, indent=1).encode())
+        write_whole(given.json, json.dumps(report, indent=1))
 
 
 def chosen(given: str, known: Any = None) -> list[str]:
@@ -155,9 +136,9 @@ def chosen(given: str, known: Any = None) -> list[str]:
     return words
 
 
-def numbers(given: str) -> list[int]:
+def numbers(flag: str, given: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
-        raise UserError(f"--clips takes numbers, like 2,4,16, not {given}")
+        raise UserError(f"--{flag} takes numbers, like 2,4,16, not {given!r}")
     return [int(word) for word in given.split(",")]
 
 
@@ -173,61 +154,33 @@ def experiment_of(case: Case) -> Any:
     return config
 
 
-def mesh_of(chip: Chip) -> Mesh:
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
-    return sharding.make_mesh(1, 1, np.asarray(topology.devices)[:1])
-
-
-def compiled_program(case: Case) -> tuple[Any, float]:
-    """The compiled step or forward pass, and the seconds that its compilation took."""
-    config = experiment_of(case)
-    model = experiment.model_config(config, config.data.classes)
-    videos = Synthetic(videos=config.data.train_videos, classes=model.num_classes)
-    mesh = mesh_of(CHIPS[case.chip])
-    with jax.set_mesh(mesh):
-        program = jitted.describe(config, model, videos, mesh)
-        batch = jitted.batch_shapes(config, model, mesh)
-        began = time.perf_counter()
-        if case.which == "train":
-            lowered = program.step.lower(program.state, batch)
-        else:
-            clip = batch["clip"]
-            views = (clip.shape[0], 1, *clip.shape[1:])  # one view of each video
-            lowered = program.predict.lower(
-                program.state.params,
-                jax.ShapeDtypeStruct(views, clip.dtype, sharding=clip.sharding),
-            )
-        return lowered.compile(), time.perf_counter() - began
-
-
 def measure(case: Case, top: int) -> Row | int:
     """The figures, or where it does not fit the bytes that it would take."""
-    try:
-        compiled, seconds = compiled_program(case)
-    except jax.errors.JaxRuntimeError as error:
-        # It says either what it planned in all, or that temporaries alone are too many.
-        found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", str(error))
-        if not found:
-            raise
-        return int(float(found.group(1)) * 1024 ** ("KMGT".index(found.group(2)) + 1))
-    counts, chip = counting.count(compiled.as_text()), CHIPS[case.chip]
+    config = experiment_of(case)
+    found = ahead.measure(
+        config,
+        experiment.model_config(config, config.data.classes),
+        ahead.tpu_mesh(tpus.parse(TOPOLOGIES[case.chip]), devices=1),
+        which=case.which,
+        videos=config.data.train_videos,
+    )
+    if isinstance(found, ahead.TooLarge):
+        return found.used
+    counts = found.counts
     if top:
         tqdm.write(breakdown(counts, top))
-    compute = (counts.flops + counts.kernel_flops) / chip.flops
-    roofline = max(compute, counts.hbm_bytes / chip.bandwidth)
+    roofs = tpus.roofs(counts, CHIPS[case.chip])
     return Row(
         case=case,
         flops=counts.flops / case.clips,
         kernel_flops=counts.kernel_flops / case.clips,
         bytes=counts.bytes / case.clips,
         hbm_bytes=counts.hbm_bytes / case.clips,
-        xla_bytes=compiled.cost_analysis()["bytes accessed"] / case.clips,
-        peak=counting.memory(compiled).peak,
-        roofline=roofline,
-        compute_share=compute / roofline,
-        compile_seconds=seconds,
+        xla_bytes=found.xla_bytes / case.clips,
+        peak=found.used,
+        roofline=roofs.longest,
+        compute_share=roofs.compute / roofs.longest,
+        compile_seconds=found.seconds,
         unknown_loops=counts.unknown_loops,
     )
 
@@ -290,47 +243,24 @@ def groups(rows: list[tuple[Case, Row | int]]) -> dict[Case, Rows]:
     return found
 
 
-def fits(group: Case, rows: Rows, memory: float) -> str:
+def fits(group: Case, rows: Rows, memory: int | float) -> str:
     """How many clips the chip holds, in a sentence."""
     name = f"{group.model}, {group.which}, {group.chip}, remat={group.remat}"
-    fitting, failing = bounds(rows)
-    if failing is not None and failing - fitting <= tolerance(fitting):
-        return f"{name}: {fitting} clips fit, {failing} do not"
+    known = tried(rows)
+    if largest.is_found(known, memory):
+        return f"{name}: {largest.answer(known, memory)}"
     if len(rows) < 2:
         return f"{name}: how many clips fit follows from two numbers of them (--clips=2,4)"
-    return f"{name}: about {estimate(rows, memory)} clips fit, by the line through {sorted(rows)}"
+    line = f"by the line through {sorted(rows)}"
+    return f"{name}: about {largest.estimate(known, memory)} clips fit, {line}"
 
 
-def next_clips(rows: Rows, memory: float) -> int | None:
-    """The number of clips to compile next in search of the most that fit; None when found."""
-    fitting, failing = bounds(rows)
-    if failing is not None and failing - fitting <= tolerance(fitting):
-        return None
-    if len(rows) < 2:
-        return 2 * fitting or max(rows) // 2
-    guess = max(estimate(rows, memory), fitting + tolerance(fitting))
-    # Short of memory, the compiler recomputes of its own accord: more may fit than the line says.
-    return guess if failing is None else min(guess, failing - 1)
-
-
-def bounds(rows: Rows) -> tuple[int, int | None]:
-    """The most clips that fit, and the fewest that do not."""
-    fitting = [n for n, row in rows.items() if isinstance(row, Row)]
-    failing = [n for n, row in rows.items() if isinstance(row, int)]
-    return max(fitting, default=0), min(failing, default=None)
-
-
-def tolerance(clips: int) -> int:
-    """Compiling takes minutes: the most clips are sought to a sixteenth."""
-    return max(1, clips // 16)
-
-
-def estimate(rows: Rows, memory: float) -> int:
-    """Where the line through the memory of two numbers of clips, the largest, meets `memory`."""
-    low, high = sorted(rows)[-2:]
-    used = {n: row if isinstance(row, int) else row.peak for n, row in rows.items()}
-    slope = (used[high] - used[low]) / (high - low)
-    return int(high + (memory - used[high]) / slope)
+def tried(rows: Rows) -> dict[int, largest.Tried]:
+    """What each number of clips takes."""
+    return {
+        n: largest.Tried(row, False) if isinstance(row, int) else largest.Tried(row.peak, True)
+        for n, row in rows.items()
+    }
 
 
 if __name__ == "__main__":

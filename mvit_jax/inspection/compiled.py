@@ -12,6 +12,10 @@ the optimised program is read instead, and every instruction counts as often as 
   statement, and count nothing where there is none.
 - Of the branches of a conditional the one that moves the most bytes counts.
 - A loop whose trips the compiler does not know counts once, and is reported.
+- A collective that TPUs do while they compute is part of several fusions, from its start through
+  what is computed meanwhile to its end: it counts at its start.
+- What TPUs send to other slices leaves the program as a pair of "send" and "recv" and is done by a
+  runtime of its own ("megascale"): it counts as the collective that it stands for.
 
 `bytes` are of all operands and results, wherever they lie, with the padding of tiled layouts;
 `hbm_bytes` leaves out what lies in a TPU's on-chip memory, to where the compiler brings what it
@@ -37,6 +41,7 @@ from mvit_jax.inspection.hlo import Computation, Instruction, Module, operand_sh
 FREE = {  # names, constants, and what is no memory traffic
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "domain"),
     *("after-all", "add-dependency", "partition-id", "replica-id", "get-dimension-size"),
+    *("send", "recv", "send-done", "recv-done"),  # collectives between slices count on their own
 }
 MOVES = {  # what only brings data elsewhere or into another form
     *("copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "pad"),
@@ -50,8 +55,9 @@ COLLECTIVES = {
 # Custom calls that XLA for TPUs makes for itself, and that do nothing of their own.
 _NO_KERNEL = (
     *("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"),
-    "GatherScatterIndicesBitpacked",
+    *("GatherScatterIndicesBitpacked", "SliceId", "ZeroCrop"),
 )
+_PASSES = ("tuple", "custom-call")  # what buffers of unfinished collectives go through in a fusion
 _SLICES = ("slice", "dynamic-slice", "gather")
 _SEEN_THROUGH = ("bitcast", "convert", "reshape", "copy")
 
@@ -86,22 +92,32 @@ class Operation:
 
 @dataclass(frozen=True)
 class Collective:
-    """Bytes that each device gives or gets (the larger of the two) in one run, among how many."""
+    """Bytes that each device gives or gets (the larger of the two) in one run, among how many.
+
+    Between slices of a TPU, `devices` counts the slices: each device talks to one in every other.
+    """
 
     kind: str
     op_name: str
     trips: int
     bytes: int
     devices: int
+    between_slices: bool = False
 
 
 @dataclass(frozen=True)
 class Counts:
-    """All operations of a program; the properties are totals over all trips, per device."""
+    """All operations of a program; the properties are totals over all trips, per device.
+
+    Attributes:
+      unknown_loops: those that are counted once, as nobody knows their trips.
+      arguments: names, "state.params['head']['classifier']['bias']", and bytes in memory.
+    """
 
     operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
-    unknown_loops: tuple[str, ...]  # loops that are counted once, as nobody knows their trips
+    unknown_loops: tuple[str, ...]
+    arguments: tuple[tuple[str, int], ...] = ()
 
     @property
     def flops(self) -> int:
@@ -152,9 +168,13 @@ class Memory:
 def count(text: str) -> Counts:
     """What the program of `jax.stages.Compiled.as_text()` does."""
     module = hlo.parse(text)
-    walk = _Walk(module)
-    operations = tuple(walk.computation(module.computations[module.entry], 1))
-    return Counts(operations, tuple(walk.collectives), tuple(walk.unknown_loops))
+    walk, entry = _Walk(module), module.computations[module.entry]
+    operations = tuple(walk.computation(entry, 1))
+    given = [
+        (line.op_name.replace("\\'", "'"), sum(shape.bytes for shape in line.shapes))
+        for line in entry.parameters.values()
+    ]
+    return Counts(operations, tuple(walk.collectives), tuple(walk.unknown_loops), tuple(given))
 
 
 def memory(compiled: Any) -> Memory:
@@ -194,6 +214,8 @@ class _Walk:
             elif line.opcode in ("call", "async-start"):
                 for name in line.called("to_apply") + line.called("calls"):
                     yield from self.computation(self.module.computations[name], trips)
+            elif line.opcode == "send":
+                self.collectives += _between_slices(line, computation, trips)
             elif not _is_free(line):
                 yield self._operation(line, computation, trips)
 
@@ -226,8 +248,14 @@ class _Walk:
         inside = list(_lines_inside(line, self.module))
         traffic = list(_traffic(line, computation, self.module))
         for part, where in inside:
-            if part.opcode.removesuffix("-done") in COLLECTIVES:
-                self.collectives.append(self._collective(part, where or computation, trips))
+            if part.opcode.removesuffix("-done") not in COLLECTIVES:
+                continue
+            if where is not None:
+                if _is_under_way(part, where):
+                    continue
+                traffic += _traffic_of_fused(part, where)
+            scattered = where is not None and _is_scattered(part, where)
+            self.collectives.append(self._collective(part, where or computation, trips, scattered))
         return Operation(
             name=line.name,
             opcode=line.opcode,
@@ -243,12 +271,14 @@ class _Walk:
             cycles=_stated(line, r'"estimated_cycles":'),
         )
 
-    def _collective(self, line: Instruction, computation: Computation, trips: int) -> Collective:
+    def _collective(
+        self, line: Instruction, computation: Computation, trips: int, scattered: bool
+    ) -> Collective:
         start = _start(line, computation)
         given = sum(shape.bytes for shape in operand_shapes(start, computation))
         got = sum(shape.bytes for shape in line.shapes)
         return Collective(
-            kind=line.opcode.removesuffix("-done"),
+            kind="reduce-scatter" if scattered else line.opcode.removesuffix("-done"),
             op_name=start.op_name,
             trips=trips,
             bytes=max(given, got),
@@ -287,10 +317,19 @@ def _traffic(
         yield from ((shape.bytes, shape.space) for shape in (*given, *line.shapes))
 
 
+def _traffic_of_fused(line: Instruction, computation: Computation) -> list[tuple[int, int]]:
+    """What a collective inside a fusion reads, and writes unless the fusion goes on with it."""
+    got = () if _is_scattered(line, computation) else line.shapes
+    return [(shape.bytes, shape.space) for shape in (*operand_shapes(line, computation), *got)]
+
+
 def _read(computation: Computation, line: Instruction, module: Module) -> int:
     """Bytes of a fusion's parameter, or of what it is renamed to, that the fusion reads."""
     whole, total = sum(shape.bytes for shape in line.shapes), 0
+    carries = _carries_collectives(computation)
     for user, position in computation.users[line.name]:
+        if carries and (user.opcode in _PASSES or user.opcode in COLLECTIVES):
+            continue
         if user.opcode in _SLICES and position == 0:
             total += user.shapes[0].bytes
         elif user.opcode == "dynamic-update-slice" and position == 0:
@@ -309,7 +348,11 @@ def _read(computation: Computation, line: Instruction, module: Module) -> int:
 
 def _written(computation: Computation, line: Instruction, module: Module) -> Iterable[int]:
     """Bytes that a fusion writes for each array of its result."""
-    if line.opcode == "tuple":
+    if _carries_collectives(computation) and (
+        line.opcode in ("parameter", "custom-call") or line.opcode in COLLECTIVES
+    ):
+        yield from (0 for _ in line.shapes)
+    elif line.opcode == "tuple":
         for name in line.operands:
             yield from _written(computation, computation.instructions[name], module)
     elif line.opcode == "dynamic-update-slice":
@@ -324,6 +367,11 @@ def _written(computation: Computation, line: Instruction, module: Module) -> Ite
         yield from _written(inside, inside.root, module)
     else:
         yield from (shape.bytes for shape in line.shapes)
+
+
+def _carries_collectives(computation: Computation) -> bool:
+    """Whether buffers of collectives pass through this fusion, which count where those do."""
+    return not computation.opcodes.isdisjoint(COLLECTIVES)
 
 
 def _is_free(line: Instruction) -> bool:
@@ -362,17 +410,58 @@ def _lines_inside(
             yield deep, where or inside
 
 
+def _is_under_way(line: Instruction, computation: Computation) -> bool:
+    """Whether an asynchronous collective in a fusion was started by an earlier one: what ends it
+    takes it, or it leaves the fusion as it is."""
+    users = [user for user, _ in computation.users[line.name]]
+    if any(user.opcode == "custom-call" for user in users):
+        return all("AsyncCollectiveStart" not in user.attributes for user in users)
+    return any(user.root and user.opcode == "tuple" for user in users)
+
+
+def _is_scattered(line: Instruction, computation: Computation) -> bool:
+    """Whether of a sum over devices each keeps a slice, in a fusion of the two: so XLA for TPUs
+    writes a reduce-scatter, of one array or of several."""
+    users = [user for user, _ in computation.users[line.name]]
+    if len(line.shapes) > 1 and all(user.opcode == "get-tuple-element" for user in users):
+        users = [user for part in users for user, _ in computation.users[part.name]]
+    return line.opcode == "all-reduce" and {user.opcode for user in users} == {"dynamic-slice"}
+
+
+def _between_slices(
+    line: Instruction, computation: Computation, trips: int
+) -> Iterator[Collective]:
+    """The collective between slices of which this "send" is one half; other sends are none."""
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
+    if not transfer:
+        return
+    meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', line.attributes)
+    halves = [line]
+    if meeting:
+        others = computation.instructions.values()
+        halves += [x for x in others if x.opcode == "recv" and meeting.group() in x.attributes]
+    target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', line.attributes)
+    yield Collective(
+        kind=transfer.group(1).lower().replace("_", "-"),
+        op_name=line.op_name,
+        trips=trips,
+        bytes=max(half.shapes[0].bytes for half in halves),
+        devices=len(target.group(1).split(",")) if target else 2,
+        between_slices=True,
+    )
+
+
 def _category(lines: list[Instruction]) -> str:
     opcodes = {line.opcode.removesuffix("-done") for line in lines}
-    if opcodes & COLLECTIVES:
-        return "collective"
-    if any(_is_kernel(line) for line in lines):
-        return "kernel"
     convolutions = [line for line in lines if line.opcode == "convolution"]
     if any("feature_group_count" in line.attributes for line in convolutions):
         return "depthwise"
     if convolutions or "dot" in opcodes:
         return "matrix"
+    if opcodes & COLLECTIVES:
+        return "collective"
+    if any(_is_kernel(line) for line in lines):
+        return "kernel"
     if opcodes & {"reduce", "reduce-window", "select-and-scatter", "sort"}:
         return "reduce"
     return "movement" if opcodes <= MOVES | FREE | {"custom-call"} else "elementwise"
@@ -381,7 +470,10 @@ def _category(lines: list[Instruction]) -> str:
 def _group_size(attributes: str, devices: int) -> int:
     """How many devices take part together: `replica_groups` is a list of groups, their number and
     size, or axes of a mesh; nothing means all devices."""
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+    # Between the mesh and its axes may stand which device is where, "device_ids=([4,4]T(1,0))".
+    found = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*)? ?\{([^}]*)\}", attributes
+    )
     if found:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))

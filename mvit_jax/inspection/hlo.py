@@ -92,6 +92,10 @@ class Computation:
         return next(line for line in self.instructions.values() if line.root)
 
     @functools.cached_property
+    def opcodes(self) -> frozenset[str]:
+        return frozenset(line.opcode for line in self.instructions.values())
+
+    @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
         lines = self.instructions.values()
         return {int(line.inside): line for line in lines if line.opcode == "parameter"}

@@ -4,16 +4,16 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from mvit_jax.files import write_whole
 
@@ -128,6 +128,87 @@ def class_accuracy(
     return figure
 
 
+def parts(amounts: dict[str, float], x: str, marked: str = "") -> Figure:
+    """A bar for each part of a whole, in percent of it, largest first; one may be marked."""
+    whole = sum(amounts.values())
+    rows = sorted(((100 * amount / whole, name) for name, amount in amounts.items()), reverse=True)
+    with style():
+        figure = Figure(figsize=(4.5, 1.0 + 0.23 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        colours = [COLOURS[0] if name == marked else COLOURS[1] for _, name in rows]
+        bars = axes.barh(range(len(rows)), [share for share, _ in rows], color=colours)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8.5)
+        axes.set_yticks(range(len(rows)), [short(name) for _, name in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set(xlabel=x, xlim=(0, 112), xticks=range(0, 101, 20))
+    return figure
+
+
+def budgets(
+    names: Sequence[str],
+    held: Sequence[Mapping[str, float]],
+    limit: float,
+    times: Sequence[Mapping[str, float] | None],
+    each: str,
+    title: str = "",
+) -> Figure:
+    """What each of several programs takes: memory by kind as bars, times by cause as dots.
+
+    Args:
+      names: of the programs.
+      held: GiB by kind; in the order of the first one.
+      limit: GiB that there are.
+      times: milliseconds by cause, of one of what it works on, on a chip; None for a program that
+        does not fit.
+      each: what it works on, like "clip".
+    """
+    kinds = list(dict.fromkeys(kind for part in held for kind in part))
+    causes = list(dict.fromkeys(cause for part in times if part for cause in part))
+    rows = np.arange(len(names))
+    with style():
+        figure = Figure(figsize=(9.5, 1.9 + 0.36 * len(names)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
+        start = np.zeros(len(names))
+        for i, kind in enumerate(kinds):
+            sizes = np.array([part.get(kind, 0.0) for part in held])
+            left.barh(rows, sizes, 0.62, start, label=kind, color=COLOURS[i % len(COLOURS)])
+            start += sizes
+        left.axvline(limit, color=INK, linewidth=1, linestyle="--")
+        left.text(limit, -0.62, f"{limit:g} ", ha="right", va="center", fontsize=8.5)
+        left.set(xlabel="GiB of a chip", yticks=rows, yticklabels=names)
+        left.set_ylim(len(names) - 0.4, -0.9)  # the first on top
+        for i, cause in enumerate(causes):
+            places = [(t[cause], y) for t, y in zip(times, rows, strict=True) if t and cause in t]
+            right.plot(
+                *zip(*places, strict=True), "o", label=cause, markersize=6,
+                color=COLOURS[i % len(COLOURS)],
+            )  # fmt: skip
+        for time, y in zip(times, rows, strict=True):
+            if time is None:
+                right.text(
+                    0.5, y, "does not fit", ha="center", va="center",
+                    transform=right.get_yaxis_transform(),
+                )  # fmt: skip
+        if causes:
+            shown = [time for part in times if part for time in part.values()]
+            subs = (1, 2, 5) if max(shown) < 300 * min(shown) else (1,)
+            right.set_xscale("log")
+            right.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+            right.xaxis.set_major_formatter("{x:g}")
+            right.xaxis.set_minor_locator(NullLocator())
+        right.set(xlabel=f"ms of a chip for each {each}, at peak rates")
+        for axes, most in ((left, 3), (right, 2)):
+            axes.grid(True, axis="x")
+            axes.set_axisbelow(True)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(
+                    fontsize=8.5, ncols=most, loc="lower left", bbox_to_anchor=(0, 1.0),
+                    columnspacing=1.2, handletextpad=0.4, handlelength=1.2, borderaxespad=0.2,
+                )  # fmt: skip
+        figure.suptitle(title, fontsize=10.5)
+    return figure
+
+
 def short(name: str) -> str:
     """A name that leaves room for the picture."""
     return name if len(name) <= LONGEST else name[: LONGEST - 1].rstrip() + "…"
@@ -138,7 +219,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     buffer = io.BytesIO()
     with style():
         figure.savefig(buffer, format="png", dpi=150)
-    write_whole(Path(path), buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def svg(figure: Figure, label: str, place: str) -> str:
