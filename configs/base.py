@@ -23,6 +23,10 @@ def get_config() -> ConfigDict:
     c.precision = "default"  # of matrix products: default, high or highest. On a TPU "default"
     #                          multiplies float32 in bfloat16, on GPUs in TF32.
 
+    # What a loss or gradient that is not finite does. Its update is never made; then stop ends the
+    # run; skip goes on with the next batch; rollback too, from the last checkpoint's weights.
+    c.on_nan = "stop"
+
     # Where weights start from. A workdir with checkpoints is gone on with, whatever stands here.
     c.resume = config_dict.placeholder(str)  # a run's folder: go on from its state, in this workdir
     c.init = ConfigDict()
@@ -97,6 +101,8 @@ def get_config() -> ConfigDict:
     c.data.std = (0.225, 0.225, 0.225)  # likewise; clips are (value - mean) / std
     c.data.threads = 4  # that decode, on each host; 0 to decode between the steps
     c.data.processes = 0  # that decode, on each host, each with the threads above; 0 for none
+    # Seconds that a batch may take to load before the run saves and ends; 0 to wait for ever.
+    c.data.timeout = 600.0
     # Share of broken videos above which a run ends: of a test's list, or of the clips drawn since
     # training was started (of at least 200).
     c.data.max_broken = 0.2

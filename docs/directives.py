@@ -178,12 +178,19 @@ class Help(Generated):
     required_arguments = 1
 
     def text(self) -> str:
-        tree = ast.parse((ROOT / "mvit_jax" / f"{self.arguments[0]}.py").read_text())
+        source = (ROOT / "mvit_jax" / f"{self.arguments[0]}.py").read_text()
+        tree = ast.parse(source)
+        # Programs that run as several processes share the flags that bring these together.
+        shared = (ROOT / "mvit_jax/training/processes.py").read_text()
+        parsed = [
+            *ast.walk(tree),
+            *(ast.walk(ast.parse(shared)) if "processes.start()" in source else []),
+        ]
         docstring = ast.get_docstring(tree)
         assert docstring is not None
         rows = [
             (f"`--{flag}`", f"`{default}`" if default not in ("None", "") else "", meaning)
-            for flag, default, meaning in map(_flag, ast.walk(tree))
+            for flag, default, meaning in map(_flag, parsed)
             if flag
         ]
         return f"{_fenced(docstring)}\n\n{_table(('flag', 'default', 'meaning'), sorted(rows))}"

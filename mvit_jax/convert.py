@@ -29,7 +29,7 @@ from absl import flags
 
 from mvit_jax import errors
 from mvit_jax.data.lists import read_class_names
-from mvit_jax.files import write_whole
+from mvit_jax.files import AnyPath, local_path, to_path, write_whole
 from mvit_jax.models import trees
 from mvit_jax.models.variants import override, preprocessing
 from mvit_jax.training import experiment, workdir
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     if len(argv) < 2 or not _OUT.value:
         raise errors.UserError("give SOURCE, and --variant=NAME --out=DIR or --to=... --out=FILE")
     source, overrides = argv[1], dict(override(text) for text in argv[2:])
-    out = Path(_OUT.value)
+    out = local_path(_OUT.value)
     if _TO.value != "stablehlo" and (_PLATFORMS.value or _BATCH.value):
         raise errors.UserError("--platforms and --batch go with --to=stablehlo")
     if _TO.value is not None:
@@ -84,9 +84,9 @@ def main(argv: list[str]) -> None:
         if out.exists():
             raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
         if _TO.value == "stablehlo":
-            give_program(Path(source), out, _WHICH.value, _BATCH.value, _PLATFORMS.value)
+            give_program(to_path(source), out, _WHICH.value, _BATCH.value, _PLATFORMS.value)
             return
-        give(Path(source), out, _TO.value, _WHICH.value)
+        give(to_path(source), out, _TO.value, _WHICH.value)
         return
     if _WHICH.value != "last":
         raise errors.UserError("--which=best goes with --to: SOURCE is a file")
@@ -163,7 +163,7 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
         checkpoints.save_params(loaded.params)
 
 
-def give(folder: Path, out: Path, to: str, which: str) -> None:
+def give(folder: AnyPath, out: Path, to: str, which: str) -> None:
     """The weights of a run's or a converted folder become a foreign file."""
     params, config = experiment.read_params(folder, which)
     origin = _origin(folder)
@@ -174,7 +174,7 @@ def give(folder: Path, out: Path, to: str, which: str) -> None:
 
 
 def give_program(
-    folder: Path, out: Path, which: str, batch: int | None, platforms: list[str] | None
+    folder: AnyPath, out: Path, which: str, batch: int | None, platforms: list[str] | None
 ) -> None:
     """The model of a run's or a converted folder becomes a file that JAX alone can run."""
     params, model = experiment.read_params(folder, which)
@@ -197,7 +197,7 @@ def give_program(
     )
 
 
-def _origin(folder: Path) -> Origin | None:
+def _origin(folder: AnyPath) -> Origin | None:
     path = folder / ORIGIN
     if not path.exists():
         return None

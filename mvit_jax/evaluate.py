@@ -29,15 +29,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
 from mvit_jax import errors
-from mvit_jax.data.sources import Source
-from mvit_jax.files import write_whole
+from mvit_jax.data.sources import Source, fingerprint
+from mvit_jax.files import AnyPath, to_path, write_whole
 from mvit_jax.inspection import plots
-from mvit_jax.training import compiled, experiment, runs, sheet
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.training import compiled, experiment, peers, processes, runs, sheet, workdir
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.experiment import Config
 
@@ -68,8 +68,14 @@ def main(argv: list[str]) -> None:
         )
     if _WORKDIR.value is None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
+    processes.start()
     compiled.keep()
-    folder = Path(_WORKDIR.value)
+    with processes.together():
+        test(to_path(_WORKDIR.value))
+
+
+def test(folder: AnyPath) -> None:
+    """Tests as the flags say; of many processes the first one writes and prints."""
     config = experiment.frozen(folder)
     counts = numbers(_CLIPS.value) or [config.eval.clips]
     for key, value in (
@@ -81,8 +87,11 @@ def main(argv: list[str]) -> None:
         if value is not None:
             config.update_from_flattened_dict({key: value})
     experiment.check(config)
+    asked = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
+    peers.same_everywhere("test", workdir.decisive(config) | asked | {"clips": counts})
 
     videos = experiment.videos(config, _LIST.value)
+    peers.same_everywhere("list of videos", fingerprint(videos))
     by_count, step = experiment.score(
         config, folder, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
     )
@@ -97,7 +106,7 @@ def main(argv: list[str]) -> None:
         "shuffled_frames": _SHUFFLE.value,
         "classes": list(videos.class_names),
     } | scores.metrics()
-    first = jax.process_index() == 0
+    first = peers.first()
     # Before clips are drawn, which could fail.
     written = write(folder, results, _LIST.value) if first else []
     if first:
@@ -106,10 +115,12 @@ def main(argv: list[str]) -> None:
         if len(counts) > 1:
             metrics = [s.metrics() for s in by_count]
             written += write_views(folder, dict(zip(counts, metrics, strict=True)), results)
-    pictures = None if _SHUFFLE.value else clips(config, folder, scores, videos)
+    # All processes open the checkpoint, since Orbax waits for all.
+    params, model = experiment.read_params(folder, _WHICH.value)
     if not first:
         return
-    if pictures is not None:
+    if not _SHUFFLE.value:
+        pictures = clips(config, scores, videos, params, model)
         written.append(folder / f"clips{suffix(results, _LIST.value)}.json")
         runs.keep_sheet(written[-1], pictures, results)
     written.append(runs.write_report(folder))
@@ -131,9 +142,10 @@ def numbers(texts: list[str] | None) -> list[int]:
     return found
 
 
-def clips(config: Config, folder: Path, scores: Scores, videos: Source) -> dict[str, Any]:
+def clips(
+    config: Config, scores: Scores, videos: Source, params: Any, model: MViTConfig
+) -> dict[str, Any]:
     """The clips that the page shows, drawn with the weights that were tested."""
-    params, model = experiment.read_params(folder, _WHICH.value)
     settings = experiment.clip_settings(config, model)
     recipe = experiment.recipe(config, model.num_classes)
     return sheet.make(scores, videos, settings, params, model, recipe)
@@ -155,7 +167,7 @@ def suffix(results: dict[str, Any], which: str) -> str:
     return "".join(f"_{part}" for part in parts if part)
 
 
-def write(folder: Path, results: dict[str, Any], which: str) -> list[Path]:
+def write(folder: AnyPath, results: dict[str, Any], which: str) -> list[AnyPath]:
     """The results as JSON and as pictures."""
     end = suffix(results, which)
     names = (f"evaluation{end}.json", f"confusion{end}.png", f"per_class{end}.png")
@@ -168,7 +180,7 @@ def write(folder: Path, results: dict[str, Any], which: str) -> list[Path]:
     return paths
 
 
-def write_scores(folder: Path, scores: Scores, videos: Source, end: str) -> list[Path]:
+def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> list[AnyPath]:
     """What the model said of each video, as arrays; and which videos were tested, as a table."""
     paths = [folder / f"scores{end}.npz", folder / f"videos{end}.csv"]
     items = [videos.item(i) for i in range(len(videos))]
@@ -189,8 +201,8 @@ def write_scores(folder: Path, scores: Scores, videos: Source, end: str) -> list
 
 
 def write_views(
-    folder: Path, by_count: dict[int, dict[str, Any]], results: dict[str, Any]
-) -> list[Path]:
+    folder: AnyPath, by_count: dict[int, dict[str, Any]], results: dict[str, Any]
+) -> list[AnyPath]:
     """Accuracy over the number of clips, as a table here, as JSON and as a picture."""
     end = suffix(results, _LIST.value)
     measures = [name for name in ("top1", "top5", "map") if name in results]
@@ -212,7 +224,7 @@ def write_views(
     return paths
 
 
-def summary(folder: Path) -> str:
+def summary(folder: AnyPath) -> str:
     """All evaluations that a run's folder holds, as a short table."""
     rows: list[tuple[str, ...]] = [
         ("list", "frames", "checkpoint", "top-1", "top-5", "mAP", "videos", "left out", "views")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mvit_jax import errors
 from mvit_jax.data.images import DecodeError
-from mvit_jax.files import write_whole
+from mvit_jax.files import AnyPath, local_path, to_path, write_whole
 from mvit_jax.inspection import render
 from mvit_jax.prediction import picture
 from mvit_jax.prediction.predictor import Prediction, Predictor
@@ -74,20 +74,20 @@ def main(argv: list[str]) -> None:
         raise errors.UserError("give video or image files, or --serve")
     if _ATTENTION.value and _PICTURES.value is None:
         raise errors.UserError("--attention draws pictures: say where to, --pictures=DIR")
-    if _PICTURES.value is not None:
-        _make_folder(Path(_PICTURES.value))
+    pictures = None if _PICTURES.value is None else local_path(_PICTURES.value)
+    if pictures is not None:
+        _make_folder(pictures)
     predictor = Predictor(folder, which=_WHICH.value, clips=_CLIPS.value, crops=_CROPS.value)
-    pictures = None if _PICTURES.value is None else Path(_PICTURES.value)
     results: dict[str, Any] = {"folder": str(folder), "which": _WHICH.value}
     results |= predict(predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value)
     failed = show(results["files"])
     if _JSON.value is not None:
-        write_whole(Path(_JSON.value), json.dumps(results, indent=1) + "\n")
+        write_whole(_JSON.value, json.dumps(results, indent=1) + "\n")
     if failed:
         sys.exit(1)
 
 
-def _folder() -> Path:
+def _folder() -> AnyPath:
     """Where the model is: of two flags, one."""
     given = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
     if _CHECKPOINT.value in ("last", "best") and not Path(_CHECKPOINT.value).is_dir():
@@ -98,10 +98,10 @@ def _folder() -> Path:
         raise errors.UserError(
             "give --workdir=DIR, the folder of a run, or --checkpoint=DIR, one that convert wrote"
         )
-    return Path(given[0])
+    return to_path(given[0])
 
 
-def _serve(folder: Path, files: list[str]) -> None:
+def _serve(folder: AnyPath, files: list[str]) -> None:
     given = {"--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--attention": _ATTENTION}
     extra = [*files, *(name for name, flag in given.items() if flag.value)]
     if extra:

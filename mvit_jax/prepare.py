@@ -37,11 +37,12 @@ decodes all of a data set, of shards or of lists of files, and tells what is bro
 whether its manifests tell the truth; exits with 1 if anything is wrong.
 """
 
+import os
 import sys
 
 from absl import flags
 
-from mvit_jax import errors
+from mvit_jax import errors, files
 from mvit_jax.data import (
     checking,
     fashion_mnist,
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> None:
         return
     if not OUT.value:
         raise errors.UserError(f"no folder to write {name} into: give --out=DIR")
+    files.local_path(OUT.value)  # data are made here, and copied then
     if name == "videos":
         _videos(OUT.value, rest)
         return
@@ -126,16 +128,20 @@ def _videos(out: str, beam_flags: list[str]) -> None:
     strange = [flag for flag in beam_flags if not flag.startswith("--")]
     if strange:
         raise errors.UserError(f"{strange[0]!r} is no flag: after -- give flags of Apache Beam")
-    manifest = packing.prepare(
-        CSV.value,
-        out,
-        prefix=PREFIX.value,
-        separator=SEPARATOR.value,
-        encoding=transcoding.Encoding(SHORT_SIDE.value, GOP.value, CRF.value),
-        shards=SHARDS.value,
-        workers=WORKERS.value,
-        beam_flags=beam_flags,
-    )
+    try:
+        manifest = packing.prepare(
+            CSV.value,
+            out,
+            prefix=PREFIX.value,
+            separator=SEPARATOR.value,
+            encoding=transcoding.Encoding(SHORT_SIDE.value, GOP.value, CRF.value),
+            shards=SHARDS.value,
+            workers=WORKERS.value,
+            beam_flags=beam_flags,
+        )
+    except packing.DeadWorkerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     failed = [each for shard in manifest.shards for each in shard.failed]
     for video, _, reason in failed[:10]:
         print(f"left out {video}: {reason}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The training program, top to bottom.
+"""The training program, top to bottom; its steps are `training.loop`.
 
     python -m mvit_jax.train --config=configs/moving_digits.py --workdir=DIR
     python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=DIR \\
@@ -14,31 +14,29 @@ would get them. --profile traces steps 10 to 15 after the start, --profile=FIRST
 DIR/profile, for TensorBoard or xprof.
 
 Compiled programs are kept (`training.compiled`), so that a second start need not compile again.
+
+On several hosts the same command runs in every process; they find each other on Cloud TPUs, under
+SLURM and Kubernetes, or by --coordinator, --num_processes and --process_id. Ctrl-C or SIGTERM to
+one of them stops all after the same step; an error in one ends all, with its reason.
 """
 
 import importlib.metadata
-import itertools
 import os
 import platform
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 import mvit_jax
-from mvit_jax import errors
-from mvit_jax.data import pipeline
-from mvit_jax.data.decoding import why_broken
-from mvit_jax.data.sources import Source
+from mvit_jax import errors, files
+from mvit_jax.data.sources import Source, fingerprint
 from mvit_jax.models import host_memory
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
@@ -46,18 +44,23 @@ from mvit_jax.training import (
     compiled,
     contact_sheet,
     dry_run,
-    evaluation,
     experiment,
+    history,
     jitted,
+    peers,
+    processes,
     profiling,
     runs,
     sharding,
+    timing,
     workdir,
 )
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.experiment import Config
-from mvit_jax.training.logbook import Logbook, NotFiniteError
+from mvit_jax.training.logbook import Logbook
+from mvit_jax.training.loop import Loop, owes_validation
 from mvit_jax.training.step import State
+from mvit_jax.training.stopping import StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
 _WORKDIR = flags.DEFINE_string(
@@ -104,16 +107,24 @@ def main(argv: list[str]) -> None:
         print(f"wrote {contact_sheet.draw(_CONFIG.value, _SHEET.value)}")
     if _WORKDIR.value is None or plans:
         return
-    try:
-        compiled.keep()
+    processes.start()
+    compiled.keep()
+    with processes.together():
         if jax.default_backend() == "cpu":
             host_memory.keep_freed_memory()
         sys.exit(train(_CONFIG.value, _WORKDIR.value, _PROFILE.value))
+
+
+@contextmanager
+def memory_explained(batch: int) -> Generator[None, None, None]:
+    """Says in one sentence that the batch does not fit into memory."""
+    try:
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise errors.UserError(
-            f"batch={_CONFIG.value.batch} does not fit into memory: lower batch (rates follow it "
+            f"batch={batch} does not fit into memory: lower batch (rates follow it "
             "where optim.lr_batch is set, else lower optim.lr with it), or raise accumulate"
         ) from error
 
@@ -123,9 +134,73 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
 
     Of this start, the steps from the first to the last of `profile` are traced.
     """
+    spans = timing.Spans()
     experiment.check(config)
     experiment.check_start(config)
+    peers.same_everywhere("config", workdir.decisive(config))
     jax.config.update("jax_default_matmul_precision", config.precision)
+    videos, validation = lists(config)
+    peers.same_everywhere("list of videos", fingerprint(videos))
+    if validation:
+        peers.same_everywhere("list of validation videos", fingerprint(validation))
+    model = experiment.model_config(config, len(videos.class_names))
+    experiment.clip_settings(config, model)  # a crop that cannot be cut is told at once
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    experiment.check_batch(config, mesh.size)
+    started = workdir.has_checkpoint(folder)
+    initial = None if started else initial_params(config, model)  # before anything is written
+    with peers.first_then_others("workdir"):  # who then see whether theirs is the same
+        peers.wait_for_file(files.to_path(folder) / "config.json")
+        workdir.check_writable(folder)
+        workdir.freeze(config, folder, experiment.base())
+        workdir.keep_labels(folder, videos.class_names)
+
+    steps = experiment.steps(config, config.epochs, videos)
+    with (
+        jax.set_mesh(mesh),
+        workdir.locked(folder) if peers.first() else nullcontext(),
+        closing(Checkpoints(folder, config.checkpoint.keep, tidy=True)) as checkpoints,
+        # Within what is closed, for closing may wait for other processes.
+        processes.together(),
+        memory_explained(config.batch),
+    ):
+        step_function, predict, schedule, state = jitted.build(config, model, videos, mesh)
+        state, origin = first(config, state, checkpoints, initial)
+        start = int(state.step)
+        owed = validation is not None and owes_validation(
+            config, folder, videos, start, start >= steps
+        )
+        if start >= steps and not owed:
+            peers.say(
+                f"the run in {folder} is complete ({start} of {steps} steps): test it with "
+                f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
+            )
+            return 0
+        log = Logbook(
+            folder, start=start, steps=steps, batch=config.batch, every=config.log_every,
+            max_broken=config.data.max_broken, on_nan=config.on_nan, spans=spans,
+            watch=input_watch(config),
+        )  # fmt: skip
+        with (
+            closing(log),
+            StopRequest(start) as stop,
+            profiling.Profile(folder, profile, start=start, steps=steps, say=log.say) as trace,
+        ):
+            introduce(log, config, model, state, videos, mesh, start, steps)
+            log.say(origin)
+            loop = Loop(
+                config, model, mesh, videos, validation, step_function, predict, schedule,
+                checkpoints, log, spans, stop, trace, start, steps, owed,
+            )  # fmt: skip
+            if status := loop.run(state):
+                return status
+            log.say(f"trained {steps} steps; the last checkpoint is in {folder}/checkpoints")
+    report(folder)  # when all else is on disk
+    return 0
+
+
+def lists(config: Config) -> tuple[Source, Source | None]:
+    """The videos to train on, and to validate on where that is wanted."""
     videos = experiment.videos(config, "train")
     watched = config.data.val_list and config.eval.every_epochs > 0
     validation = experiment.videos(config, "val") if watched else None
@@ -135,84 +210,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             f"{videos.list_file} {len(videos.class_names)}, or they have other names: make both of "
             "the same labels.txt"
         )
-    model = experiment.model_config(config, len(videos.class_names))
-    experiment.clip_settings(config, model)  # a crop that cannot be cut is told at once
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    experiment.check_batch(config, mesh.size)
-    started = workdir.has_checkpoint(folder)
-    initial = None if started else initial_params(config, model)  # before anything is written
-    workdir.freeze(config, folder, experiment.base())
-    workdir.keep_labels(folder, videos.class_names)
-
-    steps = experiment.steps(config, config.epochs, videos)
-    with jax.set_mesh(mesh), closing(Checkpoints(folder, config.checkpoint.keep)) as checkpoints:
-        step_function, predict, schedule, state = jitted.build(config, model, videos, mesh)
-        state, origin = first(config, state, checkpoints, initial)
-        start = int(state.step)
-        if start >= steps:
-            print(
-                f"the run in {folder} is complete ({start} of {steps} steps): test it with "
-                f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
-            )
-            return 0
-        log = Logbook(
-            folder, start=start, steps=steps, batch=config.batch, every=config.log_every,
-            max_broken=config.data.max_broken,
-        )  # fmt: skip
-        with (
-            closing(log),
-            StopRequest() as stop,
-            profiling.Profile(folder, profile, start=start, steps=steps, say=log.say) as trace,
-        ):
-            introduce(log, config, model, state, videos, mesh, start, steps)
-            log.say(origin)
-            batches = load(videos, config, model, mesh, start, steps)
-            validate_every = experiment.steps(config, config.eval.every_epochs, videos)
-            broken: set[int] = set()
-            done = start
-            try:
-                for done, batch in zip(itertools.count(start + 1), batches, strict=False):
-                    report_broken(log, videos, batch["broken"], broken, model.frames)
-                    state, metrics = trace.step(
-                        done, step_function, state, sharding.to_devices(batch, mesh)
-                    )
-                    log.step(done, metrics, np.asarray(schedule(done - 1)).item())
-
-                    if validation and (done % validate_every == 0 or done == steps):
-                        log.flush()  # a state that is not finite is never kept
-                        results = validate(config, model, state, validation, predict, mesh)
-                        log.validation(done, results)
-                        checkpoints.save_if_best(state, done, results.get("map", results["top1"]))
-                    if done % config.checkpoint.every == 0 or done == steps or stop.signal:
-                        log.flush()
-                        checkpoints.save(state, done)
-                    if stop.signal and done < steps:
-                        checkpoints.wait()
-                        log.say(f"stopped at step {done} of {steps}; the same command goes on")
-                        return 128 + stop.signal
-            except RuntimeError:  # workers that Ctrl-C ended while they started
-                if not stop.signal:
-                    raise
-                if done > start:
-                    log.flush()
-                    checkpoints.save(state, done)
-                log.say(f"stopped at step {done} of {steps}; the same command goes on")
-                return 128 + stop.signal
-            except NotFiniteError:
-                raise
-            except errors.UserError:  # of the data, say: what was trained is kept
-                if done > start:
-                    log.flush()
-                    checkpoints.save(state, done)
-                raise
-            if broken:
-                log.say(
-                    f"{len(broken)} of the {len(videos)} videos could not be decoded and were "
-                    f"replaced: {', '.join(videos.item(i) for i in sorted(broken))}"
-                )
-            log.say(f"trained {steps} steps; the last checkpoint is in {folder}/checkpoints")
-    report(folder)  # when all else is on disk
-    return 0
+    return videos, validation
 
 
 def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str] | None:
@@ -228,7 +226,7 @@ def first(
 ) -> tuple[State, str]:
     """The state to start from, and where it came from: this workdir's own, else that of the run
     `config.resume`, else fresh with the weights of `config.init`, else fresh."""
-    state = checkpoints.restore(fresh)
+    state = checkpoints.resume(fresh, peers.say)
     if state is not None:
         return state, "goes on with this workdir's last checkpoint"
     if config.resume is not None:
@@ -242,47 +240,16 @@ def first(
     return jitted.with_params(fresh, params), words
 
 
-def load(
-    videos: Source, config: Config, model: MViTConfig, mesh: jax.sharding.Mesh,
-    start: int, steps: int,
-) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
-    return pipeline.train_batches(
-        videos,
-        experiment.clip_settings(config, model),
-        seed=config.seed,
-        batch=config.batch,
-        steps=steps,
-        start=start,
-        rows=sharding.local_rows(config.batch, mesh),
-        repeats=config.data.repeats,
-        threads=config.data.threads,
-        processes=config.data.processes,
+def input_watch(config: Config) -> timing.InputWatch:
+    """Says so where clips come too slowly for the steps."""
+    knob = timing.advice(
+        config.data.threads,
+        config.data.processes,
+        packed=config.data.source == "shards",
+        randaugment=bool(config.augment.randaugment),
+        cores=timing.cores(),
     )
-
-
-def validate(
-    config: Config, model: MViTConfig, state: State, videos: Source, predict, mesh
-) -> dict[str, float]:
-    """One centre clip of every validation video, with the averaged weights where there are any."""
-    began = time.monotonic()
-    [scores] = evaluation.evaluate(
-        predict,
-        state.params if state.ema is None else state.ema,
-        videos,
-        experiment.clip_settings(config, model),
-        clips=(1,),
-        crops=1,
-        batch=config.eval.batch,
-        mesh=mesh,
-        max_broken=config.data.max_broken,
-        threads=config.data.threads,
-        processes=config.data.processes,
-    )
-    metrics = scores.metrics()
-    return {name: metrics[name] for name in ("map", "top1", "top5") if name in metrics} | {
-        "videos": metrics["videos"],
-        "seconds": time.monotonic() - began,
-    }
+    return timing.InputWatch(knob)
 
 
 def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) -> None:
@@ -324,48 +291,17 @@ def command() -> str | None:
     return shlex.join(["python", "-m", "mvit_jax.train", *sys.argv[1:]])
 
 
-def report_broken(
-    log: Logbook, videos: Source, broken: np.ndarray, known: set[int], clip_frames: int
-) -> None:
-    """Says once for each video that it could not be decoded and was replaced."""
-    for index in {int(i) for i in broken if i >= 0} - known:
-        known.add(index)
-        reason = why_broken(videos.opened(index, clip_frames))
-        log.say(
-            f"{videos.item(index)} cannot be decoded ({reason}) and is replaced by another video; "
-            f"mend it or take it out of {videos.list_file} ({len(known)} such so far)"
-        )
-
-
 def report(folder: str) -> None:
     """Writes the run's page, as far as there is something to tell before a test."""
     if jax.process_index() > 0:
         return
     try:
+        if sentence := history.goodput_sentence(history.read(folder)):
+            print(sentence)
         print(f"wrote {runs.write_report(folder)}")
     except Exception as error:  # whatever it is: the training is done, and its status is its own
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         print(f"the report {folder}/{runs.REPORT} could not be written: {first}")
-
-
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop reads after each step."""
-
-    def __enter__(self) -> "StopRequest":
-        self.signal = 0
-        self._before: dict[int, Any] = {
-            s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt  # asked twice at the keyboard: at once
-        self.signal = number
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_the_default_experiment_keeps_its_labels_true(arg):
 
 @pytest.mark.slow
 def test_programs_help():
-    for name in ("train", "evaluate", "predict", "convert", "describe", "prepare"):
+    for name in ("train", "evaluate", "predict", "convert", "describe", "prepare", "podplan"):
         # absl's --help exits with 1.
         done = subprocess.run(
             [sys.executable, "-m", f"mvit_jax.{name}", "--help"], capture_output=True, text=True

@@ -111,6 +111,7 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
         (["moving_digits", "twice", "--out=there"], "'moving_digits twice' is not the name"),
         (["moving_digits"], "give --out=DIR"),
         (["moving_digits", "--out="], "give --out=DIR"),
+        (["moving_digits", "--out=gs://bucket/x"], "gs://bucket/x is written here alone"),
         (["fashion_mnist"], "give --out=DIR"),
         (["fashion_mnist", "--out=there", "--files=nowhere"], "there is no file nowhere/train-"),
         (["fashion_mnist", "--out=there", "--seed=1"], "--seed is for moving_digits and lists"),
@@ -226,13 +227,17 @@ def test_a_worker_that_dies_ends_the_run_though_beam_does_not_let_go():
         import threading, time
         from mvit_jax.data import packing
 
+        waits = threading.Event()
+
         def worker():
+            waits.wait()
             raise RuntimeError("Worker subprocess exited with return code -9")
 
-        with packing._dead_workers(patience=0.5):
+        with packing._dead_workers(patience=3):
             threading.Thread(target=worker).start()
             while True:
                 try:
+                    waits.set()
                     time.sleep(60)
                 except KeyboardInterrupt:
                     print("interrupted", flush=True)

@@ -17,6 +17,7 @@ from mvit_jax.data.decoding import Video, opened
 from mvit_jax.data.images import Frames
 from mvit_jax.data.lists import read_class_names
 from mvit_jax.errors import UserError
+from mvit_jax.files import AnyPath
 from mvit_jax.inspection import places, saliency
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.prediction import reading
@@ -75,7 +76,7 @@ class Predictor:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         *,
         which: str = "last",
         clips: int | None = None,
@@ -252,7 +253,7 @@ class Predictor:
         return saliency.fine_block(self.model, (self.model.frames, size, size))
 
 
-def class_names(config: Config, folder: Path, count: int) -> tuple[str, ...]:
+def class_names(config: Config, folder: AnyPath, count: int) -> tuple[str, ...]:
     """Names of a model's classes: the lines of the folder's labels.txt, or else of the data's;
     "class 0" and so on where there is none."""
     places_ = [folder] if config.data.folder is None else [folder, Path(config.data.folder)]

@@ -37,33 +37,45 @@ def describe(config: Config, devices: int) -> str:
     """
     experiment.check(config)
     found = {name: _read(config, name) for name in ("train", "val", "test")}
-    train = found["train"]
-    videos = config.data.train_videos if isinstance(train, str) else len(train)
-    if videos is None:
-        raise UserError(
-            f"how many videos there are is not known ({train}): give --config.data.train_videos=N"
-        )
-    model = _model(config, train)
+    videos, model = _size(config, found["train"])
     params = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
     parts = [
-        _aligned(
+        aligned(
             [
                 ("published", config.published or "nothing of this experiment"),
                 *_model_lines(config, model),
                 ("weights", _weights(config)),
             ]
         ),
-        _section("Data", [*_data(config, found, videos), ("clips", _clips(config, model))]),
+        section("Data", [*_data(config, found, videos), ("clips", _clips(config, model))]),
         _numbered("Augmentation, in this order", _augmentation(config, model)),
-        _section("Steps", _steps(config, videos, devices)),
-        "Learning rate\n" + _indented(_rates(config, videos)),
-        _section("Optimiser", _optimizer(config)),
-        "Weight decay\n" + _indented(_decay(config, params)),
+        section("Steps", _steps(config, videos, devices)),
+        "Learning rate\n" + indented(_rates(config, videos)),
+        section("Optimiser", _optimizer(config)),
+        "Weight decay\n" + indented(_decay(config, params)),
     ]
     if config.optim.layer_decay != 1:
-        parts.append("Learning rates by layers\n" + _indented(_layers(config, params)))
-    parts.append(_section("Tests", _tests(config, model, videos)))
+        parts.append("Learning rates by layers\n" + indented(_layers(config, params)))
+    parts.append(section("Tests", _tests(config, model, videos)))
     return "\n\n".join(parts)
+
+
+def data_and_model(config: Config) -> tuple[int, MViTConfig]:
+    """How many videos there are to train on, and the architecture with a class for each of theirs.
+
+    Raises:
+      UserError: neither lists nor `data.train_videos` say how many videos there are.
+    """
+    return _size(config, _read(config, "train"))
+
+
+def _size(config: Config, train: Source | str) -> tuple[int, MViTConfig]:
+    videos = config.data.train_videos if isinstance(train, str) else len(train)
+    if videos is None:
+        raise UserError(
+            f"how many videos there are is not known ({train}): give --config.data.train_videos=N"
+        )
+    return videos, _model(config, train)
 
 
 def _read(config: Config, which: str) -> Source | str:
@@ -319,18 +331,19 @@ def _rgb(values: Iterable[float]) -> str:
     return f"{values[0]:g}" if len(set(values)) == 1 else str(values)
 
 
-def _section(title: str, lines: Lines) -> str:
-    return f"{title}\n{_indented(_aligned(lines))}"
+def section(title: str, lines: Lines) -> str:
+    """A title, and under it what stands beside what."""
+    return f"{title}\n{indented(aligned(lines))}"
 
 
 def _numbered(title: str, lines: list[str]) -> str:
     return "\n".join([title, *(f"  {i}. {line}" for i, line in enumerate(lines, 1))])
 
 
-def _aligned(lines: Lines) -> str:
+def aligned(lines: Lines) -> str:
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())

@@ -118,6 +118,7 @@ def evaluate(
     max_broken: float = 1.0,
     threads: int = 2,
     processes: int = 0,
+    timeout: float = 0.0,
     shuffle_seed: int | None = None,
     progress: Callable[[int], object] = lambda videos_done: None,
 ) -> list[Scores]:
@@ -139,6 +140,7 @@ def evaluate(
         and listed in the result.
       threads: that load, in each process.
       processes: that load; 0 for this one alone.
+      timeout: seconds that a batch may take to come; 0 for any time.
       shuffle_seed: if given, the frames of each clip are shuffled (MViT, Table 9).
       progress: is told how many videos are done.
 
@@ -147,6 +149,7 @@ def evaluate(
 
     Raises:
       UserError: too large a share of the videos is broken.
+      HungError: a batch does not come in time.
     """
     count = len(videos)
     scores = np.zeros((len(clips), count, len(videos.class_names)))
@@ -157,7 +160,7 @@ def evaluate(
     rows = local_rows(batch, mesh)
     for loaded in pipeline.test_batches(
         videos, settings, clips=clips, crops=crops, batch=batch, rows=rows,
-        shuffle_seed=shuffle_seed, threads=threads, processes=processes,
+        shuffle_seed=shuffle_seed, threads=threads, processes=processes, timeout=timeout,
     ):  # fmt: skip
         on_devices = to_devices(loaded, mesh)
         probabilities = _everywhere(predict(params, on_devices["clip"]))

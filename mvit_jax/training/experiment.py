@@ -22,11 +22,12 @@ from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.sources import SOURCES, Source, open_source
 from mvit_jax.errors import UserError
+from mvit_jax.files import AnyPath, to_path
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.stages import REMAT
 from mvit_jax.models.variants import variant
-from mvit_jax.training import evaluation, optimizer, sharding, workdir
+from mvit_jax.training import evaluation, not_finite, optimizer, sharding, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.evaluation import Ensemble
 from mvit_jax.training.step import Recipe
@@ -40,6 +41,7 @@ CHOICES = {
     "dtype": tuple(DTYPES),
     "precision": PRECISIONS,
     "remat": REMAT,
+    "on_nan": not_finite.POLICIES,
     "data.interpolation": get_args(Interpolation),
     "data.source": SOURCES,
     "data.sampling": get_args(Sampling),
@@ -59,6 +61,7 @@ RANGES = {  # smallest and largest value
     "data.short_side": (1, INF),
     "data.threads": (0, INF),
     "data.processes": (0, INF),
+    "data.timeout": (0, 1e6),  # of seconds; the operating system takes few more
     "data.repeats": (1, INF),
     "data.max_broken": (0, 1),
     "augment.erase": (0, 1),
@@ -195,7 +198,7 @@ def base() -> Config | None:
         return None
 
 
-def frozen(folder: str | Path) -> Config:
+def frozen(folder: str | AnyPath) -> Config:
     """The config that a run was started with; keys that are newer than it have their defaults."""
     return workdir.frozen(folder, base())
 
@@ -210,7 +213,7 @@ def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
     }
 
 
-def read_params(folder: Path, which: str = "last") -> tuple[Any, MViTConfig]:
+def read_params(folder: AnyPath, which: str = "last") -> tuple[Any, MViTConfig]:
     """Parameters of a run (the averaged ones, where it has them) or of a converted folder, as NumPy
     arrays, and their architecture."""
     if folder.is_file():
@@ -232,7 +235,7 @@ def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str]:
     number of classes, is new.
     """
     folder, inflate = config.init.checkpoint, config.init.inflate
-    params, was = read_params(Path(folder))
+    params, was = read_params(to_path(folder))
     params, report = surgery.carry_over(params, was, model, inflate)
     new = [line.path for line in report.lines if line.done.startswith("new")]
     what = "; ".join(f"{count} {done}" for done, count in report.counts.items())
@@ -241,7 +244,7 @@ def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str]:
 
 def check_resume(config: Config, model: MViTConfig) -> None:
     """Whether `config.resume` is a run's folder with a state of this model."""
-    folder = Path(config.resume)
+    folder = to_path(config.resume)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"resume={folder} holds no checkpoint: check the folder")
     with closing(Checkpoints(folder)) as checkpoints:
@@ -257,7 +260,7 @@ def check_resume(config: Config, model: MViTConfig) -> None:
         raise UserError(f"resume={folder} is of another architecture: {difference}")
 
 
-def check_classes(folder: Path, which: str, videos: Source) -> None:
+def check_classes(folder: AnyPath, which: str, videos: Source) -> None:
     """Whether a model's classes are those of the data, as far as the two lists of names tell."""
     count = num_classes(folder, which)
     if count != len(videos.class_names):
@@ -282,14 +285,14 @@ def model_apply(config: Config, model: MViTConfig, mesh: Mesh) -> Callable[..., 
     return partial(mvit.apply, config=model, remat=config.remat, scan=loops)
 
 
-def num_classes(folder: Path, which: str = "last") -> int:
+def num_classes(folder: AnyPath, which: str = "last") -> int:
     """Of the classifier in a run's "last" or "best" checkpoint."""
     with closing(Checkpoints(folder)) as checkpoints:
         return checkpoints.shapes(which)["head"]["classifier"]["bias"].shape[0]
 
 
 def load_params(
-    config: Config, model: MViTConfig, folder: Path, which: str, mesh: Mesh
+    config: Config, model: MViTConfig, folder: AnyPath, which: str, mesh: Mesh
 ) -> tuple[Any, int]:
     """Parameters of a run's "last" or "best" checkpoint (the averaged ones, where it has them) in
     float32 on `mesh`, which need not be the run's own; and the step of that checkpoint."""
@@ -309,7 +312,7 @@ def load_params(
 
 def score(
     config: Config,
-    folder: Path,
+    folder: AnyPath,
     videos: Source,
     *,
     which: str,
@@ -321,10 +324,11 @@ def score(
     jax.config.update("jax_default_matmul_precision", config.precision)
     check_classes(folder, which, videos)
     model = model_config(config, len(videos.class_names))
+    shown = jax.process_index() == 0 and sys.stderr.isatty()
     mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
     with (
         jax.set_mesh(mesh),
-        tqdm(total=len(videos), unit="video", disable=not sys.stderr.isatty()) as bar,
+        tqdm(total=len(videos), unit="video", disable=not shown) as bar,
     ):
         params, step = load_params(config, model, folder, which, mesh)
         scores = evaluation.evaluate(
@@ -342,6 +346,7 @@ def score(
             max_broken=config.data.max_broken,
             threads=config.data.threads,
             processes=config.data.processes,
+            timeout=config.data.timeout,
             shuffle_seed=config.seed if shuffle else None,
             progress=lambda done: bar.update(done - bar.n),
         )

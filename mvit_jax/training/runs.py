@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from mvit_jax.data.lists import read_class_names
 from mvit_jax.errors import UserError
-from mvit_jax.files import write_whole
+from mvit_jax.files import AnyPath, faults, to_path, write_whole
 from mvit_jax.inspection import report
 from mvit_jax.inspection.report import Run
 from mvit_jax.training import experiment, history
@@ -32,13 +32,13 @@ _EVALUATION = {
 _SHEET = {"of", "examples", "mistakes", "wrong", "no_attention"}
 
 
-def read(folder: str | Path) -> Run:
+def read(folder: str | AnyPath) -> Run:
     """Reads a run's or a converted folder; what is not there is a gap.
 
     Raises:
       UserError: the folder holds no run, or a file in it is not what it should be.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no run (there is no config.json): name a folder that training or "
@@ -57,32 +57,33 @@ def read(folder: str | Path) -> Run:
         train=told.train,
         val=told.val,
         seconds=told.seconds,
+        spent=told.spent,
         evaluations=tests,
         sheet=None,
     )
     return run if run.test is None else _with_sheet(run, folder, run.test)
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | AnyPath) -> AnyPath:
     """Writes the page of a run from what its folder holds, whole or not at all."""
-    path = Path(folder) / REPORT
+    path = to_path(folder) / REPORT
     write_whole(path, report.report(read(folder)))
     return path
 
 
-def write_comparison(folders: Sequence[str | Path], path: str | Path) -> str:
+def write_comparison(folders: Sequence[str | AnyPath], path: str | AnyPath) -> str:
     """Writes the page of several runs side by side; gives the same as a table for a terminal."""
     runs = [read(folder) for folder in folders]
     write_whole(path, report.comparison(runs))
     return report.comparison_table(runs)
 
 
-def keep_sheet(path: Path, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
+def keep_sheet(path: AnyPath, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Writes the clips of an evaluation's page."""
     write_whole(path, json.dumps(sheet | {"of": report.marks(evaluation)}) + "\n")
 
 
-def _with_sheet(run: Run, folder: Path, test: dict[str, Any]) -> Run:
+def _with_sheet(run: Run, folder: AnyPath, test: dict[str, Any]) -> Run:
     """The run with the clips of its test; an older test's, left by a kill, are none."""
     for path in sorted(folder.glob("clips*.json")):
         sheet = _whole(path, _SHEET)
@@ -91,12 +92,12 @@ def _with_sheet(run: Run, folder: Path, test: dict[str, Any]) -> Run:
     return run
 
 
-def evaluations(folder: Path) -> list[dict[str, Any]]:
+def evaluations(folder: AnyPath) -> list[dict[str, Any]]:
     """What the test program wrote into a folder, in the order of the files' names."""
     return [_whole(path, _EVALUATION) for path in sorted(folder.glob("evaluation*.json"))]
 
 
-def _evaluations(folder: Path, test_list: str) -> list[dict[str, Any]]:
+def _evaluations(folder: AnyPath, test_list: str) -> list[dict[str, Any]]:
     """The evaluations of a folder: the test by default first, those of shuffled frames last."""
     return sorted(
         evaluations(folder),
@@ -106,11 +107,11 @@ def _evaluations(folder: Path, test_list: str) -> list[dict[str, Any]]:
     )  # fmt: skip
 
 
-def _whole(path: Path, keys: set[str]) -> dict[str, Any]:
+def _whole(path: AnyPath, keys: set[str]) -> dict[str, Any]:
     """What the test program wrote, or one sentence where it is not that any more."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (*faults(), ValueError):
         found = None
     if not isinstance(found, dict) or not keys <= found.keys():
         raise UserError(
@@ -119,7 +120,9 @@ def _whole(path: Path, keys: set[str]) -> dict[str, Any]:
     return found
 
 
-def _classes(folder: Path, told: history.History, evaluations: list[dict[str, Any]]) -> int | None:
+def _classes(
+    folder: AnyPath, told: history.History, evaluations: list[dict[str, Any]]
+) -> int | None:
     if evaluations:
         return len(evaluations[0]["classes"])
     if told.starts and "classes" in told.starts[-1]:

@@ -102,6 +102,7 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
             repeats=config.data.repeats,
             threads=config.data.threads,
             processes=config.data.processes,
+            timeout=config.data.timeout,
         )
         for batch in tqdm(batches, "training", total=steps, unit="step", file=sys.stdout):
             _warn_of_broken(videos, batch["broken"])
@@ -124,6 +125,7 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
             max_broken=config.data.max_broken,
             threads=config.data.threads,
             processes=config.data.processes,
+            timeout=config.data.timeout,
         )
     columns = {k: np.array([row[k] for row in history]) for k in ("loss", "accuracy", "grad_norm")}
     seconds = float(np.median(np.diff(ends))) if len(ends) > 1 else float("nan")

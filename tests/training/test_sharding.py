@@ -1,5 +1,6 @@
 """On 8 simulated devices: the same results as on one; parameters gathered, never activations."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
@@ -18,7 +20,8 @@ from tests.training.test_step import RECIPE
 
 CONFIG = variant("mvit_b_16x4", num_classes=4, drop_path=0.5, dropout=0.5, **MODEL)
 CLIPS = 88  # 11 a device: no dimension of a parameter is a multiple of 11
-MESHES = {"one": (1, 1), "data 8": (8, 1), "data 2 x fsdp 4": (2, 4)}
+# The last one is that of two slices of four chips.
+MESHES = {"one": (1, 1), "data 8": (8, 1), "fsdp 8": (1, 8), "data 2 x fsdp 4": (2, 4)}
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +72,28 @@ def run(shape, dtype, config=CONFIG):
     return losses, jax.device_get((state.params, state.ema))
 
 
-@pytest.mark.parametrize("model", [pytest.param("mvit", marks=pytest.mark.slow), "vit"])
-def test_meshes_train_alike(model):
-    config = CONFIG
+def model_config(model):
+    rates = {"num_classes": 4, "drop_path": 0.5, "dropout": 0.5}
     if model == "vit":
-        changes = {"width": 16, "heads": 2, "depths": (2,), "frames": 4, "size": 32}
-        config = variant("vit_b_8x8", num_classes=4, drop_path=0.5, dropout=0.5, **changes)
+        shape = {"width": 16, "heads": 2, "depths": (2,), "frames": 4, "size": 32}
+        return variant("vit_b_8x8", **rates, **shape)
+    name = {"mvit": "mvit_b_16x4", "mvitv2": "mvitv2_s_16x4"}[model]
+    return variant(name, **rates, **MODEL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mvit", "mvitv2", "vit"])
+def test_meshes_train_alike(model):
+    """Losses, parameters and their average, with one clip's randomness wherever it is computed."""
+    config = model_config(model)
     with jax.enable_x64(True):
         losses, trees = run(MESHES["one"], jnp.float64, config)
         assert np.ptp(losses) > 1e-3
-        for name in ("data 8", "data 2 x fsdp 4"):
+        names = {
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees)
+        }
+        assert any("'relative'" in name for name in names) == (model == "mvitv2"), names
+        for name in list(MESHES)[1:]:
             other_losses, other_trees = run(MESHES[name], jnp.float64, config)
             np.testing.assert_allclose(losses, other_losses, rtol=1e-12)
             for a, b in zip(*map(jax.tree.leaves, (trees, other_trees)), strict=True):
@@ -119,10 +134,10 @@ def test_each_device_holds_its_share_of_the_state():
             if shard.device == device
         )
 
-    whole, copied, split = (bytes_per_device(MESHES[name]) for name in MESHES)
+    whole, copied, eighth, quarter = (bytes_per_device(MESHES[name]) for name in MESHES)
     assert copied == whole
-    # All but norms and biases is cut in four.
-    assert split < 0.3 * whole
+    # All but norms and biases is cut in four or eight.
+    assert quarter < 0.3 * whole and eighth < 0.18 * whole
 
 
 def test_the_largest_dimension_that_divides_is_cut():
@@ -140,3 +155,54 @@ def test_meshes_that_do_not_fit_say_so():
         sharding.make_mesh(4, 3)
     with pytest.raises(UserError, match="batch of 12 does not divide among 8"):
         sharding.local_rows(12, sharding.make_mesh())
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device of a pod as orders it."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5e"
+
+
+def two_slices():
+    """Two slices of 16 chips, 4 a host; numbered as TPUs are, row by row of the slice, so that a
+    host's chips are no neighbours; in no order."""
+    chips = [
+        Chip(16 * part + 4 * y + x, 4 * part + 2 * (y // 2) + x // 2, part)
+        for part in range(2) for y in range(4) for x in range(4)
+    ]  # fmt: skip
+    return [chips[i] for i in np.random.default_rng(0).permutation(32)]
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16])
+def test_a_group_stays_in_its_slice_and_a_host_reads_neighbouring_rows(fsdp):
+    mesh = sharding.make_mesh(-1, fsdp, two_slices())
+    assert mesh.shape["data"] == 32 // fsdp
+    for group in mesh.devices:
+        assert len({chip.slice_index for chip in group}) == 1
+    rows = [sharding.local_rows(64, mesh, host) for host in range(8)]
+    assert [row for part in rows for row in part] == list(range(64))
+    # What JAX would put on the chips of a host is what the host has read.
+    dealt = np.repeat([chip.process_index for chip in mesh.devices.flat], 2)
+    for host, part in enumerate(rows):
+        np.testing.assert_array_equal(dealt[part.start : part.stop], host)
+
+
+def test_a_group_in_two_slices_is_refused():
+    with pytest.raises(UserError, match=r"mesh\.fsdp=32 does not divide the 16 chips of slice 0"):
+        sharding.make_mesh(-1, 32, two_slices())
+    machines = [dataclasses.replace(chip, platform="gpu") for chip in two_slices()]
+    assert sharding.make_mesh(-1, 32, machines).shape["fsdp"] == 32
+
+
+def test_hosts_with_unequal_shares_read_as_many_rows_as_their_devices_take():
+    chips = [Chip(0, 0, 0), Chip(1, 1, 0), Chip(2, 1, 0), Chip(3, 1, 0)]
+    mesh = sharding.make_mesh(devices=chips)
+    assert [sharding.local_rows(8, mesh, host) for host in (0, 1)] == [range(2), range(2, 8)]
+    scattered = Mesh(np.asarray(chips)[[1, 0, 2, 3]].reshape(4, 1), sharding.AXES)
+    with pytest.raises(ValueError, match="not neighbours"):
+        sharding.local_rows(8, scattered, 1)

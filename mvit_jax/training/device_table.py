@@ -1,0 +1,109 @@
+"""Which process has which devices, as a table, and what looks wrong in it."""
+
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+Row = dict[str, Any]
+_LONGEST = 16  # processes; more are summed up by host
+
+
+def row(environ: Mapping[str, str]) -> Row:
+    """What this process sees: its number, its host, and its devices (kind, memory in GiB)."""
+    devices = jax.local_devices()
+    stats = [device.memory_stats() or {} for device in devices]
+    return {
+        "process": jax.process_index(),
+        "host": socket.gethostname(),
+        "platform": jax.default_backend(),
+        "kind": devices[0].device_kind if devices else "",
+        "devices": [device.id for device in devices],
+        # The same on one host: the same device. CPUs and TPUs cannot be chosen twice.
+        "hardware": [
+            f"{environ.get('CUDA_VISIBLE_DEVICES', '')}/{device.local_hardware_id}"
+            for device in devices
+            if device.platform == "gpu"
+        ],
+        "allotted": environ.get("SLURM_GPUS_ON_NODE"),
+        "slice": getattr(devices[0], "slice_index", None) if devices else None,
+        "memory": min((s.get("bytes_limit", 0) for s in stats), default=0) / 2**30,
+    }
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """A line for each process, or for each kind of process where there are many."""
+    total = sum(len(row["devices"]) for row in rows)
+    hosts = len({row["host"] for row in rows})
+    head = f"{len(rows)} processes on {_count(hosts, 'host')}, {_count(total, 'device')}"
+    if len(rows) > _LONGEST:
+        kinds = Counter((_what(row), row["platform"]) for row in rows)
+        return "\n".join(
+            [head, *(f"  {n} processes with {what} ({on}) each" for (what, on), n in kinds.items())]
+        )
+    lines = [
+        f"  process {row['process']}  {row['host']}  {_what(row)} ({row['platform']}), "
+        f"{_numbers(row['devices'])}" + (f", slice {row['slice']}" if row["slice"] else "")
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def suspicions(rows: Sequence[Row]) -> list[str]:
+    """One sentence for each thing that is seldom meant."""
+    found = []
+    platforms = {row["platform"] for row in rows}
+    if len(platforms) > 1:
+        odd = [row for row in rows if row["platform"] == "cpu"]
+        found.append(
+            f"{_names(odd)} see no accelerator, and others do: check what their machines or the "
+            "scheduler give them"
+        )
+    counts = Counter(len(row["devices"]) for row in rows)
+    if len(counts) > 1:
+        usual = counts.most_common(1)[0][0]
+        odd = [row for row in rows if len(row["devices"]) != usual]
+        found.append(
+            f"{_names(odd)} have another number of devices than the usual {usual}: check the "
+            "scheduler's options, and --local_device_ids"
+        )
+    by_host: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_host[row["host"]].append(row)
+    for host, there in by_host.items():
+        used = Counter(name for row in there for name in row["hardware"])
+        shared = sorted(name.rpartition("/")[2] for name, n in used.items() if n > 1)
+        if shared:
+            found.append(
+                f"several processes on {host} use the same GPU {', '.join(shared)}: give each its "
+                "own by --local_device_ids, or run one process a node"
+            )
+        allotted = there[0]["allotted"]
+        if used and allotted and allotted.isdigit() and len(used) < int(allotted):
+            found.append(
+                f"{host} has {allotted} GPUs for this job, and its processes use {len(used)}: run "
+                "one process a GPU (srun --ntasks-per-node), or name them in --local_device_ids"
+            )
+    return found
+
+
+def _what(row: Row) -> str:
+    memory = f" of {row['memory']:.0f} GiB" if row["memory"] else ""
+    return f"{len(row['devices'])} x {row['kind']}{memory}" if row["devices"] else "no devices"
+
+
+def _numbers(ids: Sequence[int]) -> str:
+    if len(ids) > 8:
+        return f"numbers {ids[0]} to {ids[-1]}"
+    return f"number{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}"
+
+
+def _names(rows: Sequence[Row]) -> str:
+    named = ", ".join(f"{row['process']} ({row['host']})" for row in rows[:4])
+    return f"processes {named}" + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -1,0 +1,372 @@
+"""Many processes that train or test as one: how they find each other, and how they end together.
+
+JAX's multi-controller runtime runs the same program in every process, with the devices of all as
+one mesh. Without flags and outside of a cluster there is one process, and nothing here does
+anything. Programs import this module for its flags, call `start` before anything else that touches
+JAX, and do their work within `together`.
+"""
+
+import atexit
+import itertools
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import jax
+from absl import flags
+
+from mvit_jax.errors import UserError
+from mvit_jax.training import cluster, device_table, peers
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT on which process 0 listens; found in clusters.",
+    allow_override=True,
+)  # fmt: skip
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes run this command; 1 looks for no others.",
+    allow_override=True,
+)  # fmt: skip
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0.", allow_override=True
+)
+_LOCAL_DEVICE_IDS = flags.DEFINE_list(
+    "local_device_ids", None, "The GPUs of this machine that this process uses, like 0,1.",
+    allow_override=True,
+)  # fmt: skip
+
+# A process whose watcher is silent for so many beats is dead, or its machine is. JAX's own
+# heartbeat (the time of `jax.distributed.initialize`) comes later, since it ends in a C++ dump.
+BEAT_SECONDS = 2
+SILENT_BEATS = 45
+FAILED_BEATS = 3  # without an answer of process 0, after which it is taken for dead
+# How long the others wait at the end for process 0, which may draw and write for minutes.
+LAST_SECONDS = 3600
+# How long process 0, through which all messages go, waits until its last one is heard.
+PATIENCE_SECONDS = 10
+
+_ENDED, _HEARD, _ALIVE, _DEVICES = (f"mvit_jax/{k}" for k in ("ended", "heard", "alive", "devices"))
+_AGAIN = "the same command on all processes goes on from the last checkpoint"
+
+LOST = 134
+"""The exit status of those who lost another process, or waited for it in vain: to be started again.
+It is that of abort(), by which JAX ends a process that has lost process 0."""
+
+
+def start() -> None:
+    """Joins the other processes of this command, as its flags or the cluster say; see `connect`."""
+    ids = _LOCAL_DEVICE_IDS.value
+    try:
+        devices = None if ids is None else [int(i) for i in ids]
+    except ValueError:
+        raise UserError(
+            f"--local_device_ids={','.join(ids or [])} must be numbers like 0,1"
+        ) from None
+    connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, devices)
+
+
+def connect(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: list[int] | None = None,
+) -> None:
+    """Joins the processes of a run, before anything else uses JAX; prints which devices they have.
+
+    What is not given is found by JAX on Cloud TPUs and under SLURM, Open MPI and Kubernetes. A
+    process that belongs to no such cluster, or is alone in it, starts as the only one.
+
+    Args:
+      coordinator: HOST:PORT on which process 0 listens, and all others reach it.
+      num_processes: how many there are; 1 looks for no others.
+      process_id: which of them this one is, from 0.
+      local_device_ids: GPUs that this one uses; None for all it sees, or as SLURM deals them.
+
+    Raises:
+      UserError: what is given contradicts itself, or does not suffice.
+    """
+    given = (coordinator, num_processes, process_id)
+    if num_processes == 1 or (given == (None,) * 3 and cluster.alone(os.environ)):
+        return
+    if jax.distributed.is_initialized():
+        return
+    cluster.check(*given)
+    if local_device_ids is None and given == (None,) * 3:
+        local_device_ids = cluster.slurm_devices(os.environ)
+    # JAX ends a process that waits for others in vain by abort() and a C++ stack dump: this ends
+    # it before, with a sentence.
+    watchdog = threading.Timer(peers.START_SECONDS, _nobody_came, (given,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, local_device_ids,
+            initialization_timeout=peers.START_SECONDS + 60,
+            heartbeat_timeout_seconds=BEAT_SECONDS * SILENT_BEATS + 60,
+            shutdown_timeout_seconds=LAST_SECONDS,
+        )  # fmt: skip
+        if not jax.distributed.is_initialized():
+            return
+        _start_watching()
+        with together():
+            _introduce()
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        _no_cluster(error, given)
+    finally:
+        watchdog.cancel()
+
+
+def _no_cluster(error: Exception, given: tuple[Any, ...]) -> None:
+    """Returns where no cluster was found and nobody asked for one."""
+    message = " ".join(str(error).split())
+    found_none = isinstance(error, ValueError) and "should be defined" in message
+    if found_none and given == (None,) * 3 and "JOB_COMPLETION_INDEX" not in os.environ:
+        return
+    if found_none or "must be defined" in message:
+        what = (
+            "this pod of an indexed job cannot find the others without the package kubernetes "
+            "(pip install 'jax[k8s]')"
+            if given == (None,) * 3
+            else "this machine is in no cluster that tells the rest"
+        )
+        raise UserError(
+            f"{what}: give --coordinator=HOST:PORT, --num_processes and --process_id together, or "
+            "--num_processes=1 for one process alone"
+        ) from None
+    if "start RPC server" in message or "in use" in message:
+        raise UserError(
+            f"process 0 cannot listen at {given[0] or 'the port that was found'}: another program "
+            "does, perhaps an earlier start of this one; end that, or name a free port in "
+            "--coordinator of all processes"
+        ) from error
+    raise UserError(
+        f"the processes of this run could not be brought together ({message[:300]}): mend that, "
+        "give --coordinator=HOST:PORT, --num_processes and --process_id, or --num_processes=1 for "
+        "one process alone"
+    ) from error
+
+
+def _nobody_came(given: tuple[Any, ...]) -> NoReturn:
+    """Ends this process, which has waited for the others in vain."""
+    from jax._src.distributed import global_state  # what was detected is nowhere else
+
+    coordinator = global_state.coordinator_address or given[0]
+    _, mine, count = peers.service()
+    seconds = peers.START_SECONDS
+    what = (
+        f"process {mine} of {count} has waited {seconds} s for the others at {coordinator}"
+        if coordinator
+        else f"the cluster has not told within {seconds} s who the other processes are"
+    )
+    _last_words(
+        f"{what}: start the same command on all of them, with the address of process 0 and a port "
+        "that it may open in --coordinator (--num_processes=1 is for one process alone)"
+    )
+
+
+@contextmanager
+def together() -> Generator[None, None, None]:
+    """An exception in here ends all processes, with its reason and exit status 1, or `LOST`.
+
+    The others would wait for this one in a collective operation. Nothing is unwound, for what is
+    left to close may wait for the others in turn.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        _fail(error)
+    except KeyboardInterrupt:
+        if not jax.distributed.is_initialized():
+            raise
+        _fail(UserError("stopped at the keyboard"))
+
+
+def _fail(error: Exception) -> NoReturn:
+    if isinstance(error, UserError):
+        _end_with(str(error))
+    if _peer_lost(error):
+        # The peer's own last words, if it had any, come to the watcher, which then ends this one.
+        reason = f"{_silent() or 'another process'} has died, or its machine has: {_AGAIN}"
+        _end_with(reason, status=LOST)
+    text = "".join(traceback.format_exception(error)).rstrip()
+    first_line = str(error).strip().partition("\n")[0]
+    _end_with(f"{type(error).__name__}: {first_line}", text)
+
+
+def _peer_lost(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is gone."""
+    signs = r"(?i)gloo|connection (closed|reset|refused)|heartbeat|socket closed|\bUNAVAILABLE\b"
+    signs += r"|DEADLINE_EXCEEDED|nccl|barrier"
+    chain: BaseException | None = error
+    while chain is not None:
+        # JAX's own collectives say it in a ValueError: "UNKNOWN: Gloo AllGather failed: ...".
+        ours = isinstance(chain, UserError) or not isinstance(chain, ValueError | RuntimeError)
+        if not ours and re.search(signs, str(chain)):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _silent() -> str:
+    """The processes that do not live any more, by the beats of their watchers."""
+    client, _, _ = peers.service()
+    try:
+        before = dict(client.key_value_dir_get(_ALIVE))
+        time.sleep(2.5 * BEAT_SECONDS)
+        after = dict(client.key_value_dir_get(_ALIVE))
+        return " and ".join(
+            f"process {name.rpartition('/')[2]}"
+            for name, beat in before.items()
+            if after.get(name) == beat
+        )
+    except jax.errors.JaxRuntimeError:
+        return ""
+
+
+_ending = threading.Lock()  # whoever has it ends this process
+
+
+def _end_with(reason: str, text: str = "", status: int = 1) -> NoReturn:
+    """Tells all processes why this one ends, prints that or `text`, and ends it."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(2 * PATIENCE_SECONDS)  # the watcher is ending this process
+        os._exit(status)
+    _say(text or f"error: {reason}")
+    client, mine, count = peers.service()
+    words = {"process": mine, "host": socket.gethostname(), "reason": reason, "status": status}
+    with suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is there
+        client.key_value_set(f"{_HEARD}/{mine}", "", allow_overwrite=True)
+        client.key_value_set(_ENDED, json.dumps(words))
+    if mine == 0:
+        _wait_until_heard(client, count)
+    os._exit(status)
+
+
+def _wait_until_heard(client: Any, count: int) -> None:
+    """For process 0, through which all messages go and which ends last."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        try:
+            heard = client.key_value_dir_get(_HEARD)
+        except jax.errors.JaxRuntimeError:
+            return
+        if len(heard) >= count - 1:
+            return
+        time.sleep(0.1)
+
+
+def _start_watching() -> None:
+    finished = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(finished,), daemon=True)
+
+    def end() -> None:  # a thread that is in C++ when Python ends would abort the process
+        finished.set()
+        watcher.join()
+        # Process 0 may take long for what it alone writes, and shall not miss this one.
+        client, mine, _ = peers.service()
+        with suppress(jax.errors.JaxRuntimeError):
+            client.key_value_delete(f"{_ALIVE}/{mine}")
+
+    atexit.register(end)  # later than JAX has registered its own end, so it comes before that
+    watcher.start()
+
+
+def _watch(finished: threading.Event) -> None:
+    """Ends this process when another one has ended for a reason, or has fallen silent."""
+    client, mine, _ = peers.service()
+    beats: dict[str, tuple[str, int]] = {}
+    failed = 0
+    for beat in itertools.count():
+        if finished.is_set():
+            return
+        try:
+            client.key_value_set(f"{_ALIVE}/{mine}", str(beat), allow_overwrite=True)
+            if mine == 0:
+                _check_beats(dict(client.key_value_dir_get(_ALIVE)), beats, beat)
+            words = json.loads(client.blocking_key_value_get(_ENDED, BEAT_SECONDS * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
+                failed = 0
+                continue
+            failed += 1
+            if failed < FAILED_BEATS:  # a network that stutters
+                finished.wait(BEAT_SECONDS)
+                continue
+            reason = f"it died, or its machine did: {_AGAIN}"
+            words = {"process": 0, "host": "", "reason": reason, "status": LOST}
+        if not finished.is_set():
+            _obey(words)
+
+
+def _obey(words: dict[str, Any]) -> None:
+    if not _ending.acquire(blocking=False):
+        return  # this one ends for a reason of its own
+    host = f" ({words['host']})" if words["host"] else ""
+    _say(f"error: process {words['process']}{host} has ended the run: {words['reason']}")
+    client, mine, count = peers.service()
+    with suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"{_HEARD}/{mine}", "", allow_overwrite=True)
+    if mine == 0:
+        _wait_until_heard(client, count)
+    os._exit(words["status"])
+
+
+def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: int) -> None:
+    """Ends the run when a process has not been heard of for `SILENT_BEATS` beats of process 0; of
+    its own beats and not of seconds, so that a job that is suspended as a whole may go on."""
+    for name, value in now.items():
+        if seen.get(name, ("", 0))[0] != value:
+            seen[name] = (value, beat)
+        elif beat - seen[name][1] >= SILENT_BEATS:
+            _end_with(
+                f"process {name.rpartition('/')[2]} has not been heard of for "
+                f"{SILENT_BEATS * BEAT_SECONDS} s, it died or its machine did: {_AGAIN}",
+                status=LOST,
+            )
+
+
+def _introduce() -> None:
+    """Prints the devices of all processes."""
+    client, mine, count = peers.service()
+    try:
+        row = device_table.row(os.environ)
+    except RuntimeError as error:
+        raise UserError(
+            f"process {mine} on {socket.gethostname()} cannot use its devices, or some process "
+            f"sees none ({str(error).strip().splitlines()[0]}): check what the scheduler gives "
+            "each, and --local_device_ids"
+        ) from error
+    client.key_value_set(f"{_DEVICES}/{mine}", json.dumps(row))
+    if mine > 0:
+        return
+    found = [
+        client.blocking_key_value_get(f"{_DEVICES}/{i}", peers.START_SECONDS * 1000)
+        for i in range(count)
+    ]
+    rows = [json.loads(text) for text in found]
+    print(device_table.describe(rows), flush=True)
+    for sentence in device_table.suspicions(rows):
+        print(f"warning: {sentence}", flush=True)
+
+
+def _last_words(sentence: str) -> NoReturn:
+    _say(f"error: {sentence}")
+    os._exit(LOST)  # their hosts may be on their way
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody may be left to read it, and the process ends all the same
+        sys.stdout.flush()
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
