@@ -292,9 +292,10 @@ class Checkpoints:
             for name in items
             if (path := digests.first_mismatch(read[name], kept[name]))
         ]  # fmt: skip
-        name = self._name(which, step)
-        problems = [DamagedError(f"{name} is damaged: {path} is not as saved") for path in mismatches]
-        self._agree(which, step, problems[0] if problems else None)
+        if mismatches:
+            name = self._name(which, step)
+            error = DamagedError(f"{name} is damaged: {mismatches[0]} is not as saved")
+        self._agree(which, step, error)
         return read
 
     def _agree(self, which: str, step: int, error: UserError | None = None) -> None:
