@@ -44,7 +44,7 @@ from mvit_jax.models.plan import (
     plan,
 )
 from mvit_jax.models.positions import Positions, RelativePositions
-from mvit_jax.models.stages import drop_clips
+from mvit_jax.models.stages import draw_clips, drop_clips
 from mvit_jax.models.trees import Params, first_difference, flat
 from mvit_jax.models.variants import variant
 
@@ -134,7 +134,7 @@ class MViT(nnx.Module):
         `scan` and `remat` are how the blocks are run, see `models/stages.py`; with `capture` and
         with blocks of your own, none are looped over.
         """
-        keys = _fold(key, len(self.blocks) + 1)
+        keys = stages.fold(key, len(self.blocks) + 1)
         x, grid = self.embed(clip)
         # What is a user's own may differ between blocks that are equal by plan.
         own = any(
@@ -235,16 +235,16 @@ class Block(nnx.Module):
 
         A `record` is passed on to the attention, which may be one that takes none.
         """
-        key1, key2 = _fold(key, 2)
+        kept = draw_clips(key, self.drop_path, x.shape[0])
         y = self.norm1(x)
         attended, grid_out = self.attn(y, grid, **({} if record is None else {"record": record}))
         skip = self._skip(x, y, self.plan.attention_width)
         if self.plan.skip_pool is not None:
             skip_pool = functools.partial(pooling.max_pool, plan=self.plan.skip_pool)
             skip, _ = on_grid(skip_pool, skip, grid)
-        x = keep(skip + drop_clips(attended, self.drop_path, key1))
+        x = keep(skip + drop_clips(attended, self.drop_path, kept[0]))
         y = self.norm2(x)
-        mlp = drop_clips(self.mlp(y), self.drop_path, key2)
+        mlp = drop_clips(self.mlp(y), self.drop_path, kept[1])
         return self._skip(x, y, self.plan.width_out) + mlp, grid_out
 
     def _skip(self, x: Tokens, normalised: Tokens, width: int) -> Tokens:
@@ -511,7 +511,3 @@ def _as_video(clip: Array, config: MViTConfig) -> Array:
             "divide by 255, then subtract the mean and divide by the deviation"
         )
     return clip
-
-
-def _fold(key: Array | None, count: int) -> list[Array | None]:
-    return [None if key is None else jax.random.fold_in(key, i) for i in range(count)]

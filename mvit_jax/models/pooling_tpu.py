@@ -72,9 +72,13 @@ class _Layout:
         )  # fmt: skip
         return h, w
 
-    def window(self, row, dy: int, dx: int):
+    def corner(self, row):
+        """Where the windows of one row of the output begin in the bordered frame."""
+        return row * (self.plan.stride[1] * self.bordered[1])
+
+    def window(self, corner, dy: int, dx: int):
         """The places of the bordered frame that one tap reads for one row of the output."""
-        start = (row * self.plan.stride[1] + dy) * self.bordered[1] + dx
+        start = corner + (dy * self.bordered[1] + dx)
         stride = self.plan.stride[2]
         return pl.ds(start, self.output[2], stride) if stride > 1 else pl.ds(start, self.output[2])
 
@@ -229,9 +233,10 @@ def _forward(refs: dict, layout: _Layout) -> None:
                 def _(row):
                     place = layout.pooled(out, row)
                     total = pooled[place]
+                    corner = layout.corner(row)
                     for tap, dy, dx in _taps(layout.plan, dt):
                         total += (
-                            refs["frame"][layout.window(row, dy, dx)] * refs["w"][tap : tap + 1]
+                            refs["frame"][layout.window(corner, dy, dx)] * refs["w"][tap : tap + 1]
                         )
                     pooled[place] = total
 
@@ -275,8 +280,9 @@ def _backward(refs: dict, layout: _Layout) -> None:
                 @pl.loop(0, layout.output[1])
                 def _(row):
                     gradient = pooled[layout.pooled(out, row)]
+                    corner = layout.corner(row)
                     for tap, dy, dx in _taps(layout.plan, dt):
-                        window = layout.window(row, dy, dx)
+                        window = layout.window(corner, dy, dx)
                         dframe[window] = dframe[window] + gradient * refs["w"][tap : tap + 1]
                         refs["dtaps"][tap] += refs["frame"][window] * gradient
 
@@ -307,8 +313,11 @@ def _unfold(rows, frame, layout: _Layout, start) -> None:
 def _each_frame(layout: _Layout, function) -> None:
     """Calls `function` with each frame of a block and the place of its first row."""
     if layout.whole:
-        for time in range(layout.grid[0]):
+
+        @pl.loop(0, layout.grid[0], unroll=True)  # traced once, which takes most of the time
+        def _(time):
             function(time, layout.first + time * layout.frame)
+
         return
     time = pl.program_id(2)
 

@@ -105,13 +105,32 @@ def _loop(blocks: Sequence[Any], x: Tokens, keys: Sequence[Array | None], call: 
     return jax.lax.scan(body, x, (weights, rates, drawn))[0]
 
 
-def drop_clips(x: Tokens, rate: Any, key: Array | None) -> Tokens:
-    """Drop path: leaves a branch out for a random share `rate` of the clips, in training."""
+def fold(key: Array | None, count: int) -> Sequence[Array | None]:
+    """`fold_in(key, i)` for i < count: as one operation, which compiles as fast as one of them."""
+    return [None] * count if key is None else list(_folded(key, count))
+
+
+def _folded(key: Array, count: int) -> Array:
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
+
+
+def draw_clips(key: Array | None, rate: Any, clips: int) -> Sequence[Array | None]:
+    """Which clips keep the first and the second branch of a block, `[clips, 1, 1]`: a random share
+    1 - `rate` of them; None where all do."""
     if key is None or (isinstance(rate, float | int) and rate == 0):
-        return x
+        return None, None
     kept = 1 - jnp.asarray(rate, jnp.float32)  # in float32, as a loop over blocks has it
-    drawn = jax.random.bernoulli(key, kept, (x.shape[0], 1, 1))
-    return jnp.where(drawn, x / kept.astype(x.dtype), 0)
+    keys = _folded(key, 2)
+    drawn = jax.vmap(lambda key: jax.random.bernoulli(key, kept, (clips, 1, 1)))(keys)
+    return drawn[0], drawn[1]
+
+
+def drop_clips(x: Tokens, rate: Any, kept: Array | None) -> Tokens:
+    """Drop path: a branch without the clips that do not keep it, the others scaled up."""
+    if kept is None:
+        return x
+    share = 1 - jnp.asarray(rate, jnp.float32)
+    return jnp.where(kept, x / share.astype(x.dtype), 0)
 
 
 def on_its_grid(x: Tokens, grid: Triple) -> Float[Array, "batch time height width channels"]:

@@ -11,18 +11,18 @@ import pytest
 from flax import nnx
 
 from mvit_jax.errors import UserError
-from mvit_jax.models import pooling
+from mvit_jax.models import pooling, stages
 from mvit_jax.models.mvit import (
     Block,
     MViT,
     PooledAttention,
     apply,
     create_model,
-    drop_clips,
     init,
     params_of,
 )
 from mvit_jax.models.plan import MViTConfig, plan
+from mvit_jax.models.stages import draw_clips, drop_clips
 from mvit_jax.models.variants import variant
 
 # A Vision Transformer in numpy.
@@ -346,11 +346,25 @@ def test_drop_path_leaves_each_branch_out_for_some_clips():
 
 def test_drop_path_preserves_the_mean():
     x = jnp.ones((20000, 2, 3))
-    out = np.array(drop_clips(x, 0.25, jax.random.key(0)))
+    first, second = draw_clips(jax.random.key(0), 0.25, len(x))
+    out = np.array(drop_clips(x, 0.25, first))
     assert np.unique(out).tolist() == pytest.approx([0, 4 / 3])
     assert (out == out[:, :1, :1]).all()  # clips are left out whole
     assert out.mean() == pytest.approx(1, abs=0.02)  # 5 standard deviations
-    assert drop_clips(x, 0.0, jax.random.key(0)) is drop_clips(x, 0.25, None) is x
+    assert (out != np.array(drop_clips(x, 0.25, second))).any()
+    assert draw_clips(jax.random.key(0), 0.0, 4) == draw_clips(None, 0.25, 4) == (None, None)
+    assert drop_clips(x, 0.25, None) is x
+
+
+def test_what_is_drawn_at_once_is_what_each_key_gives():
+    """Runs that were begun with one draw after the other go on with the same ones."""
+    key = jax.random.key(3)
+    branches = draw_clips(key, 0.25, 50)
+    for i, drawn in enumerate(branches):
+        alone = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - jnp.float32(0.25), (50, 1, 1))
+        np.testing.assert_array_equal(drawn, alone)
+    for i, folded in enumerate(stages.fold(key, 5)):
+        assert folded == jax.random.fold_in(key, i)
 
 
 # Training.
