@@ -15,11 +15,12 @@ from tests.group import final_state
 pytestmark = pytest.mark.slow
 # Saves in the background at every third step, and validates, so that some kills fall into these.
 COMMAND = (
-    *group.TRAIN, "--config.epochs=60", "--config.checkpoint.every=3",
-    "--config.eval.every_epochs=4", "--config.model.drop_path=0.3", "--config.optim.ema=0.9",
+    *group.TRAIN, "--config.checkpoint.every=3", "--config.eval.every_epochs=4",
+    "--config.model.drop_path=0.3", "--config.optim.ema=0.9",
 )  # fmt: skip
-# Of one process with two devices, and of two with one each.
-KILLS = {1: 11, 2: 10}
+# Of one process with two devices, and of two with one each: kills, and epochs that outlast them.
+KILLS = {1: 14, 2: 7}
+EPOCHS = {1: 60, 2: 36}
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,15 @@ def cache(tmp_path_factory):
 def uninterrupted(request, digits, tmp_path_factory, cache):
     processes = request.param
     folder = tmp_path_factory.mktemp("whole")
-    flags = [f"--config.data.folder={digits}", f"--workdir={folder}"]
-    done = group.finish(
-        group.start([*COMMAND, *flags], processes, 2 // processes, cache=cache), 300
-    )
+    done = group.finish(start(processes, digits, folder, cache), 300)
     assert all(d.status == 0 for d in done), done
     return processes, final_state(folder), best(folder)
+
+
+def start(processes, digits, folder, cache):
+    flags = [f"--config.epochs={EPOCHS[processes]}", f"--config.data.folder={digits}"]
+    program = [*COMMAND, *flags, f"--workdir={folder}"]
+    return group.start(program, processes, 2 // processes, cache=cache)
 
 
 def best(folder):
@@ -51,11 +55,10 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(
     """A kill comes some time after a start: mostly among steps, sometimes before the first one. Of
     two processes one is killed, after which the other has to end as well, or both are."""
     processes, whole, whole_best = uninterrupted
-    flags = [f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
     draw = random.Random(processes)
     seen = []
     for kill in range(KILLS[processes]):
-        started = group.start([*COMMAND, *flags], processes, 2 // processes, cache=cache)
+        started = start(processes, digits, tmp_path, cache)
         if kill % 5 == 4:
             time.sleep(draw.uniform(0, 6))
         else:
@@ -69,9 +72,7 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(
         # Who was not killed has lost another, which a scheduler can tell from an error.
         survivors = [d for i, d in enumerate(done) if i not in victims]
         assert all(d.status in (LOST, -signal.SIGABRT) for d in survivors), survivors
-    done = group.finish(
-        group.start([*COMMAND, *flags], processes, 2 // processes, cache=cache), 300
-    )
+    done = group.finish(start(processes, digits, tmp_path, cache), 300)
     assert all(d.status == 0 for d in done), done[0].err
     assert "(resumed)" in done[0].out
     ours = final_state(tmp_path)
