@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	&& echo $$p && break; done)
 RUN := .venv/bin/python
 # Two files of tests at a time: they compile more than they run, and compilers use one core.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-slow test-browser docs lint typecheck data
 .DEFAULT_GOAL := train

@@ -1,15 +1,21 @@
 """Settings for all tests; what concerns XLA must be set before JAX starts."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MVIT_JAX_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# Programs keep what they compiled in the user's folder; tests that try that choose their own.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-# Tests compile much and run little.
+# Tests compile much, most of it the same tiny model, and run little: what one process has compiled
+# the others load, from a folder of these tests alone.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mvit_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 from jaxtyping import install_import_hook
 
@@ -43,3 +49,20 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} is skipped but not marked `accelerator`"
     return report
+
+
+# Files that take minutes, the longest first: one that begins last leaves the other worker idle.
+LONG = (
+    "test_kill",
+    "test_docs",
+    "test_processes",
+    "test_notebooks",
+    "test_bucket",
+    "test_pointing",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts by file; xdist itself would begin with those that have the most tests."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))

@@ -28,17 +28,11 @@ class Done:
 
 
 def start(
-    program: Sequence[str], processes: int, devices: int, *, cache: Path | None = None,
+    program: Sequence[str], processes: int, devices: int, *,
     each: Sequence[Sequence[str]] = (), **environment: str,
 ) -> list[subprocess.Popen[str]]:  # fmt: skip
     """Starts `processes` of a program with `devices` each; `each` has flags for one alone."""
     env = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)} | environment
-    if cache is not None:
-        env |= {
-            "JAX_ENABLE_COMPILATION_CACHE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
     port = free_port()
     started = []
     for i in range(processes):

@@ -20,12 +20,7 @@ EVALUATED = {"evaluation.json", "confusion.png", "per_class.png", "scores.npz", 
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def run(digits, cache):
+def run(digits):
     """Runs a program with the environment of a bucket, or of none; gives what it printed."""
 
     def run(name, *flags, storage=None, stop=None, status=0):
@@ -33,7 +28,7 @@ def run(digits, cache):
         begin = group.TRAIN if name == "train" else ("-m", f"mvit_jax.{name}")
         recipe = RECIPE if name == "train" else ()
         environment = {} if storage is None else storage.environment
-        started = group.start([*begin, *recipe, *more, *flags], 1, 1, cache=cache, **environment)
+        started = group.start([*begin, *recipe, *more, *flags], 1, 1, **environment)
         if stop is not None:
             group.wait_for(started[0], stop)
             started[0].send_signal(signal.SIGTERM)
@@ -190,7 +185,7 @@ def test_a_run_goes_on_from_one_in_a_bucket(here, there, storage, run, tmp_path)
     assert f"weights from {there}" in done.out
 
 
-def test_two_processes_write_one_run(storage, cache, digits, tmp_path):
+def test_two_processes_write_one_run(storage, digits, tmp_path):
     """The same as one process with two devices, in a folder."""
     states = []
     for name, where, processes in (
@@ -199,9 +194,7 @@ def test_two_processes_write_one_run(storage, cache, digits, tmp_path):
     ):
         flags = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={where}"]
         environment = storage.environment if processes == 2 else {}
-        started = group.start(
-            [*group.TRAIN, *flags], processes, 2 // processes, cache=cache, **environment
-        )
+        started = group.start([*group.TRAIN, *flags], processes, 2 // processes, **environment)
         done = group.finish(started, 500)
         assert all(d.status == 0 for d in done), done
         states.append(tmp_path / name)

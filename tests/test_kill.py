@@ -23,25 +23,19 @@ KILLS = {1: 14, 2: 7}
 EPOCHS = {1: 60, 2: 36}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs, so that a start takes seconds."""
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
-def uninterrupted(request, digits, tmp_path_factory, cache):
+def uninterrupted(request, digits, tmp_path_factory):
     processes = request.param
     folder = tmp_path_factory.mktemp("whole")
-    done = group.finish(start(processes, digits, folder, cache), 300)
+    done = group.finish(start(processes, digits, folder), 300)
     assert all(d.status == 0 for d in done), done
     return processes, final_state(folder), best(folder)
 
 
-def start(processes, digits, folder, cache):
+def start(processes, digits, folder):
     flags = [f"--config.epochs={EPOCHS[processes]}", f"--config.data.folder={digits}"]
     program = [*COMMAND, *flags, f"--workdir={folder}"]
-    return group.start(program, processes, 2 // processes, cache=cache)
+    return group.start(program, processes, 2 // processes)
 
 
 def best(folder):
@@ -49,16 +43,14 @@ def best(folder):
     return checkpoints.step("best"), checkpoints.best_top1
 
 
-def test_killed_at_random_moments_ends_with_the_same_parameters(
-    digits, tmp_path, cache, uninterrupted
-):
+def test_killed_at_random_moments_ends_with_the_same_parameters(digits, tmp_path, uninterrupted):
     """A kill comes some time after a start: mostly among steps, sometimes before the first one. Of
     two processes one is killed, after which the other has to end as well, or both are."""
     processes, whole, whole_best = uninterrupted
     draw = random.Random(processes)
     seen = []
     for kill in range(KILLS[processes]):
-        started = start(processes, digits, tmp_path, cache)
+        started = start(processes, digits, tmp_path)
         if kill % 5 == 4:
             time.sleep(draw.uniform(0, 6))
         else:
@@ -72,7 +64,7 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(
         # Who was not killed has lost another, which a scheduler can tell from an error.
         survivors = [d for i, d in enumerate(done) if i not in victims]
         assert all(d.status in (LOST, -signal.SIGABRT) for d in survivors), survivors
-    done = group.finish(start(processes, digits, tmp_path, cache), 300)
+    done = group.finish(start(processes, digits, tmp_path), 300)
     assert all(d.status == 0 for d in done), done[0].err
     assert "(resumed)" in done[0].out
     ours = final_state(tmp_path)

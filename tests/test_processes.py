@@ -32,19 +32,13 @@ EVALUATE = ("-m", "mvit_jax.evaluate")
 LONG = (*group.TRAIN, "--config.epochs=1000", "--config.eval.every_epochs=0")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs: those of a second start are read."""
-    return tmp_path_factory.mktemp("compiled")
-
-
 def said(done):
     """What a process printed, without the lines of gloo, which carries messages between CPUs."""
     return [line for line in done.out.splitlines() if "[Gloo]" not in line]
 
 
-def run(program, count, devices, *, cache=None, timeout=600, **more):
-    done = group.finish(group.start(program, count, devices, cache=cache, **more), timeout)
+def run(program, count, devices, *, timeout=600, **more):
+    done = group.finish(group.start(program, count, devices, **more), timeout)
     assert [d.status for d in done] == [0] * count, "\n".join(d.err[-2000:] for d in done)
     return done
 
@@ -78,28 +72,26 @@ def test_two_processes_are_one_run(digits, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def one_process(digits, tmp_path_factory, cache):
+def one_process(digits, tmp_path_factory):
     """A run of 9 steps on four devices of one process, tested."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 1, 4, cache=cache)
-    run([*EVALUATE, f"--workdir={folder}"], 1, 4, cache=cache)
+    run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 1, 4)
+    run([*EVALUATE, f"--workdir={folder}"], 1, 4)
     return folder
 
 
 @pytest.mark.slow
-def test_training_and_evaluation_in_two_processes_equal_those_in_one(
-    digits, tmp_path, cache, one_process
-):
+def test_training_and_evaluation_in_two_processes_equal_those_in_one(digits, tmp_path, one_process):
     """With validation, the best checkpoint, averaged weights; 10 test videos in batches of 8."""
     folder = tmp_path / "run"
-    run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 2, 2, cache=cache)
+    run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 2, 2)
     assert_alike(final_state(folder), final_state(one_process))
     told, alone = history.read(folder), history.read(one_process)
     assert [v["top1"] for v in told.val] == [v["top1"] for v in alone.val]
     assert Checkpoints(folder).best_top1 == Checkpoints(one_process).best_top1
     # The very same weights, tested by two processes.
     shutil.copytree(one_process, tmp_path / "copy")
-    first, second = run([*EVALUATE, f"--workdir={tmp_path / 'copy'}"], 2, 2, cache=cache)
+    first, second = run([*EVALUATE, f"--workdir={tmp_path / 'copy'}"], 2, 2)
     assert said(second) == [] and "wrote " in first.out
     folders = (tmp_path / "copy", one_process)
     ours, theirs = (json.loads((path / "evaluation.json").read_text()) for path in folders)
@@ -110,36 +102,36 @@ def test_training_and_evaluation_in_two_processes_equal_those_in_one(
 
 
 @pytest.mark.slow
-def test_stopped_by_sigterm_to_one_of_four_and_resumed_by_two(digits, tmp_path, cache, one_process):
+def test_stopped_by_sigterm_to_one_of_four_and_resumed_by_two(digits, tmp_path, one_process):
     """The state of four processes, split between all of them, goes on split in two, then whole.
     The second start is stopped as well: before its first step, whose number is not 1."""
     folder = tmp_path / "run"
     program = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"]
-    four = group.start([*program, "--config.mesh.fsdp=4"], 4, 1, cache=cache)
+    four = group.start([*program, "--config.mesh.fsdp=4"], 4, 1)
     group.wait_for(four[0], "step 2/")
     four[2].send_signal(signal.SIGTERM)
     done = group.finish(four)
     assert [d.status for d in done] == [128 + signal.SIGTERM] * 4, done[0].err
     step = Checkpoints(folder).step() or 0
     assert f"stopped at step {step} of 9" in done[0].out and 2 < step < 8
-    two = group.start([*program, "--config.mesh.fsdp=2"], 2, 2, cache=cache)
+    two = group.start([*program, "--config.mesh.fsdp=2"], 2, 2)
     group.wait_for(two[0], "from step")
     two[0].send_signal(signal.SIGINT)
     done = group.finish(two)
     assert [d.status for d in done] == [128 + signal.SIGINT, 128 + signal.SIGTERM], done[0].err
     assert Checkpoints(folder).step() == step + 1
-    run(program, 2, 2, cache=cache)
+    run(program, 2, 2)
     assert_alike(final_state(folder), final_state(one_process))
     assert [line["processes"] for line in history.read(folder).starts] == [4, 2, 2]
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path, cache):
+def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path):
     """Once before training, once in the middle, where the other waits in a collective."""
     began = time.monotonic()
     missing = [[], ["--config.data.folder=/nonexistent"]]
     program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
-    first, second = group.finish(group.start(program, 2, 1, cache=cache, each=missing))
+    first, second = group.finish(group.start(program, 2, 1, each=missing))
     assert (first.status, second.status) == (1, 1)
     assert second.err.count("\n") == 1 and "no data folder /nonexistent" in second.err
     assert "error: process 1 (" in first.err and "no data folder /nonexistent" in first.err
@@ -147,7 +139,7 @@ def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path, cach
 
     data = shutil.copytree(digits, tmp_path / "data")
     broken = [[], [f"--config.data.folder={data}", "--config.data.threads=0"]]
-    two = group.start(program, 2, 1, cache=cache, each=broken)
+    two = group.start(program, 2, 1, each=broken)
     group.wait_for(two[0], "step 2/")
     for video in data.glob("**/*.mp4"):
         video.write_bytes(b"")
@@ -160,9 +152,9 @@ def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path, cach
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [1, 0])
-def test_a_killed_process_ends_the_other(killed, digits, tmp_path, cache):
+def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
     program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
-    two = group.start(program, 2, 1, cache=cache)
+    two = group.start(program, 2, 1)
     group.wait_for(two[0], "step 2/")
     two[killed].kill()
     began = time.monotonic()
@@ -179,9 +171,7 @@ def test_a_killed_process_ends_the_other(killed, digits, tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(
-    digits, tmp_path, cache, one_process
-):
+def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_path, one_process):
     """The collective operation that failed was once taken for a checkpoint that cannot be read."""
     folder = shutil.copytree(one_process, tmp_path / "run")
     code = (
@@ -194,7 +184,7 @@ def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(
     )
     shutil.rmtree(folder / "checkpoints" / "9")  # there is a step to do
     flags = [*RECIPE[2:], f"--config.data.folder={digits}", f"--workdir={folder}"]
-    first, second = group.finish(group.start(["-c", code, *flags], 2, 2, cache=cache), 120)
+    first, second = group.finish(group.start(["-c", code, *flags], 2, 2), 120)
     assert second.status == 9, second.err
     assert first.status in (processes.LOST, -signal.SIGABRT), first.err
     assert "cannot be read" not in first.err and not (folder / "damaged").exists()
@@ -202,7 +192,7 @@ def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["config", "list of videos"])
-def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path, cache):
+def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
     """They would wait for each other in different places."""
     flags = ["--config.log_every=3"]
     if what != "config":
@@ -211,7 +201,7 @@ def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path, ca
         (data / "train.csv").write_text("".join(lines[:-1]))
         flags = [f"--config.data.folder={data}"]
     program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
-    two = group.start(program, 2, 1, cache=cache, each=[[], flags])
+    two = group.start(program, 2, 1, each=[[], flags])
     first, second = group.finish(two, 120)
     assert (first.status, second.status) == (1, 1)
     assert f"has another {what} than process 0: " in second.err
@@ -221,7 +211,7 @@ def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_all(digits, tmp_path, cache):
+def test_a_process_that_hangs_ends_all(digits, tmp_path):
     """Its connections stay open, so that only its silence tells."""
     code = (
         "from mvit_jax import errors, train\n"
@@ -230,7 +220,7 @@ def test_a_process_that_hangs_ends_all(digits, tmp_path, cache):
         "errors.run(train.main)"
     )
     flags = [*LONG[2:], f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
-    two = group.start(["-c", code, *flags], 2, 1, cache=cache)
+    two = group.start(["-c", code, *flags], 2, 1)
     group.wait_for(two[0], "step 2/")
     two[1].send_signal(signal.SIGSTOP)
     _, err = two[0].communicate(timeout=60)
@@ -242,11 +232,11 @@ def test_a_process_that_hangs_ends_all(digits, tmp_path, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_what_a_scheduler_sends_to_workers_too(sent, digits, tmp_path, cache):
+def test_what_a_scheduler_sends_to_workers_too(sent, digits, tmp_path):
     """SIGTERM is for the process that saves its state; none of its workers outlives it."""
     workers = ["--config.data.processes=2", f"--config.data.folder={digits}"]
     program = [*LONG, *workers, f"--workdir={tmp_path}"]
-    [process] = group.start(program, 1, 1, cache=cache)
+    [process] = group.start(program, 1, 1)
     group.wait_for(process, "step 4/")
     children = [
         int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,8 @@ def test_machines_with_other_instructions_share_nothing(monkeypatch):
 
 
 def test_the_tests_keep_nothing_in_the_users_folder():
-    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "0"
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.is_dir() and folder.parent == Path(tempfile.gettempdir())
 
 
 @pytest.mark.slow
