@@ -267,20 +267,43 @@ def _split_phases(weight: Array, chunks, stride: Triple, fill: int = 0):
 
 
 def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
-    """One tap after the other: unrolled, XLA merges the sums into one loop, not vectorised. As a
-    product with ones the sum over places takes 0.5 to 0.8 of the time (2026-11-23)."""
-    batch, *_, channels = grid.shape
-    ones = jnp.ones((1, gradient.size // channels), gradient.dtype)
+    """A few rows at a time, and of these one tap after the other, so that their products stay in
+    the cache: 0.2 to 0.8 of the time of whole grids. As a product with ones their sum takes 0.5 to
+    0.8 of the time; unrolled, XLA merges the taps into one loop, not vectorised (2026-11-23)."""
+    batch, t, h, w, channels = gradient.shape
+    _, stride_h, stride_w = plan.stride
+    rows = _rows_in_cache(gradient)
     padded = _pad(grid, plan.padding)
-    span = [(n - 1) * s + 1 for n, s in zip(gradient.shape[1:4], plan.stride, strict=True)]
-
-    def one_tap(tap):
-        shifted = lax.dynamic_slice(padded, (0, *tap, 0), (batch, *span, channels))
-        shifted = lax.slice(shifted, (0,) * 5, shifted.shape, (1, *plan.stride, 1))
-        return (ones @ (shifted * gradient).reshape(-1, channels))[0]
-
+    ones = jnp.ones((1, batch * rows * w), gradient.dtype)
     taps = jnp.array(list(_indices(plan.kernel)))
-    return lax.map(one_tap, taps).reshape(*plan.kernel, channels)
+    span = (batch, 1, (rows - 1) * stride_h + 1, (w - 1) * stride_w + 1, channels)
+
+    def add(total, place):
+        frame, row = place
+        part = lax.dynamic_slice(gradient, (0, frame, row, 0, 0), (batch, 1, rows, w, channels))
+        corner = place * jnp.array(plan.stride[:2])
+
+        def one_tap(tap):
+            start = (0, corner[0] + tap[0], corner[1] + tap[1], tap[2], 0)
+            shifted = lax.dynamic_slice(padded, start, span)
+            shifted = lax.slice(shifted, (0,) * 5, span, (1, 1, stride_h, stride_w, 1))
+            products = (shifted * part).reshape(-1, channels)
+            return jnp.matmul(ones, products, preferred_element_type=total.dtype)[0]
+
+        return total + lax.map(one_tap, taps), None
+
+    places = jnp.array([(frame, row) for frame in range(t) for row in range(0, h, rows)])
+    total = jnp.zeros((len(taps), channels), jnp.promote_types(gradient.dtype, jnp.float32))
+    total = lax.scan(add, total, places)[0]
+    return total.astype(gradient.dtype).reshape(*plan.kernel, channels)
+
+
+def _rows_in_cache(grid: Grid) -> int:
+    """How many rows of a frame, of all clips, take up to 150 kB: a divisor of its height."""
+    batch, _, height, width, channels = grid.shape
+    size = batch * width * channels * grid.dtype.itemsize
+    fit = [n for n in range(1, height + 1) if height % n == 0 and n * size <= 150_000]
+    return max(fit, default=1)
 
 
 def _pad(

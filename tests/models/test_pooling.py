@@ -126,6 +126,30 @@ def test_gradients_by_hand_are_those_of_the_convolution(case):
         np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_taps_are_summed_by_rows(rows, dtype, monkeypatch):
+    """As many sums as a large grid has: in bfloat16 they would not go far."""
+    monkeypatch.setattr(pooling, "_rows_in_cache", lambda grid: rows)
+    case = ((3, 3, 3), (1, 2, 1), (8, 36, 5))
+    grid, weight = (jnp.array(x, dtype) for x in draw(case))
+    factors = np.random.default_rng(1).standard_normal((BATCH, 8, 18, 5, CHANNELS))
+    factors = jnp.array(factors, dtype)
+    pooled = functools.partial(pooling.depthwise_slices, grid, plan=Pool("conv", *case[:2]))
+    (taps,) = jax.jit(lambda weight: jax.vjp(pooled, weight)[1](factors))(weight)
+    padded = np.pad(np.float64(grid), [(0, 0), (1, 1), (1, 1), (1, 1), (0, 0)])
+    expected = np.zeros((3, 3, 3, CHANNELS))
+    for t, y, x in np.ndindex(3, 3, 3):
+        met = padded[:, t : t + 8, y : y + 36 : 2, x : x + 5]
+        expected[t, y, x] = (met * np.float64(factors)).sum((0, 1, 2, 3))
+    assert taps.dtype == dtype
+    error = (np.float64(taps) - expected) / expected.std()
+    if dtype == jnp.bfloat16:
+        assert np.sqrt(np.square(error).mean()) < 5e-3
+    else:
+        assert np.abs(error).max() < 1e-5
+
+
 def test_gradients_by_hand_are_finite_differences():
     case = ((3, 2, 3), (1, 2, 2), (2, 4, 5))
     with jax.enable_x64(True):
