@@ -238,7 +238,8 @@ def test_a_worker_that_dies_ends_the_run_though_beam_does_not_let_go():
             while True:
                 try:
                     waits.set()
-                    time.sleep(60)
+                    while True:  # a signal just before a sleep would not end it
+                        time.sleep(0.05)
                 except KeyboardInterrupt:
                     print("interrupted", flush=True)
     """

@@ -114,7 +114,7 @@ def _folded(key: Array, count: int) -> Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
 
 
-def draw_clips(key: Array | None, rate: Any, clips: int) -> Sequence[Array | None]:
+def draw_clips(key: Array | None, rate: Any, clips: Any) -> Sequence[Array | None]:
     """Which clips keep the first and the second branch of a block, `[clips, 1, 1]`: a random share
     1 - `rate` of them; None where all do."""
     if key is None or (isinstance(rate, float | int) and rate == 0):

@@ -52,9 +52,10 @@ def test_the_pages_of_freed_memory_stay(way):
 
 
 def test_so_do_those_of_xla_in_the_calling_thread():
-    """Arrays of 128 MiB, 32,768 pages: in other threads the C library keeps nothing so large."""
+    """Arrays of 128 MiB, 32,768 pages: in other threads the C library keeps nothing so large, and
+    five runs take all pages five times. Here the first ones may still have found no place."""
     said = printed(IN_XLA)
-    assert said == "none" or int(said) < 1000
+    assert said == "none" or int(said) < 2 * 32_768
 
 
 def printed(program, *way):
