@@ -253,6 +253,7 @@ def images(tmp_path):
     return data
 
 
+@pytest.mark.slow
 def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monkeypatch):
     config = tiny.config(images, **small.IMAGES)
     workdir.freeze(config, tmp_path)

@@ -129,6 +129,7 @@ def run_evaluate(folder, *flags, env=None):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits):
     """10 videos in batches of 8 on 8 devices, and one by one on 1 device."""
     one_device = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}

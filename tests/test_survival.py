@@ -68,6 +68,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert_ends_like(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_with_all_checkpoints_damaged_nothing_starts_anew(digits, uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     for step in (8, 9):

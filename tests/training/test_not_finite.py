@@ -152,6 +152,7 @@ def test_a_run_without_any_ends_the_same_under_all_policies(digits, tmp_path, pl
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_stopping_keeps_the_checkpoint_before_and_may_go_on_otherwise(digits, tmp_path):
     with pytest.raises(NotFiniteError, match=r"loss is nan at step 5: .*on_nan=skip"):
         run(digits, tmp_path, 5)

@@ -105,6 +105,7 @@ COLLECTIVE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_parameters_and_never_activations():
     mesh, state, step = setup(MESHES["data 2 x fsdp 4"])
     with jax.set_mesh(mesh):

@@ -85,6 +85,7 @@ def test_accumulated_parts_give_the_whole_batchs_update():
             assert float(metrics_one[name][0]) == pytest.approx(float(metrics_four[name][0]), 1e-9)
 
 
+@pytest.mark.slow
 def test_gradient_equals_finite_differences():
     with jax.enable_x64(True):
         run, state = make(dtype=jnp.float64)
@@ -121,6 +122,7 @@ def test_ema_is_the_running_mean_of_parameters():
     assert distance(after_two.ema, after_two.params) > 1e-4
 
 
+@pytest.mark.slow
 def test_what_is_random_follows_from_seed_and_step():
     config = variant("mvit_b_16x4", num_classes=4, drop_path=0.5, dropout=0.5, **MODEL)
     run, state = make(config, flip=0.5, mixup=0.8, cutmix=1.0)
@@ -134,6 +136,7 @@ def test_what_is_random_follows_from_seed_and_step():
     assert len({loss(run, state), loss(run, later), loss(other_seed, state)}) == 3
 
 
+@pytest.mark.slow
 def test_sets_of_classes_are_learned_by_sigmoids_and_counted():
     """Fan et al. 2021, D.3: a sigmoid and a binary cross-entropy for each class."""
     run, state = make(lr=3e-3, multi_label=True, label_smoothing=0.0)
