@@ -33,6 +33,7 @@ FORMS = {"scores written": attention.materialised, "as it is": attention.fused}
 
 
 def main(argv: list[str]) -> None:
+    machine.as_in_training()
     print(
         "| variant | block | queries x keys x heads | as it is, ms: forward, with gradients "
         "| as it is / scores written |\n|" + " --- |" * 5,

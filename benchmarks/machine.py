@@ -6,6 +6,10 @@ import os
 import platform
 from datetime import date
 
+import jax
+
+from mvit_jax.models import host_memory
+
 
 def about() -> dict[str, str]:
     """The machine, today's date, and the versions of what is measured."""
@@ -14,6 +18,13 @@ def about() -> dict[str, str]:
         "date": str(date.today()),
         "versions": versions(),
     }
+
+
+def as_in_training() -> None:
+    """Keeps memory as the training program does on CPUs; before anything else uses JAX."""
+    host_memory.run_in_calling_thread()
+    if jax.default_backend() == "cpu":
+        host_memory.keep_freed_memory()
 
 
 def cores() -> int:

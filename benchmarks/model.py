@@ -35,11 +35,7 @@ from absl import app, flags
 from benchmarks import machine
 from mvit_jax.files import write_whole
 from mvit_jax.models import mvit
-from mvit_jax.models.host_memory import (
-    keep_freed_memory,
-    release_freed_memory,
-    run_in_calling_thread,
-)
+from mvit_jax.models.host_memory import release_freed_memory
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
 from mvit_jax.training.losses import cross_entropy
@@ -150,8 +146,7 @@ def serve(name: str, batch: int, side: str) -> None:
     with the MiB since then."""
     seconds: dict[str, float] = {}
     if side == "ours":
-        run_in_calling_thread()
-        keep_freed_memory()
+        machine.as_in_training()
     runs = ours(name, batch, seconds) if side == "ours" else original(name, batch)
     for run in runs.values():
         run()

@@ -33,6 +33,7 @@ FORMS: dict[str, Callable] = {
 
 
 def main(argv: list[str]) -> None:
+    machine.as_in_training()
     print(
         "| block | grid | channels | stride | by hand, ms: forward, with gradients "
         "| autodiff / by hand | convolution / by hand | compile, s |\n|" + " --- |" * 8,
