@@ -281,6 +281,16 @@ def test_a_process_ends_though_nobody_reads_its_last_words():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fails", [0, 1])
+def test_process_0_ends_after_one_that_is_slow_to_end(fails):
+    """JAX aborts, with another exit status, whoever is there when process 0 has gone."""
+    slow = "end = os._exit; os._exit = lambda s: (time.sleep(peers.service()[1]), end(s))"
+    work = f"{slow}; assert peers.service()[1] != {fails}; time.sleep(100)"
+    for done in group.finish(group.start(small(work), 2, 1), 60):
+        assert done.status == 1 and "AssertionError" in done.err, done.err
+
+
+@pytest.mark.slow
 def test_process_0_may_end_long_after_the_others():
     """It draws and writes what is only needed once; by then the others are not silent but done."""
     run(small("time.sleep(15) if peers.first() else None"), 2, 1)

@@ -49,8 +49,10 @@ SILENT_BEATS = 45
 FAILED_BEATS = 3  # without an answer of process 0, after which it is taken for dead
 # How long the others wait at the end for process 0, which may draw and write for minutes.
 LAST_SECONDS = 3600
-# How long process 0, through which all messages go, waits until its last one is heard.
+# How long process 0, through which all messages go, waits until its last one is heard, and then
+# until those who heard it are gone: JAX aborts whoever still is there when process 0 ends.
 PATIENCE_SECONDS = 10
+LEAVING_SECONDS = 2
 
 _ENDED, _HEARD, _ALIVE, _DEVICES = (f"mvit_jax/{k}" for k in ("ended", "heard", "alive", "devices"))
 _AGAIN = "the same command on all processes goes on from the last checkpoint"
@@ -197,8 +199,9 @@ def _fail(error: Exception) -> NoReturn:
         _end_with(str(error))
     if _peer_lost(error):
         # The peer's own last words, if it had any, come to the watcher, which then ends this one.
-        reason = f"{_silent() or 'another process'} has died, or its machine has: {_AGAIN}"
-        _end_with(reason, status=LOST)
+        silent = _silent()
+        reason = f"{' and '.join(silent) or 'another process'} has died, or its machine has"
+        _end_with(f"{reason}: {_AGAIN}", status=LOST, dead=len(silent))
     text = "".join(traceback.format_exception(error)).rstrip()
     first_line = str(error).strip().partition("\n")[0]
     _end_with(f"{type(error).__name__}: {first_line}", text)
@@ -218,50 +221,62 @@ def _peer_lost(error: BaseException) -> bool:
     return False
 
 
-def _silent() -> str:
+def _silent() -> list[str]:
     """The processes that do not live any more, by the beats of their watchers."""
     client, _, _ = peers.service()
     try:
         before = dict(client.key_value_dir_get(_ALIVE))
         time.sleep(2.5 * BEAT_SECONDS)
         after = dict(client.key_value_dir_get(_ALIVE))
-        return " and ".join(
+        return [
             f"process {name.rpartition('/')[2]}"
             for name, beat in before.items()
             if after.get(name) == beat
-        )
+        ]
     except jax.errors.JaxRuntimeError:
-        return ""
+        return []
 
 
 _ending = threading.Lock()  # whoever has it ends this process
 
 
-def _end_with(reason: str, text: str = "", status: int = 1) -> NoReturn:
-    """Tells all processes why this one ends, prints that or `text`, and ends it."""
+def _end_with(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoReturn:
+    """Tells all processes why this one ends, prints that or `text`, and ends it; so many of the
+    others are known to be dead."""
     if not _ending.acquire(blocking=False):
         time.sleep(2 * PATIENCE_SECONDS)  # the watcher is ending this process
         os._exit(status)
     _say(text or f"error: {reason}")
-    client, mine, count = peers.service()
-    words = {"process": mine, "host": socket.gethostname(), "reason": reason, "status": status}
+    client, mine, _ = peers.service()
+    words = {
+        "process": mine, "host": socket.gethostname(), "reason": reason, "status": status,
+        "dead": dead,
+    }  # fmt: skip
     with suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is there
-        client.key_value_set(f"{_HEARD}/{mine}", "", allow_overwrite=True)
         client.key_value_set(_ENDED, json.dumps(words))
+    _leave(status, dead)
+
+
+def _leave(status: int, dead: int) -> NoReturn:
+    """Ends this process: process 0, through which all messages go, after all that live."""
+    client, mine, count = peers.service()
     if mine == 0:
-        _wait_until_heard(client, count)
+        _wait_until_heard(client, count - 1 - dead)
+    else:
+        with suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"{_HEARD}/{mine}", "", allow_overwrite=True)
     os._exit(status)
 
 
-def _wait_until_heard(client: Any, count: int) -> None:
-    """For process 0, through which all messages go and which ends last."""
+def _wait_until_heard(client: Any, others: int) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < until:
         try:
-            heard = client.key_value_dir_get(_HEARD)
+            heard = len(client.key_value_dir_get(_HEARD))
         except jax.errors.JaxRuntimeError:
             return
-        if len(heard) >= count - 1:
+        if heard >= others:
+            time.sleep(LEAVING_SECONDS if heard else 0)
             return
         time.sleep(0.1)
 
@@ -304,9 +319,10 @@ def _watch(finished: threading.Event) -> None:
                 finished.wait(BEAT_SECONDS)
                 continue
             reason = f"it died, or its machine did: {_AGAIN}"
-            words = {"process": 0, "host": "", "reason": reason, "status": LOST}
+            words = {"process": 0, "host": "", "reason": reason, "status": LOST, "dead": 1}
         if not finished.is_set():
             _obey(words)
+        return
 
 
 def _obey(words: dict[str, Any]) -> None:
@@ -314,12 +330,7 @@ def _obey(words: dict[str, Any]) -> None:
         return  # this one ends for a reason of its own
     host = f" ({words['host']})" if words["host"] else ""
     _say(f"error: process {words['process']}{host} has ended the run: {words['reason']}")
-    client, mine, count = peers.service()
-    with suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(f"{_HEARD}/{mine}", "", allow_overwrite=True)
-    if mine == 0:
-        _wait_until_heard(client, count)
-    os._exit(words["status"])
+    _leave(words["status"], words["dead"])
 
 
 def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: int) -> None:
@@ -333,6 +344,7 @@ def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: in
                 f"process {name.rpartition('/')[2]} has not been heard of for "
                 f"{SILENT_BEATS * BEAT_SECONDS} s, it died or its machine did: {_AGAIN}",
                 status=LOST,
+                dead=1,
             )
 
 
