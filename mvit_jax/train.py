@@ -139,7 +139,6 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     experiment.check(config)
     experiment.check_start(config)
     peers.same_everywhere("config", workdir.decisive(config))
-    jax.config.update("jax_default_matmul_precision", config.precision)
     videos, validation = lists(config)
     peers.same_everywhere("list of videos", fingerprint(videos))
     if validation:
@@ -159,6 +158,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     steps = experiment.steps(config, config.epochs, videos)
     with (
         jax.set_mesh(mesh),
+        jax.default_matmul_precision(config.precision),
         workdir.locked(folder) if peers.first() else nullcontext(),
         closing(Checkpoints(folder, config.checkpoint.keep, tidy=True)) as checkpoints,
         # Within what is closed, for closing may wait for other processes.

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mvit_jax import train
 from mvit_jax.errors import UserError
+from mvit_jax.models import mvit
 from mvit_jax.training import experiment, history, runs, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from tests import tiny
@@ -103,6 +104,24 @@ def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tm
             if line["step"] != 6:  # of step 6 alone, where `whole` has the mean of 5 and 6
                 assert mine[line["step"]] == line[kind]
     assert [line["top1"] for line in told.val] == [line["top1"] for line in whole.val]
+
+
+@pytest.mark.slow
+def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_path, monkeypatch):
+    """In training, validation and tests; what the caller computes afterwards has its own again."""
+    seen, apply = [], mvit.apply
+
+    def spy(*args, **options):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return apply(*args, **options)
+
+    monkeypatch.setattr(mvit, "apply", spy)
+    config = tiny.config(digits, **(RECIPE | {"precision": "high", "epochs": 1.0}))
+    assert train.train(config, str(tmp_path)) == 0
+    trained = len(seen)
+    experiment.score(config, tmp_path, experiment.videos(config, "test"), which="last")
+    assert len(seen) > trained >= 2 and set(seen) == {"high"}
+    assert jax.config.jax_default_matmul_precision == "highest"
 
 
 def test_a_complete_run_says_so_and_changes_nothing(run, digits, capsys):

@@ -321,13 +321,13 @@ def score(
 ) -> tuple[list[evaluation.Scores], int]:
     """Scores of a run's "last" or "best" checkpoint on a list of videos by the test protocol, for
     each number of `clips` (by default one, the config's), and the step of that checkpoint."""
-    jax.config.update("jax_default_matmul_precision", config.precision)
     check_classes(folder, which, videos)
     model = model_config(config, len(videos.class_names))
     shown = jax.process_index() == 0 and sys.stderr.isatty()
     mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
     with (
         jax.set_mesh(mesh),
+        jax.default_matmul_precision(config.precision),
         tqdm(total=len(videos), unit="video", disable=not shown) as bar,
     ):
         params, step = load_params(config, model, folder, which, mesh)
