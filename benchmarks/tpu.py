@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--json", help="a file for the same figures")
     parser.add_argument("--top", type=int, default=0, help="and so many operations, by HBM bytes")
     given = parser.parse_args()
+    # What is compiled for chips that are not here can be written to a user's cache, but not read.
+    jax.config.update("jax_enable_compilation_cache", False)
     if given.json is not None:
         check_writable(given.json)
     cases = [

@@ -32,6 +32,7 @@ from typing import Any
 # Arrays live on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -82,6 +83,8 @@ def main(argv: list[str]) -> None:
     videos, _ = dry_run.data_and_model(config)
     if videos < 1:
         raise errors.UserError(f"data.train_videos must be at least 1, not {videos}")
+    # What is compiled for chips that are not here can be written to a user's cache, but not read.
+    jax.config.update("jax_enable_compilation_cache", False)
     plans = sweep(config, topology) if _SWEEP.value else [plan(config, topology)]
     if _OUT.value is not None:
         plots.save(pod_text.picture(plans), _OUT.value)

@@ -18,11 +18,11 @@ EXPERIMENT = [
 ]  # fmt: skip
 
 
-def podplan(*flags, config=EXPERIMENT):
+def podplan(*flags, config=EXPERIMENT, **environment):
     """Exit status, what it printed, and what it complained of."""
     done = subprocess.run(
         [sys.executable, "-m", "mvit_jax.podplan", *config, *flags],
-        capture_output=True, text=True, timeout=600, cwd=tiny.ROOT, env=dict(os.environ),
+        capture_output=True, text=True, timeout=600, cwd=tiny.ROOT, env=os.environ | environment,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -187,9 +187,12 @@ def test_mixing_that_is_off_is_said_of_images(told):
 @pytest.mark.slow
 def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
     status, out, err = podplan(
-        "--topology=v4-8", f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}"
-    )
+        "--topology=v4-8", f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}",
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )  # fmt: skip
     assert status == 0, err
+    assert not list(tmp_path.glob("cache/*"))  # what is there could only be read on a TPU
     assert "on v4:2x2x1: 4 chips of 1 host, mesh data 4 x fsdp 1" in out
     assert "v4-8 counts cores, 2 a chip" in out
     assert "fits: " in out and "of 30.75 GiB of a chip" in out
