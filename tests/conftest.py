@@ -10,9 +10,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 # Tests compile much, most of it the same tiny model, and run little: what one process has compiled
-# the others load, from a folder of these tests alone.
+# the others load, from a folder of these tests alone (or of several suites: MVIT_JAX_TEST_CACHE).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if folder := os.environ.get("MVIT_JAX_TEST_CACHE"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+elif "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mvit_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
@@ -39,6 +41,18 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     moving_digits.prepare(folder, train_videos=24, val_videos=8, test_videos=10)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def settings_of_jax():
+    """Whoever leaves JAX with other settings changes what the tests after it compute."""
+    yield
+    settings = ("jax_numpy_rank_promotion", "jax_default_matmul_precision", "jax_enable_x64")
+    left = [getattr(jax.config, name) for name in settings]
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_enable_x64", False)
+    assert left == ["raise", "highest", False]
 
 
 @pytest.hookimpl(wrapper=True)
