@@ -58,7 +58,17 @@ def each_device_has_clips(batch: Any) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         return False
-    return batch % math.prod(mesh.shape[axis] for axis in batch_axes()) == 0
+    return batch % _parts() == 0
+
+
+def clips_are_split() -> bool:
+    """Whether there are several devices to split them over."""
+    return _parts() > 1
+
+
+def _parts() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in batch_axes())
 
 
 def on_each_device(function: Callable) -> Callable:

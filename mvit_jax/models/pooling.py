@@ -17,7 +17,12 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.models import pooling_tpu
 from mvit_jax.models.attention import Tokens, on_grid
-from mvit_jax.models.devices import each_device_has_clips, on_each_device, with_gradient_of
+from mvit_jax.models.devices import (
+    clips_are_split,
+    each_device_has_clips,
+    on_each_device,
+    with_gradient_of,
+)
 from mvit_jax.models.plan import Pool, Triple
 
 Grid = Float[Array, "batch time height width channels"]
@@ -178,11 +183,11 @@ def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
     )
 
 
-# The same for CPUs. XLA's convolution with one group per channel takes there 30 to 170 times as
+# The same for CPUs. XLA's convolution with one group per channel takes there 64 to 188 times as
 # long, gradients included, as a sum of shifted slices. On a TPU it should be the other way round:
 # a prototype's training step, compiled for v5e, moved twice the bytes with slices. The gradients
-# are written by hand, since those that autodiff makes of the slices take 1.3 to 7 times as long
-# (`python -m benchmarks.pooling`, 2 cores, 2026-11-22).
+# are written by hand, since those that autodiff makes of the slices take 1.1 to 3.2 times as long
+# (`python -m benchmarks.pooling`, 2 cores, 2026-11-23).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -212,7 +217,14 @@ def _slices_forward(grid: Grid, weight: Taps, plan: Pool):
 
 def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Pooled) -> tuple[Grid, Taps]:
     grid, weight = saved
-    return _grid_gradient(gradient, weight, grid, plan), _weight_gradient(gradient, grid, plan)
+
+    def each(gradient, grid):
+        return _weight_gradient(gradient, grid, plan)[None]
+
+    # Left to XLA, devices would add up after every row and tap.
+    several = clips_are_split() and each_device_has_clips(grid.shape[0])
+    taps = (on_each_device(each) if several else each)(gradient, grid).sum(0)
+    return _grid_gradient(gradient, weight, grid, plan), taps.astype(weight.dtype)
 
 
 depthwise_slices.defvjp(_slices_forward, _slices_backward)
@@ -267,9 +279,12 @@ def _split_phases(weight: Array, chunks, stride: Triple, fill: int = 0):
 
 
 def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
-    """A few rows at a time, and of these one tap after the other, so that their products stay in
-    the cache: 0.2 to 0.8 of the time of whole grids. As a product with ones their sum takes 0.5 to
-    0.8 of the time; unrolled, XLA merges the taps into one loop, not vectorised (2026-11-23)."""
+    """In float32 at least.
+
+    A few rows at a time, and of these one tap after the other, so that their products stay in the
+    cache: 0.2 to 0.8 of the time of whole grids. As a product with ones their sum takes 0.5 to 0.8
+    of the time; unrolled, XLA merges the taps into one loop, not vectorised (2026-11-23).
+    """
     batch, t, h, w, channels = gradient.shape
     _, stride_h, stride_w = plan.stride
     rows = _rows_in_cache(gradient)
@@ -295,7 +310,7 @@ def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
     places = jnp.array([(frame, row) for frame in range(t) for row in range(0, h, rows)])
     total = jnp.zeros((len(taps), channels), jnp.promote_types(gradient.dtype, jnp.float32))
     total = lax.scan(add, total, places)[0]
-    return total.astype(gradient.dtype).reshape(*plan.kernel, channels)
+    return total.reshape(*plan.kernel, channels)
 
 
 def _rows_in_cache(grid: Grid) -> int:

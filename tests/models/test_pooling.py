@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mvit_jax.models import pooling
 from mvit_jax.models.mvit import MViT, apply, init
 from mvit_jax.models.plan import MViTConfig, Pool, plan
+from mvit_jax.training import sharding
 
 CASES = [  # (kernel, stride, size of the grid), each time x height x width
     ((3, 3, 3), (1, 1, 1), (2, 3, 4)),
@@ -148,6 +150,27 @@ def test_gradients_of_taps_are_summed_by_rows(rows, dtype, monkeypatch):
         assert np.sqrt(np.square(error).mean()) < 5e-3
     else:
         assert np.abs(error).max() < 1e-5
+
+
+def test_devices_add_up_gradients_of_taps_once():
+    """Each has a clip of its own, and sums over its rows before it asks the others."""
+    case = ((3, 3, 3), (1, 2, 2), (4, 6, 6))
+    rng = np.random.default_rng(0)
+    grid = rng.standard_normal((8, *case[2], CHANNELS)).astype(np.float32)
+    weight = rng.standard_normal((*case[0], CHANNELS)).astype(np.float32)
+
+    def taps(weight, grid):
+        return jax.grad(lambda w: (pooling.depthwise_slices(grid, w, by_conv) ** 2).sum())(weight)
+
+    by_conv = Pool("conv", *case[:2])
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        by_clip = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        program = jax.jit(taps, in_shardings=(None, by_clip)).lower(weight, grid).compile()
+        split = program(weight, jax.device_put(grid, by_clip))
+    assert (program.as_text() or "").count(" all-reduce(") == 1
+    whole = jax.jit(taps)(weight, grid)
+    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5 * np.std(whole))
 
 
 def test_gradients_by_hand_are_finite_differences():
