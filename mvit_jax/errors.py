@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class HungError(UserError):
-    """Something in this process hangs for good, and Python would wait for its threads at exit."""
+    """Something in this process hangs, and Python would wait for its threads at exit."""
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -31,7 +31,7 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
         return main(argv)
     except HungError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(1)
+        leave(1)
     except UserError as error:
         _end(error)
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
         sys.exit(130)
 
 
-def _leave(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """Ends without waiting for threads, and ends the processes that nothing else would end then."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -73,6 +73,7 @@ def faults() -> tuple[type[Exception], ...]:
 def why(fault: Exception) -> str:
     """What one of the `faults` says, in a few words."""
     words = getattr(fault, "strerror", None) or str(fault).partition(" with body '")[0].strip()
+    words = re.sub(r"^\{\{function_node .*?\}\} ", "", words)  # TensorFlow's, of its own
     return words.partition("\n")[0] or type(fault).__name__
 
 

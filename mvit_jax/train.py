@@ -55,7 +55,7 @@ from mvit_jax.training import (
     timing,
     workdir,
 )
-from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training.checkpoints import Checkpoints, threads_left
 from mvit_jax.training.experiment import Config
 from mvit_jax.training.logbook import Logbook
 from mvit_jax.training.loop import Loop, owes_validation
@@ -113,7 +113,10 @@ def main(argv: list[str]) -> None:
     with processes.together():
         if jax.default_backend() == "cpu":
             host_memory.keep_freed_memory()
-        sys.exit(train(_CONFIG.value, _WORKDIR.value, _PROFILE.value))
+        status = train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
+    if threads_left() and jax.process_count() == 1:
+        errors.leave(status)
+    sys.exit(status)
 
 
 @contextmanager

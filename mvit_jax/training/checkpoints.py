@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mvit_jax.errors import UserError
+from mvit_jax.errors import HungError, UserError
 from mvit_jax.files import AnyPath, faults, is_local, to_path
 from mvit_jax.models import trees
 from mvit_jax.training import digests, peers
@@ -38,8 +39,14 @@ class DamagedError(UserError):
     """A checkpoint that cannot be read, or does not hold what was saved."""
 
 
-class NotSavedError(UserError):
-    """A checkpoint that cannot be written: the disk is full, say."""
+class NotSavedError(HungError):
+    """A checkpoint that cannot be written: the disk is full, say. See `threads_left`."""
+
+
+def threads_left() -> bool:
+    """Whether threads of a save that failed are there: Orbax's wait for each other for minutes, and
+    Python at its end for them."""
+    return any(type(thread).__name__ == "_SignalingThread" for thread in threading.enumerate())
 
 
 class Checkpoints:

@@ -37,12 +37,12 @@ class Logbook:
         quiet_tensorflow()  # which clu's writer brings along
         from clu import metric_writers, periodic_actions
 
+        from mvit_jax.training.events import Events
+
         # One process of many: all have the same means, and one file takes one writer.
         self.first = jax.process_index() == 0
-        events = metric_writers.SummaryWriter(str(workdir)) if self.first else None
-        self.writer = metric_writers.AsyncWriter(
-            metric_writers.MultiWriter([]) if events is None else events
-        )
+        events = Events(workdir, self.say) if self.first else metric_writers.MultiWriter([])
+        self.writer = metric_writers.AsyncWriter(events)
         self.history = history.Writer(workdir) if self.first else None
         self.report = periodic_actions.ReportProgress(
             num_train_steps=steps, every_steps=None, every_secs=60, writer=self.writer

@@ -138,7 +138,10 @@ class Loop:
             self.checkpoints.save_if_best(state, self.done, score, self.log.say)
             self.checkpoints.settle(self.log.say)
         if peers.first():
-            workdir.keep_validated(self.checkpoints.folder, self.done)
+            try:
+                workdir.keep_validated(self.checkpoints.folder, self.done)
+            except errors.UserError as error:  # a full disk, say
+                self.log.say(f"{error}: the next start may validate step {self.done} once more")
 
     def save_at_once(self, state: State) -> None:
         """Keeps what was trained, where something else ends the run."""

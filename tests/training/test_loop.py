@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mvit_jax import train
-from mvit_jax.training import history, loop
+from mvit_jax.errors import UserError
+from mvit_jax.training import history, loop, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from tests import tiny
 from tests.group import final_state
@@ -63,3 +64,18 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, whole, digits, tmp_pat
     assert trained.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(trained[name], value, err_msg=name)
+
+
+def test_a_validation_that_cannot_be_noted_ends_nothing(digits, tmp_path, monkeypatch, capsys):
+    """The best checkpoint was kept; at worst the next start validates again."""
+    write_whole = workdir.write_whole
+
+    def full(path, content):
+        if path.name == "validated.txt":
+            raise UserError(f"{path} cannot be written (No space left on device)")
+        write_whole(path, content)
+
+    monkeypatch.setattr(workdir, "write_whole", full)
+    assert train.train(tiny.config(digits, **RECIPE), str(tmp_path)) == 0
+    assert capsys.readouterr().out.count("device): the next start may validate step") == 2
+    assert [step for step, *_ in validated(tmp_path)] == [3, 6]
