@@ -26,6 +26,7 @@ folders hold side by side, as a table here and as a page.
 import csv
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
     host_memory.run_in_calling_thread()
     processes.start()
+    # Of several processes JAX takes it, for a loop that asks; here is nothing to save.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     compiled.keep()
     with processes.together():
         if jax.default_backend() == "cpu":
@@ -153,7 +156,8 @@ def clips(
     """The clips that the page shows, drawn with the weights that were tested."""
     settings = experiment.clip_settings(config, model)
     recipe = experiment.recipe(config, model.num_classes)
-    return sheet.make(scores, videos, settings, params, model, recipe)
+    with jax.default_matmul_precision(config.precision):
+        return sheet.make(scores, videos, settings, params, model, recipe)
 
 
 def compare(folders: list[str], out: str) -> None:

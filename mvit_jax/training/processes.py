@@ -46,7 +46,7 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list(
 # heartbeat (the time of `jax.distributed.initialize`) comes later, since it ends in a C++ dump.
 BEAT_SECONDS = 2
 SILENT_BEATS = 45
-FAILED_BEATS = 3  # without an answer of process 0, after which it is taken for dead
+FAILED_BEATS = 3  # calls of process 0 that fail at once, after which it is taken for dead
 # How long the others wait at the end for process 0, which may draw and write for minutes.
 LAST_SECONDS = 3600
 # How long process 0, through which all messages go, waits until its last one is heard, and then
@@ -54,7 +54,9 @@ LAST_SECONDS = 3600
 PATIENCE_SECONDS = 10
 LEAVING_SECONDS = 2
 
-_ENDED, _HEARD, _ALIVE, _DEVICES = (f"mvit_jax/{k}" for k in ("ended", "heard", "alive", "devices"))
+# What they tell each other by the key-value store of process 0.
+_HERE, _ALIVE, _DEVICES = (f"mvit_jax/{key}" for key in ("here", "alive", "devices"))
+_ENDED, _HEARD, _DONE = (f"mvit_jax/{key}" for key in ("ended", "heard", "done"))
 _AGAIN = "the same command on all processes goes on from the last checkpoint"
 
 LOST = 134
@@ -114,6 +116,7 @@ def connect(
             heartbeat_timeout_seconds=BEAT_SECONDS * SILENT_BEATS + 60,
             shutdown_timeout_seconds=LAST_SECONDS,
         )  # fmt: skip
+        watchdog.cancel()
         if not jax.distributed.is_initialized():
             return
         _start_watching()
@@ -200,11 +203,17 @@ def _fail(error: Exception) -> NoReturn:
     if _peer_lost(error):
         # The peer's own last words, if it had any, come to the watcher, which then ends this one.
         silent = _silent()
-        reason = f"{' and '.join(silent) or 'another process'} has died, or its machine has"
-        _end_with(f"{reason}: {_AGAIN}", status=LOST, dead=len(silent))
+        what = f"{' and '.join(silent)} has died, or its machine has"
+        if not silent:
+            _say("".join(traceback.format_exception(error)).rstrip())
+            what = f"the connection to another process broke ({_first_line(error)})"
+        _end_with(f"{what}: {_AGAIN}", status=LOST, dead=len(silent))
     text = "".join(traceback.format_exception(error)).rstrip()
-    first_line = str(error).strip().partition("\n")[0]
-    _end_with(f"{type(error).__name__}: {first_line}", text)
+    _end_with(f"{type(error).__name__}: {_first_line(error)}", text)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _peer_lost(error: BaseException) -> bool:
@@ -282,15 +291,21 @@ def _wait_until_heard(client: Any, others: int) -> None:
 
 
 def _start_watching() -> None:
+    client, mine, _ = peers.service()
+    if mine == 0:
+        client.key_value_set(_HERE, "")
     finished = threading.Event()
     watcher = threading.Thread(target=_watch, args=(finished,), daemon=True)
 
-    def end() -> None:  # a thread that is in C++ when Python ends would abort the process
-        finished.set()
-        watcher.join()
-        # Process 0 may take long for what it alone writes, and shall not miss this one.
-        client, mine, _ = peers.service()
+    def end() -> None:
         with suppress(jax.errors.JaxRuntimeError):
+            if mine == 0:
+                client.key_value_set(_DONE, "")
+            else:  # it may take long for what it alone writes, and may fail in that
+                client.blocking_key_value_get(_DONE, LAST_SECONDS * 1000)
+        finished.set()
+        watcher.join()  # a thread that is in C++ when Python ends would abort the process
+        with suppress(jax.errors.JaxRuntimeError):  # which shall not be missed by process 0
             client.key_value_delete(f"{_ALIVE}/{mine}")
 
     atexit.register(end)  # later than JAX has registered its own end, so it comes before that
@@ -301,28 +316,39 @@ def _watch(finished: threading.Event) -> None:
     """Ends this process when another one has ended for a reason, or has fallen silent."""
     client, mine, _ = peers.service()
     beats: dict[str, tuple[str, int]] = {}
-    failed = 0
+    silent = 0.0
     for beat in itertools.count():
         if finished.is_set():
             return
-        try:
+        try:  # what is there comes at once, and has a time limit: the calls after it have none
+            client.blocking_key_value_get(_HERE, BEAT_SECONDS * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            late = "DEADLINE_EXCEEDED" in str(error)
+            silent += 1 if late else SILENT_BEATS / FAILED_BEATS  # a network may stutter
+            if silent >= SILENT_BEATS and not finished.is_set():
+                _without_first(late)
+            finished.wait(0 if late else BEAT_SECONDS)
+            continue
+        silent = 0.0
+        with suppress(jax.errors.JaxRuntimeError):  # mostly that nothing has ended this beat
             client.key_value_set(f"{_ALIVE}/{mine}", str(beat), allow_overwrite=True)
             if mine == 0:
                 _check_beats(dict(client.key_value_dir_get(_ALIVE)), beats, beat)
             words = json.loads(client.blocking_key_value_get(_ENDED, BEAT_SECONDS * 1000))
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
-                failed = 0
-                continue
-            failed += 1
-            if failed < FAILED_BEATS:  # a network that stutters
-                finished.wait(BEAT_SECONDS)
-                continue
-            reason = f"it died, or its machine did: {_AGAIN}"
-            words = {"process": 0, "host": "", "reason": reason, "status": LOST, "dead": 1}
-        if not finished.is_set():
-            _obey(words)
-        return
+            if not finished.is_set():
+                _obey(words)
+            return
+
+
+def _without_first(late: bool) -> NoReturn:
+    """Ends this process, which has lost process 0 and can tell nobody."""
+    for_seconds = f" for {SILENT_BEATS * BEAT_SECONDS} s" if late else ""
+    if _ending.acquire(blocking=False):
+        _say(
+            f"error: process 0 has not been heard of{for_seconds}, it died or its machine did: "
+            f"{_AGAIN}"
+        )
+    os._exit(LOST)
 
 
 def _obey(words: dict[str, Any]) -> None:
@@ -362,14 +388,22 @@ def _introduce() -> None:
     client.key_value_set(f"{_DEVICES}/{mine}", json.dumps(row))
     if mine > 0:
         return
-    found = [
-        client.blocking_key_value_get(f"{_DEVICES}/{i}", peers.START_SECONDS * 1000)
-        for i in range(count)
-    ]
-    rows = [json.loads(text) for text in found]
+    rows = [_devices_of(i, client) for i in range(count)]
     print(device_table.describe(rows), flush=True)
     for sentence in device_table.suspicions(rows):
         print(f"warning: {sentence}", flush=True)
+
+
+def _devices_of(process: int, client: Any) -> dict[str, Any]:
+    try:
+        key = f"{_DEVICES}/{process}"
+        return json.loads(client.blocking_key_value_get(key, peers.START_SECONDS * 1000))
+    except jax.errors.JaxRuntimeError:
+        reason = (
+            f"process {process} has not started its devices within {peers.START_SECONDS} s: see "
+            f"whether something else holds them; {_AGAIN}"
+        )
+        _end_with(reason, status=LOST)
 
 
 def _last_words(sentence: str) -> NoReturn:
