@@ -413,6 +413,7 @@ def test_bad_data_and_values_end_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(digits, tmp_path):
     rates = {"optim.start_lr": 1e-3, "optim.lr": 1e30, "optim.warmup_epochs": 1.0}
     config = tiny.config(digits, **(rates | {"checkpoint.every": 1}))

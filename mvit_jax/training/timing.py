@@ -1,10 +1,10 @@
 """Where the wall time of a run goes, and what to do where it goes into waiting for clips.
 
 Every moment of a start, from the beginning of `train` on, belongs to one of `PHASES`, so that they
-add up to the wall time. A step runs while the host does other things: it is sent off, the next
-batch is waited for, and only then are its numbers read. Waiting for a batch is therefore "data"
-only from the moment at which the devices had finished the step under way; up to there they worked,
-and the time is the step's.
+add up to the wall time. On an accelerator a step runs while the host does other things: it is sent
+off, the next batch is waited for, and only then are its numbers read. Waiting for a batch is
+therefore "data" only from the moment at which the devices had finished the step under way; up to
+there they worked, and the time is the step's.
 """
 
 import os

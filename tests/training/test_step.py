@@ -162,6 +162,7 @@ def test_clips_that_stand_for_broken_videos_are_counted():
     assert [int(x) for x in run(state, fed)[1]["broken"]] == [3, 8]
 
 
+@pytest.mark.slow
 def test_predictions_are_softmax_scores_of_each_view():
     recipe = Recipe(**RECIPE)
     params = jax.tree.map(lambda x: 10 * x, mvit.init(CONFIG, jax.random.key(0)))
