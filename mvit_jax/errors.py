@@ -39,6 +39,17 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
         sys.exit(130)
 
 
+def lock(config: Any) -> None:
+    """Has the value of --config take no new keys; one sentence where its file cannot be loaded."""
+    from ml_collections import config_flags
+
+    try:
+        config.lock()
+    except OSError:  # what config_flags keeps of a file that it could not load
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"there is no config file {path}: check --config") from None
+
+
 def leave(status: int) -> NoReturn:
     """Ends without waiting for threads, and ends the processes that nothing else would end then."""
     for child in multiprocessing.active_children():

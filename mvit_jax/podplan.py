@@ -74,11 +74,7 @@ def main(argv: list[str]) -> None:
     topology = tpus.parse(_TOPOLOGY.value, _SLICES.value)
     check_flags()
     config = _CONFIG.value
-    try:
-        config.lock()
-    except OSError:  # what config_flags keeps of a file that it could not load
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise errors.UserError(f"there is no config file {path}: check --config") from None
+    errors.lock(config)
     experiment.check(config)
     videos, _ = dry_run.data_and_model(config)
     if videos < 1:

@@ -96,11 +96,7 @@ def main(argv: list[str]) -> None:
     plans = _DRY_RUN.value or _SHEET.value is not None
     if _CONFIG.value is None or (_WORKDIR.value is None and not plans):
         raise errors.UserError("give --config=configs/moving_digits.py and --workdir=DIR")
-    try:
-        _CONFIG.value.lock()
-    except OSError:  # what config_flags keeps of a file that it could not load
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise errors.UserError(f"there is no config file {path}: check --config") from None
+    errors.lock(_CONFIG.value)
     if _DRY_RUN.value:
         print(dry_run.describe(_CONFIG.value, jax.device_count()))
     if _SHEET.value is not None:

@@ -12,29 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvit_jax import train
+from mvit_jax import evaluate, train
 from mvit_jax.errors import UserError
+from mvit_jax.inspection import saliency
 from mvit_jax.models import mvit
 from mvit_jax.training import experiment, history, runs, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from tests import tiny
+from tests.group import final_state
 from tests.inspection.pages import Page
 
 # 24 training videos in batches of 8: 3 steps an epoch.
 EPOCHS = 3.0
 RECIPE = {"checkpoint.every": 2, "epochs": EPOCHS, "optim.ema": 0.5, "model.drop_path": 0.3}
-
-
-def final_state(folder) -> dict[str, np.ndarray]:
-    """Every tensor of the last checkpoint, by its path."""
-    checkpoints = Checkpoints(folder)
-    step = checkpoints.step()
-    tree = checkpoints.last.restore(step)
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree.items()))
-        if path[0].key != "digests"
-    }
 
 
 def final_params(folder) -> dict[str, np.ndarray]:
@@ -108,7 +98,7 @@ def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tm
 
 @pytest.mark.slow
 def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_path, monkeypatch):
-    """In training, validation and tests; what the caller computes afterwards has its own again."""
+    """In training, validation, tests and their pictures; what comes afterwards has its own."""
     seen, apply = [], mvit.apply
 
     def spy(*args, **options):
@@ -116,11 +106,15 @@ def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_pat
         return apply(*args, **options)
 
     monkeypatch.setattr(mvit, "apply", spy)
+    monkeypatch.setattr(saliency, "apply", spy)
     config = tiny.config(digits, **(RECIPE | {"precision": "high", "epochs": 1.0}))
     assert train.train(config, str(tmp_path)) == 0
     trained = len(seen)
-    experiment.score(config, tmp_path, experiment.videos(config, "test"), which="last")
-    assert len(seen) > trained >= 2 and set(seen) == {"high"}
+    videos = experiment.videos(config, "test")
+    (scores,), _ = experiment.score(config, tmp_path, videos, which="last")
+    tested = len(seen)
+    evaluate.clips(config, scores, videos, *experiment.read_params(tmp_path))
+    assert len(seen) > tested > trained >= 2 and set(seen) == {"high"}
     assert jax.config.jax_default_matmul_precision == "highest"
 
 

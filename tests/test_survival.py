@@ -18,7 +18,8 @@ from mvit_jax.errors import UserError
 from mvit_jax.training import experiment
 from mvit_jax.training.checkpoints import Checkpoints
 from tests import group, tiny
-from tests.test_programs import final_state, program
+from tests.group import final_state
+from tests.test_programs import program
 from tests.training.test_checkpoints import flip, values_of
 
 RECIPE = {"epochs": 3.0, "checkpoint.every": 2, "eval.every_epochs": 0.0}  # 9 steps

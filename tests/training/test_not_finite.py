@@ -17,7 +17,7 @@ from mvit_jax.training.checkpoints import Checkpoints
 from mvit_jax.training.not_finite import ROLLBACKS, SKIPS, NotFiniteError
 from mvit_jax.training.step import train_step
 from tests import tiny
-from tests.test_programs import final_state
+from tests.group import final_state
 
 # 24 videos in batches of 8: 9 steps.
 RECIPE = {
