@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvit_jax import evaluate, train
+from mvit_jax import train
 from mvit_jax.errors import UserError
-from mvit_jax.inspection import saliency
 from mvit_jax.models import mvit
 from mvit_jax.training import experiment, history, runs, workdir
 from mvit_jax.training.checkpoints import Checkpoints
@@ -98,7 +97,7 @@ def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tm
 
 @pytest.mark.slow
 def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_path, monkeypatch):
-    """In training, validation, tests and their pictures; what comes afterwards has its own."""
+    """In training, validation and tests; what the caller computes afterwards has its own again."""
     seen, apply = [], mvit.apply
 
     def spy(*args, **options):
@@ -106,15 +105,11 @@ def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_pat
         return apply(*args, **options)
 
     monkeypatch.setattr(mvit, "apply", spy)
-    monkeypatch.setattr(saliency, "apply", spy)
     config = tiny.config(digits, **(RECIPE | {"precision": "high", "epochs": 1.0}))
     assert train.train(config, str(tmp_path)) == 0
     trained = len(seen)
-    videos = experiment.videos(config, "test")
-    (scores,), _ = experiment.score(config, tmp_path, videos, which="last")
-    tested = len(seen)
-    evaluate.clips(config, scores, videos, *experiment.read_params(tmp_path))
-    assert len(seen) > tested > trained >= 2 and set(seen) == {"high"}
+    experiment.score(config, tmp_path, experiment.videos(config, "test"), which="last")
+    assert len(seen) > trained >= 2 and set(seen) == {"high"}
     assert jax.config.jax_default_matmul_precision == "highest"
 
 
