@@ -11,7 +11,7 @@ RUN := .venv/bin/python
 # Two files of tests at a time: they compile more than they run, and compilers use one core.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-slow test-browser docs lint typecheck data
+.PHONY: train test test-slow test-nightly test-browser docs lint typecheck data
 .DEFAULT_GOAL := train
 
 train: data
@@ -23,10 +23,13 @@ data: .venv/installed
 	$(RUN) -m mvit_jax.prepare moving_digits --out=$(DATA)
 
 test: .venv/installed
-	$(RUN) -m pytest -m "not slow and not browser" $(PARALLEL)
+	$(RUN) -m pytest -m "not slow and not nightly and not browser" $(PARALLEL)
 
 test-slow: .venv/installed
-	$(RUN) -m pytest -m "slow and not browser" $(PARALLEL)
+	$(RUN) -m pytest -m "slow and not nightly and not browser" $(PARALLEL)
+
+test-nightly: .venv/installed
+	$(RUN) -m pytest -m "nightly and not browser" $(PARALLEL)
 
 test-browser: .venv/installed
 	@command -v chromium > /dev/null || { echo "Chromium is needed: apt-get install chromium"; exit 1; }

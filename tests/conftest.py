@@ -1,23 +1,8 @@
 """Settings for all tests; what concerns XLA must be set before JAX starts."""
 
-import atexit
-import os
-import shutil
-import tempfile
+from tests import environment
 
-os.environ["JAX_PLATFORMS"] = os.environ.get("MVIT_JAX_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-# Tests compile much, most of it the same tiny model, and run little: what one process has compiled
-# the others load, from a folder of these tests alone (or of several suites: MVIT_JAX_TEST_CACHE).
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if folder := os.environ.get("MVIT_JAX_TEST_CACHE"):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-elif "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mvit_jax_compiled_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+environment.prepare()
 
 from jaxtyping import install_import_hook
 
@@ -33,6 +18,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import pytest  # noqa: E402
 
 from mvit_jax.data import moving_digits  # noqa: E402
+from mvit_jax.training import sharding  # noqa: E402
+
+pytest_plugins = ["tests.cpu_seconds"]
+
+# Programs that run in the tests' own process use one of its devices: a step for eight takes several
+# times as long to compile and to run. Tests of sharding name the devices that they use.
+_make_mesh = sharding.make_mesh
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices=None):
+    return _make_mesh(data, fsdp, jax.devices()[:1] if devices is None else devices)
+
+
+sharding.make_mesh = make_mesh
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Several processes of one program on this machine, as on the hosts of a pod."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from mvit_jax.training.checkpoints import Checkpoints
 from tests import tiny
+from tests.environment import of_process
 
 TRAIN = ("-m", "mvit_jax.train", "--config=configs/moving_digits.py", *tiny.FLAGS)
 
@@ -32,7 +32,7 @@ def start(
     each: Sequence[Sequence[str]] = (), **environment: str,
 ) -> list[subprocess.Popen[str]]:  # fmt: skip
     """Starts `processes` of a program with `devices` each; `each` has flags for one alone."""
-    env = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)} | environment
+    env = of_process(devices) | environment
     port = free_port()
     started = []
     for i in range(processes):

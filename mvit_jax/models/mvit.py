@@ -78,8 +78,8 @@ class MViT(nnx.Module):
     """A Multiscale Vision Transformer.
 
     `block`, `attention` and `pool` are where a variant of your own is plugged in: classes (or any
-    callables) with the signatures of `Block`, `PooledAttention` and `pooling.pool`. Parameters are
-    float32; `dtype` is what the model computes in.
+    callables) with the signatures of `Block` and `PooledAttention`, and a function with that of
+    `pooling.pool`; `None` means ours. Parameters are float32; `dtype` is what the model computes in.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class MViT(nnx.Module):
         rngs: nnx.Rngs,
         block: Callable[..., Any] | None = None,
         attention: Callable[..., Any] | None = None,
-        pool: PoolFunction = pooling.pool,
+        pool: PoolFunction | None = None,
         dtype=jnp.float32,
     ) -> None:
         block, attention = block or Block, attention or PooledAttention
@@ -131,20 +131,14 @@ class MViT(nnx.Module):
         pooled and normalised, class token first where there is one, and not yet scaled. What is not
         used is not computed under `jit`, so take only what you need out of the jitted function.
 
-        `scan` and `remat` are how the blocks are run, see `models/stages.py`; with `capture` and
-        with blocks of your own, none are looped over.
+        `scan` and `remat` are how the blocks are run, see `models/stages.py`; with `capture`, none
+        are looped over.
         """
         keys = stages.fold(key, len(self.blocks) + 1)
         x, grid = self.embed(clip)
-        # What is a user's own may differ between blocks that are equal by plan.
-        own = any(
-            (type(b), type(b.attn), b.attn.pool) != (Block, PooledAttention, pooling.pool)
-            for b in self.blocks
-            if scan
-        )
         x, grid, after, records = stages.run(
             list(self.blocks), plan(self.config), x, grid, keys,
-            capture=capture, scan=scan and not own, remat=remat,
+            capture=capture, scan=scan, remat=remat,
         )  # fmt: skip
         logits, tokens = self.classify(x, grid, keys[-1])
         names = [n for n in records[0] if all(n in record for record in records)] if capture else []
@@ -216,7 +210,7 @@ class Block(nnx.Module):
         drop_path: float,
         *,
         attention: Callable[..., Any],
-        pool: PoolFunction,
+        pool: PoolFunction | None,
         dtype,
         rngs: nnx.Rngs,
     ) -> None:
@@ -264,7 +258,7 @@ class PooledAttention(nnx.Module):
     """
 
     def __init__(
-        self, plan: BlockPlan, *, pool: PoolFunction = pooling.pool, dtype, rngs: nnx.Rngs
+        self, plan: BlockPlan, *, pool: PoolFunction | None = None, dtype, rngs: nnx.Rngs
     ) -> None:
         self.plan, self.pool = plan, pool
         width = plan.attention_width
@@ -334,10 +328,11 @@ class PooledAttention(nnx.Module):
         width = self.plan.pooled_width
         taps = jnp.concatenate([part.taps(width) for part in own], axis=-1) if own else None
         due = pool_plan.output(grid)
-        if self.pool is pooling.pool:
+        pool = self.pool
+        if pool is None:
             x, grid = pooling.pool_tokens(x, grid, pool_plan, taps)
         else:
-            x, grid = on_grid(lambda tokens: self.pool(tokens, pool_plan, taps), x, grid)
+            x, grid = on_grid(lambda tokens: pool(tokens, pool_plan, taps), x, grid)
         if grid != due:
             raise UserError(f"the pool gives a grid of {grid} where {due} is due: see {pool_plan}")
         x = keep(x)
@@ -398,7 +393,7 @@ def create_model(
     dtype=jnp.float32,
     block=None,
     attention=None,
-    pool: PoolFunction = pooling.pool,
+    pool: PoolFunction | None = None,
     **overrides: Any,
 ) -> MViT:
     """A published variant with fresh weights, in inference mode.

@@ -32,28 +32,35 @@ Taps = Float[Array, "kt kh kw channels"]
 
 def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
     """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
-    if plan.mode == "max":
-        return max_pool(grid, plan)
-    if plan.mode == "avg":
-        return average_pool(grid, plan)
-    if weight is None:
-        raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
-    return lax.platform_dependent(
-        grid,
-        weight,
-        cpu=lambda grid, weight: depthwise_slices(grid, weight, plan),
-        default=lambda grid, weight: depthwise_conv(grid, weight, plan),
-    )
+    batch, *size, channels = grid.shape
+    tokens, after = pool_tokens(grid.reshape(batch, -1, channels), tuple(size), plan, weight)
+    return tokens.reshape(batch, *after, channels)
 
 
 def pool_tokens(
     x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None
 ) -> tuple[Tokens, Triple]:
     """`pool` of the tokens that lie on `grid`, and their new grid; a class token stays as it is."""
-    fits = pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0])
-    if weight is None or not fits:
-        return on_grid(lambda tokens: pool(tokens, plan, weight), x, grid)
-    return _pool_tokens(x, weight, grid, plan), plan.output(grid)
+    if plan.mode not in ("max", "avg"):
+        if weight is None:
+            raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
+        if pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0]):
+            return _pool_tokens(x, weight, grid, plan), plan.output(grid)
+    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)
+
+
+def _pool_on_grid(grid: Grid, plan: Pool, weight: Taps | None) -> Pooled:
+    """`pool` without a kernel that takes tokens."""
+    if plan.mode == "max":
+        return max_pool(grid, plan)
+    if plan.mode == "avg":
+        return average_pool(grid, plan)
+    return lax.platform_dependent(
+        grid,
+        weight,
+        cpu=lambda grid, weight: depthwise_slices(grid, weight, plan),
+        default=lambda grid, weight: depthwise_conv(grid, weight, plan),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -73,7 +80,7 @@ def _pool_tokens(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
 
 
 def _pool_grid(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
-    return on_grid(lambda tokens: pool(tokens, plan, weight), x, grid)[0]
+    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)[0]
 
 
 def _pool_tokens_forward(x: Tokens, weight: Taps, grid: Triple, plan: Pool):

@@ -6,7 +6,7 @@ compiled nine times most of the time that it takes to compile. Neither changes a
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,38 +39,81 @@ def run(
     `[batch, T, H, W, channels]` after each stage, and with `capture` a record of each block.
 
     With `scan`, equal blocks that follow each other are one loop: a program with fewer operations,
-    which compiles faster. On CPUs, where loops run slowly backwards, it does not pay.
+    which compiles faster. On CPUs, where loops run slowly backwards, it does not pay. Custom blocks
+    are looped over like ours; those that a loop cannot run (see `_loop_end`) follow one by one.
     """
     stages: list[Array] = []
     records: list[Record] = []
-    first_grid = grid
-    for start, stop in _groups(plans, scan and not capture):
-        group, plan = blocks[start:stop], plans[start]
+    first_grid, start = grid, 0
+    while start < len(blocks):
+        plan = plans[start]
         again = remat == "blocks" or (remat == "first_stage" and grid == first_grid)
         call = functools.partial(_call, grid=grid, remat="blocks" if again else remat)
-        name = f"block{start}" if len(group) == 1 else f"blocks{start}-{stop - 1}"
+        stop = start + 1
+        if scan and not capture:
+            stop = _loop_end(blocks, plans, start, x, keys[start], call)
+        name = f"block{start}" if stop == start + 1 else f"blocks{start}-{stop - 1}"
         with jax.named_scope(f"stage{plan.stage}/{name}"):
-            if len(group) > 1:
-                x = _loop(group, x, keys[start:stop], call)
+            if stop > start + 1:
+                x = _loop(blocks[start:stop], x, keys[start:stop], call)
             else:
                 record: Record = {}
                 extra: dict[str, Any] = {"record": record} if capture else {}
-                x, grid = call(group[0], x, keys[start], **extra)
+                x, grid = call(blocks[start], x, keys[start], **extra)
                 records.append(record)
         x = keep_batch_sharded(x)
         stages[plan.stage :] = [on_its_grid(x, grid)]
+        start = stop
     return x, grid, stages, records
 
 
-def _groups(plans: Sequence[BlockPlan], scan: bool) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of blocks that go together: equal ones in a row, else each by itself."""
-    start = 0
-    while start < len(plans):
-        stop = start + 1
-        while scan and stop < len(plans) and plans[stop] == plans[start]:
-            stop += 1
-        yield start, stop
-        start = stop
+def _loop_end(
+    blocks: Sequence[Any],
+    plans: Sequence[BlockPlan],
+    start: int,
+    x: Tokens,
+    key: Array | None,
+    call: Callable,
+) -> int:
+    """The end of the longest loop that begins with block `start`; `start + 1` for none.
+
+    Equal plans do not suffice, since a custom block may be anything. The modules must be equal but
+    for their weights and drop path rates. The first must return tokens of the shape and dtype that
+    it takes, and must not decide in Python on its rate, which is an array in the loop.
+    """
+    stop, structure = start + 1, None
+    while stop < len(blocks) and plans[stop] == plans[start]:
+        structure = structure or _structure(blocks[start])
+        if structure != _structure(blocks[stop]):
+            break
+        stop += 1
+    if stop == start + 1:
+        return stop
+    body, weights = _loop_body(blocks[start], call), nnx.state(blocks[start])
+    rates = jnp.zeros(len(_with_rate(blocks[start])))
+    try:
+        after, _ = jax.eval_shape(body, x, (weights, rates, key))
+    except jax.errors.ConcretizationTypeError:
+        return start + 1
+    return stop if (after.shape, after.dtype) == (x.shape, x.dtype) else start + 1
+
+
+def _structure(block: Any) -> Any:
+    """All of a block but the values of its weights and its drop path rate, to be compared."""
+    if not isinstance(block, nnx.Module):
+        return id(block)
+    copy = nnx.merge(*nnx.split(block))
+    for module in _with_rate(copy):
+        module.drop_path = 0.0
+    graph, state = nnx.split(copy)
+    leaves, tree = jax.tree.flatten(state)
+    return graph, tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _with_rate(block: Any) -> list[Any]:
+    """The modules in `block`, itself among them, that have a rate of drop path."""
+    modules = [module for _, module in nnx.iter_modules(block)]
+    return [m for m in modules if isinstance(getattr(m, "drop_path", None), float | int)]
 
 
 def _call(block, x: Tokens, key: Array | None, *, grid: Triple, remat: str, **record):
@@ -91,18 +134,24 @@ def _call(block, x: Tokens, key: Array | None, *, grid: Triple, remat: str, **re
 
 def _loop(blocks: Sequence[Any], x: Tokens, keys: Sequence[Array | None], call: Callable) -> Tokens:
     """Equal blocks, none of which changes the grid, as one loop over their stacked parameters."""
-    graph, _ = nnx.split(blocks[0])
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(b) for b in blocks))
-    rates = jnp.asarray([block.drop_path for block in blocks], jnp.float32)
+    rates = [[module.drop_path for module in _with_rate(block)] for block in blocks]
     drawn = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
+    each = weights, jnp.asarray(rates, jnp.float32), drawn
+    return jax.lax.scan(_loop_body(blocks[0], call), x, each)[0]
+
+
+def _loop_body(block: Any, call: Callable) -> Callable:
+    graph, _ = nnx.split(block)
 
     def body(x, each):
-        state, rate, key = each
+        state, rates, key = each
         block = nnx.merge(graph, state)
-        block.drop_path = rate
+        for module, rate in zip(_with_rate(block), rates, strict=True):
+            module.drop_path = rate
         return keep_batch_sharded(call(block, x, key)[0]), None
 
-    return jax.lax.scan(body, x, (weights, rates, drawn))[0]
+    return body
 
 
 def fold(key: Array | None, count: int) -> Sequence[Array | None]:

@@ -163,7 +163,7 @@ def test_devices_add_up_gradients_of_taps_once():
         return jax.grad(lambda w: (pooling.depthwise_slices(grid, w, by_conv) ** 2).sum())(weight)
 
     by_conv = Pool("conv", *case[:2])
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(devices=jax.devices())
     with jax.set_mesh(mesh):
         by_clip = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         program = jax.jit(taps, in_shardings=(None, by_clip)).lower(weight, grid).compile()

@@ -66,7 +66,7 @@ def test_the_best_parameters_are_kept_beside_the_last(folder):
 
 def test_a_state_comes_back_onto_another_mesh(folder, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
-    mesh = sharding.make_mesh(2, 4)
+    mesh = sharding.make_mesh(2, 4, jax.devices())
     like = jax.device_put(state_of(0), sharding.state_shardings(mesh, state_of(0)))
     restored = Checkpoints(folder).restore(like)
     assert_equal(restored, state_of(3))

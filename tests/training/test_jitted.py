@@ -16,7 +16,7 @@ def test_described_shapes_and_places_are_those_of_what_runs(multi_label):
     config = tiny.config("", **{"data.stride": 1, **changes})
     videos = Synthetic(videos=16, classes=5, height=32, width=40, multi_label=multi_label)
     model = experiment.model_config(config, 5)
-    mesh = sharding.make_mesh(2, 4)
+    mesh = sharding.make_mesh(2, 4, jax.devices())
     with jax.set_mesh(mesh):
         described = jitted.describe(config, model, videos, mesh)
         settings = experiment.clip_settings(config, model)

@@ -142,7 +142,7 @@ def test_each_device_holds_its_share_of_the_state():
 
 
 def test_the_largest_dimension_that_divides_is_cut():
-    mesh = sharding.make_mesh(2, 4)
+    mesh = sharding.make_mesh(2, 4, jax.devices())
     shapes = {"a": (3, 64, 96), "b": (3, 64, 97), "c": (5, 7, 101), "d": (4,)}
     tree = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
     specs = {k: tuple(v.spec) for k, v in sharding.state_shardings(mesh, tree).items()}
@@ -151,11 +151,11 @@ def test_the_largest_dimension_that_divides_is_cut():
 
 def test_meshes_that_do_not_fit_say_so():
     with pytest.raises(UserError, match=r"mesh\.fsdp=3 does not divide the 8 devices"):
-        sharding.make_mesh(-1, 3)
+        sharding.make_mesh(-1, 3, jax.devices())
     with pytest.raises(UserError, match="are 12 devices, and there are 8"):
-        sharding.make_mesh(4, 3)
+        sharding.make_mesh(4, 3, jax.devices())
     with pytest.raises(UserError, match="batch of 12 does not divide among 8"):
-        sharding.local_rows(12, sharding.make_mesh())
+        sharding.local_rows(12, sharding.make_mesh(devices=jax.devices()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,176 @@
+"""Custom blocks, attentions and poolings: as accelerators run them too, scanned and rematerialised."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mvit_jax.models import mvit, pooling
+from mvit_jax.models.attention import join_heads, on_grid, split_heads
+from mvit_jax.models.mvit import Block, MViT, PooledAttention
+from mvit_jax.models.plan import MViTConfig, Pool
+
+# Two blocks that differ, then three with equal plans, whose drop path rates differ.
+CONFIG = MViTConfig(
+    frames=2, size=8, width=4, depths=(1, 4), num_classes=3, kv_stride=(1, 2, 2), drop_path=0.4
+)
+CLIP = np.random.default_rng(0).standard_normal((2, 2, 8, 8, 3)).astype(np.float32)
+
+
+class Mixing(nnx.Module):
+    """In the place of attention: a linear layer of the mean token."""
+
+    def __init__(self, plan, *, pool, dtype, rngs):
+        self.plan = plan
+        self.mix = nnx.Linear(plan.width, plan.attention_width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, grid):
+        if self.plan.q_pool is not None:
+            grid = self.plan.q_pool.output(grid)
+        mean = self.mix(x.mean(1, keepdims=True))
+        return jnp.broadcast_to(mean, (x.shape[0], 1 + math.prod(grid), mean.shape[-1])), grid
+
+
+class LinearAttention(PooledAttention):
+    def attend(self, q, k, v, relative, record):
+        q, k, v = (split_heads(x, self.plan.heads) for x in (q, k, v))
+        q, k = nnx.elu(q) + 1, nnx.elu(k) + 1
+        weights = jnp.einsum("bqhd,bhd->bqh", q, k.sum(1))
+        y = jnp.einsum("bqhd,bhde->bqhe", q, jnp.einsum("bkhd,bkhe->bhde", k, v))
+        return join_heads(y / weights[..., None])
+
+
+class Doubling(Block):
+    def __call__(self, x, grid, key=None):
+        x, grid = super().__call__(x, grid, key)
+        return 2 * x, grid
+
+
+class LocalBlock(nnx.Module):
+    """Not a `Block`, though it has one: no `attn`, and the drop path rate is a level deeper."""
+
+    def __init__(self, plan, drop_path, **rest):
+        self.block = Block(plan, drop_path, **rest)
+        self.taps = nnx.Param(jnp.full((1, 3, 3, plan.width), 0.1))
+
+    def __call__(self, x, grid, key=None):
+        window, taps = Pool("conv", (1, 3, 3), (1, 1, 1)), self.taps[...].astype(x.dtype)
+        x, _ = on_grid(lambda tokens: tokens + pooling.pool(tokens, window, taps), x, grid)
+        return self.block(x, grid, key)
+
+
+def forgetful_pool(grid, plan, weight):
+    return 0 * pooling.pool(grid, plan, weight) + 1
+
+
+class Deciding(Block):
+    """Decides in Python on its rate, which must therefore stay a number."""
+
+    def __call__(self, x, grid, key=None):
+        x, grid = super().__call__(x, grid, key)
+        return (x + 1 if self.drop_path > 0.2 else x), grid
+
+
+class Numbered(Block):
+    """Differs from block to block by more than its weights."""
+
+    made = 0
+
+    def __init__(self, *args, **rest):
+        super().__init__(*args, **rest)
+        self.number, Numbered.made = Numbered.made % 5, Numbered.made + 1
+
+    def __call__(self, x, grid, key=None):
+        x, grid = super().__call__(x, grid, key)
+        return x * (1 + self.number), grid
+
+
+class Widening(Block):
+    """Returns float32 whatever it gets, as a part that ignores `dtype` does."""
+
+    def __call__(self, x, grid, key=None):
+        x, grid = super().__call__(x, grid, key)
+        return x.astype(jnp.float32), grid
+
+
+LOOPED = {
+    "ours": {},
+    "attention": {"attention": Mixing},
+    "attention derived from ours": {"attention": LinearAttention},
+    "block derived from ours": {"block": Doubling},
+    "block": {"block": LocalBlock},
+    "pool": {"pool": forgetful_pool},
+    "pool that wraps ours": {"pool": functools.partial(pooling.pool)},
+}
+NOT_LOOPED = {
+    "block that reads its rate": {"block": Deciding},
+    "blocks that differ": {"block": Numbered},
+    "block of another dtype": {"block": Widening},
+}
+WAYS = [{"scan": True}, {"remat": "blocks"}, {"scan": True, "remat": "cheap"}]
+
+
+@functools.lru_cache
+def weights(name):
+    """Weights of which none is zero or one, and a program's value and gradients with them."""
+    parts = (LOOPED | NOT_LOOPED)[name]
+    abstract = jax.eval_shape(lambda: mvit.init(CONFIG, jax.random.key(0), **parts))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: (0.3 * rng.standard_normal(x.shape) + (len(x.shape) == 1)).astype(x.dtype),
+        abstract,
+    )
+    return params, jax.jit(jax.value_and_grad(loss(name)))(params)
+
+
+def loss(name, **way):
+    parts = (LOOPED | NOT_LOOPED)[name]
+    dtype = jnp.bfloat16 if name == "block of another dtype" else jnp.float32
+    training = {"train": True, "key": jax.random.key(3), "dtype": dtype}
+
+    def run(params):
+        logits, _ = mvit.apply(params, jnp.array(CLIP), config=CONFIG, **training, **way, **parts)
+        return (logits.astype(jnp.float32) * jnp.arange(1.0, 4)[None]).sum()
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", LOOPED | NOT_LOOPED)
+def test_custom_parts_train_alike_however_blocks_are_run(name, way):
+    params, expected = weights(name)
+    value, gradients = jax.jit(jax.value_and_grad(loss(name, **way)))(params)
+    tolerance = 2e-2 if name == "block of another dtype" else 1e-5
+    for mine, plain in zip(*map(jax.tree.leaves, ((value, gradients), expected)), strict=True):
+        scale = max(np.abs(plain).max(), 1e-3)
+        np.testing.assert_allclose(mine, plain, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", LOOPED | NOT_LOOPED)
+def test_custom_parts_are_scanned_and_lowered_for_accelerators(name):
+    params, _ = weights(name)
+    traced = jax.jit(jax.grad(loss(name, scan=True, remat="blocks"))).trace(params)
+    assert ("length=3" in str(traced.jaxpr)) == (name in LOOPED)
+    for platform in ("tpu", "cuda"):
+        assert "func.func" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("name", ["attention", "block derived from ours", "pool"])
+def test_custom_parts_go_into_the_module_and_into_the_functions(name):
+    parts = LOOPED[name]
+    params, _ = weights(name)
+    model = mvit.from_params(params, CONFIG, **parts)
+    logits = jax.jit(model)(CLIP)
+    pure, _ = jax.jit(functools.partial(mvit.apply, config=CONFIG, **parts))(params, CLIP)
+    np.testing.assert_array_equal(logits, pure)
+    fresh = jax.eval_shape(lambda: MViT(CONFIG, rngs=nnx.Rngs(0), **parts))
+    assert jax.tree.structure(mvit.params_of(fresh)) == jax.tree.structure(params)
+    if "attention" in parts:
+        assert params["blocks"]["0"]["attn"].keys() == {"mix"}
+    else:
+        ours, _ = jax.jit(functools.partial(mvit.apply, config=CONFIG))(params, CLIP)
+        assert np.abs(logits - ours).max() > 1e-2
