@@ -17,8 +17,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import pytest  # noqa: E402
 
+from mvit_jax import train  # noqa: E402
 from mvit_jax.data import moving_digits  # noqa: E402
 from mvit_jax.training import sharding  # noqa: E402
+from tests import tiny  # noqa: E402
 
 pytest_plugins = ["tests.cpu_seconds"]
 
@@ -40,6 +42,20 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     moving_digits.prepare(folder, train_videos=24, val_videos=8, test_videos=10)
     return folder
+
+
+@pytest.fixture(scope="session")
+def reference(digits, tmp_path_factory):
+    """The folder of an uninterrupted run of `tiny.RECIPE`, to be read or copied."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert train.train(tiny.config(digits, **tiny.RECIPE), str(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """Has programs use all simulated devices."""
+    monkeypatch.setattr(sharding, "make_mesh", _make_mesh)
 
 
 @pytest.fixture(autouse=True)

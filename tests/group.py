@@ -73,11 +73,18 @@ def free_port() -> int:
 
 def wait_for(process: subprocess.Popen[str], beginning: str, lines: int = 1) -> str:
     """Returns the line when a process has printed so many that begin so."""
+    return lines_until(process, beginning, lines)[-1] + "\n"
+
+
+def lines_until(process: subprocess.Popen[str], beginning: str, lines: int = 1) -> list[str]:
+    """Returns all lines that a process prints up to the one that wait_for returns."""
     assert process.stdout is not None
+    printed = []
     for line in process.stdout:
+        printed.append(line.rstrip("\n"))
         lines -= line.startswith(beginning)
         if lines == 0:
-            return line
+            return printed
     raise AssertionError(f"ended before {beginning!r}: {process.communicate()[1]}")
 
 

@@ -11,9 +11,8 @@ import pytest
 from mvit_jax import train
 from mvit_jax.errors import UserError
 from mvit_jax.training import experiment
-from tests import tiny
+from tests import commands, tiny
 from tests.data.test_decoding import audio_only, half_without_index, write
-from tests.test_programs import run_evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -101,14 +100,14 @@ def test_they_are_replaced_in_training_and_left_out_of_tests(data, tmp_path, cap
     (count,) = re.findall(r"(\d+) of the 500 videos could not be decoded and were replaced", said)
     assert int(count) == len(told)
 
-    done = run_evaluate(run)
-    assert done.returncode == 0, done.stderr
+    status, output = commands.run("evaluate", f"--workdir={run}")
+    assert status == 0, output
     result = json.loads((run / "evaluation.json").read_text())
     left_out = {Path(sentence.split(": ")[0]).name for sentence in result["left_out"]}
     assert names(BROKEN, left_out) == names(BROKEN, told)
     assert left_out == names([*BROKEN, "flipped"], left_out)
     assert result["videos"] == VIDEOS - len(left_out)
-    assert str(result["videos"]) in done.stdout
+    assert str(result["videos"]) in output
     tested = (run / "videos.csv").read_text().splitlines()[1:]
     assert len(tested) == result["videos"]
     assert not {Path(line.split(",")[0]).name for line in tested} & left_out

@@ -13,8 +13,8 @@ import pytest
 
 from mvit_jax.data import pipeline
 from mvit_jax.training.checkpoints import Checkpoints
-from tests import tiny
-from tests.test_programs import run_evaluate
+from tests import commands, tiny
+from tests.environment import of_process
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def start(data, folder, *flags):
         f"--config.data.timeout={TIMEOUT}", "--config.data.threads=1", *flags,
     ]  # fmt: skip
     return subprocess.Popen(
-        command, cwd=tiny.ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
+        command, cwd=tiny.ROOT, env=of_process(1), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -88,10 +88,10 @@ def test_the_same_command_goes_on_when_that_is_mended(stuck, data):
     path = video(data, "test", 3)
     hang(path)
     began = time.monotonic()
-    done = run_evaluate(folder)
+    status, output = commands.run("evaluate", f"--workdir={folder}")
     mend(path)
-    assert done.returncode == 1 and time.monotonic() - began < 120
-    assert f"{path} is still being read" in done.stderr and "Traceback" not in done.stderr
+    assert status == 1 and time.monotonic() - began < 120
+    assert f"{path} is still being read" in output and "Traceback" not in output
     assert not (folder / "evaluation.json").exists()
 
 

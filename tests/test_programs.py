@@ -17,13 +17,12 @@ from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
 from mvit_jax.training import experiment, history, runs, workdir
 from mvit_jax.training.checkpoints import Checkpoints
-from tests import tiny
+from tests import commands, tiny
+from tests.environment import of_process
 from tests.group import final_state
 from tests.inspection.pages import Page
 
-# 24 training videos in batches of 8: 3 steps an epoch.
-EPOCHS = 3.0
-RECIPE = {"checkpoint.every": 2, "epochs": EPOCHS, "optim.ema": 0.5, "model.drop_path": 0.3}
+RECIPE = tiny.RECIPE
 
 
 def final_params(folder) -> dict[str, np.ndarray]:
@@ -31,12 +30,9 @@ def final_params(folder) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
-    """A run from start to end, and what it printed is of no interest here."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.train(tiny.config(digits, **RECIPE), str(folder)) == 0
-    shutil.copy(folder / runs.REPORT, folder / "first.html")  # tests write it anew
-    return folder
+def run(reference, tmp_path_factory):
+    """A copy of the reference run, to which tests of the evaluation add their files."""
+    return shutil.copytree(reference, tmp_path_factory.mktemp("runs") / "whole")
 
 
 def test_a_run_leaves_its_config_checkpoints_and_events(run):
@@ -48,13 +44,13 @@ def test_a_run_leaves_its_config_checkpoints_and_events(run):
     assert [line["step"] for line in told.train] == [2, 4, 6, 8, 9]
     assert [line["step"] for line in told.val] == [3, 6, 9]
     (start,) = told.starts
-    assert start["videos"] == 24 and start["classes"] == 8 and start["devices"] == 8
+    assert start["videos"] == 24 and start["classes"] == 8 and start["devices"] == 1
     assert start["parameters"] == sum(x.size for x in final_params(run).values())
 
 
-def test_training_leaves_a_page_that_says_how_to_test(run):
-    page = Page((run / "first.html").read_text())
-    assert f"python -m mvit_jax.evaluate --workdir={run}" in page.text
+def test_training_leaves_a_page_that_says_how_to_test(reference):
+    page = Page((reference / runs.REPORT).read_text())
+    assert f"python -m mvit_jax.evaluate --workdir={reference}" in page.text
     assert page.count("svg") == 5
 
 
@@ -130,20 +126,19 @@ def test_another_config_is_refused_key_by_key(run, digits):
     assert train.train(faster, str(run)) == 0
 
 
-def run_evaluate(folder, *flags, env=None):
-    return subprocess.run(
-        [sys.executable, "-m", "mvit_jax.evaluate", f"--workdir={folder}", *flags],
-        capture_output=True, text=True, timeout=300, env=env or os.environ,
-    )  # fmt: skip
+def evaluate(folder, *flags):
+    return commands.run("evaluate", f"--workdir={folder}", *flags)
 
 
 @pytest.mark.slow
 def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits):
     """10 videos in batches of 8 on 8 devices, and one by one on 1 device."""
-    one_device = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = [sys.executable, "-m", "mvit_jax.evaluate", f"--workdir={run}"]
     results = []
-    for flags, env in (([], os.environ), (["--batch=1"], one_device)):
-        done = run_evaluate(run, *flags, env=env)
+    for flags, devices in (([], 8), (["--batch=1"], 1)):
+        done = subprocess.run(
+            [*command, *flags], env=of_process(devices), capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert "in order" in done.stdout
         results.append(json.loads((run / "evaluation.json").read_text()))
@@ -165,20 +160,20 @@ def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits
 
 @pytest.mark.slow
 def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_path):
-    done = run_evaluate(run, "--which=best", "--list=val", "--clips=1")
-    assert done.returncode == 0, done.stderr
+    status, said = evaluate(run, "--which=best", "--list=val", "--clips=1")
+    assert status == 0, said
     result = json.loads((run / "evaluation_val_best.json").read_text())
     assert result["checkpoint"] == "best" and result["step"] == Checkpoints(run).step("best")
     shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("check*", "best", "ev*"))
     page = tmp_path / "side_by_side.html"
     folders = [str(run), str(tmp_path / "other")]
-    status, said = program("evaluate", "--compare", *folders, f"--out={page}")
+    status, said = commands.run("evaluate", "--compare", *folders, f"--out={page}")
     assert status == 0, said
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line.strip()}
     assert f"{history.read(run).val[-1]['step']}" in rows[run.name]
     assert rows["other"].count("–") == 5
     assert Page(page.read_text()).ids["runs"].count("–") == 6  # and no test with shuffled frames
-    status, said = program("evaluate", "--compare", str(run), str(tmp_path))
+    status, said = commands.run("evaluate", "--compare", str(run), str(tmp_path))
     assert status == 1 and f"{tmp_path} holds no run" in said and said.count("\n") == 1
 
 
@@ -204,8 +199,13 @@ def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
     assert scores.metrics()["top1"] == best
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("after", ["from step 0", "step 4/"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param("from step 0", marks=pytest.mark.nightly),
+        pytest.param("step 4/", marks=pytest.mark.slow),
+    ],
+)
 def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
     digits, tmp_path, after
 ):
@@ -216,7 +216,7 @@ def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
         "--config.data.processes=2", "--config.epochs=200", "--config.eval.every_epochs=0",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=tiny.ROOT, start_new_session=True, text=True,
+        command, cwd=tiny.ROOT, env=of_process(1), start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -239,8 +239,8 @@ def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
 def test_several_numbers_of_clips_and_the_scores_of_each_video(run, digits, tmp_path):
     """One pass over the list gives what a pass for each number gives."""
     folder = shutil.copytree(run, tmp_path / "run")
-    done = run_evaluate(folder, "--clips=3,1", "--list=val")
-    assert done.returncode == 0, done.stderr
+    status, said = evaluate(folder, "--clips=3,1", "--list=val")
+    assert status == 0, said
     told = json.loads((folder / "views_val.json").read_text())
     assert [row["clips"] for row in told["views"]] == [1, 3]
     assert Image.open(folder / "views_val.png").size[0] > 300
@@ -260,16 +260,14 @@ def test_several_numbers_of_clips_and_the_scores_of_each_video(run, digits, tmp_
         video, label, predicted, _ = line.split(",")
         assert (video, int(label)) == (videos.item(i), videos.label(i))
         assert int(predicted) == scores.probabilities[i].argmax()
-    done = run_evaluate(folder, "--clips=0,2")
-    assert done.returncode != 0 and "--clips=0,2 must be numbers of at least 1" in done.stderr
+    status, said = evaluate(folder, "--clips=0,2")
+    assert status != 0 and "--clips=0,2 must be numbers of at least 1" in said
 
 
-@pytest.mark.slow
-def test_a_run_that_older_code_began_goes_on(digits, tmp_path, capsys):
+def test_a_run_that_older_code_began_goes_on(reference, digits, tmp_path, capsys):
     """Keys that did not exist then have their defaults."""
-    config = tiny.config(digits, epochs=1.0)
-    folder = tmp_path / "run"
-    assert train.train(config, str(folder)) == 0
+    config = tiny.config(digits, **RECIPE)
+    folder = shutil.copytree(reference, tmp_path / "run")
     frozen = json.loads((folder / "config.json").read_text())
     for section, key in (("data", "sampling"), ("optim", "name"), ("eval", "ensemble")):
         del frozen[section][key]
@@ -279,11 +277,11 @@ def test_a_run_that_older_code_began_goes_on(digits, tmp_path, capsys):
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.sampling was 'span' and is now 'segments'"):
         train.train(
-            tiny.config(digits, **{"epochs": 1.0, "data.sampling": "segments", "eval.clips": 1}),
+            tiny.config(digits, **RECIPE, **{"data.sampling": "segments", "eval.clips": 1}),
             str(folder),
         )
     with pytest.raises(UserError, match=r"optim\.name was 'adamw' and is now 'sgd'"):
-        train.train(tiny.config(digits, **{"epochs": 1.0, "optim.name": "sgd"}), str(folder))
+        train.train(tiny.config(digits, **RECIPE, **{"optim.name": "sgd"}), str(folder))
 
 
 @pytest.mark.slow
@@ -293,11 +291,11 @@ def test_broken_test_videos_are_left_out_and_listed(run, digits, tmp_path):
                      (data / "test.csv").read_text().splitlines()[:2])  # fmt: skip
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:300])
-    done = run_evaluate(run, f"--data={data}")
-    assert done.returncode == 0, done.stderr
+    status, said = evaluate(run, f"--data={data}")
+    assert status == 0, said
     result = json.loads((run / "evaluation.json").read_text())
     assert result["videos"] == 8 and len(result["left_out"]) == 2
-    assert str(first) in result["left_out"][0] and str(first) in done.stdout
+    assert str(first) in result["left_out"][0] and str(first) in said
     page = Page((run / runs.REPORT).read_text())
     assert str(first) in page.text and page.ids["videos"] == "8"
 
@@ -310,15 +308,6 @@ def test_broken_training_videos_are_replaced_and_named(digits, tmp_path, capsys)
     assert train.train(tiny.config(data, epochs=1.0), str(tmp_path / "run")) == 0
     out = capsys.readouterr().out
     assert out.count(f"{broken} cannot be decoded (") == 1 and "is replaced" in out
-
-
-def program(name, *flags, cwd=tiny.ROOT):
-    """Status, and what the program says, without JAX's or TensorFlow's own chatter."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"mvit_jax.{name}", *flags],
-        capture_output=True, text=True, timeout=300, cwd=cwd,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
 
 
 TRAIN = "--config=configs/moving_digits.py"
@@ -336,10 +325,11 @@ TRAIN = "--config=configs/moving_digits.py"
         ([], "give --config=configs/moving_digits.py and --workdir=DIR"),
         ([TRAIN, "--config.data.folder=/nowhere"], "no data folder /nowhere"),
         ([TRAIN, "--confg=1"], "Unknown command line flag 'confg'"),
+        ([TRAIN, "--config.on_nan=go"], "on_nan must be one of stop, skip, rollback, not 'go'"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(flags, sentence, tmp_path):
-    status, said = program("train", *flags, f"--workdir={tmp_path / 'run'}")
+    status, said = commands.run("train", *flags, f"--workdir={tmp_path / 'run'}")
     assert status == 1
     assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -392,7 +382,7 @@ def change_list(data, old, new):
     ],
 )
 def test_bad_data_and_values_end_before_anything_is_written(
-    digits, tmp_path, spoil, changes, sentence
+    digits, tmp_path, spoil, changes, sentence, eight_devices
 ):
     data = shutil.copytree(digits, tmp_path / "data")
     spoil(data)
@@ -438,20 +428,20 @@ def test_a_checkpoint_of_another_architecture_is_refused(run, digits, tmp_path):
 
 
 def test_testing_without_a_run_says_so(tmp_path):
-    status, said = program("evaluate", f"--workdir={tmp_path}")
+    status, said = commands.run("evaluate", f"--workdir={tmp_path}")
     assert status == 1 and "holds no run: there is no config.json" in said
 
 
 def test_describe_prints_the_papers_table_and_its_errors():
-    status, said = program("describe", "mvit_b_16x4")
+    status, said = commands.run("describe", "mvit_b_16x4")
     assert status == 0
     assert "36,610,672 parameters, 70.6 G multiply-adds" in said
     assert "8x14x14 + 1 = 1569" in said and "78.4 % top-1" in said
-    status, said = program("describe", "mvit_b_16x4", "pool_mode=max", "num_classes=10")
+    status, said = commands.run("describe", "mvit_b_16x4", "pool_mode=max", "num_classes=10")
     assert status == 0 and "published" not in said
-    status, said = program("describe", "mvit_b_16x5")
+    status, said = commands.run("describe", "mvit_b_16x5")
     assert status == 1 and "did you mean 'mvit_b_16x4'?" in said
-    status, said = program("describe", "mvit_b_16x4", "frame=8")
+    status, said = commands.run("describe", "mvit_b_16x4", "frame=8")
     assert status == 1 and "did you mean 'frames'?" in said
 
 
@@ -469,5 +459,5 @@ def test_describe_prints_the_papers_table_and_its_errors():
     ],
 )
 def test_values_of_the_wrong_kind_are_one_sentence(override, sentence):
-    status, said = program("describe", "mvit_b_16x4", override)
+    status, said = commands.run("describe", "mvit_b_16x4", override)
     assert status == 1 and sentence in said and said.count("\n") == 1

@@ -268,9 +268,6 @@ def test_an_unknown_inflation_is_one_sentence(digits):
 
 # The program.
 
-RECIPE = {"checkpoint.every": 2, "epochs": 3.0, "optim.ema": 0.5, "model.drop_path": 0.3}
-
-
 def final_state(folder):
     with closing(Checkpoints(folder)) as checkpoints:
         tree = checkpoints.last.restore(checkpoints.step())
@@ -286,17 +283,18 @@ class Stopping(train.Logbook):
 
 
 @pytest.mark.slow
-def test_another_workdir_goes_on_from_a_run_and_ends_as_if_never_stopped(digits, tmp_path, capsys):
-    whole, stopped, resumed = (tmp_path / name for name in ("whole", "stopped", "resumed"))
-    assert train.train(tiny.config(digits, **RECIPE), str(whole)) == 0
+def test_another_workdir_goes_on_from_a_run_and_ends_as_if_never_stopped(
+    reference, digits, tmp_path, capsys
+):
+    stopped, resumed = tmp_path / "stopped", tmp_path / "resumed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Logbook", Stopping)
-        assert train.train(tiny.config(digits, **RECIPE), str(stopped)) == 128 + signal.SIGTERM
+        assert train.train(tiny.config(digits, **tiny.RECIPE), str(stopped)) == 128 + signal.SIGTERM
     before = final_state(stopped)
     capsys.readouterr()
-    assert train.train(tiny.config(digits, **RECIPE, resume=str(stopped)), str(resumed)) == 0
+    assert train.train(tiny.config(digits, **tiny.RECIPE, resume=str(stopped)), str(resumed)) == 0
     assert f"goes on with the last checkpoint of {stopped}" in capsys.readouterr().out
-    ours, theirs = final_state(resumed), final_state(whole)
+    ours, theirs = final_state(resumed), final_state(reference)
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for name, values in theirs.items():
         np.testing.assert_array_equal(ours[name], values, err_msg=name)

@@ -14,25 +14,18 @@ from tests import tiny
 from tests.group import final_state
 
 pytestmark = pytest.mark.slow
-# Six steps, validated after 3 and 6.
-RECIPE = {"epochs": 2.0, "eval.every_epochs": 1.0, "checkpoint.every": 100, "optim.lr": 1e-2}
+# Nine steps, validated after 3, 6 and 9.
+RECIPE = tiny.RECIPE | {"checkpoint.every": 100}
 
 
 def validated(folder):
     return [(line["step"], line["top1"], line["top5"]) for line in history.read(folder).val]
 
 
-@pytest.fixture(scope="module")
-def whole(digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    assert train.train(tiny.config(digits, **RECIPE), str(folder)) == 0
-    return folder
-
-
-@pytest.mark.parametrize("at", [3, 6])
-def test_a_stop_where_a_validation_is_due_saves_first(at, whole, digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [3, 9])
+def test_a_stop_where_a_validation_is_due_saves_first(at, reference, digits, tmp_path, monkeypatch):
     """At its last step the run ends as it would have, but for being killed while it validates."""
-    steps = iter(range(1, 7))
+    steps = iter(range(1, 10))
 
     def stop(*args):
         if next(steps) == at:
@@ -41,13 +34,13 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, whole, digits, tmp_pat
     validate = loop.validate
 
     def killed(*args):
-        if Checkpoints(tmp_path).step() == 6:  # what was trained is safe
+        if Checkpoints(tmp_path).step() == 9:  # what was trained is safe
             raise SystemExit(9)
         return validate(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "report_broken", stop)
-        if at == 6:
+        if at == 9:
             patch.setattr(loop, "validate", killed)
             with pytest.raises(SystemExit):
                 train.train(tiny.config(digits, **RECIPE), str(tmp_path))
@@ -55,12 +48,12 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, whole, digits, tmp_pat
             status = train.train(tiny.config(digits, **RECIPE), str(tmp_path))
             assert status == 128 + signal.SIGTERM
     assert Checkpoints(tmp_path).step() == at
-    assert [step for step, *_ in validated(tmp_path)] == [3, 6][: at // 3 - 1]
+    assert [step for step, *_ in validated(tmp_path)] == [3, 6, 9][: at // 3 - 1]
     assert train.train(tiny.config(digits, **RECIPE), str(tmp_path)) == 0
-    assert validated(tmp_path) == validated(whole)
-    ours, theirs = Checkpoints(tmp_path), Checkpoints(whole)
+    assert validated(tmp_path) == validated(reference)
+    ours, theirs = Checkpoints(tmp_path), Checkpoints(reference)
     assert (ours.step("best"), ours.best_top1) == (theirs.step("best"), theirs.best_top1)
-    trained, expected = final_state(tmp_path), final_state(whole)
+    trained, expected = final_state(tmp_path), final_state(reference)
     assert trained.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(trained[name], value, err_msg=name)
@@ -77,5 +70,5 @@ def test_a_validation_that_cannot_be_noted_ends_nothing(digits, tmp_path, monkey
 
     monkeypatch.setattr(workdir, "write_whole", full)
     assert train.train(tiny.config(digits, **RECIPE), str(tmp_path)) == 0
-    assert capsys.readouterr().out.count("device): the next start may validate step") == 2
-    assert [step for step, *_ in validated(tmp_path)] == [3, 6]
+    assert capsys.readouterr().out.count("device): the next start may validate step") == 3
+    assert [step for step, *_ in validated(tmp_path)] == [3, 6, 9]
