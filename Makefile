@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& echo $$p && break; done)
 RUN := .venv/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps
 # Two files of tests at a time: they compile more than they run, and compilers use one core.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -22,35 +23,40 @@ train: data
 data: .venv/installed
 	$(RUN) -m mvit_jax.prepare moving_digits --out=$(DATA)
 
-test: .venv/installed
+test: .venv/installed-dev
 	$(RUN) -m pytest -m "not slow and not nightly and not browser" $(PARALLEL)
 
-test-slow: .venv/installed
+test-slow: .venv/installed-dev
 	$(RUN) -m pytest -m "slow and not nightly and not browser" $(PARALLEL)
 
-test-nightly: .venv/installed
+test-nightly: .venv/installed-dev
 	$(RUN) -m pytest -m "nightly and not browser" $(PARALLEL)
 
-test-browser: .venv/installed
+test-browser: .venv/installed-dev
 	@command -v chromium > /dev/null || { echo "Chromium is needed: apt-get install chromium"; exit 1; }
 	$(RUN) -m pytest -m browser
 
-docs: .venv/installed
+docs: .venv/installed-dev
 	.venv/bin/sphinx-build -E -W -n --keep-going -q docs docs/_build
 	@echo "open docs/_build/index.html"
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-typecheck: .venv/installed
+typecheck: .venv/installed-dev
 	.venv/bin/pyright
 
-# The mark is written last, so that an installation broken off is begun anew. --no-deps: the lock is
-# complete, and an extra of one package must not pull another version in.
+# The programs need the first lock alone; the second adds tests, pages and linters. The stamps are
+# written last, so that an interrupted installation starts anew. --no-deps: the locks are complete
+# together, and an extra of one package must not pull another version in.
 .venv/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-build-isolation -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@

@@ -9,6 +9,7 @@ Google's clients that of storage, with which Orbax asks what kind of bucket it i
 
 import contextlib
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -116,16 +117,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path} cannot be written: {path.parent} is not writable")
 
 
-def quiet_tensorflow() -> None:
-    """TensorFlow takes seconds to import and then talks."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
-
 @functools.cache  # what was raised is not kept
 def _reach(bucket: str) -> None:
     """Returns where a bucket can be read: else each library would fail in its own words."""
-    quiet_tensorflow()
+    # TensorFlow prints lines about processors and oneDNN otherwise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, Unauthorized
         from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
@@ -133,8 +130,13 @@ def _reach(bucket: str) -> None:
         # Orbax wants the second one in buckets with a hierarchical namespace.
         from google.cloud import storage, storage_control_v2  # noqa: F401
         from google.cloud.storage.retry import DEFAULT_RETRY
+
+        if importlib.util.find_spec("tensorflow") is None:
+            raise ImportError
     except ImportError:
-        raise UserError(f"gs://{bucket} needs Google's clients: pip install -e '.[gcs]'") from None
+        raise UserError(
+            f"gs://{bucket} needs Google's clients and TensorFlow: pip install -e '.[gcs]'"
+        ) from None
     mend = "check the network, and GOOGLE_CLOUD_PROJECT"
     try:
         client = storage.Client()

@@ -9,6 +9,7 @@ these tests alone, or of several suites: MVIT_JAX_TEST_CACHE.
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 COMPILER = "--xla_cpu_use_fusion_emitters=false"
@@ -16,6 +17,8 @@ DEVICES = 8  # simulated
 
 
 def prepare() -> None:
+    # A shell without job control starts jobs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     given = os.environ.get("XLA_FLAGS", "")
     if COMPILER not in given:
         os.environ["XLA_FLAGS"] = (

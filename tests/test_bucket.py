@@ -2,6 +2,7 @@
 it are the true libraries: TensorFlow, TensorStore, Orbax and Google's client."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -11,11 +12,7 @@ from mvit_jax.training import history
 from tests import bucket, events, group, tiny
 from tests.group import final_state
 
-pytestmark = pytest.mark.slow
-RECIPE = (
-    "--config.epochs=3", "--config.checkpoint.every=2", "--config.checkpoint.keep=2",
-    "--config.eval.every_epochs=1", "--config.model.drop_path=0.3", "--config.optim.ema=0.9",
-)  # fmt: skip
+RECIPE = tiny.RECIPE_FLAGS[len(tiny.FLAGS) :]
 EVALUATED = {"evaluation.json", "confusion.png", "per_class.png", "scores.npz", "videos.csv"}
 
 
@@ -40,11 +37,9 @@ def run(digits):
 
 
 @pytest.fixture(scope="module")
-def here(run, tmp_path_factory):
-    """The same run without a bucket, and what is made of it."""
-    folder = tmp_path_factory.mktemp("here")
-    run("train", f"--workdir={folder}")
-    return folder
+def here(reference, tmp_path_factory):
+    """The same run without a bucket."""
+    return shutil.copytree(reference, tmp_path_factory.mktemp("here") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +80,14 @@ def assert_equal_states(ours, theirs):
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_ends_with_the_same_parameters(here, there, storage, tmp_path):
     folder = copied(storage, "runs/b", tmp_path)
     assert_equal_states(folder, here)
     assert not [path for path in tiny.ROOT.iterdir() if path.name.startswith("gs:")]
 
 
+@pytest.mark.slow
 def test_all_that_a_run_tells_is_in_the_bucket(here, there, storage, tmp_path):
     folder = copied(storage, "runs/b", tmp_path)
     ours, theirs = history.read(folder), history.read(here)
@@ -112,6 +109,7 @@ def test_all_that_a_run_tells_is_in_the_bucket(here, there, storage, tmp_path):
     assert "<svg" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside(here, there, storage, run, tmp_path):
     names = [n for n in storage.names("a-bucket", "runs/b/checkpoints/9/params/") if "/d/" in n]
     assert names
@@ -126,6 +124,7 @@ def test_a_damaged_checkpoint_is_set_aside(here, there, storage, run, tmp_path):
     assert_equal_states(folder, here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denied", ["digests.json", "params.*alt=media"])
 def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, denied):
     before = storage.names("a-bucket", "runs/b/checkpoints/")
@@ -141,6 +140,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, d
     assert storage.names("a-bucket", "runs/b/checkpoints/") == before
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_that_is_not_complete_is_none(here, there, storage, run, tmp_path):
     """As after a kill in the middle of a save, in the first of a run and in a later one."""
     objects = dict(storage.buckets["a-bucket"])
@@ -154,6 +154,16 @@ def test_a_checkpoint_that_is_not_complete_is_none(here, there, storage, run, tm
     assert_equal_states(copied(storage, "runs/killed", tmp_path), here)
 
 
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_tested_there(here, there, storage, run, tmp_path):
+    run("evaluate", f"--workdir={there}", "--batch=4", storage=storage)
+    folder = copied(storage, "runs/b", tmp_path)
+    assert {path.name for path in folder.iterdir()} >= EVALUATED
+    assert json.loads((folder / "evaluation.json").read_text())["videos"] == 10
+    assert "Not tested yet" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.nightly
 def test_programs_read_a_run_in_a_bucket(here, there, storage, run, digits, tmp_path):
     found = {}
     for name, folder, where in (("here", here, None), ("there", there, storage)):
@@ -172,6 +182,7 @@ def test_programs_read_a_run_in_a_bucket(here, there, storage, run, digits, tmp_
     assert "Not tested yet" not in (folder / "report.html").read_text()
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_from_one_in_a_bucket(here, there, storage, run, tmp_path):
     done = run(
         "train", f"--workdir={tmp_path / 'on'}", f"--config.resume={there}", "--config.epochs=4",
@@ -185,6 +196,7 @@ def test_a_run_goes_on_from_one_in_a_bucket(here, there, storage, run, tmp_path)
     assert f"weights from {there}" in done.out
 
 
+@pytest.mark.nightly
 def test_two_processes_write_one_run(storage, digits, tmp_path):
     """The same as one process with two devices, in a folder."""
     states = []
@@ -202,6 +214,7 @@ def test_two_processes_write_one_run(storage, digits, tmp_path):
     assert_equal_states(states[1], states[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workdir", "denied", "told"),
     [

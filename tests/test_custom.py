@@ -17,6 +17,7 @@ def config(name):
 def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tmp_path):
     run = tmp_path / "run"
     changes = {"epochs": 0.4, "data.mean": (0.1, 0.2, 0.3), "data.stride": 7, "model.heads": 2}
+    changes["eval.every_epochs"] = 0.0
     assert train.train(tiny.config(digits, **changes), str(run)) == 0
     c = config(str(run))
     assert c.init.checkpoint == str(run)

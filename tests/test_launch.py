@@ -1,11 +1,10 @@
-"""What is in launch/ is right as far as can be told without a cluster.
+"""Checks of launch/ without a cluster.
 
-Scripts run with stand-ins for the programs of clusters (`stand_ins.py`), the commands of the pages
-about them too; files are checked by shellcheck, hadolint and schemas.
+Scripts run with stand-ins for the programs of clusters (`stand_ins.py`). shellcheck, hadolint and
+the schemas of Kubernetes check the files.
 """
 
 import fnmatch
-import json
 import math
 import os
 import re
@@ -16,7 +15,6 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -54,14 +52,6 @@ def test_scripts_are_careful(path):
     subprocess.run(["bash", "-n", path], check=True)
     done = subprocess.run([checker("shellcheck"), path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def test_shellcheck_finds_what_is_careless(tmp_path):
-    (tmp_path / "a.sh").write_text("#!/usr/bin/env bash\nrm -r $1/*\n")
-    done = subprocess.run(
-        [checker("shellcheck"), tmp_path / "a.sh"], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "SC2086" in done.stdout
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -111,6 +101,7 @@ def test_a_job_goes_back_into_the_queue_after_143_and_134_alone(status, state, a
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_job_that_loses_a_process_again_and_again_ends(clone):
     """Slots that ran their full time, which Slurm counts too, are no losses."""
     clone.answer(("squeue", [("RUNNING", 0)]))
@@ -124,17 +115,16 @@ def test_a_job_that_loses_a_process_again_and_again_ends(clone):
     assert again == [*24 * [True], False]
 
 
-@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
-def test_sigterm_to_the_job_reaches_the_program(state, clone):
+def test_sigterm_to_the_job_reaches_the_program(clone):
     clone.trains("wait")
-    clone.answer(("squeue", [(state, 0)]))
+    clone.answer(("squeue", [("RUNNING", 0)]))
     process = clone.start(SBATCH, **JOB)
     until(clone.starts)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == PREEMPTED
     assert (clone.folder / "saved").read_text() == "saved "
-    assert (AGAIN in clone.calls()) == (state == "RUNNING")
+    assert AGAIN in clone.calls()
 
 
 def test_a_job_wants_one_process_a_gpu(clone):
@@ -161,38 +151,6 @@ def jobset() -> dict[str, Any]:
     return yaml.safe_load((LAUNCH / "gke" / "jobset.yaml").read_text())
 
 
-def check_jobset(found: dict[str, Any]) -> None:
-    jsonschema.validate(found, json.loads((tiny.ROOT / "tests/jobset_schema.json").read_text()))
-    for part in found["spec"]["replicatedJobs"]:
-        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
-        for version in KUBERNETES:
-            kubernetes_validate.validate(job | part["template"], version, strict=True)
-
-
-def test_the_jobset_is_what_kubernetes_takes():
-    check_jobset(jobset())
-
-
-@pytest.mark.parametrize(
-    ("where", "key", "value"),
-    [
-        (("spec",), "replicas", 1),
-        (("spec", "failurePolicy"), "maxRestarts", "many"),
-        (("spec", "failurePolicy", "rules", 0), "action", "Restart"),
-        (("spec", "replicatedJobs", 0, "template", "spec"), "completion", 4),
-        (("spec", "replicatedJobs", 0, "template", "spec", "template", "spec"), "volume", []),
-    ],
-)
-def test_a_jobset_with_a_mistake_is_found(where, key, value):
-    found = jobset()
-    inner: Any = found
-    for step in where:
-        inner = inner[step]
-    inner[key] = value
-    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
-        check_jobset(found)
-
-
 def job_and_pod() -> tuple[dict[str, Any], dict[str, Any]]:
     [part] = jobset()["spec"]["replicatedJobs"]
     return part["template"]["spec"], part["template"]["spec"]["template"]["spec"]
@@ -217,45 +175,26 @@ def test_the_jobset_has_a_container_for_each_host_of_the_slice():
     }
 
 
-def what_follows(status: int, *, disrupted: bool) -> str:
-    """By the documented rules: the first rule that fits a failed pod decides about the job; a job
-    that counts a failure above its backoffLimit fails for another reason; the first rule of the
-    JobSet that has the reason decides, and no rule means a restart."""
+def test_kubernetes_accepts_the_job_of_the_jobset():
+    job, _ = job_and_pod()
+    head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
+    for version in KUBERNETES:
+        kubernetes_validate.validate(head | {"spec": job}, version, strict=True)
+
+
+def test_the_jobset_starts_again_after_a_preemption_or_a_lost_host():
     job, pod = job_and_pod()
-    action = "Count"
-    for rule in job["podFailurePolicy"]["rules"]:
-        conditions = rule.get("onPodConditions")
-        if conditions:
-            fits = disrupted and conditions == [{"type": "DisruptionTarget", "status": "True"}]
-        else:
-            codes = rule["onExitCodes"]
-            assert codes["containerName"] == pod["containers"][0]["name"]
-            fits = (status in codes["values"]) == (codes["operator"] == "In")
-        if fits:
-            action = rule["action"]
-            break
-    assert action in ("Count", "FailJob") and job["backoffLimit"] == 0
-    reason = "PodFailurePolicy" if action == "FailJob" else "BackoffLimitExceeded"
-    for rule in jobset()["spec"]["failurePolicy"]["rules"]:
-        if reason in rule["onJobFailureReasons"]:
-            return rule["action"]
-    return "RestartJobSet"
-
-
-@pytest.mark.parametrize(
-    ("status", "disrupted", "follows"),
-    [
-        (PREEMPTED, False, "RestartJobSet"),
-        (PREEMPTED, True, "RestartJobSet"),
-        (LOST, False, "RestartJobSet"),
-        (137, True, "RestartJobSet"),
-        (1, False, "FailJobSet"),
-        (137, False, "FailJobSet"),  # out of memory, say
-    ],
-)
-def test_the_jobset_starts_again_after_a_preemption_alone(status, disrupted, follows):
-    assert what_follows(status, disrupted=disrupted) == follows
-    assert jobset()["spec"]["failurePolicy"]["maxRestarts"] > 10
+    disruption, codes = job["podFailurePolicy"]["rules"]
+    assert disruption["action"] == "Count" and job["backoffLimit"] == 0
+    assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert codes["action"] == "FailJob" and codes["onExitCodes"] == {
+        "containerName": pod["containers"][0]["name"], "operator": "NotIn",
+        "values": [LOST, PREEMPTED],
+    }  # fmt: skip
+    policy = jobset()["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 10
+    [rule] = policy["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
 
 
 def test_xpk_starts_the_same_run(clone):

@@ -93,18 +93,6 @@ def a_training_runs(folder: Path) -> Iterator[None]:
         yield
 
 
-def test_install_brings_the_commit_to_all_hosts(clone):
-    commit(clone)
-    status, _, err = tpu(clone, "install", "m", "z", "b")
-    assert status == 0, err
-    copied, installed = clone.calls()
-    assert copied[:5] == [*RESOURCE, "scp"]
-    assert copied[6:] == ["m:mvit_jax.tar.gz", *EVERYWHERE]
-    assert not Path(copied[5]).exists()  # of no use any more
-    assert installed[:-1] == [*RESOURCE, "ssh", "m", *EVERYWHERE]
-    assert installed[-1].endswith(" && mvit_jax/launch/tpu_vm/on_host/install.sh b")
-
-
 def test_a_host_has_the_code_of_the_last_commit_and_keeps_what_is_its_own(clone, tmp_path):
     """What is sent runs in an empty home, to which `git archive` stands in for scp."""
     home, old = tmp_path / "home", "launch/old.py"
@@ -115,11 +103,16 @@ def test_a_host_has_the_code_of_the_last_commit_and_keeps_what_is_its_own(clone,
     def install() -> tuple[int, str, str]:
         commit(clone)
         subprocess.run([*git, f"--output={home}/mvit_jax.tar.gz", "HEAD"], check=True)
-        assert tpu(clone, "install", "m", "z")[0] == 0
+        assert tpu(clone, "install", "m", "z", "b")[0] == 0
         return clone.on_host(clone.calls()[-1], home)
 
     (clone.clone / old).write_text("")
     assert install()[0] == 0 and (host / old).exists()
+    copied, installed = clone.calls()
+    assert copied[:5] == [*RESOURCE, "scp"] and copied[6:] == ["m:mvit_jax.tar.gz", *EVERYWHERE]
+    assert not Path(copied[5]).exists()  # of no use any more
+    assert installed[:-1] == [*RESOURCE, "ssh", "m", *EVERYWHERE]
+    assert installed[-1].endswith(" && mvit_jax/launch/tpu_vm/on_host/install.sh b")
     (clone.clone / old).unlink()
     own = (host / "train.log", host / "launch" / "mine.py")
     for path in own:
@@ -166,10 +159,7 @@ HOST = ("launch/tpu_vm/on_host/train.sh", *ASKED)
         ((0,), 1, 0),
         ((1,), 1, 1),
         ((PREEMPTED, PREEMPTED, 0), 3, 0),
-        ((PREEMPTED, 1), 2, 1),
-        ((LOST, PREEMPTED, 0), 3, 0),
         ((KILLED, 0), 2, 0),  # the others wait for it
-        ((LOST,) * 20, 11, LOST),
         ((LOST, KILLED) * 10, 11, LOST),
         ((PREEMPTED,) * 12 + (0,), 13, 0),
         ((127,), 1, 127),  # there is no such program
@@ -183,6 +173,7 @@ def test_a_host_starts_again_after_a_preemption_alone(statuses, starts, end, clo
     assert not (clone.clone / "train.pid").exists()
 
 
+@pytest.mark.slow
 def test_a_host_that_is_asked_to_stop_between_two_starts_stops(clone):
     """The script's own `echo` of the time between them, which a shell takes from its environment,
     sends the signal."""
@@ -273,39 +264,41 @@ def test_spot_tpus_are_asked_for_again_until_the_run_is_complete(clone):
 ONCE = ["install", "train"]
 
 
-@pytest.mark.parametrize("ended", ["143 running", "143", "1 134", "silent", "0 1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", ["143 running", "1 134", "silent"])
 def test_how_the_training_ends_before_the_tpus_are_taken_away_does_not_matter(ended, clone):
     states = [*5 * ["ACTIVE"], "SUSPENDING", "SUSPENDED", "", "ACTIVE"]
     hosts = ["none", "running", *3 * [ended], "none", "0"]
     assert keep(clone, states, hosts) == (0, [*ONCE, "delete", "create", *ONCE, "delete"])
 
 
-@pytest.mark.parametrize("ended", ["143", "134 143", "137 running", "none running", "0 143"])
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", ["134 143", "none running"])
 def test_training_is_started_again_on_hosts_that_stay(ended, clone):
     hosts = ["none", "running", *5 * [ended], "running", "0"]
     assert keep(clone, ["ACTIVE"], hosts) == (0, [*ONCE, *ONCE, "delete"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ended", "did"),
     [
-        ("1", ONCE),
         ("1 running", ONCE),
-        ("0 127", ONCE),
         ("134", 6 * ONCE),  # not for ever
         ("134 silent", ONCE),  # a host hangs
-        ("silent", ONCE),
     ],
 )
 def test_spot_tpus_are_left_where_the_training_failed(ended, did, clone):
     assert keep(clone, ["ACTIVE"], ["none", ended]) == (1, did)
 
 
+@pytest.mark.slow
 def test_a_host_that_cannot_be_reached_is_no_reason_while_the_others_train(clone):
     hosts = ["none", *20 * ["running silent"], "0"]
     assert keep(clone, ["ACTIVE"], hosts) == (0, [*ONCE, "delete"])
 
 
+@pytest.mark.slow
 def test_a_host_that_hangs_is_not_waited_for_for_ever(clone):
     """Short time limits stand in for the long ones."""
     (clone.clone / "launch/tpu_vm/status.sh").write_text("#!/usr/bin/env bash\nsleep 60\ntrue\n")
@@ -320,14 +313,17 @@ def test_a_host_that_hangs_is_not_waited_for_for_ever(clone):
     assert keep(clone, ["ACTIVE"], []) == (1, [])
 
 
+@pytest.mark.slow
 def test_a_second_keep_takes_over_what_runs(clone):
     assert keep(clone, ["ACTIVE"], ["running", "running", "0"]) == (0, ["delete"])
 
 
+@pytest.mark.slow
 def test_what_ran_before_on_the_tpus_is_not_this_run(clone):
     assert keep(clone, ["ACTIVE"], ["0", "running", "0"]) == (0, [*ONCE, "delete"])
 
 
+@pytest.mark.slow
 def test_spot_tpus_that_never_come_are_asked_for_at_longer_and_longer_intervals(clone):
     slept = clone.folder / "slept"
     stand_in = clone.folder / "bin" / "sleep"

@@ -210,7 +210,7 @@ def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
     assert min(Image.open(tmp_path / "plan.png").size) > 200
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_is_a_table_a_picture_and_a_report(tmp_path):
     status, out, err = podplan(
         "--topology=v5e:2x4", "--config.batch=16", "--sweep", "--fsdp=1,8", "--remat=none",
@@ -227,7 +227,7 @@ def test_a_sweep_is_a_table_a_picture_and_a_report(tmp_path):
     assert min(Image.open(tmp_path / "plan.png").size) > 300
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_that_does_not_fit_is_an_answer_and_the_largest_that_does_is_found():
     status, out, err = podplan("--topology=v5e:1x1", "--config.batch=65536", "--largest_batch")
     assert status == 0, err
@@ -241,7 +241,7 @@ def test_a_step_that_does_not_fit_is_an_answer_and_the_largest_that_does_is_foun
     assert found and found[1] in re.findall(r"compiling \((\d+) clips", out.replace(",", ""))[1:]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_thousand_chips_in_slices_that_share_the_state():
     status, out, err = podplan(
         "--topology=v5e:16x16", "--slices=4", "--config.batch=1024", "--config.mesh.fsdp=16"

@@ -19,10 +19,11 @@ from mvit_jax import predict, train
 from mvit_jax.data.decoding import Video
 from mvit_jax.errors import UserError
 from mvit_jax.models import mvit
-from mvit_jax.prediction.predictor import Maps, Predictor
+from mvit_jax.prediction.predictor import Maps
 from mvit_jax.training import experiment, workdir
 from mvit_jax.training.checkpoints import Checkpoints
 from tests import tiny
+from tests.environment import of_process
 from tests.prediction import small
 
 
@@ -45,7 +46,7 @@ def paths(digits):
 def program(*flags):
     return subprocess.run(
         [sys.executable, "-m", "mvit_jax.predict", *map(str, flags)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=300, env=of_process(1),
     )  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def test_a_folder_without_data_and_names_will_do(run, tmp_path):
     config = workdir.frozen(run)
     config.data.folder = None
     workdir.freeze(config, tmp_path)
-    predictor = Predictor(tmp_path)
+    predictor = small.predictor_of(tmp_path)
     assert predictor.names == tuple(f"class {i}" for i in range(8))
     result = predict.predict(predictor, ["/no/a.mp4", "/no/a.png"], top=1)
     assert [file["error"] for file in result["files"]] == [
@@ -261,7 +262,7 @@ def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monke
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(state, 1)
     files = [str(images / f"{index}.jpg") for index in (23, 17)]
-    predictor = Predictor(tmp_path)
+    predictor = small.predictor_of(tmp_path)
     flat = np.ones((1, 1, 32, 32), np.float32)
     monkeypatch.setattr(predictor, "maps", lambda shown: Maps(flat, flat))
     results = predict.predict(predictor, files, top=2, pictures=tmp_path, maps=True)["files"]

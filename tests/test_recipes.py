@@ -4,9 +4,8 @@ Rates are typed as the source states them: for one node, times nodes.
 """
 
 import dataclasses
-from functools import lru_cache, partial
+from functools import lru_cache
 
-import jax
 import numpy as np
 import pytest
 
@@ -186,24 +185,11 @@ def test_a_recipe_has_the_papers_values(name):
     assert c.init.inflate == inflate and inflate in (None, *surgery.INFLATIONS)
     assert (tuple(c.data.mean), tuple(c.data.std)) == normal
     assert c.published.startswith(published)
-    assert c.data.classes == CLASSES[data_of(name)]
+    assert c.data.classes == model.num_classes == CLASSES[data_of(name)]
     assert c.data.short_side == {224: 256, 312: 356, 320: 365, 352: 402, 384: 438, 512: 585}[size]
     assert plan(model)
 
-
-@pytest.mark.parametrize("file", FILES)
-def test_every_recipe_that_a_file_names_is_in_the_table(file):
-    with pytest.raises(ValueError, match=f"configs/{file}.py has .*, not 'no_such'") as error:
-        tiny.load_config_file(file).get_config("no_such")
-    named = str(error.value).partition(" has ")[2].partition(", not ")[0].split(", ")
-    assert sorted(f"{file}:{arg}" for arg in named) == sorted(
-        name for name in ROWS if name.startswith(file)
-    )
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_augmentation_of_a_recipe(name):
-    a, data = recipe(name).augment, recipe(name).data
+    a, data = c.augment, c.data
     assert (a.erase, a.erase_mode, a.switch) == (0.25, "pixel", 0.5)
     file = name.partition(":")[0]
     operations = "m7-n4"
@@ -222,13 +208,22 @@ def test_augmentation_of_a_recipe(name):
         assert data.sampling == ("stride" if file == "charades" else "span")
     assert data.interpolation == ("bicubic" if file == "imagenet" else "bilinear")
     assert data.multi_label == (file == "charades")
-    assert recipe(name).eval.ensemble == ("max" if file == "charades" else "mean")
-    assert not recipe(name).eval.whole_image
+    assert c.eval.ensemble == ("max" if file == "charades" else "mean")
+    assert not c.eval.whole_image
     if file in ("kinetics", "charades"):
-        size = experiment.model_config(recipe(name), 2).size
         assert a.short_side == (320 if "maskfeat" in name else int(size / 0.875))
     else:
         assert a.short_side is None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_recipe_that_a_file_names_is_in_the_table(file):
+    with pytest.raises(ValueError, match=f"configs/{file}.py has .*, not 'no_such'") as error:
+        tiny.load_config_file(file).get_config("no_such")
+    named = str(error.value).partition(" has ")[2].partition(", not ")[0].split(", ")
+    assert sorted(f"{file}:{arg}" for arg in named) == sorted(
+        name for name in ROWS if name.startswith(file)
+    )
 
 
 def test_the_papers_gpus_share_a_mixing_weight():
@@ -322,38 +317,60 @@ def source_of(name):
     return small_model(f"kinetics:{data}{known}")
 
 
+def alike(model):
+    """Returns a model without what no shape of a block depends on."""
+    return dataclasses.replace(model, num_classes=2, drop_path=0.0, dropout=0.0)
+
+
+def transfer(name):
+    """Returns the architectures that weights leave and enter, and how they are inflated."""
+    c = recipe(name)
+    return alike(source_of(name)), alike(small_model(name)), c.init.inflate
+
+
+def whole(name):
+    return alike(experiment.model_config(recipe(name), 2))
+
+
+def shallow(name):
+    """Returns the architecture with the kinds of blocks of each stage: its first, and another."""
+    model = whole(name)
+    return dataclasses.replace(model, depths=tuple(min(depth, 2) for depth in model.depths))
+
+
+def distinct(key, names):
+    """Returns the first of all names that have the same key."""
+    return list({key(name): name for name in reversed(list(names))}.values())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ROWS if recipe(name).init.needed])
+@pytest.mark.parametrize("name", distinct(transfer, [n for n in ROWS if recipe(n).init.needed]))
 def test_the_weights_that_a_recipe_names_fit_it(name):
-    source, target = source_of(name), small_model(name)
+    source, target, inflate = transfer(name)
+    source = dataclasses.replace(source, num_classes=3)
     params = {path: np.ones(shape, np.float32) for path, shape in mvit.shapes(source).items()}
-    fitted, report = surgery.carry_over(
-        trees.nested(params), source, target, recipe(name).init.inflate
-    )
+    fitted, report = surgery.carry_over(trees.nested(params), source, target, inflate)
     assert report.ok
     new = {line.path for line in report.lines if line.done == "new"}
     allowed = {"head/classifier/kernel", "head/classifier/bias"}
     if not source.class_token:
         allowed |= {"positions/class_token"}
     assert new <= allowed
-    if recipe(name).init.inflate:  # nothing but the centre frame
+    if inflate:  # nothing but the centre frame
         kernel = fitted["patch_embed"]["proj"]["kernel"]
         frames = [bool(frame.any()) for frame in kernel]
         assert frames == [i == len(frames) // 2 for i in range(len(frames))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
-def test_the_model_of_a_recipe_can_be_built(name):
-    config = recipe(name)
-    model = experiment.model_config(config, config.data.classes)
-    shapes = _shapes(model)
-    assert shapes["head"]["classifier"]["bias"].shape == (config.data.classes,)
-
-
-@lru_cache
-def _shapes(model):
-    return jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        *(pytest.param(n, shallow, marks=pytest.mark.slow) for n in distinct(shallow, ROWS)),
+        *(pytest.param(n, whole, marks=pytest.mark.nightly) for n in distinct(whole, ROWS)),
+    ],
+)
+def test_the_architecture_of_a_recipe_can_be_built(name, architecture):
+    assert mvit.shapes(architecture(name))["head/classifier/bias"] == (2,)
 
 
 def test_every_published_row_of_the_variants_has_a_recipe():

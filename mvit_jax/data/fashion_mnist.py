@@ -1,17 +1,22 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) as TFDS prepares it, with a network or not.
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) in TFDS's format, with a network or not.
 
-70,000 grey images of 28x28 pixels of ten kinds of clothing.
+70,000 grey images of 28x28 pixels of ten kinds of clothing. Needs no TensorFlow, which TFDS's own
+code for downloads, for the published files and for PNG would import.
 """
 
 import gzip
 import hashlib
-import os
+import http.client
 import sys
 import tempfile
 import urllib.request
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import cv2
+import numpy as np
 
 from mvit_jax.data.tfds_images import read_split
 from mvit_jax.errors import UserError
@@ -35,15 +40,12 @@ def prepare(folder: str, files: str | None = None) -> None:
 
     Args:
       folder: TFDS's `data_dir`.
-      files: the folder of the four .gz files; without it TFDS downloads them.
+      files: the folder of the four .gz files; without it they are downloaded.
 
     Raises:
       UserError: a file is missing, damaged or of another set; the download fails; the folder
         cannot be written; the set that is there cannot be read, as `read_split` says.
     """
-    # TensorFlow, which encodes the images, would tell of processors, and of oneDNN in any case.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
@@ -55,32 +57,44 @@ def prepare(folder: str, files: str | None = None) -> None:
     for left in builder.data_path.parent.glob("incomplete.*"):  # by a run that was killed
         left.rmtree()
     config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has tfrecord alone
-    with tempfile.TemporaryDirectory() as unpacked:
-        if files is not None:
-            paths = _unpack(Path(files).expanduser(), Path(unpacked))
-            split_generators = builder._split_generators
-            builder._split_generators = lambda manager: split_generators(_Local(paths))
+    with tempfile.TemporaryDirectory() as temporary:
+        unpacked = Path(temporary)
+        source = _download(builder.URL, unpacked) if files is None else Path(files).expanduser()
+        paths = _unpack(source, unpacked)
+        split_generators = builder._split_generators
+        builder._split_generators = lambda manager: split_generators(_Local(paths))
+        builder._generate_examples = examples
         try:
-            if files is None:
-                # TFDS would try for three and a half minutes before it says so.
-                urllib.request.urlopen(f"{builder.URL}{min(CONTENTS)}.gz", timeout=30).close()
             builder.download_and_prepare(
-                download_dir=None if files is None else unpacked,
-                download_config=config,
-                file_format="array_record",
+                download_dir=temporary, download_config=config, file_format="array_record"
             )
-        except Exception as error:
-            if files is None:  # TFDS raises its own exceptions here, and those of its libraries
-                raise UserError(
-                    f"{NAME} cannot be downloaded into {folder} ({_reason(error)}): fetch its four "
-                    "files another way, for example as Debian's package dataset-fashion-mnist, and "
-                    "name their folder, --files=DIR"
-                ) from error
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"{NAME} cannot be written into {folder}: {_reason(error)}"
-                ) from error
-            raise
+        except OSError as error:
+            raise UserError(f"{NAME} cannot be written into {folder}: {_reason(error)}") from error
+
+
+def _download(address: str, folder: Path) -> Path:
+    for name in CONTENTS:
+        try:
+            with urllib.request.urlopen(f"{address}{name}.gz", timeout=30) as response:
+                (folder / f"{name}.gz").write_bytes(response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"{NAME} cannot be downloaded ({_reason(error)}): fetch its four files another "
+                "way, for example as Debian's package dataset-fashion-mnist, and name their "
+                "folder, --files=DIR"
+            ) from error
+    return folder
+
+
+def examples(
+    num_examples: int, data_path: str, label_path: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields numbered images, encoded as PNG, with labels; in place of TFDS's function."""
+    pixels = np.frombuffer(Path(data_path).read_bytes(), np.uint8, offset=16)
+    labels = np.frombuffer(Path(label_path).read_bytes(), np.uint8, offset=8)
+    images = pixels.reshape(num_examples, 28, 28)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield index, {"image": cv2.imencode(".png", image)[1].tobytes(), "label": int(label)}
 
 
 class _Local:

@@ -354,6 +354,10 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
     died: list[str] = []
     main = threading.get_ident()
     previous = threading.excepthook
+    # Not SIGINT, which the background jobs of a shell script ignore. SIGURG does nothing where it
+    # has no handler, so one that comes late does no harm. Only the main thread may set handlers.
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGURG, signal.default_int_handler) if in_main else None
 
     def give_up() -> None:
         print(f"error: {_of_death(died[0])}", file=sys.stderr, flush=True)
@@ -369,7 +373,7 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
             died.append(str(args.exc_value).rpartition("with ")[2])
             timer.start()
             # A true signal, to that thread: `_thread.interrupt_main` would not end a wait in it.
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, signal.SIGURG)
 
     threading.excepthook = hook
     try:
@@ -377,6 +381,8 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
     finally:
         threading.excepthook = previous
         timer.cancel()
+        if in_main:
+            signal.signal(signal.SIGURG, before)
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ class Writer:
                 torn = path.exists() and path.stat().st_size > 0 and not _ends_a_line(path)
                 self.file = path.open("a", encoding="utf-8")
             else:
-                self.file = _Object(path)
+                self.file = ObjectFile(path)
                 torn = self.file.content[-1:] not in (b"", b"\n")
         except faults() as error:
             raise UserError(f"{path} cannot be written ({why(error)})") from None
@@ -82,9 +82,11 @@ class Writer:
         self.file.close()
 
 
-class _Object:
-    """A text in a bucket. Nothing can be appended to it, so that all of it is written again, for
-    which little of a run's time is taken; what was added since is what a kill costs."""
+class ObjectFile:
+    """An object in a bucket, to which text or bytes are appended.
+
+    Cloud Storage cannot append, so that each upload repeats the whole content. Uploads take a small
+    share of a run's time; a kill loses the content since the last upload."""
 
     SECONDS, SHARE = 30.0, 0.02  # at least between two writes, and at most of the time for them
 
@@ -94,8 +96,8 @@ class _Object:
         self._written = len(self.content)
         self._due = -math.inf
 
-    def write(self, text: str) -> None:
-        self.content += text.encode()
+    def write(self, content: str | bytes) -> None:
+        self.content += content.encode() if isinstance(content, str) else content
 
     def flush(self) -> None:
         if time.monotonic() >= self._due:

@@ -13,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mvit_jax.errors import UserError
-from mvit_jax.files import AnyPath, faults, quiet_tensorflow, why
+from mvit_jax.files import AnyPath, faults, why
 from mvit_jax.training import history, not_finite, timing
+from mvit_jax.training.events import Events
 from mvit_jax.training.step import Metrics
 
 
@@ -34,19 +35,10 @@ class Logbook:
         max_broken: float = 1.0, on_nan: str = "stop", spans: timing.Spans | None = None,
         watch: timing.InputWatch | None = None,
     ):  # fmt: skip
-        quiet_tensorflow()  # which clu's writer brings along
-        from clu import metric_writers, periodic_actions
-
-        from mvit_jax.training.events import Events
-
         # One process of many: all have the same means, and one file takes one writer.
         self.first = jax.process_index() == 0
-        events = Events(workdir, self.say) if self.first else metric_writers.MultiWriter([])
-        self.writer = metric_writers.AsyncWriter(events)
+        self.events = Events(workdir, self.say) if self.first else None
         self.history = history.Writer(workdir) if self.first else None
-        self.report = periodic_actions.ReportProgress(
-            num_train_steps=steps, every_steps=None, every_secs=60, writer=self.writer
-        )
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True,
             disable=not (self.first and _has_columns()),
@@ -70,7 +62,6 @@ class Logbook:
         self.pending, self.pending_step = metrics, step
         self.learning_rate = learning_rate
         self.bar.update(step - self.bar.n)
-        self.report(step)
         if step % self.every == 0 or step == self.steps:
             self.flush()
             self._write(step)
@@ -122,7 +113,7 @@ class Logbook:
             scalars["train/skipped"] = self.not_finite.skipped
             self.not_finite.skipped = 0
         told, sentence = self._timed(step)
-        self.writer.write_scalars(step, scalars | timing.scalars(told))
+        self._scalars(step, scalars | timing.scalars(told))
         kept = {k.removeprefix("train/"): v for k, v in scalars.items()}
         self._keep("train", step, kept | told)
         if sentence:
@@ -144,7 +135,7 @@ class Logbook:
         return told, sentence
 
     def validation(self, step: int, scalars: dict[str, float]) -> None:
-        self.writer.write_scalars(step, {f"val/{k}": v for k, v in scalars.items()})
+        self._scalars(step, {f"val/{k}": v for k, v in scalars.items()})
         self._keep("val", step, scalars)
         text = "  ".join(f"{k} {v:.2f}" for k, v in scalars.items())
         self.say(f"step {step}/{self.steps}  validation: {text}")
@@ -176,7 +167,12 @@ class Logbook:
             sys.stdout.flush()
 
     def text(self, name: str, text: str) -> None:
-        self.writer.write_texts(0, {name: text})
+        if self.events is not None:
+            self.events.write_texts(0, {name: text})
+
+    def _scalars(self, step: int, scalars: dict[str, Any]) -> None:
+        if self.events is not None:
+            self.events.write_scalars(step, scalars)
 
     def close(self) -> None:
         self.bar.close()
@@ -187,8 +183,8 @@ class Logbook:
                 self.history.close()
             except faults() as error:
                 self._history_ends(error)
-        self.writer.flush()
-        self.writer.close()
+        if self.events is not None:
+            self.events.close()
 
 
 def _has_columns() -> bool:

@@ -38,19 +38,17 @@ def test_a_finished_set_is_left_as_it_is(tmp_path, files):
 
 
 def test_an_interrupted_run_leaves_nothing_and_is_done_again(tmp_path, files, monkeypatch):
-    from tensorflow_datasets.image_classification import mnist
-
     out = tmp_path / "out"
-    generate = mnist.MNIST._generate_examples
+    generate = fashion_mnist.examples
 
-    def interrupted(self, **kwargs):
-        for number, example in enumerate(generate(self, **kwargs)):
+    def interrupted(**kwargs):
+        for number, example in enumerate(generate(**kwargs)):
             if number == 30:
                 raise KeyboardInterrupt
             yield example
 
     with monkeypatch.context() as patch:
-        patch.setattr(mnist.MNIST, "_generate_examples", interrupted)
+        patch.setattr(fashion_mnist, "examples", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fashion_mnist.prepare(str(out), str(files))
     assert not [path for path in out.rglob("*") if path.is_file()]
@@ -147,6 +145,22 @@ def test_without_a_network_another_way_is_named(tmp_path, monkeypatch):
     assert "(name or service not known): fetch its four files another way" in str(caught.value)
     assert "--files=DIR" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_downloaded_files_make_the_same_set_as_files_that_are_here(tmp_path, files, monkeypatch):
+    def network(url, timeout):
+        return (files / url.rpartition("/")[2]).open("rb")
+
+    monkeypatch.setattr("urllib.request.urlopen", network)
+    fashion_mnist.prepare(str(tmp_path / "downloaded"))
+    fashion_mnist.prepare(str(tmp_path / "here"), str(files))
+    assert [path.name for path in (tmp_path / "downloaded").iterdir()] == ["fashion_mnist"]
+    splits = (
+        read_split("fashion_mnist", str(tmp_path / n), "test") for n in ("downloaded", "here")
+    )
+    assert [x["image"] for x in next(splits).examples] == [
+        x["image"] for x in next(splits).examples
+    ]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from mvit_jax.data import moving_digits
 from mvit_jax.errors import UserError
 
 CLASSES = tuple(moving_digits.CLASSES)
-PER_CLASS = 60
+PER_CLASS = 40
 SMALL = {"seed": 3, "train_videos": 16, "val_videos": 8, "test_videos": 9}
 
 
@@ -113,7 +113,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_frames_in_order_show_the_motion_of_the_class(scenes, name):
     axis, sign, least, most = EXPECTED[name]
-    measured = [velocity(axis, *pair) for pair in scenes[CLASSES.index(name)]]
+    measured = [velocity(axis, *pair) for pair in scenes[CLASSES.index(name)][:20]]
     assert all(least <= sign * value <= most for value in measured), measured
 
 

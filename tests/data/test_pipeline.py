@@ -130,12 +130,21 @@ def test_worker_processes_do_not_change_training(mixed):
     assert_equal(train(mixed, repeats=2, processes=2, start=1), train(mixed, repeats=2)[1:])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [0, 2, 4])
-def test_the_same_batches_on_any_number_of_hosts_and_workers_and_after_a_resume(mixed, processes):
+@pytest.mark.parametrize(
+    ("processes", "counts", "starts"),
+    [
+        pytest.param(0, (1, 2, 4), (0, 4), marks=pytest.mark.slow),
+        pytest.param(2, (2,), (4,), marks=pytest.mark.slow),  # worker processes take a second each
+        pytest.param(2, (1, 2, 4), (0, 4), marks=pytest.mark.nightly),
+        pytest.param(4, (1, 2, 4), (0, 4), marks=pytest.mark.nightly),
+    ],
+)
+def test_the_same_batches_on_any_number_of_hosts_and_workers_and_after_a_resume(
+    mixed, processes, counts, starts
+):
     expected = train(mixed, batch=16, steps=6, repeats=2, threads=0)
-    for hosts in (1, 2, 4):
-        for start in (0, 4):
+    for hosts in counts:
+        for start in starts:
             parts = [
                 train(
                     mixed, batch=16, steps=6, repeats=2, start=start, rows=rows, threads=2,

@@ -32,7 +32,7 @@ def step(params, clip):
     return jax.grad(loss)(params)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)], ids=["data 4", "data 2 x fsdp 2"])
 def test_each_chip_runs_the_kernels_on_its_own_clips(shape):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")

@@ -98,14 +98,14 @@ def test_short_videos_have_no_timeline_and_clips_on_demand_neither(
 ):
     path = digits / (digits / "test.csv").read_text().split()[0]
     assert predictor.predict(path).timeline is None
-    asked = Predictor(run, clips=2, crops=3)
+    asked = Predictor(run, clips=2, crops=3)  # on all devices
     prediction = asked.predict(long_video)
     assert prediction.timeline is None and prediction.clips == 2
     assert prediction.shown.shape == (1, 4, 32, 32, 3)
 
 
 def test_three_crops_are_averaged_in_windows(run, predictor, long_video):
-    three = Predictor(run, crops=3)
+    three = small.predictor_of(run, crops=3)
     line = three.predict(long_video).timeline
     params, model = experiment.read_params(run)
     with Video(long_video) as video:
@@ -116,17 +116,23 @@ def test_three_crops_are_averaged_in_windows(run, predictor, long_video):
     np.testing.assert_allclose(line.probabilities[0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("rollout", {}), pytest.param("grad_cam", {"block": 0}, marks=pytest.mark.slow)],
-)
-def test_maps_are_those_of_the_clips_shown(run, predictor, prediction, name, options):
+@pytest.mark.slow
+def test_maps_are_those_of_the_clips_shown(run, predictor, prediction):
     assert predictor._fine_block == 0  # 4 x 4 places are the most that there are
-    found = getattr(predictor.maps(prediction.shown[:2]), name)
+    found = predictor.maps(prediction.shown[:2])
     params, model = experiment.read_params(run)
-    compute = jax.jit(functools.partial(getattr(saliency, name), config=model, **options))
-    maps = np.asarray(compute(params, normalised(prediction.shown[:2])))
-    np.testing.assert_allclose(found, places.to_pixels(maps, (4, 32, 32), model), atol=1e-4)
+
+    @jax.jit
+    def compute(params, clips):
+        return (
+            saliency.rollout(params, clips, config=model),
+            saliency.grad_cam(params, clips, config=model, block=0),
+        )
+
+    maps = jax.device_get(compute(params, normalised(prediction.shown[:2])))
+    for ours, expected in zip((found.rollout, found.grad_cam), maps, strict=True):
+        pixels = places.to_pixels(expected, (4, 32, 32), model)
+        np.testing.assert_allclose(ours, pixels, atol=1e-4)
 
 
 def test_the_picture_shows_frames_classes_and_the_timeline(predictor, prediction):
@@ -168,7 +174,7 @@ def test_an_image_model_sees_a_second_a_window(digits, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(small.fresh(config, 0), 1)
     checkpoints.close()
-    predictor = Predictor(tmp_path)
+    predictor = small.predictor_of(tmp_path)
     path = small.write_video(tmp_path / "a.mp4", small.textured(60, height=40), rate=10)
     prediction = predictor.predict(path)
     assert prediction.timeline.starts.tolist() == [0, 1, 2, 3, 4, 5]

@@ -23,6 +23,7 @@ from mvit_jax.training.ahead import QUICK, Figures, TooLarge
 from tests import tiny
 
 ROWS, WIDTH, OUT = 4096, 1024, 2048
+MODEL = {"model.width": 64, "model.depths": (1, 2)}  # of the tiny experiment's steps
 WEIGHT = 4 * WIDTH * OUT  # bytes, in whole tiles of 8 x 128
 
 
@@ -85,8 +86,13 @@ def test_split_weights_are_gathered_and_their_gradients_summed():
     assert found == {("all-gather", 16, False): WEIGHT, ("all-reduce", 16, False): WEIGHT}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("effort", [QUICK, 0.0])
+@pytest.mark.parametrize(
+    "effort",
+    [
+        pytest.param(QUICK, marks=pytest.mark.slow),
+        pytest.param(0.0, marks=pytest.mark.nightly),
+    ],
+)
 def test_groups_that_split_weights_scatter_gradients_and_sum_what_they_hold(effort):
     """Full effort makes the gathering part of several fusions, which must not count it again."""
     assert passed("v5e:4x4", 4, effort=effort) == {
@@ -96,7 +102,7 @@ def test_groups_that_split_weights_scatter_gradients_and_sum_what_they_hold(effo
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_gradient_of_several_is_scattered_and_summed():
     found = passed("v5e:4x4", 4, effort=QUICK, width=256, out=512, pairs=3)
     weights = 6 * 4 * 256 * 512
@@ -105,8 +111,9 @@ def test_every_gradient_of_several_is_scattered_and_summed():
     assert weights <= found[("all-gather", 4, False)] <= 2 * weights
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slices", [2, 4])
+@pytest.mark.parametrize(
+    "slices", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.nightly)]
+)
 def test_slices_sum_what_is_left_after_each_has_summed(slices):
     """Each of 16 chips of a slice has a part of the sum, and gives that alone to other slices."""
     found = passed("v5e:4x4", 16, effort=QUICK, slices=slices)
@@ -117,7 +124,7 @@ def test_slices_sum_what_is_left_after_each_has_summed(slices):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_thousand_chips_in_four_slices():
     """The sum of a slice is divided among its 256 chips, summed over slices, and gathered again."""
     assert passed("v5e:16x16", 1, effort=QUICK, slices=4) == {
@@ -130,7 +137,7 @@ def test_a_thousand_chips_in_four_slices():
 def measure(topology, *, fsdp=1, slices=1, clips=8, **changes):
     """The tiny experiment, averages included, with so many clips on each chip."""
     place = tpus.parse(topology, slices)
-    keys = {"batch": clips * place.chips, "optim.ema": 0.9, "model.width": 64, **changes}
+    keys = {"batch": clips * place.chips, "optim.ema": 0.9, **MODEL, **changes}
     config = tiny.config("nowhere", **keys)
     model = experiment.model_config(config, 8)
     return ahead.measure(config, model, ahead.tpu_mesh(place, -1, fsdp), effort=QUICK), model
@@ -168,7 +175,7 @@ def test_a_step_on_four_chips_sums_every_gradient_once(small):
     assert len(found.counts.kernels) >= 3 * 2 * 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gradients_cross_chips_in_the_type_that_the_step_computes_in(small):
     found, model = measure("v5e:2x2", dtype="bfloat16")
     assert isinstance(found, Figures)
@@ -194,7 +201,7 @@ def test_memory_is_told_by_kind(small):
     assert found.kinds["activations"] > 0 and found.kinds["program"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_split_step_holds_a_share_and_gathers_the_rest(small, split):
     (whole, model), (found, _) = small, split
     for kind in ahead.STATE:
@@ -238,7 +245,7 @@ def test_a_step_that_does_not_fit_says_what_it_would_take():
 
 @pytest.mark.slow
 def test_the_forward_pass_of_a_test_is_compiled_too(small):
-    config = tiny.config("nowhere", batch=32, **{"model.width": 64})
+    config = tiny.config("nowhere", batch=32, **MODEL)
     model = experiment.model_config(config, 8)
     mesh = ahead.tpu_mesh(tpus.parse("v5e:2x2"))
     found = ahead.measure(config, model, mesh, which="forward", effort=QUICK)
@@ -252,9 +259,9 @@ def test_the_forward_pass_of_a_test_is_compiled_too(small):
     assert sum(found.kinds.values()) == found.used
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_forward_pass_that_does_not_fit_holds_no_optimiser():
-    config = tiny.config("nowhere", batch=4 * 2**20, **{"model.width": 64})
+    config = tiny.config("nowhere", batch=4 * 2**20, **MODEL)
     model = experiment.model_config(config, 8)
     mesh = ahead.tpu_mesh(tpus.parse("v5e:2x2"))
     found = ahead.measure(config, model, mesh, which="forward", effort=QUICK)

@@ -244,7 +244,7 @@ def test_in_a_bucket_little_time_goes_into_writing(tmp_path, monkeypatch):
         write_bytes(path, content)
 
     monkeypatch.setattr(type(path), "write_bytes", slow)
-    text = history._Object(path)
+    text = history.ObjectFile(path)
     for second in range(3600):
         clock[0] += 1.0
         text.write(f"{second}\n")

@@ -17,10 +17,10 @@ def test_on_a_full_disk_the_events_and_the_history_end_and_training_goes_on(tmp_
             log.step(step, metrics | {"broken": (none, one)}, lambda: 0.1)
             if step % 10 == 0:
                 log.validation(step, {"top1": 50.0})
-                log.writer.flush()
         log.close()
     said = capsys.readouterr().out
     assert f"step {STEPS}/{STEPS}  loss 1.000" in said and f"step {STEPS}/{STEPS}  valid" in said
-    assert said.count("the TensorBoard events of this run end here: they cannot be written (") == 1
+    assert (
+        said.count("the TensorBoard events of this run end here: they cannot be written (File") == 1
+    )
     assert said.count("the history of this run ends here: it cannot be written (File too la") == 1
-    assert "events.out" in said and "File too large" in said and "function_node" not in said

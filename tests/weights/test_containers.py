@@ -406,9 +406,12 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("name", WILD)
-@pytest.mark.parametrize("container", [zipped, legacy])
-def test_wild_pickles_are_refused_in_one_sentence(tmp_path, name, container):
+@pytest.mark.parametrize(
+    ("container", "name"),
+    [(zipped, name) for name in WILD]
+    + [(legacy, name) for name in WILD if not name.startswith("deep")],  # a second each
+)
+def test_wild_pickles_are_refused_in_one_sentence(tmp_path, container, name):
     path = container(tmp_path / "x", b"}" + text("a") + WILD[name] + b"s")
     with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
         read_tensors(path)

@@ -1,4 +1,4 @@
-"""Thousands of broken files: each is read or refused, nothing is run, nothing grows."""
+"""Broken files by the thousand: each is read or refused, nothing is run, nothing grows."""
 
 import io
 import itertools
@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.environment import of_process
 
-FILES = 8000
 MEMORY = 2**30
 SECONDS = 20  # for one file, on a loaded machine
 # Audit events (docs.python.org/3/library/audit_events.html) of what reading never does.
@@ -114,7 +114,7 @@ def mutated(raw, other, draw):
     return "safetensors", struct.pack("<Q", claimed) + header + raw[8 + length :]
 
 
-def fuzz(folder, seed=0, count=FILES):
+def fuzz(folder, count, seed=0):
     from mvit_jax.errors import UserError
     from mvit_jax.weights.containers import Tensors, read_tensors
 
@@ -171,14 +171,21 @@ def fuzz(folder, seed=0, count=FILES):
     assert sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > count / 4
 
 
-@pytest.mark.slow
-def test_broken_files_are_read_or_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("count", "seed"),
+    [
+        pytest.param(1000, 1, marks=pytest.mark.slow),
+        pytest.param(8000, 0, marks=pytest.mark.nightly),
+    ],
+)
+def test_broken_files_are_read_or_refused(count, seed, tmp_path):
     code = (
         "import pathlib, sys; from tests.weights.test_containers_fuzz import fuzz; "
-        "fuzz(pathlib.Path(sys.argv[1]))"
+        "fuzz(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=tiny.ROOT, capture_output=True, text=True
-    )
+        [sys.executable, "-c", code, str(tmp_path), str(count), str(seed)],
+        cwd=tiny.ROOT, env=of_process(1), capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)

@@ -164,8 +164,12 @@ OURS = {
 QUICK = ("torchvision mvit_v1_b", "torchvision mvit_v2_s", "timm mvitv2_tiny")
 
 
+LARGE = ("timm mvitv2_large", "timm mvitv2_large_cls", "timm mvitv2_huge_cls")
+
+
 def by_size(models):
-    return [pytest.param(m, marks=pytest.mark.slow) if m not in QUICK else m for m in models]
+    marks = {model: pytest.mark.nightly if model in LARGE else pytest.mark.slow for model in OURS}
+    return [m if m in QUICK else pytest.param(m, marks=marks[m]) for m in models]
 
 
 @pytest.mark.parametrize("model", by_size(OURS))

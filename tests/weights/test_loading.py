@@ -198,10 +198,11 @@ def test_the_model_computes_in_inference_mode_and_in_the_dtype_asked_for():
     model, _ = mvit_jax.load_torch(tensors, name, **fields)
     half, _ = mvit_jax.load_torch(tensors, name, dtype=jnp.bfloat16, **fields)
     clip = jax.random.normal(jax.random.key(0), (1, 4, 32, 32, 3))
-    logits = np.asarray(model(clip))
-    np.testing.assert_array_equal(logits, model(clip))
+    logits, again = jax.device_get(jax.jit(lambda clip: (model(clip), model(clip)))(clip))
+    np.testing.assert_array_equal(logits, again)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(mvit.params_of(half)))
-    assert 0 < np.abs(np.asarray(half(clip), np.float32) - logits).max() < 0.3 * logits.std()
+    rounded = np.asarray(jax.jit(lambda clip: half(clip))(clip), np.float32)
+    assert 0 < np.abs(rounded - logits).max() < 0.3 * logits.std()
 
 
 # A new head, other sizes, between images and video.
@@ -433,9 +434,12 @@ HARMLESS = {
 @pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.parametrize("kind", ["v1 video", "v2 image"])
 def test_a_tensor_of_a_wrong_shape_is_refused_and_never_a_crash(kind, how):
-    tensors = foreign.slowfast(kind)
+    """Of the second kind, the tensors that the first has not, or with other axes."""
+    tensors, first = foreign.slowfast(kind), foreign.slowfast(KIND)
     wrong = {}
     for name in some(tensors):
+        if kind != KIND and name in first and first[name].ndim == tensors[name].ndim:
+            continue
         spoilt = SPOILT[how](tensors[name])
         if spoilt.shape == tensors[name].shape or re.match(HARMLESS.get(how, "$"), name):
             continue
@@ -621,7 +625,7 @@ def test_an_unknown_variant_and_an_unknown_field_are_one_sentence():
 def vit_with_joint_positions():
     small = {"width": 16, "heads": 2, "depths": (2,), "size": 64}
     config = variant("vit_b_8x8", frames=8, **small)
-    params = mvit.init(config, jax.random.key(0))
+    params = trees.nested(foreign.filled(mvit.shapes(config)))
     return exporting.state_dict(params, config, "slowfast"), params, small
 
 
@@ -667,7 +671,7 @@ def test_half_precision_goes_back_bit_for_bit():
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["v1 video", "v2 image"])
 def test_no_shape_of_any_tensor_crashes_the_importer(kind):
     tensors, name = foreign.slowfast(kind), {"v1": "mvit_b_16x4", "v2": "mvitv2_s"}[kind[:2]]

@@ -9,7 +9,8 @@ if [[ ! -x .venv/bin/python ]]; then
   python3 -m pip install --quiet --user uv==0.13.9
   python3 -m uv venv --quiet --python=3.11 --seed .venv
 fi
-.venv/bin/python -m pip install --quiet --constraint=requirements.txt --editable '.[tpu,gcs]'
+.venv/bin/python -m pip install --quiet --constraint=requirements.txt \
+  --constraint=requirements-dev.txt --editable '.[tpu,gcs]'
 
 if (($# > 0)) && ! mountpoint --quiet ~/bucket; then
   if ! command -v gcsfuse >/dev/null; then
