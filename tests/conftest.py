@@ -9,18 +9,18 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes in signatures are checked in the tests, and in the tests alone.
 hook = install_import_hook("mvit_jax", "beartype.beartype")
 
-import jax  # noqa: E402
+import jax
 
 # An array that is broadcast by accident is a bug; on purpose, it says so.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-import pytest  # noqa: E402
+import pytest
 
-from mvit_jax import train  # noqa: E402
-from mvit_jax.data import moving_digits  # noqa: E402
-from mvit_jax.training import sharding  # noqa: E402
-from tests import tiny  # noqa: E402
+from mvit_jax import train
+from mvit_jax.data import moving_digits
+from mvit_jax.training import sharding
+from tests import tiny
 
 pytest_plugins = ["tests.cpu_seconds"]
 

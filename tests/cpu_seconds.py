@@ -1,8 +1,9 @@
 """CPU seconds per test, of its process and of the processes that it started and waited for.
 
-`pytest --cpu-seconds=FILE` appends a line `seconds<TAB>test` for each test as it ends, and prints the
-files that took the most. Wall-clock durations say little where two workers share two noisy cores.
-What a session-wide fixture costs is charged to the first test that uses it.
+`pytest --cpu-seconds=FILE` appends a line `seconds<TAB>test` for each test as it ends, and prints
+the files that took the most. Wall-clock durations say little where two workers share two noisy
+cores. A session-wide fixture is charged to the first test that uses it, the process behind
+`commands.py` to the last test of its worker.
 """
 
 import collections

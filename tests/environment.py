@@ -1,9 +1,9 @@
-"""What XLA and JAX are told before they start: by `conftest.py`, and for processes that tests start.
+"""Settings of XLA and JAX for the tests, and for processes that tests start.
 
-Tests compile much, most of it the same tiny models, and run little. XLA's older emitters compile in
-half the time of its fusion emitters (1.9 s against 4.0 s of CPU for the gradients of a model of five
-blocks, jaxlib 0.10.2, 2026-11-30). What one process has compiled the others load from a folder of
-these tests alone, or of several suites: MVIT_JAX_TEST_CACHE.
+Tests compile much, most of it the same tiny models, and run little. XLA's older emitters compile
+in half the time of its fusion emitters: 1.9 s against 4.0 s of CPU for the gradients of a model of
+five blocks (jaxlib 0.10.2, 2026-11-30). A program that one process has compiled is loaded by the
+others from a folder of these tests alone, or of several suites: MVIT_JAX_TEST_CACHE.
 """
 
 import atexit
@@ -17,12 +17,12 @@ DEVICES = 8  # simulated
 
 
 def prepare() -> None:
-    # A shell without job control starts jobs in the background with SIGINT ignored.
+    # A shell without job control starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    given = os.environ.get("XLA_FLAGS", "")
-    if COMPILER not in given:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if COMPILER not in flags:
         os.environ["XLA_FLAGS"] = (
-            f"{given} {COMPILER} --xla_force_host_platform_device_count={DEVICES}".strip()
+            f"{flags} {COMPILER} --xla_force_host_platform_device_count={DEVICES}".strip()
         )
     os.environ["JAX_PLATFORMS"] = os.environ.get("MVIT_JAX_TEST_PLATFORM", "cpu")
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -79,9 +79,9 @@ def test_two_processes_are_one_run_which_one_process_resumes(digits, tmp_path):
 @pytest.mark.slow
 def test_two_processes_test_a_run_like_one(reference, tmp_path):
     """10 videos in batches of 8."""
-    for name, processes in (("one", 1), ("two", 2)):
+    for name, count in (("one", 1), ("two", 2)):
         folder = shutil.copytree(reference, tmp_path / name)
-        first, *others = run([*EVALUATE, f"--workdir={folder}"], processes, 1)
+        first, *others = run([*EVALUATE, f"--workdir={folder}"], count, 1)
         assert "wrote " in first.out and all(said(other) == [] for other in others)
     ours, theirs = (
         json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")
@@ -359,6 +359,7 @@ def test_sigterm_ends_a_test_in_several_processes(one_process):
     assert all(done.status in ended for done in group.finish(two, 60))
 
 
+@pytest.mark.slow
 def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
     code = (
         "import sys\n"

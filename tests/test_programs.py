@@ -61,6 +61,7 @@ def test_a_page_that_cannot_be_written_costs_nothing_else(run, tmp_path, capsys)
     assert f"the report {tmp_path / runs.REPORT} could not be written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tmp_path):
     """Stopped by SIGTERM in the middle; the steps after it have losses of their own."""
     config = tiny.config(digits, **RECIPE)

@@ -79,7 +79,7 @@ class MViT(nnx.Module):
 
     `block`, `attention` and `pool` are where a variant of your own is plugged in: classes (or any
     callables) with the signatures of `Block` and `PooledAttention`, and a function with that of
-    `pooling.pool`; `None` means ours. Parameters are float32; `dtype` is what the model computes in.
+    `pooling.pool`; `None` means ours. Parameters are float32; the model computes in `dtype`.
     """
 
     def __init__(

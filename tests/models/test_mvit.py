@@ -232,51 +232,6 @@ def test_models_that_do_not_exist_name_the_nearest():
         create_model("mvit_b_32x3", droppath=0.1, rngs=nnx.Rngs(0))
 
 
-# Parts of your own.
-
-
-class Mixing(nnx.Module):
-    """In the place of attention: a linear layer of the mean token."""
-
-    def __init__(self, plan, *, pool, dtype, rngs):
-        self.plan = plan
-        self.mix = nnx.Linear(plan.width, plan.attention_width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x, grid):
-        if self.plan.q_pool is not None:
-            grid = self.plan.q_pool.output(grid)
-        mean = self.mix(x.mean(1, keepdims=True))
-        return jnp.broadcast_to(mean, (x.shape[0], 1 + math.prod(grid), mean.shape[-1])), grid
-
-
-class Doubling(Block):
-    def __call__(self, x, grid, key=None):
-        x, grid = super().__call__(x, grid, key)
-        return 2 * x, grid
-
-
-def forgetful_pool(grid, plan, weight):
-    return 0 * pooling.pool(grid, plan, weight) + 1
-
-
-@pytest.mark.parametrize(
-    "plug",
-    [{"attention": Mixing}, {"block": Doubling}, {"pool": forgetful_pool}],
-    ids=lambda plug: next(iter(plug)),
-)
-def test_parts_of_your_own_go_in_by_argument(plug):
-    model = with_weights(lambda: MViT(SMALL, rngs=nnx.Rngs(0), **plug))
-    clip, params = small_clip(), params_of(model)
-    own = jax.jit(model)(clip)
-    pure, _ = run(params, clip, config=SMALL, **plug)
-    np.testing.assert_array_equal(own, pure)
-    if "attention" in plug:
-        assert params["blocks"]["0"]["attn"].keys() == {"mix"}
-    else:
-        theirs, _ = run(params, clip, config=SMALL)
-        assert np.abs(own - theirs).max() > 1e-2
-
-
 # One block.
 
 

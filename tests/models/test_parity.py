@@ -127,7 +127,7 @@ def test_outputs_are_the_originals(case):
     assert difference(reference.probe(features["tokens"]), theirs["tokens"]) <= TOLERANCE
 
 
-@cases(CASES, quick=["timm"])
+@cases(CASES, quick=[])
 def test_gradients_are_the_originals(case):
     shapes, theirs = stored(case)
     factors = jnp.array(reference.draw("loss", (reference.BATCH, reference.CLASSES)))
@@ -158,7 +158,7 @@ def by_name(case, params) -> dict[str, np.ndarray]:
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-@cases(SOME, quick=["timm"])
+@cases(SOME, quick=[])
 def test_outputs_in_bfloat16_are_near_the_originals(case):
     logits, _ = model(case, jnp.bfloat16)(weights(case).params)
     assert logits.dtype == jnp.float32

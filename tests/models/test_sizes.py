@@ -26,7 +26,7 @@ def traced(config, frames, height, width):
 
 
 # The rest takes over two seconds each, or is of the same kind.
-QUICK = ("mvit_b_16x4", "vit_b_8x8", "mvitv2_t")
+QUICK = ("mvit_b_16x4", "vit_b_8x8")
 
 
 @pytest.mark.parametrize(

@@ -193,10 +193,8 @@ def cut(file):
     ("spoil", "why"),
     [
         (lambda f: flip(values_of(f, 3)), f"3 {NOTICED}"),
-        (lambda f: flip(values_of(f, 3, "training")),
-            f"3 {NOTICED}"),
-        (lambda f: flip(values_of(f, 3, "ema")),
-            f"3 {NOTICED}"),
+        (lambda f: flip(values_of(f, 3, "training")), f"3 {NOTICED}"),
+        (lambda f: flip(values_of(f, 3, "ema")), f"3 {NOTICED}"),
         (lambda f: cut(values_of(f, 3)), "checkpoints/3 cannot be read"),
         (lambda f: flip(f / "checkpoints/3/params/_METADATA"), "checkpoints/3"),
         (lambda f: flip(f / "checkpoints/3/digests/digests.json"), "checkpoints/3"),

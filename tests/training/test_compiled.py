@@ -40,12 +40,14 @@ def run(folder: Path, code=PROGRAM, **env) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_second_process_need_not_compile(tmp_path):
     assert run(tmp_path) == "0 1"
     assert list((tmp_path / "mvit_jax" / "compiled").glob("*/jit_apply-*"))
     assert run(tmp_path) == "1 0"
 
 
+@pytest.mark.slow
 def test_jaxs_own_variables_come_first(tmp_path):
     own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
     assert run(tmp_path / "default", **own) == "0 1"

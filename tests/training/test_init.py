@@ -268,6 +268,7 @@ def test_an_unknown_inflation_is_one_sentence(digits):
 
 # The program.
 
+
 def final_state(folder):
     with closing(Checkpoints(folder)) as checkpoints:
         tree = checkpoints.last.restore(checkpoints.step())
