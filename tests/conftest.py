@@ -87,7 +87,6 @@ LONG = (
     "test_processes",
     "test_notebooks",
     "test_bucket",
-    "test_pointing",
 )
 
 

@@ -7,21 +7,22 @@ import sys
 import jax
 import pytest
 
-import mvit_jax
+from mvit_jax import absent_tpu
 from tests import tiny
 
 AGAIN = """
-import os, mvit_jax
+import os
+from mvit_jax import absent_tpu
 os.environ.pop("JAX_PLATFORMS", None)
-mvit_jax._GPUS = ("dev/null",)
-mvit_jax._skip_absent_tpu()
+absent_tpu._GPUS = ("dev/null",)
+absent_tpu.skip()
 """
 
 
 @pytest.mark.parametrize("start", ["import mvit_jax", "import jax, mvit_jax", AGAIN])
 def test_a_start_prints_nothing(start):
     """On a machine without accelerators, after `import jax` too, and on one with a GPU."""
-    names = {*mvit_jax._CHOICES, "TPU_SKIP_MDS_QUERY", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}
+    names = {*absent_tpu._CHOICES, "TPU_SKIP_MDS_QUERY", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
         [sys.executable, "-c", f"{start}\nimport jax; print(jax.devices())"],
@@ -38,9 +39,9 @@ def test_a_start_prints_nothing(start):
 @pytest.fixture
 def environment(monkeypatch):
     """A machine with libtpu, without accelerators and without anybody's choice."""
-    monkeypatch.setattr(mvit_jax, "_TPUS", ())
-    monkeypatch.setattr(mvit_jax, "_GPUS", ())
-    monkeypatch.setattr(mvit_jax, "_is_tpu", lambda device: False)
+    monkeypatch.setattr(absent_tpu, "_TPUS", ())
+    monkeypatch.setattr(absent_tpu, "_GPUS", ())
+    monkeypatch.setattr(absent_tpu, "_is_tpu", lambda device: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ())
     monkeypatch.setattr(os, "environ", {})
@@ -48,15 +49,15 @@ def environment(monkeypatch):
 
 
 def chosen():
-    mvit_jax._skip_absent_tpu()
-    return {name: os.environ[name] for name in mvit_jax._CHOICES if name in os.environ}
+    absent_tpu.skip()
+    return {name: os.environ[name] for name in absent_tpu._CHOICES if name in os.environ}
 
 
 def test_without_any_accelerator_jax_takes_the_cpu(environment):
     assert chosen() == {"JAX_PLATFORMS": "cpu"}
 
 
-@pytest.mark.parametrize("name", mvit_jax._CHOICES)
+@pytest.mark.parametrize("name", absent_tpu._CHOICES)
 def test_a_choice_wins(environment, name):
     os.environ[name] = "a choice"
     assert chosen() == {name: "a choice"}
@@ -73,10 +74,10 @@ def test_a_choice_after_the_import_of_jax_wins(environment):
 
 
 def test_nothing_changes_where_a_tpu_is(environment):
-    environment.setattr(mvit_jax, "_TPUS", ("dev/nul[l]",))
+    environment.setattr(absent_tpu, "_TPUS", ("dev/nul[l]",))
     assert chosen() == {}
-    environment.setattr(mvit_jax, "_TPUS", ())
-    environment.setattr(mvit_jax, "_is_tpu", lambda device: True)
+    environment.setattr(absent_tpu, "_TPUS", ())
+    environment.setattr(absent_tpu, "_is_tpu", lambda device: True)
     assert chosen() == {}
 
 
@@ -92,13 +93,13 @@ def test_nothing_changes_where_a_tpu_is(environment):
 def test_a_tpu_is_google_s_and_no_disk_or_network_card(tmp_path, vendor, kind, answer):
     (tmp_path / "vendor").write_text(f"{vendor}\n")
     (tmp_path / "class").write_text(f"{kind}\n")
-    assert mvit_jax._is_tpu(tmp_path) is answer
+    assert absent_tpu._is_tpu(tmp_path) is answer
 
 
 def test_jax_still_chooses_where_a_gpu_or_another_plugin_is(environment):
-    environment.setattr(mvit_jax, "_GPUS", ("dev/null",))
+    environment.setattr(absent_tpu, "_GPUS", ("dev/null",))
     assert "JAX_PLATFORMS" not in chosen()
-    environment.setattr(mvit_jax, "_GPUS", ())
+    environment.setattr(absent_tpu, "_GPUS", ())
     os.environ.clear()
     environment.setattr("importlib.util.find_spec", lambda name: True)
     assert "JAX_PLATFORMS" not in chosen()

@@ -12,7 +12,7 @@ from mvit_jax.inspection import places, saliency
 from mvit_jax.training import trial
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_grad_cam_points_at_the_moving_digit(tmp_path):
     moving_digits.prepare(tmp_path / "data", train_videos=1000, val_videos=8, test_videos=40)
     config = trial.read_config(

@@ -78,7 +78,7 @@ QUICK = ("mvit_b_16x4", "vit_b16")  # tracing a variant takes seconds
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.nightly) for n in VARIANTS]
 )
 def test_parameters_are_those_of_the_model(name):
     assert cost(VARIANTS[name]).parameters == sum(map(math.prod, shapes(VARIANTS[name]).values()))

@@ -30,7 +30,7 @@ QUICK = ("mvit_b_16x4", "vit_b_8x8")
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.nightly) for n in VARIANTS]
 )
 def test_every_variant_takes_rectangles_other_frames_and_the_smallest_clip(name):
     config = VARIANTS[name]

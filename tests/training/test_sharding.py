@@ -81,8 +81,13 @@ def model_config(model):
     return variant(name, **rates, **MODEL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["mvit", "mvitv2", "vit"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("mvitv2", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mvit", "vit")),
+    ],
+)
 def test_meshes_train_alike(model):
     """Losses, parameters and their average, with one clip's randomness wherever it is computed."""
     config = model_config(model)
