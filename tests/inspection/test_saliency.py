@@ -124,7 +124,8 @@ def dense_rollout(config, features, blocks):
 
 
 @pytest.mark.parametrize(
-    "name", ["v1", "v2", slow("v2 of timm"), slow("mean pooling"), slow("no skip"), slow("vit")]
+    "name",
+    ["v1", slow("v2"), slow("v2 of timm"), slow("mean pooling"), slow("no skip"), slow("vit")],
 )
 def test_rollout_is_the_product_of_the_blocks_matrices(name):
     config = CONFIGS[name]

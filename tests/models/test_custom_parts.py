@@ -116,6 +116,10 @@ def slow(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
 
+def nightly(value):
+    return pytest.param(value, marks=pytest.mark.nightly)
+
+
 WAYS = [
     {"scan": True, "remat": "blocks"},
     *(slow(way) for way in ({"scan": True}, {"remat": "blocks"}, {"scan": True, "remat": "cheap"})),
@@ -148,7 +152,11 @@ def loss(name, **way):
 
 
 QUICK = ("attention", "block", "pool")
-NAMES = [name if name in QUICK else slow(name) for name in LOOPED | NOT_LOOPED]
+MORE = ("attention derived from ours", "block that reads its rate", "blocks that differ")
+NAMES = [
+    name if name in QUICK else slow(name) if name in MORE else nightly(name)
+    for name in LOOPED | NOT_LOOPED
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -50,10 +50,15 @@ CASES = {  # the variant, and what to override for the size and for the options 
 SOME = ("torchvision_v1", "torchvision_v2", "timm")  # one of each kind of architecture
 
 
-def cases(names, quick):
-    """The rest is slow: a video model takes 3 seconds to compile, its gradients 8."""
+def cases(names, quick=(), slow=()):
+    """The rest is nightly: a video model takes 3 seconds to compile, its gradients 8."""
+    marks = dict.fromkeys(slow, pytest.mark.slow)
     return pytest.mark.parametrize(
-        "case", [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+        "case",
+        [
+            n if n in quick else pytest.param(n, marks=marks.get(n, pytest.mark.nightly))
+            for n in names
+        ],
     )
 
 
@@ -116,7 +121,7 @@ def test_the_architecture_is_read_off_the_originals_tensors(case):
         assert answers[f"block{end}"].shape[1] == math.prod(grid) + config.class_token
 
 
-@cases(CASES, quick=CASES.keys() - VARIATIONS)
+@cases(CASES, quick=CASES.keys() - VARIATIONS, slow=VARIATIONS)
 def test_outputs_are_the_originals(case):
     logits, features = model(case)(weights(case).params)
     _, theirs = stored(case)
@@ -127,7 +132,7 @@ def test_outputs_are_the_originals(case):
     assert difference(reference.probe(features["tokens"]), theirs["tokens"]) <= TOLERANCE
 
 
-@cases(CASES, quick=[])
+@cases(CASES, slow=["torchvision_v1", "timm"])
 def test_gradients_are_the_originals(case):
     shapes, theirs = stored(case)
     factors = jnp.array(reference.draw("loss", (reference.BATCH, reference.CLASSES)))
@@ -158,7 +163,7 @@ def by_name(case, params) -> dict[str, np.ndarray]:
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-@cases(SOME, quick=[])
+@cases(SOME, slow=["timm"])
 def test_outputs_in_bfloat16_are_near_the_originals(case):
     logits, _ = model(case, jnp.bfloat16)(weights(case).params)
     assert logits.dtype == jnp.float32

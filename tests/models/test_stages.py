@@ -16,7 +16,6 @@ V2 = MViTConfig(
     frames=4, depths=(1, 3), expand="attention", full_q_pool=True, relative_positions="both",
     residual_pool="grid", **SMALL,
 )  # fmt: skip
-SLOW = [pytest.mark.slow]
 WAYS = [
     {"scan": True},
     {"remat": "cheap"},
@@ -42,12 +41,18 @@ def given(config):
     return params, clip, plain
 
 
-QUICK = [("v1", WAYS[1]), ("v2", WAYS[0])]  # the others are in the slow suite
-CASES = [
-    pytest.param(config, way, id=f"{name}, {way}", marks=[] if (name, way) in QUICK else SLOW)
-    for name, config in (("v1", V1), ("v2", V2))
-    for way in WAYS
-]
+QUICK = [("v1", WAYS[1]), ("v2", WAYS[0])]
+SLOW = [("v1", WAYS[2]), ("v1", WAYS[3]), ("v1", WAYS[5]), ("v2", WAYS[4])]
+
+
+def case(name, config, way):
+    mark = pytest.mark.slow if (name, way) in SLOW else pytest.mark.nightly
+    return pytest.param(
+        config, way, id=f"{name}, {way}", marks=[] if (name, way) in QUICK else mark
+    )
+
+
+CASES = [case(*named, way) for named in (("v1", V1), ("v2", V2)) for way in WAYS]
 
 
 @pytest.mark.parametrize(("config", "way"), CASES)
