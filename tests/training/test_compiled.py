@@ -81,7 +81,7 @@ def test_machines_with_other_instructions_share_nothing(monkeypatch):
     assert name(2000, "") != name(2000, " avx512f")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_eight_devices_train_the_same_from_kept_programs(digits, tmp_path):
     """Sharded weights, donated state, collectives: the whole program, three times."""
     losses = []

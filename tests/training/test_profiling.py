@@ -67,7 +67,7 @@ def test_a_run_writes_a_trace_that_names_steps_stages_and_blocks(digits, tmp_pat
     assert train.train(config, str(tmp_path / "run"), (10, 11)) == 0  # of 3 steps the last two
     data, content = planes_of(tmp_path / "run" / "profile")
     assert annotated(data) == [2, 3]
-    blocks = (b"jvp(stage0/block0)/", b"transpose(jvp(stage1/block2))/")
+    blocks = (b"jvp(stage0/block0)/", b"transpose(jvp(stage1/block1))/")
     for name in (*blocks, b"/augment/", b"/jvp(loss)/", b"/optimizer/"):
         assert name in content, name
     said = [line for line in capsys.readouterr().out.splitlines() if "traced" in line]
