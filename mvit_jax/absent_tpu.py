@@ -9,7 +9,7 @@ from pathlib import Path
 # Environment variables by which a user or a TPU machine chooses the platform.
 _CHOICES = (
     "JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES",
-    "TPU_ACCELERATOR_TYPE",
+    "TPU_ACCELERATOR_TYPE", "TPU_PROCESS_ADDRESSES", "TPU_VISIBLE_CHIPS",
 )  # fmt: skip
 _TPUS = ("dev/accel[0-9]*", "dev/vfio/[0-9]*")
 _GPUS = ("dev/nvidia[0-9]*", "dev/nvidiactl", "dev/dxg", "dev/kfd")
@@ -45,5 +45,9 @@ def _any_exists(patterns: tuple[str, ...]) -> bool:
 
 
 def _is_tpu(device: Path) -> bool:
-    vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-    return vendor == _GOOGLE and not kind.startswith(_DISKS_AND_NETWORK)
+    try:
+        if (device / "vendor").read_text().strip() != _GOOGLE:
+            return False
+        return not (device / "class").read_text().startswith(_DISKS_AND_NETWORK)
+    except OSError:  # containers may hide it
+        return False

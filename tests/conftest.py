@@ -60,7 +60,7 @@ def eight_devices(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def settings_of_jax():
-    """Whoever leaves JAX with other settings changes what the tests after it compute."""
+    """Fails a test that leaves JAX with other settings, which change the results of later tests."""
     yield
     settings = ("jax_numpy_rank_promotion", "jax_default_matmul_precision", "jax_enable_x64")
     left = [getattr(jax.config, name) for name in settings]

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from mvit_jax import absent_tpu
+from mvit_jax.training import cluster
 from tests import tiny
 
 AGAIN = """
@@ -96,9 +97,15 @@ def test_a_tpu_is_google_s_and_no_disk_or_network_card(tmp_path, vendor, kind, a
     assert absent_tpu._is_tpu(tmp_path) is answer
 
 
+def test_a_device_that_cannot_be_read_is_no_tpu(tmp_path):
+    assert not absent_tpu._is_tpu(tmp_path)
+
+
 def test_jax_still_chooses_where_a_gpu_or_another_plugin_is(environment):
     environment.setattr(absent_tpu, "_GPUS", ("dev/null",))
     assert "JAX_PLATFORMS" not in chosen()
+    # A notebook on a GPU in Kubernetes is still one process of its own.
+    assert cluster.alone(os.environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     environment.setattr(absent_tpu, "_GPUS", ())
     os.environ.clear()
     environment.setattr("importlib.util.find_spec", lambda name: True)

@@ -179,7 +179,7 @@ def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
     two[killed].kill()
     began = time.monotonic()
     done = group.finish(two)
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 80  # JAX alone would need 90
     left = done[1 - killed]
     # JAX aborts by itself where process 0 is gone.
     assert left.status in (processes.LOST, -signal.SIGABRT) and processes.LOST == 128 + 6
@@ -211,7 +211,7 @@ def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_p
 
 
 @pytest.mark.parametrize(
-    "what", [pytest.param("config", marks=SLOW), pytest.param("list of videos", marks=NIGHTLY)]
+    "what", [pytest.param("config", marks=SLOW), pytest.param("list of videos", marks=SLOW)]
 )
 def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
     """They would wait for each other in different places."""
@@ -231,7 +231,7 @@ def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("hung", [pytest.param(1, marks=SLOW), pytest.param(0, marks=NIGHTLY)])
+@pytest.mark.parametrize("hung", [pytest.param(1, marks=NIGHTLY), pytest.param(0, marks=SLOW)])
 def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
     """Its connections stay open, so that only its silence tells."""
     code = (
@@ -320,7 +320,7 @@ def test_process_0_may_end_long_after_the_others():
     run(small("time.sleep(20) if peers.first() else None"), 2, 1)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_process_0_that_fails_when_the_others_are_done_ends_them():
     """Their status says whether the run is whole."""
     two = group.start(small("assert not peers.first() or time.sleep(8)"), 2, 1)

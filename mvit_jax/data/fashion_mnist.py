@@ -59,12 +59,12 @@ def prepare(folder: str, files: str | None = None) -> None:
     config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has tfrecord alone
     with tempfile.TemporaryDirectory() as temporary:
         unpacked = Path(temporary)
-        source = _download(builder.URL, unpacked) if files is None else Path(files).expanduser()
-        paths = _unpack(source, unpacked)
-        split_generators = builder._split_generators
-        builder._split_generators = lambda manager: split_generators(_Local(paths))
-        builder._generate_examples = examples
         try:
+            source = _download(builder.URL, unpacked) if files is None else Path(files).expanduser()
+            paths = _unpack(source, unpacked)
+            split_generators = builder._split_generators
+            builder._split_generators = lambda manager: split_generators(_Local(paths))
+            builder._generate_examples = examples
             builder.download_and_prepare(
                 download_dir=temporary, download_config=config, file_format="array_record"
             )
@@ -76,13 +76,14 @@ def _download(address: str, folder: Path) -> Path:
     for name in CONTENTS:
         try:
             with urllib.request.urlopen(f"{address}{name}.gz", timeout=30) as response:
-                (folder / f"{name}.gz").write_bytes(response.read())
+                content = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
                 f"{NAME} cannot be downloaded ({_reason(error)}): fetch its four files another "
                 "way, for example as Debian's package dataset-fashion-mnist, and name their "
                 "folder, --files=DIR"
             ) from error
+        (folder / f"{name}.gz").write_bytes(content)
     return folder
 
 

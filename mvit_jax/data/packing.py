@@ -382,7 +382,8 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
         threading.excepthook = previous
         timer.cancel()
         if in_main:
-            signal.signal(signal.SIGURG, before)
+            # None stands for a handler of a C library, which cannot be set from here.
+            signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager

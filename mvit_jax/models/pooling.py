@@ -33,7 +33,8 @@ Taps = Float[Array, "kt kh kw channels"]
 def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
     """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
     batch, *size, channels = grid.shape
-    tokens, after = pool_tokens(grid.reshape(batch, -1, channels), tuple(size), plan, weight)
+    tokens = grid.reshape(batch, math.prod(size), channels)
+    tokens, after = pool_tokens(tokens, tuple(size), plan, weight)
     return tokens.reshape(batch, *after, channels)
 
 

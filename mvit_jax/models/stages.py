@@ -1,10 +1,11 @@
-"""Runs the blocks one after the other, or equal ones as a loop, and says what of them is kept.
+"""Runs the blocks, equal ones as a loop if asked, under a rematerialisation policy.
 
-What a training step keeps for its backward pass is most of the memory that it takes, and one block
-compiled nine times most of the time that it takes to compile. Neither changes any result.
+Saved activations dominate a training step's memory, equal blocks its compile time. Neither the loop
+nor the policy changes any result.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def run(
         call = functools.partial(_call, grid=grid, remat="blocks" if again else remat)
         stop = start + 1
         if scan and not capture:
-            stop = _loop_end(blocks, plans, start, x, keys[start], call)
+            stop = _loop_end(blocks, plans, start, x, grid, keys[start], call)
         name = f"block{start}" if stop == start + 1 else f"blocks{start}-{stop - 1}"
         with jax.named_scope(f"stage{plan.stage}/{name}"):
             if stop > start + 1:
@@ -72,48 +73,63 @@ def _loop_end(
     plans: Sequence[BlockPlan],
     start: int,
     x: Tokens,
+    grid: Triple,
     key: Array | None,
     call: Callable,
 ) -> int:
-    """The end of the longest loop that begins with block `start`; `start + 1` for none.
+    """Returns the end of the longest loop that begins with block `start`; `start + 1` for none.
 
-    Equal plans do not suffice, since a custom block may be anything. The modules must be equal but
-    for their weights and drop path rates. The first must return tokens of the shape and dtype that
-    it takes, and must not decide in Python on its rate, which is an array in the loop.
+    Equal plans do not suffice, since a custom block may be anything. Its modules must be equal but
+    for the weights and the drop path rates. It must return tokens of the shape and dtype that it
+    takes, on the same grid, where the rates are arrays.
     """
-    stop, structure = start + 1, None
+    stop = start + 1
     while stop < len(blocks) and plans[stop] == plans[start]:
-        structure = structure or _structure(blocks[start])
-        if structure != _structure(blocks[stop]):
-            break
         stop += 1
     if stop == start + 1:
         return stop
-    body, weights = _loop_body(blocks[start], call), nnx.state(blocks[start])
-    rates = jnp.zeros(len(_with_rate(blocks[start])))
+    grids: list[Triple] = []
+
+    def probe(x, each):
+        x, grid = run(x, each)
+        grids.append(grid)
+        return x
+
     try:
-        after, _ = jax.eval_shape(body, x, (weights, rates, key))
-    except jax.errors.ConcretizationTypeError:
+        first = _structure(blocks[start])
+        equal = itertools.takewhile(lambda block: _structure(block) == first, blocks[start:stop])
+        stop = start + len(list(equal))
+        run = _loop_body(blocks[start], call)
+        rates = jnp.zeros(len(_with_rate(blocks[start])), jnp.float32)
+        after = jax.eval_shape(probe, x, (nnx.state(blocks[start]), rates, key))
+    except Exception:  # of the user's code: called as it is, the block raises what is really wrong
         return start + 1
-    return stop if (after.shape, after.dtype) == (x.shape, x.dtype) else start + 1
+    same = (after.shape, after.dtype, *grids) == (x.shape, x.dtype, grid)
+    return max(stop, start + 1) if same else start + 1
 
 
 def _structure(block: Any) -> Any:
-    """All of a block but the values of its weights and its drop path rate, to be compared."""
+    """Returns all of a block but its weights and drop path rates, to be compared.
+
+    A block that is no module, or has state besides weights (statistics, counters), which a loop
+    would not update, equals no other.
+    """
     if not isinstance(block, nnx.Module):
-        return id(block)
+        return object()
     copy = nnx.merge(*nnx.split(block))
     for module in _with_rate(copy):
         module.drop_path = 0.0
-    graph, state = nnx.split(copy)
-    leaves, tree = jax.tree.flatten(state)
+    graph, weights, others = nnx.split(copy, nnx.Param, ...)
+    if jax.tree.leaves(others):
+        return object()
+    leaves, tree = jax.tree.flatten(weights)
     return graph, tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _with_rate(block: Any) -> list[Any]:
-    """The modules in `block`, itself among them, that have a rate of drop path."""
+    """Returns the modules in `block`, itself among them, that have a rate of drop path."""
     modules = [module for _, module in nnx.iter_modules(block)]
-    return [m for m in modules if isinstance(getattr(m, "drop_path", None), float | int)]
+    return [m for m in modules if isinstance(vars(m).get("drop_path"), float | int)]
 
 
 def _call(block, x: Tokens, key: Array | None, *, grid: Triple, remat: str, **record):
@@ -137,21 +153,25 @@ def _loop(blocks: Sequence[Any], x: Tokens, keys: Sequence[Array | None], call: 
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(b) for b in blocks))
     rates = [[module.drop_path for module in _with_rate(block)] for block in blocks]
     drawn = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
-    each = weights, jnp.asarray(rates, jnp.float32), drawn
-    return jax.lax.scan(_loop_body(blocks[0], call), x, each)[0]
-
-
-def _loop_body(block: Any, call: Callable) -> Callable:
-    graph, _ = nnx.split(block)
+    run = _loop_body(blocks[0], call)
 
     def body(x, each):
+        return keep_batch_sharded(run(x, each)[0]), None
+
+    return jax.lax.scan(body, x, (weights, jnp.asarray(rates, jnp.float32), drawn))[0]
+
+
+def _loop_body(block: Any, call: Callable) -> Callable[..., tuple[Tokens, Triple]]:
+    graph, _ = nnx.split(block)
+
+    def run(x, each):
         state, rates, key = each
         block = nnx.merge(graph, state)
         for module, rate in zip(_with_rate(block), rates, strict=True):
             module.drop_path = rate
-        return keep_batch_sharded(call(block, x, key)[0]), None
+        return call(block, x, key)
 
-    return body
+    return run
 
 
 def fold(key: Array | None, count: int) -> Sequence[Array | None]:

@@ -13,7 +13,9 @@ def alone(environ: Mapping[str, str]) -> bool:
     JAX would ask Kubernetes for the job of a pod that has none, and takes the number of tasks of an
     allocation for that of the processes, though only srun starts so many.
     """
-    tpu = {"TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & environ.keys()
+    # One host is called localhost, on a GPU machine too (`absent_tpu`).
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "localhost")
+    tpu = hosts != "localhost" or "TPU_PROCESS_ADDRESSES" in environ
     if "KUBERNETES_SERVICE_HOST" in environ and not tpu:
         return "JOB_COMPLETION_INDEX" not in environ
     if "SLURM_JOB_ID" in environ:

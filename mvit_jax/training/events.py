@@ -30,7 +30,7 @@ class Events:
         self._records: RecordWriter | None = None  # made by the first write
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        self._write(step, [scalar_pb(name, value) for name, value in scalars.items()])
+        self._write(step, [scalar_pb(name, float(value)) for name, value in scalars.items()])
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         self._write(step, [text_pb(name, text) for name, text in texts.items()])

@@ -89,6 +89,59 @@ class Numbered(Block):
         return x * (1 + self.number), grid
 
 
+class Turning(Block):
+    """Returns tokens of the same number on another grid."""
+
+    def __call__(self, x, grid, key=None):
+        t, h, w = grid
+        x, _ = super().__call__(x, grid, key)
+        return x, (h, t, w)
+
+
+class Counting(Block):
+    """Has state besides weights, which a loop would not update."""
+
+    def __init__(self, *args, **rest):
+        super().__init__(*args, **rest)
+        self.calls = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x, grid, key=None):
+        self.calls[...] += 1
+        x, grid = super().__call__(x, grid, key)
+        return x * self.calls[...], grid
+
+
+class Cached(Block):
+    """Uses its rate in ways that no array allows."""
+
+    def __call__(self, x, grid, key=None):
+        x, grid = super().__call__(x, grid, key)
+        return x * float(np.sqrt(1 - self.drop_path)) * {self.drop_path: 1.0}[self.drop_path], grid
+
+
+class Property(nnx.Module):
+    """A block whose rate cannot be set."""
+
+    def __init__(self, plan, drop_path, **rest):
+        self.inner, self.rate = Block(plan, drop_path, **rest), drop_path
+
+    @property
+    def drop_path(self):
+        return self.rate
+
+    def __call__(self, x, grid, key=None):
+        return self.inner(x, grid, key)
+
+
+def plain_block(plan, drop_path, **rest):
+    """A block without weights that is no module: the same function at every place."""
+    return double
+
+
+def double(x, grid, key=None):
+    return 2 * x, grid
+
+
 class Widening(Block):
     """Returns float32 whatever it gets, as a part that ignores `dtype` does."""
 
@@ -109,6 +162,10 @@ LOOPED = {
 NOT_LOOPED = {
     "block that reads its rate": {"block": Deciding},
     "blocks that differ": {"block": Numbered},
+    "block that turns the grid": {"block": Turning},
+    "block that uses its rate as a number": {"block": Cached},
+    "block with a property": {"block": Property},
+    "block that is a function": {"block": plain_block},
 }
 
 
@@ -177,6 +234,15 @@ def test_custom_parts_are_scanned_and_lowered_for_accelerators(name):
     assert ("length=3" in str(traced.jaxpr)) == (name in LOOPED)
     for platform in ("tpu", "cuda"):
         assert "func.func" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_state_besides_weights_is_updated_where_blocks_are_scanned():
+    for scan in (False, True):
+        model = MViT(CONFIG, rngs=nnx.Rngs(0), block=Counting)
+        run = nnx.jit(functools.partial(MViT.forward, scan=scan))
+        for _ in range(2):
+            run(model, jnp.array(CLIP, jnp.float32))
+        assert [float(block.calls[...]) for block in model.blocks] == [2, 2, 2]
 
 
 def test_a_block_that_changes_the_dtype_is_looped_over_where_it_no_longer_does():

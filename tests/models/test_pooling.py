@@ -257,3 +257,16 @@ def test_of_equal_values_the_first_gets_the_gradient(case):
             expected[b, *where, c] += factors[b, *place, c]
     loss = jax.jit(jax.grad(lambda grid: (pooling.max_pool(grid, plan) * factors).sum()))
     np.testing.assert_allclose(loss(jnp.array(grid)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["max", "avg", "conv"])
+def test_batches_without_clips_and_of_an_open_number(mode):
+    """The number is symbolic, as in an exported program."""
+    plan = Pool(mode, (1, 3, 3), (1, 2, 2))
+    weight = jnp.ones((1, 3, 3, 4)) if mode == "conv" else None
+    assert pooling.pool(jnp.ones((0, 2, 6, 6, 4)), plan, weight).shape == (0, 2, 3, 3, 4)
+    (batch,) = jax.export.symbolic_shape("b")
+    grid = jax.ShapeDtypeStruct((batch, 2, 6, 6, 4), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda grid: pooling.pool(grid, plan, weight)))(grid)
+    three = jnp.arange(3.0 * 2 * 6 * 6 * 4).reshape(3, 2, 6, 6, 4)
+    np.testing.assert_allclose(exported.call(three), pooling.pool(three, plan, weight), rtol=1e-6)

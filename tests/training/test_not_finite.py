@@ -158,7 +158,7 @@ def test_stopping_keeps_the_checkpoint_before_and_may_go_on_otherwise(digits, tm
     assert_same(ours, by_hand(digits, lambda n, s: counted(s[-1], n) if n == 5 else None))
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(digits, tmp_path):
     more = {"epochs": 8.0, "on_nan": "skip"}
     with pytest.raises(NotFiniteError, match=rf"at step {2 + SKIPS}, the last of {SKIPS} in a row"):
@@ -184,7 +184,7 @@ def test_a_rollback_before_the_first_checkpoint_ends_the_run(digits, tmp_path):
         run(digits, tmp_path, 1, on_nan="rollback")
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path, policy):
     """A finite gradient times such a rate: there is no batch to pass over."""
