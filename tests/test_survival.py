@@ -82,8 +82,8 @@ def test_on_a_full_disk_training_goes_on_as_long_as_there_is_hope(digits, tmp_pa
     out, err = process.communicate(timeout=120)  # Orbax's threads would wait longer
     assert process.returncode == 1
     last = Checkpoints(tmp_path).step()
-    assert last in (4, 6, 8)
-    assert f"checkpoints/{min(last + 2, 9)} could not be written (File too large; its disk has" in out
+    assert last in (4, 6)
+    assert f"checkpoints/{last + 2} could not be written (File too large; its disk has" in out
     assert f"that of step {last} is whole; training goes on" in out
     assert f"error: the checkpoint {tmp_path}/checkpoints/" in err, err[-2000:]
     assert "Event loop is closed" not in err

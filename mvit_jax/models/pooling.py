@@ -32,9 +32,8 @@ Taps = Float[Array, "kt kh kw channels"]
 
 def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
     """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
-    batch, *size, channels = grid.shape
-    tokens = grid.reshape(batch, math.prod(size), channels)
-    tokens, after = pool_tokens(tokens, tuple(size), plan, weight)
+    batch, t, h, w, channels = grid.shape
+    tokens, after = pool_tokens(grid.reshape(batch, t * h * w, channels), (t, h, w), plan, weight)
     return tokens.reshape(batch, *after, channels)
 
 
