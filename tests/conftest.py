@@ -1,8 +1,12 @@
 """Settings for all tests; what concerns XLA must be set before JAX starts."""
 
+import gc
+
 from tests import environment
 
 environment.prepare()
+# Tracing makes millions of objects: Python's default thresholds cost an eighth of the CPU time.
+gc.set_threshold(100_000, 50, 100)
 
 from jaxtyping import install_import_hook
 
@@ -82,12 +86,11 @@ def pytest_runtest_makereport(item, call):
 
 # Files that take minutes, the longest first: one that begins last leaves the other worker idle.
 LONG = (
-    "test_kill",
-    "test_docs",
-    "test_processes",
-    "test_notebooks",
-    "test_bucket",
-)
+    "test_processes", "test_docs", "test_bucket", "test_programs", "test_parity",
+    "test_custom_parts", "test_survival", "test_stages", "test_kill", "test_notebooks",
+    "test_ahead", "test_step", "test_locks", "test_broken_data", "test_hung_input",
+    "test_sharding", "test_checkpoints", "test_init", "test_not_finite", "test_sizes",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ from mvit_jax.training import history
 from tests import bucket, events, group, tiny
 from tests.group import final_state
 
-RECIPE = tiny.RECIPE_FLAGS[len(tiny.FLAGS) :]
+RECIPE = (*tiny.RECIPE_FLAGS[len(tiny.FLAGS) :], "--config.checkpoint.every=4")
 EVALUATED = {"evaluation.json", "confusion.png", "per_class.png", "scores.npz", "videos.csv"}
 
 
