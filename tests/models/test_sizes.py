@@ -88,7 +88,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-FEW = ("3x3x3", "side by side", "side by side along time", "unpadded patches")
+FEW = ("side by side", "unpadded patches")
 
 
 def possible(config, size) -> bool:

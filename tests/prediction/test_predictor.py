@@ -168,6 +168,7 @@ def test_attention_moves_beside_what_was_seen(predictor, prediction):
     assert picture.attention_fps(prediction.shown, 4) == 7.5
 
 
+@pytest.mark.slow
 def test_an_image_model_sees_a_second_a_window(digits, tmp_path):
     config = tiny.config(digits, **small.IMAGES)
     workdir.freeze(config, tmp_path)

@@ -68,6 +68,7 @@ def test_augmentation_stands_in_its_order():
     assert image.index("random crop of 8 to 100 %") < image.index("RandAugment rand-m9-n6-")
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_recipe_that_starts_from_weights(tmp_path):
     """168,913 videos in batches of 128, 40 times: 52,785.3. The published 213.1 M parameters."""
     text = described("ssv2", "mvitv2_l_40x3_312_in21k")

@@ -109,6 +109,7 @@ def test_gradient_equals_finite_differences():
         assert ours == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ema_is_the_running_mean_of_parameters():
     run, state = make(ema=0.75)
     first = state.params
@@ -156,6 +157,7 @@ def test_sets_of_classes_are_learned_by_sigmoids_and_counted():
     assert float(metrics["loss"][0]) / 8 < 0.3
 
 
+@pytest.mark.slow
 def test_clips_that_stand_for_broken_videos_are_counted():
     run, state = make()
     fed = batch() | {"broken": jnp.asarray([-1, 3, -1, 0, -1, -1, 5, -1], jnp.int32)}

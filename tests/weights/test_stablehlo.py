@@ -95,6 +95,7 @@ def test_a_file_for_tpus_alone_has_the_kernels(params, tmp_path):
     assert "tpu_custom_call" in exported.mlir_module()
 
 
+@pytest.mark.slow
 def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
     config = variant("mvitv2_t", **SMALL)
     params = mvit.init(config, jax.random.key(0))
