@@ -196,7 +196,7 @@ def test_a_run_goes_on_from_one_in_a_bucket(here, there, storage, run, tmp_path)
     assert f"weights from {there}" in done.out
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_two_processes_write_one_run(storage, digits, tmp_path):
     """The same as one process with two devices, in a folder."""
     states = []

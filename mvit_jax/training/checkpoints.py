@@ -426,7 +426,15 @@ class Checkpoints:
         items = ("params", "training", "ema")
         return _Manager(
             self.folder / _FOLDERS[which],
-            options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=tidy, max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=tidy,
+                max_to_keep=keep,
+                # The last and the best of one step are saved at once; without names of their own
+                # the barriers of several processes collide.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=which
+                ),
+            ),
             # Named here, so that their shapes can be read before they are restored.
             item_handlers={name: ocp.StandardCheckpointHandler() for name in items}
             | {_DIGESTS: ocp.JsonCheckpointHandler(_DIGESTS_FILE)},
