@@ -71,7 +71,7 @@ def test_two_processes_are_one_run_which_one_process_resumes(digits, tmp_path):
     losses = {line["step"]: line["loss"] for line in told.train}
     for theirs in alone.train:
         if not step < theirs["step"] < step + 2:  # a mean over fewer steps
-            assert losses[theirs["step"]] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert losses[theirs["step"]] == pytest.approx(theirs["loss"], rel=1e-6)
     assert [v["top1"] for v in told.val] == [v["top1"] for v in alone.val]
     assert_alike(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
 
@@ -179,7 +179,7 @@ def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
     two[killed].kill()
     began = time.monotonic()
     done = group.finish(two)
-    assert time.monotonic() - began < 80  # JAX alone would need 90
+    assert time.monotonic() - began < 80  # silence would be noticed after 90
     left = done[1 - killed]
     # JAX aborts by itself where process 0 is gone.
     assert left.status in (processes.LOST, -signal.SIGABRT) and processes.LOST == 128 + 6
