@@ -19,8 +19,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from mvit_jax.files import write_whole
-from mvit_jax.models import attention
+from mvit_jax.common.files import write_whole
+from mvit_jax.models.ops import attention
 from mvit_jax.models.plan import BlockGrids, BlockPlan, grids, plan
 from mvit_jax.models.variants import variant
 

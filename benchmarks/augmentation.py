@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from mvit_jax.data import augmentation, randaugment
-from mvit_jax.data.clip_ops import Box, Colour
+from mvit_jax.data.image_ops import Box, Colour
 from mvit_jax.data.randaugment import Operation
 
 ROUNDS = 5

@@ -16,7 +16,8 @@ import numpy as np
 
 from mvit_jax.models import mvit
 from mvit_jax.models.cost import cost
-from mvit_jax.training import experiment, optimizer, sharding
+from mvit_jax.training import experiment, optimizer
+from mvit_jax.training.distributed import sharding
 from mvit_jax.training.step import init_state, train_step
 
 ROUNDS = 10

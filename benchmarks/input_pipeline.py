@@ -27,10 +27,11 @@ import numpy as np
 from absl import app, flags
 from PIL import Image, ImageEnhance, ImageOps
 
-from mvit_jax.data import packing, pipeline, randaugment
+from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation, random_box
+from mvit_jax.data.making import packing
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.sources import Source, open_source
+from mvit_jax.data.source import Source, open_source
 
 VIDEOS = flags.DEFINE_integer("videos", 24, "Videos to make.")
 IMAGES = flags.DEFINE_integer("images", 256, "Images to make.")

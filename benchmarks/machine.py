@@ -8,7 +8,7 @@ from datetime import date
 
 import jax
 
-from mvit_jax.models import host_memory
+from mvit_jax.training.run import runtime
 
 
 def about() -> dict[str, str]:
@@ -22,9 +22,9 @@ def about() -> dict[str, str]:
 
 def as_in_training() -> None:
     """Keeps memory as the training program does on CPUs; before anything else uses JAX."""
-    host_memory.run_in_calling_thread()
+    runtime.run_in_calling_thread()
     if jax.default_backend() == "cpu":
-        host_memory.keep_freed_memory()
+        runtime.keep_freed_memory()
 
 
 def cores() -> int:

@@ -33,12 +33,12 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from mvit_jax.files import write_whole
+from mvit_jax.common.files import write_whole
 from mvit_jax.models import mvit
-from mvit_jax.models.host_memory import release_freed_memory
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
 from mvit_jax.training.losses import cross_entropy
+from mvit_jax.training.run.runtime import release_freed_memory
 
 # The library of the original, and batch sizes.
 CASES = {

@@ -19,8 +19,8 @@ import numpy as np
 from absl import app, flags
 
 from mvit_jax.models import mvit
-from mvit_jax.weights.exporting import save_torch
-from mvit_jax.weights.loading import load
+from mvit_jax.weights.export import save_torch
+from mvit_jax.weights.load import load
 
 VARIANTS = {
     "mvit_v1_b": "mvit_b_16x4",

@@ -16,8 +16,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from mvit_jax.files import write_whole
-from mvit_jax.models import pooling
+from mvit_jax.common.files import write_whole
+from mvit_jax.models.ops import pooling
 from mvit_jax.models.plan import Pool, grids, plan
 from mvit_jax.models.variants import variant
 

@@ -28,11 +28,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 from benchmarks.tpu import numbers
-from mvit_jax.errors import UserError
-from mvit_jax.files import check_writable, write_whole
-from mvit_jax.inspection import tpus
+from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import check_writable, write_whole
 from mvit_jax.models.variants import variant
-from mvit_jax.training import ahead, experiment, pods, trial
+from mvit_jax.podplan import accelerators, advice, compile
+from mvit_jax.training import experiment, in_memory
 
 TOPOLOGIES = "v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16,v5e:16x16*2,v5e:16x16*4"
 HEADER = (
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--topologies", default=TOPOLOGIES, help="NAME or NAME*SLICES, with commas")
     parser.add_argument("--clips", default="2", help="on each chip")
     parser.add_argument("--fsdp", default="1,16", help="chips that share one copy of the state")
-    parser.add_argument("--effort", type=float, default=ahead.QUICK, help="of the compiler")
+    parser.add_argument("--effort", type=float, default=compile.QUICK, help="of the compiler")
     parser.add_argument("--json", help="a file for the same figures")
     given = parser.parse_args()
     cases = cases_of(given)
@@ -63,7 +63,7 @@ def main() -> None:
             write_whole(given.json, json.dumps(report, indent=1))
 
 
-def cases_of(given: argparse.Namespace) -> list[tuple[tpus.Topology, int, int]]:
+def cases_of(given: argparse.Namespace) -> list[tuple[accelerators.Topology, int, int]]:
     """Topologies, chips that share a state, clips on a chip; checks all before any is compiled."""
     variant(given.model)
     if not -1 <= given.effort <= 1:
@@ -84,25 +84,27 @@ def cases_of(given: argparse.Namespace) -> list[tuple[tpus.Topology, int, int]]:
     ]
 
 
-def parse(text: str) -> tpus.Topology:
+def parse(text: str) -> accelerators.Topology:
     found = re.fullmatch(r"([^*]+)(?:\*(\d+))?", text)
     if not found:
         raise UserError(f"{text!r} is no topology like v5e:4x4 or v5e:16x16*4")
-    return tpus.parse(found.group(1), int(found.group(2) or 1))
+    return accelerators.parse(found.group(1), int(found.group(2) or 1))
 
 
-def measure(name: str, topology: tpus.Topology, fsdp: int, clips: int, effort: float) -> Any:
+def measure(
+    name: str, topology: accelerators.Topology, fsdp: int, clips: int, effort: float
+) -> Any:
     """Figures of one mesh; bytes and FLOPs of a chip in a step."""
-    config = trial.read_config("kinetics" if variant(name).frames > 1 else "imagenet", name)
+    config = in_memory.read_config("kinetics" if variant(name).frames > 1 else "imagenet", name)
     with config.unlocked():
         config.update_from_flattened_dict(
             {"batch": clips * topology.chips, "dtype": "bfloat16", "data.repeats": 1}
         )
-    config, _ = pods.fitted(config, topology.chips)
-    found = ahead.measure(
+    config, _ = advice.fitted(config, topology.chips)
+    found = compile.measure(
         config,
         experiment.model_config(config, config.data.classes),
-        ahead.tpu_mesh(topology, -1, fsdp),
+        compile.tpu_mesh(topology, -1, fsdp),
         effort=effort,
         videos=config.data.train_videos,
     )
@@ -111,14 +113,14 @@ def measure(name: str, topology: tpus.Topology, fsdp: int, clips: int, effort: f
         "chips": topology.chips, "clips_a_chip": clips, "effort": effort,
         "memory_bytes": found.used, "compile_seconds": found.seconds,
     }  # fmt: skip
-    if isinstance(found, ahead.TooLarge):
+    if isinstance(found, compile.TooLarge):
         return row
     counts = found.counts
     return row | {
         "flops": counts.flops + counts.kernel_flops,
         "kernels": len(counts.kernels),
-        "collectives": tpus.by_kind(counts.collectives, topology.chip),
-        "seconds": vars(tpus.roofs(counts, topology.chip)),
+        "collectives": accelerators.by_kind(counts.collectives, topology.chip),
+        "seconds": vars(accelerators.roofs(counts, topology.chip)),
     }
 
 

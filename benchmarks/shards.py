@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from absl import app, flags
 
-from mvit_jax.data.decoding import Video
-from mvit_jax.data.transcoding import Encoded, Encoding, encode
+from mvit_jax.data.making.transcoding import Encoded, Encoding, encode
+from mvit_jax.data.video import Video
 
 FRAMES, WIDTH, HEIGHT = 300, 340, 256
 CLIPS, ROUNDS = 20, 3

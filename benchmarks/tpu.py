@@ -9,7 +9,7 @@ donated state included) at the recipe of configs/kinetics.py or configs/imagenet
 the figures are the compiler's plan, repeatable to the byte. Needs the extra `tpu`.
 
 - FLOPs (two per multiply-add) and bytes are counted from the compiled program, loops times their
-  trips (`mvit_jax.inspection.compiled`). Custom kernels move their operands and results once each;
+  trips (`mvit_jax.podplan.hlo.cost`). Custom kernels move their operands and results once each;
   their FLOPs are those that the kernel's author states in its `cost_estimate`, and stand in a
   column of their own.
 - "GB" are all operands and results, as XLA counts; "HBM GB" those in main memory alone.
@@ -37,14 +37,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 from tqdm import tqdm
 
-from mvit_jax.errors import UserError
-from mvit_jax.files import check_writable, write_whole
-from mvit_jax.inspection import compiled as counting
-from mvit_jax.inspection import tpus
-from mvit_jax.inspection.tpus import CHIPS, GIB
-from mvit_jax.models.stages import REMAT
+from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import check_writable, write_whole
+from mvit_jax.models.run_blocks import REMAT
 from mvit_jax.models.variants import variant
-from mvit_jax.training import ahead, experiment, largest, trial
+from mvit_jax.podplan import accelerators, compile, search
+from mvit_jax.podplan.accelerators import CHIPS, GIB
+from mvit_jax.podplan.hlo import cost as counting
+from mvit_jax.training import experiment, in_memory
 
 # A slice of each kind of chip, of which one chip is taken.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -115,7 +115,7 @@ def main() -> None:
         rows.append((case, found))
     for group, members in groups(rows).items():
         memory = CHIPS[group.chip].memory
-        while given.largest and (clips := largest.next_clips(tried(members), memory)) is not None:
+        while given.largest and (clips := search.next_clips(tried(members), memory)) is not None:
             case = dataclasses.replace(group, clips=clips)
             members[clips] = measure(case, given.top)
             rows.append((case, members[clips]))
@@ -147,7 +147,7 @@ def numbers(flag: str, given: str) -> list[int]:
 def experiment_of(case: Case) -> Any:
     """The published recipe with so many clips a step."""
     name = "kinetics" if variant(case.model).frames > 1 else "imagenet"
-    config = trial.read_config(name, case.model)
+    config = in_memory.read_config(name, case.model)
     with config.unlocked():
         config.batch = case.clips
         config.dtype = "bfloat16"
@@ -159,19 +159,19 @@ def experiment_of(case: Case) -> Any:
 def measure(case: Case, top: int) -> Row | int:
     """The figures, or where it does not fit the bytes that it would take."""
     config = experiment_of(case)
-    found = ahead.measure(
+    found = compile.measure(
         config,
         experiment.model_config(config, config.data.classes),
-        ahead.tpu_mesh(tpus.parse(TOPOLOGIES[case.chip]), devices=1),
+        compile.tpu_mesh(accelerators.parse(TOPOLOGIES[case.chip]), devices=1),
         which=case.which,
         videos=config.data.train_videos,
     )
-    if isinstance(found, ahead.TooLarge):
+    if isinstance(found, compile.TooLarge):
         return found.used
     counts = found.counts
     if top:
         tqdm.write(breakdown(counts, top))
-    roofs = tpus.roofs(counts, CHIPS[case.chip])
+    roofs = accelerators.roofs(counts, CHIPS[case.chip])
     return Row(
         case=case,
         flops=counts.flops / case.clips,
@@ -202,10 +202,10 @@ def breakdown(counts: counting.Counts, top: int) -> str:
         parts.append(f"\n{title}: GB, HBM GB, GFLOP, million cycles as the compiler estimates")
         parts += [f"{a:8.3f} {b:8.3f} {c:8.1f} {d:8.2f}  {name}" for name, (a, b, c, d) in rows]
     parts.append("\noperation: HBM GB, trips")
-    largest = sorted(operations, key=lambda op: -op.trips * op.hbm_bytes)[:top]
+    search = sorted(operations, key=lambda op: -op.trips * op.hbm_bytes)[:top]
     parts += [
         f"{op.trips * op.hbm_bytes / 1e9:8.3f} {op.trips:4d}  {op.category} {op.name} {op.op_name}"
-        for op in largest
+        for op in search
     ]
     return "\n".join(parts)
 
@@ -249,18 +249,18 @@ def fits(group: Case, rows: Rows, memory: int | float) -> str:
     """How many clips the chip holds, in a sentence."""
     name = f"{group.model}, {group.which}, {group.chip}, remat={group.remat}"
     known = tried(rows)
-    if largest.is_found(known, memory):
-        return f"{name}: {largest.answer(known, memory)}"
+    if search.is_found(known, memory):
+        return f"{name}: {search.answer(known, memory)}"
     if len(rows) < 2:
         return f"{name}: how many clips fit follows from two numbers of them (--clips=2,4)"
     line = f"by the line through {sorted(rows)}"
-    return f"{name}: about {largest.estimate(known, memory)} clips fit, {line}"
+    return f"{name}: about {search.estimate(known, memory)} clips fit, {line}"
 
 
-def tried(rows: Rows) -> dict[int, largest.Tried]:
+def tried(rows: Rows) -> dict[int, search.Tried]:
     """What each number of clips takes."""
     return {
-        n: largest.Tried(row, False) if isinstance(row, int) else largest.Tried(row.peak, True)
+        n: search.Tried(row, False) if isinstance(row, int) else search.Tried(row.peak, True)
         for n, row in rows.items()
     }
 

@@ -181,7 +181,7 @@ class Help(Generated):
         source = (ROOT / "mvit_jax" / f"{self.arguments[0]}.py").read_text()
         tree = ast.parse(source)
         # Programs that run as several processes share the flags that bring these together.
-        shared = (ROOT / "mvit_jax/training/processes.py").read_text()
+        shared = (ROOT / "mvit_jax/training/distributed/launch.py").read_text()
         parsed = [
             *ast.walk(tree),
             *(ast.walk(ast.parse(shared)) if "processes.start()" in source else []),

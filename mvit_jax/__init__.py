@@ -3,13 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from mvit_jax import absent_tpu
+from mvit_jax.common import absent_tpu
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mvit_jax.common.errors import UserError as UserError
     from mvit_jax.data.preprocess import preprocess as preprocess
-    from mvit_jax.errors import UserError as UserError
     from mvit_jax.models.inference import Inference as Inference
     from mvit_jax.models.mvit import Block as Block
     from mvit_jax.models.mvit import MViT as MViT
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from mvit_jax.models.plan import plan as plan
     from mvit_jax.models.variants import VARIANTS as VARIANTS
     from mvit_jax.models.variants import variant as variant
-    from mvit_jax.weights.exporting import save_torch as save_torch
-    from mvit_jax.weights.loading import load_torch as load_torch
+    from mvit_jax.weights.export import save_torch as save_torch
+    from mvit_jax.weights.load import load_torch as load_torch
     from mvit_jax.weights.stablehlo import save_stablehlo as save_stablehlo
 
 _HOME = {
-    "UserError": "mvit_jax.errors",
+    "UserError": "mvit_jax.common.errors",
     "Block": "mvit_jax.models.mvit",
     "MViT": "mvit_jax.models.mvit",
     "PooledAttention": "mvit_jax.models.mvit",
@@ -38,8 +38,8 @@ _HOME = {
     "MViTConfig": "mvit_jax.models.plan",
     "plan": "mvit_jax.models.plan",
     "Inference": "mvit_jax.models.inference",
-    "load_torch": "mvit_jax.weights.loading",
-    "save_torch": "mvit_jax.weights.exporting",
+    "load_torch": "mvit_jax.weights.load",
+    "save_torch": "mvit_jax.weights.export",
     "save_stablehlo": "mvit_jax.weights.stablehlo",
     "VARIANTS": "mvit_jax.models.variants",
     "variant": "mvit_jax.models.variants",

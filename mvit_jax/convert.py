@@ -27,19 +27,20 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from mvit_jax import errors
-from mvit_jax.data.lists import read_class_names
-from mvit_jax.files import AnyPath, local_path, to_path, write_whole
+from mvit_jax.common import errors
+from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
+from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.models import trees
 from mvit_jax.models.variants import override, preprocessing
-from mvit_jax.training import experiment, workdir
-from mvit_jax.training.checkpoints import Checkpoints
-from mvit_jax.weights.exporting import TARGETS, save_torch
-from mvit_jax.weights.layouts import Origin
-from mvit_jax.weights.loading import Loaded, load
+from mvit_jax.training import experiment
+from mvit_jax.training.run import workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
+from mvit_jax.weights.adapt import INFLATIONS
+from mvit_jax.weights.export import TARGETS, save_torch
+from mvit_jax.weights.key_tables import Origin
+from mvit_jax.weights.load import Loaded, load
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.stablehlo import save_stablehlo
-from mvit_jax.weights.surgery import INFLATIONS
 
 _VARIANT = flags.DEFINE_string("variant", None, "The variant that SOURCE is of: describe --all.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; with --to, the file.")

@@ -34,15 +34,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from mvit_jax import errors
-from mvit_jax.data.sources import Source, fingerprint
-from mvit_jax.files import AnyPath, to_path, write_whole
-from mvit_jax.inspection import plots
-from mvit_jax.models import host_memory
+from mvit_jax.analysis import example_clips, plots, run_data
+from mvit_jax.common import errors
+from mvit_jax.common.files import AnyPath, to_path, write_whole
+from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import compiled, experiment, peers, processes, runs, sheet, workdir
+from mvit_jax.training import experiment
+from mvit_jax.training.distributed import coordination, launch
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.experiment import Config
+from mvit_jax.training.run import compilation_cache, runtime, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
 _WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "Which of its checkpoints.")
@@ -71,14 +72,14 @@ def main(argv: list[str]) -> None:
         )
     if _WORKDIR.value is None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
-    host_memory.run_in_calling_thread()
-    processes.start()
+    runtime.run_in_calling_thread()
+    launch.start()
     # Of several processes JAX takes it, for a loop that asks; here is nothing to save.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    compiled.keep()
-    with processes.together():
+    compilation_cache.keep()
+    with launch.together():
         if jax.default_backend() == "cpu":
-            host_memory.keep_freed_memory()
+            runtime.keep_freed_memory()
         test(to_path(_WORKDIR.value))
 
 
@@ -96,10 +97,10 @@ def test(folder: AnyPath) -> None:
             config.update_from_flattened_dict({key: value})
     experiment.check(config)
     asked = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
-    peers.same_everywhere("test", workdir.decisive(config) | asked | {"clips": counts})
+    coordination.same_everywhere("test", workdir.decisive(config) | asked | {"clips": counts})
 
     videos = experiment.videos(config, _LIST.value)
-    peers.same_everywhere("list of videos", fingerprint(videos))
+    coordination.same_everywhere("list of videos", fingerprint(videos))
     by_count, step = experiment.score(
         config, folder, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
     )
@@ -114,7 +115,7 @@ def test(folder: AnyPath) -> None:
         "shuffled_frames": _SHUFFLE.value,
         "classes": list(videos.class_names),
     } | scores.metrics()
-    first = peers.first()
+    first = coordination.first()
     # Before clips are drawn, which could fail.
     written = write(folder, results, _LIST.value) if first else []
     if first:
@@ -130,8 +131,8 @@ def test(folder: AnyPath) -> None:
     if not _SHUFFLE.value:
         pictures = clips(config, scores, videos, params, model)
         written.append(folder / f"clips{suffix(results, _LIST.value)}.json")
-        runs.keep_sheet(written[-1], pictures, results)
-    written.append(runs.write_report(folder))
+        run_data.keep_sheet(written[-1], pictures, results)
+    written.append(run_data.write_report(folder))
     for sentence in scores.failures:
         print(f"left out: {sentence}")
     print("wrote " + ", ".join(str(path) for path in written))
@@ -157,14 +158,14 @@ def clips(
     settings = experiment.clip_settings(config, model)
     recipe = experiment.recipe(config, model.num_classes)
     with jax.default_matmul_precision(config.precision):
-        return sheet.make(scores, videos, settings, params, model, recipe)
+        return example_clips.make(scores, videos, settings, params, model, recipe)
 
 
 def compare(folders: list[str], out: str) -> None:
     """Several runs side by side, on the terminal and as a page."""
     if not folders:
         raise errors.UserError("name the folders of runs: --compare DIR1 DIR2")
-    print(runs.write_comparison(folders, out))
+    print(run_data.write_comparison(folders, out))
     print(f"wrote {out}")
 
 
@@ -238,7 +239,7 @@ def summary(folder: AnyPath) -> str:
     rows: list[tuple[str, ...]] = [
         ("list", "frames", "checkpoint", "top-1", "top-5", "mAP", "videos", "left out", "views")
     ]
-    for r in runs.evaluations(folder):
+    for r in run_data.evaluations(folder):
         rows.append((
             Path(r["list"]).name.partition(".")[0],
             "shuffled" if r["shuffled_frames"] else "in order",

@@ -42,14 +42,14 @@ import sys
 
 from absl import flags
 
-from mvit_jax import errors, files
-from mvit_jax.data import (
-    checking,
+from mvit_jax.common import errors, files
+from mvit_jax.data.making import (
     fashion_mnist,
     moving_digits,
     packing,
     splitting,
     transcoding,
+    verifying,
 )
 
 OUT = flags.DEFINE_string("out", None, "Folder to write into: new, empty, or to be gone on with.")
@@ -156,7 +156,7 @@ def _videos(out: str, beam_flags: list[str]) -> None:
 def _check(rest: list[str]) -> None:
     if not rest:
         raise errors.UserError("no data set to check: name its folder, as in prepare check DIR")
-    reports = checking.check(
+    reports = verifying.check(
         rest[0],
         SPLIT.value,
         prefix=PREFIX.value,

@@ -13,7 +13,7 @@ parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and 
 would get them. --profile traces steps 10 to 15 after the start, --profile=FIRST:LAST others, into
 DIR/profile, for TensorBoard or xprof.
 
-Compiled programs are kept (`training.compiled`), so that a second start need not compile again.
+Compiled programs are kept (`training.run.runtime`), so that a second start need not compile again.
 
 On several hosts the same command runs in every process; they find each other on Cloud TPUs, under
 SLURM and Kubernetes, or by --coordinator, --num_processes and --process_id. Ctrl-C or SIGTERM to
@@ -35,32 +35,20 @@ from absl import flags
 from ml_collections import config_flags
 
 import mvit_jax
-from mvit_jax import errors, files
-from mvit_jax.data.sources import Source, fingerprint
-from mvit_jax.models import host_memory
+from mvit_jax.analysis import contact_sheet, run_data
+from mvit_jax.common import errors, files
+from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import (
-    compiled,
-    contact_sheet,
-    dry_run,
-    experiment,
-    history,
-    jitted,
-    peers,
-    processes,
-    profiling,
-    runs,
-    sharding,
-    timing,
-    workdir,
-)
-from mvit_jax.training.checkpoints import Checkpoints, threads_left
+from mvit_jax.training import dry_run, experiment, jitted
+from mvit_jax.training.distributed import coordination, launch, sharding
 from mvit_jax.training.experiment import Config
-from mvit_jax.training.logbook import Logbook
 from mvit_jax.training.loop import Loop, owes_validation
+from mvit_jax.training.run import compilation_cache, goodput, history, profiling, runtime, workdir
+from mvit_jax.training.run.checkpoints import Checkpoints, threads_left
+from mvit_jax.training.run.metrics import Logbook
+from mvit_jax.training.run.preemption import StopRequest
 from mvit_jax.training.step import State
-from mvit_jax.training.stopping import StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
 _WORKDIR = flags.DEFINE_string(
@@ -103,12 +91,12 @@ def main(argv: list[str]) -> None:
         print(f"wrote {contact_sheet.draw(_CONFIG.value, _SHEET.value)}")
     if _WORKDIR.value is None or plans:
         return
-    host_memory.run_in_calling_thread()
-    processes.start()
-    compiled.keep()
-    with processes.together():
+    runtime.run_in_calling_thread()
+    launch.start()
+    compilation_cache.keep()
+    with launch.together():
         if jax.default_backend() == "cpu":
-            host_memory.keep_freed_memory()
+            runtime.keep_freed_memory()
         status = train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
     if threads_left() and jax.process_count() == 1:
         errors.leave(status)
@@ -134,22 +122,22 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
 
     Of this start, the steps from the first to the last of `profile` are traced.
     """
-    spans = timing.Spans()
+    spans = goodput.Spans()
     experiment.check(config)
     experiment.check_start(config)
-    peers.same_everywhere("config", workdir.decisive(config))
+    coordination.same_everywhere("config", workdir.decisive(config))
     videos, validation = lists(config)
-    peers.same_everywhere("list of videos", fingerprint(videos))
+    coordination.same_everywhere("list of videos", fingerprint(videos))
     if validation:
-        peers.same_everywhere("list of validation videos", fingerprint(validation))
+        coordination.same_everywhere("list of validation videos", fingerprint(validation))
     model = experiment.model_config(config, len(videos.class_names))
     experiment.clip_settings(config, model)  # a crop that cannot be cut is told at once
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_params(config, model)  # before anything is written
-    with peers.first_then_others("workdir"):  # who then see whether theirs is the same
-        peers.wait_for_file(files.to_path(folder) / "config.json")
+    with coordination.first_then_others("workdir"):  # who then see whether theirs is the same
+        coordination.wait_for_file(files.to_path(folder) / "config.json")
         workdir.check_writable(folder)
         workdir.freeze(config, folder, experiment.base())
         workdir.keep_labels(folder, videos.class_names)
@@ -158,10 +146,10 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision(config.precision),
-        workdir.locked(folder) if peers.first() else nullcontext(),
+        workdir.locked(folder) if coordination.first() else nullcontext(),
         closing(Checkpoints(folder, config.checkpoint.keep, tidy=True)) as checkpoints,
         # Within what is closed, for closing may wait for other processes.
-        processes.together(),
+        launch.together(),
         memory_explained(config.batch),
     ):
         step_function, predict, schedule, state = jitted.build(config, model, videos, mesh)
@@ -171,7 +159,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             config, folder, videos, start, start >= steps
         )
         if start >= steps and not owed:
-            peers.say(
+            coordination.say(
                 f"the run in {folder} is complete ({start} of {steps} steps): test it with "
                 f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
             )
@@ -226,7 +214,7 @@ def first(
 ) -> tuple[State, str]:
     """The state to start from, and where it came from: this workdir's own, else that of the run
     `config.resume`, else fresh with the weights of `config.init`, else fresh."""
-    state = checkpoints.resume(fresh, peers.say)
+    state = checkpoints.resume(fresh, coordination.say)
     if state is not None:
         return state, "goes on with this workdir's last checkpoint"
     if config.resume is not None:
@@ -240,16 +228,16 @@ def first(
     return jitted.with_params(fresh, params), words
 
 
-def input_watch(config: Config) -> timing.InputWatch:
+def input_watch(config: Config) -> goodput.InputWatch:
     """Says so where clips come too slowly for the steps."""
-    knob = timing.advice(
+    knob = goodput.advice(
         config.data.threads,
         config.data.processes,
         packed=config.data.source == "shards",
         randaugment=bool(config.augment.randaugment),
-        cores=timing.cores(),
+        cores=goodput.cores(),
     )
-    return timing.InputWatch(knob)
+    return goodput.InputWatch(knob)
 
 
 def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) -> None:
@@ -298,10 +286,10 @@ def report(folder: str) -> None:
     try:
         if sentence := history.goodput_sentence(history.read(folder)):
             print(sentence)
-        print(f"wrote {runs.write_report(folder)}")
+        print(f"wrote {run_data.write_report(folder)}")
     except Exception as error:  # whatever it is: the training is done, and its status is its own
         first = str(error).strip().partition("\n")[0] or type(error).__name__
-        print(f"the report {folder}/{runs.REPORT} could not be written: {first}")
+        print(f"the report {folder}/{run_data.REPORT} could not be written: {first}")
 
 
 if __name__ == "__main__":

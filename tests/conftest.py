@@ -2,7 +2,7 @@
 
 import gc
 
-from tests import environment
+from tests.support import environment
 
 environment.prepare()
 # Tracing makes millions of objects: Python's default thresholds cost an eighth of the CPU time.
@@ -22,11 +22,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import pytest
 
 from mvit_jax import train
-from mvit_jax.data import moving_digits
-from mvit_jax.training import sharding
-from tests import tiny
+from mvit_jax.data.making import moving_digits
+from mvit_jax.training.distributed import sharding
+from tests.support import tiny
 
-pytest_plugins = ["tests.cpu_seconds"]
+pytest_plugins = ["tests.support.cpu_seconds"]
 
 # Programs that run in the tests' own process use one of its devices: a step for eight takes several
 # times as long to compile and to run. Tests of sharding name the devices that they use.

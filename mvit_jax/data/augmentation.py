@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import randaugment
-from mvit_jax.data.clip_ops import Box, Colour
+from mvit_jax.data.image_ops import Box, Colour
 from mvit_jax.data.randaugment import GREY, RandAugment
-from mvit_jax.errors import UserError
 
 Interpolation = Literal["bilinear", "bicubic"]
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 """Endings, in capitals or not, of the files that are read as images."""

@@ -22,12 +22,12 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int64, UInt8
 
+from mvit_jax.common.errors import HungError, UserError
 from mvit_jax.data import augmentation, sampling, watchdog
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.sampling import Sampling
-from mvit_jax.data.sources import Source
-from mvit_jax.errors import HungError, UserError
+from mvit_jax.data.source import Source
 
 Batch = dict[str, np.ndarray]
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-from mvit_jax.data.decoding import opened
 from mvit_jax.data.images import Frames
-from mvit_jax.errors import UserError
+from mvit_jax.data.video import opened
 from mvit_jax.models.variants import Preprocessing, preprocessing
 
 

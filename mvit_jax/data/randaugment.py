@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from mvit_jax.data import clip_ops
-from mvit_jax.data.clip_ops import Box, Clip, Colour
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import image_ops
+from mvit_jax.data.image_ops import Box, Clip, Colour
 
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
@@ -184,12 +184,12 @@ def _source(one: Operation, frame: Box, wanted: Box) -> Box:
             right = min(wanted.left + wanted.width + 1, frame.width)
             return Box(top, left, bottom - top, right - left)
         case "Rotate":
-            return clip_ops.rotate_source(one.argument, frame, wanted)
+            return image_ops.rotate_source(one.argument, frame, wanted)
         case "ShearX" | "TranslateX":
-            return clip_ops.shift_source(_shifts(one, frame, wanted), frame, wanted)
+            return image_ops.shift_source(_shifts(one, frame, wanted), frame, wanted)
         case "ShearY" | "TranslateY":
             turned, lying = _turn(frame), _turn(wanted)
-            return _turn(clip_ops.shift_source(_shifts(one, turned, lying), turned, lying))
+            return _turn(image_ops.shift_source(_shifts(one, turned, lying), turned, lying))
     return wanted
 
 
@@ -198,41 +198,41 @@ def _apply(one: Operation, clip: Clip, frame: Box, held: Box, wanted: Box, fill:
     name, argument = one
     match name:
         case "Rotate":
-            return clip_ops.rotate(clip, argument, frame, held, wanted, fill)
+            return image_ops.rotate(clip, argument, frame, held, wanted, fill)
         case "ShearX" | "TranslateX":
             shifts = _shifts(one, frame, wanted)
-            return clip_ops.shift_rows(clip, shifts, frame, held, wanted, fill)
+            return image_ops.shift_rows(clip, shifts, frame, held, wanted, fill)
         case "ShearY" | "TranslateY":
             frame, held, wanted = _turn(frame), _turn(held), _turn(wanted)
             shifts = _shifts(one, frame, wanted)
-            clip = clip_ops.transposed(clip)
-            clip = clip_ops.shift_rows(clip, shifts, frame, held, wanted, fill)
-            return clip_ops.transposed(clip)
+            clip = image_ops.transposed(clip)
+            clip = image_ops.shift_rows(clip, shifts, frame, held, wanted, fill)
+            return image_ops.transposed(clip)
         case "Color":
-            return clip_ops.color(clip, argument)
+            return image_ops.color(clip, argument)
         case "Sharpness":
-            return clip_ops.sharpness(clip, argument, held, wanted)
-    return clip_ops.look_up(wanted.cut(clip, held), _table(name, argument, clip))
+            return image_ops.sharpness(clip, argument, held, wanted)
+    return image_ops.look_up(wanted.cut(clip, held), _table(name, argument, clip))
 
 
-def _table(name: str, argument: float, clip: Clip) -> clip_ops.Table:
+def _table(name: str, argument: float, clip: Clip) -> image_ops.Table:
     match name:
         case "AutoContrast":
-            return clip_ops.autocontrast(clip)
+            return image_ops.autocontrast(clip)
         case "Equalize":
-            return clip_ops.equalize(clip)
+            return image_ops.equalize(clip)
         case "Contrast":
-            return clip_ops.contrast(clip, argument)
+            return image_ops.contrast(clip, argument)
         case "Brightness":
-            return clip_ops.brightness(argument)
+            return image_ops.brightness(argument)
         case "Posterize":
-            return clip_ops.posterize(int(argument))
+            return image_ops.posterize(int(argument))
         case "Solarize":
-            return clip_ops.solarize(int(argument))
+            return image_ops.solarize(int(argument))
         case "SolarizeAdd":
-            return clip_ops.solarize_add(int(argument))
+            return image_ops.solarize_add(int(argument))
         case "Invert":
-            return clip_ops.invert()
+            return image_ops.invert()
     raise ValueError(f"there is no operation {name!r}: they are {', '.join(OPERATIONS)}")
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 
 Sampling = Literal["span", "segments", "stride"]
 

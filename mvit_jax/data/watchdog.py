@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
-from mvit_jax.errors import HungError
+from mvit_jax.common.errors import HungError
 
 _SLOT = struct.Struct("qq")  # number of the element plus 1, or 0 for none; index of its video
 

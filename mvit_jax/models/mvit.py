@@ -17,10 +17,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from mvit_jax.errors import UserError
-from mvit_jax.models import pooling, stages
+from mvit_jax.common.errors import UserError
+from mvit_jax.models import run_blocks
 from mvit_jax.models.activations import gelu
-from mvit_jax.models.attention import (
+from mvit_jax.models.heads import INITIAL_STD, ClassificationHead
+from mvit_jax.models.layers import LayerNorm
+from mvit_jax.models.ops import pooling
+from mvit_jax.models.ops.attention import (
     Record,
     Tokens,
     attend,
@@ -30,10 +33,8 @@ from mvit_jax.models.attention import (
     relative_features,
     split_heads,
 )
-from mvit_jax.models.devices import keep_batch_sharded
-from mvit_jax.models.heads import INITIAL_STD, ClassificationHead
-from mvit_jax.models.norm import LayerNorm
-from mvit_jax.models.patches import convolve
+from mvit_jax.models.ops.dispatch import keep_batch_sharded
+from mvit_jax.models.ops.patch_conv import convolve
 from mvit_jax.models.plan import (
     BlockPlan,
     MViTConfig,
@@ -44,7 +45,7 @@ from mvit_jax.models.plan import (
     plan,
 )
 from mvit_jax.models.positions import Positions, RelativePositions
-from mvit_jax.models.stages import draw_clips, drop_clips
+from mvit_jax.models.run_blocks import draw_clips, drop_clips
 from mvit_jax.models.trees import Params, first_difference, flat
 from mvit_jax.models.variants import variant
 
@@ -131,12 +132,12 @@ class MViT(nnx.Module):
         pooled and normalised, class token first where there is one, and not yet scaled. What is not
         used is not computed under `jit`, so take only what you need out of the jitted function.
 
-        `scan` and `remat` are how the blocks are run, see `models/stages.py`; with `capture`, none
-        are looped over.
+        `scan` and `remat` are how the blocks are run, see `models/run_blocks.py`; with `capture`,
+        none are looped over.
         """
-        keys = stages.fold(key, len(self.blocks) + 1)
+        keys = run_blocks.fold(key, len(self.blocks) + 1)
         x, grid = self.embed(clip)
-        x, grid, after, records = stages.run(
+        x, grid, after, records = run_blocks.run(
             list(self.blocks), plan(self.config), x, grid, keys,
             capture=capture, scan=scan, remat=remat,
         )  # fmt: skip

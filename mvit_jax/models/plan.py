@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 
 Triple = tuple[int, int, int]  # along time, height, width
 KernelRule = Literal["stride", "stride + 1", "2 stride + 1"]

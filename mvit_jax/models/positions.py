@@ -12,8 +12,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mvit_jax.models.attention import Tokens
 from mvit_jax.models.heads import INITIAL_STD
+from mvit_jax.models.ops.attention import Tokens
 from mvit_jax.models.plan import BlockPlan, MViTConfig, Triple, patch_grid
 
 _table_init = nnx.initializers.truncated_normal(INITIAL_STD)

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mvit_jax.data.sources import Source
-from mvit_jax.errors import UserError
-from mvit_jax.inspection.architecture import table, totals
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.source import Source
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.summary import table, totals
 from mvit_jax.models.variants import variant
 from mvit_jax.training import experiment, optimizer
 from mvit_jax.training.experiment import Config

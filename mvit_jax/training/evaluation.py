@@ -10,12 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Integer
 
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-from mvit_jax.data.decoding import why_broken
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.sources import Source
-from mvit_jax.errors import UserError
-from mvit_jax.training.sharding import (
+from mvit_jax.data.source import Source
+from mvit_jax.data.video import why_broken
+from mvit_jax.training.distributed.sharding import (
     batch_sharding,
     local_rows,
     replicated,

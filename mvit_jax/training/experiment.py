@@ -15,23 +15,25 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import AnyPath, to_path
 from mvit_jax.data import randaugment
 from mvit_jax.data.augmentation import Augmentation, Interpolation
-from mvit_jax.data.lists import read_class_names
+from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.sampling import Sampling
-from mvit_jax.data.sources import SOURCES, Source, open_source
-from mvit_jax.errors import UserError
-from mvit_jax.files import AnyPath, to_path
+from mvit_jax.data.source import SOURCES, Source, open_source
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.models.stages import REMAT
+from mvit_jax.models.run_blocks import REMAT
 from mvit_jax.models.variants import variant
-from mvit_jax.training import evaluation, not_finite, optimizer, sharding, workdir
-from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training import evaluation, optimizer
+from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Ensemble
+from mvit_jax.training.run import nan_policy, workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.step import Recipe
-from mvit_jax.weights import surgery
+from mvit_jax.weights import adapt
 
 Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
 
@@ -41,14 +43,14 @@ CHOICES = {
     "dtype": tuple(DTYPES),
     "precision": PRECISIONS,
     "remat": REMAT,
-    "on_nan": not_finite.POLICIES,
+    "on_nan": nan_policy.POLICIES,
     "data.interpolation": get_args(Interpolation),
     "data.source": SOURCES,
     "data.sampling": get_args(Sampling),
     "augment.erase_mode": ("pixel", "const"),
     "eval.ensemble": get_args(Ensemble),
     "eval.crops": (1, 3),
-    "init.inflate": (None, *surgery.INFLATIONS),
+    "init.inflate": (None, *adapt.INFLATIONS),
     "optim.name": ("adamw", "sgd"),
 }
 INF = float("inf")
@@ -236,7 +238,7 @@ def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str]:
     """
     folder, inflate = config.init.checkpoint, config.init.inflate
     params, was = read_params(to_path(folder))
-    params, report = surgery.carry_over(params, was, model, inflate)
+    params, report = adapt.carry_over(params, was, model, inflate)
     new = [line.path for line in report.lines if line.done.startswith("new")]
     what = "; ".join(f"{count} {done}" for done, count in report.counts.items())
     return params, f"weights from {folder}: {what}" + (f"; new: {', '.join(new)}" if new else "")

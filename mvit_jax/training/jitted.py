@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mvit_jax.data.sources import Source
+from mvit_jax.data.source import Source
 from mvit_jax.models import mvit
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import evaluation, experiment, sharding
+from mvit_jax.training import evaluation, experiment
+from mvit_jax.training.distributed import sharding
 from mvit_jax.training.experiment import Config
 from mvit_jax.training.step import State, init_state, train_step
 

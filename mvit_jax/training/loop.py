@@ -9,25 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from mvit_jax import errors
+from mvit_jax.common import errors
 from mvit_jax.data import pipeline
-from mvit_jax.data.decoding import why_broken
-from mvit_jax.data.sources import Source
+from mvit_jax.data.source import Source
+from mvit_jax.data.video import why_broken
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import (
-    evaluation,
-    experiment,
-    peers,
-    profiling,
-    sharding,
-    timing,
-    workdir,
-)
-from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training import evaluation, experiment
+from mvit_jax.training.distributed import coordination, sharding
 from mvit_jax.training.experiment import Config
-from mvit_jax.training.logbook import BrokenDataError, Logbook
+from mvit_jax.training.run import goodput, profiling, workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
+from mvit_jax.training.run.metrics import BrokenDataError, Logbook
+from mvit_jax.training.run.preemption import StopRequest
 from mvit_jax.training.step import State
-from mvit_jax.training.stopping import StopRequest
 
 
 @dataclass
@@ -44,7 +38,7 @@ class Loop:
     schedule: Callable[[int], Any]
     checkpoints: Checkpoints
     log: Logbook
-    spans: timing.Spans
+    spans: goodput.Spans
     stop: StopRequest
     trace: profiling.Profile
     start: int
@@ -137,7 +131,7 @@ class Loop:
             score = results.get("map", results["top1"])
             self.checkpoints.save_if_best(state, self.done, score, self.log.say)
             self.checkpoints.settle(self.log.say)
-        if peers.first():
+        if coordination.first():
             try:
                 workdir.keep_validated(self.checkpoints.folder, self.done)
             except errors.UserError as error:  # a full disk, say
@@ -162,7 +156,7 @@ def validation_due(config: Config, videos: Source, step: int, end: bool) -> bool
 
 def owes_validation(config: Config, folder: str, videos: Source, step: int, end: bool) -> bool:
     """Whether an earlier start was stopped after it had saved `step`, and before it validated."""
-    validated = peers.from_first("validated", workdir.validated(folder))
+    validated = coordination.from_first("validated", workdir.validated(folder))
     return step > 0 and step > validated and validation_due(config, videos, step, end)
 
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from mvit_jax.models.inference import normalise
-from mvit_jax.training import mixing
+from mvit_jax.training import device_augment
 from mvit_jax.training.losses import binary_cross_entropy, cross_entropy, soft_targets
 
 Metrics = dict[str, tuple[Array, Array]]  # (sum, count): summed before it is divided
@@ -68,7 +68,7 @@ def train_step(
 
     `apply` is `models.mvit.apply` with its config. Nothing random is stored: every draw follows
     from the seed and the step. Where the loss or the gradient is not finite, nothing is updated
-    but the step; what then happens to the run see `training.not_finite`. The scopes name what a
+    but the step; what then happens to the run see `training.run.nan_policy`. The scopes name what a
     profile shows (`train --profile`).
     """
     key_batch, key_model = keys(recipe.seed, state.step)
@@ -139,10 +139,10 @@ def augmented(batch: dict[str, Array], key: Array, recipe: Recipe) -> tuple[Arra
     else:
         targets = soft_targets(batch["label"], recipe.num_classes, recipe.label_smoothing)
     if recipe.flip > 0:
-        clip = mixing.flip(clip, key_flip, recipe.flip)
+        clip = device_augment.flip(clip, key_flip, recipe.flip)
     if recipe.erase > 0:
-        clip = mixing.erase(clip, key_erase, recipe.erase, recipe.erase_mode)
-    return mixing.mix(
+        clip = device_augment.erase(clip, key_erase, recipe.erase, recipe.erase_mode)
+    return device_augment.mix(
         clip,
         targets,
         key_mix,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 
 Shape = tuple[int, ...] | None
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from mvit_jax.errors import UserError
-from mvit_jax.files import write_whole
+from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import write_whole
 from mvit_jax.models import trees
-from mvit_jax.models.devices import without_kernels
 from mvit_jax.models.inference import Colour, forward_function, with_dtype
+from mvit_jax.models.ops.dispatch import without_kernels
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.trees import Params
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.augmentation import plain
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation, randaugment
 from mvit_jax.data.augmentation import Augmentation, augment
-from mvit_jax.data.clip_ops import Box
-from mvit_jax.errors import UserError
+from mvit_jax.data.image_ops import Box
 
 
 def noise(time, height, width, seed=0):

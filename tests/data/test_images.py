@@ -10,9 +10,9 @@ from PIL import Image
 
 from mvit_jax.data import augmentation, pipeline
 from mvit_jax.data.augmentation import Augmentation
-from mvit_jax.data.decoding import DecodeError, opened, why_broken
+from mvit_jax.data.formats.video_list import VideoList, read_video_list
 from mvit_jax.data.images import is_image, read_image
-from mvit_jax.data.lists import VideoList, read_video_list
+from mvit_jax.data.video import DecodeError, opened, why_broken
 
 
 def picture(height=30, width=41, seed=0):

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
-from tests import tiny
-from tests.environment import of_process
+from tests.support import tiny
+from tests.support.environment import of_process
 
 # In a process of its own, whose memory nothing else moves. "Private" pages are what it holds.
 LOAD = """
 import gc, sys
 from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation
-from mvit_jax.data.sources import open_source
+from mvit_jax.data.source import open_source
 
 def held():
     gc.collect()

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import pipeline
+
 # Imported as a module, since pytest would take pipeline.test_batches for a test of this file.
-from mvit_jax.data import decoding, pipeline
+from mvit_jax.data import video as decoding
 from mvit_jax.data.augmentation import Augmentation
-from mvit_jax.data.lists import read_video_list
-from mvit_jax.errors import UserError
+from mvit_jax.data.formats.video_list import read_video_list
 
 SETTINGS = pipeline.ClipSettings(
     frames=4, stride=2, size=16, short_side=20, augmentation=Augmentation(crop_area=(0.3, 1.0))

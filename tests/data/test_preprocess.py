@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 import mvit_jax
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-from mvit_jax.data.decoding import DecodeError
-from mvit_jax.data.lists import VideoList
+from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.preprocess import Preprocess
-from mvit_jax.errors import UserError
+from mvit_jax.data.video import DecodeError
 from mvit_jax.models.inference import normalise
 
 FRAMES = 100

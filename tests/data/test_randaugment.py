@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from benchmarks.augmentation import plain
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import randaugment
-from mvit_jax.data.clip_ops import Box
+from mvit_jax.data.image_ops import Box
 from mvit_jax.data.randaugment import OPERATIONS, Operation, RandAugment
-from mvit_jax.errors import UserError
 from tests.reference import make_randaugment as timm
 
 RECIPE = "rand-m7-n4-mstd0.5-inc1"

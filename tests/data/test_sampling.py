@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import sampling
-from mvit_jax.errors import UserError
 
 
 def indices_one_by_one(start, span, frames, num_frames):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from mvit_jax.common.errors import HungError
 from mvit_jax.data import pipeline, watchdog
 from mvit_jax.data.augmentation import Augmentation
-from mvit_jax.data.synthetic import Synthetic
-from mvit_jax.errors import HungError
+from mvit_jax.data.formats.synthetic import Synthetic
 
 SETTINGS = pipeline.ClipSettings(
     frames=2, stride=2, size=8, short_side=8, augmentation=Augmentation(crop_area=None)

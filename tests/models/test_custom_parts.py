@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mvit_jax.models import mvit, pooling
-from mvit_jax.models.attention import join_heads, on_grid, split_heads
+from mvit_jax.models import mvit
 from mvit_jax.models.mvit import Block, MViT, PooledAttention
+from mvit_jax.models.ops import pooling
+from mvit_jax.models.ops.attention import join_heads, on_grid, split_heads
 from mvit_jax.models.plan import MViTConfig, Pool
 
 # Three blocks with equal plans, whose drop path rates differ.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 from mvit_jax.models import inference, mvit, trees
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.models.variants import variant

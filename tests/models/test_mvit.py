@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mvit_jax.errors import UserError
-from mvit_jax.models import pooling, stages
+from mvit_jax.common.errors import UserError
+from mvit_jax.models import run_blocks
 from mvit_jax.models.mvit import (
     Block,
     MViT,
@@ -21,8 +21,9 @@ from mvit_jax.models.mvit import (
     init,
     params_of,
 )
+from mvit_jax.models.ops import pooling
 from mvit_jax.models.plan import MViTConfig, plan
-from mvit_jax.models.stages import draw_clips, drop_clips
+from mvit_jax.models.run_blocks import draw_clips, drop_clips
 from mvit_jax.models.variants import variant
 
 # A Vision Transformer in numpy.
@@ -318,7 +319,7 @@ def test_what_is_drawn_at_once_is_what_each_key_gives():
     for i, drawn in enumerate(branches):
         alone = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - jnp.float32(0.25), (50, 1, 1))
         np.testing.assert_array_equal(drawn, alone)
-    for i, folded in enumerate(stages.fold(key, 5)):
+    for i, folded in enumerate(run_blocks.fold(key, 5)):
         assert folded == jax.random.fold_in(key, i)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mvit_jax.models.mvit import apply
-from mvit_jax.weights.loading import load
+from mvit_jax.weights.load import load
 from tests.models import naive
 from tests.models.naive import IMAGE, Settings, settings, stages, v2
 from tests.reference import make_outputs as reference

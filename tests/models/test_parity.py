@@ -18,7 +18,7 @@ import pytest
 from mvit_jax.models.mvit import apply
 from mvit_jax.models.plan import MViTConfig, grids, plan
 from mvit_jax.models.trees import flat, nested
-from mvit_jax.weights.loading import load
+from mvit_jax.weights.load import load
 from tests.reference import make_outputs as reference
 
 TOLERANCE = 1e-4  # largest difference over standard deviation

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 from mvit_jax.models.plan import (
     MViTConfig,
     Pool,

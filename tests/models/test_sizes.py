@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import grids, patch_grid, smallest_clip
 from mvit_jax.models.variants import VARIANTS, variant

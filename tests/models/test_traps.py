@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline, preprocess, sampling
-from mvit_jax.errors import UserError
-from mvit_jax.models.attention import attend, relative_features
 from mvit_jax.models.cost import cost
 from mvit_jax.models.mvit import apply, init, shapes
+from mvit_jax.models.ops.attention import attend, relative_features
 from mvit_jax.models.plan import grids, plan
 from mvit_jax.models.positions import RelativePositions, distances
 from mvit_jax.models.trees import flat
 from mvit_jax.models.variants import variant
-from mvit_jax.weights.loading import load
-from mvit_jax.weights.surgery import INFLATIONS
+from mvit_jax.weights.adapt import INFLATIONS
+from mvit_jax.weights.load import load
 from tests.models import naive
 from tests.models.naive import IMAGE, settings, stages, v2
 from tests.reference.make_outputs import draw, draw_weight

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from mvit_jax import train
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 from mvit_jax.training import dry_run
-from tests import tiny
+from tests.support import tiny
 
 
 def described(file, arg, devices=8, **changes):

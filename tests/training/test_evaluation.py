@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mvit_jax.common.errors import UserError
 from mvit_jax.data.images import DecodeError, Frames
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.errors import UserError
-from mvit_jax.training import evaluation, sharding
+from mvit_jax.training import evaluation
+from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Scores
-from mvit_jax.training.logbook import BrokenDataError, Logbook
+from mvit_jax.training.run.metrics import BrokenDataError, Logbook
 
 SETTINGS = ClipSettings(frames=2, stride=4, size=8, short_side=8)
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from mvit_jax import convert, train
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 from mvit_jax.models import mvit, trees
-from mvit_jax.training import experiment, workdir
-from mvit_jax.training.checkpoints import Checkpoints
+from mvit_jax.training import experiment
+from mvit_jax.training.run import workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.step import init_state
-from mvit_jax.weights.containers import write_torch
 from mvit_jax.weights.report import WeightsError
-from tests import tiny
+from mvit_jax.weights.tensor_files import write_torch
+from tests.support import tiny
 from tests.weights import foreign
 
 KIND = "v1 video"

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from mvit_jax.data import pipeline
-from mvit_jax.data.synthetic import Synthetic
-from mvit_jax.training import experiment, jitted, sharding
-from tests import tiny
+from mvit_jax.data.formats.synthetic import Synthetic
+from mvit_jax.training import experiment, jitted
+from mvit_jax.training.distributed import sharding
+from tests.support import tiny
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mvit_jax import train
-from mvit_jax.errors import UserError
-from mvit_jax.training import history, loop, workdir
-from mvit_jax.training.checkpoints import Checkpoints
-from tests import tiny
-from tests.group import final_state
+from mvit_jax.common.errors import UserError
+from mvit_jax.training import loop
+from mvit_jax.training.run import history, workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
+from tests.support import tiny
+from tests.support.group import final_state
 
 pytestmark = pytest.mark.slow
 # Nine steps, validated after 3, 6 and 9.

@@ -9,9 +9,9 @@ import pytest
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.variants import variant
 from mvit_jax.training import experiment, optimizer
-from mvit_jax.weights.layouts import foreign_name
-from tests import tiny
+from mvit_jax.weights.key_tables import foreign_name
 from tests.reference import make_optimizers as reference
+from tests.support import tiny
 
 REFERENCE = tiny.ROOT / "tests" / "reference"
 

@@ -10,7 +10,7 @@ from mvit_jax.models import mvit
 from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer, step
 from mvit_jax.training.step import Recipe, init_state, train_step
-from tests.tiny import MODEL
+from tests.support.tiny import MODEL
 
 CONFIG = variant("mvit_b_16x4", num_classes=4, drop_path=0.0, dropout=0.0, **MODEL)
 RECIPE = {

@@ -11,12 +11,12 @@ import pytest
 from jax import export
 
 import mvit_jax
-from mvit_jax.errors import UserError
+from mvit_jax.common.errors import UserError
 from mvit_jax.models import inference, mvit
 from mvit_jax.models.variants import variant
 from mvit_jax.weights import stablehlo
 from mvit_jax.weights.stablehlo import save_stablehlo
-from tests.environment import of_process
+from tests.support.environment import of_process
 
 SMALL = {"size": 32, "width": 16, "depths": (1, 1), "num_classes": 5}
 VIDEO = variant("mvitv2_s_16x4", frames=4, **SMALL)  # with relative positions

@@ -1,0 +1,78 @@
+"""The first training clips of an experiment, drawn as the model gets them."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+
+from mvit_jax.analysis import plots
+from mvit_jax.data import pipeline
+from mvit_jax.training import experiment, step
+from mvit_jax.training.experiment import Config
+
+CLIPS = 8
+FRAMES = 8  # shown of each clip
+
+
+def draw(config: Config, path: str | os.PathLike[str]) -> Path:
+    """Draws the first clips of step 0: decoded, augmented, erased and mixed as for training.
+
+    Args:
+      config: an experiment. The clips are those of its run on one device.
+      path: of the picture, a PNG; written whole or not at all.
+
+    Raises:
+      UserError: the config or its data cannot be used, or the file cannot be written.
+    """
+    experiment.check(config)
+    videos = experiment.videos(config, "train")
+    model = experiment.model_config(config, len(videos.class_names))
+    share = np.lcm(config.data.repeats, config.augment.group)
+    rows = range(min(-(-CLIPS // share) * share, config.batch))
+    [batch] = pipeline.train_batches(
+        videos,
+        experiment.clip_settings(config, model),
+        seed=config.seed,
+        batch=config.batch,
+        steps=1,
+        rows=rows,
+        repeats=config.data.repeats,
+        threads=config.data.threads,
+    )
+    recipe = experiment.recipe(config, model.num_classes)
+    key, _ = step.keys(config.seed, 0)
+    arrays = {name: jnp.asarray(x) for name, x in batch.items()}
+    clips, targets = jax.device_get(step.augmented(arrays, key, recipe))
+    pixels = np.clip(clips.astype(np.float32) * recipe.std + recipe.mean, 0, 1)
+    target = Path(path)
+    plots.save(_figure(pixels, targets, videos.class_names), target)
+    return target
+
+
+def _figure(
+    clips: np.ndarray, targets: np.ndarray, names: tuple[str, ...]
+) -> matplotlib.figure.Figure:
+    shown = np.unique(np.linspace(0, clips.shape[1] - 1, FRAMES).round().astype(int))
+    with plots.style():
+        figure = matplotlib.figure.Figure(
+            (1.2 * len(shown) + 0.4, 1.5 * len(clips)), layout="constrained"
+        )
+        rows = figure.subplots(len(clips), len(shown), squeeze=False)
+        for axes, clip, target in zip(rows, clips, targets, strict=True):
+            for ax, frame in zip(axes, clip[shown], strict=True):
+                ax.imshow(frame)
+                ax.axis("off")
+            axes[0].set_title(_label(target, names), loc="left", fontsize="small")
+    return figure
+
+
+def _label(target: np.ndarray, names: tuple[str, ...]) -> str:
+    """The classes that stand out of a target, with their shares where there are several."""
+    floor = target.min() if target.min() < target.max() else 0.0  # what label smoothing gives all
+    above = [int(i) for i in np.argsort(-target, kind="stable") if target[i] > floor]
+    if len(above) == 1:
+        return plots.short(names[above[0]])
+    return ", ".join(f"{plots.short(names[i])} {target[i]:.2f}" for i in above[:3])

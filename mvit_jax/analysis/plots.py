@@ -1,0 +1,262 @@
+"""Pictures of results: for files, and as SVG that takes its colours from the page around it."""
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from mvit_jax.common.files import write_whole
+
+# Dark enough for white paper and light enough for a dark page.
+COLOURS = ("#2f7fb8", "#d9772b", "#35996b", "#c2507c", "#8a6fc0", "#a08420", "#4aa3a8", "#8c7f78")
+DASHES = ("-", "--", "-.", ":")  # once the colours are used up
+LABELLED = 40  # classes above which names no longer fit beside a row
+LONGEST = 26  # letters of a name
+
+# On a page these two become CSS variables, see `svg`.
+INK, LINE = "#1b1c1d", "#c8c9ca"
+_STYLE: Any = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a class may be named $x$
+    "svg.fonttype": "none",  # letters stay letters: they can be searched, and read aloud
+    "svg.hashsalt": "mvit_jax",  # the same figure gives the same bytes
+}
+# From nothing to blue, so that an empty cell has the colour of the page.
+_BLUES = LinearSegmentedColormap.from_list("blues", [(0.13, 0.45, 0.71, a) for a in (0.0, 1.0)])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of `curves`: its name, and where it goes; `dots` for single measurements."""
+
+    name: str
+    x: Sequence[int | float]
+    y: Sequence[int | float]
+    dots: bool = False
+
+
+def curves(lines: Sequence[Curve], y: str, x: str = "step", title: str = "") -> Figure:
+    """Lines over steps; with more than one, each has its name in the legend."""
+    with style():
+        figure = Figure(figsize=(4.5, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        for i, line in enumerate(lines):
+            axes.plot(
+                line.x, line.y, linewidth=1.5, label=short(line.name), markersize=4,
+                color=COLOURS[i % len(COLOURS)],
+                linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
+                marker="o" if line.dots or len(line.x) == 1 else "",
+            )  # fmt: skip
+        axes.set(xlabel=x, ylabel=y, title=title)
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        if len(lines) > 1:
+            axes.legend(fontsize=8.5)
+    return figure
+
+
+def confusion_matrix(
+    confusion: Sequence[Sequence[int]], names: Sequence[str], title: str = ""
+) -> Figure:
+    """Rows are true classes, columns what the model said, in percent of the row's videos."""
+    counts = np.asarray(confusion, float)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    n = len(names)
+    named, numbers = n <= LABELLED, n <= LABELLED / 2
+    side = min(max(0.36 * n, 2.2), 11) if named else 3.6
+    with style():
+        room = 1.7 if named else 0.9
+        figure = Figure(figsize=(side + room, side + 1.3), layout="constrained")
+        axes = figure.add_subplot()
+        # Many classes leave a cell a pixel or less: the root makes the small shares visible.
+        scale = PowerNorm(1 if named else 0.5, vmin=0, vmax=100)
+        image = axes.imshow(share, cmap=_BLUES, norm=scale, interpolation="none")
+        if not numbers:
+            figure.colorbar(image, ax=axes, label="% of the true class", location="bottom")
+        below = "predicted, % of the true class" if numbers else "predicted"
+        axes.set(title=title, xlabel=below, ylabel="true")
+        axes.spines[["top", "right"]].set_visible(True)
+        if named:
+            shown = [short(name) for name in names]
+            axes.set_xticks(range(n), shown, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(n), shown)
+        if numbers:
+            for i, j in np.argwhere(counts > 0):
+                colour = "white" if share[i, j] > 55 else INK
+                text = f"{share[i, j]:.0f}"
+                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8.5)
+    return figure
+
+
+def class_accuracy(
+    accuracy: Sequence[float | None], names: Sequence[str], title: str = ""
+) -> Figure:
+    """A bar for each class, worst first; classes without videos are left out."""
+    pairs = sorted((a, name) for a, name in zip(accuracy, names, strict=True) if a is not None)
+    shown = pairs[:LABELLED]
+    with style():
+        figure = Figure(figsize=(4.5, 1.0 + 0.23 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        bars = axes.barh(range(len(shown)), [a for a, _ in shown], color=COLOURS[0])
+        axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8.5)
+        axes.set_yticks(range(len(shown)), [short(name) for _, name in shown])
+        axes.set_ylim(len(shown) - 0.4, -0.6)  # worst on top
+        axes.set(title=title, xlabel="top-1 accuracy, %", xlim=(0, 112), xticks=range(0, 101, 20))
+        if len(pairs) > len(shown):
+            axes.set_ylabel(f"the worst {len(shown)} of {len(pairs)} classes")
+    return figure
+
+
+def parts(amounts: dict[str, float], x: str, marked: str = "") -> Figure:
+    """A bar for each part of a whole, in percent of it, largest first; one may be marked."""
+    whole = sum(amounts.values())
+    rows = sorted(((100 * amount / whole, name) for name, amount in amounts.items()), reverse=True)
+    with style():
+        figure = Figure(figsize=(4.5, 1.0 + 0.23 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        colours = [COLOURS[0] if name == marked else COLOURS[1] for _, name in rows]
+        bars = axes.barh(range(len(rows)), [share for share, _ in rows], color=colours)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8.5)
+        axes.set_yticks(range(len(rows)), [short(name) for _, name in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set(xlabel=x, xlim=(0, 112), xticks=range(0, 101, 20))
+    return figure
+
+
+def budgets(
+    names: Sequence[str],
+    held: Sequence[Mapping[str, float]],
+    limit: float,
+    times: Sequence[Mapping[str, float] | None],
+    each: str,
+    title: str = "",
+) -> Figure:
+    """What each of several programs takes: memory by kind as bars, times by cause as dots.
+
+    Args:
+      names: of the programs.
+      held: GiB by kind; in the order of the first one.
+      limit: GiB that there are.
+      times: milliseconds by cause, of one of what it works on, on a chip; None for a program that
+        does not fit.
+      each: what it works on, like "clip".
+    """
+    kinds = list(dict.fromkeys(kind for part in held for kind in part))
+    causes = list(dict.fromkeys(cause for part in times if part for cause in part))
+    rows = np.arange(len(names))
+    with style():
+        figure = Figure(figsize=(9.5, 1.9 + 0.36 * len(names)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
+        start = np.zeros(len(names))
+        for i, kind in enumerate(kinds):
+            sizes = np.array([part.get(kind, 0.0) for part in held])
+            left.barh(rows, sizes, 0.62, start, label=kind, color=COLOURS[i % len(COLOURS)])
+            start += sizes
+        left.axvline(limit, color=INK, linewidth=1, linestyle="--")
+        left.text(limit, -0.62, f"{limit:g} ", ha="right", va="center", fontsize=8.5)
+        left.set(xlabel="GiB of a chip", yticks=rows, yticklabels=names)
+        left.set_ylim(len(names) - 0.4, -0.9)  # the first on top
+        for i, cause in enumerate(causes):
+            places = [(t[cause], y) for t, y in zip(times, rows, strict=True) if t and cause in t]
+            right.plot(
+                *zip(*places, strict=True), "o", label=cause, markersize=6,
+                color=COLOURS[i % len(COLOURS)],
+            )  # fmt: skip
+        for time, y in zip(times, rows, strict=True):
+            if time is None:
+                right.text(
+                    0.5, y, "does not fit", ha="center", va="center",
+                    transform=right.get_yaxis_transform(),
+                )  # fmt: skip
+        if causes:
+            shown = [time for part in times if part for time in part.values()]
+            subs = (1, 2, 5) if max(shown) < 300 * min(shown) else (1,)
+            right.set_xscale("log")
+            right.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+            right.xaxis.set_major_formatter("{x:g}")
+            right.xaxis.set_minor_locator(NullLocator())
+        right.set(xlabel=f"ms of a chip for each {each}, at peak rates")
+        for axes, most in ((left, 3), (right, 2)):
+            axes.grid(True, axis="x")
+            axes.set_axisbelow(True)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(
+                    fontsize=8.5, ncols=most, loc="lower left", bbox_to_anchor=(0, 1.0),
+                    columnspacing=1.2, handletextpad=0.4, handlelength=1.2, borderaxespad=0.2,
+                )  # fmt: skip
+        figure.suptitle(title, fontsize=10.5)
+    return figure
+
+
+def short(name: str) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1].rstrip() + "…"
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG, whole or not at all; a `UserError` where it cannot be written."""
+    buffer = io.BytesIO()
+    with style():
+        figure.savefig(buffer, format="png", dpi=150)
+    write_whole(path, buffer.getvalue())
+
+
+def svg(figure: Figure, label: str, place: str) -> str:
+    """An `<svg>` element to stand in a page, escaped and complete.
+
+    Its text and lines take the CSS variables `--ink` and `--line`, and its nominal width in pixels
+    is the variable `--natural`.
+
+    Args:
+      figure: what to draw.
+      label: what it shows, for those who do not see it; must not come from data.
+      place: a word that no other figure of the page has, for ids.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # Within tags alone: a class may be named url(#x).
+    text = re.sub(r"<[^>]*>", lambda tag: _own_ids(tag[0], place), text)
+    width = figure.get_figwidth() * 72
+    head = f'<svg role="img" aria-label="{label}" style="--natural: {width:.0f}px"'
+    return re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf"{head} \1>", text)
+
+
+def _own_ids(tag: str, place: str) -> str:
+    """A tag whose ids are those of one figure, and whose ink is the page's."""
+    tag = re.sub(r'\bid="([^"]*)"', rf'id="{place}-\1"', tag)
+    tag = re.sub(r'(href="#|url\(#)', rf"\1{place}-", tag)
+    return tag.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    # Ticks and legends are made when they are drawn, so this surrounds drawing too.
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A name in a script that the font lacks: the browser has others.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield

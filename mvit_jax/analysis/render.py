@@ -1,0 +1,99 @@
+"""Maps over frames, as pictures, GIF and mp4; files are written whole or not at all."""
+
+import io
+import os
+from collections.abc import Sequence
+
+import av
+import matplotlib
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from mvit_jax.common.files import write_whole
+
+Frames = UInt8[np.ndarray, "time height width 3"]
+
+_COLOURS = matplotlib.colormaps["inferno"]
+
+
+def to_uint8(
+    clip: Float[np.ndarray, "time height width 3"], mean: Sequence[float], std: Sequence[float]
+) -> Frames:
+    """Frames of a normalised clip: value * std + mean, from 0 to 255."""
+    values = 255 * (np.asarray(clip) * np.asarray(std, np.float32) + np.asarray(mean, np.float32))
+    return np.clip(np.round(values), 0, 255).astype(np.uint8)
+
+
+def overlay(frames: Frames, heat: Float[np.ndarray, "time height width"]) -> Frames:
+    """Frames under a map: where it is high they shine through in its colours, where low they dim.
+
+    The map is scaled by its largest value in the clip, so that frames can be compared; it is at
+    least 0.
+    """
+    share = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)[..., None]
+    colour = 255 * _COLOURS(share[..., 0])[..., :3]
+    grey = frames.mean(-1, keepdims=True)
+    # Half of the brightness stays with the frame, or the eye could not tell what lies beneath.
+    mixed = 0.55 * grey * (0.4 + 0.6 * share) + (0.2 + 0.55 * share) * colour
+    return np.clip(np.round(mixed), 0, 255).astype(np.uint8)
+
+
+def contact_sheet(
+    frames: Frames, columns: int, gap: int = 2
+) -> UInt8[np.ndarray, "_height _width 3"]:
+    """Frames side by side in rows of `columns`, with a white gap of `gap` pixels."""
+    count, height, width, _ = frames.shape
+    rows = -(-count // columns)
+    side = min(columns, count)
+    sheet = np.full((rows * (height + gap) - gap, side * (width + gap) - gap, 3), 255, np.uint8)
+    for i, frame in enumerate(frames):
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[y : y + height, x : x + width] = frame
+    return sheet
+
+
+def enlarged(frames: Frames, least: int) -> UInt8[np.ndarray, "time _height _width 3"]:
+    """Small frames enlarged by a whole factor, without smoothing, to at least `least` pixels."""
+    factor = -(-least // min(frames.shape[1:3]))
+    return frames.repeat(factor, 1).repeat(factor, 2) if factor > 1 else frames
+
+
+def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Writes a picture; a `UserError` where that fails, as for the others here."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def gif(frames: Frames, fps: float) -> bytes:
+    """An animation that repeats, `fps` frames a second."""
+    images = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    images[0].save(
+        buffer, "GIF", save_all=True, append_images=images[1:], loop=0,
+        duration=max(round(1000 / fps), 20),
+    )  # fmt: skip
+    return buffer.getvalue()
+
+
+def save_gif(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
+    write_whole(path, gif(frames, fps))
+
+
+def save_mp4(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
+    """H.264, which every browser plays; an odd side is repeated by a pixel, as the format asks."""
+    odd = [(0, n % 2) for n in frames.shape[1:3]]
+    frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=max(round(fps), 1))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18"}
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    write_whole(path, buffer.getvalue())

@@ -1,0 +1,360 @@
+"""A run as a page that opens from disk, and several runs side by side.
+
+Nothing in a page comes from elsewhere, and nothing in it is a program. Names of classes and files
+are not trusted: the templates beside this file escape what they are given.
+"""
+
+import datetime
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from mvit_jax.analysis import plots
+from mvit_jax.analysis.plots import Curve
+from mvit_jax.models import summary
+from mvit_jax.models.cost import Cost, cost
+from mvit_jax.models.plan import MViTConfig
+
+PAIRS = 12  # most confused pairs of classes
+GAP = "–"  # where a run does not tell
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds, as plain values.
+
+    Attributes:
+      folder: as it is to be typed in commands.
+      config: flattened: `{"optim.lr": 1e-3}`.
+      defaults: likewise, of `configs/base.py`; None where that file is not there.
+      model: the architecture; None where the number of classes is not known.
+      starts, train, val, seconds, spent: as in `training.run.history.History`.
+      evaluations: what the test program wrote; the test by default first.
+      sheet: as `analysis.example_clips.make` gives it, of the first evaluation; None without one.
+    """
+
+    folder: str
+    config: dict[str, Any]
+    defaults: dict[str, Any] | None = None
+    model: MViTConfig | None = None
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    train: list[dict[str, Any]] = field(default_factory=list)
+    val: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    sheet: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.folder).absolute().name or self.folder
+
+    @property
+    def test(self) -> dict[str, Any] | None:
+        """The evaluation that speaks for the run: one with the frames in order."""
+        return next((e for e in self.evaluations if not e["shuffled_frames"]), None)
+
+    @property
+    def shuffled(self) -> dict[str, Any] | None:
+        """The same test with shuffled frames."""
+        test = self.test
+        others = (e for e in self.evaluations if e["shuffled_frames"])
+        return next((e for e in others if test and marks(e) == marks(test)), None)
+
+    @property
+    def cost(self) -> Cost | None:
+        return None if self.model is None else cost(self.model)
+
+    @property
+    def goodput(self) -> float | None:
+        """Percent of the wall time that went into steps that count; None where nothing tells."""
+        whole = sum(self.spent.values())
+        return 100 * self.spent["step"] / whole if whole > 0 else None
+
+    @property
+    def steps(self) -> int | None:
+        """Steps done, as far as history and tests tell."""
+        told = [e["step"] for e in (*self.train, *self.val, *self.evaluations)]
+        return max(told) if told else None
+
+    def changed(self) -> dict[str, Any]:
+        """The keys of the config that are not as in `configs/base.py`."""
+        defaults = self.defaults
+        if defaults is None:
+            return {}
+        missing = object()
+        return {k: v for k, v in self.config.items() if defaults.get(k, missing) != v}
+
+
+def report(run: Run) -> str:
+    """The page of one run, HTML."""
+    test = run.test
+    return _render(
+        "report.html.jinja",
+        run=run,
+        test=test,
+        history=_history_figures(run),
+        time_spent=_time_figure(run),
+        evaluations=[(e, evaluate_command(run, e)) for e in run.evaluations],
+        test_command=evaluate_command(run, None),
+        shuffle_command=evaluate_command(run, (test or {}) | {"shuffled_frames": True}),
+        pictures=_test_figures(test) if test else {},
+        pairs=confused(test["confusion"], test["classes"]) if test else [],
+        per_class=_per_class(test) if test else [],
+        stages=[] if run.model is None else summary.stages(run.model),
+        header=summary.HEADER,
+        sections=_sections(run),
+        things="images" if run.model and run.model.frames == 1 else "videos",
+    )
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """The page of several runs side by side, HTML."""
+    names = distinct_names(runs)
+    header, *rows = _figures(runs)
+    loss = [
+        Curve(n, *_columns(r.train, "loss")) for n, r in zip(names, runs, strict=True) if r.train
+    ]
+    top1 = [
+        Curve(n, *_columns(r.val, "top1"), dots=True)
+        for n, r in zip(names, runs, strict=True)
+        if r.val
+    ]
+    figures = [
+        _figure(plots.curves(lines, y), label, place)
+        for lines, y, label, place in (
+            (loss, "training loss", "Training loss of all runs over steps", "loss"),
+            (top1, "validation top-1, %", "Validation accuracy of all runs over steps", "val"),
+        )
+        if lines
+    ]
+    return _render(
+        "comparison.html.jinja",
+        names=names, runs=runs, header=header, rows=rows, figures=figures,
+        differing=_differing(runs),
+        silent=[n for n, r in zip(names, runs, strict=True) if not (r.train or r.val)],
+    )  # fmt: skip
+
+
+def comparison_table(runs: Sequence[Run]) -> str:
+    """The same for a terminal, curves left out."""
+    header, *rows = _figures(runs)
+    text = summary.table(header, rows)
+    differing = _differing(runs)
+    if differing:
+        keys = summary.table(("config", *distinct_names(runs)), differing)
+        text += f"\n\n{keys}"
+    return text
+
+
+def distinct_names(runs: Sequence[Run]) -> list[str]:
+    """Names of folders; the folders as they were given where two have the same name."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [run.folder for run in runs]
+
+
+def confused(
+    confusion: Sequence[Sequence[int]], names: Sequence[str], most: int = PAIRS
+) -> list[tuple[str, str, int, float]]:
+    """The pairs of classes that were most often taken one for the other.
+
+    Returns:
+      True class, predicted class, number of videos, percent of the true class's videos; the largest
+      numbers first.
+    """
+    counts = np.array(confusion, np.int64)
+    of_class = counts.sum(1)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(i), len(names)) for i in order]
+    return [
+        (names[i], names[j], int(counts[i, j]), 100 * counts[i, j] / of_class[i])
+        for i, j in pairs
+        if counts[i, j]
+    ]
+
+
+def marks(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What evaluations of one test have in common; the data may have moved between them."""
+    names = ("checkpoint", "step", "clips", "crops", "videos", "classes")
+    return {name: evaluation[name] for name in names} | {"list": Path(evaluation["list"]).name}
+
+
+def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
+    """The command that makes an evaluation; that of the default test where none is given."""
+    words = ["python", "-m", "mvit_jax.evaluate", f"--workdir={run.folder}"]
+    e = evaluation or {}
+    file = Path(e["list"]).name if "list" in e else run.config.get("data.test_list")
+    for which in ("val", "train"):
+        if file == run.config.get(f"data.{which}_list") != run.config.get("data.test_list"):
+            words.append(f"--list={which}")
+    if e.get("checkpoint", "last") != "last":
+        words.append(f"--which={e['checkpoint']}")
+    for key in ("clips", "crops"):
+        if key in e and e[key] != run.config.get(f"eval.{key}"):
+            words.append(f"--{key}={e[key]}")
+    folder = run.config.get("data.folder")
+    listed = Path(e.get("list", ""))  # absolute, but of a set that TFDS has prepared
+    if folder is None or (
+        listed.is_absolute() and listed.parent != Path(folder).expanduser().absolute()
+    ):
+        words.append(f"--data={listed.parent if listed.is_absolute() else 'DIR'}")
+    if e.get("shuffled_frames"):
+        words.append("--shuffle_frames")
+    return shlex.join(words)
+
+
+def _sections(run: Run) -> list[tuple[str, str]]:
+    """Ids and names of the page's sections."""
+    tested = [("classes", "Classes"), ("clips", "Clips"), ("mistakes", "Worst mistakes")]
+    broken = [("left_out", "Left out")] if run.test and run.test["left_out"] else []
+    return [
+        ("training", "Training"),
+        *([("time", "Time")] if run.goodput is not None else []),
+        ("test", "Test"),
+        *([*tested, *broken] if run.test else []),
+        *([("model", "Model")] if run.model else []),
+        ("config", "Config"),
+        ("machine", "Machine and commands"),
+    ]
+
+
+def _history_figures(run: Run) -> list[Markup]:
+    """Loss, accuracies, learning rate and gradient norm over steps."""
+    if not run.train and not run.val:
+        return []
+    accuracy = [Curve("training clips", *_columns(run.train, "accuracy"))] if run.train else []
+    if run.val:
+        accuracy.append(Curve("validation, top-1", *_columns(run.val, "top1"), dots=True))
+    drawn = [_figure(plots.curves(accuracy, "accuracy, %"), "Accuracy over steps", "accuracy")]
+    for key, name, label in (
+        ("loss", "loss", "Training loss over steps"),
+        ("learning_rate", "learning rate", "Learning rate over steps"),
+        ("grad_norm", "gradient norm", "Norm of the gradient over steps"),
+    ):
+        if run.train:
+            figure = plots.curves([Curve(name, *_columns(run.train, key))], name)
+            drawn.append(_figure(figure, label, key))
+    return [*drawn[1:2], drawn[0], *drawn[2:]]
+
+
+def _time_figure(run: Run) -> Markup | None:
+    """Where the wall time went, the largest part on top."""
+    if run.goodput is None:
+        return None
+    parts = {name: seconds for name, seconds in run.spent.items() if seconds > 0}
+    figure = plots.parts(parts, "of the wall time, %", marked="step")
+    return _figure(figure, "Where the wall time went", "time")
+
+
+def _test_figures(test: dict[str, Any]) -> dict[str, Markup]:
+    names = test["classes"]
+    return {
+        "confusion": _figure(
+            plots.confusion_matrix(test["confusion"], names), "Confusion matrix", "confusion"
+        ),
+        "classes": _figure(
+            plots.class_accuracy(test["per_class"], names), "Accuracy of each class", "classes"
+        ),
+    }
+
+
+def _per_class(test: dict[str, Any]) -> list[tuple[str, int, float | None]]:
+    counts = [sum(row) for row in test["confusion"]]
+    return list(zip(test["classes"], counts, test["per_class"], strict=True))
+
+
+def _figure(figure: Any, label: str, place: str) -> Markup:
+    return Markup(plots.svg(figure, label, place))  # matplotlib has escaped the names in it
+
+
+def _columns(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[int | float]]:
+    return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+def _figures(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """A header, and a row of figures for each run."""
+    rows = [("run", "model", "parameters", "mult-adds", "steps", "time", "top-1", "top-5",
+             "shuffled", "videos", "views")]  # fmt: skip
+    for name, run in zip(distinct_names(runs), runs, strict=True):
+        test, shuffled, total = run.test, run.shuffled, run.cost
+        rows.append((
+            name,
+            str(run.config.get("model.variant", GAP)),
+            GAP if total is None else whole(total.parameters),
+            GAP if total is None else billions(total.multiply_adds),
+            whole(run.steps) if run.steps else GAP,
+            duration(run.seconds) if run.starts else GAP,
+            GAP if test is None else f"{test['top1']:.2f}",
+            GAP if test is None else f"{test['top5']:.2f}",
+            GAP if shuffled is None else f"{shuffled['top1']:.2f}",
+            GAP if test is None else whole(test["videos"]),
+            GAP if test is None else f"{test['clips']} x {test['crops']}",
+        ))  # fmt: skip
+    return rows
+
+
+def _differing(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The keys in which the configs differ, and their values in each run."""
+    keys = sorted({key for run in runs for key in run.config})
+    rows = [(key, *(value(run.config.get(key)) for run in runs)) for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def whole(number: int) -> str:
+    return f"{number:,}"
+
+
+def billions(number: int) -> str:
+    """Multiply-adds as papers print them."""
+    return f"{number / 1e9:.1f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def value(given: Any) -> str:
+    """A value of a config; nothing stands for the variant's or data's own."""
+    if given is None:
+        return GAP
+    if isinstance(given, list | tuple):
+        return f"({', '.join(map(value, given))}{',' if len(given) == 1 else ''})"
+    return str(given)
+
+
+def _moment(seconds: float) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def _percent(number: float | None, digits: int = 1) -> str:
+    return GAP if number is None or math.isnan(number) else f"{number:.{digits}f} %"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "whole": whole, "billions": billions, "duration": duration, "value": value,
+        "moment": _moment, "percent": _percent,
+    }  # fmt: skip
+    return environment
+
+
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(**values)

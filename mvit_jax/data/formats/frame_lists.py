@@ -1,0 +1,204 @@
+"""PySlowFast's lists of frames, which name each frame of each video, and its labels.
+
+A line for each frame, after a header: `original_vido_id video_id frame_id path labels`, where
+labels are numbers with commas between them, in quotes, or `""`.
+"""
+
+import contextlib
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt8
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.frame_folders import FrameFiles
+from mvit_jax.data.images import DecodeError
+
+_HEADER = b"original_vido_id video_id frame_id path labels"
+
+
+# eq=False, repr=False: as of `lists.VideoList`.
+@dataclass(frozen=True, eq=False, repr=False)
+class FrameList:
+    """Where each video's lines are in a list of frames.
+
+    A list has a line for each of millions of frames, so the lines of a video are read when it is
+    asked for.
+
+    Attributes:
+      file: the list.
+      videos: name of each video, in the order of the list.
+      starts: place in the file, in bytes, of each video's first line, and the file's end.
+    """
+
+    file: str
+    videos: tuple[str, ...]
+    starts: Int64[np.ndarray, " places"]
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def rows(self, index: int) -> "Rows":
+        """The frames of video `index`.
+
+        Raises:
+          DecodeError: the file cannot be read, or has changed since it was first read.
+        """
+        start, end = self.starts[index : index + 2].tolist()
+        try:
+            with Path(self.file).open("rb") as file:
+                file.seek(start)
+                content = file.read(end - start)
+        except OSError as error:
+            reason = f"its list {self.file} cannot be read: {str(error.strerror).lower()}"
+            raise DecodeError(self.videos[index], reason) from error
+        fields = [line.split() for line in content.splitlines() if line.strip()]
+        name = os.fsencode(self.videos[index])
+        sound = len(content) == end - start and all(
+            len(row) == 5 and row[0] == name for row in fields
+        )
+        if not sound:
+            reason = f"its list {self.file} has changed since it was first read"
+            raise DecodeError(self.videos[index], reason)
+        return Rows(tuple(os.fsdecode(row[3]) for row in fields), tuple(row[4] for row in fields))
+
+
+class Rows(NamedTuple):
+    """The frames of a video: their paths, as they are listed, and the texts of their labels."""
+
+    paths: tuple[str, ...]
+    labels: tuple[bytes, ...]
+
+
+def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
+    """Reads where each video's lines are, and the distinct texts of the labels of its frames.
+
+    Raises:
+      UserError: no such file, one without the header, without videos, with a line of other fields,
+        or with the frames of a video in two places.
+    """
+    if not list_file.is_file():
+        raise UserError(
+            f"there is no list {list_file}: it should hold a line for each frame, after the header "
+            f"`{_HEADER.decode()}`"
+        )
+    with list_file.open("rb") as file:
+        header = file.readline()
+        if header.removeprefix(b"\xef\xbb\xbf").split() != _HEADER.split():
+            raise UserError(
+                f"{list_file}, line 1 should be the header `{_HEADER.decode()}` of a list of "
+                f"frames, but is {header.decode(errors='replace').strip()[:80]!r}"
+            )
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            try:
+                starts, texts = _index(content, len(header))
+            except _WrongLineError as wrong:
+                number = content[: wrong.place].count(b"\n") + 1
+                raise UserError(f"{list_file}, line {number}: {wrong.reason}") from None
+            places = np.array([*starts.values(), len(content)], np.int64)
+    if not starts:
+        raise UserError(f"{list_file} lists no frames: it should hold a line for each")
+    return FrameList(str(list_file), tuple(map(os.fsdecode, starts)), places), texts
+
+
+class _WrongLineError(Exception):
+    def __init__(self, place: int, reason: str):
+        super().__init__(place, reason)
+        self.place, self.reason = place, reason
+
+
+# Lines that begin with the same name, and blank ones. There are millions of lines: a loop over them
+# takes as long without looking at all of their fields.
+_LINES_OF_A_VIDEO = re.compile(rb"\s*(\S+)[ \t][^\n]*\n?(?:[ \t]*\1[ \t][^\n]*\n?|[ \t\r]*\n)*")
+
+
+def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[bytes]]]:
+    """Gives the place of each video's first line, from `begin` on, and the texts of its labels."""
+    starts: dict[bytes, int] = {}
+    texts: list[set[bytes]] = []
+    for match in _LINES_OF_A_VIDEO.finditer(content, begin):
+        name, fields = match[1], match[0].split()
+        if match.start() != begin or set(fields[::5]) != {name} or len(fields) % 5:
+            break
+        if name in starts:
+            raise _WrongLineError(
+                match.start(1),
+                f"the frames of {os.fsdecode(name)} are in two places: sort the list, so that they "
+                "stand together",
+            )
+        starts[name] = begin
+        texts.append(set(fields[4::5]))
+        begin = match.end()
+    if content[begin:].strip():
+        raise _wrong_line(content, begin)
+    return starts, texts
+
+
+def _wrong_line(content: mmap.mmap, begin: int) -> _WrongLineError:
+    """The error of the first line from `begin` on that does not have five fields."""
+    lines = content[begin:].splitlines(keepends=True)
+    place = next((i for i, line in enumerate(lines) if len(line.split()) not in (0, 5)), 0)
+    said = lines[place][:80].decode(errors="replace").strip()
+    where = begin + sum(map(len, lines[:place]))
+    return _WrongLineError(where, f"{said!r} has other fields than the header")
+
+
+def label_numbers(text: bytes) -> list[int]:
+    """The numbers of a text of labels; raises `ValueError` where it is none."""
+    inside = text.strip(b'"')
+    return [int(number) for number in inside.split(b",")] if inside else []
+
+
+# eq=False, repr=False: as of `lists.VideoList`.
+@dataclass(frozen=True, eq=False, repr=False)
+class ListedFrames:
+    """The videos of a list of frames; a `sources.Source`.
+
+    Attributes:
+      frame_list: the list.
+      base: folder that the list's paths start at.
+      labels: class of each video, or 0 and 1 of each class where it may have several.
+      class_names: name of each class.
+    """
+
+    frame_list: FrameList
+    base: str
+    labels: Int32[np.ndarray, " videos"] | UInt8[np.ndarray, "videos classes"]
+    class_names: tuple[str, ...]
+
+    @property
+    def list_file(self) -> str:
+        return self.frame_list.file
+
+    def __len__(self) -> int:
+        return len(self.frame_list)
+
+    def label(
+        self, index: int, frames: Int[np.ndarray, " frames"] | None = None
+    ) -> int | UInt8[np.ndarray, " classes"]:
+        """Where a video may have several labels: those of any frame from the clip's first to its
+        last, or without `frames` those of the whole video."""
+        if self.labels.ndim == 1:
+            return int(self.labels[index])
+        if frames is None:
+            return self.labels[index].copy()
+        label = np.zeros(len(self.class_names), np.uint8)
+        texts = self.frame_list.rows(index).labels[int(frames.min()) : int(frames.max()) + 1]
+        for text in set(texts):
+            label[label_numbers(text)] = 1
+        return label
+
+    def item(self, index: int) -> str:
+        return f"{self.base}/{self.frame_list.videos[index]}"
+
+    @contextlib.contextmanager
+    def opened(self, index: int, clip_frames: int) -> Iterator[FrameFiles]:
+        paths = self.frame_list.rows(index).paths
+        joined = tuple(path if path.startswith("/") else f"{self.base}/{path}" for path in paths)
+        yield FrameFiles(self.item(index), joined)

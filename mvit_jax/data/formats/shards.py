@@ -1,0 +1,289 @@
+"""Videos packed into ArrayRecord shards: their format, and reading them in any order.
+
+A split NAME in a folder is `NAME.manifest.json` and `NAME-00000-of-00016.array_record` and so on,
+one record for each video in the order of the list that was packed. A record is a msgpack map:
+"id" (str), "label" (int), "video" (bytes of an mp4 file, H.264) and the fields of `decoding.Index`,
+which save reading the container. The manifest holds all that is known without decoding.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from jaxtyping import Int, Int32
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.images import DecodeError
+from mvit_jax.data.video import Index, Video
+
+FORMAT = 1
+"""What manifests say: goes up when older shards cannot be read any more."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of one shard. Videos are in the order of its records.
+
+    Attributes:
+      file: name in the folder.
+      size: bytes of the file.
+      sha256: digest of the file.
+      ids: name of each video.
+      labels: class of each.
+      frames: number of frames of each.
+      seconds: duration of each.
+      failed: id, label and reason of each listed video that could not be packed.
+    """
+
+    file: str
+    size: int
+    sha256: str
+    ids: Sequence[str]
+    labels: Sequence[int]
+    frames: Sequence[int]
+    seconds: Sequence[float]
+    failed: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Manifest:
+    """What a split was made of, and what became of it.
+
+    Attributes:
+      complete: whether all shards were written.
+      settings: what the split was made with.
+      classes: name of each class.
+      shards: in order; none before all were written.
+    """
+
+    complete: bool
+    settings: Mapping[str, Any]
+    classes: Sequence[str]
+    shards: Sequence[Shard]
+
+    def encoded(self) -> str:
+        """JSON, one shard a line, with totals for people."""
+        totals = {
+            "listed": sum(len(shard.ids) + len(shard.failed) for shard in self.shards),
+            "videos": sum(len(shard.ids) for shard in self.shards),
+            "failed": sum(len(shard.failed) for shard in self.shards),
+            "frames": sum(sum(shard.frames) for shard in self.shards),
+            "hours": round(sum(sum(shard.seconds) for shard in self.shards) / 3600, 4),
+            "bytes": sum(shard.size for shard in self.shards),
+        }
+        head = {
+            "format": FORMAT,
+            "complete": self.complete,
+            "settings": dict(self.settings),
+            "totals": totals,
+            "classes": list(self.classes),
+        }
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        shards = ",\n".join(json.dumps(asdict(shard)) for shard in self.shards)
+        return "{\n" + ",\n".join(lines) + ',\n"shards": [\n' + shards + "\n]\n}\n"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file's records for ArrayRecordDataSource, which then need not open it to count them."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ShardedVideos:
+    """The packed videos of one split; a `sources.Source`.
+
+    Attributes:
+      ids: name of each video.
+      labels: class of each, in `range(len(class_names))`.
+      class_names: name of each class.
+      list_file: the manifest, for messages.
+      records: the record of each, by index; opens shards when they are first read, in any thread
+        and anew in each process.
+    """
+
+    ids: tuple[str, ...]
+    labels: Int32[np.ndarray, " videos"]
+    class_names: tuple[str, ...]
+    list_file: str
+    records: Any  # ArrayRecordDataSource, which has no usable type
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def label(self, index: int, frames: Int[np.ndarray, " frames"] | None = None) -> int:
+        return int(self.labels[index])
+
+    def item(self, index: int) -> str:
+        return f"{self.ids[index]} of {self.list_file}"
+
+    @contextlib.contextmanager
+    def opened(self, index: int, clip_frames: int) -> Iterator[Video]:
+        with self._video(index) as video:
+            yield video
+
+    def _video(self, index: int) -> Video:
+        name = self.item(index)
+        try:
+            record = decode_record(self.records[index])
+        except Exception as error:  # the reader of damaged or missing files raises RuntimeError
+            reason = str(error).strip().split("\n")[0].partition(" [")[0]
+            raise DecodeError(name, f"its record cannot be read ({reason})") from error
+        found = (record["id"], record["label"])
+        if found != (self.ids[index], self.labels[index]):
+            reason = "its record is that of {} with the label {}".format(*found)
+            raise DecodeError(name, f"{reason}: the manifest and the shards do not match")
+        return Video(record["video"], name, record["index"])
+
+
+def encode_record(name: str, label: int, video: bytes, index: Index) -> bytes:
+    """The record of a video."""
+    fields_of = {"id": name, "label": label, "video": video} | asdict(index)
+    return msgpack.packb(fields_of) or b""
+
+
+def decode_record(record: bytes) -> dict[str, Any]:
+    """Gives "id", "label", "video" and "index" of a record; raises ValueError or KeyError."""
+    found = msgpack.unpackb(record)
+    index = Index(**{field.name: found[field.name] for field in fields(Index)})
+    return {"id": found["id"], "label": found["label"], "video": found["video"], "index": index}
+
+
+def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
+    """Opens a split that `python -m mvit_jax.prepare videos` wrote.
+
+    Args:
+      folder: where manifest and shards are; `~` is the user's home.
+      split: name of the split; that of the list from which it was made (train.csv) does too.
+
+    Raises:
+      UserError: no such folder or split, one that is not finished, a manifest that cannot be read
+        or that contradicts itself or the files beside it.
+    """
+    from array_record.python import array_record_data_source as sources  # half a second
+
+    root = Path(folder).expanduser().absolute()
+    path = manifest_path(root, split)
+    manifest = read_manifest(path)
+    problem = next(problems(root, path, manifest), None)
+    if problem:
+        raise UserError(problem)
+    shards = manifest.shards
+    ids = tuple(name for shard in shards for name in shard.ids)
+    labels = np.array([label for shard in shards for label in shard.labels], np.int32)
+    parts: list[Any] = [
+        _Part(str(root / shard.file), 0, len(shard.ids), len(shard.ids))
+        for shard in shards
+        if shard.ids
+    ]
+    names = tuple(manifest.classes)
+    return ShardedVideos(ids, labels, names, str(path), sources.ArrayRecordDataSource(parts))
+
+
+def count_records(file: Path) -> int:
+    """How many records a shard holds."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+def manifest_path(root: Path, split: str) -> Path:
+    """Where the manifest of a split is."""
+    return root / f"{split.removesuffix('.csv')}.manifest.json"
+
+
+def splits(root: Path) -> list[str]:
+    """Names of the splits that have a manifest."""
+    return sorted(path.name.removesuffix(".manifest.json") for path in root.glob("*.manifest.json"))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    if not path.is_file():
+        found = ", ".join(splits(path.parent)) if path.parent.is_dir() else ""
+        advice = f"name one of its splits ({found})" if found else "name the folder of the shards"
+        raise UserError(
+            f"there is no manifest {path}: {advice}, or make it with `python -m mvit_jax.prepare "
+            f"videos --csv={path.name.removesuffix('.manifest.json')}.csv --out={path.parent}`"
+        )
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"{path} is of format {content['format']}, and this version reads format {FORMAT}: "
+                "prepare the videos anew"
+            )
+        shards = [_shard(shard) for shard in content["shards"]]
+        return Manifest(
+            bool(content["complete"]), dict(content["settings"]), list(content["classes"]), shards
+        )
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete it and prepare the "
+            "videos again"
+        ) from None
+
+
+def _shard(content: dict[str, Any]) -> Shard:
+    """A shard as the manifest has it, if each value is of its kind."""
+    kinds = {"ids": str, "labels": int, "frames": int, "seconds": (int, float), "failed": list}
+    for name, kind in kinds.items():
+        if not all(isinstance(value, kind) for value in content[name]):
+            raise TypeError(f"{name} of {content['file']} are something else than they should be")
+    if not isinstance(content["size"], int) or "/" in content["file"]:
+        raise ValueError(f"{content['file']} has no size, or is in another folder")
+    return Shard(**content)
+
+
+def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a split as far as can be told without reading shards, a sentence each."""
+    if not manifest.complete:
+        yield (
+            f"{path} is of a split that is not finished: give the command that was interrupted "
+            "once more"
+        )
+        return
+    classes = len(manifest.classes)
+    for shard in manifest.shards:
+        lengths = {len(column) for column in (shard.ids, shard.labels, shard.frames, shard.seconds)}
+        if len(lengths) != 1:
+            yield f"{path} contradicts itself: the columns of {shard.file} differ in length"
+        wrong = [label for label in shard.labels if not 0 <= label < classes]
+        if wrong:
+            yield (
+                f"{path} contradicts itself: {shard.file} has the label {wrong[0]}, and there are "
+                f"{classes} classes"
+            )
+    if not any(shard.ids for shard in manifest.shards):
+        yield f"{path} is of a split without videos: see there why all of them failed"
+    with os.scandir(root) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    for shard in manifest.shards:
+        advice = "copy it again, or prepare the videos again, which makes it alone"
+        if shard.file not in sizes:
+            yield f"the shard {root / shard.file}, which {path.name} lists, is missing: {advice}"
+        elif sizes[shard.file] != shard.size:
+            yield (
+                f"the shard {root / shard.file} has {sizes[shard.file]:,} bytes, and {path.name} "
+                f"says {shard.size:,}: {advice}"
+            )

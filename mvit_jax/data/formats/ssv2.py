@@ -1,0 +1,128 @@
+"""Something-Something v2 (Goyal et al. 2017): its own lists, or PySlowFast's lists of frames."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.frame_folders import FrameFolders
+from mvit_jax.data.formats.frame_lists import ListedFrames, read_frame_list
+
+# Names of the files as they were first published, and as they are in the later archive.
+_LABELS = ("something-something-v2-labels.json", "labels.json")
+_VIDEOS = (
+    "something-something-v2-train.json", "something-something-v2-validation.json",
+    "train.json", "validation.json",
+)  # fmt: skip
+
+
+def read_ssv2(
+    folder: str | os.PathLike[str], list_name: str, *, prefix: str = ""
+) -> FrameFolders | ListedFrames:
+    """Opens a split of the data set.
+
+    The labels file lies beside the list. A list that ends in `.json` is the data set's own, like
+    `something-something-v2-validation.json`: the frames of video ID are the images in
+    `folder/prefix/ID/`, or the video itself is `folder/prefix/ID.webm`. Any other is a list of
+    frames (`frame_lists`), whose paths start at `folder/prefix`; then the data set's own lists,
+    which have the labels, lie beside it.
+
+    Args:
+      folder: where the lists are; `~` is the user's home.
+      list_name: file name of the list.
+      prefix: folder of the frames, relative to `folder`.
+
+    Raises:
+      UserError: a file is missing or is not what it should be, a video has no label, or one that
+        is not in the labels file.
+    """
+    root = Path(folder).expanduser().absolute()
+    list_file = root / list_name
+    classes = _read_classes(list_file.parent)
+    names = tuple(sorted(classes, key=classes.__getitem__))
+    base = str(root / Path(prefix).expanduser())
+    if list_file.suffix == ".json":
+        labels = _read_labels(list_file, classes)
+        folders = tuple(f"{base}/{video}" for video in labels)
+        numbers = np.fromiter(labels.values(), np.int32, len(labels))
+        return FrameFolders(folders, numbers, names, str(list_file))
+    frames, _ = read_frame_list(list_file)
+    labels = {}
+    for name in _VIDEOS:
+        if (list_file.parent / name).is_file():
+            labels |= _read_labels(list_file.parent / name, classes)
+    unknown = [video for video in frames.videos if video not in labels]
+    if unknown:
+        raise UserError(
+            f"{list_file} has a video {unknown[0]!r} ({len(unknown)} such videos of "
+            f"{len(frames)}), whose label is in none of the files {', '.join(_VIDEOS[:2])} in "
+            f"{list_file.parent}: put the data set's own lists there"
+        )
+    numbers = np.array([labels[video] for video in frames.videos], np.int32)
+    return ListedFrames(frames, base, numbers, names)
+
+
+def _read_classes(folder: Path) -> dict[str, int]:
+    """Label of each template, of all numbers from 0 on."""
+    file = next((folder / name for name in _LABELS if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"there is no {_LABELS[0]} in {folder}: put the data set's own file there, "
+            "or name the folder that holds it, --config.data.folder=DIR"
+        )
+    content = _read_json(file)
+    try:
+        classes = {str(template): int(label) for template, label in content.items()}
+    except (AttributeError, TypeError, ValueError):
+        classes = {}
+    if not classes or sorted(classes.values()) != list(range(len(classes))):
+        raise UserError(
+            f'{file} should map templates to numbers from 0 on, like {{"Holding something": "0"}}, '
+            "each number once: fetch it again"
+        )
+    return classes
+
+
+def _read_labels(file: Path, classes: dict[str, int]) -> dict[str, int]:
+    """Label of each video, in the order of the file."""
+    labels = {}
+    content = _read_json(file)
+    if not isinstance(content, list) or not content:
+        raise UserError(
+            f'{file} should be a list of videos, like [{{"id": "1", "template": "Holding '
+            '[something]"}]: fetch it again'
+        )
+    for place, video in enumerate(content):
+        if not isinstance(video, dict) or "id" not in video:
+            raise UserError(f"{file}: entry {place} of its list has no `id`: fetch it again")
+        if "template" not in video:
+            raise UserError(
+                f"{file}: entry {place} of its list, video {video['id']}, has no template: videos "
+                "of the data set's test split have no labels, so name another list"
+            )
+        # In brackets stand the places that the person who filmed filled in.
+        template = str(video["template"]).replace("[", "").replace("]", "")
+        if template not in classes:
+            raise UserError(
+                f"{file}: the template {template!r} of video {video['id']} is not in the labels "
+                f"file {_LABELS[0]}: fetch both anew, of the same version"
+            )
+        labels[str(video["id"])] = classes[template]
+    return labels
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no list {file}: it should be a list of the data set's own, like "
+            "something-something-v2-validation.json, or a list of frames"
+        ) from None
+    except ValueError as error:  # of JSON and of UTF-8
+        raise UserError(f"{file} is not JSON ({error}): fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {str(error.strerror).lower()}") from None

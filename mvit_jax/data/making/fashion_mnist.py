@@ -1,0 +1,139 @@
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) in TFDS's format, with a network or not.
+
+70,000 grey images of 28x28 pixels of ten kinds of clothing. Needs no TensorFlow, which TFDS's own
+code for downloads, for the published files and for PNG would import.
+"""
+
+import gzip
+import hashlib
+import http.client
+import sys
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.tfds import read_split
+
+NAME = "fashion_mnist"
+
+# SHA-256 of what the four published files hold, unpacked. MNIST's digits have the same names and
+# sizes, and packages compress the files anew, so neither names nor the sums of the .gz files tell.
+CONTENTS = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+def prepare(folder: str, files: str | None = None) -> None:
+    """Writes the set into TFDS's data folder as array_record, whole or not at all.
+
+    A set that is there already is left as it is.
+
+    Args:
+      folder: TFDS's `data_dir`.
+      files: the folder of the four .gz files; without it they are downloaded.
+
+    Raises:
+      UserError: a file is missing, damaged or of another set; the download fails; the folder
+        cannot be written; the set that is there cannot be read, as `read_split` says.
+    """
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    builder: Any = tfds.builder(NAME, data_dir=folder)
+    if builder.data_path.exists():
+        read_split(NAME, folder, "test")  # says what is wrong with one that does not do
+        return
+    for left in builder.data_path.parent.glob("incomplete.*"):  # by a run that was killed
+        left.rmtree()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has tfrecord alone
+    with tempfile.TemporaryDirectory() as temporary:
+        unpacked = Path(temporary)
+        try:
+            source = _download(builder.URL, unpacked) if files is None else Path(files).expanduser()
+            paths = _unpack(source, unpacked)
+            split_generators = builder._split_generators
+            builder._split_generators = lambda manager: split_generators(_Local(paths))
+            builder._generate_examples = examples
+            builder.download_and_prepare(
+                download_dir=temporary, download_config=config, file_format="array_record"
+            )
+        except OSError as error:
+            raise UserError(f"{NAME} cannot be written into {folder}: {_reason(error)}") from error
+
+
+def _download(address: str, folder: Path) -> Path:
+    for name in CONTENTS:
+        try:
+            with urllib.request.urlopen(f"{address}{name}.gz", timeout=30) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"{NAME} cannot be downloaded ({_reason(error)}): fetch its four files another "
+                "way, for example as Debian's package dataset-fashion-mnist, and name their "
+                "folder, --files=DIR"
+            ) from error
+        (folder / f"{name}.gz").write_bytes(content)
+    return folder
+
+
+def examples(
+    num_examples: int, data_path: str, label_path: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields numbered images, encoded as PNG, with labels; in place of TFDS's function."""
+    pixels = np.frombuffer(Path(data_path).read_bytes(), np.uint8, offset=16)
+    labels = np.frombuffer(Path(label_path).read_bytes(), np.uint8, offset=8)
+    images = pixels.reshape(num_examples, 28, 28)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield index, {"image": cv2.imencode(".png", image)[1].tobytes(), "label": int(label)}
+
+
+class _Local:
+    """Stands in for TFDS's download manager: files that are here instead of those of URLs."""
+
+    def __init__(self, paths: dict[str, Path]):
+        self.paths = paths
+
+    def download_and_extract(self, urls: dict[str, str]) -> dict[str, str]:
+        return {key: str(self.paths[Path(url).stem]) for key, url in urls.items()}
+
+
+def _unpack(folder: Path, to: Path) -> dict[str, Path]:
+    paths = {}
+    for name, expected in CONTENTS.items():
+        file = folder / f"{name}.gz"
+        try:
+            content = gzip.decompress(file.read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"there is no file {file}: --files=DIR should hold the .gz files of "
+                f"{', '.join(CONTENTS)}"
+            ) from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(
+                f"{file} cannot be unpacked ({_reason(error)}): fetch it again"
+            ) from None
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise UserError(
+                f"{file} does not hold what Fashion-MNIST's file of this name does (MNIST's digits "
+                "have the same names): fetch it again"
+            )
+        paths[name] = to / name
+        paths[name].write_bytes(content)
+    return paths
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "reason", error)  # of a URLError
+    text = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
+    return text.strip().splitlines()[0].rstrip(".").lower()

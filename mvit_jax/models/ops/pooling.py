@@ -1,0 +1,338 @@
+"""P(.; kernel, stride, padding): the pooling of token grids (MViT, section 3.1).
+
+One contract for every form: `pool(grid, plan, weight)` takes a grid `[batch, T, H, W, channels]`
+and gives `[batch, T', H', W', channels]` in the grid's dtype, with padding = kernel // 2 and sizes
+rounded down. A pooling of your own has the same signature and goes into `MViT(..., pool=mine)`.
+"""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+
+from mvit_jax.models.ops import pooling_tpu
+from mvit_jax.models.ops.attention import Tokens, on_grid
+from mvit_jax.models.ops.dispatch import (
+    clips_are_split,
+    each_device_has_clips,
+    on_each_device,
+    with_gradient_of,
+)
+from mvit_jax.models.plan import Pool, Triple
+
+Grid = Float[Array, "batch time height width channels"]
+Pooled = Float[Array, "batch pooled_time pooled_height pooled_width channels"]
+Taps = Float[Array, "kt kh kw channels"]
+
+
+def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
+    """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
+    batch, t, h, w, channels = grid.shape
+    tokens, after = pool_tokens(grid.reshape(batch, t * h * w, channels), (t, h, w), plan, weight)
+    return tokens.reshape(batch, *after, channels)
+
+
+def pool_tokens(
+    x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None
+) -> tuple[Tokens, Triple]:
+    """`pool` of the tokens that lie on `grid`, and their new grid; a class token stays as it is."""
+    if plan.mode not in ("max", "avg"):
+        if weight is None:
+            raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
+        if pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0]):
+            return _pool_tokens(x, weight, grid, plan), plan.output(grid)
+    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)
+
+
+def _pool_on_grid(grid: Grid, plan: Pool, weight: Taps | None) -> Pooled:
+    """`pool` without a kernel that takes tokens."""
+    if plan.mode == "max":
+        return max_pool(grid, plan)
+    if plan.mode == "avg":
+        return average_pool(grid, plan)
+    return lax.platform_dependent(
+        grid,
+        weight,
+        cpu=lambda grid, weight: depthwise_slices(grid, weight, plan),
+        default=lambda grid, weight: depthwise_conv(grid, weight, plan),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _pool_tokens(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
+    def on_tpu(x, weight):
+        return pooling_tpu.forward(x, weight, grid=grid, plan=plan)
+
+    def default(x, taps):
+        return _pool_grid(x, taps.reshape(weight.shape), grid, plan)
+
+    return lax.platform_dependent(
+        x,
+        weight.reshape(-1, weight.shape[-1]),
+        tpu=with_gradient_of(default, on_each_device(on_tpu)),
+        default=default,
+    )
+
+
+def _pool_grid(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
+    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)[0]
+
+
+def _pool_tokens_forward(x: Tokens, weight: Taps, grid: Triple, plan: Pool):
+    return _pool_tokens(x, weight, grid, plan), (x, weight)
+
+
+def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], gradient: Tokens):
+    x, weight = saved
+
+    def on_tpu(x, taps, gradient):
+        def each(x, taps, gradient):
+            dx, dtaps = pooling_tpu.backward(x, taps, gradient, grid=grid, plan=plan)
+            return dx, dtaps[None]
+
+        dx, dtaps = on_each_device(each)(x, taps, gradient)
+        return dx, dtaps.sum(0)
+
+    def default(x, taps, gradient):
+        form = lambda x, taps: _pool_grid(x, taps.reshape(weight.shape), grid, plan)  # noqa: E731
+        dx, dtaps = jax.vjp(form, x, taps)[1](gradient)
+        return dx, dtaps
+
+    dx, dtaps = lax.platform_dependent(
+        x,
+        weight.reshape(-1, weight.shape[-1]),
+        gradient,
+        tpu=with_gradient_of(default, on_tpu),
+        default=default,
+    )
+    return dx, dtaps.reshape(weight.shape)
+
+
+_pool_tokens.defvjp(_pool_tokens_forward, _pool_tokens_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(grid: Grid, plan: Pool) -> Pooled:
+    """Maximum over each window; padding never wins. The gradient goes to the window's first place
+    of that value, as everywhere in XLA."""
+    return lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan))
+
+
+def _max_forward(grid: Grid, plan: Pool):
+    return max_pool(grid, plan), grid
+
+
+def _max_backward(plan: Pool, grid: Grid, gradient: Pooled) -> tuple[Grid]:
+    gradient = lax.platform_dependent(
+        grid,
+        gradient,
+        cpu=lambda grid, gradient: _max_gradient_by_phases(grid, gradient, plan),
+        default=lambda grid, gradient: jax.vjp(
+            lambda grid: lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan)), grid
+        )[1](gradient)[0],
+    )
+    return (gradient,)
+
+
+max_pool.defvjp(_max_forward, _max_backward)
+
+
+def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:
+    """For CPUs: 0.05 to 0.13 of the processor time of XLA's select-and-scatter (the skips of MViT-B
+    16x4, `max_pool` with its gradient, 2026-11-23).
+
+    Which tap wins is found by comparing shifted slices; that tap's place takes the gradient, by
+    output phase like `_grid_gradient`.
+    """
+    padded = _pad(grid, plan.padding, -jnp.inf)
+    taps = jnp.arange(math.prod(plan.kernel), dtype=jnp.int32)
+    best = winner = None
+    for i, tap in enumerate(_indices(plan.kernel)):
+        shifted = _shifted(padded, tap, gradient.shape, plan.stride)
+        if best is None or winner is None:
+            best, winner = shifted, jnp.zeros(shifted.shape, jnp.int32)
+        else:
+            winner = jnp.where(shifted > best, i, winner)
+            best = jnp.maximum(shifted, best)
+    assert winner is not None
+    phases = _split_phases(taps.reshape(*plan.kernel, 1), _chunks(plan), plan.stride, fill=-1)
+    return _by_phases(
+        lambda gradient, winner, taps: jnp.where(winner == taps, gradient, 0),
+        phases, (gradient, winner), grid.shape, plan,
+    )  # fmt: skip
+
+
+def average_pool(grid: Grid, plan: Pool) -> Pooled:
+    """Mean over each window, padding counted as zeros (the reference code's default)."""
+    return lax.reduce_window(grid, 0.0, lax.add, *_windows(plan)) / math.prod(plan.kernel)
+
+
+def _windows(plan: Pool):
+    padding = [(0, 0), *((p, p) for p in plan.padding), (0, 0)]
+    return (1, *plan.kernel, 1), (1, *plan.stride, 1), padding
+
+
+def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
+    """Convolution with a filter of its own for each channel, as XLA has it."""
+    channels = grid.shape[-1]
+    return lax.conv_general_dilated(
+        grid,
+        weight.reshape(*plan.kernel, 1, channels),
+        window_strides=plan.stride,
+        padding=[(p, p) for p in plan.padding],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        feature_group_count=channels,
+    )
+
+
+# The same for CPUs. XLA's convolution with one group per channel takes there 64 to 188 times as
+# long, gradients included, as a sum of shifted slices. On a TPU it should be the other way round:
+# a prototype's training step, compiled for v5e, moved twice the bytes with slices. The gradients
+# are written by hand, since those that autodiff makes of the slices take 1.1 to 3.2 times as long
+# (`python -m benchmarks.pooling`, 2 cores, 2026-11-23).
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
+    """`depthwise_conv` as a sum over taps: the padded grid, shifted and strided, times weights."""
+    batch, t, h, w, channels = grid.shape
+    output = plan.output((t, h, w))
+    padded = _pad(grid, plan.padding)
+    total = jnp.zeros((batch, *output, channels), grid.dtype)
+    taps = weight.reshape(*plan.kernel, 1, 1, 1, 1, channels)
+    for tap in _indices(plan.kernel):
+        shifted = _shifted(padded, tap, total.shape, plan.stride)
+        total = total + shifted * taps[tap]
+    return total
+
+
+def _shifted(padded: Array, tap, shape, stride: Triple) -> Pooled:
+    """What one tap of each window meets; `shape` is the pooled grid's."""
+    batch, *output, channels = shape
+    end = [k + (n - 1) * s + 1 for k, n, s in zip(tap, output, stride, strict=True)]
+    return lax.slice(padded, (0, *tap, 0), (batch, *end, channels), (1, *stride, 1))
+
+
+def _slices_forward(grid: Grid, weight: Taps, plan: Pool):
+    return depthwise_slices(grid, weight, plan), (grid, weight)
+
+
+def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Pooled) -> tuple[Grid, Taps]:
+    grid, weight = saved
+
+    def each(gradient, grid):
+        return _weight_gradient(gradient, grid, plan)[None]
+
+    # Left to XLA, devices would add up after every row and tap.
+    several = clips_are_split() and each_device_has_clips(grid.shape[0])
+    taps = (on_each_device(each) if several else each)(gradient, grid).sum(0)
+    return _grid_gradient(gradient, weight, grid, plan), taps.astype(weight.dtype)
+
+
+depthwise_slices.defvjp(_slices_forward, _slices_backward)
+
+
+def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Grid:
+    """By output phase: places with the same remainder by the stride meet the same taps.
+
+    Along each axis tap k = chunk * stride + phase. The gradient of place (m, phase) is the sum over
+    chunks of gradient[m - chunk] * weight[chunk, phase]: ceil(kernel / stride) terms an axis, each
+    an outer product over phases, instead of one padded and added term for each tap.
+    """
+    phases = _split_phases(weight, _chunks(plan), plan.stride)
+    return _by_phases(
+        lambda gradient, weight: gradient * weight, phases, (gradient,), grid.shape, plan
+    )
+
+
+def _by_phases(term, phases: Array, pooled: tuple[Array, ...], shape, plan: Pool) -> Grid:
+    """Sums `term(*pooled, taps)`, taps from `_split_phases`, for the windows that hold a place."""
+    batch, *size, channels = shape
+    chunks = _chunks(plan)
+    padded = [_pad(x, [c - 1 for c in chunks]) for x in pooled]
+    places = [n + c - 1 for n, c in zip(pooled[0].shape[1:4], chunks, strict=True)]
+    total = jnp.zeros((), pooled[0].dtype)
+    for chunk in _indices(chunks):
+        start = [c - 1 - i for c, i in zip(chunks, chunk, strict=True)]
+        end = [i + n for i, n in zip(start, places, strict=True)]
+        met = [
+            jnp.expand_dims(lax.slice(x, (0, *start, 0), (batch, *end, channels)), (2, 4, 6))
+            for x in padded
+        ]
+        # [batch, T', phase, H', phase, W', phase, channels]
+        total = total + term(*met, phases[chunk][None, None, :, None, :, None, :])
+    whole = [n * s for n, s in zip(places, plan.stride, strict=True)]
+    total = total.reshape(batch, *whole, channels)
+    # From the padded grid's places to the grid's: an end that no window reached gets zeros.
+    cut = [(-p, n + p - m, 0) for p, n, m in zip(plan.padding, size, whole, strict=True)]
+    return lax.pad(total, jnp.zeros((), total.dtype), [(0, 0, 0), *cut, (0, 0, 0)])
+
+
+def _chunks(plan: Pool) -> list[int]:
+    return [-(-k // s) for k, s in zip(plan.kernel, plan.stride, strict=True)]
+
+
+def _split_phases(weight: Array, chunks, stride: Triple, fill: int = 0):
+    """Taps [kt, kh, kw, channels] by chunk and phase: [ct, ch, cw, st, sh, sw, channels]."""
+    filled = [c * s - k for c, s, k in zip(chunks, stride, weight.shape, strict=False)]
+    weight = jnp.pad(weight, [*((0, n) for n in filled), (0, 0)], constant_values=fill)
+    pattern = "(ct st) (ch sh) (cw sw) channels -> ct ch cw st sh sw channels"
+    return rearrange(weight, pattern, st=stride[0], sh=stride[1], sw=stride[2])
+
+
+def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
+    """In float32 at least.
+
+    A few rows at a time, and of these one tap after the other, so that their products stay in the
+    cache: 0.2 to 0.8 of the time of whole grids. As a product with ones their sum takes 0.5 to 0.8
+    of the time; unrolled, XLA merges the taps into one loop, not vectorised (2026-11-23).
+    """
+    batch, t, h, w, channels = gradient.shape
+    _, stride_h, stride_w = plan.stride
+    rows = _rows_in_cache(gradient)
+    padded = _pad(grid, plan.padding)
+    ones = jnp.ones((1, batch * rows * w), gradient.dtype)
+    taps = jnp.array(list(_indices(plan.kernel)))
+    span = (batch, 1, (rows - 1) * stride_h + 1, (w - 1) * stride_w + 1, channels)
+
+    def add(total, place):
+        frame, row = place
+        part = lax.dynamic_slice(gradient, (0, frame, row, 0, 0), (batch, 1, rows, w, channels))
+        corner = place * jnp.array(plan.stride[:2])
+
+        def one_tap(tap):
+            start = (0, corner[0] + tap[0], corner[1] + tap[1], tap[2], 0)
+            shifted = lax.dynamic_slice(padded, start, span)
+            shifted = lax.slice(shifted, (0,) * 5, span, (1, 1, stride_h, stride_w, 1))
+            products = (shifted * part).reshape(-1, channels)
+            return jnp.matmul(ones, products, preferred_element_type=total.dtype)[0]
+
+        return total + lax.map(one_tap, taps), None
+
+    places = jnp.array([(frame, row) for frame in range(t) for row in range(0, h, rows)])
+    total = jnp.zeros((len(taps), channels), jnp.promote_types(gradient.dtype, jnp.float32))
+    total = lax.scan(add, total, places)[0]
+    return total.reshape(*plan.kernel, channels)
+
+
+def _rows_in_cache(grid: Grid) -> int:
+    """How many rows of a frame, of all clips, take up to 150 kB: a divisor of its height."""
+    batch, _, height, width, channels = grid.shape
+    size = batch * width * channels * grid.dtype.itemsize
+    fit = [n for n in range(1, height + 1) if height % n == 0 and n * size <= 150_000]
+    return max(fit, default=1)
+
+
+def _pad(
+    grid: Shaped[Array, "batch time height width channels"], padding, value: float = 0.0
+) -> Shaped[Array, "batch padded_time padded_height padded_width channels"]:
+    return jnp.pad(grid, [(0, 0), *((p, p) for p in padding), (0, 0)], constant_values=value)
+
+
+def _indices(shape):
+    return itertools.product(*(range(n) for n in shape))

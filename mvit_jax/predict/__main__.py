@@ -1,0 +1,292 @@
+"""The most probable classes of video or image files, by a trained model.
+
+    python -m mvit_jax.predict FILE... --workdir=DIR
+    python -m mvit_jax.predict FILE... --checkpoint=DIR --top=3 --json=FILE
+    python -m mvit_jax.predict FILE... --workdir=DIR --pictures=DIR --attention
+    python -m mvit_jax.predict --serve --workdir=DIR
+
+DIR is the folder of a run (--workdir) or what `convert` wrote (--checkpoint). Probabilities are
+averages over K clips x C crops, as in the test program. A video that is longer than those clips is
+read in overlapping windows of one clip, and gets a timeline besides; its probabilities are averages
+over all windows. --clips=K does without windows. The names of the classes are the lines of
+DIR/labels.txt or else of the data folder's labels.txt. A file that cannot be decoded is named, the
+others are done, and the exit status is 1.
+
+--pictures writes NAME_prediction.png for each file; --attention draws into it where the model looks
+and what speaks for the class, and writes the same as NAME_attention.gif and .mp4. --serve opens a
+page on which to drop files (pip install -e '.[demo]').
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from mvit_jax.analysis import render
+from mvit_jax.common import errors
+from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
+from mvit_jax.data.images import DecodeError
+from mvit_jax.predict import figures
+from mvit_jax.predict.predictor import Prediction, Predictor
+from mvit_jax.predict.windows import clock
+from mvit_jax.training.run import compilation_cache
+
+# Other programs have flags of the same names, and tests import them all.
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A folder that convert wrote.", allow_override=True
+)
+_WHICH = flags.DEFINE_enum(
+    "which", "last", ["last", "best"], "Which of a run's states.", allow_override=True
+)
+_CLIPS = flags.DEFINE_integer(
+    "clips",
+    None,
+    "Clips per video, and no windows; the config's where not given.",
+    allow_override=True,
+)
+_CROPS = flags.DEFINE_integer(
+    "crops", None, "Crops per clip, 1 or 3; the config's where not given.", allow_override=True
+)
+_TOP = flags.DEFINE_integer("top", 5, "Classes to name per file.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Where to write the same as JSON.")
+_PICTURES = flags.DEFINE_string("pictures", None, "Folder for a picture of each file.")
+_ATTENTION = flags.DEFINE_bool("attention", False, "Draw where the model looks; with --pictures.")
+_SERVE = flags.DEFINE_bool("serve", False, "Open a page on which to drop files, until Ctrl-C.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page; the default is private.")
+_PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any.", 0, 65535)
+_MAX_MB = flags.DEFINE_integer("max_mb", 200, "Largest file that the page takes.", lower_bound=1)
+_MAX_MINUTES = flags.DEFINE_float("max_minutes", 10.0, "Longest video that it takes.", 0.01)
+
+
+def main(argv: list[str]) -> None:
+    files = argv[1:]
+    folder = _folder()
+    compilation_cache.keep()
+    if _SERVE.value:
+        _serve(folder, files)
+        return
+    if not files:
+        raise errors.UserError("give video or image files, or --serve")
+    if _ATTENTION.value and _PICTURES.value is None:
+        raise errors.UserError("--attention draws pictures: say where to, --pictures=DIR")
+    pictures = None if _PICTURES.value is None else local_path(_PICTURES.value)
+    if pictures is not None:
+        _make_folder(pictures)
+    predictor = Predictor(folder, which=_WHICH.value, clips=_CLIPS.value, crops=_CROPS.value)
+    results: dict[str, Any] = {"folder": str(folder), "which": _WHICH.value}
+    results |= predict(predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value)
+    failed = show(results["files"])
+    if _JSON.value is not None:
+        write_whole(_JSON.value, json.dumps(results, indent=1) + "\n")
+    if failed:
+        sys.exit(1)
+
+
+def _folder() -> AnyPath:
+    """Where the model is: of two flags, one."""
+    given = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
+    if _CHECKPOINT.value in ("last", "best") and not Path(_CHECKPOINT.value).is_dir():
+        raise errors.UserError(
+            f"--checkpoint takes a folder: give --workdir=DIR --which={_CHECKPOINT.value}"
+        )
+    if len(given) != 1:
+        raise errors.UserError(
+            "give --workdir=DIR, the folder of a run, or --checkpoint=DIR, one that convert wrote"
+        )
+    return to_path(given[0])
+
+
+def _serve(folder: AnyPath, files: list[str]) -> None:
+    given = {"--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--attention": _ATTENTION}
+    extra = [*files, *(name for name, flag in given.items() if flag.value)]
+    if extra:
+        raise errors.UserError(f"--serve takes files on its page: leave out {', '.join(extra)}")
+    from mvit_jax.predict import server  # needs gradio, which nothing else does
+
+    server.serve(
+        lambda: Predictor(folder, which=_WHICH.value, crops=_CROPS.value),
+        host=_HOST.value,
+        port=_PORT.value,
+        limits=server.Limits(_MAX_MB.value, _MAX_MINUTES.value),
+        top=_TOP.value,
+    )
+
+
+def predict(
+    predictor: Predictor,
+    files: list[str],
+    *,
+    top: int,
+    pictures: Path | None = None,
+    maps: bool = False,
+) -> dict[str, Any]:
+    """For each file its `top` most probable classes, or why it cannot be decoded, ready for JSON.
+
+    Of long videos also a "timeline": "windows" with the classes of each, and "segments" in which
+    the most probable class stays the same; times in seconds. With `pictures`, a folder, pictures of
+    each file are written, and with `maps` the model's attention.
+    """
+    stems = picture_names(files, pictures) if pictures else files
+    results: list[dict[str, Any]] = []
+    for file, stem in zip(files, stems, strict=True):
+        result: dict[str, Any] = {"file": file}
+        results.append(result)
+        try:
+            with tqdm(unit="window", desc=Path(file).name, delay=2, disable=_quiet()) as bar:
+
+                def progress(done: int, of: int, bar=bar) -> None:
+                    bar.total = of
+                    bar.update(done - bar.n)
+
+                prediction = predictor.predict(file, progress=progress)
+            result |= _described(prediction, predictor.names, top)
+            if pictures is not None:
+                written = _draw(predictor, prediction, file, pictures / stem, top, maps)
+                result["pictures"] = [str(path) for path in written]
+        except DecodeError as error:
+            result["error"] = f"cannot be decoded: {error.reason}"
+        except errors.UserError as error:
+            result["error"] = str(error)
+    config = predictor.config.eval
+    return {
+        "step": predictor.step, "clips": config.clips, "crops": config.crops, "files": results,
+    }  # fmt: skip
+
+
+def _quiet() -> bool:
+    return not sys.stderr.isatty()
+
+
+def _described(prediction: Prediction, names: tuple[str, ...], top: int) -> dict[str, Any]:
+    described: dict[str, Any] = {"classes": _top(prediction.probabilities, names, top)}
+    line = prediction.timeline
+    if line is not None:
+        described["timeline"] = {
+            "seconds": prediction.seconds,
+            "segments": [
+                {"start": s.start, "end": s.end, "class": names[s.label]}
+                | {"probability": s.probability}
+                for s in line.segments()
+            ],
+            "windows": [
+                {"start": float(start), "end": float(end), "classes": _top(row, names, top)}
+                for start, end, row in zip(line.starts, line.ends, line.probabilities, strict=True)
+            ],
+        }
+    return described
+
+
+def _top(probabilities: np.ndarray, names: tuple[str, ...], top: int) -> list[dict[str, Any]]:
+    # A stable order, so that equal probabilities give the same answer everywhere.
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return [{"class": names[i], "probability": float(probabilities[i])} for i in order]
+
+
+def _draw(
+    predictor: Predictor, prediction: Prediction, file: str, start: Path, top: int, maps: bool
+) -> list[Path]:
+    """Writes the pictures whose names begin with `start`."""
+    shown = prediction.shown
+    looks = predictor.maps(shown) if maps else None
+    drawn = figures.picture(
+        file, prediction.probabilities, predictor.names, shown, prediction.times,
+        top=top, timeline=prediction.timeline, maps=looks,
+    )  # fmt: skip
+    written = [Path(f"{start}_prediction.png")]
+    write_whole(written[0], drawn)
+    if looks is not None and shown.shape[0] * shown.shape[1] > 1:  # of a still, all is said
+        frames = figures.attention_frames(shown, looks)
+        fps = figures.attention_fps(shown, predictor.config.data.stride)
+        written += [Path(f"{start}_attention.gif"), Path(f"{start}_attention.mp4")]
+        render.save_gif(written[1], frames, fps)
+        render.save_mp4(written[2], frames, fps)
+    return written
+
+
+def picture_names(files: list[str], folder: Path) -> list[str]:
+    """What the names of each file's pictures begin with: its own without ending.
+
+    No two files get the same, also where capitals do not count; and no picture of a file is another
+    of the files.
+    """
+    taken = {Path(file).resolve() for file in files}
+    names: list[str] = []
+    for file in files:
+        stem, number = Path(file).stem or "file", 1
+        name = stem
+        while name.casefold() in {n.casefold() for n in names} or any(
+            (folder / f"{name}{ending}").resolve() in taken
+            for ending in ("_prediction.png", "_attention.gif", "_attention.mp4")
+        ):
+            number += 1
+            name = f"{stem}_{number}"
+        names.append(name)
+    return names
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UserError(
+            f"--pictures={folder} cannot be made ({error.strerror}): choose another folder"
+        ) from None
+
+
+def show(results: list[dict[str, Any]]) -> bool:
+    """Prints tables, and what failed to stderr; whether anything did."""
+    done = [result for result in results if "classes" in result]
+    if done:
+        print(table(classes(done)))
+    for result in done:
+        if "timeline" in result:
+            line = result["timeline"]
+            print(
+                f"\n{result['file']}: {clock(line['seconds'])}, means over {len(line['windows'])} "
+                f"windows above, over time:\n{table(segments(line))}"
+            )
+    written = [path for result in done for path in result.get("pictures", ())]
+    if written:
+        print("wrote " + ", ".join(written))
+    failures = [result for result in results if "error" in result]
+    for result in failures:
+        print(f"{result['file']} {result['error']}", file=sys.stderr)
+    return bool(failures)
+
+
+def classes(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of file, class and probability, headings first."""
+    rows = [("file", "class", "probability")]
+    for result in results:
+        for rank, found in enumerate(result["classes"]):
+            file = result["file"] if rank == 0 else ""
+            rows.append((file, found["class"], f"{found['probability']:.4f}"))
+    return rows
+
+
+def segments(timeline: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of time, class and probability, headings first."""
+    rows = [("time", "class", "probability")]
+    for s in timeline["segments"]:
+        time = f"{clock(s['start'])} - {clock(s['end'])}"
+        rows.append((time, s["class"], f"{s['probability']:.2f}"))
+    return rows
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns, and a rule below the headings."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    ruled = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in ruled
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)

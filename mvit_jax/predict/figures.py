@@ -1,0 +1,181 @@
+"""A prediction as a picture: frames, classes as bars, the timeline; and attention that moves."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mvit_jax.analysis import plots, render
+from mvit_jax.data.sampling import FRAME_RATE
+from mvit_jax.predict.predictor import Maps
+from mvit_jax.predict.windows import Timeline, clock
+
+Shown = UInt8[np.ndarray, "clips time height width 3"]
+
+BLUE = "#2a6f97"
+# Told apart by eyes that do not tell red from green (Okabe and Ito 2008), the pale yellow left out.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+GREY = "#9a9a9a"
+FRAMES = 8  # in the strip
+# In the order of `Maps`.
+CAPTIONS = (
+    "attention rollout: where the model looks (pooled keys show as a grid)",
+    "Grad-CAM: what speaks for the most probable class",
+)
+SECONDS_A_PICTURE = 0.5  # in an animation of single frames
+
+_INCHES = {"frames": 1.6, "bar": 0.32, "timeline": 2.6, "gap": 0.7}
+
+
+def picture(
+    title: str,
+    probabilities: Float[np.ndarray, " classes"],
+    names: Sequence[str],
+    shown: Shown,
+    times: Float[np.ndarray, "clips time"],
+    *,
+    top: int = 5,
+    timeline: Timeline | None = None,
+    maps: Maps | None = None,
+) -> bytes:
+    """A PNG: frames that the model saw, the `top` classes as bars, and a long video's timeline.
+
+    Args:
+      title: stands above it.
+      probabilities: of the classes.
+      names: of the classes.
+      shown: clips of which frames are drawn.
+      times: of their frames, in seconds, written below them.
+      top: how many classes.
+      timeline: of a long video.
+      maps: of `shown`, drawn below the frames.
+    """
+    top = min(top, len(names))
+    rows = 1 if maps is None else 1 + len(CAPTIONS)
+    heights = [_INCHES["frames"] * rows, _INCHES["bar"] * top + _INCHES["gap"]]
+    if timeline is not None:
+        heights.append(_INCHES["timeline"])
+    figure = Figure(figsize=(12, sum(heights) + _INCHES["gap"]), layout="constrained")
+    figure.suptitle(
+        _plain(title if len(title) <= 100 else "…" + title[-99:]), x=0.01, ha="left", fontsize=12
+    )
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _strip(parts[0], shown, times, maps)
+    _bars(parts[1].subplots(), probabilities, names, top)
+    if timeline is not None:
+        _over_time(parts[2], timeline, names)
+    return _png(figure)
+
+
+def timeline_picture(timeline: Timeline, names: Sequence[str]) -> bytes:
+    """Only the timeline, as a PNG."""
+    figure = Figure(figsize=(9, _INCHES["timeline"] + 0.4), layout="constrained")
+    _over_time(figure, timeline, names)
+    return _png(figure)
+
+
+def attention_frames(shown: Shown, maps: Maps) -> UInt8[np.ndarray, "frames _height _width 3"]:
+    """All clips one after the other: what was seen, and beside it the same under each map."""
+    rows = []
+    for i, clip in enumerate(shown):
+        panels = [clip, *(render.overlay(clip, heat[i]) for heat in maps)]
+        rows.append(np.concatenate([render.enlarged(panel, 224) for panel in panels], axis=2))
+    return np.concatenate(rows)
+
+
+def attention_fps(shown: Shown, stride: int) -> float:
+    """Frames a second at which clips move as they did, and single frames stay to be seen."""
+    return 1 / SECONDS_A_PICTURE if shown.shape[1] == 1 else FRAME_RATE / stride
+
+
+def _strip(
+    figure: SubFigure, shown: Shown, times: Float[np.ndarray, "clips time"], maps: Maps | None
+) -> None:
+    """Up to `FRAMES` frames: of one clip evenly spread ones, of several the middle one of each."""
+    if len(shown) == 1:
+        places = np.unique(np.linspace(0, shown.shape[1] - 1, FRAMES).round().astype(int))
+        pairs = [(0, int(i)) for i in places]
+    else:
+        pairs = [(i, shown.shape[1] // 2) for i in range(len(shown))]
+    axes = figure.subplots(1 if maps is None else 1 + len(maps), FRAMES, squeeze=False)
+    for one in axes.flat:
+        one.axis("off")
+    moving = shown.size > shown[0, 0].size
+    for column, (clip, frame) in enumerate(pairs):
+        _image(axes[0, column], shown[clip, frame])
+        if moving:
+            seconds = times[clip, frame]
+            written = clock(seconds) if len(shown) > 1 else f"{seconds:.1f} s"
+            axes[0, column].set_title(written, fontsize=8, pad=3)
+        for row, heat in enumerate(maps or (), 1):
+            _image(axes[row, column], render.overlay(shown[clip], heat[clip])[frame])
+    for row, caption in enumerate(CAPTIONS if maps else (), 1):
+        axes[row, 0].set_title(caption, fontsize=8, pad=3, loc="left")
+
+
+def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:
+    # Smoothed only where it is made smaller.
+    axes.imshow(image, interpolation="antialiased")
+
+
+def _bars(
+    axes: Axes, probabilities: Float[np.ndarray, " classes"], names: Sequence[str], top: int
+) -> None:
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    values = 100 * probabilities[order]
+    bars = axes.barh(range(top), values, color=BLUE)
+    axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=4, fontsize=9)
+    axes.set_yticks(range(top), [_plain(plots.short(names[int(i)])) for i in order], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 110)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(left=False)
+
+
+def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
+    """Probabilities of the classes that are ever on top, and below them who is."""
+    segments = timeline.segments()
+    share = np.zeros(len(names))
+    for segment in segments:
+        share[segment.label] += segment.end - segment.start
+    # Those that are on top for longest have colours, all others are grey.
+    labels = [int(i) for i in np.argsort(-share, kind="stable")[: len(COLOURS)] if share[i] > 0]
+    colour = dict(zip(labels, COLOURS, strict=False))
+    lines, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
+    centres = (timeline.starts + timeline.ends) / 2
+    for label in labels:
+        name = _plain(plots.short(names[label]))
+        values = 100 * timeline.probabilities[:, label]
+        marker = "o" if len(centres) < 60 else ""
+        lines.plot(centres, values, color=colour[label], label=name, lw=1.5, marker=marker, ms=3)
+    lines.set(ylim=(-3, 103), ylabel="probability, %")
+    lines.grid(axis="y", alpha=0.3)
+    for segment in segments:
+        strip.axvspan(segment.start, segment.end, color=colour.get(segment.label, GREY), lw=0)
+    if len(np.flatnonzero(share)) > len(labels):
+        lines.plot([], [], color=GREY, lw=6, label="other classes")
+    strip.set(xlim=(timeline.starts[0], timeline.ends[-1]), yticks=[], xlabel="time")
+    strip.set_ylabel("on top", rotation=0, ha="right", va="center", fontsize=8)
+    strip.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 3, 6, 10], integer=True))
+    strip.xaxis.set_major_formatter(FuncFormatter(lambda x, _: clock(x)))
+    for axes in (lines, strip):
+        axes.spines[["top", "right"]].set_visible(False)
+    lines.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with plots.style():
+        figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    # Matplotlib reads what stands between two dollars as mathematics, and fails where it is none.
+    return text.replace("$", r"\$")

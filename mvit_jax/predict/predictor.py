@@ -1,0 +1,270 @@
+"""A trained model, loaded once, and what it says of files."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Float64, UInt8
+
+from mvit_jax.analysis import attention_maps, token_geometry
+from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import AnyPath
+from mvit_jax.data import pipeline, sampling
+from mvit_jax.data.formats.video_list import read_class_names
+from mvit_jax.data.images import Frames
+from mvit_jax.data.video import Video, opened
+from mvit_jax.models.inference import Inference, normalise
+from mvit_jax.predict import reading
+from mvit_jax.predict.windows import Timeline, is_long, windows
+from mvit_jax.training import evaluation, experiment
+from mvit_jax.training.distributed import sharding
+from mvit_jax.training.experiment import Config
+
+AT_A_TIME = 8  # windows that go through the model together
+SHOWN = 8  # windows of a long video whose frames are kept for pictures
+
+Check = Callable[[Video | Frames], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one file, and what of it the model saw.
+
+    Attributes:
+      probabilities: of the classes: softmax (or a sigmoid each), mean (or maximum) over the clips
+        and crops, or over all windows, as the run's test protocol has it.
+      clips: how many clips, or windows, those are.
+      timeline: of a long video, else None.
+      shown: the centre crops of some clips: of the one in the middle, or of windows spread evenly
+        over a long video.
+      times: of their frames, in seconds.
+      seconds: length of the video; 0 for an image.
+    """
+
+    probabilities: Float64[np.ndarray, " classes"]
+    clips: int
+    timeline: Timeline | None
+    shown: UInt8[np.ndarray, "clips time size size 3"]
+    times: Float64[np.ndarray, "clips time"]
+    seconds: float
+
+
+class Maps(NamedTuple):
+    """Over the pixels of clips, not negative; what counts is each clip's own scale."""
+
+    rollout: Float32[np.ndarray, "clips time size size"]  # attention, from the head to the cubes
+    grad_cam: Float32[np.ndarray, "clips time size size"]  # for each clip's most probable class
+
+
+class Predictor:
+    """The model in a run's folder, or in one that `convert` wrote.
+
+    Attributes:
+      config: the run's, with `clips` and `crops` in it.
+      model: its architecture.
+      names: of its classes.
+      step: of its checkpoint.
+
+    Raises:
+      UserError: no run there, no such checkpoint, or names that do not fit.
+    """
+
+    def __init__(
+        self,
+        folder: AnyPath,
+        *,
+        which: str = "last",
+        clips: int | None = None,
+        crops: int | None = None,
+    ) -> None:
+        """Loads it.
+
+        Args:
+          folder: holds config.json and checkpoints.
+          which: its "last" or its "best" checkpoint.
+          clips: K of the test protocol, then used for long videos too; where not given, the
+            config's, and windows for long videos.
+          crops: squares cut from each clip, 1 or 3; the config's where not given.
+        """
+        if folder.is_file():
+            raise UserError(
+                f"{folder} is a file: make a folder of it first, "
+                f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
+            )
+        self.config: Config = experiment.frozen(folder)
+        for key, value in (("eval.clips", clips), ("eval.crops", crops)):
+            if value is not None:
+                self.config.update_from_flattened_dict({key: value})
+        experiment.check(self.config)
+        self.names = class_names(self.config, folder, experiment.num_classes(folder, which))
+        self.model = experiment.model_config(self.config, len(self.names))
+        self._settings = experiment.clip_settings(self.config, self.model)
+        # A clip of segments is spread over all of a video, however long.
+        self._takes_windows = clips is None and self._settings.sampling == "span"
+        self._recipe = experiment.recipe(self.config, len(self.names))
+        mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
+        self._params, self.step = experiment.load_params(
+            self.config, self.model, folder, which, mesh
+        )
+        eval_ = self.config.eval
+        self._logits = Inference(
+            self._params,
+            self.model,
+            dtype=self._recipe.dtype,
+            mean=self._recipe.mean,
+            std=self._recipe.std,
+            # Of a short video, and of a long one's windows.
+            buckets=(eval_.clips * eval_.crops, AT_A_TIME * eval_.crops),
+            devices=jax.devices(),
+        )
+
+    def predict(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        check: Check = lambda video: None,
+        progress: Callable[[int, int], object] = lambda done, of: None,
+    ) -> Prediction:
+        """What the model says of a video or image file.
+
+        A file of few clips' length gets the test protocol's clips and crops, a longer one
+        `windows.windows`, a clip each.
+
+        Args:
+          path: the file.
+          check: sees the file once it is open, and may raise.
+          progress: is told of windows done, and of how many, every few of them.
+
+        Raises:
+          DecodeError: the file cannot be decoded, or is an image where a clip has several frames.
+        """
+        eval_, settings = self.config.eval, self._settings
+        shape = {"frames": settings.frames, "stride": settings.stride}
+        with opened(path, settings.frames) as video:
+            check(video)
+            if (
+                self._takes_windows
+                and isinstance(video, Video)
+                and is_long(video.num_frames, video.fps, clips=eval_.clips, **shape)
+            ):
+                return self._over_time(video, progress)
+            indices = sampling.view_indices(
+                video.num_frames,
+                video.fps,
+                clips=eval_.clips,
+                sampling=settings.sampling,
+                **shape,
+            )
+            if isinstance(video, Video):
+                views = np.concatenate(list(reading.clips(video, indices, settings, eval_.crops)))
+            else:
+                views = pipeline.views(video, settings, clips=eval_.clips, crops=eval_.crops)
+        middle = eval_.clips // 2
+        return Prediction(
+            probabilities=evaluation.over_views(
+                np.concatenate(list(self._scored([views]))), eval_.ensemble, axis=0
+            ),
+            clips=eval_.clips,
+            timeline=None,
+            shown=views[middle * eval_.crops + eval_.crops // 2][None],
+            times=indices[middle][None] / video.fps,
+            seconds=video.num_frames / video.fps if isinstance(video, Video) else 0.0,
+        )
+
+    def _over_time(self, video: Video, progress: Callable[[int, int], object]) -> Prediction:
+        settings, crops = self._settings, self.config.eval.crops
+        found = windows(video.num_frames, video.fps, frames=settings.frames, stride=settings.stride)
+        count = len(found.indices)
+        kept = np.unique(np.linspace(0, count - 1, SHOWN).round().astype(int))
+        shown: list[np.ndarray] = []
+
+        def batches() -> Iterator[np.ndarray]:
+            batch: list[np.ndarray] = []
+            for i, clip in enumerate(reading.clips(video, found.indices, settings, crops)):
+                batch.append(clip)
+                if i in kept:
+                    shown.append(clip[crops // 2])
+                if len(batch) == AT_A_TIME or i == count - 1:
+                    progress(i + 1, count)
+                    yield np.concatenate(batch)
+                    batch.clear()
+
+        scores = self._scored(batches())
+        ensemble = self.config.eval.ensemble
+        by_crop = np.concatenate(list(scores)).reshape(count, crops, -1)
+        by_window = evaluation.over_views(by_crop, ensemble, axis=1)
+        return Prediction(
+            probabilities=evaluation.over_views(by_window, ensemble, axis=0),
+            clips=count,
+            timeline=Timeline(found.starts, found.ends, by_window),
+            shown=np.stack(shown),
+            times=found.indices[kept] / video.fps,
+            seconds=video.num_frames / video.fps,
+        )
+
+    def _scored(
+        self, batches: Iterable[np.ndarray]
+    ) -> Iterator[Float64[np.ndarray, "views classes"]]:
+        """Probabilities of uint8 views, batch by batch."""
+        activation = jax.nn.sigmoid if self._recipe.multi_label else jax.nn.softmax
+        waiting: jax.Array | None = None
+        for views in batches:
+            with jax.default_matmul_precision(self.config.precision):
+                probabilities = activation(self._logits(views))
+            if waiting is not None:  # the next batch is decoded while the model computes
+                yield np.asarray(waiting, np.float64)
+            waiting = probabilities
+        if waiting is not None:
+            yield np.asarray(waiting, np.float64)
+
+    def maps(self, shown: UInt8[np.ndarray, "clips time size size 3"]) -> Maps:
+        """Where the model looks in each of these clips, and what speaks there for the class that it
+        finds most probable in it."""
+        with jax.default_matmul_precision(self.config.precision):
+            # One at a time, as what all blocks attend to is large.
+            both = [jax.device_get(self._jitted_maps(self._params, clip[None])) for clip in shown]
+        size = shown.shape[1:4]
+        return Maps(
+            token_geometry.to_pixels(np.concatenate([m[0] for m in both]), size, self.model),
+            token_geometry.to_pixels(
+                np.concatenate([m[1] for m in both]), size, self.model, self._fine_block
+            ),
+        )
+
+    @cached_property
+    def _jitted_maps(self) -> Callable[[Any, np.ndarray], tuple[jax.Array, jax.Array]]:
+        def maps(params: Any, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
+            clip = normalise(clip, self._recipe.mean, self._recipe.std, jnp.float32)
+            return (
+                attention_maps.rollout(params, clip, config=self.model),
+                attention_maps.grad_cam(params, clip, config=self.model, block=self._fine_block),
+            )
+
+        return jax.jit(maps)
+
+    @property
+    def _fine_block(self) -> int:
+        size = self.model.size
+        return attention_maps.fine_block(self.model, (self.model.frames, size, size))
+
+
+def class_names(config: Config, folder: AnyPath, count: int) -> tuple[str, ...]:
+    """Names of a model's classes: the lines of the folder's labels.txt, or else of the data's;
+    "class 0" and so on where there is none."""
+    places_ = [folder] if config.data.folder is None else [folder, Path(config.data.folder)]
+    for file in (place / "labels.txt" for place in places_):
+        if file.is_file():
+            names = read_class_names(file)
+            if len(names) != count:
+                raise UserError(
+                    f"{file} names {len(names)} classes, and the model has {count}: put the list "
+                    f"that it was trained with at {folder / 'labels.txt'}"
+                )
+            return names
+    return tuple(f"class {label}" for label in range(count))

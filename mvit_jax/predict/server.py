@@ -1,0 +1,312 @@
+"""A local page on which to drop a video: classes, classes over time, where the model looks."""
+
+import base64
+import errno
+import html
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import av
+from av.error import FFmpegError
+
+from mvit_jax.analysis import render
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import images
+from mvit_jax.data.images import DecodeError, Frames
+from mvit_jax.data.video import Video
+from mvit_jax.predict import figures
+from mvit_jax.predict.predictor import Prediction, Predictor
+from mvit_jax.predict.request_filter import Gate, is_loopback
+from mvit_jax.predict.windows import clock
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+
+MOST_PIXELS = 4096 * 2304  # of a frame: 28 MB each in memory
+MOST_FPS = 120  # at which the limit in minutes is counted for files that state a higher rate
+WAITING = 8  # requests; one is worked on
+
+STYLE = """
+.gradio-container { max-width: 960px !important; margin: 0 auto !important; }
+.result img { width: 100%; height: auto; display: block; }
+.result img.pixels { image-rendering: pixelated; }
+.result .wide { overflow-x: auto; contain: inline-size; }
+.result .wide img { min-width: 600px; }
+.result td, .result th { padding: .2rem .75rem !important; }
+.result td:last-child { text-align: right; }
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    megabytes: int  # of a file
+    minutes: float  # of a video
+
+
+def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits, top: int) -> None:
+    """Serves the page until it is interrupted; uploads are kept in a folder that is then removed.
+
+    Args:
+      load: gives the model, once it is certain that the page can be served.
+      host: an address of this machine; other than loopback, a warning is printed.
+      port: 0 for any that is free.
+      limits: of uploads.
+      top: how many classes to name.
+
+    Raises:
+      UserError: gradio is not installed, or the address cannot be had.
+    """
+    if find_spec("gradio") is None:
+        raise UserError("the page needs gradio: pip install -e '.[demo]'")
+    with (
+        _listening(host, port) as listener,
+        tempfile.TemporaryDirectory(prefix="mvit_jax_") as folder,
+    ):
+        # The default is to die at once, which would leave the folder behind.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        # gradio reads these when it is imported.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        tempfile.tempdir = folder  # where uploads are kept while they arrive
+        try:
+            _run(build(load(), limits, top), listener, Path(folder), limits)
+        finally:
+            tempfile.tempdir = None
+
+
+def _run(blocks: Any, listener: socket.socket, folder: Path, limits: Limits) -> None:
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    app = Gate(_mounted(blocks, limits), folder=folder, host=host, largest=limits.megabytes * 2**20)
+    if not is_loopback(host):
+        print(
+            f"warning: whoever can reach {host} can use this page, without a password",
+            file=sys.stderr,
+        )
+    address = f"[{host}]" if ":" in host else host
+    print(f"http://{address}:{port}  (Ctrl-C ends it)", flush=True)
+    # A page that is left open keeps a connection, which must not hold the end up.
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} is in use: choose another --port, or 0 for any") from None
+        raise UserError(
+            f"the page cannot listen on {host}, port {port} ({error.strerror}): check --host and "
+            "--port"
+        ) from None
+
+
+def _mounted(blocks: Any, limits: Limits) -> Any:
+    import gradio
+    from fastapi import FastAPI
+    from gradio.themes.default import Default
+
+    # gradio checks paths in requests only if it believes to have been launched.
+    blocks.has_launched = True
+    return gradio.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=limits.megabytes * 2**20,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=STYLE,
+    )
+
+
+def build(predictor: Predictor, limits: Limits, top: int) -> Any:
+    """The page as gradio Blocks; `limits` are held by what it calls, whatever the browser does."""
+    import gradio
+
+    takes_images = predictor.model.frames == 1
+    endings = [*VIDEOS, *(images.SUFFIXES if takes_images else ())]
+    kinds = "a video or an image" if takes_images else "a video"
+    with gradio.Blocks(
+        title="mvit_jax", analytics_enabled=False, delete_cache=(300, 900), fill_width=False
+    ) as blocks:
+        gradio.Markdown(
+            f"# What does the model see?\n{predictor.config.model.variant}, "
+            f"{len(predictor.names)} classes. Drop {kinds} of up to {limits.megabytes} MB and "
+            f"{limits.minutes:g} minutes. Files stay on this machine and are deleted when they "
+            "have been looked at."
+        )
+        file = gradio.File(
+            label=f"{kinds[2].upper()}{kinds[3:]} ({' '.join(endings)})",
+            file_types=endings,
+            height=140,
+        )
+        # Not gradio's HTML, whose templates are code that the browser would have to be let run.
+        result = partial(gradio.Markdown, elem_classes="result", latex_delimiters=[])
+        heading = result()
+        label = gradio.Label(label="Classes", num_top_classes=top, show_heading=False)
+        over_time = result()
+        attention = result()
+
+        def answer(path: str | None, progress=gradio.Progress()) -> Iterator[tuple[Any, ...]]:  # noqa: B008
+            if path is None:
+                return
+            yield None, None, None, None
+            try:
+                yield _answer(predictor, Path(path), limits, top, endings, progress)
+            except UserError as error:
+                reason = error.reason if isinstance(error, DecodeError) else str(error)
+                raise gradio.Error(
+                    f"{Path(path).name}: {reason}", duration=None, print_exception=False
+                ) from None
+            finally:
+                Path(path).unlink(missing_ok=True)
+
+        done = file.upload(
+            answer, file, [heading, label, over_time, attention], api_visibility="private",
+            show_progress_on=label,
+        )  # fmt: skip
+        # So that the next file can be dropped, also after one that failed.
+        for after in (done.success, done.failure):
+            after(lambda: None, None, file, api_visibility="private", show_progress="hidden")
+    blocks.queue(api_open=False, max_size=WAITING, default_concurrency_limit=1)
+    return blocks
+
+
+def _answer(
+    predictor: Predictor, path: Path, limits: Limits, top: int, endings: list[str], progress: Any
+) -> tuple[Any, ...]:
+    """Heading, probabilities by class, classes over time, attention."""
+    check_kind(path, endings)
+    prediction = predictor.predict(
+        path,
+        check=lambda video: check_size(video, limits),
+        progress=lambda done, of: progress((done, of), desc="looking", unit="windows"),
+    )
+    names = predictor.names
+    # The same name twice must not swallow a class.
+    confidences: dict[str, float] = {}
+    for i in (-prediction.probabilities).argsort(kind="stable")[:top]:
+        name = names[i] if names[i] not in confidences else f"{names[i]} ({i})"
+        confidences[name] = float(prediction.probabilities[i])
+    progress(1.0, desc="drawing where it looks")
+    return (
+        _heading(path.name, prediction),
+        confidences,
+        _over_time(prediction, names),
+        _attention(predictor, prediction),
+    )
+
+
+def _heading(name: str, prediction: Prediction) -> str:
+    line, clips = prediction.timeline, prediction.clips
+    if line is not None:
+        said = f"{clock(prediction.seconds)}; means over {clips} windows"
+    elif prediction.seconds:
+        said = f"{prediction.seconds:.1f} s; means over {clips} clip{'s' * (clips > 1)}"
+    else:
+        said = "an image"
+    return f"<p><b>{html.escape(name)}</b>: {said}</p>"
+
+
+def _over_time(prediction: Prediction, names: tuple[str, ...]) -> str | None:
+    if prediction.timeline is None:
+        return None
+    drawn = figures.timeline_picture(prediction.timeline, names)
+    rows = "".join(
+        f"<tr><td>{clock(s.start)} - {clock(s.end)}</td><td>{html.escape(names[s.label])}</td>"
+        f"<td>{s.probability:.2f}</td></tr>"
+        for s in prediction.timeline.segments()
+    )
+    return (
+        f"<h3>Over time</h3><div class='wide'>{_image(drawn, 'png', 'classes over time')}</div>"
+        f"<table><tr><th>time</th><th>class</th><th>probability</th></tr>{rows}</table>"
+    )
+
+
+def _attention(predictor: Predictor, prediction: Prediction) -> str:
+    shown = prediction.shown
+    frames = figures.attention_frames(shown, predictor.maps(shown))
+    moving = render.gif(frames, figures.attention_fps(shown, predictor.config.data.stride))
+    captions = "; ".join(figures.CAPTIONS)
+    return (
+        f"<h3>Where it looks</h3>{_image(moving, 'gif', 'attention', 'pixels')}"
+        f"<p>What the model saw; {html.escape(captions)}.</p>"
+    )
+
+
+def _image(data: bytes, kind: str, says: str, style: str = "") -> str:
+    """In the page itself: no file is kept, and none has to be served."""
+    coded = base64.b64encode(data).decode()
+    return f"<img class='{style}' alt='{says}' src='data:image/{kind};base64,{coded}'>"
+
+
+def check_kind(path: Path, endings: list[str]) -> None:
+    """Refuses what is not, by name and first bytes, a file of the kinds that the page takes.
+
+    FFmpeg also reads lists of other files and addresses, and Pillow formats that are programs:
+    such a file, uploaded under a video's name, must not get that far.
+
+    Raises:
+      UserError: another kind.
+    """
+    ending = path.suffix.lower()
+    if ending not in endings:
+        raise UserError(f"this page takes {' '.join(endings)}, not {ending or 'files like this'}")
+    with path.open("rb") as file:
+        start = file.read(12)
+    if not start:
+        raise UserError("the file is empty")
+    image = start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"BM")) or (
+        start[:4] == b"RIFF" and start[8:] == b"WEBP"
+    )
+    video = (
+        start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+        or start.startswith(b"\x1a\x45\xdf\xa3")
+        or (start[:4] == b"RIFF" and start[8:] == b"AVI ")
+    )
+    if images.is_image(path) and not image:
+        raise UserError("it is not an image, or its beginning is damaged")
+    if not images.is_image(path) and not video:
+        raise UserError("it is not a video, or its beginning is damaged")
+
+
+def check_size(video: Video | Frames, limits: Limits) -> None:
+    """Refuses a video that is too long, or whose frames are too large.
+
+    Raises:
+      UserError: it is.
+    """
+    if isinstance(video, Frames):
+        return
+    seconds, frames = video.num_frames / video.fps, limits.minutes * 60 * MOST_FPS
+    if seconds > 60 * limits.minutes or video.num_frames > frames:
+        raise UserError(
+            f"it is {clock(seconds)} long, {video.num_frames:,} frames, and this page takes videos "
+            f"of up to {limits.minutes:g} minutes: cut it first"
+        )
+    try:
+        with av.open(video.path, metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            width, height = stream.width, stream.height
+    except (FFmpegError, OSError, IndexError):
+        return  # decoding says what is wrong with it
+    if width * height > MOST_PIXELS:
+        raise UserError(f"its frames of {width} x {height} pixels are too large: make it smaller")

@@ -1,0 +1,139 @@
+"""A short training run in memory, for notebooks: the data, step and test of the programs, no files.
+
+In a notebook:
+
+    config = trial.read_config("moving_digits", **{"data.folder": "data/moving_digits"})
+    result = trial.run(config, pool=my_pool)
+    result.scores.metrics()["top1"]
+"""
+
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import pipeline
+from mvit_jax.data.source import Source
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.training import evaluation, experiment, jitted
+from mvit_jax.training.distributed import sharding
+from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.experiment import Config
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a run gave.
+
+    Attributes:
+      params: after the last step (the averaged ones, where the config has them).
+      model: the architecture.
+      history: for each step done: "loss", "accuracy" (percent, of the augmented clips),
+        "grad_norm".
+      scores: of the test videos; `scores.metrics()` gives top1, confusion and so on.
+      seconds_per_step: median, without the first steps, which compile.
+    """
+
+    params: Any
+    model: MViTConfig
+    history: dict[str, np.ndarray]
+    scores: Scores
+    seconds_per_step: float
+
+
+def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
+    """The experiment `configs/NAME.py` (with `arg` as after the colon), without flags.
+
+    `changes` are keys with dots: `read_config("moving_digits", **{"optim.lr": 1e-3})`.
+
+    Raises:
+      UserError: there is no such experiment or key, or a value is not of the key's type.
+    """
+    try:
+        config = experiment.read_config(name, arg)
+    except ValueError as error:  # of the experiment's own file
+        raise UserError(str(error)) from None
+    for key, value in changes.items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError) as error:
+            why = "there is no such key" if isinstance(error, KeyError) else error
+            raise UserError(f"{key}={value!r}: {why}; configs/base.py lists all keys") from None
+    return config.lock()
+
+
+def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
+    """Trains as `config` says, and tests; what has to do with files, checkpoints, logs and starting
+    from others' weights, is left out (pass `params` for the last).
+
+    Args:
+      config: of `read_config`; `epochs` says how long.
+      params: to start from, in place of fresh ones (see `weights.adapt.carry_over`).
+      plugs: `block`, `attention` and `pool` of `MViT`.
+
+    Raises:
+      UserError: as the training program; also where `config` names weights to start from.
+    """
+    experiment.check(config)
+    for name, value in (("resume", config.resume), ("init.checkpoint", config.init.checkpoint)):
+        if value is not None:
+            raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
+    videos = experiment.videos(config, "train")
+    model = experiment.model_config(config, len(videos.class_names))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    experiment.check_batch(config, mesh.size)
+    steps = experiment.steps(config, config.epochs, videos)
+    with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
+        step, predict, _, state = jitted.build(config, model, videos, mesh, **plugs)
+        if params is not None:
+            state = jitted.with_params(state, params)
+        history, ends = [], []
+        batches = pipeline.train_batches(
+            videos,
+            experiment.clip_settings(config, model),
+            seed=config.seed,
+            batch=config.batch,
+            steps=steps,
+            repeats=config.data.repeats,
+            threads=config.data.threads,
+            processes=config.data.processes,
+            timeout=config.data.timeout,
+        )
+        for batch in tqdm(batches, "training", total=steps, unit="step", file=sys.stdout):
+            _warn_of_broken(videos, batch["broken"])
+            state, metrics = step(state, sharding.to_devices(batch, mesh))
+            history.append({k: float(total / count) for k, (total, count) in metrics.items()})
+            if not np.isfinite(history[-1]["loss"]):
+                raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")
+            ends.append(time.perf_counter())
+        trained = state.params if state.ema is None else state.ema
+        [scores] = evaluation.evaluate(
+            predict,
+            trained,
+            experiment.videos(config, "test"),
+            experiment.clip_settings(config, model),
+            clips=(config.eval.clips,),
+            crops=config.eval.crops,
+            batch=config.eval.batch,
+            mesh=mesh,
+            ensemble=config.eval.ensemble,
+            max_broken=config.data.max_broken,
+            threads=config.data.threads,
+            processes=config.data.processes,
+            timeout=config.data.timeout,
+        )
+    columns = {k: np.array([row[k] for row in history]) for k in ("loss", "accuracy", "grad_norm")}
+    seconds = float(np.median(np.diff(ends))) if len(ends) > 1 else float("nan")
+    return Trial(jax.device_get(trained), model, columns, scores, seconds)
+
+
+def _warn_of_broken(videos: Source, broken: np.ndarray) -> None:
+    for index in broken[broken >= 0]:
+        text = f"{videos.item(int(index))} cannot be decoded and is replaced by another video"
+        warnings.warn(text, stacklevel=3)

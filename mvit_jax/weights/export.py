@@ -1,0 +1,180 @@
+"""Models as files that PySlowFast, torchvision, PyTorchVideo and timm load with strict matching."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.models import mvit, trees
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.positions import sincos
+from mvit_jax.weights import key_tables
+from mvit_jax.weights.tensor_files import write_safetensors, write_torch
+
+TARGETS = (*key_tables.FAMILIES, "safetensors")
+
+# What each family's code cannot be, besides having no place for a tensor.
+_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "slowfast": {"skip": ("normalised",), "growth": (2,)},
+    "torchvision": {
+        "skip": ("normalised",),
+        "class_token": (True,),
+        "positions": ("none", "separate"),
+        "relative_positions": ("none", "both"),
+        "pool_mode": ("conv",),
+        "pool_first": (False,),
+        "mean_pooling": (False,),
+    },
+    "pytorchvideo": {"skip": ("normalised",), "expand": ("mlp",), "mean_pooling": (False,)},
+    "timm": {
+        "skip": ("normalised",),
+        "frames": (1,),
+        "positions": ("none", "joint"),
+        "relative_positions": ("none", "space"),
+        "pool_first": (False,),
+        "mean_pooling": (False,),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what the other side computes differently with it."""
+
+    family: str
+    tensors: int
+    notes: tuple[str, ...]
+
+
+def save_torch(
+    params: mvit.Params,
+    config: MViTConfig,
+    path: str | os.PathLike[str],
+    to: str,
+    *,
+    origin: key_tables.Origin | None = None,
+) -> Exported:
+    """Writes parameters as `to` ("slowfast", "torchvision", "pytorchvideo", "timm") has them.
+
+    "safetensors" writes the layout of `origin`, or PySlowFast's, in that format. With an `origin`
+    of the same family the tensors are those that were read, bit for bit.
+
+    Raises:
+      UserError: the family has no such model (all reasons at once), or the file cannot be written.
+    """
+    if to not in TARGETS:
+        raise UserError(f"weights can go to {', '.join(TARGETS)}, not to {to!r}")
+    family = to
+    if to == "safetensors":
+        family = origin.family if origin else "slowfast"
+    tensors = state_dict(params, config, family, origin)
+    if to == "safetensors":
+        write_safetensors(path, tensors)
+    elif to == "slowfast":
+        write_torch(path, tensors, wrapper="model_state", extra={"epoch": 0, "cfg": ""})
+    else:
+        write_torch(path, tensors)
+    return Exported(family, len(tensors), tuple(_notes(config, family)))
+
+
+def state_dict(
+    params: mvit.Params, config: MViTConfig, family: str, origin: key_tables.Origin | None = None
+) -> dict[str, np.ndarray]:
+    """Parameters by a family's names, in its shapes and order of channels."""
+    flat = {path: np.asarray(values) for path, values in trees.flat(params).items()}
+    if family in ("torchvision", "timm") and config.separate_qkv and not config.pool_first:
+        flat = _joined(flat)
+    names = {path: key_tables.foreign_name(path, family, config) for path in flat}
+    problems = [
+        f"{field} is {getattr(config, field)}, {family} has {' or '.join(map(str, allowed))}"
+        for field, allowed in _ONLY[family].items()
+        if getattr(config, field) not in allowed
+    ]
+    problems += [f"there is no place for {path}" for path, name in names.items() if name is None]
+    if problems:
+        raise UserError(f"{family} cannot hold this model: {'; '.join(problems)}")
+    ranks = _ranks(config, family, origin)
+    tensors: dict[str, np.ndarray] = {}
+    for path, values in flat.items():
+        name = str(names[path])
+        rank = ranks["patch" if path.startswith("patch_embed") else "pool"]
+        theirs = key_tables.to_theirs(path, values, family, config, rank)
+        # The class token's position is the first row of a joint table.
+        first = key_tables.joint_with_class_token(path, config)
+        if name in tensors:
+            pair = (theirs, tensors[name]) if first else (tensors[name], theirs)
+            theirs = np.concatenate(pair, axis=1)
+        tensors[name] = theirs
+    if family == "pytorchvideo" and config.pool_norm_eps == 1e-6:
+        tensors |= _second_names(tensors)
+    if config.positions == "sincos" and family == "slowfast":
+        tensors["pos_embed"] = _sincos(config)
+    if origin is not None and origin.family == family and origin.dtype in ("float16", "bfloat16"):
+        # Exact: float32 held them as they were.
+        tensors = {name: values.astype(origin.dtype) for name, values in tensors.items()}
+    return tensors
+
+
+def _second_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """After version 0.1, which also changed the eps, PyTorchVideo keeps its pools twice."""
+    pattern, second = r"\.attn\.(pool|norm)_([qkv])\.", r".attn._attention_pool_\2.\1."
+    return {
+        re.sub(pattern, second, name): values
+        for name, values in tensors.items()
+        if re.search(pattern, name)
+    }
+
+
+def _joined(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One linear layer for Q, K and V instead of three."""
+    out = {}
+    for path, values in flat.items():
+        part = re.fullmatch(r"(.*/attn/)([qkv])/(kernel|bias)", path)
+        if part is None:
+            out[path] = values
+        elif part[2] == "q":
+            three = [flat[f"{part[1]}{x}/{part[3]}"] for x in "qkv"]
+            out[f"{part[1]}qkv/{part[3]}"] = np.concatenate(three, axis=-1)
+    return out
+
+
+def _notes(config: MViTConfig, family: str) -> list[str]:
+    notes = []
+    conv = config.pool_mode.startswith("conv")
+    if config.pool_norm_eps != 1e-6 and conv and family != "pytorchvideo":
+        notes.append(
+            f"the norms after pools have eps {config.pool_norm_eps} here and 1e-06 there: logits "
+            "differ by rounding's size and more where pooled channels hardly vary"
+        )
+    adds = "all" if family in ("timm", "pytorchvideo") else "grid"
+    if config.class_token and config.residual_pool not in ("none", adds):
+        notes.append(
+            f"residual pooling takes {config.residual_pool!r} tokens here and {adds!r} there: "
+            "logits will differ"
+        )
+    return notes
+
+
+def _ranks(config: MViTConfig, family: str, origin: key_tables.Origin | None) -> dict[str, int]:
+    """Axes of the kernels: PySlowFast convolves images in three dimensions but for their cubes;
+    the repository of MViTv2's image models, and timm, in two."""
+    if family == "timm":
+        return {"patch": 4, "pool": 4}
+    ranks = {"patch": 5, "pool": 5}
+    if config.frames == 1 and family in ("slowfast", "pytorchvideo"):
+        two = family == "slowfast" and config.relative_positions != "none"
+        ranks = {"patch": 4, "pool": 4 if two else 5}
+    return ranks | dict(origin.ranks if origin and origin.family == family else {})
+
+
+def _sincos(config: MViTConfig) -> np.ndarray:
+    """PySlowFast keeps fixed positions among its tensors."""
+    grid = tuple(
+        n // s
+        for n, s in zip((config.frames, config.size, config.size), config.patch_stride, strict=True)
+    )
+    table = sincos((grid[0], grid[1], grid[2]), config.width).reshape(1, -1, config.width)
+    return np.pad(table, [(0, 0), (int(config.class_token), 0), (0, 0)]).astype(np.float32)

@@ -1,0 +1,264 @@
+"""Files of tensors: PyTorch's (read without running anything, see pickles.py) and safetensors.
+
+Which of the formats a file has is decided by its first bytes. safetensors is described at
+https://huggingface.co/docs/safetensors.
+"""
+
+import contextlib
+import io
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.weights import torch_pickle, torch_zip
+from mvit_jax.weights.torch_pickle import shown
+
+# Where checkpoints keep the state dict: PySlowFast, timm and most others, DeiT, averages, wrappers.
+WRAPPERS = ("model_state", "state_dict", "model", "model_ema", "state_dict_ema", "module")
+
+# What reading a file that breaks its format's rules raises, from here, zipfile and pickletools.
+_BROKEN = (
+    *(zipfile.BadZipFile, struct.error, safetensors.SafetensorError, EOFError, NotImplementedError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A state dict, and where in its container it was."""
+
+    tensors: dict[str, np.ndarray]  # in the file's order; contiguous, native, each its own memory
+    wrapper: str  # "" or, say, "model_state"; "state_dict.model" if it was wrapped twice
+    dropped: tuple[str, ...]  # names of the entries beside it, such as "epoch"
+    format: Literal["torch", "safetensors", "memory"]
+
+
+def read_tensors(path: str | os.PathLike[str]) -> Tensors:
+    """The state dict in a file of torch's (both formats) or safetensors'.
+
+    Arrays are bool, integers, floats or `ml_dtypes.bfloat16`, bit for bit the file's. Raises
+    `UserError`: no such file, another format, damage, names of code in it, no state dict in it.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UserError(
+                f"{path} is {'a folder' if path.is_dir() else 'no file'}: give the path of a file "
+                "of weights"
+            )
+        with path.open("rb") as file:
+            return _read(file, path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except MemoryError:
+        raise UserError(f"{path} needs more memory than there is: read it elsewhere") from None
+    except _BROKEN as error:
+        raise UserError(
+            f"{path} is cut off or damaged ({shown(error)}): download or copy it again"
+        ) from None
+
+
+def _read(file: io.BufferedReader, path: Path) -> Tensors:
+    head = file.read(512)
+    file.seek(0)
+    length = int.from_bytes(head[:8], "little")
+    # First, as a header of 640 bytes begins like a pickle. 100 MB is the format's limit.
+    if head[8:9] == b"{" and length <= 100_000_000:
+        return Tensors(_read_safetensors(path), "", (), "safetensors")
+    if head.startswith(b"PK\x03\x04"):
+        return _read_torch(torch_zip.open_zip(file, path), path)
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _read_torch(torch_zip.open_legacy(file, path), path)
+    begins = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if not head:
+        what = "is empty: download or copy it again"
+    elif begins.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        what = "is a web page, not a file of weights: download the file that the page speaks of"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "is a pointer of git-lfs, not the file itself: run `git lfs pull`"
+    else:
+        what = f"is no PyTorch or safetensors file (it begins with {head[:16]!r}): give one that is"
+    raise UserError(f"{path} {what}")
+
+
+def _read_torch(saved: torch_zip.Saved, path: Path) -> Tensors:
+    found, wrapper, dropped = _unwrap(saved.value, _is_saved, str(path))
+    return Tensors(torch_zip.arrays(found, saved, path), wrapper, dropped, "torch")
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    tensors = {}
+    with safetensors.safe_open(path, framework="np", backend="pread") as file:
+        names = file.offset_keys()
+        for name in names:
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in ("BOOL", "F16", "BF16", "F32", "F64") and dtype[:1] not in ("I", "U"):
+                raise UserError(
+                    f"{path} holds {shown(name)} as {dtype}, which nothing here computes with: "
+                    "convert it to float32"
+                )
+            tensors[name] = torch_zip.true_bools(file.get_tensor(name))
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: give another file")
+    return tensors
+
+
+def state_dict(mapping: Mapping[Any, Any]) -> Tensors:
+    """A state dict in memory, its wrapper removed as `read_tensors` does; the arrays are copies.
+
+    Its values are arrays of NumPy's or JAX's, or tensors of torch's. Raises `UserError` for others.
+    """
+    found, wrapper, dropped = _unwrap(mapping, _is_array, "the state dict")
+    arrays = {name: _copied(name, value) for name, value in found.items()}
+    return Tensors(arrays, wrapper, dropped, "memory")
+
+
+def _copied(name: str, value: Any) -> np.ndarray:
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            if str(value.dtype) == "torch.bfloat16":
+                # NumPy's bridge knows no bfloat16; its bits are float32's first half.
+                bits = np.asarray(value.float()).view(np.uint32) >> 16
+                return bits.astype(np.uint16, order="C").view(ml_dtypes.bfloat16)
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{shown(name)} cannot be read as an array ({shown(error)}): give dense tensors"
+        ) from None
+    _check_dtype(name, array.dtype)
+    return _native(array)
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+def _check_dtype(name: str, dtype: np.dtype) -> None:
+    if dtype.kind not in "biuf" and dtype != ml_dtypes.bfloat16:
+        raise UserError(f"{shown(name)} has the dtype {dtype}: convert it to float32")
+
+
+def _is_saved(value: Any) -> bool:
+    return isinstance(value, torch_pickle.Tensor | torch_pickle.NumpyArray)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
+
+
+def _unwrap(
+    top: Any, is_tensor: Callable[[Any], bool], where: str
+) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """The state dict in a container of containers, its wrapper, the names of the rest."""
+    if not isinstance(top, Mapping):
+        raise UserError(f"{where} holds a {shown(type(top).__name__)}: save a state_dict()")
+    keys = _find(top, is_tensor, depth=2)
+    if keys is None:
+        raise UserError(_without(top, is_tensor, where))
+    found, dropped = top, []
+    for depth, key in enumerate(keys):
+        before = "".join(f"{outer}." for outer in keys[:depth])
+        dropped += [before + str(name) for name in found if name != key]
+        found = found[key]
+    return dict(found), ".".join(keys), tuple(dropped)
+
+
+def _find(
+    mapping: Mapping[Any, Any], is_tensor: Callable[[Any], bool], depth: int
+) -> tuple[str, ...] | None:
+    if mapping and all(isinstance(k, str) and is_tensor(v) for k, v in mapping.items()):
+        return ()
+    for name in WRAPPERS if depth else ():
+        inner = mapping.get(name)
+        if isinstance(inner, Mapping):
+            keys = _find(inner, is_tensor, depth - 1)
+            if keys is not None:
+                return (name, *keys)
+    return None
+
+
+def _without(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], where: str) -> str:
+    """Why a container has no state dict, in one sentence."""
+    here = top
+    for _ in range(2):
+        inner = (here.get(name) for name in WRAPPERS)
+        if not any(map(is_tensor, here.values())):
+            here = next((it for it in inner if isinstance(it, Mapping) and it), here)
+    wrong = [key for key, value in here.items() if not (isinstance(key, str) and is_tensor(value))]
+    listed = ", ".join(shown(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
+    if not any(map(is_tensor, here.values())):
+        return f"{where} holds no state dict, only {listed or 'nothing'}: save a state_dict()"
+    return f"{where} has entries that are not a name with a tensor: {listed}; remove them"
+
+
+def write_torch(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    wrapper: str = "",
+    extra: Mapping[str, str | int] | None = None,
+) -> None:
+    """Writes what `torch.load(path, weights_only=True)` reads as an OrderedDict of tensors.
+
+    With a wrapper, as `{wrapper: OrderedDict, **extra}`. Equal input gives equal bytes. Raises
+    `UserError` if the file cannot be written, which then is as it was before, or for a dtype that
+    older versions of torch lack.
+    """
+    if extra and (not wrapper or wrapper in extra):
+        raise UserError(
+            f"what stands beside the state dict ({', '.join(extra)}) needs another name than the "
+            f"wrapper's, {wrapper!r}: choose one"
+        )
+    arrays = _writable(tensors)
+    with _whole(Path(path)) as temporary:
+        torch_zip.write(temporary, arrays, wrapper, extra or {})
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file; raises `UserError` as `write_torch` does."""
+    arrays = _writable(tensors)
+    with _whole(Path(path)) as temporary:
+        # The library's files are its owner's alone to read (0.8.0): as other files are, instead.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        # Readers of torch's tensors ask whose layout it is: names and layout are PyTorch's.
+        safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+
+
+def _writable(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, value in tensors.items():
+        array = np.asarray(value, order="C")
+        if array.dtype.name not in torch_pickle.STORAGES.values():
+            raise UserError(f"{name} has the dtype {array.dtype}: convert it to float32")
+        arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return arrays
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` if all goes well and else is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or shown(error)
+        raise UserError(f"{path} cannot be written ({reason})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,466 @@
+"""Reads the pickles inside PyTorch's files without running them, and writes such pickles.
+
+A pickle is a program that calls what it names. The reader here interprets it itself, opcode by
+opcode: a name becomes a `Global`, which nothing imports, and "calling" one looks it up in a table
+of functions of this module, which make plain containers and descriptions of tensors. What is not
+in the table is refused by its name. Python's own unpickler is not used, with `find_class` replaced
+or not: the one in C grows its memo to any index that a file claims (64 GiB for five bytes).
+
+Opcodes: Python's `pickletools`. What is called: torch/_utils.py, numpy/_core/multiarray.
+"""
+
+import io
+import math
+import pickletools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  NumPy learns "bfloat16" from it
+import numpy as np
+
+from mvit_jax.common.errors import UserError
+
+# The largest real ones have some hundred KB: tensors lie outside. One byte can cost 200 in memory.
+LARGEST = 16 * 2**20
+# What calls may copy in all, in items: a list that is named once can be copied many times.
+MOST_COPIED = 2**24
+
+STORAGES = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+_UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
+_DTYPES = {f"torch.{name}": name for name in (*STORAGES.values(), "uint16", "uint32", "uint64")} | {
+    "torch.half": "float16",
+    "torch.float": "float32",
+    "torch.double": "float64",
+    "torch.long": "int64",
+    "torch.int": "int32",
+}
+
+
+class Damaged(ValueError):
+    """A file that breaks its own format's rules."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Global:
+    """A name in a pickle, such as "torch.FloatStorage"; nothing is behind it."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Storage:
+    """Where tensors' bytes lie: its name in the file, what it claims to hold."""
+
+    key: str
+    dtype: str | None
+    nbytes: int
+    offset: int = 0  # of the part that is meant, in elements
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tensor:
+    """A view into a storage, strides and offset in elements; not yet checked against it."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(eq=False, slots=True)
+class NumpyDtype:
+    """A dtype of numbers; a pickle gives its byte order in a second step."""
+
+    code: str
+    order: str = "<"
+
+    def build(self, state: Any) -> None:
+        self.order = state[1]
+        _need(self.order in ("<", ">", "|", "="))
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+@dataclass(eq=False, slots=True)
+class NumpyArray:
+    """A NumPy array inside the pickle; its values come in a second step."""
+
+    values: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def build(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.values = _frombuffer(raw, dtype, shape, "F" if fortran else "C").values
+
+
+def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
+    """The value that one pickle describes, and its storages; `stream` then stands behind it.
+
+    Tensors are `Tensor`s and `NumpyArray`s, OrderedDicts and their like are dicts, NumPy's numbers
+    are Python's, dtypes are `Global`s. Raises `UserError` for a name that is not in the table, and
+    `Damaged`, or what Python raises for a wrong index, type or value, for a broken pickle.
+    """
+    machine = _Machine(where)
+    for opcode, arg, _ in pickletools.genops(stream):
+        if opcode.name == "STOP":
+            return machine.stack.pop(), machine.storages
+        machine.step(opcode.name, arg)
+    raise Damaged("a pickle without an end")
+
+
+class _Machine:
+    def __init__(self, where: Path):
+        self.where = where
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+        self.copied = 0
+
+    def step(self, opcode: str, arg: Any) -> None:
+        stack = self.stack
+        match opcode:
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                self.memo[arg] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(self.memo[arg])
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode == "NEWTRUE")
+            case "MARK":
+                self.marked.append(stack)
+                self.stack = []
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode[-1])
+                _need(len(stack) >= count)
+                stack[-count:] = [tuple(stack[-count:])]
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                stack.append({"LIST": list, "DICT": dict, "SET": set}[opcode[6:]]())
+            case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
+                make = {"TUPLE": tuple, "LIST": list, "DICT": _paired, "FROZENSET": _frozenset}
+                items = self.unmark()
+                self.stack.append(make[opcode](items))
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if opcode == "APPEND" else self.unmark()
+                _need(type(self.stack[-1]) is list)
+                self.stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.unmark()
+                _need(type(self.stack[-1]) is dict)
+                self.stack[-1].update(_paired(items))
+            case "ADDITEMS":
+                items = self.unmark()
+                _need(type(self.stack[-1]) is set)
+                self.stack[-1].update(_frozenset(items))
+            case "POP":
+                # Python's own: a mark counts as an item.
+                stack.pop() if stack else self.unmark()
+            case "POP_MARK":
+                self.unmark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PROTO" | "FRAME":
+                pass
+            case _ if opcode in _CONSTANTS:
+                stack.append(arg)
+            case _:
+                self.name_or_call(opcode, arg)
+
+    def name_or_call(self, opcode: str, arg: Any) -> None:
+        """The opcodes with which a pickle would run something."""
+        stack = self.stack
+        match opcode:
+            case "GLOBAL":
+                stack.append(self.find(arg.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                _need(type(name) is str and type(module) is str)
+                stack.append(self.find(f"{module}.{name}"))
+            case "REDUCE" | "NEWOBJ":
+                args, function = stack.pop(), stack.pop()
+                stack.append(self.call(function, args))
+            case "NEWOBJ_EX":
+                keywords, args, function = stack.pop(), stack.pop(), stack.pop()
+                _need(keywords == {} and type(keywords) is dict)
+                stack.append(self.call(function, args))
+            case "INST":
+                items = self.unmark()
+                self.stack.append(self.call(self.find(arg.replace(" ", ".", 1)), tuple(items)))
+            case "OBJ":
+                function, *args = self.unmark()
+                self.stack.append(self.call(function, tuple(args)))
+            case "BUILD":
+                state = stack.pop()
+                # Any other state is attributes, such as a state dict's `_metadata`: not needed.
+                if isinstance(stack[-1], NumpyDtype | NumpyArray):
+                    stack[-1].build(state)
+            case "BINPERSID":
+                storage = _storage(stack.pop())
+                self.storages[storage.key] = storage
+                stack.append(storage)
+            case _:
+                # Names by number (EXT1), buffers outside the file: nothing that torch.save writes.
+                raise UserError(
+                    f"{self.where} holds the pickle opcode {opcode}, which torch.save never "
+                    "writes: nothing of it was run; save only its state dict, with torch.save"
+                )
+
+    def unmark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def find(self, name: str) -> Global:
+        name = re.sub(r"^__builtin__\.", "builtins.", name)
+        if name not in _KNOWN:
+            raise UserError(
+                f"{self.where} asks for {shown(name)}, which is neither a plain tensor nor a "
+                "plain container: nothing of it was run; load it with torch where you trust it, "
+                "and save only its state dict"
+            )
+        return Global(name)
+
+    def call(self, function: Any, args: Any) -> Any:
+        _need(type(function) is Global and type(args) is tuple)
+        if function.name not in _CALLS:
+            raise Damaged(f"it calls {function.name}")
+        sized = (dict, list, tuple, set, frozenset, str, bytes)
+        self.copied += sum(len(arg) for arg in args if isinstance(arg, sized))
+        _need(self.copied <= MOST_COPIED, "its pickle copies without end")
+        return _CALLS[function.name](*args)
+
+
+_CONSTANTS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
+
+def _need(true: bool, otherwise: str = "its pickle breaks the rules") -> None:
+    if not true:
+        raise Damaged(otherwise)
+
+
+def shown(name: object) -> str:
+    """A name from a file, fit for one line of text."""
+    text = ascii(str(name))[1:-1]
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+_PLAIN = (str, int, float, bool, bytes, type(None), Global)
+
+
+def _key(key: Any) -> Any:
+    # Python hashes nested tuples by recursion in C, which a deep one would crash.
+    flat = type(key) is tuple and all(type(item) in _PLAIN for item in key)
+    _need(flat or type(key) in _PLAIN, f"a key in it is a {type(key).__name__}")
+    return key
+
+
+def _paired(items: list[Any]) -> dict[Any, Any]:
+    keys, values = items[::2], items[1::2]
+    return {_key(key): value for key, value in zip(keys, values, strict=True)}
+
+
+def _frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
+    return frozenset(_key(item) for item in items)
+
+
+def _dict(pairs: Any = ()) -> dict[Any, Any]:
+    if type(pairs) is dict:
+        return dict(pairs)
+    return {_key(key): value for key, value in pairs}
+
+
+def _size(values: Any) -> tuple[int, ...]:
+    _need(type(values) in (tuple, list) and len(values) <= 64)
+    _need(all(type(value) is int and 0 <= value < 2**63 for value in values))
+    return tuple(values)
+
+
+def _storage(saved: Any) -> Storage:
+    tag, kind, key, _, numel, *view = saved
+    if tag != "storage" or not isinstance(kind, Global) or not isinstance(key, str | int):
+        raise Damaged("it refers to something that is no storage")
+    (numel,) = _size([numel])
+    if kind.name in _UNTYPED:
+        return Storage(str(key), None, numel)
+    dtype = STORAGES.get(kind.name.removeprefix("torch."))
+    if dtype is None:
+        raise Damaged(f"it takes {kind.name} for a storage")
+    offset = 0
+    if view and view[0] is not None:  # files before torch 0.4: (its key, offset, length)
+        _, offset, length = view[0]
+        offset, length = _size([offset, length])
+        _need(offset + length <= numel, "a tensor lies outside its storage")
+    return Storage(str(key), dtype, numel * np.dtype(dtype).itemsize, offset)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    if not isinstance(storage, Storage) or storage.dtype is None:
+        raise Damaged("a tensor without a storage")
+    return _view(storage, storage.dtype, offset, size, stride)
+
+
+def _view(storage: Storage, dtype: str, offset: Any, size: Any, stride: Any) -> Tensor:
+    size, stride, (offset,) = _size(size), _size(stride), _size([offset])
+    _need(len(size) == len(stride))
+    return Tensor(storage, dtype, storage.offset + offset, size, stride)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
+    if not isinstance(storage, Storage) or not isinstance(dtype, Global):
+        raise Damaged("a tensor without a storage or dtype")
+    name = _DTYPES[dtype.name]
+    _need(storage.dtype in (None, name))
+    return _view(storage, name, offset, size, stride)
+
+
+def _same(tensor: Any, *_: Any) -> Tensor:
+    _need(type(tensor) is Tensor)
+    return tensor
+
+
+def _numpy_dtype(code: Any, *_: Any) -> NumpyDtype:
+    known = type(code) is str and re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", code)
+    _need(bool(known), f"NumPy's dtype {shown(code)} holds no plain numbers")
+    return NumpyDtype(code.lstrip("<>|="))
+
+
+def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
+    _need(type(raw) in (bytes, bytearray) and type(dtype) is NumpyDtype and order in ("C", "F"))
+    kind, shape = dtype.numpy(), _size(shape)
+    _need(math.prod(shape) * kind.itemsize == len(raw), "a NumPy array has the wrong size")
+    return NumpyArray(np.frombuffer(raw, kind).reshape(shape, order=order))
+
+
+def _numpy_scalar(dtype: Any, raw: Any) -> Any:
+    return _frombuffer(raw, dtype, (), "C").values.item()
+
+
+def _encoded(text: Any, encoding: Any) -> bytes:
+    # How protocol 2 writes bytes.
+    _need(type(text) is str and encoding == "latin1")
+    return text.encode("latin1")
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _dict,
+    "collections.Counter": _dict,
+    "collections.defaultdict": lambda _factory=None, *items: _dict(*items),
+    "collections.deque": lambda items=(), _most=None: list(items),
+    "builtins.dict": _dict,
+    "builtins.list": lambda items=(): list(items),
+    "builtins.set": lambda items=(): set(_frozenset(items)),
+    "builtins.frozenset": _frozenset,
+    "builtins.bytes": lambda: b"",
+    "_codecs.encode": _encoded,
+    "torch.Size": lambda values: _size(values),
+    "torch.device": lambda *parts: ":".join(
+        str(part)[:16] for part in parts if type(part) in _PLAIN
+    ),
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _same,
+    "torch._utils._rebuild_parameter_with_state": _same,
+    "torch.nn.parameter.Parameter": _same,
+    "numpy.dtype": _numpy_dtype,
+    **{
+        f"numpy.{core}.multiarray.{name}": call
+        for core in ("core", "_core")
+        for name, call in [("scalar", _numpy_scalar), ("_reconstruct", lambda *_: NumpyArray())]
+    },
+    **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
+}
+# Names that stand for themselves: as a storage's type, a dtype, a defaultdict's factory.
+_KNOWN = {
+    *_CALLS,
+    *(f"torch.{name}" for name in STORAGES),
+    *_UNTYPED,
+    *_DTYPES,
+    "numpy.ndarray",
+    *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "tuple")),
+}
+
+
+def dump(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    wrapper: str,
+    extra: Mapping[str, str | int],
+) -> bytes:
+    """The pickle of `torch.save` for an OrderedDict of contiguous tensors on the CPU.
+
+    tensors: names to (dtype, shape), in the order of their storages, whose keys are "0", "1", ...
+    With a wrapper, the pickle is of `{wrapper: tensors, **extra}`. Protocol 2, as torch's.
+    """
+    state = _ORDERED_DICT + b"("
+    for key, (name, (dtype, shape)) in enumerate(tensors.items()):
+        state += _plain(name) + _contiguous(str(key), dtype, shape)
+    state += b"u"
+    if wrapper:
+        others = b"".join(_plain(name) + _plain(value) for name, value in extra.items())
+        state = b"}(" + _plain(wrapper) + state + others + b"u"
+    return b"\x80\x02" + state + b"."
+
+
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def _contiguous(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    storage = next(name for name, known in STORAGES.items() if known == dtype)
+    numel = math.prod(shape)
+    # As torch counts: an empty dimension is as long as one of 1.
+    stride = tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
+    where = b"(" + _plain("storage") + b"ctorch\n" + storage.encode() + b"\n"
+    where += _plain(key) + _plain("cpu") + _plain(numel) + b"tQ"
+    sizes = b"".join(b"(" + b"".join(map(_plain, values)) + b"t" for values in (shape, stride))
+    without = b"\x89" + _ORDERED_DICT  # requires_grad, backward_hooks
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + where + _plain(0) + sizes + without + b"tR"
+
+
+def _plain(value: str | int) -> bytes:
+    if isinstance(value, bool):
+        return b"\x88" if value else b"\x89"
+    if isinstance(value, int):
+        if 0 <= value < 256:
+            return b"K" + value.to_bytes(1, "little")
+        if -(2**31) <= value < 2**31:
+            return b"J" + value.to_bytes(4, "little", signed=True)
+        length = value.bit_length() // 8 + 1
+        return (
+            b"\x8a" + length.to_bytes(1, "little") + value.to_bytes(length, "little", signed=True)
+        )
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"X" + len(raw).to_bytes(4, "little") + raw

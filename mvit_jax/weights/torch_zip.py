@@ -1,0 +1,192 @@
+"""The two formats of `torch.save`, without torch.
+
+torch >= 1.6 writes an uncompressed zip: NAME/data.pkl, NAME/byteorder, NAME/data/0, ... Before that
+(and with `_use_new_zipfile_serialization=False`) it wrote five pickles (a magic number, a version,
+the system, the value, the storages' keys) and then each storage behind its length. Source:
+torch/serialization.py.
+"""
+
+import io
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.weights import torch_pickle
+from mvit_jax.weights.torch_pickle import Damaged, shown
+
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+CHUNK = 16 * 2**20
+# Tensors can share bytes; more than this many times the file's size, they can only be a bomb.
+MOST_SHARED = 16
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was saved, its tensors described but not yet read."""
+
+    value: Any
+    storage: Callable[[str], np.ndarray]  # reads the bytes of a storage, by its key
+    order: str  # of those bytes: "little" or "big"
+
+
+def open_zip(file: io.BufferedReader, path: Path) -> Saved:
+    """What torch >= 1.6 wrote; `file` must stay open."""
+    archive = zipfile.ZipFile(file)
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    if len(entries) < len(archive.infolist()):
+        raise Damaged("two entries of one name")
+    pickled = [n for n in entries if n.count("/") <= 1 and n.split("/")[-1] == "data.pkl"]
+    if len(pickled) != 1:
+        raise UserError(f"{path} is a zip file, but none that torch.save wrote: give that one")
+    prefix = pickled[0].removesuffix("data.pkl")
+    if any(name.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in entries):
+        raise UserError(
+            f"{path} is a TorchScript program: load it with torch.jit.load, and save its "
+            "state_dict() with torch.save"
+        )
+
+    def entry(name: str) -> np.ndarray:
+        if prefix + name not in entries:
+            raise Damaged(f"it has no {shown(name)}")
+        return _entry(archive, entries[prefix + name], path)
+
+    order = entry("byteorder").tobytes() if f"{prefix}byteorder" in entries else b"little"
+    if order not in (b"little", b"big"):
+        raise Damaged(f"its byte order is {order[:16]!r}")
+    if entries[pickled[0]].file_size > torch_pickle.LARGEST:
+        raise Damaged("its pickle is too large")
+    value, _ = torch_pickle.load(io.BytesIO(entry("data.pkl").data), path)
+    return Saved(value, lambda key: entry(f"data/{key}"), order.decode())
+
+
+def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    """The bytes of one entry, its check sum compared."""
+    if entry.flag_bits & 1:
+        raise UserError(f"{path} is encrypted: unpack it and save it again with torch.save")
+    # torch compresses nothing; and so no entry can be larger than the file.
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise UserError(f"{path} is a compressed zip: load it with torch and save it again")
+    if entry.file_size > path.stat().st_size:
+        raise Damaged(f"{shown(entry.filename)} is larger than the file")
+    raw = np.empty(entry.file_size, np.uint8)
+    with archive.open(entry) as stream:
+        for start in range(0, len(raw), CHUNK):
+            raw[start : start + CHUNK] = np.frombuffer(stream.read(CHUNK), np.uint8)
+    return raw
+
+
+def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
+    """What torch wrote before; `file` must stay open."""
+    total = path.stat().st_size
+    beginning = io.BytesIO(file.read(torch_pickle.LARGEST))
+    if torch_pickle.load(beginning, path)[0] != MAGIC:
+        raise UserError(f"{path} is a pickle, but none that torch.save wrote: give that one")
+    if torch_pickle.load(beginning, path)[0] != PROTOCOL:
+        raise Damaged("another version of the format")
+    torch_pickle.load(beginning, path)  # byte order and sizes of types; all is little endian anyway
+    value, storages = torch_pickle.load(beginning, path)
+    keys, _ = torch_pickle.load(beginning, path)
+    file.seek(beginning.tell())
+    places: dict[str, tuple[int, int]] = {}
+    for key in map(str, keys):
+        numel = file.read(8)
+        itemsize = np.dtype(storages[key].dtype or "uint8").itemsize
+        start, nbytes = file.tell(), int.from_bytes(numel, "little") * itemsize
+        if len(numel) < 8 or start + nbytes > total:
+            raise Damaged("its storages end too early")
+        places[key] = (start, nbytes)
+        file.seek(start + nbytes)
+
+    def storage(key: str) -> np.ndarray:
+        if key not in places:
+            raise Damaged(f"it has no storage {shown(key)}")
+        start, nbytes = places[key]
+        file.seek(start)
+        raw = np.empty(nbytes, np.uint8)
+        if file.readinto(raw.data) < nbytes:
+            raise Damaged("its storages end too early")
+        return raw
+
+    return Saved(value, storage, "little")
+
+
+def arrays(
+    found: Mapping[str, torch_pickle.Tensor | torch_pickle.NumpyArray], saved: Saved, path: Path
+) -> dict[str, np.ndarray]:
+    """Reads the tensors `found` in `saved.value`, each into memory of its own."""
+    claimed = sum(tensor.nbytes for tensor in found.values())
+    if claimed > MOST_SHARED * path.stat().st_size:
+        raise Damaged(f"its tensors claim {claimed} bytes")
+    made: dict[str, np.ndarray] = {}
+    by_storage: dict[str, dict[str, torch_pickle.Tensor]] = {}
+    for name, tensor in found.items():
+        if isinstance(tensor, torch_pickle.NumpyArray):
+            dtype = tensor.values.dtype.newbyteorder("=")
+            made[name] = true_bools(np.array(tensor.values, dtype, order="C"))
+        else:
+            by_storage.setdefault(tensor.storage.key, {})[name] = tensor
+    for key, tensors in by_storage.items():
+        raw = saved.storage(key)
+        for name, tensor in tensors.items():
+            if raw.nbytes < tensor.storage.nbytes:
+                raise Damaged(f"the storage of {shown(name)} is cut off")
+            made[name] = _array(tensor, raw, saved.order, name, alone=len(tensors) == 1)
+    return {name: made[name] for name in found}
+
+
+def _array(
+    tensor: torch_pickle.Tensor, raw: np.ndarray, order: str, name: str, alone: bool
+) -> np.ndarray:
+    dtype = np.dtype(tensor.dtype)
+    if 0 in tensor.shape:
+        return np.empty(tensor.shape, dtype)
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride, strict=True))
+    whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize].view(f"u{dtype.itemsize}")
+    if tensor.offset + last >= len(whole):
+        raise Damaged(f"{shown(name)} lies outside its storage")
+    strides = [stride * dtype.itemsize for stride in tensor.stride]
+    view = np.lib.stride_tricks.as_strided(whole[tensor.offset :], tensor.shape, strides)
+    # What is a whole storage already need not be copied: it may have GBs.
+    if not (alone and view.flags.c_contiguous and view.size == len(whole)):
+        view = view.copy(order="C")
+    if order != sys.byteorder:
+        view = view.byteswap(inplace=True)
+    return true_bools(view.view(dtype))
+
+
+def true_bools(array: np.ndarray) -> np.ndarray:
+    """A file can hold other bytes than 0 and 1, with which NumPy computes nonsense."""
+    return np.asarray(array.view(np.uint8) != 0) if array.dtype == np.bool_ else array
+
+
+def write(
+    path: Path, tensors: Mapping[str, np.ndarray], wrapper: str, extra: Mapping[str, str | int]
+) -> None:
+    """Writes as `torch.save` does; arrays are contiguous and of the dtypes of `STORAGES`."""
+    described = {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        _add(archive, file, "data.pkl", torch_pickle.dump(described, wrapper, extra))
+        _add(archive, file, "byteorder", b"little")
+        for key, array in enumerate(tensors.values()):
+            flat = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+            flat = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
+            _add(archive, file, f"data/{key}", flat.view(np.uint8).data)
+        _add(archive, file, "version", b"3\n")
+
+
+def _add(
+    archive: zipfile.ZipFile, file: io.BufferedWriter, name: str, data: bytes | memoryview
+) -> None:
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    # torch can map a file into memory if its tensors begin at multiples of 64 bytes.
+    start = file.tell() + 30 + len(entry.filename) + 4
+    entry.extra = struct.pack("<2sH", b"FB", -start % 64) + bytes(-start % 64)
+    archive.writestr(entry, data)

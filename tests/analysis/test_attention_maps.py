@@ -1,0 +1,342 @@
+"""Rollout, Grad-CAM and attention distances against loops in NumPy and finite differences."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.analysis import attention_maps, token_geometry
+from mvit_jax.common.errors import UserError
+from mvit_jax.models.mvit import apply, from_params, init
+from mvit_jax.models.plan import grids, plan
+from mvit_jax.models.variants import variant
+
+SMALL = {"frames": 4, "size": 24, "num_classes": 5, "width": 8, "depths": (1, 2)}
+V2 = {"positions": "none", "relative_positions": "both", "full_q_pool": True, "drop_path": 0.0}
+CONFIGS = {
+    "v1": variant("mvit_b_16x4", **SMALL, kv_stride=(1, 2, 2)),
+    "v2": variant("mvit_b_16x4", **SMALL, **V2, kv_stride=(1, 2, 2), residual_pool="grid",
+                  expand="attention"),
+    "v2 of timm": variant("mvitv2_t", **SMALL | {"frames": 1, "width": 16}, residual_pool="all"),
+    "mean pooling": variant("mvit_b_16x4", **SMALL, kv_stride=(1, 2, 2), mean_pooling=True),
+    "no skip": variant("mvit_b_16x4", **SMALL, **V2, kv_stride=(1, 2, 2), skip="none",
+                       expand="attention", residual_pool="all"),
+    "vit": variant("vit_b_8x8", **SMALL | {"depths": (3,), "width": 24}, heads=3,
+                   patch_kernel=(2, 8, 8),
+                   patch_stride=(2, 8, 8)),
+}  # fmt: skip
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@functools.cache
+def drawn(name):
+    """Parameters that attend sharply enough to tell places apart, two clips, and features."""
+    config = CONFIGS[name]
+    params = init(config, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(tree, leaves)
+    shape = (2, 4, 24, 24, 3) if config.frames > 1 else (2, 24, 24, 3)
+    clip = jax.random.normal(jax.random.key(2), shape)
+    logits, features = jax.jit(functools.partial(apply, config=config, capture=True))(params, clip)
+    return params, clip, logits, jax.tree.map(np.asarray, features)
+
+
+@pytest.mark.parametrize("name", [slow("v1"), slow("v2"), "vit"])
+def test_captured_attention_is_the_softmax_of_the_captured_queries_and_keys(name):
+    params, clip, logits, features = drawn(name)
+    inputs = jax.jit(functools.partial(taken, config=CONFIGS[name]))(params, clip)
+    for i, attended in enumerate(inputs):
+        q, k, v, attention = (features[f][i] for f in ("queries", "keys", "values", "attention"))
+        assert attention.shape == (2, q.shape[2], q.shape[1], k.shape[1])
+        np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
+        if name != "v2":  # there relative positions are added
+            scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+            e = np.exp(scores - scores.max(-1, keepdims=True))
+            np.testing.assert_allclose(attention, e / e.sum(-1, keepdims=True), atol=1e-5)
+        mixed = np.einsum("bhqk,bkhd->bqhd", attention, v).reshape(2, q.shape[1], -1)
+        if name == "v2":  # the class token's query is not added
+            own = q.reshape(mixed.shape).copy()
+            own[:, 0] = 0
+            mixed = mixed + own
+        proj = jax.tree.map(np.asarray, params["blocks"][str(i)]["attn"]["proj"])
+        expected = mixed @ proj["kernel"] + proj["bias"]
+        np.testing.assert_allclose(attended, expected, atol=1e-4 * expected.std())
+    plain, fewer = jax.jit(functools.partial(apply, config=CONFIGS[name]))(params, clip)
+    np.testing.assert_allclose(logits, plain, atol=1e-4)
+    assert fewer.keys() == {"stages", "tokens"}
+
+
+def taken(params, clip, config):
+    """What each block's attention gives, block by block."""
+    model = from_params(params, config)
+    x, grid = model.embed(clip)
+    given = []
+    for block in model.blocks:
+        given.append(block.attn(block.norm1(x), grid)[0])
+        x, grid = block(x, grid)
+    return given
+
+
+def window_matrix(pool, grid, first):
+    """[pooled tokens, tokens]: the share of each place in each window, found place by place."""
+    if pool is None:
+        return np.eye(first + int(np.prod(grid)))
+    sides = zip(grid, pool.kernel, pool.stride, pool.padding, strict=True)
+    size = [(n + 2 * p - k) // s + 1 for n, k, s, p in sides]
+    rows = np.zeros((first + int(np.prod(size)), first + int(np.prod(grid))))
+    rows[:first, :first] = np.eye(first)
+    for out, at in enumerate(itertools.product(*map(range, size))):
+        lows = [a * s - p for a, s, p in zip(at, pool.stride, pool.padding, strict=True)]
+        hit = []
+        for i, place in enumerate(itertools.product(*map(range, grid))):
+            if all(a <= x < a + k for x, a, k in zip(place, lows, pool.kernel, strict=True)):
+                hit.append(first + i)
+        rows[first + out, hit] = 1 / len(hit)
+    return rows
+
+
+def dense_rollout(config, features, blocks):
+    """[tokens that the last block gives, tokens of the cubes], as a product of whole matrices."""
+    first = int(config.class_token)
+    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
+    total = None
+    for b, row, attention in list(
+        zip(plan(config), grids(config, *size), features["attention"], strict=True)
+    )[:blocks]:
+        a = attention[0].astype(float).mean(0) @ window_matrix(b.kv_pool, row.input, first)
+        queries = window_matrix(b.q_pool, row.input, first)
+        if b.residual_pool == "all":
+            a = (a + queries) / 2
+        elif b.residual_pool == "grid":
+            a[first:] = (a[first:] + queries[first:]) / 2
+        skipped = not (b.skip == "none" and b.attention_width != b.width)
+        flow = (a + window_matrix(b.skip_pool, row.input, first)) / 2 if skipped else a
+        total = flow if total is None else flow @ total
+    return total
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v1", slow("v2"), slow("v2 of timm"), slow("mean pooling"), slow("no skip"), slow("vit")],
+)
+def test_rollout_is_the_product_of_the_blocks_matrices(name):
+    config = CONFIGS[name]
+    params, clip, _, features = drawn(name)
+    first = int(config.class_token)
+    dense = dense_rollout(config, features, None)
+    np.testing.assert_allclose(dense.sum(1), 1, atol=1e-5)
+    reads_class_token = config.class_token and not config.mean_pooling
+    expected = dense[0] if reads_class_token else dense[first:].mean(0)
+    expected = expected[first:] / expected[first:].sum()
+    found = jax.jit(functools.partial(attention_maps.rollout, config=config))(params, clip)
+    assert found.shape[0] == 2
+    np.testing.assert_allclose(np.asarray(found[0]).ravel(), expected, atol=1e-6)
+    assert np.abs(expected - 1 / expected.size).max() > 1e-4  # else any map would do
+
+    middle = grids(config, *((4, 24, 24) if config.frames > 1 else (1, 24, 24)))[1].output
+    token = (0, middle[1] - 1, middle[2] // 2)
+    dense = dense_rollout(config, features, 2)[first + np.ravel_multi_index(token, middle)]
+    part = functools.partial(attention_maps.rollout, config=config, block=1, token=token)
+    found = jax.jit(part)(params, clip)
+    np.testing.assert_allclose(
+        np.asarray(found[0]).ravel(), dense[first:] / dense[first:].sum(), atol=1e-6
+    )
+
+
+def test_blocks_and_tokens_that_are_not_there_are_named():
+    params, clip, _, _ = drawn("v1")
+    config = CONFIGS["v1"]
+    with pytest.raises(UserError, match=r"block must be from 0 to 2, or -1 for the last, not 3"):
+        attention_maps.rollout(params, clip, config=config, block=3)
+    with pytest.raises(UserError, match=r"no token \(0, 9, 0\) on a grid of \(2, 3, 3\)"):
+        attention_maps.rollout(params, clip, config=config, token=(0, 9, 0))
+    with pytest.raises(UserError, match=r"label must be from 0 to 4, not 5"):
+        attention_maps.grad_cam(params, clip, config=config, label=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "label"), [("v1", 0, None), slow("v1", -1, 2), slow("v2 of timm", 1, None)]
+)
+def test_grad_cam_is_that_of_finite_differences(name, block, label):
+    """The mean gradient of a channel is the slope of the score where all its places are raised."""
+    with jax.enable_x64(True):
+        params, clip, logits, _ = drawn(name)
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        model = from_params(double, CONFIGS[name], dtype=jnp.float64)
+        index = block % len(model.blocks)
+        x, grid = block_input(double, jnp.asarray(clip[:1], jnp.float64), CONFIGS[name], index)
+        first, channels = x.shape[1] - int(np.prod(grid)), x.shape[2]
+        chosen = int(np.argmax(logits[0])) if label is None else label
+
+        @jax.jit
+        def score(x):
+            tokens, size = x, grid
+            for one in model.blocks[index:]:
+                tokens, size = one(tokens, size)
+            return model.classify(tokens, size)[0][0, chosen]
+
+        step = 1e-5 * (np.arange(x.shape[1]) >= first)[None, :, None]
+        raised = [np.asarray(x) + step * row for row in np.eye(channels)]
+        lowered = [np.asarray(x) - step * row for row in np.eye(channels)]
+        slopes = [(score(u) - score(d)) / 2e-5 for u, d in zip(raised, lowered, strict=True)]
+        heat = np.maximum(np.asarray(x[0, first:]) @ np.asarray(slopes), 0)
+    cam = functools.partial(attention_maps.grad_cam, config=CONFIGS[name], block=block, label=label,
+                            by_channel=True)  # fmt: skip
+    found = jax.jit(cam)(params, clip)
+    assert found.shape[1:] == grid
+    expected = heat / heat.sum() if heat.sum() else heat
+    np.testing.assert_allclose(np.asarray(found[0]).ravel(), expected, atol=2e-4)
+
+
+def block_input(params, clip, config, index):
+    @jax.jit
+    def tokens(params, clip):
+        model = from_params(params, config, dtype=clip.dtype)
+        x, grid = model.embed(clip)
+        for one in model.blocks[:index]:
+            x, grid = one(x, grid)
+        return x
+
+    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
+    return tokens(params, clip), grids(config, *size)[index].input
+
+
+@pytest.mark.slow
+def test_grad_cam_weighs_each_place_by_its_own_gradient():
+    params, clip, _, _ = drawn("v1")
+    config = CONFIGS["v1"]
+    cam = functools.partial(attention_maps.grad_cam, config=config, block=0)
+    whole = jax.jit(cam)(params, clip)
+    np.testing.assert_allclose(np.asarray(whole).sum((1, 2, 3)), 1, atol=1e-5)
+    model = from_params(params, config)
+    x, grid = block_input(params, clip, config, 0)
+
+    def score(x):
+        tokens, size = x, grid
+        for one in model.blocks:
+            tokens, size = one(tokens, size)
+        return model.classify(tokens, size)[0].max(-1).sum()
+
+    gradient, x = (np.asarray(a)[:, 1:] for a in (jax.jit(jax.grad(score))(x), x))
+    heat = np.zeros(gradient.shape[:2])
+    for b, place, c in np.ndindex(*gradient.shape):
+        if gradient[b, place, c] > 0:
+            heat[b, place] += gradient[b, place, c] * x[b, place, c]
+    heat = np.maximum(heat, 0).reshape(2, *grid)
+    np.testing.assert_allclose(whole, heat / heat.sum((1, 2, 3), keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["v1", slow("v2 of timm"), slow("vit")])
+def test_attention_distances_are_those_of_every_pair(name):
+    config = CONFIGS[name]
+    params, clip, _, features = drawn(name)
+    found = jax.jit(functools.partial(attention_maps.attention_distance, config=config))
+    in_time, in_space = found(params, clip)
+    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
+    stride = np.array(config.patch_stride, float)
+    kernel, padding = np.array(config.patch_kernel), np.array(config.patch_padding)
+    offset = (kernel - 1) / 2 - padding
+    for i, (block, row) in enumerate(zip(plan(config), grids(config, *size), strict=True)):
+        kv = np.array(block.kv_pool.stride if block.kv_pool else (1, 1, 1))
+        q = np.array(block.q_pool.stride if block.q_pool else (1, 1, 1))
+        attention = features["attention"][i][:, :, int(config.class_token) :]
+        attention = attention[..., int(config.class_token) :].astype(float)
+        attention = attention / attention.sum(-1, keepdims=True)
+        time, space = 0.0, 0.0
+        for n, a in enumerate(itertools.product(*map(range, row.output))):
+            for m, b in enumerate(itertools.product(*map(range, row.keys))):
+                apart = offset + stride * q * a - (offset + stride * kv * b)
+                time = time + attention[:, :, n, m] * abs(apart[0])
+                space = space + attention[:, :, n, m] * np.hypot(*apart[1:])
+        queries = int(np.prod(row.output))
+        np.testing.assert_allclose(in_time[i], time.mean(0) / queries, atol=1e-4)
+        np.testing.assert_allclose(in_space[i], space.mean(0) / queries, atol=1e-4)
+        stride = stride * q
+
+
+@pytest.mark.slow
+def test_attention_that_sees_all_alike_looks_half_the_picture_far():
+    """Zero queries: uniform attention, whose mean distance on a line of n is (n^2 - 1) / 3n."""
+    config = CONFIGS["vit"]
+    params, clip, _, _ = drawn("vit")
+    params = jax.tree.map(lambda x: x, params)  # a copy: others use the same
+    for block in params["blocks"].values():
+        kernel, bias = block["attn"]["qkv"]["kernel"], block["attn"]["qkv"]["bias"]
+        width = kernel.shape[0]
+        block["attn"]["qkv"] = {
+            "kernel": kernel.at[:, :width].set(0), "bias": bias.at[:width].set(0)
+        }  # fmt: skip
+    found = jax.jit(functools.partial(attention_maps.attention_distance, config=config))
+    in_time, in_space = found(params, clip)
+    pairs = [
+        np.hypot(8 * (a - c), 8 * (b - d)) for a, b, c, d in itertools.product(range(3), repeat=4)
+    ]
+    for time, space in zip(in_time, in_space, strict=True):
+        np.testing.assert_allclose(
+            time, 2 * (4 - 1) / (3 * 2), rtol=1e-5
+        )  # 2 cubes, 2 frames apart
+        np.testing.assert_allclose(space, np.mean(pairs), rtol=1e-5)
+
+
+# Where tokens lie.
+
+
+@pytest.mark.parametrize("name", ["v1", "v2 of timm"])
+def test_windows_are_the_pools_windows(name):
+    config = CONFIGS[name]
+    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
+    for block, row in zip(plan(config), grids(config, *size), strict=True):
+        for pool in (block.q_pool, block.kv_pool, block.skip_pool):
+            t, h, w = token_geometry.windows(pool, row.input)
+            whole = np.einsum("it,jh,kw->ijkthw", t, h, w)
+            whole = whole.reshape(-1, int(np.prod(row.input)))
+            np.testing.assert_allclose(whole, window_matrix(pool, row.input, 0), atol=1e-12)
+
+
+def test_a_map_is_spread_linearly_between_centres():
+    config = CONFIGS["v1"]  # cubes of 3 x 7 x 7 by 2 x 4 x 4: centres at 0, 2; 0, 4, ..., 20
+    maps = np.zeros((1, 2, 6, 6))
+    maps[0, 1, 2, 3] = 1
+    spread = token_geometry.to_pixels(maps, (4, 24, 24), config)
+    assert spread.shape == (1, 4, 24, 24) and spread.dtype == np.float32
+    assert spread[0, 2, 8, 12] == spread[0, 3, 8, 12] == 1  # beyond the last centre it stays
+    assert spread[0, 1, 8, 12] == spread[0, 2, 10, 12] == spread[0, 2, 8, 14] == 0.5
+    assert spread[0, 0].max() == 0 and spread[0, :, 12].max() == 0
+    even = token_geometry.to_pixels(np.ones((1, 2, 3, 3)), (4, 24, 24), config, block=2)
+    np.testing.assert_allclose(even, 1)
+    with pytest.raises(ValueError, match=r"block 2 takes \(2, 3, 3\)"):
+        token_geometry.to_pixels(maps, (4, 24, 24), config, block=2)
+
+
+def test_receptive_fields_are_the_pixels_that_reach_a_token():
+    """Found by following, for each token, the pixels of every window, one after the other."""
+    config = CONFIGS["v1"]
+    reach = window_matrix(places_pool(config), (4, 24, 24), 0) > 0
+    for block, row in zip(plan(config), grids(config, 4, 24, 24), strict=True):
+        if block.q_pool:
+            reach = (window_matrix(block.q_pool, row.input, 0) > 0) @ reach
+    grid = grids(config, 4, 24, 24)[-1].output
+    for n, token in enumerate(itertools.product(*map(range, grid))):
+        expected = reach[n].reshape(4, 24, 24)
+        found = np.zeros_like(expected)
+        found[token_geometry.receptive_field(config, (4, 24, 24), 3, token)] = True
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match=r"is not on the grid \(2, 3, 3\)"):
+        token_geometry.receptive_field(config, (4, 24, 24), 3, (2, 0, 0))
+
+
+def places_pool(config):
+    """The cubes as if they were a pool."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(
+        kernel=config.patch_kernel, stride=config.patch_stride, padding=config.patch_padding
+    )

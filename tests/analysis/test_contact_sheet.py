@@ -1,0 +1,63 @@
+"""The picture of the first clips shows what the training step gets."""
+
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from mvit_jax.analysis import contact_sheet
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import pipeline
+from mvit_jax.training import experiment
+from tests.support import tiny
+
+
+def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypatch):
+    """Without anything random on the device, the pixels of the files themselves."""
+    drawn = {}
+    keep = contact_sheet._figure
+
+    def figure(clips, targets, names):
+        drawn.update(clips=clips, targets=targets, names=names)
+        return keep(clips, targets, names)
+
+    monkeypatch.setattr(contact_sheet, "_figure", figure)
+    config = tiny.config(digits, **{"augment.label_smoothing": 0.0, "data.repeats": 2})
+    path = contact_sheet.draw(config, tmp_path / "sheet.png")
+    videos = experiment.videos(config, "train")
+    model = experiment.model_config(config, len(videos.class_names))
+    (batch,) = pipeline.train_batches(
+        videos, experiment.clip_settings(config, model), seed=0, batch=8, steps=1, repeats=2
+    )
+    np.testing.assert_allclose(drawn["clips"], batch["clip"] / 255, atol=1e-5)
+    assert drawn["targets"].argmax(1).tolist() == batch["label"].tolist()
+    assert drawn["names"] == videos.class_names
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[0] > 8 * 100 and picture[..., :3].std() > 0.05
+
+
+def test_titles_tell_shares_of_classes():
+    names = ("left", "right", "up")
+    assert contact_sheet._label(np.array([0.05, 0.9, 0.05]), names) == "right"
+    assert contact_sheet._label(np.array([0.63, 0.33, 0.03]), names) == "left 0.63, right 0.33"
+    assert contact_sheet._label(np.array([1.0, 0.0, 1.0]), names) == "left 1.00, up 1.00"
+
+
+def test_what_cannot_be_drawn_is_one_sentence(digits, tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        contact_sheet.draw(tiny.config(digits), tmp_path / "missing" / "sheet.png")
+    with pytest.raises(UserError, match="there is no data folder"):
+        contact_sheet.draw(tiny.config(tmp_path / "nothing"), tmp_path / "sheet.png")
+
+
+def test_the_program_draws_and_does_nothing_else(digits, tmp_path):
+    flags = [*tiny.FLAGS, f"--config.data.folder={digits}", f"--contact_sheet={tmp_path / 'a.png'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *flags],
+        cwd=tiny.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {tmp_path / 'a.png'}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

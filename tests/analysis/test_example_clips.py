@@ -1,0 +1,119 @@
+import base64
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvit_jax.analysis import attention_maps, example_clips
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.video_list import read_video_list
+from mvit_jax.models import mvit
+from mvit_jax.training import experiment
+from mvit_jax.training.evaluation import Scores
+from tests.support import tiny
+
+
+def scores(labels, classes: int, seed: int = 0) -> Scores:
+    random = np.random.default_rng(seed)
+    labels = np.asarray(labels, np.int32)
+    tested = random.random(len(labels)) < 0.8
+    return Scores(random.dirichlet(np.ones(classes), len(labels)), labels, tested)
+
+
+def test_examples_are_the_first_of_each_class_that_were_tested():
+    labels = np.random.default_rng(1).integers(0, 5, 200)
+    s = scores(labels, 5)
+    chosen = example_clips.examples(s)
+    assert len(chosen) == 15  # three of each of five classes
+    for label in range(5):
+        of_class = [i for i in range(200) if labels[i] == label and s.tested[i]]
+        assert [i for i in chosen if labels[i] == label] == of_class[:3]
+
+
+def test_of_many_classes_some_are_shown_from_first_to_last():
+    s = scores(np.repeat(np.arange(400), 3), 400)
+    shown = [int(s.labels[i]) for i in example_clips.examples(s)]
+    assert len(set(shown)) == len(shown) == 16
+    assert shown[0] <= 3 and shown[-1] >= 396
+    assert max(np.diff(shown)) < 2 * 400 / 16
+
+
+def test_the_worst_mistakes_are_the_surest_wrong_answers():
+    s = scores(np.random.default_rng(2).integers(0, 4, 60), 4)
+    wrong = [
+        (-s.probabilities[i].max(), i)
+        for i in range(60)
+        if s.tested[i] and s.probabilities[i].argmax() != s.labels[i]
+    ]
+    assert len(wrong) > 8
+    assert example_clips.mistakes(s) == [i for _, i in sorted(wrong)[:8]]
+
+
+def test_no_mistakes_where_all_is_right():
+    s = Scores(np.eye(3), np.arange(3, dtype=np.int32), np.ones(3, bool))
+    assert example_clips.mistakes(s) == []
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(1, [0]), (4, [0, 1, 2, 3]), (8, list(range(8)))])
+def test_all_frames_of_a_short_clip_are_shown(frames, expected):
+    assert example_clips.shown(frames) == expected
+
+
+def test_frames_of_a_long_clip_are_spread_from_its_first_to_its_last():
+    shown = example_clips.shown(40)
+    assert len(shown) == 8 and shown[0] == 0 and shown[-1] == 39
+    assert max(np.diff(shown)) - min(np.diff(shown)) <= 1
+
+
+@pytest.fixture(scope="module")
+def material(digits):
+    config = tiny.config(digits)
+    videos = read_video_list(digits, "test.csv")
+    model = experiment.model_config(config, 8)
+    settings = experiment.clip_settings(config, model)
+    params = jax.jit(lambda: mvit.init(model, jax.random.key(0)))()
+    return videos, settings, params, model, experiment.recipe(config, 8)
+
+
+def pixels(picture: str) -> np.ndarray:
+    kind, _, data = picture.partition(",")
+    assert kind == "data:image/webp;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(float)
+
+
+def test_a_sheet_shows_the_clips_and_where_the_model_looked(material):
+    videos, settings, *model = material
+    probabilities = np.full((10, 8), 0.05)
+    probabilities[np.arange(10), videos.labels] = 0.65
+    wrong = int((videos.labels[3] + 1) % 8)
+    probabilities[3] = np.eye(8)[wrong]
+    s = Scores(probabilities, videos.labels, np.ones(10, bool))
+    made = example_clips.make(s, videos, settings, *model)
+    assert made["wrong"] == len(made["mistakes"]) == 1 and made["no_attention"] is None
+    mistake = made["mistakes"][0]
+    assert mistake["predicted"] == wrong and mistake["truth"] == videos.labels[3]
+    assert mistake["probability"] == 1.0 and mistake["video"] == "videos/test/00003.mp4"
+    assert len(made["examples"]) == 10  # of each class up to two: of six there is but one
+    (picture,) = mistake["pictures"]
+    image = pixels(picture)
+    assert image.shape == (3 * 32 + 2, 4 * 32 + 3, 3)
+    # Above the frames themselves, nearly grey as the data are; below in the colours of attention.
+    clip = example_clips.pipeline.load_views(videos, 3, settings, clips=1, crops=1)[0]
+    assert np.abs(image[:32, :32] - clip[0]).mean() < 6
+    above, below = (np.ptp(part, axis=-1).mean() for part in (image[:32], image[-32:]))
+    assert below > 4 * above
+
+
+def test_a_model_that_does_not_tell_its_attention_gets_the_frames_alone(material, monkeypatch):
+    videos, settings, *model = material
+
+    def silent(*args, **kwargs):
+        raise UserError("this attention keeps no probabilities\nand more")
+
+    monkeypatch.setattr(attention_maps, "rollout", silent)
+    s = Scores(np.eye(8)[videos.labels], videos.labels, np.ones(10, bool))
+    made = example_clips.make(s, videos, settings, *model)
+    assert made["no_attention"] == "this attention keeps no probabilities"
+    assert all(pixels(e["pictures"][0]).shape == (32, 131, 3) for e in made["examples"])

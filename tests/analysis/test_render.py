@@ -1,0 +1,92 @@
+"""Pictures, GIF and mp4, read back by others."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvit_jax.analysis import render
+from mvit_jax.common.errors import UserError
+
+GREY = np.full((4, 10, 14, 3), 128, np.uint8)
+
+
+def squares():
+    """A bright square that moves by 8 pixels a frame."""
+    frames = np.full((6, 48, 64, 3), 40, np.uint8)
+    for t, frame in enumerate(frames):
+        frame[16:32, 8 * t : 8 * t + 16] = (230, 200, 60)
+    return frames
+
+
+def test_an_overlay_is_brightest_where_the_map_is_highest():
+    heat = np.zeros((4, 10, 14))
+    heat[2, 3, 5] = 7.0
+    heat[1, 8, 8] = 3.5
+    light = render.overlay(GREY, heat).astype(int).sum(-1)
+    assert np.unravel_index(light.argmax(), light.shape) == (2, 3, 5)
+    assert light[2, 3, 5] > light[1, 8, 8] > light[0, 0, 0]
+    none = render.overlay(GREY, np.zeros((4, 10, 14)))  # nothing to divide by
+    assert (none == none[0, 0, 0]).all()
+
+
+def test_an_overlay_shows_what_lies_beneath():
+    frames = squares()
+    even = render.overlay(frames, np.ones(frames.shape[:3])).astype(int).sum(-1)
+    assert even[0, 20, 10] > even[0, 5, 5]
+    dark = render.overlay(frames, np.zeros(frames.shape[:3])).astype(int).sum(-1)
+    assert dark[0, 20, 10] > dark[0, 5, 5]
+
+
+def test_a_sheet_puts_frames_in_rows():
+    frames = squares()[:5]
+    sheet = render.contact_sheet(frames, columns=3, gap=2)
+    assert sheet.shape == (2 * 48 + 2, 3 * 64 + 4, 3)
+    np.testing.assert_array_equal(sheet[50:, 66:130], frames[4])
+    assert (sheet[:, 64:66] == 255).all() and (sheet[50:, 132:] == 255).all()
+    large = render.enlarged(frames, 100)
+    assert large.shape == (5, 144, 192, 3)
+    np.testing.assert_array_equal(large[:, ::3, ::3], frames)
+    assert render.enlarged(frames, 40) is frames
+
+
+def test_a_normalised_clip_becomes_the_frames_it_was():
+    frames = squares()
+    mean, std = (0.45, 0.4, 0.5), (0.225, 0.2, 0.25)
+    clip = (frames / np.float32(255) - np.float32(mean)) / np.float32(std)
+    np.testing.assert_array_equal(render.to_uint8(clip, mean, std), frames)
+
+
+def test_files_hold_the_frames(tmp_path):
+    frames = squares()
+    render.save_png(tmp_path / "a.png", frames[0])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), frames[0])
+
+    render.save_gif(tmp_path / "a.gif", frames, fps=5.0)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert getattr(image, "n_frames") == 6 and image.info["duration"] == 200  # noqa: B009
+        for t in range(6):
+            image.seek(t)
+            np.testing.assert_allclose(np.asarray(image.convert("RGB")), frames[t], atol=2)
+
+    render.save_mp4(tmp_path / "a.mp4", frames[:, :47, :63], fps=5.0)  # odd sides
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert float(container.streams.video[0].average_rate) == 5
+    assert np.shape(decoded) == (6, 48, 64, 3)
+    grey = [np.abs(a.mean(-1) - b.mean(-1)).mean() for a, b in zip(decoded, frames, strict=True)]
+    assert max(grey) < 4
+
+
+def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    for save in (render.save_gif, render.save_mp4):
+        with pytest.raises(UserError, match=r"taken.png cannot be written"):
+            save(tmp_path / "taken.png", squares(), fps=5.0)
+    with pytest.raises(UserError, match="cannot be written"):
+        render.save_png(tmp_path / "no" / "such.png", squares()[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
+    buffer = io.BytesIO(render.gif(squares(), fps=1000.0))
+    assert Image.open(buffer).info["duration"] == 20  # what browsers show at the quickest

@@ -1,0 +1,42 @@
+"""What benchmarks/scaling.py compiles, and what it refuses before that."""
+
+import argparse
+
+import pytest
+
+from benchmarks import scaling
+from mvit_jax.common.errors import UserError
+from mvit_jax.podplan import accelerators
+
+GIVEN = {
+    "model": "mvit_b_16x4", "topologies": "v5e:2x2,v5e:4x4*2", "clips": "2", "fsdp": "1,16",
+    "effort": -1.0, "json": None,
+}  # fmt: skip
+
+
+def cases(**changes):
+    return scaling.cases_of(argparse.Namespace(**(GIVEN | changes)))
+
+
+def test_meshes_that_there_are_are_compiled():
+    small, large = accelerators.parse("v5e:2x2"), accelerators.parse("v5e:4x4", 2)
+    assert cases() == [(small, 1, 2), (large, 1, 2), (large, 16, 2)]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"fsdp": "0"}, "--fsdp takes numbers, like 2,4,16, not '0'"),
+        ({"fsdp": "x"}, "--fsdp takes numbers"),
+        ({"fsdp": "1,3"}, "--fsdp=3 divides the chips of no slice"),
+        ({"clips": "0"}, "--clips takes numbers"),
+        ({"topologies": "v5e:2x2,v5e:3x3"}, "no slice v5e:3x3"),
+        ({"topologies": "v5e:2x2*x"}, "is no topology"),
+        ({"model": "mvit_x"}, "no variant 'mvit_x'"),
+        ({"effort": float("nan")}, "--effort=nan must be from -1 to 1"),
+        ({"json": "/nowhere/scaling.json"}, "cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_compiled(changes, said):
+    with pytest.raises(UserError, match=said):
+        cases(**changes)

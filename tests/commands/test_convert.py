@@ -1,0 +1,449 @@
+"""The program that takes foreign weights in and gives them out again, from end to end."""
+
+import functools
+import itertools
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from mvit_jax import convert
+from mvit_jax.common.errors import UserError
+from mvit_jax.models import mvit, trees
+from mvit_jax.models.variants import preprocessing
+from mvit_jax.training import experiment
+from mvit_jax.training.run import workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
+from mvit_jax.weights.load import load
+from mvit_jax.weights.report import WeightsError
+from mvit_jax.weights.tensor_files import read_tensors, write_safetensors, write_torch
+from tests.support import commands, tiny
+from tests.weights import foreign
+
+KIND = "v1 video"
+NAMES = [f"sport {i}" for i in range(8)]
+FIELDS = ["width=8", "depths=(1,2,1)", "size=32"]
+VIDEO = ["--variant=mvit_b_16x4", *FIELDS, "frames=4", "kv_stride=(1,4,4)"]
+
+
+def tensors_of(kind=KIND, classes=8):
+    shapes = foreign.shapes(kind)
+    shapes |= {"head.projection.weight": (classes, 32), "head.projection.bias": (classes,)}
+    tensors = {name: np.float32(0.7) * values for name, values in foreign.filled(shapes).items()}
+    # What is seen counts for more than where: videos differ, and no class takes all.
+    tensors["patch_embed.proj.weight"] *= 3
+    return tensors | {name: 0 * v for name, v in tensors.items() if "pos_embed" in name}
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in" / "checkpoint_epoch_00200.pyth"
+    path.parent.mkdir()
+    extra = {"epoch": 199, "cfg": "TRAIN:\n  ENABLE: True\n"}
+    write_torch(path, tensors_of(), wrapper="model_state", extra=extra)
+    return path
+
+
+def run(*args) -> None:
+    """The program in this process; what is wrong with flags is raised too."""
+    with flagsaver.flagsaver():
+        convert.main(flags.FLAGS(["convert", *map(str, args)]))
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+# In.
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder made by an interpreter of the program, with class names; and the output."""
+    here = tmp_path_factory.mktemp("convert")
+    write_torch(here / "in.pyth", tensors_of(), wrapper="model_state", extra={"epoch": 199})
+    (here / "names.txt").write_text("\n".join(NAMES) + "\n")
+    status, output = commands.fresh(
+        "convert", here / "in.pyth", f"--labels={here / 'names.txt'}", f"--out={here / 'out'}",
+        *VIDEO,
+    )  # fmt: skip
+    assert status == 0, output
+    return here / "out", output
+
+
+def test_the_folder_has_all_that_it_takes_to_use_the_model(converted):
+    folder, out = converted
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json", "checkpoints", "labels.txt", "origin.json", "report.txt"
+    }  # fmt: skip
+    assert not list(folder.parent.glob(".*"))
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert (folder / "labels.txt").read_text().splitlines() == NAMES
+    expected = load(tensors_of(), "mvit_b_16x4", **foreign.fields(KIND))
+    params, config = experiment.read_params(folder)
+    assert config == expected.config
+    mine, theirs = trees.flat(params), trees.flat(expected.params)
+    assert mine.keys() == theirs.keys()
+    for path, values in theirs.items():
+        np.testing.assert_array_equal(mine[path], values, err_msg=path)
+    report = (folder / "report.txt").read_text()
+    for name in tensors_of():
+        assert sum(line.startswith(f"{name} ") for line in report.splitlines()) == 1, name
+    assert "92 tensors" in out and "transposed" in out and f"wrote {folder}" in out
+    assert "problem" not in out
+
+
+@pytest.mark.parametrize("kind", ["v1 video", "v2 image"])
+def test_the_folders_preprocessing_is_the_variants(kind, tmp_path):
+    name = foreign.VARIANTS[kind]
+    write_safetensors(tmp_path / "in.safetensors", tensors_of(kind))
+    more = VIDEO[1:] if kind == "v1 video" else FIELDS
+    run(tmp_path / "in.safetensors", f"--variant={name}", f"--out={tmp_path / 'out'}", *more)
+    config = workdir.frozen(tmp_path / "out")
+    expected = preprocessing(name, **foreign.fields(kind))
+    for field in ("stride", "short_side", "mean", "std", "interpolation"):
+        assert config.data[field] == getattr(expected, field), field
+    known = {"v1 video": (4, 36, (0.45,) * 3, "bilinear", 5),
+             "v2 image": (1, 36, (0.485, 0.456, 0.406), "bicubic", 1)}  # fmt: skip
+    data = config.data
+    assert known[kind] == (
+        data.stride, data.short_side, data.mean, data.interpolation, config.eval.clips
+    )  # fmt: skip
+    assert config.model.variant == name and config.model.size == 32
+    assert config.init.checkpoint is None and config.resume is None
+
+
+@pytest.mark.slow
+def test_evaluate_and_predict_take_the_folder_as_it_is(converted, digits, tmp_path):
+    folder = shutil.copytree(converted[0], tmp_path / "model")
+    lines = [line.split() for line in (digits / "test.csv").read_text().splitlines()]
+    status, output = commands.run(
+        "predict", *(digits / path for path, _ in lines), f"--workdir={folder}", "--clips=1",
+        "--top=8", f"--json={tmp_path / 'out.json'}",
+    )  # fmt: skip
+    assert status == 0, output
+    expected = np.zeros((8, 8), int)
+    predicted = json.loads((tmp_path / "out.json").read_text())["files"]
+    for file, (_, label) in zip(predicted, lines, strict=True):
+        classes = file["classes"]
+        assert {c["class"] for c in classes} == set(NAMES)
+        assert sum(c["probability"] for c in classes) == pytest.approx(1, abs=1e-5)
+        expected[int(label), NAMES.index(classes[0]["class"])] += 1
+    probabilities = [file["classes"][0]["probability"] for file in predicted]
+    assert np.std(probabilities) > 1e-3  # not the same for every video
+    status, output = commands.run(
+        "evaluate", f"--workdir={folder}", f"--data={digits}", "--clips=1"
+    )
+    assert status == 0, output
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["videos"] == 10 and result["step"] == 0
+    np.testing.assert_array_equal(result["confusion"], expected)
+
+
+def test_a_new_head_and_other_frames_are_overrides(source, tmp_path, capsys):
+    run(source, f"--out={tmp_path / 'out'}", *VIDEO[:-2], "frames=8", "kv_stride=(1,4,4)",
+        "num_classes=3")  # fmt: skip
+    params, config = experiment.read_params(tmp_path / "out")
+    assert (config.num_classes, config.frames) == (3, 8)
+    assert params["head"]["classifier"]["kernel"].shape == (32, 3)
+    assert params["positions"]["time"].shape == (4, 8)
+    assert "2 new" in capsys.readouterr().out
+
+
+def test_an_image_model_becomes_a_video_model(tmp_path):
+    write_torch(tmp_path / "in.pth", tensors_of("v2 image"))
+    fields = ["--variant=mvitv2_s_16x4", *VIDEO[1:], "num_classes=8"]
+    with pytest.raises(WeightsError, match="inflate=centre, mean or repeat"):
+        run(tmp_path / "in.pth", f"--out={tmp_path / 'out'}", *fields)
+    assert files(tmp_path) == {"in.pth"}
+    run(tmp_path / "in.pth", f"--out={tmp_path / 'out'}", "--inflate=mean", *fields)
+    params, config = experiment.read_params(tmp_path / "out")
+    assert config.patch_kernel == (3, 7, 7) and config.frames == 4
+    image = tensors_of("v2 image")["patch_embed.proj.weight"]
+    for frame in params["patch_embed"]["proj"]["kernel"]:
+        np.testing.assert_allclose(frame, np.einsum("oihw->hwio", image) / 3, rtol=1e-6)
+
+
+# Out.
+
+
+@pytest.mark.parametrize("to", ["slowfast", "safetensors"])
+def test_what_came_in_goes_out_bit_for_bit(to, converted, tmp_path, capsys):
+    folder = converted[0]
+    run(folder, f"--to={to}", f"--out={tmp_path / 'out'}")
+    read = read_tensors(tmp_path / "out")
+    assert read.format == ("torch" if to == "slowfast" else "safetensors")
+    theirs = tensors_of()
+    assert read.tensors.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert read.tensors[name].dtype == values.dtype and read.tensors[name].shape == values.shape
+        assert read.tensors[name].tobytes() == values.tobytes(), name
+    assert f"wrote {tmp_path / 'out'}: 92 tensors as slowfast has them" in capsys.readouterr().out
+
+
+def test_the_origin_decides_how_many_axes_kernels_have(tmp_path):
+    """PySlowFast's own image models have five, those of MViTv2's repository four."""
+    for axes in (4, 5):
+        tensors = foreign.slowfast("v2 image", pool_axes=axes)
+        write_torch(tmp_path / "in.pyth", tensors, wrapper="model_state")
+        out = tmp_path / f"{axes}"
+        run(tmp_path / "in.pyth", "--variant=mvitv2_s", f"--out={out}", *FIELDS)
+        run(out, "--to=slowfast", f"--out={tmp_path / f'back{axes}'}")
+        back = read_tensors(tmp_path / f"back{axes}").tensors
+        assert {n: v.shape for n, v in back.items()} == foreign.shapes("v2 image", pool_axes=axes)
+
+
+def test_weights_go_to_torchvision_and_timm_where_these_have_such_a_model(converted, tmp_path):
+    run(converted[0], "--to=torchvision", f"--out={tmp_path / 'tv.pth'}")
+    made = read_tensors(tmp_path / "tv.pth").tensors
+    theirs = tensors_of()
+    np.testing.assert_array_equal(made["conv_proj.weight"], theirs["patch_embed.proj.weight"])
+    np.testing.assert_array_equal(made["head.1.bias"], theirs["head.projection.bias"])
+    assert made["pos_encoding.spatial_pos"].shape == (64, 8)
+    with pytest.raises(UserError, match="timm cannot hold this model: frames is 4"):
+        run(converted[0], "--to=timm", f"--out={tmp_path / 'timm.pth'}")
+    assert files(tmp_path) == {"tv.pth"}
+
+
+def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
+    config = tiny.config(digits, **{"optim.ema": 0.5})
+    workdir.freeze(config, tmp_path / "run")
+    shapes = mvit.shapes(experiment.model_config(config, 8))
+    params = trees.nested(foreign.filled(shapes))
+    with closing(Checkpoints(tmp_path / "run")) as checkpoints:
+        save = ocp.args.StandardSave
+        twice = trees.nested({p: 2 * v for p, v in trees.flat(params).items()})
+        checkpoints.last.save(3, args=ocp.args.Composite(params=save(params), ema=save(twice)))
+    run(tmp_path / "run", "--to=slowfast", f"--out={tmp_path / 'out.pyth'}")
+    made = read_tensors(tmp_path / "out.pyth").tensors
+    # What is tested is what goes out: the averaged weights.
+    np.testing.assert_array_equal(made["norm.weight"], 2 * params["norm"]["scale"])
+    with pytest.raises(UserError, match=r"no checkpoint in .*best"):
+        run(tmp_path / "run", "--to=slowfast", "--which=best", f"--out={tmp_path / 'b.pyth'}")
+
+
+# What is wrong.
+
+
+def broken(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def changed(change):
+    def spoil(path: Path) -> None:
+        tensors = tensors_of()
+        change(tensors)
+        write_torch(path, tensors)
+
+    return spoil
+
+
+def not_finite(tensors) -> None:
+    tensors["blocks.1.norm2.weight"] = np.full(16, np.nan, np.float32)
+    tensors["norm.bias"] = np.full(32, np.inf, np.float32)
+
+
+def colliding(tensors) -> None:
+    tensors["module.norm.weight"] = tensors["norm.weight"]
+
+
+def missing(tensors) -> None:
+    del tensors["norm.bias"], tensors["blocks.3.mlp.fc2.bias"]
+
+
+class Evil:
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def evil(path: Path) -> None:
+    made = pickle.dumps({"model_state": Evil(path.parent / "ran")}, 2)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", made)
+        archive.writestr("archive/version", "3\n")
+
+
+def old_evil(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Evil(path.parent / "ran"), 2))
+
+
+BAD = {  # what is done to the file, what is said
+    "cut off": (broken, ["cut off or damaged"]),
+    "empty": (lambda p: p.write_bytes(b""), ["is empty"]),
+    "no zip": (lambda p: p.write_bytes(b"PK\x03\x04" + bytes(500)), ["cut off or damaged"]),
+    "not torch's zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"),
+                        ["none that torch.save wrote"]),
+    "text": (lambda p: p.write_text("hello"), ["no PyTorch or safetensors file"]),
+    "gone": (lambda p: p.unlink(), ["is no file"]),
+    "runs code": (evil, ["system"]),
+    "runs code, old format": (old_evil, ["system"]),
+    "not finite": (changed(not_finite), ["blocks.1.norm2.weight 16: holds values not finite",
+                                         "norm.bias 32: holds values not finite"]),
+    "colliding": (changed(colliding), ["module.norm.weight 32: collides with norm.weight"]),
+    "missing": (changed(missing), ["norm/bias", "blocks/3/mlp/fc2/bias"]),
+    "another model": (lambda p: write_torch(p, {"conv1.weight": np.ones((2, 3, 7, 7), "f4")}),
+                      ["is no MViT", "conv1.weight"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_file_is_one_report_and_nothing_is_written(what, source, tmp_path, capsys):
+    spoil, words = BAD[what]
+    spoil(source)
+    before = files(tmp_path)
+    with pytest.raises(UserError) as error:
+        run(source, f"--out={tmp_path / 'new' / 'out'}", *VIDEO)
+    message = str(error.value)
+    for word in words:
+        assert word in message
+    if isinstance(error.value, WeightsError):
+        assert "tensor in the file" in capsys.readouterr().out  # the whole table, printed
+    else:
+        assert str(source) in message or "is no MViT" in message
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["runs code", "cut off", "missing"])
+def test_the_program_ends_with_status_1_and_says_it_in_words(what, source, tmp_path):
+    spoil, words = BAD[what]
+    spoil(source)
+    before = files(tmp_path)
+    status, output = commands.run("convert", source, f"--out={tmp_path / 'out'}", *VIDEO)
+    assert status == 1
+    report, _, error = output.rpartition("error: ")
+    assert not report or "tensor in the file" in report
+    assert "Traceback" not in output
+    assert all(word in error for word in words)
+    assert files(tmp_path) == before
+
+
+def test_the_right_variant_is_named(source, tmp_path):
+    write_torch(source, tensors_of("v2 image"))
+    with pytest.raises(WeightsError, match="mvit_b_16x4") as error:
+        run(source, f"--out={tmp_path / 'out'}", *VIDEO)
+    assert "expand=attention, mvit_b_16x4 has mlp" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "give SOURCE, and --variant=NAME --out=DIR"),
+        (["{source}"], "give SOURCE, and --variant=NAME --out=DIR"),
+        (["{source}", "--out={out}"], "which variant SOURCE is of: --variant=NAME"),
+        (["{source}", "--out={out}", "--variant=mvit_c"], "no variant 'mvit_c'"),
+        (["{source}", "--out={out}", *VIDEO, "frame=8"], "'frame' is no field"),
+        (["{source}", "--out={out}", *VIDEO, "frames"], "write field=value"),
+        (["{source}", "--out={full}", *VIDEO], "is there already"),
+        (["{source}", "--out={source}", *VIDEO], "is there already"),
+        (["{source}", "--out={source}/deeper", *VIDEO], "cannot be made"),
+        (["{source}", "--out={out}", "--labels={few}", *VIDEO],
+         "--labels names 2 classes and the model has 8"),
+        (["{source}", "--out={out}", "--labels={out}", *VIDEO], "{out}"),
+        (["{full}", "--out={out}", "--to=slowfast"], "holds no run: there is no config.json"),
+        (["{source}", "--out={out}", "--to=slowfast"], "is a file: make a folder of it first"),
+        (["{full}", "--out={out}", "--to=timm", "--variant=mvitv2_t"], "leave out --variant"),
+        (["{full}", "--out={out}", "--to=timm", "frames=3"], "leave out --variant, --labels"),
+    ],
+)  # fmt: skip
+def test_wrong_calls_are_one_sentence_and_write_nothing(args, words, source, tmp_path):
+    places = {"source": source, "out": tmp_path / "out", "full": tmp_path / "full",
+              "few": tmp_path / "few.txt"}  # fmt: skip
+    places["full"].mkdir()
+    (places["full"] / "a file").write_text("kept")
+    places["few"].write_text("one\ntwo\n")
+    before = files(tmp_path)
+    with pytest.raises(UserError) as error:
+        run(*(arg.format(**places) for arg in args))
+    message = str(error.value)
+    assert words.format(**places) in message and "\n" not in message
+    assert files(tmp_path) == before
+
+
+def test_an_empty_folder_may_be_the_target_and_a_failure_leaves_it_there(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError):
+        run(source, f"--out={tmp_path / 'out'}", *VIDEO[:-1], "width=16")
+    assert files(tmp_path / "out") == set()
+    run(source, f"--out={tmp_path / 'out'}", *VIDEO)
+    assert (tmp_path / "out" / "config.json").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
+    before = files(tmp_path)
+
+    def full(self, params):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save_params", full)
+    with pytest.raises(UserError, match=r"cannot be written .No space left"):
+        run(source, f"--out={tmp_path / 'out'}", *VIDEO)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("flag", ["--to=onnx", "--inflate=center"])
+def test_what_is_no_choice_is_refused_by_the_flag(flag, source, tmp_path):
+    with pytest.raises(flags.Error, match="should be one of"):
+        run(source, f"--out={tmp_path / 'out'}", *VIDEO, flag)
+
+
+@pytest.mark.slow
+def test_a_damaged_byte_is_an_error_or_changes_no_tensor(source, tmp_path):
+    """Not a byte of a tensor can change without being noticed: its check sum does."""
+    whole = source.read_bytes()
+    expected = trees.flat(load(source, "mvit_b_16x4", **foreign.fields(KIND)).params)
+    rng = np.random.default_rng(0)
+    for attempt, place in zip(itertools.count(), rng.integers(0, len(whole), 40), strict=False):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 0x41
+        source.write_bytes(spoilt)
+        try:
+            run(source, f"--out={tmp_path / f'out{attempt}'}", *VIDEO)
+        except UserError as error:
+            assert str(error)
+            assert not (tmp_path / f"out{attempt}").exists()
+        else:  # a byte that nothing reads, as of the padding
+            params, _ = experiment.read_params(tmp_path / f"out{attempt}")
+            for path, values in trees.flat(params).items():
+                np.testing.assert_array_equal(values, expected[path], err_msg=path)
+
+
+# Out, as a program.
+
+
+def test_a_converted_folder_becomes_a_file_that_jax_alone_runs(converted, tmp_path):
+    folder, _ = converted
+    status, out = commands.run(
+        "convert", folder, "--to=stablehlo", f"--out={tmp_path / 'model'}", "--platforms=cpu,tpu"
+    )
+    assert status == 0, out
+    assert "for cpu, tpu: uint8[batch,4,32,32,3], RGB from 0 to 255" in out
+    assert "to logits float32[batch,8]" in out
+    params, config = experiment.read_params(folder)
+    clips = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3)).astype(np.uint8)
+    normalised = ((clips / 255 - 0.45) / 0.225).astype(np.float32)
+    expected, _ = jax.jit(functools.partial(mvit.apply, config=config))(params, normalised)
+    model = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes())).call
+    np.testing.assert_allclose(jax.jit(model)(clips), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_flags_of_the_program_go_with_it_alone(converted, tmp_path):
+    for flag in ("--platforms=cpu", "--batch=2"):
+        with pytest.raises(UserError, match="go with --to=stablehlo"):
+            run(converted[0], "--to=torchvision", flag, f"--out={tmp_path / 'model'}")
+    run(converted[0], "--to=stablehlo", "--batch=2", f"--out={tmp_path / 'model'}")
+    exported = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()))
+    assert str(exported.in_avals[0]) == "uint8[2,4,32,32,3]"

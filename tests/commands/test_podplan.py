@@ -1,0 +1,252 @@
+"""The program that plans pods, from end to end, on a tiny model; and all that can be wrong."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.support import tiny
+
+EXPERIMENT = [
+    "--config=configs/moving_digits.py", *tiny.FLAGS, "--config.data.train_videos=2000",
+    "--config.optim.ema=0.9",
+]  # fmt: skip
+
+
+def podplan(*flags, config=EXPERIMENT, **environment):
+    """Exit status, what it printed, and what it complained of."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit_jax.podplan", *config, *flags],
+        capture_output=True, text=True, timeout=600, cwd=tiny.ROOT, env=os.environ | environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+HERE = ["--topology=v5e:2x2"]
+SWEEP = [*HERE, "--sweep", "--remat=none"]
+WRONG = [
+    (["--topology=v5e:16x32"], r"no slice v5e:16x32: v5e has 1x1 \(1\), .*16x16 \(256\)"),
+    (["--topology=v9"], "no topology 'v9'"),
+    ([], "give --config=.* and --topology="),
+    (["--topology=v5e:4x4"], r"batch=8 does not divide into 16 chips.*--config.batch=16 "),
+    ([*HERE, "--config.mesh.fsdp=3"], "mesh.fsdp=3 does not divide the 4"),
+    ([*HERE, "--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=1 are 3 devices"),
+    ([*HERE, "--slices=2", "--config.mesh.fsdp=8"], "mesh.fsdp=8 does not divide the 4 chips of"),
+    ([*HERE, "--config.bach=8"], "did you mean 'batch'"),
+    ([*HERE, "--config.data.train_videos=0"], "data.train_videos must be at least 1, not 0"),
+    ([*HERE, "--effort=7"], "--effort=7 must be from -1 to 1"),
+    ([*HERE, "--effort=nan"], "--effort=nan must be from -1 to 1"),
+    ([*HERE, "--out=plan.jpg"], "--out=plan.jpg must be a .png file"),
+    ([*HERE, "--out=/nowhere/plan.png"], "/nowhere/plan.png cannot be written: .* folder /nowhere"),
+    ([*HERE, "--json=/nowhere/plan.json"], "/nowhere/plan.json cannot be written"),
+    ([*HERE, "--json="], "--json is empty"),
+    ([*HERE, "--json=/"], "/ cannot be written: it is a folder"),
+    ([*HERE, "--fsdp=3"], "--fsdp is of a sweep"),
+    ([*HERE, "--clips=x"], "--clips is of a sweep"),
+    ([*HERE, "--remat=none"], "--remat is of a sweep"),
+    ([*SWEEP, "--largest_batch"], "--largest_batch or --sweep, not both"),
+    ([*SWEEP, "--clips=2,x"], "--clips takes numbers, like 1,4, not 'x'"),
+    ([*SWEEP, "--clips=0"], "--clips takes numbers"),
+    ([*SWEEP, "--clips="], "--clips is empty"),
+    ([*SWEEP, "--fsdp=1,3"], "mesh.fsdp=3 does not divide the 4"),
+    ([*SWEEP, "--fsdp="], "--fsdp is empty"),
+    ([*HERE, "--sweep", "--remat="], "--remat is empty"),
+    ([*HERE, "--sweep", "--remat=all"], "--remat=all is none of none, cheap"),
+    ([*SWEEP, "--clips=1", "--config.data.repeats=2"], "batch=4 does not divide into 4 chips"),
+]
+KINETICS = "--config=configs/kinetics.py:mvit_b_16x4"
+# Flags after those of the experiment above, unless they have a --config of their own.
+RUNS = {
+    "uncounted": ["--config=configs/custom.py", *HERE],
+    "kept": [*SWEEP, "--fsdp=1", "--clips=2,13", "--json={tmp}/kept.json"],
+    "sweep": [
+        "--topology=v5e:4x4", "--config.batch=16", "--sweep", "--fsdp=1,16", "--remat=none,blocks",
+        "--clips=1,40", "--json={tmp}/sweep.json", "--out={tmp}/sweep.png",
+    ],
+    "sweep of pairs": [KINETICS, "--topology=v5e:2x4", "--sweep", "--fsdp=1", "--clips=2"],
+    "repeats": [
+        KINETICS, "--topology=v5e:16x16", "--largest_batch", "--json={tmp}/repeats.json"
+    ],
+    "none": [KINETICS, "--topology=v5e:1x1", "--config.model.frames=320", "--config.batch=2",
+             "--config.remat=blocks", "--largest_batch"],
+    "too large": [KINETICS, "--topology=v5e:4x4", "--json={tmp}/large.json"],
+    "images": ["--config=configs/imagenet.py:mvitv2_s", "--topology=v5e:16x16",
+               "--config.batch=256"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A folder, and of all of the above what `podplan` said to them, with a stand-in for the
+    compiler: by the name of a run, or by a wrong one's place."""
+    folder = tmp_path_factory.mktemp("plans")
+    given = {**dict(enumerate(flags for flags, _ in WRONG)), **RUNS}
+    runs = [
+        [flag.format(tmp=folder) for flag in flags]
+        if any(flag.startswith("--config=") for flag in flags)
+        else [*EXPERIMENT, *(flag.format(tmp=folder) for flag in flags)]
+        for flags in given.values()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.podplans"], input=json.dumps(runs), text=True,
+        capture_output=True, timeout=300, cwd=tiny.ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, dict(zip(given, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("place", range(len(WRONG)), ids=[" ".join(flags) for flags, _ in WRONG])
+def test_what_is_wrong_is_one_sentence_before_anything_is_compiled(told, place):
+    status, out, err = told[1][place]
+    assert status == 1 and re.search(WRONG[place][1], err), (status, err)
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert "compiling" not in out and "program" not in out
+
+
+def test_videos_that_nobody_counted_are_asked_for(told):
+    status, _, err = told[1]["uncounted"]
+    assert status == 1 and "--config.data.train_videos=N" in err
+
+
+def test_a_sweep_that_breaks_off_keeps_what_it_had(told):
+    status, _, err = told[1]["kept"]
+    assert status == 1 and "thirteen" in err
+    (kept,) = json.loads((told[0] / "kept.json").read_text())["plans"]
+    assert kept["clips_a_chip"] == 2 and kept["fits"]
+
+
+def test_a_sweep_compares_all_combinations(told):
+    status, out, err = told[1]["sweep"]
+    assert status == 0, err
+    report = json.loads((told[0] / "sweep.json").read_text())
+    assert report["config"] == "configs/moving_digits.py" and report["videos"] == 2000
+    found = [(p["data"], p["fsdp"], p["remat"], p["clips_a_chip"]) for p in report["plans"]]
+    assert found == list(itertools.product([16], [1], ["none", "blocks"], [1, 40])) + list(
+        itertools.product([1], [16], ["none", "blocks"], [1, 40])
+    )
+    assert [p["fits"] for p in report["plans"]] == [True, False] * 4
+    # 1 ms of arithmetic bounds a step, and not the 2 ms of main memory, which little effort
+    # overstates.
+    assert {p.get("step_seconds_at_least") for p in report["plans"]} == {0.001, None}
+    assert min(Image.open(told[0] / "sweep.png").size) > 300
+    assert re.search(r"16 x 1  none +1 +16  +2.55 +2.00 +1.00 +arithmetic +16,000 ", out)
+
+
+def test_a_sweep_says_what_training_has_to_be_told(told):
+    status, out, err = told[1]["sweep of pairs"]
+    assert status == 0, err
+    assert out.count("training, take --config.augment.group=2") == 1
+
+
+def test_the_most_clips_come_in_whole_repeats(told):
+    """1.5 GiB and 1.05 a clip: 13 clips fit 15.75 GiB, of two out of each video 12."""
+    status, out, err = told[1]["repeats"]
+    assert status == 0, err
+    assert "of a chip, 12 clips fit and take 90% of the memory, 14 do not" in out
+    assert "12 a chip would fit (12 do): --config.batch=3072 " in out
+    assert "or this batch as it is on v5e:8x8: 64 chips, 8 clips on each\n" in out
+    report = json.loads((told[0] / "repeats.json").read_text())
+    assert report["config"] == KINETICS.removeprefix("--config=")
+    assert report["plans"][0]["largest_clips_a_chip"] == 12
+
+
+def test_a_search_may_find_none(told):
+    """320 frames take 10.5 GiB with `blocks`, and 2 clips out of each video are the fewest."""
+    status, out, err = told[1]["none"]
+    assert status == 0, err
+    assert "of a chip, 0 clips fit, 2 do not" in out
+    assert "a smaller batch" not in out and "more chips" not in out
+    assert "12.0 GiB: the same batch in 2 parts" in out
+
+
+def test_what_would_help_is_told_with_figures(told):
+    """32 clips of 1.05 GiB and 1.5 GiB of state are 35.1 of 15.75 GiB, with `blocks` 18.3."""
+    status, out, err = told[1]["too large"]
+    assert status == 0, err
+    enough, _, little = out.partition("What would make it fit")[2].partition("What helps, and")
+    assert re.findall(r"- ([\d.]+) GiB: ", enough) == ["14.1", "9.9", "9.9"]
+    assert re.findall(r"- ([\d.]+) GiB: ", little) == ["18.3", "33.7", "18.3"]
+    assert "18.3 GiB: --config.remat=blocks" in little
+    (plan,) = json.loads((told[0] / "large.json").read_text())["plans"]
+    assert [r["fits"] for r in plan["remedies"]] == [True] * 3 + [False] * 3
+
+
+def test_mixing_that_is_off_is_said_of_images(told):
+    status, out, err = told[1]["images"]
+    assert status == 0, err
+    assert re.search(r"augment.group=1; .* image with itself, so mixup and cutmix DO NOTHING", out)
+    assert "256 images on 256 chips are 1 a chip" in out
+    assert "compiling (1 image a chip" in out and not re.search(r"\bclip|video", out)
+
+
+@pytest.mark.slow
+def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
+    status, out, err = podplan(
+        "--topology=v4-8", f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}",
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )  # fmt: skip
+    assert status == 0, err
+    assert not list(tmp_path.glob("cache/*"))  # what is there could only be read on a TPU
+    assert "on v4:2x2x1: 4 chips of 1 host, mesh data 4 x fsdp 1" in out
+    assert "v4-8 counts cores, 2 a chip" in out
+    assert "fits: " in out and "of 30.75 GiB of a chip" in out
+    assert re.search(r"all-reduce +4 ", out)
+    assert "bounds, no promise" in out and re.search(r"chip-hours .*at least", out)
+    assert "8 clips on 4 chips are 2 a chip" in out
+    assert "overstated at this effort: no bound; --effort=0 tells it" in out
+    assert "libtpu" not in err and "hostname" not in err  # it is silent about what is not here
+    (told,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert told["fits"] and sum(told["memory_by_kind"].values()) == told["memory_bytes"]
+    assert told["steps"] == 6 * 2000 // 8
+    seconds = max(time for part, time in told["roofs_seconds"].items() if part != "memory")
+    assert seconds == told["step_seconds_at_least"] < told["roofs_seconds"]["memory"]
+    assert told["chip_hours"] == pytest.approx(4 * told["steps"] * seconds / 3600)
+    assert min(Image.open(tmp_path / "plan.png").size) > 200
+
+
+@pytest.mark.nightly
+def test_a_sweep_is_a_table_a_picture_and_a_report(tmp_path):
+    status, out, err = podplan(
+        "--topology=v5e:2x4", "--config.batch=16", "--sweep", "--fsdp=1,8", "--remat=none",
+        "--clips=2,65536", f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = [line.split("  ") for line in out.splitlines() if re.match(r"[18] x [18]  ", line)]
+    assert [row[0] for row in rows] == ["8 x 1", "8 x 1", "1 x 8", "1 x 8"]
+    assert ["does not fit" in " ".join(row) for row in rows] == [False, True, False, True]
+    plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert [p["fsdp"] for p in plans] == [1, 1, 8, 8]
+    assert [p["batch"] for p in plans] == [16, 8 * 65536] * 2
+    assert plans[2]["memory_by_kind"]["optimiser"] < plans[0]["memory_by_kind"]["optimiser"]
+    assert min(Image.open(tmp_path / "plan.png").size) > 300
+
+
+@pytest.mark.nightly
+def test_a_step_that_does_not_fit_is_an_answer_and_the_largest_that_does_is_found():
+    status, out, err = podplan("--topology=v5e:1x1", "--config.batch=65536", "--largest_batch")
+    assert status == 0, err
+    assert re.search(r"DOES NOT FIT: it would take [\d.]+ of 15.75 GiB of a chip", out)
+    assert "compiling (65,536 clips a chip, remat=blocks" in out
+    fixes = out.partition("What would make it fit")[2]
+    assert "a smaller batch" in fixes and "--config.accumulate=" in fixes
+    assert "more chips" in fixes and "--config.dtype=bfloat16" in fixes
+    assert re.search(r"- [\d.]+ GiB: --config.remat=blocks", fixes)
+    found = re.search(r"of a chip, (\d+) clips fit", out)
+    assert found and found[1] in re.findall(r"compiling \((\d+) clips", out.replace(",", ""))[1:]
+
+
+@pytest.mark.nightly
+def test_a_thousand_chips_in_slices_that_share_the_state():
+    status, out, err = podplan(
+        "--topology=v5e:16x16", "--slices=4", "--config.batch=1024", "--config.mesh.fsdp=16"
+    )
+    assert status == 0, err
+    assert "4 slices of v5e:16x16: 1,024 chips of 256 hosts, mesh data 64 x fsdp 16" in out
+    assert re.search(r"all-reduce between slices +4 ", out)
+    assert "network between slices (DCN)" in out

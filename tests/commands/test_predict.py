@@ -1,0 +1,289 @@
+"""The program that names a file's classes, against the test program's own scores."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import mvit_jax
+from mvit_jax import train
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.video import Video
+from mvit_jax.models import mvit
+from mvit_jax.predict import __main__ as predict
+from mvit_jax.predict.predictor import Maps
+from mvit_jax.training import experiment
+from mvit_jax.training.run import workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
+from tests.predict import small
+from tests.support import tiny
+from tests.support.environment import of_process
+
+
+@pytest.fixture(scope="module")
+def run(digits):
+    return small.shared_run(digits)[0]
+
+
+@pytest.fixture(scope="module")
+def predictor(digits):
+    return small.shared_run(digits)[1]
+
+
+@pytest.fixture(scope="module")
+def paths(digits):
+    lines = (digits / "test.csv").read_text().splitlines()
+    return [str(digits / line.split()[0]) for line in lines[:3]]
+
+
+def program(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "mvit_jax.predict", *map(str, flags)],
+        capture_output=True, text=True, timeout=300, env=of_process(1),
+    )  # fmt: skip
+
+
+def test_files_get_the_probabilities_of_the_test_program(run, predictor, digits, paths):
+    config = workdir.frozen(run)
+    [scores], _ = experiment.score(config, run, experiment.videos(config, "test"), which="last")
+    # Another order, one file twice, and one that is not there.
+    asked = [paths[2], paths[0], paths[2], str(run / "gone.mp4")]
+    result = predict.predict(predictor, asked, top=8)
+    assert (result["step"], result["clips"], result["crops"]) == (3, 2, 1)
+    assert [file["file"] for file in result["files"]] == asked
+    assert result["files"].pop()["error"] == "cannot be decoded: there is no such file"
+    for file, row in zip(result["files"], (2, 0, 2), strict=True):
+        found = {c["class"]: c["probability"] for c in file["classes"]}
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+        for label, name in enumerate((digits / "labels.txt").read_text().split()):
+            assert found[name] == pytest.approx(scores.probabilities[row, label], abs=1e-6)
+
+
+def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    long = small.write_video(tmp_path / "long.mp4", small.textured(150, height=32))
+    done = program(
+        paths[0], broken, long, f"--workdir={run}", "--top=2", "--which=best",
+        f"--json={tmp_path / 'out.json'}", f"--pictures={tmp_path / 'new' / 'pictures'}",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"{broken} cannot be decoded: it is not a video" in done.stderr
+    assert "Traceback" not in done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["step"] == 2 and result["which"] == "best" and result["folder"] == str(run)
+    first, failed, second = result["files"]
+    assert failed.keys() == {"file", "error"} and failed["file"] == str(broken)
+    header, ruler, *lines = done.stdout.splitlines()
+    assert header.split() == ["file", "class", "probability"] and set(ruler) == {"-", " "}
+    cells = [line.split() for line in lines]
+    for rows, file in ((cells[:2], first), (cells[2:4], second)):
+        assert rows[0][0] == file["file"]
+        for row, found in zip(rows, file["classes"], strict=True):
+            assert row[-2:] == [found["class"], f"{found['probability']:.4f}"]
+    # Columns begin where those of the first line do.
+    starts = [header.index(name) for name in ("class", "probability")]
+    assert all(line[start - 1] == " " != line[start] for line in lines[:4] for start in starts)
+    # The timeline.
+    assert "timeline" not in first
+    line = second["timeline"]
+    assert line["seconds"] == 5 and len(line["windows"]) == 18
+    assert lines[5] == f"{long}: 0:05, means over 18 windows above, over time:"
+    last = line["segments"][-1]
+    assert cells[7 + len(line["segments"])][2] == "0:05"
+    assert cells[7 + len(line["segments"])][-1] == f"{last['probability']:.2f}"
+    assert line["windows"][1]["start"] == pytest.approx(8 / 30)
+    assert [len(window["classes"]) for window in line["windows"]] == [2] * 18
+    drawn = [
+        str(tmp_path / "new" / "pictures" / f"{Path(file).stem}_prediction.png")
+        for file in (paths[0], long)
+    ]
+    assert first["pictures"] + second["pictures"] == drawn
+    assert lines[-1] == f"wrote {drawn[0]}, {drawn[1]}"
+
+
+def test_pictures_are_what_their_names_say(predictor, paths, tmp_path):
+    long = small.write_video(tmp_path / "long.mp4", small.textured(150, height=32))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    files = [paths[0], str(long)]
+    results = predict.predict(predictor, files, top=2, pictures=folder, maps=True)["files"]
+    stem = Path(paths[0]).stem
+    expected = [
+        f"{name}_{end}"
+        for name in (stem, "long")
+        for end in ("prediction.png", "attention.gif", "attention.mp4")
+    ]
+    assert [path for result in results for path in result["pictures"]] == [
+        str(folder / name) for name in expected
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
+    with Image.open(folder / "long_prediction.png") as image:
+        assert image.format == "PNG" and image.width > 1000
+        assert len(image.convert("RGB").getcolors(2**24)) > 300
+    with Image.open(folder / "long_attention.gif") as image:
+        assert image.format == "GIF" and image.size == (672, 224) and image.is_animated
+    with Video(folder / "long_attention.mp4") as video:
+        assert video.num_frames == 8 * 4
+        assert video.frames([0]).std() > 20
+    with Video(folder / f"{stem}_attention.mp4") as video:
+        assert video.num_frames == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "sentence"),
+    [
+        ([], {}, "give --workdir=DIR"),
+        (["a.mp4"], {}, "give --workdir=DIR"),
+        (["a.mp4"], {"workdir": "a", "checkpoint": "b"}, "give --workdir=DIR"),
+        ([], {"workdir": "a"}, "give video or image files, or --serve"),
+        (["a.mp4"], {"checkpoint": "best"}, "give --workdir=DIR --which=best"),
+        (["a.mp4"], {"checkpoint": "/no/such"}, "/no/such holds no run"),
+        (["a.mp4"], {"workdir": "a", "attention": True}, "say where to, --pictures=DIR"),
+        (["a.mp4"], {"workdir": "a", "pictures": "/dev/null/x"}, "cannot be made"),
+        (["a.mp4"], {"workdir": "a", "serve": True}, "leave out a.mp4"),
+        ([], {"workdir": "a", "serve": True, "clips": 1}, "leave out --clips"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(files, given, sentence, monkeypatch):
+    for name in (
+        "workdir",
+        "checkpoint",
+        "serve",
+        "clips",
+        "crops",
+        "json",
+        "pictures",
+        "attention",
+    ):
+        flag = SimpleNamespace(value=given.get(name))
+        monkeypatch.setattr(predict, f"_{name.upper()}", flag)
+    monkeypatch.setattr(predict, "_WHICH", SimpleNamespace(value="last"))
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        predict.main(["predict", *files])
+
+
+def test_pictures_of_different_files_have_different_names(tmp_path):
+    names = ["a/x.mp4", "b/x.mp4", "b/x.png", "X.mp4", "x_2.mp4", "c/y", ".mp4"]
+    found = predict.picture_names(names, tmp_path)
+    assert found == ["x", "x_2", "x_3", "X_4", "x_2_2", "y", ".mp4"]
+    # Pictures of earlier pictures lie beside them.
+    files = [str(tmp_path / "x.mp4"), str(tmp_path / "x_attention.mp4")]
+    assert predict.picture_names(files, tmp_path) == ["x_2", "x_attention"]
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_classes(predictor, paths, tmp_path):
+    gone = tmp_path / "gone"
+    (result,) = predict.predict(predictor, paths[:1], top=1, pictures=gone)["files"]
+    assert len(result["classes"]) == 1
+    assert "cannot be written" in result["error"] and "pictures" not in result
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty.mp4", "the file is empty"),
+        ("cut.mp4", "damaged or cut off"),
+        ("tone.mp4", "it holds no video, only other streams"),
+        ("words.mp4", "it is not a video"),
+        ("folder.mp4", "is a directory"),
+        ("picture.png", "it is an image, and the model takes clips of 4 frames"),
+    ],
+)
+def test_what_is_no_video_is_told_and_the_rest_is_done(predictor, paths, tmp_path, name, reason):
+    good = Path(paths[0]).read_bytes()
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "cut.mp4").write_bytes(good[: len(good) // 2])
+    (tmp_path / "words.mp4").write_text("words")
+    (tmp_path / "folder.mp4").mkdir()
+    small.write_audio(tmp_path / "tone.mp4")
+    Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
+    asked = [str(tmp_path / name), paths[0]]
+    bad, fine = predict.predict(predictor, asked, top=1)["files"]
+    assert reason in bad["error"] and fine.keys() == {"file", "classes"}
+
+
+def test_a_long_video_that_breaks_off_is_told(predictor, tmp_path):
+    path = small.write_video(tmp_path / "a.mp4", small.textured(200, height=32))
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + len(data) // 3] = bytes(len(data) // 3)
+    path.write_bytes(data)
+    (result,) = predict.predict(predictor, [str(path)], top=1)["files"]
+    assert result["error"].startswith("cannot be decoded: ") and "classes" not in result
+
+
+def test_a_folder_without_data_and_names_will_do(run, tmp_path):
+    """As `convert` writes them."""
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    config = workdir.frozen(run)
+    config.data.folder = None
+    workdir.freeze(config, tmp_path)
+    predictor = small.predictor_of(tmp_path)
+    assert predictor.names == tuple(f"class {i}" for i in range(8))
+    result = predict.predict(predictor, ["/no/a.mp4", "/no/a.png"], top=1)
+    assert [file["error"] for file in result["files"]] == [
+        "cannot be decoded: there is no such file",
+        "cannot be decoded: it is an image, and the model takes clips of 4 frames",
+    ]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Dark and bright images, the last one broken."""
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    lines = []
+    for index in range(24):
+        level = 60 if index % 2 == 0 else 190
+        pixels = rng.integers(level - 50, level + 50, (40 + index, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / f"{index}.jpg")
+        lines.append(f"{index}.jpg {index % 2}\n")
+    for name, part in (("train", lines[:16]), ("test", lines[16:])):
+        (data / f"{name}.csv").write_text("".join(part))
+    (data / "labels.txt").write_text("dark\nbright\n" + "none\n" * 6)
+    (data / "23.jpg").write_bytes((data / "23.jpg").read_bytes()[:1000])
+    return data
+
+
+@pytest.mark.slow
+def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monkeypatch):
+    config = tiny.config(images, **small.IMAGES)
+    workdir.freeze(config, tmp_path)
+    state = small.fresh(config, 0)
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state, 1)
+    files = [str(images / f"{index}.jpg") for index in (23, 17)]
+    predictor = small.predictor_of(tmp_path)
+    flat = np.ones((1, 1, 32, 32), np.float32)
+    monkeypatch.setattr(predictor, "maps", lambda shown: Maps(flat, flat))
+    results = predict.predict(predictor, files, top=2, pictures=tmp_path, maps=True)["files"]
+    assert "damaged or cut off" in results[0]["error"]
+    assert results[1]["pictures"] == [str(tmp_path / "17_prediction.png")]  # nothing moves
+    model = experiment.model_config(config, 8)
+    image = mvit_jax.preprocess("mvit_b16", size=32)(files[1])
+    logits, _ = jax.jit(functools.partial(mvit.apply, config=model))(state.params, image)
+    expected = np.sort(np.asarray(jax.nn.softmax(logits)[0]))[::-1]
+    assert expected[0] - expected[2] > 1e-4  # or any image would give the same
+    found = [c["probability"] for c in results[1]["classes"]]
+    np.testing.assert_allclose(found, expected[:2], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_model_trains_on_image_files_and_the_broken_one_is_left_out_of_the_test(images, tmp_path):
+    config = tiny.config(images, **(small.IMAGES | {"epochs": 8.0, "eval.crops": 3}))
+    folder = tmp_path / "run"
+    assert train.train(config, str(folder)) == 0
+    [scores], _ = experiment.score(config, folder, experiment.videos(config, "test"), which="last")
+    assert scores.metrics()["videos"] == 7 and scores.metrics()["top1"] == 100
+    assert len(scores.failures) == 1 and "23.jpg: it is damaged" in scores.failures[0]

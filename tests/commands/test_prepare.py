@@ -1,0 +1,259 @@
+"""`python -m mvit_jax.prepare` as a program: output, exit status, and interrupted runs."""
+
+import ast
+import os
+import pathlib
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import numpy as np
+import pytest
+
+from mvit_jax.data.making import moving_digits
+from tests.support import commands
+
+ROOT = pathlib.Path(__file__).parents[2]
+COUNTS = ("--train_videos=16", "--val_videos=8", "--test_videos=8")
+
+
+def command(*args):
+    return [sys.executable, "-m", "mvit_jax.prepare", *map(str, args)]
+
+
+def run(*args):
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_data_set_is_made_with_progress_in_plain_lines(tmp_path):
+    result = run("moving_digits", f"--out={tmp_path / 'set'}", *COUNTS)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "set") in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 10 and lines[-1] == "moving_digits: 32 of 32 videos"
+    assert "\r" not in result.stderr
+    assert len((tmp_path / "set" / "train.csv").read_text().splitlines()) == 16
+
+    status, output = commands.run("prepare", "moving_digits", f"--out={tmp_path / 'set'}", *COUNTS)
+    assert (status, output) == (0, f"moving_digits is in {tmp_path / 'set'}\n")
+
+    status, output = commands.run(
+        "prepare", "moving_digits", f"--out={tmp_path / 'set'}", "--seed=1", *COUNTS
+    )
+    assert status == 1 and output.count("\n") == 1
+    assert output.startswith("error: ") and "seed=0, not seed=1" in output
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path):
+    terminal, process_side = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    process = subprocess.Popen(
+        command("moving_digits", f"--out={tmp_path / 'set'}", *COUNTS),
+        cwd=ROOT,
+        stderr=process_side,
+    )
+    os.close(process_side)
+    shown = b""
+    try:
+        while block := os.read(terminal, 4096):
+            shown += block
+    except OSError:  # how Linux ends a terminal that nobody writes to
+        pass
+    assert process.wait(timeout=300) == 0
+    assert b"32/32" in shown and b"\r" in shown
+
+
+def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    counts = ("--train_videos=64", "--val_videos=8", "--test_videos=8")
+    process = subprocess.Popen(
+        command("moving_digits", f"--out={killed}", *counts), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(list(killed.glob("videos/*/*.mp4"))) < 5:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    left = contents(killed)
+    assert "labels.txt" not in left and "train.csv" not in left
+
+    moving_digits.prepare(whole, train_videos=64, val_videos=8, test_videos=8)
+    expected = contents(whole)
+    finals = {name: content for name, content in left.items() if not name.endswith(".part")}
+    assert finals.items() <= expected.items()
+    assert commands.run("prepare", "moving_digits", f"--out={killed}", *counts)[0] == 0
+    assert contents(killed) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--out=there"], "give one of moving_digits, fashion_mnist"),
+        (["videos", "--out=there"], "give --csv=FILE"),
+        (["videos", "--csv=there.csv"], "give --out=DIR"),
+        (["videos", "--csv=there.csv", "--out=there"], "there is no list "),
+        (["videos", "--csv=there.csv", "--out=there", "--gop=0"], "gop=0"),
+        (["videos", "--csv=there.csv", "--out=there", "--", "runner"], "'runner' is no flag"),
+        (["moving_digits", "--out=there", "--crf=3"], "--crf is for videos: leave it out"),
+        (["moving_digits", "--out=there", "--workers=3"], "--workers is for videos and check"),
+        (["check"], "name its folder, as in prepare check DIR"),
+        (["check", "there"], "there is no data folder"),
+        (["check", "configs"], "neither manifests of shards nor lists"),
+        (["moving_pictures", "--out=there"], "'moving_pictures' is not the name of a data set"),
+        (["moving_digits", "twice", "--out=there"], "'moving_digits twice' is not the name"),
+        (["moving_digits"], "give --out=DIR"),
+        (["moving_digits", "--out="], "give --out=DIR"),
+        (["moving_digits", "--out=gs://bucket/x"], "gs://bucket/x is written here alone"),
+        (["fashion_mnist"], "give --out=DIR"),
+        (["fashion_mnist", "--out=there", "--files=nowhere"], "there is no file nowhere/train-"),
+        (["fashion_mnist", "--out=there", "--seed=1"], "--seed is for moving_digits and lists"),
+        (["lists", "--out=there"], "there is no folder there"),
+        (["lists", "--out=configs"], "holds 0 folders with videos"),
+        (["lists", "--out=there", "--val=0.6", "--test=0.5"], "leave some for training"),
+        (["moving_digits", "--out=there", "--files=x"], "--files is for fashion_mnist: leave it"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(args, message):
+    status, output = commands.run("prepare", *args)
+    assert status == 1
+    assert output.startswith("error: ") and message in output
+    assert output.count("\n") == 1
+    assert not (ROOT / "there").exists()
+
+
+def test_lists_are_written_for_folders_of_classes(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            (tmp_path / name / f"{number}.mp4").touch()
+    status, output = commands.run("prepare", "lists", f"--out={tmp_path}", "--val=0.2")
+    assert status == 0, output
+    counts = f"14 files in train.csv, 4 files in val.csv, 2 files in test.csv, in {tmp_path}"
+    assert output.strip().endswith(counts)
+    assert (tmp_path / "labels.txt").read_text() == "cats\ndogs\n"
+
+
+def test_help_tells_usage_and_flags():
+    _, text = commands.run("prepare", "--help")
+    assert "python -m mvit_jax.prepare moving_digits --out=DIR" in text
+    # Read, not imported: programs share names of flags.
+    source = (ROOT / "mvit_jax" / "prepare.py").read_text()
+    (data_sets,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DATA_SETS"
+    )
+    assert len(data_sets) == 5
+    for flags in data_sets.values():
+        assert all(f"--{flag}:" in text for flag in ("out", *flags))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Twelve small videos of random noise, one of them broken, and their list."""
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        frames = rng.integers(0, 256, (100, 128, 128), dtype=np.uint8)
+        (folder / f"{number}.mp4").write_bytes(moving_digits.encode(frames))
+    (folder / "7.mp4").write_text("404 Not Found")
+    lines = "".join(f"{number}.mp4 {number % 3}\n" for number in range(12))
+    (folder / "train.csv").write_text(lines)
+    (folder / "labels.txt").write_text("a\nb\nc\n")
+    return folder
+
+
+def pack(videos, out, workers, *more):
+    flags = [f"--csv={videos / 'train.csv'}", f"--out={out}", f"--workers={workers}", *more]
+    return command("videos", "--shards=12", *flags)
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param((2,), marks=pytest.mark.slow), pytest.param((2, 5), marks=pytest.mark.nightly)],
+)
+def test_videos_are_packed_killed_and_gone_on_with(kills, videos, tmp_path):
+    """One worker, and two workers with all of their processes killed: equal bytes."""
+    one, killed = tmp_path / "one", tmp_path / "killed"
+    done = subprocess.run(pack(videos, one, 1), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out 7.mp4: it is not a video" in done.stderr
+    assert done.stdout.splitlines() == [f"11 of 12 videos are in 12 shards in {one}"]
+    assert "train: 12 of 12 videos" in done.stderr and "WARNING" not in done.stderr
+
+    for least in kills:
+        process = subprocess.Popen(
+            pack(videos, killed, 2), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and len(list(killed.glob("*.array_record"))) < least:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left = contents(killed)
+        whole = {name: left[name] for name in left if name.endswith(".array_record")}
+        assert least <= len(whole) < 12 and whole.items() <= contents(one).items()
+    done = subprocess.run(pack(videos, killed, 2), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(killed) == contents(one)
+
+    status, output = commands.run("prepare", "check", killed)
+    assert status == 0 and output.startswith("train: 11 videos, 0 problems\n")
+    (killed / "train-00003-of-00012.array_record").unlink()
+    status, output = commands.run("prepare", "check", killed, "--split=train")
+    assert status == 1 and "00003-of-00012.array_record, which" in output
+    assert output.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(videos, tmp_path):
+    process = subprocess.Popen(
+        pack(videos, tmp_path, 2), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.glob(".*.progress")):
+        time.sleep(0.002)
+    tasks = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
+    workers = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert said.splitlines()[-1].startswith("error: a worker died (return code -9)")
+
+
+def test_a_worker_that_dies_ends_the_run_though_beam_does_not_let_go():
+    """Also in the background job of a shell script, which ignores SIGINT."""
+    code = """if True:
+        import signal, threading, time
+        from mvit_jax.data import packing
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        waits = threading.Event()
+
+        def worker():
+            waits.wait()
+            raise RuntimeError("Worker subprocess exited with return code -9")
+
+        with packing._dead_workers(patience=3):
+            threading.Thread(target=worker).start()
+            while True:
+                try:
+                    waits.set()
+                    while True:  # a signal just before a sleep would not end it
+                        time.sleep(0.05)
+                except KeyboardInterrupt:
+                    print("interrupted", flush=True)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stdout == "interrupted\n"
+    assert done.stderr.startswith("error: a worker died (return code -9)")

@@ -1,0 +1,468 @@
+"""The training and the test program from end to end, on a tiny model; and all that can be wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvit_jax import train
+from mvit_jax.analysis import run_data
+from mvit_jax.common.errors import UserError
+from mvit_jax.models import mvit
+from mvit_jax.training import experiment
+from mvit_jax.training.run import history, workdir
+from mvit_jax.training.run.checkpoints import Checkpoints
+from tests.support import commands, tiny
+from tests.support.environment import of_process
+from tests.support.group import final_state
+from tests.support.pages import Page
+
+RECIPE = tiny.RECIPE
+
+
+def final_params(folder) -> dict[str, np.ndarray]:
+    return {k: v for k, v in final_state(folder).items() if k.startswith("['params']")}
+
+
+@pytest.fixture(scope="module")
+def run(reference, tmp_path_factory):
+    """A copy of the reference run, to which tests of the evaluation add their files."""
+    return shutil.copytree(reference, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_a_run_leaves_its_config_checkpoints_and_events(run):
+    assert workdir.frozen(run).optim.lr == 2e-3
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["8", "9"]
+    assert len(list((run / "best").iterdir())) == 1
+    assert list(run.glob("events.*"))
+    told = history.read(run)
+    assert [line["step"] for line in told.train] == [2, 4, 6, 8, 9]
+    assert [line["step"] for line in told.val] == [3, 6, 9]
+    (start,) = told.starts
+    assert start["videos"] == 24 and start["classes"] == 8 and start["devices"] == 1
+    assert start["parameters"] == sum(x.size for x in final_params(run).values())
+
+
+def test_training_leaves_a_page_that_says_how_to_test(reference):
+    page = Page((reference / run_data.REPORT).read_text())
+    assert f"python -m mvit_jax.evaluate --workdir={reference}" in page.text
+    assert page.count("svg") == 5
+
+
+def test_a_page_that_cannot_be_written_costs_nothing_else(run, tmp_path, capsys):
+    shutil.copy(run / "config.json", tmp_path)
+    (tmp_path / run_data.REPORT).mkdir()
+    train.report(str(tmp_path))
+    assert (
+        f"the report {tmp_path / run_data.REPORT} could not be written" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.slow
+def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tmp_path):
+    """Stopped by SIGTERM in the middle; the steps after it have losses of their own."""
+    config = tiny.config(digits, **RECIPE)
+
+    class Stopping(train.Logbook):
+        def step(self, step, *args):
+            super().step(step, *args)
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Logbook", Stopping)
+        assert train.train(config, str(tmp_path)) == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path).step() == 5
+    assert train.train(config, str(tmp_path)) == 0
+    ours, theirs = final_state(tmp_path), final_state(run)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    told, whole = history.read(tmp_path), history.read(run)
+    assert [line["step"] for line in told.starts] == [0, 5]
+    for kind in ("loss", "learning_rate"):
+        mine = {line["step"]: line[kind] for line in told.train}
+        assert mine.keys() == {line["step"] for line in whole.train}
+        for line in whole.train:
+            if line["step"] != 6:  # of step 6 alone, where `whole` has the mean of 5 and 6
+                assert mine[line["step"]] == line[kind]
+    assert [line["top1"] for line in told.val] == [line["top1"] for line in whole.val]
+
+
+@pytest.mark.slow
+def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_path, monkeypatch):
+    """In training, validation and tests; what the caller computes afterwards has its own again."""
+    seen, apply = [], mvit.apply
+
+    def spy(*args, **options):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return apply(*args, **options)
+
+    monkeypatch.setattr(mvit, "apply", spy)
+    config = tiny.config(digits, **(RECIPE | {"precision": "high", "epochs": 1.0}))
+    assert train.train(config, str(tmp_path)) == 0
+    trained = len(seen)
+    experiment.score(config, tmp_path, experiment.videos(config, "test"), which="last")
+    assert len(seen) > trained >= 2 and set(seen) == {"high"}
+    assert jax.config.jax_default_matmul_precision == "highest"
+
+
+def test_a_complete_run_says_so_and_changes_nothing(run, digits, capsys):
+    before = final_state(run)
+    assert train.train(tiny.config(digits, **RECIPE), str(run)) == 0
+    assert "is complete (9 of 9 steps)" in capsys.readouterr().out
+    after = final_state(run)
+    assert all((before[k] == after[k]).all() for k in before)
+
+
+def test_another_config_is_refused_key_by_key(run, digits):
+    changed = tiny.config(digits, **(RECIPE | {"optim.lr": 1e-3, "seed": 1}))
+    with pytest.raises(UserError, match=r"optim.lr was 0.002 and is now 0.001; seed was 0"):
+        train.train(changed, str(run))
+    # Where and how fast may change.
+    faster = tiny.config(digits, **(RECIPE | {"data.threads": 3, "log_every": 5}))
+    assert train.train(faster, str(run)) == 0
+
+
+def evaluate(folder, *flags):
+    return commands.run("evaluate", f"--workdir={folder}", *flags)
+
+
+@pytest.mark.slow
+def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits):
+    """10 videos in batches of 8 on 8 devices, and one by one on 1 device."""
+    command = [sys.executable, "-m", "mvit_jax.evaluate", f"--workdir={run}"]
+    results = []
+    for flags, devices in (([], 8), (["--batch=1"], 1)):
+        done = subprocess.run(
+            [*command, *flags], env=of_process(devices), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "in order" in done.stdout
+        results.append(json.loads((run / "evaluation.json").read_text()))
+    assert results[0] == results[1]
+    result = results[0]
+    confusion = np.array(result["confusion"])
+    assert result["videos"] == 10 == confusion.sum()
+    labels = [int(line.split()[-1]) for line in (digits / "test.csv").read_text().splitlines()]
+    np.testing.assert_array_equal(confusion.sum(1), np.bincount(labels, minlength=8))
+    assert result["top1"] == pytest.approx(100 * np.trace(confusion) / 10)
+    assert result["top1"] <= result["top5"] <= 100
+    for name in ("confusion.png", "per_class.png"):
+        assert min(Image.open(run / name).size) > 200
+    page = Page((run / run_data.REPORT).read_text())
+    assert page.ids["top1"] == f"{result['top1']:.1f} %" and page.ids["videos"] == "10"
+    wrong = 10 - int(np.trace(confusion))
+    assert page.count("img") == 10 + min(wrong, 8)
+
+
+@pytest.mark.slow
+def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_path):
+    status, said = evaluate(run, "--which=best", "--list=val", "--clips=1")
+    assert status == 0, said
+    result = json.loads((run / "evaluation_val_best.json").read_text())
+    assert result["checkpoint"] == "best" and result["step"] == Checkpoints(run).step("best")
+    shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("check*", "best", "ev*"))
+    page = tmp_path / "side_by_side.html"
+    folders = [str(run), str(tmp_path / "other")]
+    status, said = commands.run("evaluate", "--compare", *folders, f"--out={page}")
+    assert status == 0, said
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line.strip()}
+    assert f"{history.read(run).val[-1]['step']}" in rows[run.name]
+    assert rows["other"].count("–") == 5
+    assert Page(page.read_text()).ids["runs"].count("–") == 6  # and no test with shuffled frames
+    status, said = commands.run("evaluate", "--compare", str(run), str(tmp_path))
+    assert status == 1 and f"{tmp_path} holds no run" in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_shuffled_frames_are_another_test_beside_the_first(run):
+    config = workdir.frozen(run)
+    videos = experiment.videos(config, "test")
+    [straight], _ = experiment.score(config, run, videos, which="last")
+    [shuffled], _ = experiment.score(config, run, videos, which="last", shuffle=True)
+    [again], _ = experiment.score(config, run, videos, which="last", shuffle=True)
+    assert np.abs(straight.probabilities - shuffled.probabilities).max() > 1e-5
+    np.testing.assert_array_equal(shuffled.probabilities, again.probabilities)
+
+
+def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
+    config = workdir.frozen(run)
+    videos = experiment.videos(config, "val")
+    config.eval.clips = 1
+    [scores], step = experiment.score(config, run, videos, which="best")
+    # The same weights and protocol as the validation that chose it.
+    best = Checkpoints(run).best_top1
+    assert step == Checkpoints(run).step("best")
+    assert scores.metrics()["top1"] == best
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param("from step 0", marks=pytest.mark.nightly),
+        pytest.param("step 4/", marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
+    digits, tmp_path, after
+):
+    """A terminal sends the signal to all processes of the group, those that load clips too."""
+    flags = [*tiny.FLAGS, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
+    command = [
+        sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *flags,
+        "--config.data.processes=2", "--config.epochs=200", "--config.eval.every_epochs=0",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tiny.ROOT, env=of_process(1), start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(after):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert "leaked" not in err
+    if after == "from step 0":  # workers that are starting may still say what ended them
+        return
+    assert "stopped at step" in out and "the same command goes on" in out
+    assert "Traceback" not in err
+    saved = [child.name for child in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert any(name.isdigit() for name in saved)
+
+
+@pytest.mark.slow
+def test_several_numbers_of_clips_and_the_scores_of_each_video(run, digits, tmp_path):
+    """One pass over the list gives what a pass for each number gives."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    status, said = evaluate(folder, "--clips=3,1", "--list=val")
+    assert status == 0, said
+    told = json.loads((folder / "views_val.json").read_text())
+    assert [row["clips"] for row in told["views"]] == [1, 3]
+    assert Image.open(folder / "views_val.png").size[0] > 300
+    config = experiment.frozen(folder)
+    videos = experiment.videos(config, "val")
+    for row in told["views"]:
+        [scores], _ = experiment.score(config, folder, videos, which="last", clips=[row["clips"]])
+        assert row["top1"] == pytest.approx(scores.metrics()["top1"])
+    assert json.loads((folder / "evaluation_val.json").read_text())["clips"] == 3
+    kept = np.load(folder / "scores_val.npz")
+    np.testing.assert_allclose(kept["probabilities"], scores.probabilities, atol=1e-6)
+    assert kept["labels"].tolist() == scores.labels.tolist()
+    assert kept["videos"].tolist() == [videos.item(i) for i in range(len(videos))]
+    lines = (folder / "videos_val.csv").read_text().splitlines()
+    assert lines[0] == "video,label,predicted,probability"
+    for i, line in enumerate(lines[1:]):
+        video, label, predicted, _ = line.split(",")
+        assert (video, int(label)) == (videos.item(i), videos.label(i))
+        assert int(predicted) == scores.probabilities[i].argmax()
+    status, said = evaluate(folder, "--clips=0,2")
+    assert status != 0 and "--clips=0,2 must be numbers of at least 1" in said
+
+
+def test_a_run_that_older_code_began_goes_on(reference, digits, tmp_path, capsys):
+    """Keys that did not exist then have their defaults."""
+    config = tiny.config(digits, **RECIPE)
+    folder = shutil.copytree(reference, tmp_path / "run")
+    frozen = json.loads((folder / "config.json").read_text())
+    for section, key in (("data", "sampling"), ("optim", "name"), ("eval", "ensemble")):
+        del frozen[section][key]
+    (folder / "config.json").write_text(json.dumps(frozen))
+    assert experiment.frozen(folder).data.sampling == "span"
+    assert train.train(config, str(folder)) == 0
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.sampling was 'span' and is now 'segments'"):
+        train.train(
+            tiny.config(digits, **RECIPE, **{"data.sampling": "segments", "eval.clips": 1}),
+            str(folder),
+        )
+    with pytest.raises(UserError, match=r"optim\.name was 'adamw' and is now 'sgd'"):
+        train.train(tiny.config(digits, **RECIPE, **{"optim.name": "sgd"}), str(folder))
+
+
+@pytest.mark.slow
+def test_broken_test_videos_are_left_out_and_listed(run, digits, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    first, second = ((data / line.split()[0]) for line in
+                     (data / "test.csv").read_text().splitlines()[:2])  # fmt: skip
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:300])
+    status, said = evaluate(run, f"--data={data}")
+    assert status == 0, said
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["videos"] == 8 and len(result["left_out"]) == 2
+    assert str(first) in result["left_out"][0] and str(first) in said
+    page = Page((run / run_data.REPORT).read_text())
+    assert str(first) in page.text and page.ids["videos"] == "8"
+
+
+@pytest.mark.slow
+def test_broken_training_videos_are_replaced_and_named(digits, tmp_path, capsys):
+    data = shutil.copytree(digits, tmp_path / "data")
+    broken = data / (data / "train.csv").read_text().split()[0]
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert train.train(tiny.config(data, epochs=1.0), str(tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"{broken} cannot be decoded (") == 1 and "is replaced" in out
+
+
+TRAIN = "--config=configs/moving_digits.py"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([TRAIN, "--config.optim.lrr=1"], "no config key 'lrr'; did you mean 'lr'?"),
+        ([TRAIN, "--config.foo=1"], "there is no config key 'foo'"),
+        ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
+        ([TRAIN + ":resnet"], "has the models mvit and vit, not 'resnet'"),
+        (["--config=configs/no.py"], "there is no config file configs/no.py"),
+        (["--config=configs/base.py"], "give --config.data.folder=DIR"),
+        ([], "give --config=configs/moving_digits.py and --workdir=DIR"),
+        ([TRAIN, "--config.data.folder=/nowhere"], "no data folder /nowhere"),
+        ([TRAIN, "--confg=1"], "Unknown command line flag 'confg'"),
+        ([TRAIN, "--config.on_nan=go"], "on_nan must be one of stop, skip, rollback, not 'go'"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(flags, sentence, tmp_path):
+    status, said = commands.run("train", *flags, f"--workdir={tmp_path / 'run'}")
+    assert status == 1
+    assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def change_list(data, old, new):
+    path = data / "train.csv"
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "sentence"),
+    [
+        (lambda d: change_list(d, " 0\n", " 8\n"), {}, "label 8"),
+        (lambda d: change_list(d, " 0\n", " left\n"), {}, "line 1 looks like a header"),
+        (lambda d: change_list(d, " 3\n", " left\n"), {}, "left"),
+        (lambda d: change_list(d, "00000.mp4", "gone.mp4"), {"data.max_broken": 0.0}, "gone.mp4"),
+        (lambda d: (d / "train.csv").unlink(), {}, "train.csv"),
+        (lambda d: None, {"batch": 12}, "batch=12 does not divide into 8 devices"),
+        (lambda d: None, {"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the 8 devices"),
+        (lambda d: None, {"model.variant": "mvit_c"}, "no variant 'mvit_c'; did you mean"),
+        (lambda d: None, {"model.dropout": 1.5}, "dropout must be in [0, 1)"),
+        (lambda d: None, {"dtype": "float8"}, "dtype must be one of float32, bfloat16"),
+        (lambda d: None, {"precision": "exact"}, "precision must be one of"),
+        (lambda d: None, {"data.interpolation": "cubic"}, "interpolation must be one of bilinear"),
+        (lambda d: (d / "labels.txt").unlink(), {}, "there is no labels.txt"),
+        (lambda d: None, {"eval.batch": 0}, "eval.batch must be at least 1, not 0"),
+        (lambda d: None, {"augment.flip": 2.0}, "augment.flip must be from 0 to 1, not 2.0"),
+        (lambda d: None, {"augment.crop_area": (2.0, 0.1)}, "augment.crop_area must be two"),
+        (lambda d: None, {"eval.crops": 2}, "eval.crops must be one of 1, 3, not 2"),
+        (lambda d: None, {"eval.crops": 3, "eval.whole_image": True}, "nothing to crop"),
+        (lambda d: None, {"augment.crop_area": (0.5, 1.0), "augment.jitter": (40, 50)}, "two ways"),
+        (lambda d: None, {"augment.randaugment": "rand-m7-q3-inc1"}, "q3"),
+        (lambda d: None, {"augment.erase_mode": "grey"}, "erase_mode must be one of pixel, const"),
+        (lambda d: None, {"data.repeats": 3}, "data.repeats=3; set a multiple of 24"),
+        (lambda d: None, {"data.sampling": "segments"}, "segments make one clip"),
+        (lambda d: None, {"data.sampling": "all"}, "sampling must be one of span, segments"),
+        (lambda d: None, {"data.source": "videos"}, "data.source must be one of list, folders"),
+        (lambda d: None, {"data.multi_label": True}, "data.multi_label"),
+        (lambda d: None, {"augment.short_side": 0}, "augment.short_side must be at least 1"),
+        (lambda d: None, {"optim.end_lr": -1.0}, "optim.end_lr must be at least 0"),
+        (
+            lambda d: None,
+            {"augment.jitter": (20, 40)},
+            "short side is drawn from 20 on: raise the lower bound",
+        ),
+        (lambda d: None, {"epochs": 0.0}, "epochs must be above 0"),
+        (lambda d: None, {"accumulate": 3}, "accumulate=3"),
+        (lambda d: None, {"augment.mixup": 1.0, "augment.group": 3}, "augment.group=3"),
+    ],
+)
+def test_bad_data_and_values_end_before_anything_is_written(
+    digits, tmp_path, spoil, changes, sentence, eight_devices
+):
+    data = shutil.copytree(digits, tmp_path / "data")
+    spoil(data)
+    with pytest.raises(UserError) as error:
+        train.train(tiny.config(data, **changes), str(tmp_path / "run"))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(digits, tmp_path):
+    rates = {"optim.start_lr": 1e-3, "optim.lr": 1e30, "optim.warmup_epochs": 1.0}
+    config = tiny.config(digits, **(rates | {"checkpoint.every": 1}))
+    with pytest.raises(UserError, match=r"norm is inf at step 2: training stops here"):
+        train.train(config, str(tmp_path))
+    assert Checkpoints(tmp_path).step() == 1
+    assert all(np.isfinite(v).all() for v in final_state(tmp_path).values())
+
+
+@pytest.mark.slow
+def test_data_that_vanish_in_mid_run_cost_no_step(digits, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+
+    class Vanishing(train.Logbook):
+        def step(self, step, *args):
+            super().step(step, *args)
+            if step == 2:  # the validation after step 3 finds no video
+                shutil.rmtree(data / "videos" / "val")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Logbook", Vanishing)
+        with pytest.raises(UserError, match="none of the 8 videos can be decoded"):
+            train.train(tiny.config(data, epochs=2.0), str(tmp_path / "run"))
+    assert Checkpoints(tmp_path / "run").step() == 3
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run, digits, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    other = tiny.config(digits, **(RECIPE | {"model.width": 32}))
+    with pytest.raises(UserError, match="checkpoints/9 is of another architecture: blocks/0"):
+        train.train(other, str(tmp_path))
+    assert Checkpoints(tmp_path).step() == 9
+
+
+def test_testing_without_a_run_says_so(tmp_path):
+    status, said = commands.run("evaluate", f"--workdir={tmp_path}")
+    assert status == 1 and "holds no run: there is no config.json" in said
+
+
+def test_describe_prints_the_papers_table_and_its_errors():
+    status, said = commands.run("describe", "mvit_b_16x4")
+    assert status == 0
+    assert "36,610,672 parameters, 70.6 G multiply-adds" in said
+    assert "8x14x14 + 1 = 1569" in said and "78.4 % top-1" in said
+    status, said = commands.run("describe", "mvit_b_16x4", "pool_mode=max", "num_classes=10")
+    assert status == 0 and "published" not in said
+    status, said = commands.run("describe", "mvit_b_16x5")
+    assert status == 1 and "did you mean 'mvit_b_16x4'?" in said
+    status, said = commands.run("describe", "mvit_b_16x4", "frame=8")
+    assert status == 1 and "did you mean 'frames'?" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("frames=abc", "frames must be a whole number, not 'abc'"),
+        ("heads=2.0", "heads must be a whole number, not 2.0"),
+        ("depths=3", "depths must be whole numbers like (1, 2, 11, 2), not 3"),
+        ("kv_stride=(1,'a',1)", "kv_stride must be whole numbers"),
+        ("class_token=maybe", "class_token must be True or False"),
+        ("drop_path=x", "drop_path must be a number"),
+        ("name=3", "'name' is no field of an architecture"),
+        ("positions=polar", "positions must be one of none, space, separate, joint"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_sentence(override, sentence):
+    status, said = commands.run("describe", "mvit_b_16x4", override)
+    assert status == 1 and sentence in said and said.count("\n") == 1

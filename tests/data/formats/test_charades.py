@@ -1,0 +1,88 @@
+"""Labels of Charades by the definition: the union over frames, frame by frame."""
+
+import numpy as np
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.charades import read_charades
+from tests.data import frames
+
+# Labels of each frame of each video.
+LABELS = {
+    "46GP8": [[], [92], [92, 147], [147, 0], [], [156]],
+    "YSKX3": [[3]] * 5,
+    "NONE1": [[], []],
+}
+
+
+def write(folder, labels=LABELS):
+    frames.write_list(
+        folder / "train.csv",
+        [
+            frames.row(video, i, ",".join(map(str, of_frame)))
+            for video, of_frames in labels.items()
+            for i, of_frame in enumerate(of_frames)
+        ],
+    )
+    return folder
+
+
+def union(of_frames, classes=157):
+    vector = np.zeros(classes, np.uint8)
+    for labels in of_frames:
+        for label in labels:
+            vector[label] = 1
+    return vector
+
+
+def test_labels_are_the_union_over_frames(tmp_path):
+    split = read_charades(write(tmp_path), "train.csv")
+    assert len(split) == 3 and len(split.class_names) == 157
+    assert split.class_names[:2] == ("c000", "c001") and split.class_names[-1] == "c156"
+    for index, (video, of_frames) in enumerate(LABELS.items()):
+        whole = split.label(index)
+        assert whole.dtype == np.uint8 and np.array_equal(whole, union(of_frames))
+        for first in range(len(of_frames)):
+            for last in range(first, len(of_frames)):
+                # Of frames between the clip's, too: the clip spans them.
+                clip = np.array([first, last])
+                expected = union(of_frames[first : last + 1])
+                assert np.array_equal(split.label(index, clip), expected), (video, clip)
+        whole[:] = 9  # is the caller's own
+        assert np.array_equal(split.label(index), union(of_frames))
+
+
+def test_frames_are_those_of_the_list(tmp_path):
+    frames.write(tmp_path / "rgb", "YSKX3", 5)
+    for prefix in ("rgb", str(tmp_path / "rgb")):
+        split = read_charades(write(tmp_path), "train.csv", prefix=prefix)
+        assert split.item(1) == str(tmp_path / "rgb/YSKX3")
+        with split.opened(1, 4) as video:
+            assert video.num_frames == 5
+            assert np.array_equal(video.frames([4, 1])[0], frames.pixels("YSKX3", 4))
+
+
+def test_names_of_the_classes(tmp_path):
+    (tmp_path / "labels.txt").write_text("\n".join(f"doing {i}" for i in range(160)))
+    split = read_charades(write(tmp_path), "train.csv")
+    assert split.class_names[3] == "doing 3" and split.label(0).shape == (160,)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("157", "video YSKX3 has a frame with the label 157, which should be from 0 to 156"),
+        ("-1", "the label -1, which should be from 0 to 156, as there are 157 classes"),
+        ("c004", "video YSKX3 has a frame with the labels '\"c004\"', which should be numbers"),
+    ],
+)
+def test_wrong_labels_are_said_in_one_sentence(tmp_path, labels, expected):
+    write(tmp_path)
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write(frames.row("LAST1", 0, "1") + "\n")
+    text = (tmp_path / "train.csv").read_text().replace('"3"', f'"{labels}"', 1)
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_charades(tmp_path, "train.csv")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert str(tmp_path / "train.csv") in str(error.value)

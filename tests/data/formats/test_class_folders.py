@@ -1,0 +1,122 @@
+"""Folders of classes, as torchvision's ImageFolder numbers them, and what is wrong with some."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.class_folders import read_class_folders
+
+
+def fill(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return fill(
+        tmp_path,
+        "train/yoga/b.mp4", "train/yoga/a.mp4", "train/archery/10.JPEG", "train/archery/2.jpeg",
+        "train/Zumba/x.webm", "val/yoga/c.mp4", "val/archery/d.MKV",
+    )  # fmt: skip
+
+
+def elements(videos, root):
+    return [
+        (str(Path(videos.item(i)).relative_to(root)), videos.label(i)) for i in range(len(videos))
+    ]
+
+
+def test_classes_are_folders_by_name(folder, capsys):
+    videos = read_class_folders(folder, "train", "train")
+    # The order of ImageFolder: Python's, capitals first.
+    assert videos.class_names == ("Zumba", "archery", "yoga")
+    assert elements(videos, folder) == [
+        ("train/Zumba/x.webm", 0),
+        ("train/archery/10.JPEG", 1),
+        ("train/archery/2.jpeg", 1),
+        ("train/yoga/a.mp4", 2),
+        ("train/yoga/b.mp4", 2),
+    ]
+    assert videos.list_file == str(folder / "train")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_validation_folder_keeps_the_labels_of_training(folder):
+    videos = read_class_folders(folder, "val", "train")
+    assert videos.class_names == ("Zumba", "archery", "yoga")
+    assert elements(videos, folder) == [("val/archery/d.MKV", 1), ("val/yoga/c.mp4", 2)]
+
+
+def test_a_validation_folder_alone_has_its_own_classes(folder):
+    videos = read_class_folders(folder, "val", "no_such_folder")
+    assert videos.class_names == ("archery", "yoga")
+
+
+def test_names_of_lists_name_folders(folder):
+    assert len(read_class_folders(folder, "val.csv", "train.csv")) == 2
+
+
+def test_labels_txt_orders_the_classes(folder):
+    (folder / "labels.txt").write_text("yoga\narchery\nbowling\nZumba\n")
+    for name, labels in (("train", [0, 0, 1, 1, 3]), ("val", [0, 1])):
+        videos = read_class_folders(folder, name, "train")
+        assert videos.class_names == ("yoga", "archery", "bowling", "Zumba")
+        assert [videos.label(i) for i in range(len(videos))] == labels
+
+
+def test_other_files_are_left_out_and_counted(folder, capsys):
+    fill(folder, "train/yoga/notes.txt", "train/yoga/c.mp4.part", "train/yoga/.d.mp4")
+    fill(folder, "train/archery/deeper/e.mp4", "train/readme.md", "train/.cache/f.mp4")
+    assert len(read_class_folders(folder, "train", "train")) == 5
+    assert capsys.readouterr().err == (
+        f"note: {folder}/train holds 3 files or folders that are neither videos nor images by "
+        f"their names, for example {folder}/train/archery/deeper, which are left out\n"
+    )
+
+
+def test_images_and_videos_are_read(tmp_path):
+    fill(tmp_path, "train/a/x.png", "train/b/broken.png")
+    Image.new("RGB", (7, 5), (1, 2, 3)).save(tmp_path / "train/a/x.png")
+    videos = read_class_folders(tmp_path, "train", "train")
+    with videos.opened(0, 1) as image:
+        assert image.frames([0])[0, 4, 6].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "expected"),
+    [
+        ((), "test", "there is no folder {0}/test: it should hold a folder"),
+        (("test/a.jpg",), "test", "{0}/test holds no folders: make one for each class"),
+        (("val/curling/a.mp4",), "val", "'curling', which is no class of {0}/train (1 such folder"),
+        (("train/x/a.txt",), "train", "{0}/train/x holds neither videos nor images"),
+    ],
+)
+def test_mistakes(folder, more, name, expected):
+    fill(folder, *more)
+    with pytest.raises(UserError) as error:
+        read_class_folders(folder, name, "train")
+    assert expected.format(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mistakes_in_the_names_of_classes(folder):
+    for names, expected in (
+        ("yoga\narchery\nzumba\n", f"'Zumba', which is no class of {folder}/labels.txt (1 such"),
+        ("yoga\narchery\nyoga\n", "labels.txt names the class 'yoga' twice"),
+        ("\n", "labels.txt is empty"),
+    ):
+        (folder / "labels.txt").write_text(names)
+        with pytest.raises(UserError) as error:
+            read_class_folders(folder, "train", "train")
+        assert expected in str(error.value)
+
+
+def test_an_empty_class_folder_is_a_mistake(folder):
+    (folder / "train/curling").mkdir()
+    with pytest.raises(UserError, match="train/curling holds neither videos nor images"):
+        read_class_folders(folder, "train", "train")

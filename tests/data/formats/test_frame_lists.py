@@ -1,0 +1,114 @@
+"""Lists of frames against a reader that takes the file apart line by line."""
+
+import re
+
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.frame_lists import label_numbers, read_frame_list
+from mvit_jax.data.images import DecodeError
+from tests.data import frames
+
+
+def by_line(file):
+    """Video name -> paths and labels, the slow way."""
+    videos = {}
+    for line in file.read_text().splitlines()[1:]:
+        if line.strip():
+            name, _, _, path, labels = line.split()
+            videos.setdefault(name, []).append((path, labels.encode()))
+    return videos
+
+
+ROWS = [
+    *(frames.row("a1", i, "3,4" if i > 1 else "") for i in range(4)),
+    *(frames.row("a10", i) for i in range(3)),  # its name begins like another's
+    "",
+    frames.row("b", 0, "156").replace(" ", "\t"),
+    "  " + frames.row("b", 1).replace(" ", "  "),
+    frames.row("a", 0, "7"),
+]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_rows_are_those_of_the_file(tmp_path, end):
+    file = tmp_path / "train.csv"
+    frames.write_list(file, ROWS)
+    expected = by_line(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", end.encode()))
+    found, texts = read_frame_list(file)
+    assert found.videos == tuple(expected) == ("a1", "a10", "b", "a")
+    for index, name in enumerate(found.videos):
+        rows = found.rows(index)
+        assert list(zip(rows.paths, rows.labels, strict=True)) == expected[name]
+        assert texts[index] == set(rows.labels)
+
+
+def test_labels_are_numbers_in_quotes():
+    assert [label_numbers(text) for text in (b'""', b'"4"', b'"4,17,0"', b"5")] == [
+        [], [4], [4, 17, 0], [5],
+    ]  # fmt: skip
+    for wrong in (b'"4;5"', b"path.jpg", b'"4,"'):
+        with pytest.raises(ValueError, match="invalid literal"):
+            label_numbers(wrong)
+
+
+def test_what_is_wrong_with_a_list_is_said_in_one_sentence(tmp_path):
+    file = tmp_path / "train.csv"
+    cases = [
+        (
+            None,
+            "there is no list {0}: it should hold a line for each frame, after the header `orig",
+        ),
+        ("a.mp4 0\n", "{0}, line 1 should be the header `original_vido_id video_id frame_id path"),
+        ("original_vido_id video_id frame_id path labels\n\n", "{0} lists no frames"),
+    ]
+    for content, expected in cases:
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=re.escape(expected.format(file))):
+            read_frame_list(file)
+    frames.write_list(file, [frames.row("a", 0), frames.row("b", 0), frames.row("a", 1)])
+    with pytest.raises(UserError, match=r"line 4: the frames of a are in two places: sort"):
+        read_frame_list(file)
+    file.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="line 1 should be the header"):
+        read_frame_list(file)
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 5])
+@pytest.mark.parametrize("wrong", ["b", "b 0 1", "b 0 1 b/1.png 3, 4"])
+def test_a_line_of_other_fields_is_named(tmp_path, place, wrong):
+    rows = [frames.row(name, i) for name in "abc" for i in range(2)]
+    rows[place] = wrong
+    frames.write_list(tmp_path / "train.csv", rows)
+    with pytest.raises(UserError) as error:
+        read_frame_list(tmp_path / "train.csv")
+    said = f"train.csv, line {place + 2}: {wrong!r} has other fields than the header"
+    assert str(error.value) == f"{tmp_path}/{said}"
+
+
+def test_a_list_without_a_newline_at_its_end(tmp_path):
+    file = tmp_path / "train.csv"
+    frames.write_list(file, [frames.row("a", 0), frames.row("b", 0, "7")])
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    found, texts = read_frame_list(file)
+    assert found.rows(1).labels == (b'"7"',) and texts == [{b'""'}, {b'"7"'}]
+
+
+def test_a_list_that_has_changed_costs_videos_alone(tmp_path):
+    file = tmp_path / "train.csv"
+    rows = [frames.row(name, i) for name in "abc" for i in range(2)]
+    frames.write_list(file, rows)
+    found, _ = read_frame_list(file)
+    frames.write_list(file, [*rows[:2], rows[2][:-3], *rows[3:]])
+    assert len(found.rows(0).paths) == 2
+    with pytest.raises(DecodeError, match=r"^b cannot be decoded: .*has changed since it was"):
+        found.rows(1)
+    frames.write_list(file, rows[1:])
+    for index in range(3):
+        with pytest.raises(DecodeError, match="has changed since it was first read"):
+            found.rows(index)
+    file.unlink()
+    with pytest.raises(DecodeError, match=r"its list .* cannot be read: no such file"):
+        found.rows(0)

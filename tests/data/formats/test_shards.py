@@ -1,0 +1,320 @@
+"""Packing videos into shards, reading them, and what happens when either goes wrong."""
+
+import json
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.shards import manifest_path, read_manifest, read_shards
+from mvit_jax.data.making import packing
+from mvit_jax.data.making.transcoding import Encoding
+from mvit_jax.data.making.verifying import check
+from mvit_jax.data.source import Source
+from mvit_jax.data.video import DecodeError, Video, why_broken
+from tests.data.test_video import audio_only, empty, numbers_of, text, truncated, write
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A list of eleven files, of which six are videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(4):
+        write(folder / f"{number} a.mp4", 20 + number)
+    write(folder / "4.avi", 12, codec="mpeg4")
+    write(folder / "5.mp4", 1)
+    empty(folder), text(folder), audio_only(folder)
+    truncated(write(folder / "whole.mp4", 60), folder / "cut.mp4", 30)
+    names = [*(f"{number} a.mp4" for number in range(4)), "empty.mp4", "4.avi", "text.mp4"]
+    names += ["audio.mp4", "cut.mp4", "missing.mp4", "5.mp4"]
+    lines = [f"{name} {place % 3}\n" for place, name in enumerate(names)]
+    (folder / "train.csv").write_text("".join(lines))
+    (folder / "labels.txt").write_text("walk\nrun\njump\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(videos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "set"
+    packing.prepare(videos / "train.csv", out, shards=4, workers=1)
+    return out
+
+
+@pytest.fixture
+def copied(packed, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "set"))
+
+
+GOOD = ["0 a.mp4", "1 a.mp4", "2 a.mp4", "3 a.mp4", "4.avi", "5.mp4"]
+
+
+def test_shards_give_the_videos_of_the_list(videos, packed):
+    source = read_shards(packed, "train")
+    assert isinstance(source, Source)
+    assert source.ids == tuple(GOOD) and len(source) == 6
+    assert [source.label(index) for index in range(6)] == [0, 1, 2, 0, 2, 1]
+    assert source.class_names == ("walk", "run", "jump")
+    assert (packed / "labels.txt").read_text() == (videos / "labels.txt").read_text()
+    assert source.item(4).startswith("4.avi") and str(packed) in source.list_file
+    for index, name in enumerate(GOOD):
+        with source.opened(index, 16) as ours, Video(videos / name) as theirs:
+            assert (ours.num_frames, ours.fps) == (theirs.num_frames, theirs.fps)
+            frames, expected = (v.frames(range(v.num_frames)).astype(int) for v in (ours, theirs))
+            assert numbers_of(frames) == list(range(ours.num_frames))
+            assert np.abs(frames - expected).mean() < 4
+        assert why_broken(source.opened(index, 1)) is None
+    assert len(read_shards(packed, "train.csv")) == 6
+
+
+def test_the_manifest_says_what_failed_and_why(packed):
+    manifest = read_manifest(manifest_path(packed, "train"))
+    failed = {name: reason for shard in manifest.shards for name, _, reason in shard.failed}
+    assert list(failed) == ["empty.mp4", "text.mp4", "audio.mp4", "cut.mp4", "missing.mp4"]
+    for name, reason in (("empty", "empty"), ("text", "not a video"), ("audio", "no video"),
+                         ("cut", "with 30 of its 60"), ("missing", "no such file")):  # fmt: skip
+        assert reason in failed[f"{name}.mp4"]
+    content = json.loads(manifest_path(packed, "train").read_text())
+    frames = 20 + 21 + 22 + 23 + 12 + 1
+    assert content["totals"]["frames"] == frames
+    assert content["totals"]["hours"] == pytest.approx(frames / 30 / 3600, abs=1e-4)
+    assert (content["totals"]["listed"], content["totals"]["failed"]) == (11, 5)
+    assert content["totals"]["bytes"] == sum(
+        path.stat().st_size for path in packed.glob("*.array_record")
+    )
+    assert sorted(path.name for path in packed.iterdir()) == [
+        "labels.txt",
+        *(f"train-{number:05d}-of-00004.array_record" for number in range(4)),
+        "train.manifest.json",
+    ]
+
+
+def test_a_source_may_be_sent_to_other_processes_and_threads(packed):
+    source = read_shards(packed, "train")
+    with source.opened(1, 16) as video:
+        expected = video.frames([3])
+    copy = pickle.loads(pickle.dumps(source))
+
+    def load(_):
+        with copy.opened(1, 16) as video:
+            return video.frames([3])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(np.array_equal(frames, expected) for frames in pool.map(load, range(64)))
+    assert len(pickle.dumps(source)) < 4000
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_finished_is_not_made_again(videos, packed, copied, monkeypatch):
+    before = contents(copied)
+    made = []
+    pack = packing.pack
+    monkeypatch.setattr(
+        packing, "run_jobs", lambda jobs, *_: made.extend(jobs) or list(map(pack, jobs))
+    )
+    packing.prepare(videos / "train.csv", copied, shards=4)
+    assert made == []
+    third = copied / "train-00002-of-00004.array_record"
+    third.unlink()
+    packing.prepare(videos / "train.csv", copied, shards=4)
+    assert [job.file for job in made] == [third.name]
+    assert contents(copied) == before == contents(packed)
+
+
+def test_an_interrupted_run_is_completed_by_the_next(videos, packed, tmp_path, monkeypatch):
+    def interrupted(jobs, *_):
+        packing.pack(jobs[1])
+        (tmp_path / f".{jobs[2].file}.somewhere-1.part").write_bytes(b"half a sh")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "run_jobs", interrupted)
+        packing.prepare(videos / "train.csv", tmp_path, shards=4)
+    with pytest.raises(UserError, match="not finished"):
+        read_shards(tmp_path, "train")
+    first = (tmp_path / "train-00001-of-00004.array_record").stat().st_ino
+    monkeypatch.setattr(packing, "run_jobs", lambda jobs, *_: list(map(packing.pack, jobs)))
+    packing.prepare(videos / "train.csv", tmp_path, shards=4)
+    assert contents(tmp_path) == contents(packed)
+    assert (tmp_path / "train-00001-of-00004.array_record").stat().st_ino == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": 5}, "shards=4, not shards=5"),
+        ({"encoding": Encoding(gop=4)}, "gop=16, not gop=4"),
+        ({"encoding": Encoding(short_side=128)}, "short_side=256, not short_side=128"),
+    ],
+)
+def test_other_settings_are_refused(change, message, videos, copied):
+    with pytest.raises(UserError, match=message):
+        packing.prepare(videos / "train.csv", copied, **{"shards": 4} | change)
+
+
+def test_another_list_or_other_classes_are_refused(videos, copied, tmp_path):
+    lines = (videos / "train.csv").read_text().splitlines()
+    other = tmp_path / "lists"
+    other.mkdir()
+    (other / "train.csv").write_text("\n".join([*lines[1:], lines[0]]))
+    shutil.copy(videos / "labels.txt", other)
+    with pytest.raises(UserError, match="another list"):
+        packing.prepare(other / "train.csv", copied, prefix=str(videos), shards=4)
+    (other / "train.csv").write_text("\n".join(lines))
+    (other / "labels.txt").write_text("walk\nrun\nsit\n")
+    with pytest.raises(UserError, match=r"names other classes"):
+        packing.prepare(other / "train.csv", copied, prefix=str(videos), shards=4)
+
+
+def test_names_start_at_the_prefix(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "run_jobs", lambda jobs, *_: list(map(packing.pack, jobs)))
+    (tmp_path / "val.csv").write_text("5.mp4,1\n")
+    (tmp_path / "labels.txt").write_text("sit\nrun\n")
+    packing.prepare(tmp_path / "val.csv", tmp_path / "o", prefix=str(videos), separator=",")
+    assert read_shards(tmp_path / "o", "val").ids == ("5.mp4",)
+    assert read_shards(tmp_path / "o", "val").class_names == ("sit", "run")
+
+
+def test_a_list_without_a_single_video_is_an_error(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "run_jobs", lambda jobs, *_: list(map(packing.pack, jobs)))
+    (tmp_path / "train.csv").write_text(f"{videos}/text.mp4 0\n{videos}/empty.mp4 0\n")
+    (tmp_path / "labels.txt").write_text("sit\n")
+    with pytest.raises(UserError, match=r"none of the 2 videos .* not a video"):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+
+
+def test_a_list_that_is_wrong_is_told(tmp_path):
+    with pytest.raises(UserError, match="there is no list"):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+    (tmp_path / "train.csv").write_text("a.mp4\n")
+    with pytest.raises(UserError, match="line 1"):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+    with pytest.raises(UserError, match="not on this machine: mount it"):
+        packing.prepare(tmp_path / "train.csv", "gs://bucket/out")
+    with pytest.raises(UserError, match="workers=0"):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def rewritten(folder, change):
+    path = manifest_path(folder, "train")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(folder):
+    path = folder / "train-00001-of-00004.array_record"
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+LIES = {
+    "no manifest": (drop("train.manifest.json"), "there is no manifest"),
+    "text": (lambda f: manifest_path(f, "train").write_text("{,"), "damaged"),
+    "a list": (lambda f: manifest_path(f, "train").write_text("[]"), "damaged"),
+    "no shards": (lambda f: rewritten(f, lambda c: c.pop("shards")), "damaged"),
+    "another format": (lambda f: rewritten(f, lambda c: c.update(format=9)), "format 9"),
+    "a shard missing": (drop("train-00003-of-00004.array_record"), "00003-of-00004.* is missing"),
+    "a shard cut off": (cut, "00001-of-00004.* bytes, and"),
+    "a label too many": (
+        lambda f: rewritten(f, lambda c: c["shards"][0]["labels"].append(1)), "differ in length"),
+    "a label out of range": (
+        lambda f: rewritten(f, lambda c: c["shards"][0]["labels"].__setitem__(0, 3)), "label 3"),
+    "labels that are no numbers": (
+        lambda f: rewritten(f, lambda c: c["shards"][0].update(labels=["a", "b"])), "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_manifest_that_lies_is_one_sentence(name, copied):
+    spoil, message = LIES[name]
+    spoil(copied)
+    with pytest.raises(UserError, match=message) as caught:
+        read_shards(copied, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_that_is_not_there_is_told(copied):
+    with pytest.raises(UserError, match=r"one of its splits \(train\)"):
+        read_shards(copied, "val")
+    with pytest.raises(UserError, match="no manifest"):
+        read_shards(copied / "nowhere", "val")
+
+
+def test_a_record_that_is_another_than_the_manifest_says_is_broken(copied):
+    def swap(content):
+        for shard in content["shards"]:
+            shard["labels"] = [(label + 1) % 3 for label in shard["labels"]]
+
+    rewritten(copied, swap)
+    source = read_shards(copied, "train")
+    with pytest.raises(DecodeError, match="do not match") as caught:
+        source.opened(0, 1).__enter__()
+    assert "0 a.mp4" in caught.value.path
+    assert "do not match" in check(copied)[0].problems[0]
+
+
+def test_a_damaged_shard_breaks_only_its_videos(copied):
+    path = copied / "train-00000-of-00004.array_record"
+    content = bytearray(path.read_bytes())
+    content[100:3000] = bytes(2900)
+    path.write_bytes(content)
+    source = read_shards(copied, "train")
+    reasons = [why_broken(source.opened(index, 1)) for index in range(6)]
+    assert "cannot be read" in str(reasons[0]) and reasons[3:] == [None] * 3
+    (report,) = check(copied, "train")
+    assert len(report.problems) == 1 and "changed or damaged" in report.problems[0]
+
+
+def test_check_finds_nothing_where_all_is_well(packed):
+    (report,) = check(packed, workers=2)
+    assert (report.split, report.videos, report.problems) == ("train", 6, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["shards"][0]["frames"].__setitem__(0, 99), "has 99 frames, and it has 20"),
+        (lambda c: c["shards"][0].update(sha256="0"), "changed or damaged"),
+        (lambda c: c["shards"][1].update(ids=c["shards"][1]["ids"][:1], labels=[2], frames=[22],
+                                         seconds=[1.0]), "has 1 videos, and it has 2"),
+    ],
+)  # fmt: skip
+def test_check_finds_lies(change, message, copied):
+    rewritten(copied, change)
+    (report,) = check(copied)
+    assert message in report.problems[0]
+
+
+def test_check_reads_lists_of_files(videos):
+    (report,) = check(videos, "train")
+    assert report.videos == 11 and len(report.problems) == 5
+    assert "missing.mp4 cannot be decoded: there is no such file" in report.problems[-1]
+    with pytest.raises(UserError, match="neither manifests"):
+        check(videos / "..")
+
+
+def test_a_list_without_names_of_classes_is_not_packed(tmp_path):
+    """Each split would have as many classes as labels happen to occur in it."""
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1\n")
+    with pytest.raises(UserError, match=r"there is no labels\.txt in .*one a line, label 0 first"):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1600000000\n")
+    with pytest.raises(
+        UserError, match="labels go up to 1600000000, which is no number of a class"
+    ):
+        packing.prepare(tmp_path / "train.csv", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

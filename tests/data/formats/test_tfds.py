@@ -1,0 +1,317 @@
+"""Images that TFDS has prepared against the files that they were prepared from."""
+
+import dataclasses
+import io
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvit_jax import train
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import pipeline
+from mvit_jax.data.augmentation import Augmentation
+from mvit_jax.data.formats import tfds as tfds_images
+from mvit_jax.data.formats.tfds import read_split
+from mvit_jax.data.making import fashion_mnist
+from mvit_jax.data.video import DecodeError, why_broken
+from mvit_jax.training import experiment
+from tests.data.making import idx
+from tests.support import tiny
+
+SETTINGS = pipeline.ClipSettings(
+    frames=1, stride=1, size=24, short_side=28, augmentation=Augmentation(crop_area=(0.3, 1.0))
+)
+WHOLE = dataclasses.replace(SETTINGS, size=28, augmentation=Augmentation(crop_area=None))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    idx.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(files, tmp_path_factory):
+    """A small set of the form of Fashion-MNIST, prepared by TFDS."""
+    folder = tmp_path_factory.mktemp("tfds")
+    with pytest.MonkeyPatch.context() as patch:
+        idx.instead_of_the_real_ones(patch, idx.write(files))
+        fashion_mnist.prepare(str(folder), str(files))
+    return str(folder)
+
+
+def pixels(split, index):
+    with split.opened(index, 1) as frames:
+        return frames.frames([0])[0]
+
+
+def elements(split):
+    """Grey pixels and label of each element, sorted: TFDS keeps an order of its own."""
+    grey = []
+    for index in range(len(split)):
+        image = pixels(split, index)
+        assert image.shape == (28, 28, 3) and image.dtype == np.uint8
+        assert (image == image[..., :1]).all()
+        grey.append((image[..., 0].tobytes(), split.label(index)))
+    return sorted(grey)
+
+
+@pytest.mark.parametrize(("name", "part"), [("train", "train"), ("test", "t10k")])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_elements_are_those_of_the_files(folder, files, monkeypatch, name, part, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
+    split = read_split("fashion_mnist:3.0.1", folder, name)
+    images, labels = idx.read(files, part)
+    assert elements(split) == sorted(
+        (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
+    )
+    assert split.class_names[0] == "T-shirt/top" and split.class_names[9] == "Ankle boot"
+    assert len(split.class_names) == 10
+    assert split.item(3) == f"fashion_mnist/3.0.1/{name}/3"
+    again = [pixels(split, index) for index in (5, 5)]
+    assert np.array_equal(*again)
+    assert (split.kept is not None) == in_memory
+
+
+def test_parts_of_a_split_make_up_the_whole(folder):
+    parts = [read_split("fashion_mnist", folder, name) for name in ("train[:70]", "train[70:]")]
+    assert [len(part) for part in parts] == [70, 26]
+    whole = read_split("fashion_mnist", folder, "train")
+    assert sorted(elements(parts[0]) + elements(parts[1])) == elements(whole)
+    assert parts[1].list_file == "fashion_mnist/3.0.1/train[70:]"
+
+
+def train_batches(split, settings=SETTINGS, **changes):
+    arguments = {"seed": 3, "batch": 16, "steps": 9, "threads": 2} | changes
+    return list(pipeline.train_batches(split, settings, **arguments))
+
+
+def assert_equal(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+
+
+def test_batches_are_a_function_of_seed_and_step(folder, monkeypatch):
+    split = read_split("fashion_mnist", folder, "train")
+    batches = train_batches(split)  # an epoch and a half
+    assert_equal(train_batches(read_split("fashion_mnist", folder, "train"), start=4), batches[4:])
+    assert_equal(train_batches(split, threads=0), batches)  # from pixels that were kept
+    halves = zip(*(train_batches(split, rows=range(n, n + 8)) for n in (0, 8)), strict=True)
+    assert_equal([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in halves], batches)
+    other = train_batches(split, seed=4)
+    assert any(
+        not np.array_equal(a["clip"], b["clip"]) for a, b in zip(batches, other, strict=True)
+    )
+    monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
+    assert_equal(train_batches(read_split("fashion_mnist", folder, "train"), threads=3), batches)
+
+
+def test_an_epoch_has_every_image_with_its_own_label(folder, files):
+    batches = train_batches(read_split("fashion_mnist", folder, "train"), WHOLE, steps=6)
+    seen = sorted(
+        (clip[0, :, :, 0].tobytes(), int(label))
+        for batch in batches
+        for clip, label in zip(batch["clip"], batch["label"], strict=True)
+    )
+    assert seen == sorted(
+        (image.tobytes(), int(label))
+        for image, label in zip(*idx.read(files, "train"), strict=True)
+    )
+
+
+def test_loaders_can_be_sent_to_other_processes(folder, monkeypatch):
+    for size in (tfds_images.IN_MEMORY, 0):
+        monkeypatch.setattr(tfds_images, "IN_MEMORY", size)
+        split = read_split("fashion_mnist", folder, "train")
+        loader = pipeline._TrainLoader(split, SETTINGS, 0, 8, 0, range(8), 1)
+        copy = pickle.loads(pickle.dumps(loader))
+        assert_equal([copy(5)], [loader(5)])
+
+
+def test_shuffling_one_frame_changes_nothing(folder):
+    split = read_split("fashion_mnist", folder, "test")
+    options = {"clips": 2, "crops": 3, "batch": 16}
+    plain = list(pipeline.test_batches(split, SETTINGS, **options))
+    assert_equal(pipeline.test_batches(split, SETTINGS, shuffle_seed=0, **options), plain)
+    assert sum(batch["valid"].sum() for batch in plain) == 40
+
+
+def png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png")
+    return buffer.getvalue()
+
+
+BROKEN = {2: "empty", 5: "not an image", 6: "damaged or cut off"}
+
+
+@pytest.fixture
+def mixed():
+    """Eight images of levels of their own, three of them broken."""
+    examples = [
+        {"image": png(np.full((20, 30), 30 * label, np.uint8)), "label": label}
+        for label in range(8)
+    ]
+    examples[2]["image"] = b""
+    examples[5]["image"] = b"hello" * 20
+    examples[6]["image"] = examples[6]["image"][:-30]
+    return tfds_images.TfdsSplit(examples, tuple("abcdefgh"), "levels/1.0.0/train", {})
+
+
+def test_broken_images_are_replaced_in_training_and_left_out_in_tests(mixed):
+    settings = dataclasses.replace(SETTINGS, size=16, short_side=16)
+    (batch,) = train_batches(mixed, settings, batch=8, steps=1)
+    assert sorted(batch["broken"][batch["broken"] >= 0]) == sorted(BROKEN)
+    for clip, label in zip(batch["clip"], batch["label"], strict=True):
+        assert label not in BROKEN and (clip == 30 * label).all()
+    (batch,) = pipeline.test_batches(mixed, settings, clips=1, crops=1, batch=8)
+    assert [i for i, valid in enumerate(batch["valid"]) if not valid] == list(BROKEN)
+    assert batch["label"].tolist() == list(range(8))
+    for index in range(8):
+        reason = why_broken(mixed.opened(index, 1))
+        assert BROKEN[index] in str(reason) if index in BROKEN else reason is None
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_damaged_record_costs_its_images_alone(folder, tmp_path, monkeypatch, in_memory):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (path,) = copy.glob("*/*/*-test.array_record*")
+    whole = read_split("fashion_mnist", folder, "test")
+    content = bytearray(path.read_bytes())
+    # Records are stored one after the other and noise does not compress, so of the file's used
+    # part this is the middle of one image.
+    place = content.index(whole.examples[7]["image"][200:260])
+    content[place : place + 20] = bytes(20)
+    path.write_bytes(content)
+    if in_memory:  # the set is read as a whole or not at all
+        with pytest.raises(UserError, match=r"hash mismatch .*prepare the set anew"):
+            read_split("fashion_mnist", str(copy), "test")
+        return
+    monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
+    split = read_split("fashion_mnist", str(copy), "test")
+    batches = list(pipeline.test_batches(split, WHOLE, clips=1, crops=1, batch=40))
+    assert np.flatnonzero(~batches[0]["valid"]).tolist() == [7]
+    assert "hash mismatch" in str(why_broken(split.opened(7, 1)))
+    (batch,) = train_batches(split, WHOLE, batch=40, steps=1)
+    assert sorted(batch["broken"])[-2:] == [-1, 7]
+
+
+def test_an_image_does_not_do_for_a_clip_of_several_frames(mixed):
+    with pytest.raises(DecodeError) as caught, mixed.opened(0, 4):
+        pass
+    assert str(caught.value) == (
+        "levels/1.0.0/train/0 cannot be decoded: it is an image, and the model takes clips of "
+        "4 frames"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("fashion_mnist", "val", "Unknown split 'val'. Should be one of ['train', 'test']): name"),
+        ("fashion_mnist", "train[5", "'train[5'"),
+        ("fashion_mnist", "train[:97]", "Requested slice [:97] incompatible with 96 examples): "),
+        ("fashion_mnist", "train[5:5]", "cannot be read (it is empty): name another one"),
+        (
+            "fashion_minst",
+            "train",
+            "no data set data.tfds=fashion_minst (Dataset fashion_minst not",
+        ),
+        ("fashion_mnist:9.9.9", "train", "at version 9.9.9, only: 3.0.1): check the name"),
+        ("mnist", "train", "mnist is not prepared in"),
+        ("mnist", "train", "tfds.builder('mnist', data_dir="),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_sentence(folder, name, split, message):
+    with pytest.raises(UserError) as caught:
+        read_split(name, folder, split)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_set_that_is_not_prepared_names_the_program(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read_split("fashion_mnist:3.0.1", str(tmp_path), "train")
+    assert f"`python -m mvit_jax.prepare fashion_mnist --out={tmp_path}`" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def store(folder, name, features, example, file_format):
+    import tensorflow_datasets as tfds
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name,
+        version="1.0.0",
+        data_dir=folder,
+        features=tfds.features.FeaturesDict(features(tfds.features)),
+        split_datasets={"train": list(enumerate([example] * 3))},
+        file_format=file_format,
+    )
+
+
+def test_sets_of_other_formats_and_features_are_refused(tmp_path):
+    def stills(f, **image):
+        return {"image": f.Image(**image), "label": f.ClassLabel(names=["a", "b"])}
+
+    image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    good = {"image": image, "label": 1}
+    store(tmp_path, "records", stills, good, "tfrecord")
+    store(tmp_path, "sizes", stills, good, "array_record")
+    store(
+        tmp_path, "floats", lambda f: stills(f, shape=(4, 5, 1), dtype=np.float32),
+        {"image": np.zeros((4, 5, 1), np.float32), "label": 1}, "array_record",
+    )  # fmt: skip
+    store(tmp_path, "texts", lambda f: {"text": f.Text()}, {"text": "hello"}, "array_record")
+    folder = str(tmp_path)
+    with pytest.raises(UserError, match="as tfrecord, which cannot be read in any order: `python"):
+        read_split("records", folder, "train")
+    with pytest.raises(UserError, match=r"other features .*float32"):
+        read_split("floats", folder, "train")
+    with pytest.raises(UserError, match=r"other features .*'text': Text"):
+        read_split("texts", folder, "train")
+    # A set that TFDS has no code for, whose images may be of any size, in colour.
+    split = read_split("sizes", folder, "train")
+    assert split.kept is None and split.class_names == ("a", "b")
+    assert np.array_equal(pixels(split, 2), image) and split.label(2) == 1
+
+
+def test_reading_needs_no_tensorflow(folder):
+    code = (
+        "import sys\n"
+        "from mvit_jax.data import pipeline, tfds_images\n"
+        "assert 'tensorflow_datasets' not in sys.modules\n"
+        f"split = tfds_images.read_split('fashion_mnist', {folder!r}, 'train')\n"
+        "settings = pipeline.ClipSettings(frames=1, stride=1, size=28, short_side=28)\n"
+        "(batch,) = pipeline.train_batches(split, settings, seed=0, batch=8, steps=1)\n"
+        "print(batch['clip'].shape, 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(8, 1, 28, 28, 3) False\n"
+
+
+@pytest.mark.slow
+def test_a_model_learns_it_by_the_programs(folder, tmp_path, capsys):
+    config = tiny.load_config_file("fashion_mnist").get_config()
+    config.data.folder = folder
+    config.data.update(train_list="train[:80]", val_list="train[80:]")
+    config.model.update(width=16, depths=(1, 1))
+    config.augment.flip = 0.0  # the classes of these squares are their columns
+    config.update(epochs=30.0, batch=16, log_every=50)
+    config.eval.update(every_epochs=15.0, batch=16)
+    assert train.train(config, str(tmp_path / "run")) == 0
+    assert "80 videos of 10 classes" in capsys.readouterr().out
+    [scores], step = experiment.score(
+        config, tmp_path / "run", experiment.videos(config, "test"), which="last"
+    )
+    assert step == 150 and scores.tested.all()
+    test = read_split("fashion_mnist", folder, "test")
+    assert scores.labels.tolist() == [test.label(i) for i in range(40)]
+    assert scores.metrics()["top1"] > 30  # by chance 10

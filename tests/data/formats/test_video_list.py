@@ -1,0 +1,214 @@
+"""Lists of videos: what is read, and the sentence that each mistake gets."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.video_list import read_video_list
+from mvit_jax.data.images import DecodeError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "videos" / "with space").mkdir(parents=True)
+    for name in ("a.mp4", "b.mp4", "with space/c d.mp4"):
+        (tmp_path / "videos" / name).touch()
+    return tmp_path
+
+
+def write_list(folder, *lines, labels=None):
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    if labels is not None:
+        (folder / "labels.txt").write_text("\n".join(labels) + "\n")
+    return folder
+
+
+def test_reads_paths_labels_and_class_names(folder):
+    outside = folder / "outside.mp4"
+    outside.touch()
+    write_list(
+        folder,
+        "videos/a.mp4 2",
+        "",
+        "videos/with space/c d.mp4   0",
+        f"  {outside}\t1  ",
+        labels=["juggling balls", "yoga", "bowling"],
+    )
+    videos = read_video_list(folder, "train.csv")
+    assert len(videos) == 3
+    assert videos.paths == (
+        str(folder / "videos/a.mp4"),
+        str(folder / "videos/with space/c d.mp4"),
+        str(outside),
+    )
+    assert all(Path(path).is_absolute() and Path(path).is_file() for path in videos.paths)
+    assert videos.labels.dtype == np.int32
+    assert videos.labels.tolist() == [2, 0, 1]
+    assert videos.class_names == ("juggling balls", "yoga", "bowling")
+    assert videos.list_file == str(folder / "train.csv")
+
+
+def test_classes_are_numbered_where_they_have_no_names(folder):
+    write_list(folder, "videos/a.mp4 0", "videos/b.mp4 2")
+    assert read_video_list(folder, "train.csv").class_names == ("0", "1", "2")
+    assert read_video_list(folder, "train.csv", num_classes=4).class_names == ("0", "1", "2", "3")
+
+
+def test_a_relative_folder_gives_absolute_paths(folder, monkeypatch):
+    write_list(folder, "videos/a.mp4 0")
+    monkeypatch.chdir(folder.parent)
+    assert read_video_list(folder.name, "train.csv").paths == (str(folder / "videos/a.mp4"),)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_path(folder):
+    (folder / "train.csv").write_bytes(b"\xef\xbb\xbfvideos/a.mp4 0\r\nvideos/b.mp4 1\r\n")
+    assert read_video_list(folder, "train.csv").labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "labels", "num_classes", "expected"),
+    [
+        (["videos/a.mp4 0", "", "videos/b.mp4"], None, None, ["train.csv, line 3", "label"]),
+        (["videos/a.mp4 zero"], None, None, ["train.csv, line 1", "'zero'", "whole number"]),
+        (["videos/a.mp4 1.0"], None, None, ["train.csv, line 1", "'1.0'", "whole number"]),
+        (["videos/a.mp4"], None, None, ["train.csv, line 1", "white space"]),
+        (["videos/a.mp4 0", "videos/b.mp4 2"], ["x", "y"], None, ["line 2", "label 2", "0 to 1"]),
+        (["videos/a.mp4 3"], None, 3, ["line 1", "label 3", "0 to 2"]),
+        (["videos/a.mp4 -1"], None, None, ["line 1", "label -1"]),
+        (["videos/a.mp4 0"], ["x", "y"], 3, ["labels.txt", "2 classes", "3 classes"]),
+        (["", "  "], None, None, ["train.csv", "no videos"]),
+        (["path label", "videos/a.mp4 0"], None, None, ["line 1 looks like a header: take it out"]),
+        (
+            ["videos/a.mp4 0", "path label"],
+            None,
+            None,
+            ["line 2: the label 'label' is not a whole"],
+        ),
+        (
+            ["videos/a.mp4 0", "videos/lost.mp4 1", "gone/b.mp4 1"],
+            None,
+            None,
+            ["line 2", "videos/lost.mp4", "2 of the 3"],
+        ),
+    ],
+)
+def test_mistakes_in_a_list_are_told_with_file_and_line(
+    folder, lines, labels, num_classes, expected
+):
+    write_list(folder, *lines, labels=labels)
+    with pytest.raises(UserError) as error:
+        read_video_list(folder, "train.csv", num_classes)
+    message = str(error.value)
+    assert str(folder) in message
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "separator", "expected"),
+    [
+        (["a.mp4,0", "b.mp4,1"], None, "line 1: the separator seems to be ',': set data.separator"),
+        (["with space/c d.mp4;1"], None, "line 1: the separator seems to be ';'"),
+        (["a.mp4 0", "b.mp4 1"], ",", "line 1: the separator seems to be white space: leave"),
+        (["a.mp4\t0"], " ", "line 1: the separator seems to be white space"),
+        (["path,label", "a.mp4,0"], None, "line 1 looks like a header: take it out, and the separ"),
+        (["path,label", "a.mp4,0"], ",", "line 1 looks like a header: take it out"),
+        (["a.mp4,0", "b.mp4"], ",", "line 2: 'b.mp4' should be a path and a label with ',' betw"),
+        # Each of these lines could be one of a path and a label; the files tell that they are not.
+        (["a.mp4, 0", "b.mp4, 1"], None, "2 of the 2 listed files are missing); the separator se"),
+    ],
+)
+def test_a_wrong_separator_and_a_header_are_recognised(folder, lines, separator, expected):
+    write_list(folder, *lines, labels=["x", "y"])
+    with pytest.raises(UserError) as error:
+        read_video_list(folder, "train.csv", separator=separator)
+    assert str(error.value).startswith(str(folder / "train.csv"))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("separator", [",", ", ", " , ", "\t", "|"])
+def test_another_separator(folder, separator):
+    write_list(folder, f"videos/with space/c d.mp4{separator}1", f"videos/b.mp4{separator}0")
+    videos = read_video_list(folder, "train.csv", separator=separator.strip(" "))
+    assert videos.paths == (
+        str(folder / "videos/with space/c d.mp4"),
+        str(folder / "videos/b.mp4"),
+    )
+    assert [videos.label(0), videos.label(1)] == videos.labels.tolist() == [1, 0]
+
+
+def test_a_prefix_stands_before_relative_paths(folder):
+    write_list(folder, "a.mp4 0", "with space/c d.mp4 1", f"{folder}/videos/b.mp4 2")
+    expected = tuple(str(folder / "videos" / x) for x in ("a.mp4", "with space/c d.mp4", "b.mp4"))
+    for prefix in ("videos", "videos/", str(folder / "videos")):
+        assert read_video_list(folder, "train.csv", prefix=prefix).paths == expected
+
+
+def test_few_missing_files_are_told_and_many_are_a_mistake(folder, capsys):
+    write_list(folder, "videos/a.mp4 0", "", "videos/gone.mp4 1", "videos/b.mp4 0", "x/y.mp4 1")
+    videos = read_video_list(folder, "train.csv", max_missing=0.6)
+    assert len(videos) == 4 and videos.label(1) == 1
+    assert capsys.readouterr().err == (
+        f"note: {folder}/train.csv, line 3: there is no file {folder}/videos/gone.mp4 "
+        "(2 of the 4 listed files are missing)\n"
+    )
+    for limit in (0.0, 0.5):
+        with pytest.raises(UserError, match="2 of the 4 listed files are missing"):
+            read_video_list(folder, "train.csv", max_missing=limit)
+    with pytest.raises(DecodeError, match="there is no such file"), videos.opened(1, 1):
+        pass
+
+
+def test_characters_that_end_lines_in_python_alone_stay_in_paths(folder):
+    name = "a\u2028b\x85.mp4"
+    (folder / name).touch()
+    write_list(folder, f"{name} 0")
+    assert read_video_list(folder, "train.csv").paths == (str(folder / name),)
+
+
+def test_an_empty_file_of_names_is_a_mistake(folder):
+    write_list(folder, "videos/a.mp4 0", labels=[""])
+    with pytest.raises(UserError, match=r"labels\.txt is empty: write the names"):
+        read_video_list(folder, "train.csv")
+
+
+def test_labels_too_large_for_any_number(folder):
+    write_list(folder, "videos/a.mp4 0", f"videos/b.mp4 {10**30}", labels=["x", "y"])
+    with pytest.raises(UserError, match=r"line 2: the label 10+ should be from 0 to 1"):
+        read_video_list(folder, "train.csv")
+
+
+def test_a_missing_folder_tells_how_to_make_the_default_data(tmp_path):
+    with pytest.raises(UserError) as error:
+        read_video_list(tmp_path / "nowhere", "train.csv")
+    message = str(error.value)
+    assert f"python -m mvit_jax.prepare moving_digits --out={tmp_path / 'nowhere'}" in message
+
+
+def test_a_missing_list_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no list .*val\.csv"):
+        read_video_list(tmp_path, "val.csv")
+
+
+def test_a_list_that_is_not_text_is_a_mistake_too(folder):
+    (folder / "train.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match=r"train\.csv is not UTF-8"):
+        read_video_list(folder, "train.csv")
+
+
+def test_each_folder_is_listed_once(tmp_path, monkeypatch):
+    """One look per folder, not per file: network disks make a question per file slow."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(50):
+            (tmp_path / name / f"{number}.mp4").touch()
+    write_list(tmp_path, *(f"{name}/{number}.mp4 0" for number in range(50) for name in "ab"))
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    assert len(read_video_list(tmp_path, "train.csv")) == 100
+    assert sorted(listed) == [str(tmp_path / "a"), str(tmp_path / "b")]

@@ -1,0 +1,59 @@
+"""Files in the format of MNIST and Fashion-MNIST, generated."""
+
+import gzip
+import hashlib
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from mvit_jax.data.making import fashion_mnist
+
+COUNTS = {"train": 96, "t10k": 40}
+
+
+def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images `[count, 28, 28]` that differ from one another, by a square in the label's column."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=count).astype(np.uint8)
+    images = rng.integers(0, 100, (count, 28, 28), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[10:18, 2 * label : 2 * label + 8] += 150
+    return images, labels
+
+
+def write(folder: Path, counts: dict[str, int] = COUNTS) -> dict[str, str]:
+    """Writes the four files; gives the SHA-256 of what each holds, unpacked."""
+    sums = {}
+    folder.mkdir(exist_ok=True)
+    for seed, (part, count) in enumerate(counts.items()):
+        images, labels = pictures(count, seed)
+        for name, content in (
+            (
+                f"{part}-images-idx3-ubyte",
+                struct.pack(">4i", 0x803, count, 28, 28) + bytes(images),
+            ),
+            (f"{part}-labels-idx1-ubyte", struct.pack(">2i", 0x801, count) + bytes(labels)),
+        ):
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            sums[name] = hashlib.sha256(content).hexdigest()
+    return sums
+
+
+def instead_of_the_real_ones(patch, sums: dict[str, str], counts: dict[str, int] = COUNTS) -> None:
+    """Has `patch.setattr` make these files count as Fashion-MNIST's; TFDS expects 60,000."""
+    from tensorflow_datasets.image_classification import mnist
+
+    patch.setattr(fashion_mnist, "CONTENTS", sums)
+    patch.setattr(mnist, "_TRAIN_EXAMPLES", counts["train"])
+    patch.setattr(mnist, "_TEST_EXAMPLES", counts["t10k"])
+
+
+def read(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of "train" or "t10k", by NumPy."""
+    images = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+    return (
+        np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
+        np.frombuffer(labels, np.uint8, offset=8),
+    )

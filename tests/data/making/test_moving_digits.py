@@ -1,0 +1,463 @@
+"""The moving digits: what they show, that only motion tells the class, and the folder written."""
+
+import collections
+import dataclasses
+import io
+import json
+
+import av
+import cv2
+import numpy as np
+import pytest
+from scipy.stats import ks_2samp
+from sklearn.datasets import load_digits
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.making import moving_digits
+
+CLASSES = tuple(moving_digits.CLASSES)
+PER_CLASS = 40
+SMALL = {"seed": 3, "train_videos": 16, "val_videos": 8, "test_videos": 9}
+
+
+def scene(label, seed):
+    digits = moving_digits.handwriting(0)["train"]
+    return moving_digits.draw(label, digits, np.random.default_rng((17, seed)))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Scenes of each class, all of their own random numbers, and their frames."""
+    drawn = {
+        label: [scene(label, PER_CLASS * label + i) for i in range(PER_CLASS)]
+        for label in range(len(CLASSES))
+    }
+    return {label: [(s, moving_digits.render(s)) for s in some] for label, some in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "new" / "folder"
+    moving_digits.prepare(folder, **SMALL)
+    return folder
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def decode(file):
+    with av.open(file) as container:
+        return np.stack([f.to_ndarray(format="gray") for f in container.decode(video=0)])
+
+
+# What is seen
+
+
+def shift(before, after, axis):
+    """Pixels, to the nearest, that `after` is displaced along `axis` of a torus."""
+    product = np.conj(np.fft.fft2(before)) * np.fft.fft2(after)
+    correlation = np.fft.ifft2(product).real
+    best = np.unravel_index(np.argmax(correlation), correlation.shape)[axis]
+    size = before.shape[axis]
+    return (best + size // 2) % size - size // 2
+
+
+def turn(frames, later, centre):
+    """Degrees, to the nearest, that turn all `frames` clockwise around `centre` into `later`."""
+    spectra = []
+    flags = cv2.INTER_LINEAR | cv2.WARP_FILL_OUTLIERS
+    for some in (frames, later):
+        polar = [cv2.warpPolar(frame, (32, 360), centre, 32, flags) for frame in some]
+        polar = np.stack(polar) * np.sqrt(np.arange(32))  # areas go with the radius
+        spectra.append(np.fft.fft(polar, axis=1))
+    correlation = np.fft.ifft((np.conj(spectra[0]) * spectra[1]).sum((0, 2))).real
+    return (np.argmax(correlation) + 180) % 360 - 180
+
+
+def velocity(axis, scene, frames):
+    """Typical change over 4 frames: px, degrees, or the logarithm of the lit area."""
+    if axis in "xy":
+        # The background stands still, so what the frames have in common is taken off them.
+        moving = frames.astype(np.float32) - np.median(frames, axis=0)
+        steps = zip(moving[:-4:4], moving[4::4], strict=True)
+        return np.median([shift(a, b, axis="yx".index(axis)) for a, b in steps])
+    half = (scene.brightness + scene.background.mean()) / 2
+    lit = np.clip(frames - np.float32(half), 0, None)
+    if axis == "angle":
+        middle = (frames.shape[1] - 1) / 2
+        centre = (middle + scene.x, middle + scene.y)
+        return turn(lit[:-4], lit[4:], centre)
+    return np.median(np.diff(np.log((lit > 0).sum((1, 2))[::4])))
+
+
+# Axis, sign, and the least and greatest change over 4 frames: speeds that are seen within a clip
+# but are not so fast that a stride of 4 confuses the two directions.
+EXPECTED = {
+    "left": ("x", -1, 2, 6),
+    "right": ("x", 1, 2, 6),
+    "up": ("y", -1, 2, 6),
+    "down": ("y", 1, 2, 6),
+    "clockwise": ("angle", 1, 9, 25),
+    "counter_clockwise": ("angle", -1, 9, 25),
+    # Areas go with the square: ln(44/16) / 64 to / 41 a frame, doubled, times 4.
+    "growing": ("side", 1, 0.08, 0.25),
+    "shrinking": ("side", -1, 0.08, 0.25),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_frames_in_order_show_the_motion_of_the_class(scenes, name):
+    axis, sign, least, most = EXPECTED[name]
+    measured = [velocity(axis, *pair) for pair in scenes[CLASSES.index(name)][:20]]
+    assert all(least <= sign * value <= most for value in measured), measured
+
+
+def features(frame):
+    """Numbers that tell where in a frame a digit is, how large, how bright, and how turned."""
+    frame = frame.astype(np.float64)
+    weight = np.clip(frame - frame.mean() - frame.std(), 0, None)
+    weight /= weight.sum()
+    around = np.exp(2j * np.pi * np.arange(len(frame)) / len(frame))
+    x, y = (weight.sum(0) * around).sum(), (weight.sum(1) * around).sum()
+    rows, columns = np.indices(frame.shape)
+    rows = rows - (weight * rows).sum()
+    columns = columns - (weight * columns).sum()
+    orientation = np.angle((weight * (columns + 1j * rows) ** 2).sum()) / 2
+    return {
+        "mean": frame.mean(),
+        "deviation": frame.std(),
+        "lit area": (weight > 0).mean(),
+        "where in x": np.angle(x),
+        "where in y": np.angle(y),
+        "orientation": orientation,
+    }
+
+
+@pytest.mark.parametrize("pair", range(4))
+@pytest.mark.parametrize("time", [0, 20, -1])
+def test_a_single_frame_is_distributed_alike_in_both_classes_of_a_pair(scenes, pair, time):
+    one, other = (
+        [features(frames[time]) for _, frames in scenes[label]]
+        for label in (2 * pair, 2 * pair + 1)
+    )
+    for name in one[0]:
+        values = [f[name] for f in one], [f[name] for f in other]
+        assert ks_2samp(*values).pvalue > 1e-3, name
+
+
+@pytest.mark.parametrize("pair", range(4))
+def test_the_first_phase_is_anywhere_in_the_cycle(pair):
+    starts = [scene(2 * pair + i % 2, i).start for i in range(120)]
+    counts, _ = np.histogram(starts, bins=4, range=(0, 1))
+    assert counts.sum() == 120 and counts.min() >= 15
+
+
+@pytest.mark.parametrize("pair", range(4))
+def test_a_class_is_the_other_of_its_pair_played_backwards(pair):
+    for seed in range(5):
+        forward = scene(2 * pair, seed)
+        last = forward.start + forward.velocity * (len(forward.noise) - 1)
+        backward = dataclasses.replace(
+            forward, start=last, velocity=-forward.velocity, noise=forward.noise[::-1]
+        )
+        frames, reversed_frames = moving_digits.render(forward), moving_digits.render(backward)
+        difference = np.abs(frames[::-1].astype(int) - reversed_frames)
+        # Phases differ in their last bits, which may tip a grey level, or nudge a digit by a
+        # 32nd of a pixel, OpenCV's resolution.
+        assert difference.mean() < 0.02
+        assert difference.max() <= 12
+        assert np.abs(frames.astype(int) - reversed_frames).mean() > 1
+
+
+@pytest.mark.parametrize("pair", range(4))
+def test_classes_of_a_pair_draw_the_same_but_for_the_sign_of_the_velocity(pair):
+    one, other = (dataclasses.asdict(scene(label, 5)) for label in (2 * pair, 2 * pair + 1))
+    assert one.pop("velocity") == -other.pop("velocity") != 0
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def bare(name, length, **values):
+    """A scene of class `name` on black, without noise."""
+    black = np.zeros((64, 64), np.float32)
+    noise = np.zeros((length, 64, 64), np.float32)
+    return dataclasses.replace(
+        scene(CLASSES.index(name), 0), background=black, noise=noise, **values
+    )
+
+
+def test_a_digit_that_leaves_the_frame_enters_at_the_opposite_edge():
+    frames = moving_digits.render(bare("right", 4, start=0.0, velocity=1 / 4))
+    assert frames[0].max() > 90
+    for quarter, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame, np.roll(frames[0], 16 * quarter, axis=1))
+
+
+@pytest.mark.parametrize(("name", "axis"), [("right", 1), ("down", 0)])
+def test_fractions_of_a_pixel_are_moved(name, axis):
+    frames = moving_digits.render(bare(name, 56, start=0.0, velocity=0.7 / 64)).astype(float)
+    around = np.exp(2j * np.pi * np.arange(64) / 64)
+    phase = np.angle(frames.sum(2 - axis) @ around)  # of the brightness on the torus
+    steps = np.diff(np.unwrap(phase)) * 64 / (2 * np.pi)
+    np.testing.assert_allclose(steps, 0.7, atol=0.1)
+
+
+# Handwriting
+
+
+def test_splits_have_handwriting_of_their_own_and_together_all_of_it():
+    every = collections.Counter((image / 16).tobytes() for image in load_digits().images)
+    splits = {
+        split: collections.Counter(digit.tobytes() for digit in digits)
+        for split, digits in moving_digits.handwriting(0).items()
+    }
+    assert {split: count.total() for split, count in splits.items()} == {
+        "train": 1297,
+        "val": 200,
+        "test": 300,
+    }
+    assert splits["train"] + splits["val"] + splits["test"] == every
+    assert max(every.values()) == 1  # so equal sums mean that no two splits share a digit
+
+
+def test_another_seed_splits_the_handwriting_otherwise():
+    one, other = moving_digits.handwriting(0), moving_digits.handwriting(1)
+    assert not np.array_equal(one["val"], other["val"])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list that every scene drawn by `moving_digits` is put into."""
+    scenes = []
+
+    def draw(*args):
+        scenes.append(original(*args))
+        return scenes[-1]
+
+    original = moving_digits.draw
+    monkeypatch.setattr(moving_digits, "draw", draw)
+    return scenes
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_videos_show_the_handwriting_of_their_split(drawn, split):
+    for index in range(5):
+        moving_digits.video(2, split, index)
+    own = {digit.tobytes() for digit in moving_digits.handwriting(2)[split]}
+    assert len(drawn) == 5 and {s.digit.tobytes() for s in drawn} <= own
+
+
+def test_no_two_videos_are_drawn_alike(drawn):
+    for seed in (0, 1):
+        for split in ("train", "val", "test"):
+            for index in (0, 8):
+                moving_digits.video(seed, split, index)
+    assert len({s.start for s in drawn}) == len({s.noise[:40].tobytes() for s in drawn}) == 12
+
+
+# Files
+
+
+def test_files_are_h264_of_64x64_at_30_frames_per_second_with_every_frame():
+    lengths = set()
+    for label in range(8):
+        frames = moving_digits.render(scene(label, label))
+        file = moving_digits.encode(frames)
+        with av.open(io.BytesIO(file)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+            assert (stream.width, stream.height) == (64, 64)
+            assert stream.average_rate == 30
+            assert stream.frames == len(frames)
+        decoded = decode(io.BytesIO(file))
+        assert decoded.shape == frames.shape
+        # Noise is lost in part, but the picture stays: its own deviation is above 30.
+        assert np.abs(decoded.astype(int) - frames).mean() < 6
+        lengths.add(len(frames))
+    assert len(lengths) > 1
+
+
+def test_videos_are_longer_than_the_span_of_a_clip(scenes):
+    lengths = [len(frames) for some in scenes.values() for _, frames in some]
+    assert min(lengths) >= 40 and max(lengths) <= 56
+    assert len(set(lengths)) == 17
+
+
+@pytest.mark.parametrize("label", range(0, 8, 2))
+def test_a_file_of_backwards_frames_decodes_to_the_backwards_video(label):
+    """The codec must not tell the direction of time: each frame is coded for itself."""
+    frames = moving_digits.render(scene(label, 1))
+    forward = decode(io.BytesIO(moving_digits.encode(frames)))
+    backward = decode(io.BytesIO(moving_digits.encode(frames[::-1])))
+    np.testing.assert_array_equal(forward[::-1], backward)
+
+
+# The folder
+
+
+def test_lists_name_every_video_and_its_label(prepared):
+    assert (prepared / "labels.txt").read_text().splitlines() == list(CLASSES)
+    listed = set()
+    for split in ("train", "val", "test"):
+        lines = (prepared / f"{split}.csv").read_text().splitlines()
+        assert len(lines) == SMALL[f"{split}_videos"]
+        fields = [line.split(" ") for line in lines]
+        assert [path for path, _ in fields] == [
+            f"videos/{split}/{index:05d}.mp4" for index in range(len(lines))
+        ]
+        labels = collections.Counter(int(label) for _, label in fields)
+        assert sorted(labels) == list(range(8))
+        assert max(labels.values()) - min(labels.values()) <= 1
+        listed |= {path for path, _ in fields}
+    assert set(contents(prepared)) == listed | {
+        "train.csv",
+        "val.csv",
+        "test.csv",
+        "labels.txt",
+        "prepare.json",
+    }
+    assert json.loads((prepared / "prepare.json").read_text()) == {
+        "name": "moving_digits",
+        "version": moving_digits.VERSION,
+        **SMALL,
+    }
+
+
+def test_labels_of_the_lists_are_those_of_the_videos(prepared):
+    """Translations, of which the decoded frames alone tell the class without doubt."""
+    seen = 0
+    for line in (prepared / "train.csv").read_text().splitlines():
+        path, label = line.split(" ")
+        axis, sign, least, most = EXPECTED[CLASSES[int(label)]]
+        if axis in "xy":
+            frames = decode(str(prepared / path))
+            assert least <= sign * velocity(axis, None, frames) <= most, line
+            seen += 1
+    assert seen == 8
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(prepared, tmp_path):
+    moving_digits.prepare(tmp_path / "again", **SMALL)
+    assert contents(tmp_path / "again") == contents(prepared)
+    moving_digits.prepare(tmp_path / "other", **SMALL | {"seed": 4})
+    ours, other = contents(prepared), contents(tmp_path / "other")
+    videos = [name for name in ours if name.endswith(".mp4")]
+    assert len({content for name in videos for content in (ours[name], other[name])}) == 2 * 33
+
+
+def test_a_video_does_not_depend_on_how_many_there_are(prepared, tmp_path):
+    moving_digits.prepare(tmp_path / "more", **SMALL | {"train_videos": 20, "val_videos": 12})
+    ours, more = contents(prepared), contents(tmp_path / "more")
+    for name in ours:
+        if name.endswith(".mp4"):
+            assert ours[name] == more[name], name
+
+
+def test_a_finished_folder_is_left_as_it_is(prepared, capfd):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
+    moving_digits.prepare(prepared, **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_missing_is_made_and_the_rest_kept(prepared, tmp_path):
+    folder = tmp_path / "folder"
+    moving_digits.prepare(folder, **SMALL)
+    whole = (folder / "videos/train/00005.mp4").read_bytes()
+    for name in ("videos/train/00005.mp4", "videos/test/00008.mp4", "test.csv", "labels.txt"):
+        (folder / name).unlink()
+    (folder / "videos/train/00005.mp4.part").write_bytes(whole[: len(whole) // 2])
+    (folder / "labels.txt.part").write_text("lef")
+    kept = folder / "videos/train/00004.mp4"
+    before = kept.stat().st_mtime_ns
+    moving_digits.prepare(folder, **SMALL)
+    assert contents(folder) == contents(prepared)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_an_error_halfway_leaves_whole_files_and_no_lists(prepared, tmp_path, monkeypatch):
+    def fails_once_a_few_are_done(seed, split, index):
+        if (split, index) == ("train", 6):
+            raise OSError("no space left on device")
+        return original(seed, split, index)
+
+    original = moving_digits.video
+    monkeypatch.setattr(moving_digits, "video", fails_once_a_few_are_done)
+    with pytest.raises(OSError, match="no space left"):
+        moving_digits.prepare(tmp_path / "folder", **SMALL)
+    done, whole = contents(tmp_path / "folder"), contents(prepared)
+    videos = {name for name in done if name.endswith(".mp4")}
+    assert videos and not any(name.endswith("train/00006.mp4") for name in videos)
+    assert "prepare.json" in done and "train.csv" not in done and "labels.txt" not in done
+    assert done.items() <= whole.items()
+    monkeypatch.undo()
+    moving_digits.prepare(tmp_path / "folder", **SMALL)
+    assert contents(tmp_path / "folder") == whole
+
+
+def test_an_interruption_before_the_record_is_gone_on_from(tmp_path):
+    (tmp_path / "prepare.json.part").write_text('{"name": ')
+    moving_digits.prepare(tmp_path, seed=0, train_videos=8, val_videos=8, test_videos=8)
+    assert (tmp_path / "labels.txt").exists() and not (tmp_path / "prepare.json.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", 4), ("train_videos", 17), ("val_videos", 10), ("test_videos", 16)],
+)
+def test_other_values_for_a_prepared_folder_are_an_error(prepared, key, value):
+    before = contents(prepared)
+    with pytest.raises(UserError, match=f"{key}={SMALL[key]}, not {key}={value}") as error:
+        moving_digits.prepare(prepared, **SMALL | {key: value})
+    assert str(prepared) in str(error.value)
+    assert contents(prepared) == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("version", 0), ("name", "other")])
+def test_a_folder_of_another_version_or_data_set_is_an_error(tmp_path, key, value):
+    record = {"name": "moving_digits", "version": moving_digits.VERSION, **SMALL, key: value}
+    (tmp_path / "prepare.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"{key}={value}, not {key}="):
+        moving_digits.prepare(tmp_path, **SMALL)
+    assert set(contents(tmp_path)) == {"prepare.json"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "3"])
+def test_an_unreadable_record_is_an_error(tmp_path, text):
+    (tmp_path / "prepare.json").write_text(text)
+    with pytest.raises(UserError, match=r"prepare\.json is not a record"):
+        moving_digits.prepare(tmp_path, **SMALL)
+
+
+def test_a_folder_of_other_files_is_an_error(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
+        moving_digits.prepare(tmp_path, **SMALL)
+    assert contents(tmp_path) == {"thesis.tex": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be used as a folder"):
+        moving_digits.prepare(tmp_path / name, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train_videos", 7, "train_videos=7 .* at least 8"),
+        ("val_videos", 0, "val_videos=0 .* at least 8"),
+        ("test_videos", -1, "test_videos=-1 .* at least 8"),
+        ("seed", -1, "seed=-1 is negative"),
+    ],
+)
+def test_values_that_give_no_data_set_are_an_error(tmp_path, key, value, message):
+    with pytest.raises(UserError, match=message):
+        moving_digits.prepare(tmp_path / "folder", **SMALL | {key: value})
+    assert not (tmp_path / "folder").exists()

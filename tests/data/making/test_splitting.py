@@ -1,0 +1,75 @@
+"""Lists for folders of classes: every file in one of them, classes dealt alike, nothing lost."""
+
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.video_list import read_video_list
+from mvit_jax.data.making.splitting import write_lists
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty videos of one class, ten images of another, and things that are neither."""
+    for name, count, end in (("tennis", 20, ".mp4"), ("a b", 10, ".JPG")):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number}{end}").touch()
+    (tmp_path / "tennis" / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "readme.md").touch()
+    return tmp_path
+
+
+def test_every_file_is_in_one_list(folder):
+    counts = write_lists(folder, val=0.1, test=0.2)
+    assert counts == {"train.csv": 21, "val.csv": 3, "test.csv": 6}
+    assert (folder / "labels.txt").read_text() == "a b\ntennis\n"
+    seen = []
+    for name, count in counts.items():
+        videos = read_video_list(folder, name)
+        assert len(videos) == count and videos.class_names == ("a b", "tennis")
+        assert sum(videos.labels) * 3 == count * 2  # two of three are tennis, in each list
+        for path, label in zip(videos.paths, videos.labels, strict=True):
+            assert path.split("/")[-2] == videos.class_names[label]
+        seen += videos.paths
+    files = [str(f) for f in folder.rglob("*") if f.suffix in (".mp4", ".JPG")]
+    assert sorted(seen) == sorted(files)
+
+
+def test_the_same_files_give_the_same_lists_and_others_are_kept(folder):
+    write_lists(folder, val=0.1, test=0.2)
+    before = (folder / "train.csv").read_text()
+    write_lists(folder, val=0.1, test=0.2)
+    assert (folder / "train.csv").read_text() == before
+    with pytest.raises(UserError, match=r"train\.csv is there and differs"):
+        write_lists(folder, val=0.1, test=0.2, seed=1)
+    assert (folder / "train.csv").read_text() == before
+    (folder / "train.csv").unlink()
+    (folder / "val.csv").unlink()
+    (folder / "test.csv").unlink()
+    write_lists(folder, val=0.1, test=0.2, seed=1)
+    assert (folder / "train.csv").read_text() != before
+
+
+def test_a_list_that_is_not_wanted_is_not_written(folder):
+    counts = write_lists(folder, val=0.2, test=0.0)
+    assert counts["test.csv"] == 0 and not (folder / "test.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "message"),
+    [(0.5, 0.5, "leave some for training"), (-0.1, 0.1, "leave some"), (0.05, 0.9, "too few")],
+)
+def test_impossible_shares(folder, val, test, message):
+    for number in range(7):
+        (folder / "a b" / f"{number}.JPG").unlink()
+    with pytest.raises(UserError, match=message):
+        write_lists(folder, val=val, test=test)
+    assert not (folder / "labels.txt").exists()
+
+
+def test_no_classes(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        write_lists(tmp_path / "missing", val=0.1, test=0.1)
+    with pytest.raises(UserError, match="holds 0 folders"):
+        write_lists(tmp_path, val=0.1, test=0.1)

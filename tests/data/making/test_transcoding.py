@@ -1,0 +1,228 @@
+"""Videos encoded anew: the same frames at the same times, upright, in the same colours."""
+
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.making.transcoding import Encoding, encode
+from mvit_jax.data.video import DecodeError, Video
+from tests.data.test_video import (
+    FORMATS,
+    audio_only,
+    empty,
+    half_without_index,
+    numbers_of,
+    packets_of,
+    panning,
+    text,
+    write,
+)
+
+
+def every(file, index=None):
+    with Video(file, index=index) as video:
+        return video.frames(range(video.num_frames)).astype(int)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_frames_are_those_of_the_original(name, tmp_path):
+    file, options = FORMATS[name]
+    path = write(tmp_path / file, panning(40), **options)
+    encoded = encode(path, Encoding(crf=12))
+    theirs, ours = every(path), every(encoded.file)
+    assert ours.shape == theirs.shape
+    difference = np.abs(ours[:, None] - theirs[None]).mean(axis=(2, 3, 4))
+    assert difference.diagonal().max() < 3
+    assert (difference.argmin(axis=1) == np.arange(40)).all()  # in their order
+
+
+def test_a_clip_needs_no_frame_before_the_key_frame_next_to_it(tmp_path):
+    encoded = encode(write(tmp_path / "x.mp4", 70), Encoding(gop=8))
+    assert list(encoded.index.keys) == list(range(0, 70, 8))
+
+
+def test_sound_is_left_out(tmp_path):
+    video, sound = write(tmp_path / "x.mp4", 30), audio_only(tmp_path)
+    both = tmp_path / "both.mkv"
+    with av.open(video) as one, av.open(str(sound)) as two, av.open(str(both), "w") as writer:
+        readers = (one, two)
+        streams = [writer.add_stream_from_template(reader.streams[0]) for reader in readers]
+        for reader, stream in zip(readers, streams, strict=True):
+            for packet in reader.demux():
+                if packet.size:
+                    packet.stream = stream
+                    writer.mux(packet)
+    with av.open(str(both)) as container:
+        assert len(container.streams) == 2
+    with av.open(io.BytesIO(encode(str(both), Encoding()).file)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+
+
+@pytest.mark.parametrize("gop", [1, 4, 16])
+def test_the_index_gives_what_the_container_gives(gop, tmp_path):
+    encoded = encode(write(tmp_path / "x.mp4", panning(70)), Encoding(gop=gop))
+    expected = every(encoded.file)
+    rng = np.random.default_rng(0)
+    clips = [np.arange(start, 70, 4) for start in range(0, 60, 7)]
+    clips += [rng.integers(0, 70, 5) for _ in range(10)]
+    with Video(encoded.file, "it", encoded.index) as video, Video(encoded.file) as plain:
+        assert video.times() == plain.times()
+        assert video.fps == plain.fps == 30
+        for clip in clips:
+            assert np.array_equal(video.frames(clip), expected[clip])
+            assert np.array_equal(plain.frames(clip), expected[clip])
+
+
+def test_few_frames_are_decoded_for_a_clip(tmp_path, monkeypatch):
+    """What a short distance of key frames is for: sixteen frames at stride 4 of all intra-coded
+    ones take sixteen packets, and not the sixty-four that they span."""
+    encoded = encode(write(tmp_path / "x.mp4", panning(100)), Encoding(gop=1))
+    until, seen = Video._until, []
+
+    def counted(self, packets, end):
+        for packet in until(self, packets, end):
+            seen.append(packet.pts)
+            yield packet
+
+    monkeypatch.setattr(Video, "_until", counted)
+    for index in (None, encoded.index):
+        seen.clear()
+        with Video(encoded.file, index=index) as video:
+            video.frames(range(30, 94, 4))
+        assert len(seen) == 16
+
+
+def test_times_of_presentation_stay(tmp_path):
+    rng = np.random.default_rng(0)
+    times = np.cumsum(rng.integers(5, 200, 40)).tolist()
+    path = write(tmp_path / "variable.mkv", 40, times=times)
+    encoded = encode(path, Encoding())
+    assert numbers_of(every(encoded.file)) == list(range(40))
+    with Video(encoded.file) as video:
+        base, stamps = video.times()
+        assert [base * stamp for stamp in stamps] == [
+            Fraction(time - times[0], 1000) for time in times
+        ]
+    with Video(path) as video, Video(encoded.file, index=encoded.index) as ours:
+        assert ours.fps == video.fps
+
+
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), 12, 25])
+def test_the_frame_rate_stays(rate, tmp_path):
+    encoded = encode(write(tmp_path / "x.avi", 20, rate=rate), Encoding())
+    with Video(encoded.file) as video:
+        assert video.fps == pytest.approx(float(rate), rel=1e-4)
+        assert video.num_frames == 20
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_turned_videos_become_upright(rotation, tmp_path):
+    rng = np.random.default_rng(0)
+    picture = cv2.resize(rng.integers(0, 256, (4, 8, 3), dtype=np.uint8), (64, 32))
+    path = write(tmp_path / "turned.mp4", [picture] * 3, rotation=rotation)
+    encoded = encode(path, Encoding(crf=10))
+    theirs, ours = every(path), every(encoded.file)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).mean() < 4
+    with av.open(path) as container:
+        assert next(container.decode(video=0)).rotation != 0
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((60, 100), (48, 80)), ((100, 60), (80, 48)), ((64, 96), (48, 72)), ((40, 90), (40, 90))],
+)
+def test_larger_frames_are_scaled_down_and_smaller_ones_are_not(size, expected, tmp_path):
+    rng = np.random.default_rng(0)
+    # Grey, as colours are stored at half of the resolution, and scaled from there.
+    grey = cv2.resize(rng.integers(30, 220, (6, 6), dtype=np.uint8), size[::-1])
+    picture = np.repeat(grey[..., None], 3, axis=-1)
+    path = write(tmp_path / "x.mp4", [picture] * 4)
+    ours = every(encode(path, Encoding(short_side=48, crf=10)).file)
+    assert ours.shape[1:3] == expected
+    area = cv2.resize(every(path)[2].astype(np.uint8), expected[::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(ours[2] - area).mean() < 2
+
+
+def test_odd_sizes_become_even(tmp_path):
+    picture = np.full((33, 65, 3), (200, 90, 40), np.uint8)
+    path = tmp_path / "odd.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 33, 65, "bgr0"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    ours = every(encode(str(path), Encoding()).file)
+    assert ours.shape == (1, 32, 64, 3)
+    assert np.abs(ours - picture[0, 0]).max() <= 4  # stored in RGB, and so coloured by one matrix
+
+
+@pytest.mark.parametrize("colours", [{"colorspace": 1}, {"color_range": 2}, {}])
+def test_colours_stay_those_of_the_original(colours, tmp_path):
+    """BT.709 and full range say how the same numbers are to be shown."""
+    path = tmp_path / "x.mp4"
+    planes = np.concatenate([np.full((32, 64), 90), np.full((8, 64), 100), np.full((8, 64), 170)])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "5"})
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
+        for name, value in colours.items():
+            setattr(stream.codec_context, name, value)
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(planes.astype(np.uint8), format="yuv420p")
+            for name, value in colours.items():
+                setattr(frame, name, value)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    encoded = encode(str(path), Encoding(crf=5))
+    assert np.abs(every(encoded.file) - every(str(path))).max() <= 3
+    assert np.abs(every(encoded.file, encoded.index) - every(str(path))).max() <= 3
+
+
+def test_one_frame(tmp_path):
+    encoded = encode(write(tmp_path / "x.mp4", 1), Encoding())
+    assert numbers_of(every(encoded.file, encoded.index)) == [0]
+
+
+def test_the_same_video_gives_the_same_bytes(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (68, 100, 3), dtype=np.uint8) for _ in range(40)]
+    path = write(tmp_path / "noise.mp4", frames)
+    assert len({encode(path, Encoding()).file for _ in range(6)}) == 1
+
+
+@pytest.mark.parametrize("make", [empty, text, half_without_index, audio_only])
+def test_what_is_no_video_is_told(make, tmp_path):
+    path = str(make(tmp_path))
+    with pytest.raises(DecodeError) as from_file:
+        encode(path, Encoding())
+    with Path(path).open("rb") as file:
+        content = file.read()
+    with pytest.raises(DecodeError) as from_bytes:
+        encode(content, Encoding(), "the thing")
+    assert from_bytes.value.path == "the thing"
+    assert from_bytes.value.reason == from_file.value.reason
+
+
+def test_a_video_damaged_in_the_middle_is_told(tmp_path):
+    path = write(tmp_path / "x.mp4", 60, gop=60)
+    with Path(path).open("rb+") as file:
+        for position, size, _ in packets_of(path)[20:]:
+            file.seek(position)
+            file.write(bytes(size))
+    with pytest.raises(DecodeError, match=r"x\.mp4"):
+        encode(path, Encoding())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"short_side": 255}, "even"), ({"gop": 0}, "gop=0"), ({"crf": 52}, "crf=52")],
+)
+def test_settings_out_of_range(values, message):
+    with pytest.raises(UserError, match=message):
+        Encoding(**values)

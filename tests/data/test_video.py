@@ -1,0 +1,403 @@
+"""Decoding of real files: every frame shows its own number, so a test can read which one it got."""
+
+import pickle
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+from av.video.frame import PictureType
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.video import DecodeError, Video, opened, why_broken
+
+BITS, BAR, HEIGHT = 8, 8, 32
+
+
+def bar_code(number):
+    """White bars for the ones of a binary number, the lowest bit at the left."""
+    bits = [(number >> bit) & 1 for bit in range(BITS)]
+    row = np.repeat(np.array(bits, np.uint8) * 235, BAR)
+    return np.broadcast_to(row[None, :, None], (HEIGHT, BITS * BAR, 3)).copy()
+
+
+def number_of(image):
+    """Reads the bar code of a decoded frame."""
+    middles = image[image.shape[0] // 2, BAR // 2 :: BAR].mean(axis=-1)
+    return sum(1 << bit for bit, level in enumerate(middles) if level > 120)
+
+
+def numbers_of(images):
+    return [number_of(image) for image in images]
+
+
+def write(
+    path,
+    frames,
+    *,
+    codec="libx264",
+    rate: int | Fraction = 30,
+    gop=12,
+    times=None,
+    rotation=None,
+    **options,
+):
+    """Encodes `frames` (their number, for bar codes, or arrays), with B-frames."""
+    if isinstance(frames, int):
+        frames = [bar_code(number) for number in range(frames)]
+    # Bar codes change at every frame, at which x264 would give up B-frames if it were let.
+    forced = {"b_strategy": "0", "sc_threshold": "0"} if codec == "libx264" else {}
+    container_options = {"movflags": "faststart"} if str(path).endswith(".mp4") else {}
+    with av.open(str(path), "w", options=container_options) as container:
+        settings = {"bf": "2", **forced, **options}
+        stream: Any = container.add_stream(codec, rate=rate, options=settings)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = gop
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            if times is not None:
+                picture.time_base, picture.pts = Fraction(1, 1000), times[number]
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def decode_all(path: str):
+    """All frames in the order in which a plain decoder gives them."""
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def packets_of(path: str):
+    with av.open(path) as container:
+        return [
+            (packet.pos or 0, packet.size, packet.is_keyframe)
+            for packet in container.demux(video=0)
+            if packet.size
+        ]
+
+
+@pytest.fixture(scope="module")
+def video_path(tmp_path_factory):
+    path = write(tmp_path_factory.mktemp("video") / "bars.mp4", 100)
+    with av.open(path) as container:
+        kinds = [frame.pict_type for frame in container.decode(video=0)]
+    assert kinds.count(PictureType.B) > 50  # what makes seeking and skipping hard
+    assert kinds.count(PictureType.I) == 9
+    return path
+
+
+def test_frames_come_as_asked(video_path):
+    with Video(video_path) as video:
+        assert video.num_frames == 100
+        assert video.fps == 30.0
+        for indices in ([0], [99], range(100), [3, 3, 3], [70, 2, 99, 2, 41], range(1, 98, 4)):
+            images = video.frames(indices)
+            assert images.shape == (len(indices), HEIGHT, BITS * BAR, 3)
+            assert images.dtype == np.uint8
+            assert numbers_of(images) == list(indices)
+        assert numbers_of(video.frames(np.array([5, 4]))) == [5, 4]
+
+
+def panning(count):
+    """A camera that moves over a soft picture, as encoders expect: most frames refer to others."""
+    rng = np.random.default_rng(0)
+    picture = cv2.resize(rng.integers(0, 256, (12, 20, 3), dtype=np.uint8), (160, 96))
+    return [picture[n // 2 : n // 2 + 48, n : n + 64] for n in range(count)]
+
+
+FORMATS = {
+    "mp4 h264": ("x.mp4", {}),
+    "mp4 h264 without B-frames": ("x.mp4", {"bf": "0"}),
+    "mp4 h264 every frame a key frame": ("x.mp4", {"gop": 1}),
+    "mp4 h264 open groups of pictures": (
+        "x.mp4",
+        {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"},
+    ),
+    "mp4 h264 at 29.97": ("x.mp4", {"rate": Fraction(30000, 1001)}),
+    "mkv h264": ("x.mkv", {}),
+    "avi h264": ("x.avi", {}),
+    "mpeg-ts h264": ("x.ts", {}),
+    "mp4 hevc": ("x.mp4", {"codec": "libx265", "x265-params": "log-level=none"}),
+    "avi mpeg4": ("x.avi", {"codec": "mpeg4"}),
+    "mp4 av1": ("x.mp4", {"codec": "libsvtav1", "preset": "12"}),
+    "webm vp9": ("x.webm", {"codec": "libvpx-vp9", "cpu-used": "8", "lag-in-frames": "16"}),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_seeking_and_skipping_change_no_pixel(name, tmp_path):
+    """A clip from anywhere equals the same frames of a plain decode from the start."""
+    file, options = FORMATS[name]
+    path = write(tmp_path / file, panning(60), **options)
+    expected = decode_all(path)
+    assert len(expected) == 60
+    rng = np.random.default_rng(0)
+    clips = [np.arange(start, 60, rng.integers(1, 6)) for start in range(0, 56, 3)]
+    clips += [rng.integers(0, 60, 6) for _ in range(10)]
+    for indices in clips:  # each by a decoder that has seen nothing before
+        with Video(path) as video:
+            assert np.array_equal(video.frames(indices), expected[indices])
+    with Video(path) as video:
+        assert video.num_frames == 60
+        for indices in clips:
+            assert np.array_equal(video.frames(indices), expected[indices])
+
+
+def test_a_late_clip_does_not_touch_the_start_of_the_file(video_path, tmp_path):
+    data = bytearray(Path(video_path).read_bytes())
+    for position, size, _ in packets_of(video_path)[:40]:
+        data[position : position + size] = bytes(size)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    with Video(path) as video:
+        assert numbers_of(video.frames([80, 84, 88])) == [80, 84, 88]
+        with pytest.raises(DecodeError, match="damaged"):
+            video.frames([5])
+    assert "damaged" in str(why_broken(opened(path, 1)))
+
+
+def test_frames_are_numbered_by_time_of_presentation_at_a_variable_rate(tmp_path):
+    rng = np.random.default_rng(0)
+    times = np.cumsum(rng.integers(5, 200, 40)).tolist()
+    path = write(tmp_path / "variable.mkv", 40, times=times)
+    with Video(path) as video:
+        assert video.num_frames == 40
+        for start in range(0, 40, 7):
+            assert numbers_of(video.frames(range(start, 40))) == list(range(start, 40))
+
+
+def test_frames_are_counted_where_the_container_does_not_say(tmp_path):
+    path = write(tmp_path / "uncounted.mkv", 33)
+    with av.open(path) as container:
+        assert container.streams.video[0].frames == 0
+    with Video(path) as video:
+        assert video.num_frames == 33
+
+
+def truncated(source, target, packets, more=0):
+    """Cuts a file whose header comes first off after some compressed frames and a few bytes."""
+    ordered = sorted(packets_of(source))
+    target.write_bytes(Path(source).read_bytes()[: ordered[packets][0] + more])
+    with av.open(str(target)) as container:
+        assert container.streams.video[0].frames == len(ordered)  # what the header says
+    return target
+
+
+@pytest.mark.parametrize("more", [0, 9])
+def test_a_few_frames_less_than_stated_are_no_failure(video_path, tmp_path, more):
+    path = truncated(video_path, tmp_path / "short.mp4", 95, more)
+    with Video(path) as video:
+        assert video.num_frames == 95
+        last = video.num_frames - 1
+        images = video.frames([0, last - 4, last])
+    assert numbers_of(images[:2]) == [0, last - 4]
+    assert number_of(images[2]) in range(last, 100)  # B-frames shown late may come before it
+    assert why_broken(opened(path, 1)) is None
+
+
+def test_a_file_cut_off_in_the_middle_is_broken(video_path, tmp_path):
+    path = truncated(video_path, tmp_path / "cut.mp4", 50)
+    with pytest.raises(DecodeError, match=r"cut\.mp4 .*cut off, with 50 of its 100 frames"):
+        Video(path)
+    assert "cut off" in str(why_broken(opened(path, 1)))
+
+
+def test_frames_that_the_decoder_leaves_out_are_replaced_by_the_nearest(tmp_path):
+    """A file cut in the middle of a group of pictures: nothing comes out before the next one."""
+    source = write(tmp_path / "whole.mp4", 60, bf="0", gop=20)
+    path = tmp_path / "late.mkv"
+    with av.open(source) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for number, packet in enumerate(reader.demux(video=0)):
+            if number >= 15 and packet.size:
+                packet.stream = stream
+                writer.mux(packet)
+    with Video(path) as video:
+        assert video.num_frames == 45
+        first_key = 20 - 15
+        assert numbers_of(video.frames([0, first_key, 44])) == [20, 20, 59]
+
+
+def test_the_last_frame_is_repeated_where_the_decoder_ends_early(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.mp4", 50, bf="0")
+    until = Video._until
+
+    def ending_before(end):  # without B-frames, places in the file are numbers of frames
+        def some(self, packets, last):
+            every = until(self, packets, last)
+            return (packet for packet in every if self._position[packet.pts] < end)
+
+        return some
+
+    with Video(path) as video:
+        monkeypatch.setattr(Video, "_until", ending_before(48))
+        assert numbers_of(video.frames([40, 47, 48, 49])) == [40, 47, 47, 47]
+        assert numbers_of(video.frames([49])) == [47]
+        monkeypatch.setattr(Video, "_until", ending_before(30))
+        assert numbers_of(video.frames([10, 29])) == [10, 29]
+        with pytest.raises(DecodeError, match="ends after 30 of its 50 frames"):
+            video.frames([10, 40])
+
+
+def test_what_an_edit_list_hides_is_not_counted(tmp_path):
+    """Cutting without encoding anew leaves frames that are decoded but not shown."""
+    source = write(tmp_path / "whole.mp4", 40)
+    path = tmp_path / "edited.mp4"
+    with av.open(source) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        hidden = 5 * 512  # frames times the duration of one
+        for packet in reader.demux(video=0):
+            if packet.size:
+                packet.pts = (packet.pts or 0) - hidden
+                packet.dts = (packet.dts or 0) - hidden
+                packet.stream = stream
+                writer.mux(packet)
+    assert len(packets_of(str(path))) == 40
+    with Video(path) as video:
+        assert video.num_frames == 35
+        assert numbers_of(video.frames(range(35))) == list(range(5, 40))
+        assert numbers_of(video.frames([20, 3])) == [25, 8]
+
+
+def empty(folder):
+    (folder / "empty.mp4").touch()
+    return folder / "empty.mp4"
+
+
+def text(folder):
+    (folder / "text.mp4").write_text("404 Not Found\n" * 100)
+    return folder / "text.mp4"
+
+
+def half_without_index(folder):
+    """The header of an mp4 file that was not made for streaming is at its end."""
+    path = folder / "half.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = BITS * BAR, HEIGHT, "yuv420p"
+        for number in range(50):
+            picture = av.VideoFrame.from_ndarray(bar_code(number), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def audio_only(folder):
+    path = folder / "audio.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
+        )
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (empty, "empty"),
+        (text, "not a video"),
+        (half_without_index, "cut off"),
+        (audio_only, "no video"),
+        (lambda folder: folder / "missing.mp4", "no such file"),
+        (lambda folder: folder, "directory"),
+    ],
+)
+def test_what_is_no_video_is_told_by_name_and_reason(make, reason, tmp_path):
+    path = make(tmp_path)
+    with pytest.raises(DecodeError) as caught:
+        Video(path)
+    error = caught.value
+    assert isinstance(error, UserError)
+    assert error.path == str(path)
+    assert reason in error.reason
+    assert str(path) in str(error) and error.reason in str(error) and "\n" not in str(error)
+    assert why_broken(opened(path, 1)) == error.reason
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.path, copy.reason, str(copy)) == (error.path, error.reason, str(error))
+
+
+def test_a_good_file_has_nothing_to_tell(video_path):
+    assert why_broken(opened(video_path, 1)) is None
+
+
+def test_frame_numbers_out_of_range_are_a_mistake(video_path):
+    with Video(video_path) as video:
+        for indices in ([100], [-1], [5, 200]):
+            with pytest.raises(IndexError, match="100 frames"):
+                video.frames(indices)
+
+
+def test_files_are_closed(video_path, tmp_path):
+    broken = truncated(video_path, tmp_path / "cut.mp4", 50)
+    avi = write(tmp_path / "x.avi", 30)  # is opened anew for every clip
+    before = len(list(Path("/dev/fd").iterdir()))
+    errors = []
+    for _ in range(5):
+        with Video(video_path) as video:
+            video.frames([50])
+        with Video(avi) as video:
+            video.frames([20])
+            video.frames([3])
+        for path in (broken, audio_only(tmp_path), text(tmp_path)):
+            with pytest.raises(DecodeError) as caught:
+                Video(path)
+            errors.append(caught)  # keeps the frames of the traceback alive
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_the_average_rate_is_told(tmp_path):
+    with Video(write(tmp_path / "ntsc.mp4", 5, rate=Fraction(30000, 1001))) as video:
+        assert video.fps == pytest.approx(29.97003, abs=1e-5)
+    with Video(write(tmp_path / "slow.mp4", 5, rate=12)) as video:
+        assert video.fps == 12.0
+
+
+def test_channels_are_red_green_blue(tmp_path):
+    frame = np.zeros((32, 32, 3), np.uint8)
+    frame[...] = (220, 20, 60)
+    with Video(write(tmp_path / "crimson.mp4", [frame] * 3)) as video:
+        mean = video.frames([1]).mean(axis=(0, 1, 2))
+    assert np.abs(mean - (220, 20, 60)).max() < 8
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_videos_filmed_with_the_camera_turned_are_upright(rotation, tmp_path):
+    frame = np.zeros((32, 64, 3), np.uint8)
+    frame[:16, :32] = 230  # one quarter is white
+    path = write(tmp_path / "turned.mp4", [frame] * 3, rotation=rotation)
+    capture = cv2.VideoCapture(path)  # turns frames upright by itself
+    _, expected = capture.read()
+    capture.release()
+    with Video(path) as video:
+        image = video.frames([0])[0]
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 4
+
+
+def test_a_change_of_resolution_keeps_the_size_of_the_first_frame(tmp_path):
+    small = [np.full((32, 64, 3), 60, np.uint8)] * 5
+    large = [np.full((64, 128, 3), 180, np.uint8)] * 5
+    parts = [write(tmp_path / "1.ts", small), write(tmp_path / "2.ts", large)]
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(Path(part).read_bytes() for part in parts))
+    with Video(path) as video:
+        images = video.frames(range(video.num_frames))
+    assert images.shape[1:] == (32, 64, 3)
+    assert images[0].mean() == pytest.approx(60, abs=4)
+    assert images[-1].mean() == pytest.approx(180, abs=4)

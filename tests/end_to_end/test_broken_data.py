@@ -1,0 +1,144 @@
+"""Five hundred videos of which fifty are odd or broken, through training and test."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvit_jax import train
+from mvit_jax.common.errors import UserError
+from mvit_jax.training import experiment
+from tests.data.test_video import audio_only, half_without_index, write
+from tests.support import commands, tiny
+
+pytestmark = pytest.mark.slow
+
+VIDEOS, EACH = 500, 5
+
+
+def noise(seed, frames=24, height=32, width=48):
+    picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return [np.roll(picture, shift, axis=1) for shift in range(frames)]
+
+
+def flipped(folder):
+    data = bytearray(Path(write(folder / "flipped.mp4", noise(1))).read_bytes())
+    for place in np.random.default_rng(2).integers(0, len(data), 200):
+        data[place] ^= 1 << int(place % 8)
+    (folder / "flipped.mp4").write_bytes(data)
+    return folder / "flipped.mp4"
+
+
+def small_file(name, content):
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+BROKEN = {
+    "empty": small_file("empty.mp4", b""),
+    "text": small_file("text.mp4", b"404 Not Found\n" * 100),
+    "cut": half_without_index,
+    "sound": audio_only,
+    "missing": lambda folder: folder / "missing.mp4",
+}
+ODD = {
+    "one": lambda folder: Path(write(folder / "one.mp4", noise(3, frames=1))),
+    "size": lambda folder: Path(write(folder / "size.mp4", noise(4, height=38, width=86))),
+    "turned": lambda folder: Path(write(folder / "turned.mp4", noise(5), rotation=90)),
+    "uneven": lambda folder: Path(
+        write(folder / "uneven.mp4", noise(6), times=[33 * n + 11 * (n % 3) for n in range(24)])
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A list whose every tenth video is odd, broken or, with flipped bits, either."""
+    folder = tmp_path_factory.mktemp("data")
+    models = folder / "models"
+    models.mkdir()
+    good = [write(models / f"{i}.mp4", noise(10 + i)) for i in range(8)]
+    special = [(kind, make(models)) for kind, make in (BROKEN | ODD | {"flipped": flipped}).items()]
+    lines = []
+    for number in range(VIDEOS):
+        kind, source = "good", Path(good[number % 8])
+        if number % 10 == 0:
+            kind, source = special[number // 10 % len(special)]
+        name = f"{kind}{number}.mp4"
+        if source.exists():
+            shutil.copy(source, folder / name)
+        lines.append(f"{name} {number % 4}\n")
+    for name in ("train.csv", "val.csv", "test.csv"):
+        (folder / name).write_text("".join(lines))
+    (folder / "labels.txt").write_text("a\nb\nc\nd\n")
+    return folder
+
+
+def names(kinds, found):
+    return {name for name in found if re.sub(r"\d+\.mp4", "", name) in kinds}
+
+
+def config(data, **changes):
+    # 22 steps of 24 clips: every video at least once.
+    changes = {"epochs": 1.1, "batch": 24, "eval.batch": 24, "eval.every_epochs": 0.0} | changes
+    return tiny.config(data, **changes)
+
+
+def test_they_are_replaced_in_training_and_left_out_of_tests(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.train(config(data), str(run)) == 0
+    said = capsys.readouterr().out
+    told = set(re.findall(r"(\w+\.mp4) cannot be decoded", said))
+    assert len(names(BROKEN, told)) == len(BROKEN) * EACH  # an epoch asks for each video once
+    assert told == names([*BROKEN, "flipped"], told)
+    (count,) = re.findall(r"(\d+) of the 500 videos could not be decoded and were replaced", said)
+    assert int(count) == len(told)
+
+    status, output = commands.run("evaluate", f"--workdir={run}")
+    assert status == 0, output
+    result = json.loads((run / "evaluation.json").read_text())
+    left_out = {Path(sentence.split(": ")[0]).name for sentence in result["left_out"]}
+    assert names(BROKEN, left_out) == names(BROKEN, told)
+    assert left_out == names([*BROKEN, "flipped"], left_out)
+    assert result["videos"] == VIDEOS - len(left_out)
+    assert str(result["videos"]) in output
+    tested = (run / "videos.csv").read_text().splitlines()[1:]
+    assert len(tested) == result["videos"]
+    assert not {Path(line.split(",")[0]).name for line in tested} & left_out
+    scores = np.load(run / "scores.npz")
+    assert scores["tested"].sum() == result["videos"]
+    right = scores["probabilities"].argmax(1) == scores["labels"]
+    assert 100 * right[scores["tested"]].mean() == pytest.approx(result["top1"])
+
+
+def test_the_replacements_do_not_depend_on_who_loads_them(data, tmp_path, capsys):
+    ends = []
+    for processes in (0, 2):
+        run = tmp_path / str(processes)
+        assert train.train(config(data, **{"data.processes": processes}), str(run)) == 0
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        ends.append([(s["step"], s["loss"]) for s in steps if s["kind"] == "train"])
+    assert ends[0] == ends[1] and len(ends[0]) > 5
+
+
+def test_too_large_a_share_ends_the_run_and_keeps_what_was_trained(data, tmp_path):
+    run = tmp_path / "run"
+    strict = config(data, **{"data.max_broken": 0.02})
+    with pytest.raises(UserError, match=r"listed files are missing|files are missing") as missing:
+        train.train(config(data, **{"data.max_broken": 0.005}), str(run))
+    assert "\n" not in str(missing.value)
+    with pytest.raises(UserError, match=r"\d+ of \d+ clips were replaced, .*max_broken=0\.02"):
+        train.train(strict, str(run))
+    saved = [int(child.name) for child in (run / "checkpoints").iterdir() if child.name.isdigit()]
+    assert saved and 0 < max(saved) < 22
+    with pytest.raises(UserError, match=r"of the 500 videos .*max_broken=0\.02"):
+        experiment.score(strict, run, experiment.videos(strict, "test"), which="last")
+    # The same command goes on, once the limit is raised.
+    assert train.train(config(data), str(run)) == 0

@@ -1,0 +1,235 @@
+"""Runs in a bucket end as runs here do. The bucket is a server on this machine, and what speaks to
+it are the true libraries: TensorFlow, TensorStore, Orbax and Google's client."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from mvit_jax.training.run import history
+from tests.support import bucket, events, group, tiny
+from tests.support.group import final_state
+
+RECIPE = (*tiny.RECIPE_FLAGS[len(tiny.FLAGS) :], "--config.checkpoint.every=4")
+EVALUATED = {"evaluation.json", "confusion.png", "per_class.png", "scores.npz", "videos.csv"}
+
+
+@pytest.fixture(scope="module")
+def run(digits):
+    """Runs a program with the environment of a bucket, or of none; gives what it printed."""
+
+    def run(name, *flags, storage=None, stop=None, status=0):
+        more = [f"--config.data.folder={digits}"] if name == "train" else []
+        begin = group.TRAIN if name == "train" else ("-m", f"mvit_jax.{name}")
+        recipe = RECIPE if name == "train" else ()
+        environment = {} if storage is None else storage.environment
+        started = group.start([*begin, *recipe, *more, *flags], 1, 1, **environment)
+        if stop is not None:
+            group.wait_for(started[0], stop)
+            started[0].send_signal(signal.SIGTERM)
+        [done] = group.finish(started, 500)
+        assert done.status == status, done
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def here(reference, tmp_path_factory):
+    """The same run without a bucket."""
+    return shutil.copytree(reference, tmp_path_factory.mktemp("here") / "run")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    with bucket.serve(tmp_path_factory.mktemp("keys"), "a-bucket") as storage:
+        yield storage
+
+
+@pytest.fixture(scope="module")
+def there(run, storage):
+    """A run in the bucket, stopped and continued."""
+    done = run(
+        "train", "--workdir=gs://a-bucket/runs/b", storage=storage, stop="step 2/", status=143
+    )
+    assert "the same command goes on" in done.out
+    done = run("train", "--workdir=gs://a-bucket/runs/b", "--profile=2:3", storage=storage)
+    assert "(resumed)" in done.out
+    assert "wrote gs://a-bucket/runs/b/report.html" in done.out
+    return "gs://a-bucket/runs/b"
+
+
+def copied(storage, prefix, folder):
+    """The objects whose names begin so, as files."""
+    for name in storage.names("a-bucket", f"{prefix}/"):
+        path = folder / name.removeprefix(f"{prefix}/")
+        if name.endswith("/"):
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(storage.buckets["a-bucket"][name])
+    return folder
+
+
+def assert_equal_states(ours, theirs):
+    ours, theirs = final_state(ours), final_state(theirs)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_ends_with_the_same_parameters(here, there, storage, tmp_path):
+    folder = copied(storage, "runs/b", tmp_path)
+    assert_equal_states(folder, here)
+    assert not [path for path in tiny.ROOT.iterdir() if path.name.startswith("gs:")]
+
+
+@pytest.mark.slow
+def test_all_that_a_run_tells_is_in_the_bucket(here, there, storage, tmp_path):
+    folder = copied(storage, "runs/b", tmp_path)
+    ours, theirs = history.read(folder), history.read(here)
+    first, again = (start["step"] for start in ours.starts)
+    assert first == 0 and 2 <= again < 9
+    assert [t["step"] for t in ours.train] == [t["step"] for t in theirs.train] == [2, 4, 6, 8, 9]
+    # The line that was begun before the stop is a mean over fewer steps.
+    for mine, other in zip(ours.train, theirs.train, strict=True):
+        if not again < mine["step"] < again + 2:
+            assert mine["loss"] == other["loss"]
+    assert [v["top1"] for v in ours.val] == [v["top1"] for v in theirs.val]
+    assert ours.spent["step"] > 0
+    assert (folder / "labels.txt").read_bytes() == (here / "labels.txt").read_bytes()
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (folder, here))
+    theirs["checkpoint"]["every"] = 4
+    assert ours == theirs
+    assert "train/loss" in events.read_scalars(folder)
+    assert list(folder.glob("profile/plugins/profile/*/*.xplane.pb"))
+    assert "<svg" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside(here, there, storage, run, tmp_path):
+    names = [n for n in storage.names("a-bucket", "runs/b/checkpoints/9/params/") if "/d/" in n]
+    assert names
+    for name in names:
+        content = bytearray(storage.buckets["a-bucket"][name])
+        content[len(content) // 2] ^= 1
+        storage.put("a-bucket", name, bytes(content))
+    done = run("train", f"--workdir={there}", storage=storage)
+    assert f"is now {there}/damaged/9, and training goes on from 8" in done.out
+    folder = copied(storage, "runs/b", tmp_path)
+    assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["9"]
+    assert_equal_states(folder, here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("denied", ["digests.json", "params.*alt=media"])
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, denied):
+    before = storage.names("a-bucket", "runs/b/checkpoints/")
+    storage.denied = f"^GET .*a-bucket/(o/)?runs.*checkpoints.*{denied}"
+    try:
+        done = run("train", f"--workdir={there}", storage=storage, status=1)
+    finally:
+        storage.denied = None
+    # What comes after this line is of TensorStore's threads, whose other reads were not waited for.
+    [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the checkpoint gs://a-bucket/runs/b/checkpoints/")
+    assert "cannot be read (" in line
+    assert storage.names("a-bucket", "runs/b/checkpoints/") == before
+
+
+@pytest.mark.nightly
+def test_a_checkpoint_that_is_not_complete_is_none(here, there, storage, run, tmp_path):
+    """As after a kill in the middle of a save, in the first of a run and in a later one."""
+    objects = dict(storage.buckets["a-bucket"])
+    for name in storage.names("a-bucket", "runs/b/"):
+        new = name.replace("runs/b/", "runs/killed/")
+        step = name.split("/")[3] if "/checkpoints/" in name else None
+        if not (step == "9" and name.endswith(("/d", "commit_success.txt"))):
+            storage.put("a-bucket", new, objects[name])
+    done = run("train", "--workdir=gs://a-bucket/runs/killed", storage=storage)
+    assert "from step 8 to 9 (resumed)" in done.out and "damaged" not in done.out
+    assert_equal_states(copied(storage, "runs/killed", tmp_path), here)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_tested_there(here, there, storage, run, tmp_path):
+    run("evaluate", f"--workdir={there}", "--batch=4", storage=storage)
+    folder = copied(storage, "runs/b", tmp_path)
+    assert {path.name for path in folder.iterdir()} >= EVALUATED
+    assert json.loads((folder / "evaluation.json").read_text())["videos"] == 10
+    assert "Not tested yet" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.nightly
+def test_programs_read_a_run_in_a_bucket(here, there, storage, run, digits, tmp_path):
+    found = {}
+    for name, folder, where in (("here", here, None), ("there", there, storage)):
+        run("evaluate", f"--workdir={folder}", "--batch=4", storage=where)
+        video = next(iter(sorted(digits.rglob("*.mp4"))))
+        told = tmp_path / f"{name}.json"
+        run("predict", str(video), f"--workdir={folder}", f"--json={told}", storage=where)
+        program = tmp_path / f"{name}.bin"
+        run("convert", str(folder), "--to=stablehlo", f"--out={program}", storage=where)
+        found[name] = [json.loads(told.read_text())["files"], program.read_bytes()]
+    assert found["here"] == found["there"]
+    folder = copied(storage, "runs/b", tmp_path / "copy")
+    assert {path.name for path in folder.iterdir()} >= EVALUATED
+    ours, theirs = (json.loads((f / "evaluation.json").read_text()) for f in (folder, here))
+    assert ours == theirs
+    assert "Not tested yet" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.nightly
+def test_a_run_goes_on_from_one_in_a_bucket(here, there, storage, run, tmp_path):
+    done = run(
+        "train", f"--workdir={tmp_path / 'on'}", f"--config.resume={there}", "--config.epochs=4",
+        storage=storage,
+    )  # fmt: skip
+    assert f"goes on with the last checkpoint of {there}" in done.out
+    done = run(
+        "train", f"--workdir={tmp_path / 'new'}", f"--config.init.checkpoint={there}",
+        "--config.epochs=0.4", storage=storage,
+    )  # fmt: skip
+    assert f"weights from {there}" in done.out
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run(storage, digits, tmp_path):
+    """The same as one process with two devices, in a folder."""
+    states = []
+    for name, where, processes in (
+        ("one", str(tmp_path / "one"), 1),
+        ("two", "gs://a-bucket/runs/two", 2),
+    ):
+        flags = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={where}"]
+        environment = storage.environment if processes == 2 else {}
+        started = group.start([*group.TRAIN, *flags], processes, 2 // processes, **environment)
+        done = group.finish(started, 500)
+        assert all(d.status == 0 for d in done), done
+        states.append(tmp_path / name)
+    copied(storage, "runs/two", states[1])
+    assert_equal_states(states[1], states[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workdir", "denied", "told"),
+    [
+        ("gs://no-such-bucket/runs/b", None, "there is no bucket gs://no-such-bucket"),
+        ("gs://a-bucket/new", "^GET /storage/v1/b/a-bucket", "roles/storage.objectUser"),
+        ("gs://a-bucket/new", "^POST /upload", "the workdir gs://a-bucket/new cannot be"),
+        ("s3://a-bucket/new", None, "s3://a-bucket/new is neither a folder nor in a bucket"),
+    ],
+    ids=["missing", "not read", "not written", "of another kind"],
+)
+def test_what_a_bucket_refuses_is_one_sentence(storage, run, workdir, denied, told):
+    storage.denied = denied
+    try:
+        done = run("train", f"--workdir={workdir}", storage=storage, status=1)
+    finally:
+        storage.denied = None
+    [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert told in line and "Traceback" not in done.err

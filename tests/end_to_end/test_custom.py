@@ -1,0 +1,52 @@
+"""`configs/custom.py`: own files from the weights of any folder, or a variant from nothing."""
+
+import numpy as np
+import pytest
+
+from mvit_jax import train
+from mvit_jax.models.variants import variant
+from mvit_jax.training import experiment
+from tests.support import tiny
+
+
+def config(name):
+    return tiny.load_config_file("custom").get_config(name)
+
+
+@pytest.mark.slow
+def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tmp_path):
+    run = tmp_path / "run"
+    changes = {"epochs": 0.4, "data.mean": (0.1, 0.2, 0.3), "data.stride": 7, "model.heads": 2}
+    changes["eval.every_epochs"] = 0.0
+    assert train.train(tiny.config(digits, **changes), str(run)) == 0
+    c = config(str(run))
+    assert c.init.checkpoint == str(run)
+    trained = experiment.frozen(run)
+    assert experiment.model_config(c, 8) == experiment.model_config(trained, 8)
+    assert (c.data.mean, c.data.stride, c.data.short_side) == ((0.1, 0.2, 0.3), 7, 32)
+    # It trains, on other classes, from those weights.
+    c.data.folder = str(digits)
+    c.update_from_flattened_dict({"batch": 8, "epochs": 0.4, "eval.every_epochs": 0.0})
+    c.augment.group = 1  # of eight devices each has a clip
+    c.optim.lr = 0.0
+    assert train.train(c.lock(), str(tmp_path / "tuned")) == 0
+    (before, _), (after, _) = (experiment.read_params(tmp_path / n) for n in ("run", "tuned"))
+    kernel = [p["blocks"]["0"]["mlp"]["fc1"]["kernel"] for p in (before, after)]
+    np.testing.assert_allclose(kernel[0], kernel[1], atol=1e-5)  # a rate of 0 but for its ends
+
+
+@pytest.mark.parametrize(("name", "image"), [("mvitv2_l_40x3_312", False), ("mvitv2_t", True)])
+def test_a_variant_brings_its_own_preprocessing(name, image):
+    c = config(name)
+    experiment.check(c)
+    assert c.init.checkpoint is None
+    assert experiment.model_config(c, 5) == variant(name, num_classes=5)
+    assert c.data.short_side == (256 if image else 356)
+    assert c.data.mean == (0.485, 0.456, 0.406)
+    assert c.data.interpolation == ("bicubic" if image else "bilinear")
+    assert c.eval.clips == (1 if image else 5)
+
+
+def test_what_is_neither_is_told():
+    with pytest.raises(ValueError, match="'mvitv2_s_16x3' is none of them; did you mean 'mvitv2_s"):
+        config("mvitv2_s_16x3")

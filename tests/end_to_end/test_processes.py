@@ -1,0 +1,553 @@
+"""Several real processes on this machine are one run: the same results, one voice, one end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mvit_jax import train
+from mvit_jax.common.errors import UserError
+from mvit_jax.training.distributed import cluster, device_table, launch
+from mvit_jax.training.run import history
+from mvit_jax.training.run.checkpoints import Checkpoints
+from tests.support import group, tiny
+from tests.support.group import final_state
+
+# Not AdamW: it would blow up the rounding of gradients that are zero in theory, the key biases.
+SGD = ("--config.optim.name=sgd", "--config.optim.lr=0.1")
+RECIPE = ("-m", "mvit_jax.train", "--config=configs/moving_digits.py", *tiny.RECIPE_FLAGS, *SGD)
+SLOW, NIGHTLY = pytest.mark.slow, pytest.mark.nightly
+EVALUATE = ("-m", "mvit_jax.evaluate")
+# Many more steps than any test waits for.
+LONG = (*group.TRAIN, "--config.epochs=1000", "--config.eval.every_epochs=0")
+
+
+def said(done):
+    """What a process printed, without the lines of gloo, which carries messages between CPUs."""
+    return [line for line in done.out.splitlines() if "[Gloo]" not in line]
+
+
+def run(program, count, devices, *, timeout=600, **more):
+    done = group.finish(group.start(program, count, devices, **more), timeout)
+    assert [d.status for d in done] == [0] * count, "\n".join(d.err[-2000:] for d in done)
+    return done
+
+
+def assert_alike(ours, theirs):
+    """Up to rounding: gloo adds up what devices have in another order than one process does."""
+    assert ours.keys() == theirs.keys() and len(ours) > 60
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_which_one_process_resumes(digits, tmp_path):
+    """Stopped by SIGTERM to one of them, and continued by one; who talks, and who writes."""
+    sgd = tiny.RECIPE | {"optim.name": "sgd", "optim.lr": 0.1}
+    assert train.train(tiny.config(digits, **sgd), str(tmp_path / "one")) == 0
+    program = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'two'}"]
+    two = group.start(program, 2, 1)
+    lines = [line for line in group.lines_until(two[0], "step 2/") if "[Gloo]" not in line]
+    two[1].send_signal(signal.SIGTERM)
+    done = group.finish(two)
+    assert [d.status for d in done] == [128 + signal.SIGTERM] * 2, done[0].err
+    assert lines[0] == "2 processes on 1 host, 2 devices"
+    assert [line.split()[:2] for line in lines[1:3]] == [["process", "0"], ["process", "1"]]
+    step = Checkpoints(tmp_path / "two").step() or 0
+    assert f"stopped at step {step} of 9" in done[0].out and 2 < step < 9
+    assert said(done[1]) == []
+    assert len(list((tmp_path / "two").glob("events.*"))) == 1
+    run(program, 1, 2)
+    told, alone = (history.read(tmp_path / name) for name in ("two", "one"))
+    assert [line["processes"] for line in told.starts] == [2, 1]
+    losses = {line["step"]: line["loss"] for line in told.train}
+    for theirs in alone.train:
+        if not step < theirs["step"] < step + 2:  # a mean over fewer steps
+            assert losses[theirs["step"]] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert [v["top1"] for v in told.val] == [v["top1"] for v in alone.val]
+    assert_alike(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_two_processes_test_a_run_like_one(reference, tmp_path):
+    """10 videos in batches of 8."""
+    for name, count in (("one", 1), ("two", 2)):
+        folder = shutil.copytree(reference, tmp_path / name)
+        first, *others = run([*EVALUATE, f"--workdir={folder}"], count, 1)
+        assert "wrote " in first.out and all(said(other) == [] for other in others)
+    ours, theirs = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")
+    )
+    assert ours == theirs and ours["videos"] == 10 == np.sum(ours["confusion"])
+    ours, theirs = (np.load(tmp_path / name / "scores.npz") for name in ("one", "two"))
+    np.testing.assert_allclose(ours["probabilities"], theirs["probabilities"], atol=1e-6)
+    assert ours["tested"].all()
+
+
+@pytest.fixture(scope="module")
+def one_process(digits, tmp_path_factory):
+    """A run of 9 steps on four devices of one process, tested."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 1, 4)
+    run([*EVALUATE, f"--workdir={folder}"], 1, 4)
+    return folder
+
+
+@pytest.mark.nightly
+def test_training_and_evaluation_in_two_processes_equal_those_in_one(digits, tmp_path, one_process):
+    """With validation, the best checkpoint, averaged weights; 10 test videos in batches of 8."""
+    folder = tmp_path / "run"
+    run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 2, 2)
+    assert_alike(final_state(folder), final_state(one_process))
+    told, alone = history.read(folder), history.read(one_process)
+    assert [v["top1"] for v in told.val] == [v["top1"] for v in alone.val]
+    assert Checkpoints(folder).best_top1 == Checkpoints(one_process).best_top1
+    # The very same weights, tested by two processes.
+    shutil.copytree(one_process, tmp_path / "copy")
+    first, second = run([*EVALUATE, f"--workdir={tmp_path / 'copy'}"], 2, 2)
+    assert said(second) == [] and "wrote " in first.out
+    folders = (tmp_path / "copy", one_process)
+    ours, theirs = (json.loads((path / "evaluation.json").read_text()) for path in folders)
+    assert ours == theirs and ours["videos"] == 10 == np.sum(ours["confusion"])
+    ours, theirs = (np.load(path / "scores.npz") for path in folders)
+    np.testing.assert_allclose(ours["probabilities"], theirs["probabilities"], atol=1e-6)
+    assert ours["tested"].all()
+
+
+@pytest.mark.nightly
+def test_stopped_by_sigterm_to_one_of_four_and_resumed_by_two(digits, tmp_path, one_process):
+    """The state of four processes, split between all of them, goes on split in two, then whole.
+    The second start is stopped as well: before its first step, whose number is not 1."""
+    folder = tmp_path / "run"
+    program = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"]
+    four = group.start([*program, "--config.mesh.fsdp=4"], 4, 1)
+    group.wait_for(four[0], "step 2/")
+    four[2].send_signal(signal.SIGTERM)
+    done = group.finish(four)
+    assert [d.status for d in done] == [128 + signal.SIGTERM] * 4, done[0].err
+    step = Checkpoints(folder).step() or 0
+    assert f"stopped at step {step} of 9" in done[0].out and 2 < step < 8
+    two = group.start([*program, "--config.mesh.fsdp=2"], 2, 2)
+    group.wait_for(two[0], "from step")
+    two[0].send_signal(signal.SIGINT)
+    done = group.finish(two)
+    assert [d.status for d in done] == [128 + signal.SIGINT, 128 + signal.SIGTERM], done[0].err
+    assert Checkpoints(folder).step() == step + 1
+    run(program, 2, 2)
+    assert_alike(final_state(folder), final_state(one_process))
+    assert [line["processes"] for line in history.read(folder).starts] == [4, 2, 2]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path):
+    """Once before training, once in the middle, where the other waits in a collective."""
+    began = time.monotonic()
+    missing = [[], ["--config.data.folder=/nonexistent"]]
+    program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
+    first, second = group.finish(group.start(program, 2, 1, each=missing))
+    assert (first.status, second.status) == (1, 1)
+    assert second.err.count("\n") == 1 and "no data folder /nonexistent" in second.err
+    assert "error: process 1 (" in first.err and "no data folder /nonexistent" in first.err
+    assert time.monotonic() - began < 150  # others would be waited for 300 s
+
+    data = shutil.copytree(digits, tmp_path / "data")
+    broken = [[], [f"--config.data.folder={data}", "--config.data.threads=0"]]
+    two = group.start(program, 2, 1, each=broken)
+    group.wait_for(two[0], "step 2/")
+    for video in data.glob("**/*.mp4"):
+        video.write_bytes(b"")
+    first, second = group.finish(two)
+    assert (first.status, second.status) == (1, 1)
+    assert "error: 10 videos drawn from" in second.err
+    assert "error: process 1 (" in first.err and "10 videos drawn from" in first.err
+    assert "Traceback" not in first.err + second.err
+
+
+@pytest.mark.parametrize("killed", [pytest.param(1, marks=SLOW), pytest.param(0, marks=NIGHTLY)])
+def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
+    program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
+    two = group.start(program, 2, 1)
+    group.wait_for(two[0], "step 2/")
+    two[killed].kill()
+    began = time.monotonic()
+    done = group.finish(two)
+    assert time.monotonic() - began < 80  # silence would be noticed after 90
+    left = done[1 - killed]
+    # JAX aborts by itself where process 0 is gone.
+    assert left.status in (launch.LOST, -signal.SIGABRT) and launch.LOST == 128 + 6
+    if killed == 1:
+        assert left.status == launch.LOST and "Traceback" not in left.err
+        assert re.search(r"error: process 1 has died.*the same command on all", left.err)
+    else:  # JAX itself is quicker than we are
+        assert "coordination service" in left.err or "the same command on all" in left.err
+
+
+@pytest.mark.nightly
+def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_path, one_process):
+    """The collective operation that failed was once taken for a checkpoint that cannot be read."""
+    folder = shutil.copytree(one_process, tmp_path / "run")
+    code = (
+        "import os, sys\n"
+        "import orbax.checkpoint as ocp\n"
+        "from mvit_jax import errors, train\n"
+        "if '--process_id=1' in sys.argv:\n"
+        "    ocp.CheckpointManager.restore = lambda *args, **kwargs: os._exit(9)\n"
+        "errors.run(train.main)"
+    )
+    shutil.rmtree(folder / "checkpoints" / "9")  # there is a step to do
+    flags = [*RECIPE[2:], f"--config.data.folder={digits}", f"--workdir={folder}"]
+    first, second = group.finish(group.start(["-c", code, *flags], 2, 2), 120)
+    assert second.status == 9, second.err
+    assert first.status in (launch.LOST, -signal.SIGABRT), first.err
+    assert "cannot be read" not in first.err and not (folder / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param("config", marks=SLOW), pytest.param("list of videos", marks=SLOW)]
+)
+def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
+    """They would wait for each other in different places."""
+    flags = ["--config.log_every=3"]
+    if what != "config":
+        data = shutil.copytree(digits, tmp_path / "data")
+        lines = (data / "train.csv").read_text().splitlines(keepends=True)
+        (data / "train.csv").write_text("".join(lines[:-1]))
+        flags = [f"--config.data.folder={data}"]
+    program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
+    two = group.start(program, 2, 1, each=[[], flags])
+    first, second = group.finish(two, 120)
+    assert (first.status, second.status) == (1, 1)
+    assert f"has another {what} than process 0: " in second.err
+    expected = {"config": "log_every is 3 here and 2 there", "list of videos": "videos is 23 here"}
+    assert expected[what] in second.err and expected[what] in first.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("hung", [pytest.param(1, marks=NIGHTLY), pytest.param(0, marks=SLOW)])
+def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
+    """Its connections stay open, so that only its silence tells."""
+    code = (
+        "from mvit_jax import errors, train\n"
+        "from mvit_jax.training import processes\n"
+        "processes.SILENT_BEATS = 6\n"
+        "errors.run(train.main)"
+    )
+    flags = [*LONG[2:], f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
+    two = group.start(["-c", code, *flags], 2, 1)
+    group.wait_for(two[0], "step 2/")
+    two[hung].send_signal(signal.SIGSTOP)
+    left = two[1 - hung]
+    _, err = left.communicate(timeout=60)
+    two[hung].kill()
+    group.finish([two[hung]])
+    assert left.returncode == launch.LOST
+    assert f"process {hung} has not been heard of for 12 s" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [pytest.param(signal.SIGTERM, marks=SLOW), pytest.param(signal.SIGKILL, marks=NIGHTLY)],
+)
+def test_what_a_scheduler_sends_to_workers_too(sent, digits, tmp_path):
+    """SIGTERM is for the process that saves its state; none of its workers outlives it."""
+    workers = ["--config.data.processes=2", f"--config.data.folder={digits}"]
+    program = [*LONG, *workers, f"--workdir={tmp_path}"]
+    [process] = group.start(program, 1, 1)
+    group.wait_for(process, "step 4/")
+    children = [
+        int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()
+    ]
+    assert len(children) >= 2
+    for pid in (*children, process.pid) if sent == signal.SIGTERM else (process.pid,):
+        os.kill(pid, sent)
+    [done] = group.finish([process])
+    if sent == signal.SIGTERM:
+        assert done.status == 128 + sent and "stopped at step" in done.out, done.err
+        assert "Traceback" not in done.err
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def small(work):
+    """A program of several processes that does `work`, and takes a process for dead soon."""
+    code = (
+        "import os, sys, time\n"
+        "from mvit_jax import errors\n"
+        "from mvit_jax.training import peers, processes\n"
+        "processes.SILENT_BEATS = 4\n"
+        "def main(argv):\n"
+        "    processes.start()\n"
+        "    with processes.together():\n"
+        f"        {work}\n"
+        "errors.run(main)"
+    )
+    return ["-c", code]
+
+
+@pytest.mark.nightly
+def test_a_process_ends_though_nobody_reads_its_last_words():
+    fails = "assert peers.first() and not time.sleep(100)"
+    two = group.start(small(fails), 2, 1)
+    for process in two:
+        assert process.stdout and process.stderr
+        process.stderr.close()
+    assert [process.wait(60) for process in two] == [1, 1]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("fails", [0, 1])
+def test_process_0_ends_after_one_that_is_slow_to_end(fails):
+    """JAX aborts, with another exit status, whoever is there when process 0 has gone."""
+    slow = "end = os._exit; os._exit = lambda s: (time.sleep(peers.service()[1]), end(s))"
+    work = f"{slow}; assert peers.service()[1] != {fails}; time.sleep(100)"
+    for done in group.finish(group.start(small(work), 2, 1), 60):
+        assert done.status == 1 and "AssertionError" in done.err, done.err
+
+
+@pytest.mark.nightly
+def test_process_0_may_end_long_after_the_others():
+    """It draws and writes what is only needed once; by then the others are not silent but done."""
+    run(small("time.sleep(20) if peers.first() else None"), 2, 1)
+
+
+@pytest.mark.slow
+def test_process_0_that_fails_when_the_others_are_done_ends_them():
+    """Their status says whether the run is whole."""
+    two = group.start(small("assert not peers.first() or time.sleep(8)"), 2, 1)
+    first, second = group.finish(two, 60)
+    assert (first.status, second.status) == (1, 1)
+    assert "AssertionError" in first.err and "process 0 (" in second.err
+
+
+@pytest.mark.slow
+def test_a_connection_that_breaks_while_all_live_is_told_in_its_own_words():
+    """Otherwise a wrong network interface would be "another process has died", over and over."""
+    broken = "exec(\"raise RuntimeError('NCCL error: no socket interface\\\\nmore')\")"
+    two = group.start(small(f"time.sleep(100) if peers.first() else {broken}"), 2, 1)
+    first, second = group.finish(two, 60)
+    assert (first.status, second.status) == (launch.LOST, launch.LOST)
+    for done in (first, second):
+        assert "(NCCL error: no socket interface): the same command on all" in done.err
+    assert "Traceback" in second.err and "Traceback" not in first.err
+
+
+@pytest.mark.nightly
+def test_sigterm_ends_a_test_in_several_processes(one_process):
+    """JAX takes the signal for itself there, and a test has no loop that would ask it."""
+    code = (
+        "import time\n"
+        "from mvit_jax import errors, evaluate\n"
+        "evaluate.test = lambda folder: print('tests', flush=True) or time.sleep(100)\n"
+        "errors.run(evaluate.main)"
+    )
+    two = group.start(["-c", code, f"--workdir={one_process}"], 2, 1)
+    for process in two:
+        group.wait_for(process, "tests")
+    for process in two:
+        process.send_signal(signal.SIGTERM)
+    ended = (-signal.SIGTERM, -signal.SIGABRT, launch.LOST)
+    assert all(done.status in ended for done in group.finish(two, 60))
+
+
+@pytest.mark.slow
+def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
+    code = (
+        "import sys\n"
+        "from mvit_jax.training import processes\n"
+        "processes.peers.START_SECONDS = 2\n"
+        f"processes.connect('127.0.0.1:{group.free_port()}', 2, int(sys.argv[1]))"
+    )
+    for process in ("0", "1"):
+        began = time.monotonic()
+        [done] = group.finish(group.start(["-c", code, process], 1, 1), 60)
+        assert done.status == launch.LOST and done.err.count("\n") == 1, done.err
+        assert (
+            f"error: process {process} of 2 has waited 2 s for the others at 127.0.0.1" in done.err
+        )
+        assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("node1", 2, 0), "--coordinator=node1 must be HOST:PORT"),
+        (("node1:80", 2, 2), "--process_id=2 must be from 0 to 1"),
+        (("node1:80", 0, 0), "--num_processes=0 must be at least 1"),
+        (
+            ("node1:80", None, None),
+            "give --coordinator=HOST:PORT, --num_processes and --process_id",
+        ),
+    ],
+)
+def test_flags_that_do_not_suffice_say_so(given, sentence, no_cluster):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        launch.connect(*given)
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION", "TPU_")):
+            monkeypatch.delenv(name)
+    # This process has used JAX, which refuses to be brought together with others then.
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    return monkeypatch
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_NUM_TASKS": "8"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        SLURM,  # a batch script that uses no srun
+        SLURM | STEP | {"SLURM_STEP_NUM_TASKS": "1"},  # a shell of salloc, or srun --ntasks=1
+        KUBERNETES,  # a notebook
+    ],
+)
+def test_who_is_alone_starts_without_complaint(environ, no_cluster, capfd, recwarn):
+    for name, value in environ.items():
+        no_cluster.setenv(name, value)
+    launch.connect()
+    assert not jax.distributed.is_initialized()
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_a_pod_of_an_indexed_job_never_takes_itself_for_the_only_one(no_cluster):
+    for name, value in (KUBERNETES | {"JOB_COMPLETION_INDEX": "1"}).items():
+        no_cluster.setenv(name, value)
+    no_cluster.setitem(sys.modules, "kubernetes", None)
+    with (
+        pytest.warns(UserWarning, match="Kubernetes"),
+        pytest.raises(UserError, match=r"without the package kubernetes .* or --num_processes=1"),
+    ):
+        launch.connect()
+    launch.connect(num_processes=1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "ids"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        # One task a node with all of its GPUs; JAX would take the first alone.
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+         [0, 1, 2, 3]),
+        # Each task sees its own GPU; JAX would look for one with the task's number.
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3", "SLURM_STEP_TASKS_PER_NODE": "8",
+                  "SLURM_GPUS_PER_TASK": "1"}, [0]),
+        # A task a GPU, all of which see all: as JAX has it.
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, None),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": ""}, None),
+    ],
+)  # fmt: skip
+def test_slurm_tasks_take_the_gpus_they_are_given(environ, ids, no_cluster):
+    assert cluster.slurm_devices(environ) == ids
+
+
+def test_what_slurm_gives_reaches_jax(no_cluster):
+    """The coordinator, the number of processes and the GPUs, as JAX works them out."""
+    environ = SLURM | STEP | {
+        "SLURM_PROCID": "1", "CUDA_VISIBLE_DEVICES": "4,5", "SLURM_STEP_TASKS_PER_NODE": "1(x8)",
+    }  # fmt: skip
+    for name, value in environ.items():
+        no_cluster.setenv(name, value)
+    seen = {}
+
+    class Client:
+        def connect(self):
+            raise UserError("far enough")
+
+    def client(address, process, **options):
+        seen.update(address=address, process=process)
+        return Client()
+
+    from jax._src import distributed, xla_bridge
+
+    no_cluster.setattr(distributed, "global_state", distributed.State())
+    no_cluster.setattr("jaxlib._jax.get_distributed_runtime_client", client)
+    before = xla_bridge.CUDA_VISIBLE_DEVICES.value
+    try:
+        with pytest.raises(UserError, match="far enough"):
+            launch.connect()
+        assert xla_bridge.CUDA_VISIBLE_DEVICES.value == "0,1"
+    finally:
+        jax.config.update("jax_cuda_visible_devices", before)
+    assert seen == {"address": f"n1:{7 + 65535 - 2**12 + 1}", "process": 1}
+
+
+def device_row(process, host="node1", devices=1, **changes):
+    row = {
+        "process": process, "host": host, "platform": "gpu", "kind": "NVIDIA H100",
+        "devices": list(range(process * devices, (process + 1) * devices)),
+        "hardware": [f"/{process * devices + i}" for i in range(devices)],
+        "allotted": None, "slice": 0, "memory": 79.6,
+    }  # fmt: skip
+    return row | changes
+
+
+def test_the_table_of_devices():
+    rows = [device_row(0, devices=2), device_row(1, "node2", 2)]
+    assert device_table.describe(rows).splitlines() == [
+        "2 processes on 2 hosts, 4 devices",
+        "  process 0  node1  2 x NVIDIA H100 of 80 GiB (gpu), numbers 0, 1",
+        "  process 1  node2  2 x NVIDIA H100 of 80 GiB (gpu), numbers 2, 3",
+    ]
+    assert device_table.suspicions(rows) == []
+    many = [device_row(i, f"node{i // 8}") for i in range(64)]
+    assert device_table.describe(many).splitlines() == [
+        "64 processes on 8 hosts, 64 devices",
+        "  64 processes with 1 x NVIDIA H100 of 80 GiB (gpu) each",
+    ]
+    here = device_table.row({})
+    assert here["platform"] == "cpu" and len(here["devices"]) == 8 and here["hardware"] == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([device_row(0), device_row(1, platform="cpu", hardware=[], kind="cpu")],
+         r"processes 1 \(node1\) see no accelerator"),
+        ([device_row(0), device_row(1), device_row(2, devices=2, hardware=["/3", "/4"])],
+         r"processes 2 \(node1\) have another number of devices than the usual 1"),
+        ([device_row(0), device_row(1, hardware=["/0"])],
+         "several processes on node1 use the same GPU 0"),
+        ([device_row(0, allotted="8"), device_row(1, allotted="8")],
+         "node1 has 8 GPUs for this job, and its processes use 2"),
+    ],
+)  # fmt: skip
+def test_what_looks_wrong_is_said(rows, sentence):
+    [found] = device_table.suspicions(rows)
+    assert re.search(sentence, found), found
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
+        (ValueError("shapes do not fit"), False),
+        (UserError("no barrier is in the way of gloo"), False),
+        (OSError("connection reset"), False),  # a disk on a network, say
+    ],
+)
+def test_what_tells_that_a_peer_is_lost(error, lost):
+    assert launch._peer_lost(error) == lost
+    try:
+        raise KeyError("after that") from error
+    except KeyError as later:
+        assert launch._peer_lost(later) == lost

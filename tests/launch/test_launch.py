@@ -1,0 +1,246 @@
+"""Checks of launch/ without a cluster.
+
+Scripts run with stand-ins for the programs of clusters (`stand_ins.py`). shellcheck, hadolint and
+the schemas of Kubernetes check the files.
+"""
+
+import fnmatch
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.support import tiny
+from tests.support.stand_ins import ASKED, LOST, PREEMPTED, stage, until
+
+LAUNCH = tiny.ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
+KUBERNETES = ("1.29", "1.33", "1.37")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    return stage(tmp_path)
+
+
+def checker(name: str) -> str:
+    path = shutil.which(
+        name, path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    )
+    assert path, f"{name} is not installed: pip install -r requirements.txt"
+    return path
+
+
+# Form.
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_careful(path):
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n# ") and "\nset -euo pipefail\n" in text
+    assert os.access(path, os.X_OK)
+    assert max(map(len, text.splitlines())) <= 100
+    subprocess.run(["bash", "-n", path], check=True)
+    done = subprocess.run([checker("shellcheck"), path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_refuse_missing_arguments_in_one_sentence(path, clone):
+    if path.parent.name == "on_host" and path.name == "install.sh":
+        return  # takes none
+    status, out, err = clone.run([clone.clone / path.relative_to(tiny.ROOT)])
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 250
+    assert "needs" in err and not clone.calls() and not clone.starts()
+
+
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if 'usage="' in p.read_text()], ids=str)
+def test_scripts_help(path, clone):
+    status, out, err = clone.run([clone.clone / path.relative_to(tiny.ROOT), "--help"])
+    assert (status, err) == (0, "") and not clone.calls()
+    assert out.startswith(f"usage: {path.relative_to(tiny.ROOT)} ")
+
+
+# Slurm.
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"}
+SBATCH = ("launch/slurm/train.sbatch", *ASKED)
+AGAIN = ["scontrol", "requeue", "7"]
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "again"),
+    [
+        (0, "RUNNING", False),
+        (1, "RUNNING", False),
+        (PREEMPTED, "RUNNING", True),
+        (LOST, "RUNNING", True),
+        (PREEMPTED, "COMPLETING", False),  # it is being cancelled
+        (PREEMPTED, "PREEMPTED", False),  # Slurm does it
+    ],
+)
+def test_a_job_goes_back_into_the_queue_after_143_and_134_alone(status, state, again, clone):
+    clone.trains(status)
+    clone.answer(("squeue", [(state, 0)]))
+    assert clone.run(SBATCH, **JOB)[0] == status
+    assert (AGAIN in clone.calls()) == again
+    python = ".venv/bin/python"
+    assert clone.calls()[0] == [
+        "srun", "--ntasks-per-node=8", "--gpus-per-node=8", "--kill-on-bad-exit=0", python, "-m",
+        "mvit_jax.train", *ASKED,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_a_process_again_and_again_ends(clone):
+    """Slots that ran their full time, which Slurm counts too, are no losses."""
+    clone.answer(("squeue", [("RUNNING", 0)]))
+    statuses = [LOST, LOST, *12 * [PREEMPTED], *11 * [LOST]]
+    clone.trains(*statuses)
+    again = []
+    for number, status in enumerate(statuses):
+        before = clone.calls().count(AGAIN)
+        assert clone.run(SBATCH, **JOB, SLURM_RESTART_COUNT=str(number))[0] == status
+        again.append(clone.calls().count(AGAIN) > before)
+    assert again == [*24 * [True], False]
+
+
+def test_sigterm_to_the_job_reaches_the_program(clone):
+    clone.trains("wait")
+    clone.answer(("squeue", [("RUNNING", 0)]))
+    process = clone.start(SBATCH, **JOB)
+    until(clone.starts)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == PREEMPTED
+    assert (clone.folder / "saved").read_text() == "saved "
+    assert AGAIN in clone.calls()
+
+
+def test_a_job_wants_one_process_a_gpu(clone):
+    status, _, err = clone.run(SBATCH, **JOB | {"SLURM_NTASKS_PER_NODE": "1"})
+    assert status == 2 and "1 processes and 8 GPUs" in err and not clone.calls()
+    clone.trains(0)
+    assert clone.run(SBATCH, SLURM_JOB_ID="7", SLURM_NTASKS_PER_NODE="1")[0] == 0  # a CPU
+
+
+def test_the_job_asks_for_as_many_processes_as_gpus():
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SCRIPT_OF_SLURM, re.MULTILINE))
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert options["signal"] == "TERM@120" and "#SBATCH --requeue\n" in SCRIPT_OF_SLURM
+    assert "gpus-per-task" not in options
+
+
+SCRIPT_OF_SLURM = (LAUNCH / "slurm" / "train.sbatch").read_text()
+
+
+# Kubernetes.
+
+
+def jobset() -> dict[str, Any]:
+    return yaml.safe_load((LAUNCH / "gke" / "jobset.yaml").read_text())
+
+
+def job_and_pod() -> tuple[dict[str, Any], dict[str, Any]]:
+    [part] = jobset()["spec"]["replicatedJobs"]
+    return part["template"]["spec"], part["template"]["spec"]["template"]["spec"]
+
+
+def test_the_jobset_has_a_container_for_each_host_of_the_slice():
+    job, pod = job_and_pod()
+    [container] = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    assert math.prod(map(int, topology.split("x"))) == chips * job["parallelism"]
+    assert job["completions"] == job["parallelism"] and job["completionMode"] == "Indexed"
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert pod["terminationGracePeriodSeconds"] >= 120 and pod["restartPolicy"] == "Never"
+    mounted = {m["name"] for m in container["volumeMounts"]}
+    assert mounted == {v["name"] for v in pod["volumes"]}
+    assert "/dev/shm" in {m["mountPath"] for m in container["volumeMounts"]}
+    from jax._src.clusters import cloud_tpu_cluster
+
+    assert int(cloud_tpu_cluster.coordinator_port) in {
+        p["containerPort"] for p in container["ports"]
+    }
+
+
+def test_kubernetes_accepts_the_job_of_the_jobset():
+    job, _ = job_and_pod()
+    head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
+    for version in KUBERNETES:
+        kubernetes_validate.validate(head | {"spec": job}, version, strict=True)
+
+
+def test_the_jobset_starts_again_after_a_preemption_or_a_lost_host():
+    job, pod = job_and_pod()
+    disruption, codes = job["podFailurePolicy"]["rules"]
+    assert disruption["action"] == "Count" and job["backoffLimit"] == 0
+    assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert codes["action"] == "FailJob" and codes["onExitCodes"] == {
+        "containerName": pod["containers"][0]["name"], "operator": "NotIn",
+        "values": [LOST, PREEMPTED],
+    }  # fmt: skip
+    policy = jobset()["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 10
+    [rule] = policy["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+def test_xpk_starts_the_same_run(clone):
+    arguments = ["n", "c", "z", "v5litepod-16", "image:tag"]
+    assert clone.run(["launch/gke/xpk.sh", *arguments, *ASKED], DRY_RUN="1")[0] == 0
+    [call] = clone.calls()
+    assert call[:3] == ["xpk", "workload", "create"]
+    given = dict(word.removeprefix("--").partition("=")[::2] for word in call[3:])
+    assert (
+        given.pop("command") == r"exec python -m mvit_jax.train --config=c.py --workdir=a\ folder"
+    )
+    assert given == {
+        "workload": "n", "cluster": "c", "zone": "z", "tpu-type": "v5litepod-16",
+        "docker-image": "image:tag", "num-slices": "1", "max-restarts": "100",
+        "termination-grace-period-seconds": "300", "dry-run": "", "skip-validation": "",
+    }  # fmt: skip
+
+
+# The image.
+
+
+def test_the_dockerfile_has_no_fault_and_its_sources_are_there():
+    done = subprocess.run(
+        [checker("hadolint"), LAUNCH / "Dockerfile"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    text = (LAUNCH / "Dockerfile").read_text()
+    ignore = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    let_in = [line[1:] for line in ignore if line.startswith("!")]
+    assert "*" in ignore
+    copied = [w for line in re.findall(r"^COPY (.*)", text, re.M) for w in line.split()[:-1]]
+    assert {"mvit_jax", "configs", "requirements.txt", "launch/cuda12.txt"} <= set(copied)
+    for source in copied:
+        assert (tiny.ROOT / source).exists()
+        assert any(fnmatch.fnmatch(source, p) or source.startswith(f"{p}/") for p in let_in)
+    assert re.search(r"^USER [1-9]\d*$", text, re.M)
+    assert text.index("\nUSER ") < text.index('\nENTRYPOINT ["tini", "--", "python", "-m"]')
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = (x for x in path.read_text().splitlines() if x and not x.startswith("#"))
+    return {name.lower(): version for name, _, version in (x.partition("==") for x in lines)}
+
+
+def test_the_image_of_gpus_is_pinned_and_fits_the_lock():
+    cuda, lock = pins(LAUNCH / "cuda12.txt"), pins(tiny.ROOT / "requirements.txt")
+    assert all(cuda.values()) and not cuda.keys() & lock.keys()
+    assert cuda["jax-cuda12-plugin"] == cuda["jax-cuda12-pjrt"] == lock["jax"]
+    assert {"nvidia-cudnn-cu12", "nvidia-nccl-cu12"} <= cuda.keys()

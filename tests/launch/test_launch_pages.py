@@ -1,0 +1,163 @@
+"""The pages about launching: their commands run with stand-ins, and name what there is."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from tests.project import test_docs
+from tests.support import tiny
+from tests.support.stand_ins import stage
+
+LAUNCH = tiny.ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
+
+
+@pytest.fixture
+def clone(tmp_path):
+    return stage(tmp_path)
+
+
+PAGES = [tiny.ROOT / "docs" / name for name in test_docs.ELSEWHERE]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_of_a_page_runs(page, clone):
+    """With stand-ins for what is not here: `python` and `pip` are recorded as well."""
+    for name in ("python", "python3", "pip", "ssh-agent"):
+        shutil.copy(clone.folder / "bin" / "gcloud", clone.folder / "bin" / name)
+    for name in ("python", "pip"):  # of the clone
+        shutil.copy(clone.folder / "bin" / "gcloud", clone.clone / ".venv" / "bin" / name)
+    for command in (["init", "-q"], ["add", "launch"]):
+        subprocess.run(["git", *command], cwd=clone.clone, check=True)
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", *identity, "commit", "-qm", "all"], cwd=clone.clone, check=True)
+    (clone.clone / "mvit_jax-1.log").write_text("a step\n")
+    clone.answer(
+        ("describe shared", [("ACTIVE", 0)]),
+        ("describe mvit", [("ACTIVE", 0)]),
+        ("projects describe", [("123", 0)]),
+        ("queued-resources list", [("", 0), ("", 0), ("ACTIVE", 0)]),
+        (
+            "train.status",
+            [("training on a: 0", 0), ("training on a: none", 0), ("training on a: 0", 0)],
+        ),
+    )
+    blocks = test_docs.blocks(page)
+    assert {block.language for block in blocks} == {"sh"}
+    script = "\n".join(block.code for block in blocks)
+    status, out, err = clone.run(["bash", "-euo", "pipefail", "-c", script])
+    assert status == 0, f"{out}\n{err}"
+    told = {" ".join(call) for call in clone.calls()}
+    for words in TOLD[page.name]:
+        assert any(re.search(words, call) for call in told), words
+    assert not any("WORKDIR" in call or "None" in call for call in told)
+    assert len(left_behind([" ".join(call) for call in clone.calls()])) == 0
+
+
+# What a page makes that costs as long as it is there, and what gives it back.
+COSTS = {
+    r"tpus queued-resources create (\S+)": "tpus queued-resources delete {0} ",
+    r"container clusters create (\S+)": "container clusters delete {0} ",
+    r"container node-pools create (\S+) --cluster=(\S+)": (
+        "container node-pools delete {0} --cluster={1} "
+    ),
+    r"xpk cluster create --cluster=(\S+)": "xpk cluster delete --cluster={0} ",
+}
+
+
+def left_behind(calls: list[str]) -> list[str]:
+    """The calls that make something for which no later one of the calls gives it back."""
+    left = []
+    for number, call in enumerate(calls):
+        for made, ended in COSTS.items():
+            if found := re.search(made, call):
+                words = ended.format(*found.groups())
+                left += [call] * (not any(words in later for later in calls[number:]))
+    return left
+
+
+# What each page has people run, in the end.
+TOLD = {
+    "launch_tpu.md": [
+        "^gcloud storage buckets create gs://my-bucket --location=us-west4 .*hierarchical",
+        "--member=serviceAccount:123-compute@",
+        "queued-resources create mvit --zone=us-west4-a --accelerator-type=v5litepod-16",
+        "(?s)--command=.*tar -xzf .*on_host/install.sh my-bucket$",
+        "(?s)--command=.*on_host/train.sh --config=configs/kinetics.py:mvit_b_16x4",
+        "--node=0 --worker=0 --command=tail ",
+        "queued-resources delete mvit --zone=us-west4-a --force --quiet",
+        "queued-resources create mvit .*--spot",
+        "queued-resources create mvit4 .*--node-count=4 --node-prefix=mvit4 --spot",
+    ],
+    "launch_gke.md": [
+        "^docker build --file=launch/Dockerfile --build-arg=EXTRA=tpu --tag=us-west4-docker",
+        "^docker push us-west4-docker.pkg.dev/my-project/mvit/mvit_jax:tpu$",
+        "^gcloud container node-pools create slice .*--tpu-topology=4x4 --num-nodes=4",
+        "^kubectl apply --server-side --dry-run=server --filename=launch/gke/jobset.yaml",
+        "^kubectl logs --follow --tail=-1 --selector=",  # not the last 10 lines
+        "^kubectl delete jobset mvit$",
+        "^xpk workload create --workload=mvit --cluster=mvit-xpk",
+    ],
+    "launch_slurm.md": [
+        "^sbatch launch/slurm/train.sbatch --config=configs/kinetics.py:mvit_b_16x4",
+        "^sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm/train.sbatch ",
+        "^sbatch --nodes=1 --ntasks-per-node=1 --gpus-per-node=0 .*configs/moving_digits.py",
+    ],
+    "pod_data.md": [
+        "--command=mkdir -p k400 && gcloud storage rsync --recursive gs://my-bucket/k400 k400",
+        "--data-disk=mode=read-only,source=projects/my-project/zones/us-west4-a/disks/k400",
+    ],
+}
+
+
+def commands_of_ours() -> list[tuple[str, str, list[str]]]:
+    """Returns file, program and flags of each command in launch/, the README and the pages."""
+    commands = []
+    texts = {path: path.read_text() for path in [tiny.ROOT / "README.md", *SCRIPTS]}
+    for path in (tiny.ROOT / "docs").rglob("*.md"):
+        texts[path] = path.read_text()
+    [part] = yaml.safe_load((LAUNCH / "gke/jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    [container] = part["template"]["spec"]["template"]["spec"]["containers"]
+    texts[LAUNCH / "gke" / "jobset.yaml"] = "python -m " + " ".join(container["args"])
+    for path, text in texts.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            scripts = r"train\.sh|keep\.sh|train\.sbatch|xpk\.sh"
+            modules = r"(?:python -m |mvit_jax:cpu +)mvit_jax\.([a-z_]+)"
+            program = re.search(rf"{modules}|({scripts}) ", line)
+            if program:
+                rest = re.split(r"[`;|#]| -- ", line[program.end() :])[0]
+                flags = re.findall(r"--([a-z_]+(?:\.[a-z_.]+)?)(?==| |$)", rest)
+                commands.append((path.name, program[1] or "train", flags))
+    return commands
+
+
+def test_flags_and_keys_of_all_commands_exist():
+    base = tiny.load_config_file("base").get_config()
+    keys = {
+        f"{key}.{inner}" if hasattr(value, "items") else key
+        for key, value in base.items()
+        for inner in (value if hasattr(value, "items") else [""])
+    }
+    commands = commands_of_ours()
+    assert len({file for file, _, flags in commands if flags}) >= 15
+    defined = {program: flags_of(program) for program in {program for _, program, _ in commands}}
+    for file, program, flags in commands:
+        for name in flags:
+            if name.startswith("config."):
+                assert name.removeprefix("config.") in keys, f"{file}: --{name}"
+            else:
+                assert name in defined[program], f"{file}: mvit_jax.{program} has no --{name}"
+
+
+def flags_of(program: str) -> set[str]:
+    """Returns the flags that a program and the modules which it imports for flags define."""
+    texts = [
+        tiny.ROOT / "mvit_jax" / f"{program}.py",
+        tiny.ROOT / "mvit_jax/training/distributed/launch.py",
+    ]
+    pattern = r'DEFINE\w*\(\s*(?:\w+\(\),\s*)?"(\w+)"'
+    defined = {name for path in texts for name in re.findall(pattern, path.read_text())}
+    return defined | {"help"}

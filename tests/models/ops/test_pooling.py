@@ -1,0 +1,272 @@
+"""Every form of pooling against a loop over windows, and its gradients."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mvit_jax.models.mvit import MViT, apply, init
+from mvit_jax.models.ops import pooling
+from mvit_jax.models.plan import MViTConfig, Pool, plan
+from mvit_jax.training.distributed import sharding
+
+CASES = [  # (kernel, stride, size of the grid), each time x height x width
+    ((3, 3, 3), (1, 1, 1), (2, 3, 4)),
+    ((3, 3, 3), (1, 2, 2), (2, 5, 6)),  # queries
+    ((3, 3, 3), (1, 8, 8), (3, 9, 18)),  # keys and values: taps that lie far apart
+    ((3, 3, 3), (1, 8, 8), (2, 3, 2)),  # a grid smaller than the stride
+    ((3, 3, 3), (2, 2, 2), (1, 4, 5)),  # one frame, with a stride along time
+    ((1, 3, 3), (1, 2, 2), (1, 5, 7)),  # images
+    ((1, 5, 5), (1, 4, 4), (1, 8, 11)),  # kernel = stride + 1
+    ((3, 1, 5), (2, 3, 1), (5, 7, 4)),  # every axis of its own
+    ((2, 4, 2), (2, 3, 1), (3, 7, 4)),  # even kernels
+    ((1, 1, 1), (1, 2, 2), (2, 5, 4)),  # windows that leave places out
+]
+BATCH, CHANNELS = 2, 3
+
+
+def windows(grid, case):
+    """(place of the output, the window's places by tap), for each output place."""
+    kernel, stride, size = case
+    padding = [k // 2 for k in kernel]
+    output = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *case[:2], padding, strict=True)]
+    for place in itertools.product(*(range(n) for n in output)):
+        window = {}
+        for tap in itertools.product(*(range(k) for k in kernel)):
+            where = tuple(
+                o * s - p + k for o, s, p, k in zip(place, stride, padding, tap, strict=True)
+            )
+            if all(0 <= i < n for i, n in zip(where, size, strict=True)):
+                window[tap] = grid[:, *where]
+        yield place, window
+
+
+def naive(grid, weight, case, mode):
+    kernel, *_ = case
+    outputs = {}
+    for place, window in windows(grid, case):
+        values = np.stack(list(window.values()))
+        if mode == "max":
+            outputs[place] = values.max(0)
+        elif mode == "avg":
+            outputs[place] = values.sum(0) / np.prod(kernel)
+        else:
+            outputs[place] = sum(weight[tap] * value for tap, value in window.items())
+    shape = [max(i) + 1 for i in zip(*outputs, strict=True)]
+    stacked = np.stack(list(outputs.values()), axis=1)
+    return stacked.reshape(len(grid), *shape, grid.shape[-1])
+
+
+def draw(case, dtype: type = np.float32):
+    rng = np.random.default_rng(0)
+    grid = rng.standard_normal((BATCH, *case[2], CHANNELS)).astype(dtype)
+    weight = rng.standard_normal((*case[0], CHANNELS)).astype(dtype)
+    return grid, weight
+
+
+FORMS = {
+    "max": ("max", lambda grid, weight, plan: pooling.max_pool(grid, plan)),
+    "avg": ("avg", lambda grid, weight, plan: pooling.average_pool(grid, plan)),
+    "depthwise_conv": ("conv", pooling.depthwise_conv),
+    "depthwise_slices": ("conv", pooling.depthwise_slices),
+    "pool, max": ("max", lambda grid, weight, plan: pooling.pool(grid, plan)),
+    "pool, avg": ("avg", lambda grid, weight, plan: pooling.pool(grid, plan, None)),
+    "pool, conv": ("conv", lambda grid, weight, plan: pooling.pool(grid, plan, weight)),
+}
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("pool,")])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_form_is_the_loop_over_windows(case, form):
+    mode, function = FORMS[form]
+    grid, weight = draw(case)
+    plan = Pool(mode, *case[:2])
+    pooled = jax.jit(function, static_argnums=2)(jnp.array(grid), jnp.array(weight), plan)
+    expected = naive(grid.astype(np.float64), weight.astype(np.float64), case, mode)
+    assert pooled.dtype == jnp.float32
+    assert pooled.shape[1:4] == plan.output(case[2])
+    np.testing.assert_allclose(pooled, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_the_dtype_is_the_grids(dtype, form):
+    mode, function = FORMS[form]
+    case = CASES[1]
+    grid, weight = draw(case, np.float64)
+    with jax.enable_x64(True):
+        grid, weight = jnp.array(grid, dtype), jnp.array(weight, dtype)
+        pooled = jax.jit(function, static_argnums=2)(grid, weight, Pool(mode, *case[:2]))
+        assert pooled.dtype == dtype
+        expected = naive(np.array(grid, np.float64), np.array(weight, np.float64), case, mode)
+        tolerance = {"bfloat16": 3e-2, "float32": 1e-6, "float64": 1e-14}[dtype] * np.abs(
+            expected
+        ).max()
+        np.testing.assert_allclose(np.array(pooled, np.float64), expected, rtol=0, atol=tolerance)
+
+
+def gradients(function, grid, weight, case):
+    """Of the pooled grid times fixed numbers, by the grid and by the taps."""
+    plan = Pool("conv", *case[:2])
+    rng = np.random.default_rng(1)
+    factors = rng.standard_normal((BATCH, *plan.output(case[2]), CHANNELS)).astype(grid.dtype)
+    loss = lambda grid, weight: (function(grid, weight, plan) * factors).sum()  # noqa: E731
+    return loss, jax.jit(jax.grad(loss, (0, 1)))(jnp.array(grid), jnp.array(weight))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_by_hand_are_those_of_the_convolution(case):
+    grid, weight = draw(case)
+    _, by_hand = gradients(pooling.depthwise_slices, grid, weight, case)
+    _, by_autodiff = gradients(pooling.depthwise_conv, grid, weight, case)
+    for mine, expected in zip(by_hand, by_autodiff, strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_taps_are_summed_by_rows(rows, dtype, monkeypatch):
+    """As many sums as a large grid has: in bfloat16 they would not go far."""
+    monkeypatch.setattr(pooling, "_rows_in_cache", lambda grid: rows)
+    case = ((3, 3, 3), (1, 2, 1), (8, 36, 5))
+    grid, weight = (jnp.array(x, dtype) for x in draw(case))
+    factors = np.random.default_rng(1).standard_normal((BATCH, 8, 18, 5, CHANNELS))
+    factors = jnp.array(factors, dtype)
+    pooled = functools.partial(pooling.depthwise_slices, grid, plan=Pool("conv", *case[:2]))
+    (taps,) = jax.jit(lambda weight: jax.vjp(pooled, weight)[1](factors))(weight)
+    padded = np.pad(np.float64(grid), [(0, 0), (1, 1), (1, 1), (1, 1), (0, 0)])
+    expected = np.zeros((3, 3, 3, CHANNELS))
+    for t, y, x in np.ndindex(3, 3, 3):
+        met = padded[:, t : t + 8, y : y + 36 : 2, x : x + 5]
+        expected[t, y, x] = (met * np.float64(factors)).sum((0, 1, 2, 3))
+    assert taps.dtype == dtype
+    error = (np.float64(taps) - expected) / expected.std()
+    if dtype == jnp.bfloat16:
+        assert np.sqrt(np.square(error).mean()) < 5e-3
+    else:
+        assert np.abs(error).max() < 1e-5
+
+
+def test_devices_add_up_gradients_of_taps_once():
+    """Each has a clip of its own, and sums over its rows before it asks the others."""
+    case = ((3, 3, 3), (1, 2, 2), (4, 6, 6))
+    rng = np.random.default_rng(0)
+    grid = rng.standard_normal((8, *case[2], CHANNELS)).astype(np.float32)
+    weight = rng.standard_normal((*case[0], CHANNELS)).astype(np.float32)
+
+    def taps(weight, grid):
+        return jax.grad(lambda w: (pooling.depthwise_slices(grid, w, by_conv) ** 2).sum())(weight)
+
+    by_conv = Pool("conv", *case[:2])
+    mesh = sharding.make_mesh(devices=jax.devices())
+    with jax.set_mesh(mesh):
+        by_clip = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        program = jax.jit(taps, in_shardings=(None, by_clip)).lower(weight, grid).compile()
+        split = program(weight, jax.device_put(grid, by_clip))
+    assert (program.as_text() or "").count(" all-reduce(") == 1
+    whole = jax.jit(taps)(weight, grid)
+    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5 * np.std(whole))
+
+
+def test_gradients_by_hand_are_finite_differences():
+    case = ((3, 2, 3), (1, 2, 2), (2, 4, 5))
+    with jax.enable_x64(True):
+        arguments = draw(case, np.float64)
+        loss, by_hand = gradients(pooling.depthwise_slices, *arguments, case)
+        loss = jax.jit(loss)
+        for i, gradient in enumerate(by_hand):
+            assert gradient.dtype == np.float64
+            for place in np.ndindex(gradient.shape):
+                # The loss is linear in each argument: a step of any length gives the derivative.
+                moved = [np.array(a) for a in arguments]
+                moved[i][place] += 0.5
+                difference = (loss(*moved) - loss(*arguments)) / 0.5
+                assert abs(difference - gradient[place]) < 1e-12
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_gradient_of_the_maximum_goes_to_the_largest(case):
+    rng = np.random.default_rng(0)
+    shape = (BATCH, *case[2], CHANNELS)
+    grid = rng.permutation(np.prod(shape)).reshape(shape).astype(np.float32) - 50  # distinct
+    plan = Pool("max", *case[:2])
+    factors = rng.standard_normal((BATCH, *plan.output(case[2]), CHANNELS)).astype(np.float32)
+    expected = np.zeros(shape)
+    for place, window in windows(grid, case):
+        largest = np.max(list(window.values()), 0)  # [batch, channels]
+        for b, c in np.ndindex(largest.shape):
+            expected[b, ..., c] += factors[b, *place, c] * (grid[b, ..., c] == largest[b, c])
+    loss = jax.jit(jax.grad(lambda grid: (pooling.max_pool(grid, plan) * factors).sum()))
+    np.testing.assert_allclose(loss(jnp.array(grid)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_convolution_without_taps_says_so():
+    with pytest.raises(ValueError, match="needs its taps"):
+        pooling.pool(jnp.zeros((1, 1, 2, 2, 1)), Pool("conv", (1, 3, 3), (1, 2, 2)))
+
+
+def test_a_pooling_of_your_own_replaces_all_but_the_skips():
+    config = MViTConfig(
+        frames=2, size=8, num_classes=3, width=4, depths=(1, 1), kv_stride=(1, 2, 2)
+    )
+    calls = []
+
+    def first_of_window(grid, plan, weight):
+        calls.append((plan, None if weight is None else weight.shape))
+        t, h, w = plan.stride
+        return grid[:, ::t, ::h, ::w]
+
+    clip = jax.ShapeDtypeStruct((1, 2, 8, 8, 3), jnp.float32)
+    first, second = plan(config)
+    # Q of the second block; K and V of both, side by side; taps for all the channels.
+    expected = [
+        (first.kv_pool, (3, 3, 3, 2 * 4)),
+        (second.q_pool, (3, 3, 3, 8)),
+        (second.kv_pool, (3, 3, 3, 2 * 8)),
+    ]
+    model = nnx.eval_shape(lambda: MViT(config, rngs=nnx.Rngs(0), pool=first_of_window))
+    nnx.eval_shape(lambda model, clip: model(clip), model, clip)
+    assert calls == expected
+    calls.clear()
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    run = functools.partial(apply, config=config, pool=first_of_window)
+    jax.eval_shape(run, params, clip)
+    assert calls == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_of_equal_values_the_first_gets_the_gradient(case):
+    rng = np.random.default_rng(0)
+    grid = rng.integers(-1, 2, (BATCH, *case[2], CHANNELS)).astype(np.float32)
+    plan = Pool("max", *case[:2])
+    factors = rng.standard_normal((BATCH, *plan.output(case[2]), CHANNELS)).astype(np.float32)
+    expected = np.zeros(grid.shape)
+    for place, window in windows(grid, case):
+        first = np.stack(list(window.values())).argmax(0)  # in the order of taps
+        for b, c in np.ndindex(first.shape):
+            tap = list(window)[first[b, c]]
+            where = [
+                o * s - p + k
+                for o, s, p, k in zip(place, plan.stride, plan.padding, tap, strict=True)
+            ]
+            expected[b, *where, c] += factors[b, *place, c]
+    loss = jax.jit(jax.grad(lambda grid: (pooling.max_pool(grid, plan) * factors).sum()))
+    np.testing.assert_allclose(loss(jnp.array(grid)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["max", "avg", "conv"])
+def test_batches_without_clips_and_of_an_open_number(mode):
+    """The number is symbolic, as in an exported program."""
+    plan = Pool(mode, (1, 3, 3), (1, 2, 2))
+    weight = jnp.ones((1, 3, 3, 4)) if mode == "conv" else None
+    assert pooling.pool(jnp.ones((0, 2, 6, 6, 4)), plan, weight).shape == (0, 2, 3, 3, 4)
+    (batch,) = jax.export.symbolic_shape("b")
+    grid = jax.ShapeDtypeStruct((batch, 2, 6, 6, 4), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda grid: pooling.pool(grid, plan, weight)))(grid)
+    three = jnp.arange(3.0 * 2 * 6 * 6 * 4).reshape(3, 2, 6, 6, 4)
+    np.testing.assert_allclose(exported.call(three), pooling.pool(three, plan, weight), rtol=1e-6)

@@ -1,0 +1,121 @@
+"""Blocks as a loop, and what is computed again: results stay, and each does what it is for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.models import mvit, run_blocks
+from mvit_jax.models.plan import MViTConfig
+
+SMALL = {"size": 16, "width": 4, "num_classes": 3, "kv_stride": (1, 2, 2), "drop_path": 0.4}
+V1 = MViTConfig(frames=4, depths=(1, 3), **SMALL)
+V2 = MViTConfig(
+    frames=4, depths=(1, 3), expand="attention", full_q_pool=True, relative_positions="both",
+    residual_pool="grid", **SMALL,
+)  # fmt: skip
+WAYS = [
+    {"scan": True},
+    {"remat": "cheap"},
+    {"remat": "first_stage"},
+    {"remat": "blocks"},
+    {"scan": True, "remat": "blocks"},
+    {"scan": True, "remat": "cheap"},
+]
+
+
+def loss(params, clip, config, **way):
+    drawn = {"train": True, "key": jax.random.key(3)}
+    logits, _ = mvit.apply(params, clip, config=config, dtype=clip.dtype, **drawn, **way)
+    return (logits * jnp.arange(1.0, 4)[None]).sum()
+
+
+@functools.lru_cache
+def given(config):
+    params = mvit.init(config, jax.random.key(0))
+    clip = jax.random.normal(jax.random.key(1), (3, 4, 16, 16, 3), jnp.float64)
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    plain = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, clip, config)
+    return params, clip, plain
+
+
+QUICK = [("v1", WAYS[1]), ("v2", WAYS[0])]
+SLOW = [("v1", WAYS[2]), ("v1", WAYS[3]), ("v1", WAYS[5]), ("v2", WAYS[4])]
+
+
+def case(name, config, way):
+    mark = pytest.mark.slow if (name, way) in SLOW else pytest.mark.nightly
+    return pytest.param(
+        config, way, id=f"{name}, {way}", marks=[] if (name, way) in QUICK else mark
+    )
+
+
+CASES = [case(*named, way) for named in (("v1", V1), ("v2", V2)) for way in WAYS]
+
+
+@pytest.mark.parametrize(("config", "way"), CASES)
+def test_no_way_of_running_the_blocks_changes_loss_or_gradients(config, way):
+    with jax.enable_x64(True):
+        params, clip, plain = given(config)
+        run = functools.partial(loss, config=config, **way)
+        value, gradients = jax.jit(jax.value_and_grad(run))(params, clip)
+        np.testing.assert_allclose(value, plain[0], rtol=1e-12)
+        for mine, expected in zip(*map(jax.tree.leaves, (gradients, plain[1])), strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-10)
+
+
+def kept(**way) -> dict[tuple[int, ...], int]:
+    """Shapes of all that the forward pass hands to the backward pass, weights left out."""
+    params = mvit.init(V1, jax.random.key(0))
+    clip = jnp.zeros((3, 4, 16, 16, 3))
+    run = functools.partial(loss, clip=clip, config=V1, **way)
+    _, vjp = jax.eval_shape(lambda params: jax.vjp(run, params), params)
+    shapes: dict[tuple[int, ...], int] = {}
+    for leaf in jax.tree.leaves(vjp):
+        if leaf.ndim == 3 and leaf.shape[0] == 3:
+            shapes[leaf.shape] = shapes.get(leaf.shape, 0) + 1
+    return shapes
+
+
+def test_what_is_computed_again_is_not_kept():
+    hidden_first, hidden = (3, 33, 16), (3, 9, 32)  # of the MLPs in stage 0 and in stage 1
+    none, cheap, first, blocks = (kept(remat=remat) for remat in run_blocks.REMAT)
+    assert none[hidden] >= 3 and none[hidden_first] >= 1
+    assert hidden_first not in first and first[hidden] >= 2  # block 1 begins on that grid too
+    assert not {hidden_first, hidden} & set(blocks)
+    assert sum(blocks.values()) < sum(cheap.values()) < sum(none.values())
+
+
+def test_equal_blocks_are_one_loop_and_named_for_profiles():
+    params = mvit.init(V1, jax.random.key(0))
+    lowered = {
+        scan: jax.jit(functools.partial(loss, config=V1, scan=scan))
+        .lower(params, jnp.zeros((1, 4, 16, 16, 3)))
+        .as_text(debug_info=True)
+        for scan in (False, True)
+    }
+    assert "stablehlo.while" in lowered[True]
+    assert lowered[True].count("stablehlo.dot_general") < lowered[False].count(
+        "stablehlo.dot_general"
+    )
+    assert "stage1/blocks2-3" in lowered[True] and "stage1/block3" in lowered[False]
+
+
+@pytest.mark.slow
+def test_cheap_computes_no_product_again():
+    """Each product's gradient has two; one more is a product made anew."""
+    params = mvit.init(V1, jax.random.key(0))
+    clip = jnp.zeros((1, 4, 16, 16, 3))
+
+    def products(**way):
+        run = jax.jit(jax.grad(functools.partial(loss, config=V1, **way)))
+        return (
+            run.trace(params, clip)
+            .lower(lowering_platforms=("cpu",))
+            .as_text()
+            .count("stablehlo.dot_general")
+        )
+
+    assert products(remat="cheap") == products() < products(remat="blocks")

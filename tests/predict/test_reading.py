@@ -1,0 +1,96 @@
+"""Clips decoded in one pass, against `Video.frames` and the pipeline of training and test."""
+
+import itertools
+
+import av
+import numpy as np
+import pytest
+
+from mvit_jax.data import pipeline, sampling
+from mvit_jax.data.images import DecodeError
+from mvit_jax.data.pipeline import ClipSettings
+from mvit_jax.data.video import Video
+from mvit_jax.predict import reading
+from tests.predict.small import textured, write_video
+
+
+@pytest.fixture(scope="module", params=["one key frame", "many, and B-frames"])
+def path(request, tmp_path_factory):
+    options = (
+        {"g": "1000", "bf": "0"} if request.param == "one key frame" else {"g": "12", "bf": "2"}
+    )
+    folder = tmp_path_factory.mktemp("videos")
+    return write_video(folder / "a.mp4", textured(200), **options)
+
+
+def test_frames_come_in_order_and_are_those_of_plain_decoding(path):
+    wanted = [3, 4, 50, 51, 120, 199]
+    with Video(path) as video:
+        got = dict(video.in_order(wanted))
+    assert list(got) == wanted
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for number, frame in got.items():
+        apart = [np.abs(frame.astype(int) - plain).mean() for plain in frames]
+        assert apart[number] < min(0.5, apart[number - 1])  # frames repeat after 100
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+def test_clips_are_the_views_of_the_test_protocol(path, crops):
+    settings = ClipSettings(frames=4, stride=4, size=32, short_side=40)
+    with Video(path) as video:
+        indices = sampling.view_indices(200, 30.0, frames=4, stride=4, clips=7)
+        clips = list(reading.clips(video, indices, settings, crops))
+        expected = pipeline.views(video, settings, clips=7, crops=crops)
+    np.testing.assert_array_equal(np.concatenate(clips), expected)
+
+
+def test_overlapping_clips_decode_each_frame_once_however_many_there_are(path, monkeypatch):
+    settings = ClipSettings(frames=4, stride=4, size=32, short_side=32)
+    indices = np.arange(0, 184, 4)[:, None] + np.arange(0, 16, 4)
+    converted, decoded = [], itertools.count()
+    with Video(path) as video:
+        original, rgb = video._decoded, video._rgb
+
+        def counted(wanted, jumping):
+            for item in original(wanted, jumping):
+                next(decoded)
+                yield item
+
+        monkeypatch.setattr(video, "_decoded", counted)
+        monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(1) or rgb(frame))
+        clips = list(reading.clips(video, indices, settings, 1))
+    assert len(clips) == 46 and len(converted) == len(np.unique(indices))
+    assert next(decoded) <= 200
+
+
+def test_a_damaged_file_is_an_error_when_its_damage_is_reached(path, tmp_path):
+    data = bytearray(path.read_bytes())
+    start = len(data) // 2
+    data[start : start + len(data) // 3] = bytes(len(data) // 3)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(data)
+    settings = ClipSettings(frames=4, stride=4, size=32, short_side=32)
+    indices = np.arange(0, 180)[:, None] + np.arange(0, 16, 4)
+    with pytest.raises(DecodeError), Video(broken) as video:
+        list(reading.clips(video, indices, settings, 1))
+
+
+def test_frames_that_a_header_promises_and_that_never_come_are_the_last_one(path, monkeypatch):
+    with Video(path) as video:
+        original = video._decoded
+        monkeypatch.setattr(
+            video,
+            "_decoded",
+            lambda *args: (pair for pair in original(*args) if pair[0] < 195),
+        )
+        got = dict(video.in_order([190, 194, 198]))
+        monkeypatch.undo()
+        np.testing.assert_array_equal(got[198], video.frames([194])[0])
+        monkeypatch.setattr(
+            video,
+            "_decoded",
+            lambda *args: (pair for pair in original(*args) if pair[0] < 99),
+        )
+        with pytest.raises(DecodeError, match=r"decoding ends after 9\d of its 200 frames"):
+            list(video.in_order([90, 150]))

@@ -1,0 +1,267 @@
+"""The page: what it refuses, and, in a real browser, what people do with it."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data.images import Frames
+from mvit_jax.data.video import Video
+from mvit_jax.predict import server
+from mvit_jax.predict.server import Limits, check_kind, check_size
+from tests.predict import small
+from tests.support import tiny
+
+LIMITS = Limits(megabytes=1, minutes=0.25)
+
+
+def test_kinds_are_told_by_name_and_by_first_bytes(tmp_path):
+    video = small.write_video(tmp_path / "a.mp4", small.textured(10))
+    check_kind(video, list(server.VIDEOS))
+    for ending in ("mov", "mkv", "avi"):
+        path = small.write_video(tmp_path / f"a.{ending}", small.textured(10))
+        check_kind(path.rename(path.with_suffix(f".{ending.upper()}")), list(server.VIDEOS))
+    refused = {
+        "list.mp4": (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "not a video"),
+        "concat.mkv": (b"ffconcat version 1.0\nfile a.mp4\n", "not a video"),
+        "empty.mp4": (b"", "the file is empty"),
+        "a.txt": (b"text", r"takes \.mp4 .*, not \.txt"),
+        "none": (b"text", "not files like this"),
+        "a.png": (b"\x89PNG\r\n\x1a\n", r"not \.png"),
+    }
+    for name, (content, reason) in refused.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            check_kind(tmp_path / name, list(server.VIDEOS))
+    # Of what Pillow would hand to another program, the name does not matter.
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    with pytest.raises(UserError, match="it is not an image"):
+        check_kind(tmp_path / "a.png", [".png"])
+
+
+def test_long_videos_and_large_frames_are_refused(tmp_path, monkeypatch):
+    path = small.write_video(tmp_path / "a.mp4", small.textured(60), rate=10)
+    with Video(path) as video:
+        check_size(video, Limits(1, 0.1))
+        with pytest.raises(UserError, match=r"it is 0:06 long, .* up to 0.05 minutes"):
+            check_size(video, Limits(1, 0.05))
+        video.fps = 1e6  # a file says of itself what it likes
+        with pytest.raises(UserError, match=r"up to 0\.001 minutes"):
+            check_size(video, Limits(1, 0.001))
+        monkeypatch.setattr(server, "MOST_PIXELS", 48 * 64 - 1)
+        with pytest.raises(UserError, match="frames of 64 x 48 pixels are too large"):
+            check_size(video, Limits(1, 0.1))
+    check_size(Frames(np.zeros((1, 10, 10, 3), np.uint8)), Limits(1, 0.01))
+
+
+def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_one_sentence():
+    def load():
+        raise AssertionError("the model is loaded for nothing")
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is in use: choose another --port"):
+            server.serve(load, host="127.0.0.1", port=port, limits=LIMITS, top=5)
+    with pytest.raises(UserError, match=r"cannot listen on 192\.0\.2\.1, port 0"):
+        server.serve(load, host="192.0.2.1", port=0, limits=LIMITS, top=5)
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(server, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape("pip install -e '.[demo]'")):
+        server.serve(lambda: None, host="127.0.0.1", port=0, limits=LIMITS, top=5)
+
+
+@pytest.fixture(scope="module")
+def served(digits, tmp_path_factory):
+    """A server of a small model, and the folder that it may write temporary files to."""
+    folder = tmp_path_factory.mktemp("page")
+    small.make_run(digits, folder / "run")
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "mvit_jax.predict", "--serve", f"--workdir={folder / 'run'}",
+            "--port=0", "--max_mb=1", "--max_minutes=0.25",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(tiny.ROOT)},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + process.stderr.read()
+        yield found[0], temporary
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert process.stderr.read().strip().splitlines()[-1] == "stopped"
+        assert not list(temporary.glob("mvit_jax_*"))
+        assert not (folder / ".gradio").exists()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def browser(served):
+    """A page in Chromium, the addresses that it asked for, and what it wrote to its console."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    assert chromium, "this test needs chromium"
+    with playwright.sync_playwright() as started:
+        open_ = started.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        tab = open_.new_page()
+        tab.asked, tab.errors = [], []
+        tab.on("request", lambda request: tab.asked.append(request.url))
+        tab.on("console", lambda m: tab.errors.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+        tab.goto(served[0])
+        tab.wait_for_selector("input[type=file]", state="attached")
+        yield tab
+        open_.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """One that is too long, or large, or broken, for each reason to refuse it."""
+    good = small.write_video(tmp_path / "good.mp4", small.textured(150, height=40)).read_bytes()
+    (tmp_path / "huge.mp4").write_bytes(good + bytes(2 * 10**6))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "cut.mp4").write_bytes(good[: len(good) // 2])
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")
+    (tmp_path / "words.txt").write_text("no video")
+    small.write_video(tmp_path / "long.mp4", small.textured(500, height=40))
+    small.write_audio(tmp_path / "tone.mp4")
+    return tmp_path
+
+
+def drop(tab, path, wait):
+    """Chooses a file and waits for something to appear."""
+    for close in tab.query_selector_all(".toast-close"):
+        close.click()
+    tab.wait_for_selector(".toast-body", state="detached")
+    tab.set_input_files("input[type=file]", path)
+    tab.wait_for_selector(wait, timeout=120_000)
+    return tab.inner_text(wait)
+
+
+@pytest.mark.browser
+def test_a_good_video_shows_classes_over_time_and_attention(browser, files, served):
+    assert "deleted" in browser.inner_text("body")
+    drop(browser, files / "good.mp4", "h3:has-text('Where it looks')")
+    # The heading may be there before the progress, with its own "100%", is gone.
+    browser.wait_for_selector("text=drawing where it looks", state="detached")
+    body = browser.inner_text("body")
+    assert "good.mp4: 0:05; means over 18 windows" in body
+    assert len(re.findall(r"\d+%", body)) == 5
+    assert re.search(r"0:00 - 0:\d\d\s+\w+\s+0\.\d\d", body)
+    for says in ("classes over time", "attention"):
+        image = browser.wait_for_selector(f"img[alt='{says}']")
+        assert browser.evaluate("i => i.complete && i.naturalWidth > 400", image), says
+    assert not browser.errors
+    outside = [url for url in browser.asked if not url.startswith((served[0], "data:", "blob:"))]
+    assert not outside and len(browser.asked) > 10
+    # What was uploaded is gone, and the page is ready for the next file.
+    browser.wait_for_selector("text=Drop File Here")
+    assert not [path for path in served[1].rglob("*") if path.is_file() and path.stat().st_size]
+    for width in (375, 1280):
+        browser.set_viewport_size({"width": width, "height": 800})
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
+def test_bad_files_are_refused_in_one_sentence_and_the_page_lives(browser, files, served):
+    for name, reason in {
+        "cut.mp4": "it is not a video, or it is damaged or cut off",
+        "empty.mp4": "empty",
+        "list.mp4": "it is not a video, or its beginning is damaged",
+        "long.mp4": "it is 0:17 long, 500 frames, and this page takes videos of up to 0.25 minutes",
+        "tone.mp4": "it holds no video, only other streams",
+        "huge.mp4": "exceed the maximum allowed size of 1.0 Mb",
+        "words.txt": "Invalid file type",
+    }.items():
+        said = drop(browser, files / name, ".toast-body")
+        assert reason.lower() in said.lower(), (name, said)
+        assert "Traceback" not in said and "/" not in said.replace("0:", "")
+    files.joinpath("good.mp4").rename(files / "again.mp4")
+    drop(browser, files / "again.mp4", "p:has-text('again.mp4: 0:05')")
+    assert not [path for path in served[1].rglob("*") if path.is_file() and path.stat().st_size]
+
+
+@pytest.mark.browser
+def test_the_server_gives_and_takes_no_other_files(served):
+    url, temporary = served
+
+    def ask(path, body=None, **headers):
+        request = urllib.request.Request(url + path, body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    for path in ("file=/etc/passwd", "info", "openapi.json", "proxy=http://example.org", "app_id"):
+        assert ask(f"/gradio_api/{path}") == (404, "not found")
+    assert ask("/config")[0] == ask("/docs")[0] == ask("/monitoring")[0] == 404
+    join = (
+        b'{"data": [{"path": "%s", "meta": {"_type": "gradio.FileData"}}], "fn_index": 0, '
+        b'"session_hash": "a"}'
+    )
+    json_type = {"Content-Type": "application/json"}
+    for path in (b"/etc/passwd", b"http://example.org/a.mp4"):
+        assert ask("/gradio_api/queue/join", join % path, **json_type)[0] == 403
+    status, _ = ask("/", Host="evil.example")
+    assert status == 403
+    # Past the chooser: the server looks for itself.
+    upload = (
+        b'--b\r\nContent-Disposition: form-data; name="files"; filename="../../x.mp4"\r\n\r\n'
+        + bytes(2**20 + 1)
+        + b"\r\n--b--\r\n"
+    )
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert ask("/gradio_api/upload", upload, **form)[0] == 413
+    status, answer = ask("/gradio_api/upload", upload.replace(bytes(2**20 + 1), b"x"), **form)
+    assert status == 200 and str(temporary) in answer and ".." not in answer
+
+
+@pytest.mark.browser
+def test_it_ends_at_once_though_a_page_is_open(digits, tmp_path):
+    small.make_run(digits, tmp_path / "run")
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "mvit_jax.predict", "--serve", f"--workdir={tmp_path / 'run'}",
+            "--port=0", "--host=0.0.0.0",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(tiny.ROOT)},
+    )  # fmt: skip
+    try:
+        port = int(process.stdout.readline().split()[0].rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(
+                b"GET /gradio_api/queue/data?session_hash=a HTTP/1.1\r\nHost: a\r\n\r\n"
+            )
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            process.terminate()
+            began = time.monotonic()
+            assert process.wait(timeout=20) == 128 + signal.SIGTERM
+            assert time.monotonic() - began < 10
+        said = process.stderr.read()
+        assert "warning: whoever can reach 0.0.0.0 can use this page" in said
+        assert "Traceback" not in said
+        assert not list(tmp_path.glob("mvit_jax_*"))
+    finally:
+        process.kill()
+        process.communicate()

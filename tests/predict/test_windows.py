@@ -1,0 +1,106 @@
+"""Windows over long videos and segments, against loops written from their definitions."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mvit_jax.data import sampling
+from mvit_jax.predict.windows import Timeline, clock, is_long, windows
+
+SHAPES = [  # frames of the video, its rate, T, tau
+    (900, 30.0, 16, 4), (901, 29.97, 8, 4), (333, 25.0, 8, 8),
+    (5000, 59.94, 32, 3), (40, 3.0, 8, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "fps", "frames", "stride"), SHAPES)
+def test_windows_cover_a_video_and_are_clips_of_the_sampling(count, fps, frames, stride):
+    found = windows(count, fps, frames=frames, stride=stride)
+    span = frames * stride * fps / 30
+    starts = [round(s * fps) for s in found.starts]
+    assert found.starts == pytest.approx(np.asarray(starts) / fps)  # whole frames
+    expected = []
+    while (at := len(expected) * max(span / 2, 1)) < count - span:
+        expected.append(int(at))
+    assert starts == [*expected, int(max(count - span, 0))]
+    for start, row in zip(starts, found.indices, strict=True):
+        # The definition: T frames at even distances, the last one at the end of the span.
+        for i, number in enumerate(row):
+            place = start + i * (span - 1) / (frames - 1)
+            assert number == min(int(place), count - 1) or abs(place - round(place)) < 1e-6
+    assert found.ends[-1] == pytest.approx(count / fps)
+    assert (found.ends[:-1] > found.starts[1:]).all()
+    # A video of one window is the test protocol's clip.
+    one = windows(int(span), fps, frames=frames, stride=stride)
+    clip = sampling.view_indices(int(span), fps, frames=frames, stride=stride, clips=1)
+    np.testing.assert_array_equal(one.indices[-1:], clip)
+
+
+def test_windows_of_image_models_are_seconds_seen_in_their_middle():
+    found = windows(95, 25.0, frames=1, stride=4)
+    assert found.starts.tolist() == [0, 1, 2, 3]
+    assert found.ends.tolist() == [1, 2, 3, 3.8]
+    assert found.indices.tolist() == [[12], [37], [62], [87]]
+    # Of a slow video every frame is seen once.
+    slow = windows(5, 0.5, frames=1, stride=4)
+    assert slow.indices.tolist() == [[0], [1], [2], [3], [4]]
+    assert slow.ends.tolist() == [2, 4, 6, 8, 10]
+
+
+def test_a_video_is_long_where_the_protocols_clips_do_not_cover_it():
+    shape = {"frames": 16, "stride": 4}  # 64 frames at 30 a second
+    assert not is_long(320, 30.0, clips=5, **shape) and is_long(321, 30.0, clips=5, **shape)
+    assert not is_long(640, 30.0, clips=10, **shape) and is_long(641, 30.0, clips=10, **shape)
+    assert not is_long(256, 30.0, clips=1, **shape) and is_long(257, 30.0, clips=1, **shape)
+    assert not is_long(320, 60.0, clips=5, **shape)  # half as long
+    assert not is_long(100, 25.0, frames=1, stride=4, clips=1)
+    assert is_long(101, 25.0, frames=1, stride=4, clips=1)
+
+
+def naive_segments(timeline, step):
+    """Every `step` seconds the class that is on top in the mean of the windows that see it."""
+    tops = []
+    for time in np.arange(step / 2, timeline.ends[-1], step):
+        rows = [
+            p
+            for s, e, p in zip(timeline.starts, timeline.ends, timeline.probabilities, strict=True)
+            if s <= time < e
+        ]
+        mean = np.mean(rows, 0)
+        tops.append((time, int(mean.argmax()), mean.max()))
+    return tops
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_segments_are_the_most_probable_class_at_every_moment(seed):
+    rng = np.random.default_rng(seed)
+    found = windows(600, 30.0, frames=8, stride=4)
+    raw = rng.random((len(found.starts), 3)) ** 3
+    timeline = Timeline(found.starts, found.ends, raw / raw.sum(1, keepdims=True))
+    segments = timeline.segments()
+    assert segments[0].start == 0 and segments[-1].end == 20
+    for one, next_ in itertools.pairwise(segments):
+        assert one.end == next_.start and one.label != next_.label
+    tops = naive_segments(timeline, 0.01)
+    for segment in segments:
+        inside = [(label, p) for time, label, p in tops if segment.start < time < segment.end]
+        assert {label for label, _ in inside} == {segment.label}
+        assert np.mean([p for _, p in inside]) == pytest.approx(segment.probability, abs=0.02)
+
+
+def test_one_window_between_two_scenes_makes_no_segment():
+    found = windows(320, 30.0, frames=8, stride=4)
+    tops = np.eye(3)[[0] * 9 + [2] + [1] * 9] * 0.7 + 0.1
+    segments = Timeline(found.starts, found.ends, tops).segments()
+    assert [segment.label for segment in segments] == [0, 2, 1]  # as sure as its neighbours
+    tops[9] = [0.3, 0.3, 0.4]
+    segments = Timeline(found.starts, found.ends, tops).segments()
+    assert [segment.label for segment in segments] == [0, 1]
+    assert abs(segments[0].end - found.starts[10]) < 0.6
+
+
+def test_times_are_written_as_people_write_them():
+    assert [clock(s) for s in (0.0, 7.4, 59.6, 750.0, 3723.0)] == [
+        "0:00", "0:07", "1:00", "12:30", "1:02:03",
+    ]  # fmt: skip

@@ -1,0 +1,308 @@
+"""The documentation site: it builds without a warning, and every code block of its pages runs.
+
+Blocks of a page run from top to bottom, Python ones in one namespace, in an empty folder that has
+`configs/` as a clone has. What a page states is checked: `expression  # -> repr of its value`, and
+a `text` block after a `sh` block is what that prints (a line `...` stands for any lines). A Python
+block that begins with a comment `# configs/NAME.py` is written there. A block that cannot run here
+has the line `% not run: why` before it, and `NOT_RUN` lists them all.
+
+Commands run on a small scale: the first `python` on the path adds `SMALL` to the programs' flags.
+It then runs a fork of a process that has imported the package (`warm.py`). The check leaves some
+trainings to the nightly tests (`NIGHTLY`).
+"""
+
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mvit_jax
+from mvit_jax.training import in_memory
+from tests.support import commands, tiny, warm
+from tests.support.environment import COMPILER
+
+DOCS = tiny.ROOT / "docs"
+# Pages whose commands need a cluster: `test_launch.py` runs them with stand-ins.
+ELSEWHERE = ("launch_gke.md", "launch_slurm.md", "launch_tpu.md", "pod_data.md")
+PAGES = sorted(
+    path
+    for path in DOCS.rglob("*.md")
+    if re.search(r"^```\w", path.read_text(), re.MULTILINE) and path.name not in ELSEWHERE
+)
+
+# Page, and the first line of the block.
+NOT_RUN = [
+    ("data.md", "python -m mvit_jax.prepare fashion_mnist --out=data/tfds"),
+    ("inside.md", "python -m mvit_jax.predict --serve --workdir=runs/moving_digits"),
+    (
+        "own_data.md",
+        "python -m mvit_jax.train --config=configs/custom.py:weights/v2_s "
+        "--config.data.folder=mine/videos \\",
+    ),
+    (
+        "pods.md",
+        "python -m mvit_jax.podplan --config=configs/kinetics.py:mvit_b_16x4 --topology=v5e:16x16",
+    ),
+    (
+        "pods.md",
+        "python -m mvit_jax.train --config=configs/moving_digits.py --workdir=runs/two \\",
+    ),
+    (
+        "recipes.md",
+        "python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --workdir=runs/b \\",
+    ),
+    ("start.md", "make train"),
+    ("start.md", "python -m pip install -e .            # CPU"),
+]
+
+_IMAGES = ["--config.model.width=16", "--config.model.depths=(1,2)", *tiny.FLAGS[-4:]]
+SMALL = {
+    "mvit_jax.train": [*tiny.FLAGS, "--config.model.heads=1", "--config.epochs=1"],
+    "mvit_jax.train of images": [*_IMAGES, "--config.epochs=1"],
+    "mvit_jax.prepare moving_digits": ["--train_videos=24", "--val_videos=8", "--test_videos=10"],
+    "mvit_jax.podplan": [*tiny.FLAGS[:6], "--config.model.heads=1"],
+    "mvit_jax.convert": ["frames=8", "size=64", "width=16", "depths=(1,1,1)"],
+}
+# By workdir, what only the nightly tests train; the check reads the flags (`--dry_run`), and copies
+# another run where later commands read the folder.
+NIGHTLY = {
+    "runs/pictures": "", "runs/sharded": "", "runs/traced": "", "runs/tuned": "",
+    "runs/vit": "runs/moving_digits",
+}  # fmt: skip
+SHIM = """#!{python} -IS
+import os, shutil, subprocess, sys
+small, nightly, args, flags = {small!r}, {nightly!r}, sys.argv[1:], os.environ.get("XLA_FLAGS", "")
+program = args[1] if args[:1] == ["-m"] else ""
+workdir = "".join(a.removeprefix("--workdir=") for a in args if a.startswith("--workdir="))
+if program == "mvit_jax.train" and any("pictures" in a or "fashion" in a for a in args):
+    program += " of images"
+if program == "mvit_jax.prepare":
+    program += " " + args[2]
+if program == "mvit_jax.convert" and not any(a.startswith("--variant") for a in args):
+    program = ""
+if {compiler!r} not in flags:  # a page has set its own: two devices show as much as eight
+    os.environ["XLA_FLAGS"] = flags.replace("device_count=8", "device_count=2") + " " + {compiler!r}
+command = [{executable!r}, *args, *small.get(program, [])]
+if program == "mvit_jax.podplan" and nightly or workdir in nightly:
+    if not program.startswith("mvit_jax.train"):
+        sys.exit()
+    if nightly[workdir]:
+        shutil.copytree(nightly[workdir], workdir)
+    os.environ.pop("XLA_FLAGS")
+    command += ["--dry_run"]
+os.execv(command[0], command)
+"""
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    language: str
+    code: str
+    line: int  # of the page on which the code begins, from 1
+    not_run: bool
+
+
+def blocks(page: Path) -> list[CodeBlock]:
+    """The fenced blocks of a page but for directives, ```{name}."""
+    found, fence, before = [], None, ""
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if fence is None and line.startswith("```"):
+            fence = (line[3:].strip(), number, before.startswith("% not run: "), [])
+        elif fence is not None and line == "```":
+            language, start, not_run, lines = fence
+            if not language.startswith("{"):
+                found.append(CodeBlock(language, "\n".join(lines), start + 1, not_run))
+            fence = None
+        elif fence is not None:
+            fence[3].append(line)
+        before = line
+    assert fence is None, f"{page}: a fence is left open"
+    return found
+
+
+def run_page(page: Path) -> int:
+    """Runs the blocks of a page in this process and folder; returns how many outputs held."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    checked, printed = 0, ""
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        if block.not_run:
+            continue
+        if block.language == "python":
+            checked += run_python(block, namespace, where)
+        elif block.language == "sh":
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", block.code], capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{where}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            printed = done.stdout
+        elif block.language == "text":
+            pattern = "".join(
+                r"(?:.*\n)*?" if line == "..." else re.escape(line.rstrip()) + r" *\n"
+                for line in block.code.splitlines()
+            )
+            assert re.fullmatch(pattern, printed), f"{where}: it prints\n{printed}"
+            checked += 1
+        else:
+            raise AssertionError(f"{where}: nobody knows how to run {block.language!r}")
+    return checked
+
+
+def run_python(block: CodeBlock, namespace: dict[str, Any], where: str) -> int:
+    """Executes a block, or writes the config that it is; returns how many outputs held."""
+    file = re.match(r"# (configs/\w+\.py)\n", block.code)
+    if file:
+        Path(file[1]).write_text(block.code + "\n")
+        return 0
+    stated = {
+        token.start[0]: token.string.removeprefix("# -> ")
+        for token in tokenize.generate_tokens(io.StringIO(block.code).readline)
+        if token.type == tokenize.COMMENT and token.string.startswith("# -> ")
+    }
+    checked = 0
+    for node in ast.parse(block.code).body:
+        expected = stated.pop(node.end_lineno or 0, None)
+        if expected is None:
+            exec(compile(ast.Module([node], []), where, "exec"), namespace)
+            continue
+        assert isinstance(node, ast.Expr), f"{where}: only an expression has a value: {expected}"
+        value = repr(eval(compile(ast.Expression(node.value), where, "eval"), namespace))
+        assert value == expected, f"{where}: {ast.unparse(node)} is {value}, not {expected}"
+        checked += 1
+    assert not stated, f"{where}: belongs to no statement: {stated}"
+    return checked
+
+
+@pytest.fixture(scope="module")
+def executable():
+    return commands.python()
+
+
+def run_in_empty_folder(page: Path, folder: Path, executable: Path, *, nightly: bool) -> int:
+    shutil.copytree(tiny.ROOT / "configs", folder / "configs")
+    shim = folder / "bin" / "python"
+    shim.parent.mkdir()
+    text = SHIM.format(
+        python=sys.executable, executable=str(executable), small=SMALL, compiler=COMPILER,
+        nightly={} if nightly else NIGHTLY,
+    )  # fmt: skip
+    shim.write_text(text)
+    shim.chmod(0o755)
+    env = warm.environment()
+    env["PATH"] = f"{shim.parent}{os.pathsep}{env['PATH']}"
+    code = (
+        "import sys, pathlib; from tests import test_docs\n"
+        f"{'' if nightly else 'test_docs.make_trials_small()'}\n"
+        "print('\\nheld:', test_docs.run_page(pathlib.Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [executable, "-c", code, str(page)],
+        capture_output=True, text=True, cwd=folder, env=env, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return int(done.stdout.rsplit("held: ", 1)[1])
+
+
+def make_trials_small() -> None:
+    """Has trials of this process train the tiny model, not that of the default experiment."""
+    read = in_memory.read_config
+    small = {f"model.{key}": value for key, value in tiny.MODEL.items()}
+    small |= {"data.short_side": 32, "batch": 8, "eval.batch": 8}
+    in_memory.read_config = lambda name, **changes: read(name, **small | changes)
+
+
+SCALES = [
+    pytest.param(False, id="check", marks=pytest.mark.slow),
+    pytest.param(True, id="whole", marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize("nightly", SCALES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
+def test_every_code_block_runs_and_says_what_is_true(page, nightly, tmp_path, executable):
+    held = run_in_empty_folder(page, tmp_path, executable, nightly=nightly)
+    assert held == len(re.findall(r"# -> |^```text$", page.read_text(), re.MULTILINE))
+
+
+def test_the_blocks_that_are_not_run_are_the_known_few():
+    marked = [
+        (page.relative_to(DOCS).as_posix(), block.code.splitlines()[0])
+        for page in PAGES
+        for block in blocks(page)
+        if block.not_run
+    ]
+    assert marked == NOT_RUN
+    markers = sum(page.read_text().count("% not run") for page in PAGES)
+    assert markers == len(NOT_RUN)  # none of them stands anywhere else
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as `make docs` builds it; a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", str(DOCS), str(folder)],
+        capture_output=True, text=True, cwd=tiny.ROOT,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not done.stderr.strip(), done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_has_every_public_name(site):
+    from sphinx.util.inventory import InventoryFile
+
+    documented = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    names = {name for kind in documented.data.values() for name in kind}
+    for name in mvit_jax.__all__:
+        assert f"{mvit_jax._HOME[name]}.{name}" in names, f"{name} is not in the reference"
+
+
+@pytest.mark.slow
+def test_what_is_made_from_the_code_is_in_the_site(site):
+    from mvit_jax.models.ablations import ABLATIONS
+    from mvit_jax.models.variants import VARIANTS
+
+    variants = (site / "variants.html").read_text()
+    assert all(f">{name}<" in variants for name in VARIANTS)
+    assert variants.count("<tr") > len(VARIANTS) + len(ABLATIONS)
+    assert "36.6 M" in variants and "70.5 G" in variants  # mvit_b_16x4, as the paper rounds
+    keys = (site / "config.html").read_text()
+    base = tiny.load_config_file("base").get_config()
+    for key, value in base.items():
+        for name in [f"{key}.{inner}" for inner in value] if hasattr(value, "items") else [key]:
+            assert f">{name}<" in keys, f"{name} is not in the config reference"
+    programs = (site / "api" / "programs.html").read_text()
+    assert all(
+        f">--{flag}<" in programs for flag in ("workdir", "shuffle_frames", "serve", "inflate")
+    )
+    assert programs.count(">--coordinator<") == 2  # of training and test
+    how = (site / "model.html").read_text()
+    assert how.count("<svg role=") == 5 and "8×14×14" in how
+    assert "currentColor" in how and "#010203" not in how
+
+
+@pytest.mark.slow
+def test_commands_in_docstrings_are_code(site):
+    """An indented command line stands in a block of its own, and backticks are code."""
+    page = (site / "api" / "data.html").read_text()
+    assert "`" not in re.sub(r"<script.*?</script>|<pre>.*?</pre>", "", page, flags=re.DOTALL)
+    assert "highlight-python" in page
+
+
+def test_every_notebook_begins_with_what_it_is_for():
+    for path in (tiny.ROOT / "notebooks").glob("*.ipynb"):
+        first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        assert re.match(r"# .+\n\n\w.{40,}", first), path.name

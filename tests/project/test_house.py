@@ -1,0 +1,202 @@
+"""The house rules: which room imports which, what importing costs, that configs know every key."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+
+import av
+import jax
+import numpy as np
+import pytest
+
+import mvit_jax
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.weights.tensor_files import read_tensors
+from tests.support import commands, tiny, warm
+
+PACKAGE = tiny.ROOT / "mvit_jax"
+# Which room may import which, besides itself; commands may import every room.
+ROOMS = {
+    "analysis": {
+        "training", "training/run", "weights", "data", "models", "models/plan", "common",
+    },
+    "training": {
+        "training/run", "training/distributed", "training/state", "weights", "data", "models",
+        "models/plan", "config", "common",
+    },
+    "training/run": {
+        "training/distributed", "training/state", "weights", "models", "models/plan", "config",
+        "common",
+    },
+    "training/state": {"common"},
+    "training/distributed": {"common"},
+    "weights": {"models", "models/plan", "models/ops", "common"},
+    "data": {"models", "models/plan", "common"},
+    "config": {"models/plan", "common"},
+    "models": {"models/plan", "models/ops", "common"},
+    "models/ops": {"models/plan", "common"},
+    "models/plan": {"common"},
+    "common": set(),
+}  # fmt: skip
+# Rooms inside another one that count as part of it.
+INSIDE = {"data/formats": "data", "data/making": "data"}
+COMMANDS = set(warm.programs())
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    """Returns the room of a module, given as the names after `mvit_jax`."""
+    inner = "/".join(parts[:2])
+    if inner in INSIDE:
+        return INSIDE[inner]
+    return inner if inner in ROOMS else parts[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_rooms_import_only_from_rooms_further_down(path):
+    room = room_of(path.relative_to(PACKAGE).with_suffix("").parts)
+    for name in imports(path):
+        parts = name.split(".")
+        if room not in ("models", "models/ops"):
+            assert not name.startswith("flax.nnx"), f"{path}: {name}"
+        if parts[0] != "mvit_jax" or len(parts) < 2 or path.parent == PACKAGE:
+            continue
+        to = room_of(tuple(parts[1:]))
+        assert to == room or to not in COMMANDS, f"{path} imports the command {name}"
+        if room in ROOMS:
+            assert to == room or to in ROOMS[room], f"{path} imports {name}"
+
+
+def test_no_room_has_more_names_than_a_reader_can_hold():
+    for folder in [PACKAGE, *(p for p in PACKAGE.rglob("*") if p.is_dir())]:
+        names = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/*")}
+        names -= {"__init__", "__pycache__"}
+        assert len(names) <= (15 if folder == PACKAGE else 13), (folder, sorted(names))
+
+
+def test_importing_is_quick_and_brings_no_tensorflow():
+    code = (
+        "import time; began = time.process_time()\n"
+        "import sys, mvit_jax\n"
+        "seconds = time.process_time() - began\n"
+        "mvit_jax.create_model, mvit_jax.plan\n"
+        "print(seconds, 'tensorflow' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, *brought = done.stdout.split()
+    assert float(seconds) < 3 and brought == ["False", "False"]
+
+
+def test_every_public_name_is_there():
+    for name in mvit_jax.__all__:
+        assert getattr(mvit_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
+        _ = mvit_jax.creat_model
+
+
+def test_the_base_config_has_every_field_of_an_architecture():
+    base = tiny.load_config_file("base").get_config()
+    fields = {field.name for field in dataclasses.fields(MViTConfig)}
+    # The number of classes follows from the data.
+    assert set(base.model) - {"variant"} == fields - {"num_classes"}
+    assert base.is_locked
+
+
+@pytest.mark.parametrize("arg", ["mvit", "vit"])
+def test_the_default_experiment_keeps_its_labels_true(arg):
+    config = tiny.load_config_file("moving_digits").get_config(arg)
+    assert config.augment.flip == config.augment.cutmix == config.augment.mixup == 0
+    assert config.augment.crop_area is None
+    with pytest.raises(AttributeError):
+        config.optim.learning_rate = 1
+
+
+@pytest.fixture(scope="module")
+def executable():
+    return commands.python()
+
+
+@pytest.mark.slow
+def test_every_module_imports_and_every_program_helps(executable):
+    def output(*arguments):
+        return subprocess.run(
+            [executable, *arguments], capture_output=True, text=True, env=warm.environment()
+        )
+
+    for program in warm.programs():
+        # absl's --help exits with 1.
+        done = output("-m", f"mvit_jax.{program}", "--help")
+        assert f"python -m mvit_jax.{program}" in done.stdout, done.stderr
+    for path in sorted((tiny.ROOT / "benchmarks").glob("*.py")):
+        done = output("-c", f"import benchmarks.{path.stem}")
+        assert done.returncode == 0, done.stderr
+
+
+def run_readme(executable, block: int, check: str, folder, *, small: bool) -> tuple[str, str]:
+    """Runs a Python example of the README in `folder`; returns it and what `check` then prints.
+
+    With `small`, the variant of the examples is a model of three narrow blocks.
+    """
+    readme = (tiny.ROOT / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(code) == 2
+    program = f"import jax, mvit_jax\nfrom flax import nnx\n{code[block]}\n{check}"
+    if small:
+        narrow = f"dataclasses.replace(VARIANTS['mvit_b_16x4'], **{SMALL!r})"
+        names = "import dataclasses; from mvit_jax.models.variants import VARIANTS"
+        program = f"{names}; VARIANTS['mvit_b_16x4'] = {narrow}\n{program}"
+    done = subprocess.run(
+        [executable, "-c", program],
+        capture_output=True, text=True, cwd=folder, env=warm.environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return code[block], done.stdout.strip().splitlines()[-1]
+
+
+SMALL = {"width": 16, "depths": (1, 1, 1)}
+SIZES = [
+    pytest.param(True, id="small", marks=pytest.mark.slow),
+    pytest.param(False, id="as it is", marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize("small", SIZES)
+def test_the_readmes_example_runs_and_its_shapes_are_true(executable, small, tmp_path):
+    check = "print(logits.shape, features['stages'][0].shape)"
+    code, printed = run_readme(executable, 0, check, tmp_path, small=small)
+    assert printed == "(2, 8) (2, 4, 16, 16, 64)"
+    assert "= (2, 4, 16, 16, 64)" in code
+
+
+@pytest.mark.parametrize("small", SIZES)
+def test_the_readmes_example_of_foreign_weights_runs(executable, small, tmp_path):
+    config = mvit_jax.variant("mvit_b_16x4", **SMALL if small else {})
+    params = jax.jit(lambda: mvit_jax.init(config, jax.random.key(0)))()
+    mvit_jax.save_torch(params, config, tmp_path / "k400.pyth", "slowfast")
+    write_video(tmp_path / "video.mp4", frames=80, size=64)
+    check = "print(clips.shape, report.ok, round(float(probabilities.sum()), 3))"
+    _, printed = run_readme(executable, 1, check, tmp_path, small=small)
+    assert printed == "(5, 16, 224, 224, 3) True 1.0"
+    back = read_tensors(tmp_path / "back.pth").tensors
+    assert back["conv_proj.weight"].shape == (config.width, 3, 3, 7, 7)
+
+
+def write_video(path, frames: int, size: int) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width = stream.height = size
+        for i in range(frames):
+            image = np.full((size, size, 3), 3 * i, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)

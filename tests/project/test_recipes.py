@@ -1,0 +1,390 @@
+"""The recipes in configs/, against the papers' and the released configs' values typed anew.
+
+Rates are typed as the source states them: for one node, times nodes.
+"""
+
+import dataclasses
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+from mvit_jax.common import errors
+from mvit_jax.models import mvit, trees
+from mvit_jax.models.cost import cost
+from mvit_jax.models.plan import plan
+from mvit_jax.models.variants import PUBLISHED, variant
+from mvit_jax.training import experiment
+from mvit_jax.weights import adapt
+from tests.support import tiny
+
+GREY, IMAGENET = ((0.45,) * 3, (0.225,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NODES = 16  # of 8 GPUs: the papers' 128 GPUs
+
+# epochs, warm-up, batch in clips, repeats, highest, first and last rate at that batch, decay,
+# gradient limit, layer decay, mixup and cutmix
+SCRATCH = (200, 30, 16 * 2 * NODES, 2, 1e-4 * NODES, 1e-6 * NODES, 1e-6 * NODES, 0.05, 1, 1, True)
+FROM_1K = (100, 15, 512, 2, 4.8e-4, 4.8e-6, 4.8e-6, 0.05, 1, 1, True)
+FROM_21K = (75, 11.25, 512, 2, 1.6e-4, 1.6e-6, 1.6e-6, 0.05, 1, 1, True)
+LONG = (30, 0, 128, 1, 1.6e-5, 1.6e-7, 1.6e-7, 1e-8, 1, 1, False)
+FIVE = (5, 0, 128, 2, 1.6e-5, 1.6e-7, 1.6e-7, 0.05, 1, 1, True)
+MASKFEAT_S = (100, 20, 512, 2, 6e-4 * NODES, 1e-6 * NODES, 1e-6 * NODES, 0.05, 5, 0.75, True)
+MASKFEAT_L = (75, 5, 256, 1, 6e-4 * NODES, 1e-8 * NODES, 1e-5 * NODES, 0.05, 5, 0.875, True)
+IN_V1 = (300, 70, 4096, 1, 2.5e-4 * 16, 1e-8 * 16, 1e-6 * 16, 0.05, 1, 1, True)
+IN_V2 = (300, 70, 2048, 1, 2e-3, 1e-8 * 8, 1e-6 * 8, 0.05, 1, 1, True)
+IN_V2_L = (300, 70, 2048, 1, 2e-3, 1e-8 * 8, 1e-6 * 8, 0.1, 1, 1, True)
+IN_384 = (30, 0, 256, 1, 4e-5, 4e-7, 4e-7, 1e-8, 1, 1, True)
+IN_384_L = (30, 0, 64, 1, 5e-4, 5e-6, 5e-6, 1e-8, 1, 1, False)
+IN_21K = (90, 13.5, 2048, 1, 6.75e-5 * 8, 1e-8 * 8, 1e-6 * 8, 0.01, 1, 1, True)
+IN_21K_L = (90, 13.5, 2048, 1, 1e-4 * 8, 1e-8 * 8, 1e-6 * 8, 0.1, 1, 1, True)
+IN_21K_H = (60, 9, 2048, 1, 1e-4 * 8, 1e-8 * 8, 1e-6 * 8, 0.1, 1, 1, True)
+IN_FROM_21K = (30, 4.5, 64, 1, 7e-5, 7e-7, 7e-7, 0.05, 1, 1, False)
+IN_512 = (3, 0, 64, 1, 7e-5, 7e-7, 7e-7, 1e-8, 1, 1, True)
+SSV2_V1 = (100, 3, 512, 1, 0.02, 8e-4, 8e-6, 1e-4, 0, 1, True)
+SSV2_S = (100, 3, 16 * 8, 1, 0.0025 * 8, 1e-4 * 8, 1e-6 * 8, 1e-4, 0, 1, True)
+SSV2_B = (100, 3, 16 * 8, 1, 0.0015 * 8, 1e-4 * 8, 1e-6 * 8, 1e-4, 0, 1, True)
+SSV2_L = (40, 3, 8 * 16, 1, 0.00125 * 16, 1e-6 * 16, 1e-6 * 16, 1e-4, 2, 1, False)
+CHARADES = (200, 30, 256, 1, 0.6, 0.024, 2.4e-4, 1e-7, 0, 1, False)
+
+# recipe: (schedule, frames x stride, pixels, drop path, views, inflation, mean and std, published)
+ROWS = {
+    "kinetics:vit_b_8x8": (SCRATCH, "8x8", 224, 0.2, "5x1", None, GREY, "68.5 / 86.9"),
+    "kinetics:vit_b_8x8_in21k": (FROM_21K, "8x8", 224, 0.2, "5x1", "centre", GREY, "79.3 / 93.9"),
+    "kinetics:mvit_s_16x4": (SCRATCH, "16x4", 224, 0.2, "5x1", None, GREY, "76.0 / 92.1"),
+    "kinetics:mvit_s_16x4_max": (SCRATCH, "16x4", 224, 0.2, "5x1", None, GREY, "74.3"),
+    "kinetics:mvit_b_16x4": (SCRATCH, "16x4", 224, 0.2, "5x1", None, GREY, "78.4 / 93.5"),
+    "kinetics:mvit_b_16x4_max": (SCRATCH, "16x4", 224, 0.2, "5x1", None, GREY, "77.2"),
+    "kinetics:mvit_b_32x3": (SCRATCH, "32x3", 224, 0.2, "5x1", None, GREY, "80.2 / 94.4"),
+    "kinetics:mvit_b_64x3": (FIVE, "64x3", 224, 0.2, "3x3", None, GREY, "81.2 / 95.1"),
+    "kinetics:mvit_b24_32x3": (SCRATCH, "32x3", 224, 0.3, "5x1", None, GREY, "80.4 / 94.8"),
+    "kinetics:mvitv2_s_16x4": (SCRATCH, "16x4", 224, 0.2, "5x1", None, GREY, "81.0 / 94.6"),
+    "kinetics:mvitv2_s_16x4_in1k": (FROM_1K, "16x4", 224, 0.2, "5x1", "centre", GREY, "82.2"),
+    "kinetics:mvitv2_s_16x4_in21k": (FROM_21K, "16x4", 224, 0.2, "5x1", "centre", GREY, "82.6"),
+    "kinetics:mvitv2_b_32x3": (SCRATCH, "32x3", 224, 0.3, "5x1", None, GREY, "82.9 / 95.7"),
+    "kinetics:mvitv2_b_32x3_in1k": (FROM_1K, "32x3", 224, 0.3, "5x1", "centre", GREY, "83.3"),
+    "kinetics:mvitv2_b_32x3_in21k": (FROM_21K, "32x3", 224, 0.3, "5x1", "centre", GREY, "84.3"),
+    "kinetics:mvitv2_l_16x4": (SCRATCH, "16x4", 224, 0.75, "5x1", None, IMAGENET, "nothing"),
+    "kinetics:mvitv2_l_16x4_in1k": (FROM_1K, "16x4", 224, 0.75, "5x1", "centre", IMAGENET,
+                                    "nothing"),
+    "kinetics:mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "5x1", "centre", IMAGENET,
+                                     "nothing"),
+    "kinetics:mvitv2_l_40x3": (LONG, "40x3", 224, 0.75, "5x1", None, IMAGENET, "81.4"),
+    "kinetics:mvitv2_l_40x3_in1k": (LONG, "40x3", 224, 0.75, "5x1", None, IMAGENET, "83.4"),
+    "kinetics:mvitv2_l_40x3_in21k": (LONG, "40x3", 224, 0.75, "5x1", None, IMAGENET, "84.5"),
+    "kinetics:mvitv2_l_40x3_312": (LONG, "40x3", 312, 0.75, "5x1", None, IMAGENET, "81.8"),
+    "kinetics:mvitv2_l_40x3_312_in1k": (LONG, "40x3", 312, 0.75, "5x1", None, IMAGENET, "84.4"),
+    "kinetics:mvitv2_l_40x3_312_in21k": (LONG, "40x3", 312, 0.75, "5x3", None, IMAGENET,
+                                         "86.1 / 97.0"),
+    "kinetics:maskfeat_s_16x4": (MASKFEAT_S, "16x4", 224, 0.1, "10x1", None, GREY, "82.2"),
+    "kinetics:maskfeat_l_16x4": (MASKFEAT_L, "16x4", 224, 0.2, "10x1", None, GREY, "84.3"),
+    "kinetics:k600_mvit_b_16x4": (SCRATCH, "16x4", 224, 0.2, "5x1", None, GREY, "82.1 / 95.7"),
+    "kinetics:k600_mvit_b_32x3": (SCRATCH, "32x3", 224, 0.2, "5x1", None, GREY, "83.4 / 96.3"),
+    "kinetics:k600_mvit_b24_32x3": (SCRATCH, "32x3", 224, 0.3, "5x1", None, GREY, "83.8 / 96.3"),
+    "kinetics:k600_mvitv2_b_32x3": (SCRATCH, "32x3", 224, 0.3, "5x1", None, GREY, "85.5 / 97.2"),
+    "kinetics:k600_mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "5x1", "centre", IMAGENET,
+                                          "nothing"),
+    "kinetics:k600_mvitv2_l_32x3_312_in21k": (LONG, "32x3", 312, 0.75, "4x3", None, IMAGENET,
+                                              "87.2 / 97.6"),
+    "kinetics:k600_mvitv2_l_40x3_312_in21k": (LONG, "40x3", 312, 0.75, "4x3", None, IMAGENET,
+                                              "87.5 / 97.8"),
+    "kinetics:k600_mvitv2_l_40x3_352_in21k": (LONG, "40x3", 352, 0.75, "4x3", None, IMAGENET,
+                                              "87.9 / 97.9"),
+    "kinetics:k700_mvitv2_b_32x3": (SCRATCH, "32x3", 224, 0.3, "3x3", None, GREY, "76.6 / 93.2"),
+    "kinetics:k700_mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "3x3", "centre", IMAGENET,
+                                          "nothing"),
+    "kinetics:k700_mvitv2_l_40x3_312_in21k": (LONG, "40x3", 312, 0.75, "3x3", None, IMAGENET,
+                                              "79.4 / 94.9"),
+    "imagenet:mvit_b16": (IN_V1, "1x1", 224, 0.1, "1x1", None, IMAGENET, "83.0"),
+    "imagenet:mvit_b16_max": (IN_V1, "1x1", 224, 0.1, "1x1", None, IMAGENET, "82.5"),
+    "imagenet:mvit_b24": (IN_V1, "1x1", 224, 0.3, "1x1", None, IMAGENET, "83.4"),
+    "imagenet:mvit_b24_max": (IN_V1, "1x1", 224, 0.3, "1x1", None, IMAGENET, "83.1"),
+    "imagenet:mvit_b24_wide_320": (IN_V1, "1x1", 320, 0.3, "1x1", None, IMAGENET, "84.8"),
+    "imagenet:mvit_b24_wide_320_max": (IN_V1, "1x1", 320, 0.3, "1x1", None, IMAGENET, "84.3"),
+    "imagenet:mvitv2_t": (IN_V2, "1x1", 224, 0.1, "1x1", None, IMAGENET, "82.3"),
+    "imagenet:mvitv2_s": (IN_V2, "1x1", 224, 0.1, "1x1", None, IMAGENET, "83.6"),
+    "imagenet:mvitv2_b": (IN_V2, "1x1", 224, 0.3, "1x1", None, IMAGENET, "84.4"),
+    "imagenet:mvitv2_l": (IN_V2_L, "1x1", 224, 0.5, "1x1", None, IMAGENET, "85.3"),
+    "imagenet:mvitv2_b_384": (IN_384, "1x1", 384, 0.3, "1x1", None, IMAGENET, "85.2 (85.6"),
+    "imagenet:mvitv2_l_384": (IN_384_L, "1x1", 384, 0.5, "1x1", None, IMAGENET, "86.0 (86.3"),
+    "imagenet:mvitv2_s_in21k": (IN_21K, "1x1", 224, 0.1, "1x1", None, IMAGENET, "weights"),
+    "imagenet:mvitv2_b_in21k": (IN_21K, "1x1", 224, 0.3, "1x1", None, IMAGENET, "weights"),
+    "imagenet:mvitv2_l_in21k": (IN_21K_L, "1x1", 224, 0.5, "1x1", None, IMAGENET, "weights"),
+    "imagenet:mvitv2_h_in21k": (IN_21K_H, "1x1", 224, 0.8, "1x1", None, IMAGENET, "weights"),
+    "imagenet:mvitv2_l_from_21k": (IN_FROM_21K, "1x1", 224, 0.5, "1x1", None, IMAGENET, "87.5"),
+    "imagenet:mvitv2_h_from_21k": (IN_FROM_21K, "1x1", 224, 0.8, "1x1", None, IMAGENET, "88.0"),
+    "imagenet:mvitv2_l_384_from_21k": (IN_FROM_21K, "1x1", 384, 0.5, "1x1", None, IMAGENET,
+                                       "88.2 (88.4"),
+    "imagenet:mvitv2_h_384_from_21k": (IN_FROM_21K, "1x1", 384, 0.8, "1x1", None, IMAGENET,
+                                       "88.3 (88.6"),
+    "imagenet:mvitv2_h_512_from_21k": (IN_512, "1x1", 512, 0.8, "1x1", None, IMAGENET,
+                                       "88.3 (88.8"),
+    "ssv2:mvit_b_16x4": (SSV2_V1, "16x4", 224, 0.4, "1x3", None, GREY, "64.7 / 89.2"),
+    "ssv2:mvit_b_32x3": (SSV2_V1, "32x3", 224, 0.4, "1x3", None, GREY, "67.1 / 90.8"),
+    "ssv2:mvit_b_64x3": (SSV2_V1, "64x3", 224, 0.4, "1x3", None, GREY, "67.7 / 90.9"),
+    "ssv2:mvit_b_16x4_k600": (SSV2_V1, "16x4", 224, 0.4, "1x3", None, GREY, "66.2 / 90.2"),
+    "ssv2:mvit_b_32x3_k600": (SSV2_V1, "32x3", 224, 0.4, "1x3", None, GREY, "67.8 / 91.3"),
+    "ssv2:mvit_b24_32x3_k600": (SSV2_V1, "32x3", 224, 0.4, "1x3", None, GREY, "68.7 / 91.5"),
+    "ssv2:vit_b_8x8_in21k": (SSV2_V1, "8x8", 224, 0.4, "1x3", None, GREY, "63.5 / 88.3"),
+    "ssv2:mvitv2_s_16x4": (SSV2_S, "16x4", 224, 0.4, "1x3", None, GREY, "68.2 / 91.4"),
+    "ssv2:mvitv2_b_32x3": (SSV2_B, "32x3", 224, 0.4, "1x3", None, GREY, "70.5 / 92.7"),
+    "ssv2:mvitv2_b_32x3_in21k": (SSV2_B, "32x3", 224, 0.4, "1x3", None, GREY, "72.1 / 93.4"),
+    "ssv2:mvitv2_l_40x3_312_in21k": (SSV2_L, "40x3", 312, 0.75, "1x3", None, IMAGENET,
+                                     "73.3 / 94.1"),
+    "charades:mvit_b_16x4": (CHARADES, "16x4", 224, 0.45, "10x3", None, GREY, "40.0 mAP"),
+    "charades:mvit_b_32x3": (CHARADES, "32x3", 224, 0.45, "10x3", None, GREY, "44.3 mAP"),
+    "charades:mvit_b_64x3": (CHARADES, "64x3", 224, 0.45, "10x3", None, GREY, "46.3 mAP"),
+    "charades:mvit_b_16x4_k600": (CHARADES, "16x4", 224, 0.45, "10x3", None, GREY, "43.9 mAP"),
+    "charades:mvit_b_32x3_k600": (CHARADES, "32x3", 224, 0.45, "10x3", None, GREY, "47.1 mAP"),
+    "charades:mvit_b24_32x3_k600": (CHARADES, "32x3", 224, 0.45, "10x3", None, GREY, "47.7 mAP"),
+}  # fmt: skip
+
+CLASSES = {
+    "kinetics": 400, "k600": 600, "k700": 700, "imagenet": 1000, "in21k": 19168, "ssv2": 174,
+    "charades": 157,
+}  # fmt: skip
+FILES = ("kinetics", "imagenet", "ssv2", "charades")
+
+
+@lru_cache
+def recipe(name):
+    file, _, arg = name.partition(":")
+    return tiny.load_config_file(file).get_config(arg)
+
+
+def data_of(name):
+    """Which data a recipe is for, of CLASSES."""
+    file, _, arg = name.partition(":")
+    if file == "kinetics":
+        return arg[:4] if arg.startswith("k") else file
+    return "in21k" if file == "imagenet" and arg.endswith("_in21k") else file
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_has_the_papers_values(name):
+    schedule, sampling, size, drop_path, views, inflate, normal, published = ROWS[name]
+    epochs, warmup, batch, repeats, high, first, last, decay, clip, layers, mix = schedule
+    c = recipe(name)
+    experiment.check(c)
+    factor = c.batch / c.optim.lr_batch
+    rates = [rate * factor for rate in (c.optim.lr, c.optim.start_lr, c.optim.end_lr)]
+    assert rates == pytest.approx([high, first, last])
+    assert (c.epochs, c.optim.warmup_epochs, c.batch) == (epochs, warmup, batch)
+    assert c.data.repeats == repeats
+    assert (c.optim.weight_decay, c.optim.clip_norm, c.optim.layer_decay) == (decay, clip, layers)
+    assert (c.augment.mixup, c.augment.cutmix) == ((0.8, 1.0) if mix else (0, 0))
+    sgd = name.startswith(("ssv2", "charades"))
+    assert (c.optim.name, c.optim.momentum, c.optim.b1, c.optim.b2, c.optim.ema) == (
+        "sgd" if sgd else "adamw", 0.9, 0.9, 0.999, 0,
+    )  # fmt: skip
+    model = experiment.model_config(c, c.data.classes)
+    assert (f"{model.frames}x{c.data.stride}", model.size) == (sampling, size)
+    assert model.drop_path == drop_path
+    images_or_maskfeat = name.startswith("imagenet") or "maskfeat" in name
+    assert model.dropout == (0.0 if images_or_maskfeat else 0.5)
+    assert f"{c.eval.clips}x{c.eval.crops}" == views
+    assert c.init.inflate == inflate and inflate in (None, *adapt.INFLATIONS)
+    assert (tuple(c.data.mean), tuple(c.data.std)) == normal
+    assert c.published.startswith(published)
+    assert c.data.classes == model.num_classes == CLASSES[data_of(name)]
+    assert c.data.short_side == {224: 256, 312: 356, 320: 365, 352: 402, 384: 438, 512: 585}[size]
+    assert plan(model)
+
+    a, data = c.augment, c.data
+    assert (a.erase, a.erase_mode, a.switch) == (0.25, "pixel", 0.5)
+    file = name.partition(":")[0]
+    operations = "m7-n4"
+    if file == "imagenet":
+        operations = "m9-n4" if name.endswith("_max") else "m9-n6"
+    elif "maskfeat" in name:
+        operations = "m7-n2"
+    assert a.randaugment == f"rand-{operations}-mstd0.5-inc1"
+    assert a.label_smoothing == (0 if file == "charades" else 0.1)
+    assert a.flip == (0 if file == "ssv2" else 0.5)
+    if file == "ssv2":
+        wide = (356, 446) if "_312" in name else (256, 320)
+        assert (a.crop_area, a.jitter, data.sampling) == (None, wide, "segments")
+    else:
+        assert (a.crop_area, a.jitter) == ((0.08, 1.0), None)
+        assert data.sampling == ("stride" if file == "charades" else "span")
+    assert data.interpolation == ("bicubic" if file == "imagenet" else "bilinear")
+    assert data.multi_label == (file == "charades")
+    assert c.eval.ensemble == ("max" if file == "charades" else "mean")
+    assert not c.eval.whole_image
+    if file in ("kinetics", "charades"):
+        assert a.short_side == (320 if "maskfeat" in name else int(size / 0.875))
+    else:
+        assert a.short_side is None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_recipe_that_a_file_names_is_in_the_table(file):
+    with pytest.raises(ValueError, match=f"configs/{file}.py has .*, not 'no_such'") as error:
+        tiny.load_config_file(file).get_config("no_such")
+    named = str(error.value).partition(" has ")[2].partition(", not ")[0].split(", ")
+    assert sorted(f"{file}:{arg}" for arg in named) == sorted(
+        name for name in ROWS if name.startswith(file)
+    )
+
+
+def test_the_papers_gpus_share_a_mixing_weight():
+    groups = {name: recipe(name).augment.group for name in ROWS}
+    assert groups["kinetics:mvit_b_16x4"] == groups["kinetics:mvitv2_b_32x3"] == 4
+    assert groups["imagenet:mvitv2_s"] == 256 // 8
+    assert groups["ssv2:mvitv2_s_16x4"] == 16 // 8
+    assert groups["ssv2:mvit_b_16x4"] == 8
+    assert all(recipe(name).batch % group == 0 for name, group in groups.items())
+
+
+def test_where_weights_come_from():
+    def needed(name):
+        return recipe(name).init.needed
+
+    scratch = (SCRATCH, IN_V1, IN_V2, IN_V2_L, IN_21K, IN_21K_L, IN_21K_H)
+    for name, (schedule, *_) in ROWS.items():
+        assert (needed(name) is None) == (schedule in scratch), name
+    assert needed("kinetics:mvit_b_64x3") == "weights of mvit_b_32x3 trained on Kinetics-400"
+    assert needed("kinetics:mvitv2_s_16x4_in1k") == "weights of mvitv2_s trained on ImageNet-1k"
+    assert "model.expand=attention" in needed("kinetics:mvitv2_l_16x4_in1k")
+    assert "expand" not in needed("kinetics:mvitv2_l_16x4_in21k")
+    assert needed("kinetics:k700_mvitv2_l_40x3_312_in21k") == (
+        "weights of mvitv2_l_16x4_in21k trained on Kinetics-700"
+    )
+    assert needed("ssv2:mvit_b24_32x3_k600").endswith("kinetics.py:k600_mvit_b24_32x3")
+    assert needed("charades:mvit_b_64x3").endswith("kinetics.py:mvit_b_64x3")
+    assert needed("imagenet:mvitv2_h_512_from_21k").startswith("weights of mvitv2_h_384_from_21k")
+    # What it names is a recipe of that file.
+    for name in ROWS:
+        if name.startswith(("ssv2", "charades")):
+            assert f"kinetics:{needed(name).rpartition(':')[2]}" in ROWS, name
+
+
+def test_a_recipe_without_its_weights_is_refused_in_a_sentence():
+    config = recipe("kinetics:mvit_b_64x3").copy_and_resolve_references()
+    with pytest.raises(errors.UserError, match="weights of mvit_b_32x3 trained on Kinetics-400"):
+        experiment.check_start(config)
+    config.init.checkpoint = "runs/mvit_b_32x3"
+    experiment.check_start(config)
+    experiment.check_start(recipe("kinetics:mvit_b_16x4"))
+
+
+def test_images_may_lie_in_folders():
+    plain, folders = (
+        tiny.load_config_file("imagenet").get_config(f"mvitv2_s{end}") for end in ("", ",folders")
+    )
+    assert (plain.data.tfds, plain.data.val_list) == ("imagenet2012:5.1.0", "validation")
+    assert (folders.data.tfds, folders.data.source) == (None, "folders")
+    assert (folders.data.train_list, folders.data.val_list) == ("train", "val")
+    assert (folders.optim.lr, folders.batch) == (plain.optim.lr, plain.batch)
+    assert recipe("imagenet:mvitv2_s_in21k").data.tfds is None
+    with pytest.raises(ValueError, match="not 'mvitv2_s,shards'"):
+        tiny.load_config_file("imagenet").get_config("mvitv2_s,shards")
+
+
+def test_the_24_blocks_of_the_released_config_have_its_pools():
+    """53.1 M parameters and 235.8 G multiply-adds by that config; the paper's have 3x3x3."""
+    config = recipe("kinetics:mvit_b24_32x3")
+    found = cost(experiment.model_config(config, 400))
+    assert (found.parameters / 1e6, found.multiply_adds / 1e9) == pytest.approx(
+        (53.1, 235.8), rel=1e-3
+    )
+    assert recipe("kinetics:k600_mvit_b24_32x3").model.pool_kernel is None
+
+
+def small_model(name, **changes):
+    """The architecture of a recipe, of one narrow block a stage; tokens as many as there."""
+    c = recipe(name)
+    model = experiment.model_config(c, c.data.classes)
+    return dataclasses.replace(
+        model, width=16 * model.heads, depths=(1,) * len(model.depths), **changes
+    )
+
+
+def source_of(name):
+    """The small architecture of the weights that a recipe starts from."""
+    needed, ending = recipe(name).init.needed, name.rpartition("_")[2]
+    if "vit_b16" in needed:
+        return variant("vit_b16", num_classes=21841, width=16 * 12, depths=(1,))
+    if "maskfeat" in name:
+        return small_model(name)
+    if name.startswith(("ssv2", "charades")):
+        return small_model(f"kinetics:{needed.rpartition(':')[2]}")
+    known = needed.split()[2]
+    if "ImageNet" in needed:
+        grown = {"expand": "attention"} if "model.expand=attention" in needed else {}
+        trained = f"{known}_in21k" if ending == "in21k" and "in21k" not in known else known
+        return small_model(f"imagenet:{trained}", **grown)
+    data = {"600": "k600_", "700": "k700_"}.get(needed[-3:], "")
+    return small_model(f"kinetics:{data}{known}")
+
+
+def alike(model):
+    """Returns a model without what no shape of a block depends on."""
+    return dataclasses.replace(model, num_classes=2, drop_path=0.0, dropout=0.0)
+
+
+def transfer(name):
+    """Returns the architectures that weights leave and enter, and how they are inflated."""
+    c = recipe(name)
+    return alike(source_of(name)), alike(small_model(name)), c.init.inflate
+
+
+def whole(name):
+    return alike(experiment.model_config(recipe(name), 2))
+
+
+def shallow(name):
+    """Returns the architecture with the kinds of blocks of each stage: its first, and another."""
+    model = whole(name)
+    return dataclasses.replace(model, depths=tuple(min(depth, 2) for depth in model.depths))
+
+
+def distinct(key, names):
+    """Returns the first of all names that have the same key."""
+    return list({key(name): name for name in reversed(list(names))}.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", distinct(transfer, [n for n in ROWS if recipe(n).init.needed]))
+def test_the_weights_that_a_recipe_names_fit_it(name):
+    source, target, inflate = transfer(name)
+    source = dataclasses.replace(source, num_classes=3)
+    params = {path: np.ones(shape, np.float32) for path, shape in mvit.shapes(source).items()}
+    fitted, report = adapt.carry_over(trees.nested(params), source, target, inflate)
+    assert report.ok
+    new = {line.path for line in report.lines if line.done == "new"}
+    allowed = {"head/classifier/kernel", "head/classifier/bias"}
+    if not source.class_token:
+        allowed |= {"positions/class_token"}
+    assert new <= allowed
+    if inflate:  # nothing but the centre frame
+        kernel = fitted["patch_embed"]["proj"]["kernel"]
+        frames = [bool(frame.any()) for frame in kernel]
+        assert frames == [i == len(frames) // 2 for i in range(len(frames))]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        *(pytest.param(n, shallow, marks=pytest.mark.slow) for n in distinct(shallow, ROWS)),
+        *(pytest.param(n, whole, marks=pytest.mark.nightly) for n in distinct(whole, ROWS)),
+    ],
+)
+def test_the_architecture_of_a_recipe_can_be_built(name, architecture):
+    assert mvit.shapes(architecture(name))["head/classifier/bias"] == (2,)
+
+
+def test_every_published_row_of_the_variants_has_a_recipe():
+    """mvit_b_32x2 stands in an ablation alone."""
+    files = {
+        "Kinetics-400": "kinetics:",
+        "Kinetics-600": "kinetics:k600_",
+        "ImageNet-1k": "imagenet",
+    }
+    for model, row in PUBLISHED.items():
+        figures = [
+            recipe(name).published
+            for name in ROWS
+            if name.startswith(files[row.data]) and model[:8] in name
+        ]
+        found = any(f"{row.top1}" in figure for figure in figures)
+        assert found or model == "mvit_b_32x2", model

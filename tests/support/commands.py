@@ -1,0 +1,44 @@
+"""Command lines of the programs, run as forks of one process that has imported the libraries.
+
+    status, output = run("train", "--config=configs/moving_digits.py", "--config.batch=0")
+
+A fork prints and returns the same as `python -m mvit_jax.train`, and saves the seconds of the
+imports (`warm.py`). It sees one simulated device. One test per program starts a real interpreter
+(`fresh`).
+"""
+
+import atexit
+import contextlib
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support import warm
+from tests.support.environment import of_process
+
+
+@functools.cache
+def python() -> Path:
+    """Returns the executable of this process's forks, which ends with it."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(warm.python())
+
+
+def run(program: str, *flags: object, cwd: object = warm.ROOT) -> tuple[int, str]:
+    """Returns exit status (negative: a signal) and stdout followed by stderr."""
+    return _run(python(), warm.environment(), program, flags, cwd)
+
+
+def fresh(program: str, *flags: object, cwd: object = warm.ROOT) -> tuple[int, str]:
+    """Returns the same of an interpreter of its own."""
+    return _run(sys.executable, of_process(1), program, flags, cwd)
+
+
+def _run(executable, environment, program, flags, cwd) -> tuple[int, str]:
+    done = subprocess.run(
+        [executable, "-m", f"mvit_jax.{program}", *map(str, flags)], capture_output=True,
+        text=True, timeout=300, cwd=str(cwd), env=environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr

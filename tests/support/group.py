@@ -1,0 +1,103 @@
+"""Several processes of one program on this machine, as on the hosts of a pod."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mvit_jax.training.run.checkpoints import Checkpoints
+from tests.support import tiny
+from tests.support.environment import of_process
+
+TRAIN = ("-m", "mvit_jax.train", "--config=configs/moving_digits.py", *tiny.FLAGS)
+
+
+@dataclass
+class Done:
+    """What a process printed, and its exit status (negative: the signal that ended it)."""
+
+    status: int
+    out: str
+    err: str
+
+
+def start(
+    program: Sequence[str], processes: int, devices: int, *,
+    each: Sequence[Sequence[str]] = (), **environment: str,
+) -> list[subprocess.Popen[str]]:  # fmt: skip
+    """Starts `processes` of a program with `devices` each; `each` has flags for one alone."""
+    env = of_process(devices) | environment
+    port = free_port()
+    started = []
+    for i in range(processes):
+        flags = list(each[i]) if each else []
+        if processes > 1:
+            flags += [
+                f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
+                f"--process_id={i}",
+            ]  # fmt: skip
+        command = [sys.executable, *program, *flags]
+        started.append(
+            subprocess.Popen(
+                command, cwd=tiny.ROOT, env=env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    return started
+
+
+def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 600) -> list[Done]:
+    """Waits for all; whoever takes longer is killed."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [
+        Done(process.returncode, out, err)
+        for process, (out, err) in zip(started, outputs, strict=True)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(process: subprocess.Popen[str], beginning: str, lines: int = 1) -> str:
+    """Returns the line when a process has printed so many that begin so."""
+    return lines_until(process, beginning, lines)[-1] + "\n"
+
+
+def lines_until(process: subprocess.Popen[str], beginning: str, lines: int = 1) -> list[str]:
+    """Returns all lines that a process prints up to the one that wait_for returns."""
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line.rstrip("\n"))
+        lines -= line.startswith(beginning)
+        if lines == 0:
+            return printed
+    raise AssertionError(f"ended before {beginning!r}: {process.communicate()[1]}")
+
+
+def final_state(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the last checkpoint, by its path, whatever processes have saved it."""
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.step()
+    assert step is not None
+    items = {k: v for k, v in checkpoints.last.item_metadata(step).items() if v is not None}
+    like = {k: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), v) for k, v in items.items()}
+    wanted = {k: ocp.args.StandardRestore(v) for k, v in like.items()}
+    tree = checkpoints.last.restore(step, args=ocp.args.Composite(**wanted))
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree.items()))
+    }

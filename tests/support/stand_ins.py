@@ -1,0 +1,158 @@
+"""Stand-ins for the programs of clusters: they write down how they are called, and answer.
+
+Scripts are run for real, with these first on the path, in a copy of what they need of a clone.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import tiny
+
+# Flags of a training program: the space must survive all shells.
+ASKED = ("--config=c.py", "--workdir=a folder")
+PREEMPTED, LOST = 143, 134
+
+CLUSTER = (
+    "gcloud",
+    "kubectl",
+    "xpk",
+    "docker",
+    "sbatch",
+    "squeue",
+    "scontrol",
+    "scancel",
+    "ssh-add",
+)
+
+# Isolated and without `site` (-IS), since scripts start many of them.
+RECORDER = """#!{python} -IS
+import json, os, sys
+call = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+with open("{folder}/calls", "a") as file:
+    file.write(json.dumps(call) + "\\n")
+answers = json.load(open("{folder}/answers"))
+for number, (part, outputs) in enumerate(answers):
+    if part in " ".join(call):
+        # One after the other; the last stays.
+        answers[number][1] = outputs[1:] or outputs
+        json.dump(answers, open("{folder}/answers", "w"))
+        text, status = outputs[0]
+        print(text)
+        sys.exit(status)
+"""
+
+# A training program: it notes its start, and ends with the next status of the file `statuses`. The
+# word `wait` has it wait for SIGTERM, "save", and end with 143.
+PROGRAM = """#!{python} -IS
+import json, os, signal, sys, time
+folder = "{folder}"
+statuses = open(folder + "/statuses").read().split()
+open(folder + "/statuses", "w").write(" ".join(statuses[1:]))
+def saved(*_):
+    time.sleep(0.5)
+    open(folder + "/saved", "a").write("saved ")
+    os._exit(143)
+if statuses[0] == "wait":
+    signal.signal(signal.SIGTERM, saved)
+with open(folder + "/starts", "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if statuses[0] == "wait":
+    time.sleep(60)
+sys.exit(int(statuses[0]))
+"""
+
+# srun, of one process: as the real one, it sends signals on and ends with the process's status.
+SRUN = """#!{python} -IS
+import json, signal, subprocess, sys
+with open("{folder}/calls", "a") as file:
+    file.write(json.dumps(["srun", *sys.argv[1:]]) + "\\n")
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command = command[1:]
+process = subprocess.Popen(command)
+signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+sys.exit(process.wait())
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A folder `mvit_jax` as a clone has it, with stand-ins."""
+
+    folder: Path
+
+    @property
+    def clone(self) -> Path:
+        return self.folder / "mvit_jax"
+
+    def environment(self, **more: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XLA"))}
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return kept | {"PATH": path, "HOME": str(self.folder), "POLL": "0"} | more
+
+    def start(self, command: Sequence[str | Path], **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(word) for word in command], cwd=self.clone, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment(**environment),
+            start_new_session=True,  # as a terminal's Ctrl-C, a signal may go to all its processes
+        )  # fmt: skip
+
+    def run(self, command: Sequence[str | Path], **environment: str) -> tuple[int, str, str]:
+        """Status, standard output and standard error."""
+        process = self.start(command, **environment)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def on_host(
+        self, call: Sequence[str], home: Path | None = None, **environment: str
+    ) -> tuple[int, str, str]:
+        """Runs what a call of gcloud sends to the hosts, as the shell of one would."""
+        [command] = [w.removeprefix("--command=") for w in call if w.startswith("--command=")]
+        return self.run(["bash", "-c", f"cd {home or self.folder}\n{command}"], **environment)
+
+    def answer(self, *answers: tuple[str, list[tuple[str, int]]]) -> None:
+        """What a call that holds these words prints, and its status, one after the other."""
+        (self.folder / "answers").write_text(json.dumps(answers))
+
+    def calls(self) -> list[list[str]]:
+        return self._lines("calls")
+
+    def trains(self, *statuses: int | str) -> None:
+        """What the training program does, start after start."""
+        (self.folder / "statuses").write_text(" ".join(map(str, statuses)))
+
+    def starts(self) -> list[list[str]]:
+        return self._lines("starts")
+
+    def _lines(self, name: str) -> list[list[str]]:
+        path = self.folder / name
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+
+def until(condition: Callable[[], object]) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen within 10 s")
+
+
+def stage(folder: Path) -> Stage:
+    made = Stage(folder)
+    shutil.copytree(tiny.ROOT / "launch", made.clone / "launch")
+    texts = {made.clone / ".venv" / "bin" / "python": PROGRAM, folder / "bin" / "srun": SRUN}
+    texts |= {folder / "bin" / name: RECORDER for name in CLUSTER}
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.format(python=sys.executable, folder=folder))
+        path.chmod(0o755)
+    made.answer()
+    made.trains()
+    return made

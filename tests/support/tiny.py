@@ -1,0 +1,58 @@
+"""A run so small that tests can do many: a model of 2 blocks on clips of 4 x 32 x 32 pixels."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_config_file(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODEL = {
+    "frames": 4,
+    "size": 32,
+    "width": 16,
+    "depths": (1, 1),
+    "patch_stride": (2, 8, 8),
+    "kv_stride": (1, 2, 2),
+}
+
+# What the tests of whole runs train, so that they compile one step and can share one run of it:
+# 24 videos in batches of 8 are 9 steps.
+RECIPE = {
+    "epochs": 3.0, "checkpoint.every": 2, "eval.every_epochs": 1.0, "optim.ema": 0.5,
+    "model.drop_path": 0.3,
+}  # fmt: skip
+
+# The same as flags of the training program.
+FLAGS = [
+    *(f"--config.model.{k}={v}".replace(" ", "") for k, v in MODEL.items()),
+    "--config.data.short_side=32",
+    "--config.batch=8",
+    "--config.eval.batch=8",
+    "--config.eval.clips=2",
+    "--config.log_every=2",
+]
+RECIPE_FLAGS = [*FLAGS, *(f"--config.{key}={value}" for key, value in RECIPE.items())]
+
+
+def config(folder: str | Path, **changes) -> ConfigDict:
+    """The default experiment with a tiny model; `changes` are flattened keys: `{"optim.lr": 1}`."""
+    c = load_config_file("moving_digits").get_config()
+    c.model.update(MODEL)
+    c.data.folder = str(folder)
+    c.data.short_side = 32
+    c.batch = c.eval.batch = 8
+    c.eval.clips = 2
+    c.log_every = 2
+    c.update_from_flattened_dict(changes)
+    return c

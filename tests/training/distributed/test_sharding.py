@@ -1,0 +1,215 @@
+"""On 8 simulated devices: the same results as on one; parameters gathered, never activations."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.models import mvit
+from mvit_jax.models.variants import variant
+from mvit_jax.training import optimizer
+from mvit_jax.training.distributed import sharding
+from mvit_jax.training.step import Recipe, init_state, train_step
+from tests.support.tiny import MODEL
+from tests.training.test_step import RECIPE
+
+CONFIG = variant("mvit_b_16x4", num_classes=4, drop_path=0.5, dropout=0.5, **MODEL)
+CLIPS = 88  # 11 a device: no dimension of a parameter is a multiple of 11
+# The last one is that of two slices of four chips.
+MESHES = {"one": (1, 1), "data 8": (8, 1), "fsdp 8": (1, 8), "data 2 x fsdp 4": (2, 4)}
+
+
+@pytest.fixture(autouse=True)
+def small_leaves_are_sharded_too(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
+
+
+def setup(shape, dtype=jnp.float32, config=CONFIG):
+    data, fsdp = shape
+    mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    changes = {"flip": 0.5, "mixup": 0.8, "cutmix": 1.0, "group": 11, "ema": 0.9}
+    recipe = Recipe(**(RECIPE | changes), dtype=dtype)
+    # Not AdamW: it would blow up the rounding of gradients that are zero in theory, the key biases.
+    transform = optimizer.optax.sgd(0.1, momentum=0.9)
+    params = jax.tree.map(lambda x: x.astype(dtype), mvit.init(config, jax.random.key(0)))
+    state = init_state(params, transform, recipe.ema)
+    shardings = sharding.state_shardings(mesh, state)
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            apply=functools.partial(mvit.apply, config=config),
+            optimizer=transform,
+            recipe=recipe,
+        ),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    return mesh, jax.device_put(state, shardings), step
+
+
+def batches():
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        yield {
+            "clip": random.integers(0, 256, (CLIPS, 4, 32, 32, 3), np.uint8),
+            "label": random.integers(0, 4, CLIPS).astype(np.int32),
+            "broken": np.full(CLIPS, -1, np.int32),
+        }
+
+
+def run(shape, dtype, config=CONFIG):
+    mesh, state, step = setup(shape, dtype, config)
+    losses = []
+    with jax.set_mesh(mesh):
+        for batch in batches():
+            state, metrics = step(state, sharding.to_devices(batch, mesh))
+            losses.append(float(metrics["loss"][0]))
+    return losses, jax.device_get((state.params, state.ema))
+
+
+def model_config(model):
+    rates = {"num_classes": 4, "drop_path": 0.5, "dropout": 0.5}
+    if model == "vit":
+        shape = {"width": 16, "heads": 2, "depths": (2,), "frames": 4, "size": 32}
+        return variant("vit_b_8x8", **rates, **shape)
+    name = {"mvit": "mvit_b_16x4", "mvitv2": "mvitv2_s_16x4"}[model]
+    return variant(name, **rates, **MODEL)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("mvitv2", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mvit", "vit")),
+    ],
+)
+def test_meshes_train_alike(model):
+    """Losses, parameters and their average, with one clip's randomness wherever it is computed."""
+    config = model_config(model)
+    with jax.enable_x64(True):
+        losses, trees = run(MESHES["one"], jnp.float64, config)
+        assert np.ptp(losses) > 1e-3
+        names = {
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees)
+        }
+        assert any("'relative'" in name for name in names) == (model == "mvitv2"), names
+        for name in list(MESHES)[1:]:
+            other_losses, other_trees = run(MESHES[name], jnp.float64, config)
+            np.testing.assert_allclose(losses, other_losses, rtol=1e-12)
+            for a, b in zip(*map(jax.tree.leaves, (trees, other_trees)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+COLLECTIVE = re.compile(
+    r"= \(?\w+\[([\d,]*)\].*? (all-gather|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_parameters_and_never_activations():
+    mesh, state, step = setup(MESHES["data 2 x fsdp 4"])
+    with jax.set_mesh(mesh):
+        batch = sharding.to_devices(next(batches()), mesh)
+        text = step.lower(state, batch).compile().as_text()
+    found = [
+        (kind, [int(n) for n in shape.split(",") if n]) for shape, kind in COLLECTIVE.findall(text)
+    ]
+    largest = max(x.size for x in jax.tree.leaves(state.params))
+    assert len(found) >= 10  # or this test has missed them
+    assert any(kind == "all-gather" for kind, _ in found)
+    for kind, shape in found:
+        # Activations have an axis of clips, or one that clips and tokens share.
+        assert all(n % 11 for n in shape), f"{kind} of activations {shape}"
+        assert np.prod(shape) <= largest
+    assert "all-reduce" in text or "reduce-scatter" in text  # of gradients
+
+
+def test_each_device_holds_its_share_of_the_state():
+    def bytes_per_device(shape):
+        _, state, _ = setup(shape)
+        device = jax.devices()[0]
+        return sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+
+    whole, copied, eighth, quarter = (bytes_per_device(MESHES[name]) for name in MESHES)
+    assert copied == whole
+    # All but norms and biases is cut in four or eight.
+    assert quarter < 0.3 * whole and eighth < 0.18 * whole
+
+
+def test_the_largest_dimension_that_divides_is_cut():
+    mesh = sharding.make_mesh(2, 4, jax.devices())
+    shapes = {"a": (3, 64, 96), "b": (3, 64, 97), "c": (5, 7, 101), "d": (4,)}
+    tree = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    specs = {k: tuple(v.spec) for k, v in sharding.state_shardings(mesh, tree).items()}
+    assert specs == {"a": (None, None, "fsdp"), "b": (None, "fsdp", None), "c": (), "d": ()}
+
+
+def test_meshes_that_do_not_fit_say_so():
+    with pytest.raises(UserError, match=r"mesh\.fsdp=3 does not divide the 8 devices"):
+        sharding.make_mesh(-1, 3, jax.devices())
+    with pytest.raises(UserError, match="are 12 devices, and there are 8"):
+        sharding.make_mesh(4, 3, jax.devices())
+    with pytest.raises(UserError, match="batch of 12 does not divide among 8"):
+        sharding.local_rows(12, sharding.make_mesh(devices=jax.devices()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device of a pod as orders it."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5e"
+
+
+def two_slices():
+    """Two slices of 16 chips, 4 a host; numbered as TPUs are, row by row of the slice, so that a
+    host's chips are no neighbours; in no order."""
+    chips = [
+        Chip(16 * part + 4 * y + x, 4 * part + 2 * (y // 2) + x // 2, part)
+        for part in range(2) for y in range(4) for x in range(4)
+    ]  # fmt: skip
+    return [chips[i] for i in np.random.default_rng(0).permutation(32)]
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16])
+def test_a_group_stays_in_its_slice_and_a_host_reads_neighbouring_rows(fsdp):
+    mesh = sharding.make_mesh(-1, fsdp, two_slices())
+    assert mesh.shape["data"] == 32 // fsdp
+    for group in mesh.devices:
+        assert len({chip.slice_index for chip in group}) == 1
+    rows = [sharding.local_rows(64, mesh, host) for host in range(8)]
+    assert [row for part in rows for row in part] == list(range(64))
+    # What JAX would put on the chips of a host is what the host has read.
+    dealt = np.repeat([chip.process_index for chip in mesh.devices.flat], 2)
+    for host, part in enumerate(rows):
+        np.testing.assert_array_equal(dealt[part.start : part.stop], host)
+
+
+def test_a_group_in_two_slices_is_refused():
+    with pytest.raises(UserError, match=r"mesh\.fsdp=32 does not divide the 16 chips of slice 0"):
+        sharding.make_mesh(-1, 32, two_slices())
+    machines = [dataclasses.replace(chip, platform="gpu") for chip in two_slices()]
+    assert sharding.make_mesh(-1, 32, machines).shape["fsdp"] == 32
+
+
+def test_hosts_with_unequal_shares_read_as_many_rows_as_their_devices_take():
+    chips = [Chip(0, 0, 0), Chip(1, 1, 0), Chip(2, 1, 0), Chip(3, 1, 0)]
+    mesh = sharding.make_mesh(devices=chips)
+    assert [sharding.local_rows(8, mesh, host) for host in (0, 1)] == [range(2), range(2, 8)]
+    scattered = Mesh(np.asarray(chips)[[1, 0, 2, 3]].reshape(4, 1), sharding.AXES)
+    with pytest.raises(ValueError, match="not neighbours"):
+        sharding.local_rows(8, scattered, 1)

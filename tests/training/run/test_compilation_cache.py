@@ -1,0 +1,103 @@
+"""Programs that find in a second process what the first one compiled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvit_jax.training.run import compilation_cache
+from tests.support import tiny
+
+# Prints how many compilations were found on disk and how many were not.
+PROGRAM = """
+import functools, jax
+from mvit_jax.models import mvit
+from mvit_jax.models.variants import variant
+from mvit_jax.training import compiled
+compiled.keep()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[1]))
+config = variant("mvit_b_16x4", frames=2, size=16, width=4, depths=(1,), num_classes=3)
+params = jax.eval_shape(lambda: mvit.init(config, jax.random.key(0)))
+clip = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "float32")
+jax.jit(functools.partial(mvit.apply, config=config)).lower(params, clip).compile()
+print(events.count("cache_hits"), events.count("cache_misses"))
+"""
+
+
+def run(folder: Path, code=PROGRAM, **env) -> str:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "XDG_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=tiny.ROOT,
+        env=inherited | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder)} | env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_a_second_process_need_not_compile(tmp_path):
+    assert run(tmp_path) == "0 1"
+    assert list((tmp_path / "mvit_jax" / "compiled").glob("*/jit_apply-*"))
+    assert run(tmp_path) == "1 0"
+
+
+@pytest.mark.slow
+def test_jaxs_own_variables_come_first(tmp_path):
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    assert run(tmp_path / "default", **own) == "0 1"
+    assert list((tmp_path / "own").glob("jit_apply-*"))
+    assert run(tmp_path / "default", JAX_ENABLE_COMPILATION_CACHE="0") == "0 0"
+    assert not (tmp_path / "default").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compilation_cache.default_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = compilation_cache.default_folder()
+    assert folder and folder.is_dir() and folder.parent == tmp_path / "mvit_jax" / "compiled"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    at_home = compilation_cache.default_folder()
+    assert at_home == tmp_path / "home" / ".cache" / "mvit_jax" / "compiled" / folder.name
+
+
+def test_machines_with_other_instructions_share_nothing(monkeypatch):
+    cores = "processor : {}\nmodel name : A\ncpu MHz : {}\nflags : fpu avx2{}\n\n"
+
+    def name(*values):
+        text = "".join(cores.format(core, *values) for core in range(2))
+        monkeypatch.setattr(Path, "read_text", lambda path: text)
+        return compilation_cache.processor()
+
+    assert name(2000, "") == name(3000, "")
+    assert name(2000, "") != name(2000, " avx512f")
+
+
+@pytest.mark.nightly
+def test_eight_devices_train_the_same_from_kept_programs(digits, tmp_path):
+    """Sharded weights, donated state, collectives: the whole program, three times."""
+    losses = []
+    for name in ("off", "first", "second"):
+        flags = [*tiny.FLAGS, "--config.mesh.fsdp=2", "--config.epochs=4"]
+        flags += [f"--config.data.folder={digits}", f"--workdir={tmp_path / name}"]
+        code = (
+            "import runpy, sys\n"
+            f"sys.argv = ['train.py', '--config=configs/moving_digits.py', *{flags!r}]\n"
+            "runpy.run_module('mvit_jax.train', run_name='__main__')"
+        )
+        on = {"JAX_ENABLE_COMPILATION_CACHE": str(int(name != "off"))}
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+        run(tmp_path / "kept", code, **on, **devices, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("loss") for line in lines])
+    assert list((tmp_path / "kept" / "mvit_jax" / "compiled").glob("*/jit_train_step-*"))
+    assert losses[0] == losses[1] == losses[2]
+    assert len([loss for loss in losses[0] if loss is not None]) == 6

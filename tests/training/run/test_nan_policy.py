@@ -1,0 +1,249 @@
+"""Losses that are not finite, caused at chosen steps; what must then be is computed by hand."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax import train
+from mvit_jax.training import experiment, jitted, loop
+from mvit_jax.training.distributed import sharding
+from mvit_jax.training.run import history
+from mvit_jax.training.run.checkpoints import Checkpoints
+from mvit_jax.training.run.nan_policy import ROLLBACKS, SKIPS, NotFiniteError
+from mvit_jax.training.step import train_step
+from tests.support import tiny
+from tests.support.group import final_state
+
+# 24 videos in batches of 8: 9 steps.
+RECIPE = tiny.RECIPE | {"eval.every_epochs": 0.0}
+
+
+def spoiled(state, batch, *, apply, optimizer, recipe):
+    """The training step, whose loss is NaN where the batch says so."""
+
+    def model(*args, **more):
+        logits, features = apply(*args, **more)
+        return logits * jnp.where(jnp.any(batch["bad"]), jnp.nan, 1.0), features
+
+    return train_step(state, batch, apply=model, optimizer=optimizer, recipe=recipe)
+
+
+BUILT = {}
+
+
+def build(config, model, videos, mesh):
+    """As `jitted.build`, but every program is compiled once for all tests."""
+    key = (config.epochs, config.optim.lr)
+    if key not in BUILT:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jitted, "train_step", spoiled)
+            BUILT[key] = jitted.describe(config, model, videos, mesh)
+    made = BUILT[key]
+    return made.step, made.predict, made.schedule, made.first_state()
+
+
+@contextlib.contextmanager
+def bad_at(*steps):
+    """Within, `train` has losses that are NaN at these steps."""
+    load = loop.load
+
+    def spoiling(videos, config, model, mesh, start, last):
+        for step, batch in enumerate(load(videos, config, model, mesh, start, last), start + 1):
+            yield batch | {"bad": np.full(config.batch, step in steps)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load", spoiling)
+        patch.setattr(train.jitted, "build", build)
+        yield
+
+
+def run(digits, folder, *steps, **changes):
+    with bad_at(*steps):
+        assert train.train(tiny.config(digits, **(RECIPE | changes)), str(folder)) == 0
+    return final_state(folder)
+
+
+def by_hand(digits, at):
+    """The final tensors of a plain loop; `at(step, states)` gives the state after a step that is
+    not to be done, of all states before, else None."""
+    config = tiny.config(digits, **RECIPE)
+    videos = experiment.videos(config, "train")
+    model = experiment.model_config(config, len(videos.class_names))
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh), bad_at():
+        do, _, _, state = build(config, model, videos, mesh)
+        states = [jax.tree.map(jnp.copy, state)]
+        for step, batch in enumerate(loop.load(videos, config, model, mesh, 0, 9), start=1):
+            state = at(step, states)
+            if state is None:
+                state, _ = do(jax.tree.map(jnp.copy, states[-1]), sharding.to_devices(batch, mesh))
+            states.append(state)
+    named = {
+        "params": state.params,
+        "ema": state.ema,
+        "training": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(named)]
+
+
+def counted(state, step):
+    """The same weights and moments after another number of steps."""
+    counts = jax.tree.map(
+        lambda x: jnp.full_like(x, step) if x.dtype == jnp.int32 else x, state.opt_state
+    )
+    return replace(state, step=jnp.full_like(state.step, step), opt_state=counts)
+
+
+def assert_same(ours, theirs):
+    ours, theirs = (sorted(map(key, x)) for x in (list(ours.values()), theirs))
+    assert len(ours) == len(theirs) > 150 and ours == theirs
+
+
+def key(leaf):
+    return str(leaf.shape), str(leaf.dtype), leaf.tobytes()
+
+
+@pytest.fixture(scope="module")
+def plain(digits, tmp_path_factory):
+    return run(digits, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.slow
+def test_skipping_leaves_the_batch_out_and_counts_it(digits, tmp_path, plain, capsys):
+    ours = run(digits, tmp_path, 4, 5, on_nan="skip")
+    assert_same(ours, by_hand(digits, lambda n, s: counted(s[-1], n) if n in (4, 5) else None))
+    assert any((ours[name] != plain[name]).any() for name in plain)
+    said = capsys.readouterr().out
+    assert "loss is nan at step 4: its update is left out (1 in a row)" in said
+    assert "loss is nan at step 5: its update is left out (2 in a row)" in said
+    told = history.read(tmp_path).train
+    assert [(line["step"], line["skipped"]) for line in told] == [
+        (2, 0), (4, 1), (6, 1), (8, 0), (9, 0),
+    ]  # fmt: skip
+    assert all(np.isfinite(line["loss"]) for line in told)
+
+
+@pytest.mark.slow
+def test_rolling_back_goes_on_from_the_last_checkpoint_after_the_bad_batch(
+    digits, tmp_path, plain, capsys
+):
+    """Step 5 is found out at step 6, where its metrics have come; the checkpoint is of step 4."""
+    ours = run(digits, tmp_path, 5, on_nan="rollback")
+    assert_same(ours, by_hand(digits, lambda n, s: counted(s[4], 6) if n == 6 else None))
+    assert any((ours[name] != plain[name]).any() for name in plain)
+    said = capsys.readouterr().out
+    assert "loss is nan at step 5: goes on after step 6 from the weights of step 4" in said
+    assert int(ours["['training']['step']"]) == 9
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_run_without_any_ends_the_same_under_all_policies(digits, tmp_path, plain, policy):
+    ours = run(digits, tmp_path, on_nan=policy)
+    for name, value in plain.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+@pytest.mark.slow
+def test_stopping_keeps_the_checkpoint_before_and_may_go_on_otherwise(digits, tmp_path):
+    with pytest.raises(NotFiniteError, match=r"loss is nan at step 5: .*on_nan=skip"):
+        run(digits, tmp_path, 5)
+    assert Checkpoints(tmp_path).step() == 4
+    ours = run(digits, tmp_path, 5, on_nan="skip")
+    assert_same(ours, by_hand(digits, lambda n, s: counted(s[-1], n) if n == 5 else None))
+
+
+@pytest.mark.slow
+def test_too_many_in_a_row_end_the_run(digits, tmp_path):
+    more = {"epochs": 8.0, "on_nan": "skip"}
+    with pytest.raises(NotFiniteError, match=rf"at step {2 + SKIPS}, the last of {SKIPS} in a row"):
+        run(digits, tmp_path, *range(3, 24), **more)
+    saved = final_state(tmp_path)
+    assert all(np.isfinite(value).all() for value in saved.values())
+    # Fewer do not, nor as many that are not in a row.
+    run(digits, tmp_path / "fewer", *range(3, 2 + SKIPS), 13, 15, 17, **more)
+
+
+@pytest.mark.nightly
+def test_rollbacks_that_lead_nowhere_end_the_run(digits, tmp_path, capsys):
+    with pytest.raises(NotFiniteError, match=f"after {ROLLBACKS} rollbacks without a checkpoint"):
+        run(digits, tmp_path, *range(3, 24), epochs=8.0, on_nan="rollback")
+    assert capsys.readouterr().out.count("from the weights of step") == ROLLBACKS
+    # Those with progress in between do not.
+    run(digits, tmp_path / "apart", 5, 9, 13, 17, 21, epochs=8.0, on_nan="rollback")
+
+
+@pytest.mark.slow
+def test_a_rollback_before_the_first_checkpoint_ends_the_run(digits, tmp_path):
+    with pytest.raises(NotFiniteError, match="at step 1, before the first checkpoint"):
+        run(digits, tmp_path, 1, on_nan="rollback")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path, policy):
+    """A finite gradient times such a rate: there is no batch to pass over."""
+    rates = {"optim.start_lr": 1e-3, "optim.lr": 1e30, "optim.warmup_epochs": 1.0}
+    with pytest.raises(NotFiniteError, match="param_norm is inf at step"):
+        run(digits, tmp_path, **(rates | {"checkpoint.every": 1, "on_nan": policy}))
+    assert all(np.isfinite(value).all() for value in final_state(tmp_path).values())
+
+
+KILLED = """
+import os, signal, sys
+from mvit_jax import train
+from mvit_jax.training.run.checkpoints import Checkpoints
+from tests import tiny
+from tests.training import test_not_finite as t
+
+moment, data, folder = sys.argv[1:]
+save, settle = Checkpoints.save, Checkpoints.settle
+rolled = []
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def saving(self, state, step, **more):
+    if step == 7:  # no other save is at an odd step
+        rolled.append(step)
+        if moment == "before":
+            kill()
+    save(self, state, step, **more)
+
+def settling(self, *args):
+    settle(self, *args)
+    if rolled and self.last.latest_step() == 7:
+        kill()
+
+Checkpoints.save = saving
+if moment == "after":
+    Checkpoints.settle = settling
+config = tiny.config(data, **(t.RECIPE | {"on_nan": "rollback", "log_every": 1}))
+with t.bad_at(7):
+    train.train(config, folder)
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_while_it_rolls_back_ends_with_the_same_parameters(digits, tmp_path, moment):
+    """By kill -9, before the state that was rolled back is saved, and when it just is."""
+    more = {"on_nan": "rollback", "log_every": 1}
+    whole = run(digits, tmp_path / "whole", 7, **more)
+    folder = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, str(digits), str(folder)],
+        cwd=tiny.ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert Checkpoints(folder).step() == {"before": 6, "after": 7}[moment]
+    ours = run(digits, folder, 7, **more)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)

@@ -1,0 +1,127 @@
+"""The trace of training steps: which steps, and what is in the file."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from mvit_jax import train
+from mvit_jax.training.run.profiling import Profile, window
+from tests.support import tiny
+from tests.training import test_step
+
+
+def steps_of(window, start, steps):
+    profile = Profile("unused", window, start=start, steps=steps, say=print)
+    return list(profile._steps)
+
+
+@pytest.mark.parametrize(
+    ("window", "start", "steps", "expected"),
+    [
+        ((10, 15), 0, 400, [10, 11, 12, 13, 14, 15]),
+        ((10, 15), 100, 400, [110, 111, 112, 113, 114, 115]),  # a run that goes on
+        ((3, 3), 0, 400, [3]),
+        ((1, 2), 0, 400, [1, 2]),  # asked for, with the compilation
+        ((10, 15), 0, 12, [7, 8, 9, 10, 11, 12]),  # runs that end earlier
+        ((10, 15), 0, 4, [2, 3, 4]),
+        ((10, 15), 396, 400, [398, 399, 400]),
+        ((10, 15), 0, 1, [1]),
+        (None, 0, 400, []),
+    ],
+)
+def test_a_window_is_counted_from_the_start_and_ends_with_the_run(window, start, steps, expected):
+    assert steps_of(window, start, steps) == expected
+
+
+def test_windows_are_read():
+    assert window("10:15") == (10, 15) and window("7:7") == (7, 7)
+    for text in ("10", "0:3", "5:3", "a:b", "", "1:2:3", "-1:2"):
+        with pytest.raises(ValueError, match="no range of steps"):
+            window(text)
+
+
+def planes_of(folder):
+    [file] = folder.glob("plugins/profile/*/*.xplane.pb")  # where TensorBoard looks for it
+    return jax.profiler.ProfileData.from_file(str(file)), file.read_bytes()
+
+
+def annotated(data):
+    """The numbers of the steps that the trace has."""
+    return sorted(
+        int(dict(event.stats)["step_num"])
+        for plane in data.planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_writes_a_trace_that_names_steps_stages_and_blocks(digits, tmp_path, capsys):
+    config = tiny.config(digits, **{"epochs": 1.0, "eval.every_epochs": 0.0})
+    assert train.train(config, str(tmp_path / "run"), (10, 11)) == 0  # of 3 steps the last two
+    data, content = planes_of(tmp_path / "run" / "profile")
+    assert annotated(data) == [2, 3]
+    blocks = (b"jvp(stage0/block0)/", b"transpose(jvp(stage1/block1))/")
+    for name in (*blocks, b"/augment/", b"/jvp(loss)/", b"/optimizer/"):
+        assert name in content, name
+    said = [line for line in capsys.readouterr().out.splitlines() if "traced" in line]
+    assert len(said) == 1
+    assert re.search(r"traced steps 2 to 3 into .*run/profile: open it", said[0])
+
+
+def test_a_trace_that_is_cut_off_is_written(tmp_path, capsys):
+    double = jax.jit(lambda x: 2 * x)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Profile(tmp_path, (1, 9), start=4, steps=100, say=print) as profile,
+    ):
+        profile.step(5, double, jnp.ones(3))
+        assert (profile.step(6, double, jnp.ones(3)) == 2).all()
+        raise KeyboardInterrupt
+    data, _ = planes_of(tmp_path / "profile")
+    assert annotated(data) == [5, 6]
+    assert "traced steps 5 to 6" in capsys.readouterr().out
+
+
+def test_a_trace_while_another_runs_costs_no_step(tmp_path, capsys):
+    with (
+        jax.profiler.trace(tmp_path / "other"),
+        Profile(tmp_path, (1, 2), start=0, steps=9, say=print) as profile,
+    ):
+        assert profile.step(1, np.add, 1, 1) == 2
+        assert profile.step(2, np.add, 2, 2) == 4
+    assert capsys.readouterr().out.count("no trace: ") == 1
+
+
+def test_a_trace_of_a_run_in_a_bucket_is_brought_there(tmp_path):
+    said = []
+    add = jax.jit(lambda x: x + 1)
+    profile = Profile(epath.Path(tmp_path), (1, 2), start=0, steps=2, say=said.append)
+    with profile:
+        for number in (1, 2):
+            profile.step(number, add, jnp.ones(3))
+    assert len(said) == 1 and f"into {tmp_path}/profile" in said[0]
+    assert annotated(planes_of(tmp_path / "profile")[0]) == [1, 2]
+    assert profile._here is not None and not Path(profile._here.name).exists()
+
+
+def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path, capsys):
+    (tmp_path / "profile").write_text("in the way")
+    with Profile(tmp_path, (1, 1), start=0, steps=9, say=print) as profile:
+        assert profile.step(1, np.add, 1, 1) == 2
+        assert profile.step(2, np.add, 2, 2) == 4
+    assert "could not be written" in capsys.readouterr().out
+
+
+def test_the_lowered_step_names_what_it_does():
+    run, state = test_step.make()
+    text = run.lower(state, test_step.batch()).as_text(debug_info=True)
+    blocks = ("jvp(stage0/block0)/", "transpose(jvp(stage1/block1))/")
+    for name in (*blocks, "/augment/", "/jvp(loss)/", "/optimizer/"):
+        assert name in text, name

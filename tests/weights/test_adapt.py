@@ -1,0 +1,115 @@
+"""Weights made to fit: cubic interpolation against torch's own, kernels between image and video."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.models.ops import pooling
+from mvit_jax.models.plan import Pool
+from mvit_jax.weights.adapt import INFLATIONS, cubic_weights, fit, inflated
+
+
+def table(old):
+    return (np.arange(old * old) ** 2 % 17).reshape(old, old).astype(np.float64)
+
+
+# torch.nn.functional.interpolate(table, mode="bicubic", align_corners=False), torch 2.14, float64.
+BICUBIC = {
+    (2, 5): [
+        [-0.50262975, -0.395162, -0.1615, 0.072162, 0.17962975],
+        [0.181588, 0.436896, 0.992, 1.547104, 1.802412],
+        [1.66925, 2.246, 3.5, 4.754, 5.33075],
+        [3.156912, 4.055104, 6.008, 7.960896, 8.859088],
+        [3.84112975, 4.887162, 7.1615, 9.435838, 10.48187025],
+    ],
+    (7, 3): [
+        [10.30761317, 14.77777778, 9.89437586],
+        [11.18518519, 15.0, 13.62962963],
+        [5.43312757, 12.37037037, 8.90466392],
+    ],
+}
+
+
+@pytest.mark.parametrize(("old", "new"), BICUBIC)
+def test_cubic_interpolation_is_torchs(old, new):
+    weights = cubic_weights(old, new)
+    moved = weights @ table(old) @ weights.T
+    np.testing.assert_allclose(moved, BICUBIC[old, new], rtol=0, atol=1e-7)
+
+
+def cubic(values, length):
+    """One row: a weighted mean of the four nearest, with a = -0.75, ends repeated."""
+    a, old, out = -0.75, len(values), []
+    for i in range(length):
+        place = (i + 0.5) * old / length - 0.5
+        total = 0.0
+        for j in range(math.floor(place) - 1, math.floor(place) + 3):
+            x = abs(place - j)
+            if x <= 1:
+                share = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            else:
+                share = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+            total += share * values[min(max(j, 0), old - 1)]
+        out.append(total)
+    return np.array(out)
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 4), (2, 3), (5, 5), (7, 3), (7, 14), (14, 20)])
+def test_cubic_weights_are_the_loop(old, new):
+    values = np.random.default_rng(0).standard_normal(old)
+    np.testing.assert_allclose(cubic_weights(old, new) @ values, cubic(values, new), atol=1e-12)
+
+
+def test_positions_are_resized_cubically_in_space_and_linearly_in_time():
+    rng = np.random.default_rng(0)
+    joint = rng.standard_normal((2, 3, 3, 4))
+    fitted = fit("positions/joint", (4, 5, 3, 4), {"positions/joint": joint})
+    assert fitted.done == "resized" and fitted.values is not None
+    rows = np.apply_along_axis(cubic, 1, joint, 5)
+    # Two frames to four, centres at half-integers: ends repeated, thirds would be aligned corners.
+    shares = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    expected = np.einsum("ij,jhwc->ihwc", shares, rows)
+    np.testing.assert_allclose(fitted.values, expected, rtol=0, atol=1e-12)
+
+
+# Kernels.
+
+
+@pytest.mark.parametrize("how", INFLATIONS)
+@pytest.mark.parametrize("frames", [1, 3, 4])
+def test_what_was_inflated_is_deflated_to_the_same(how, frames):
+    kernel = np.random.default_rng(0).standard_normal((1, 3, 2, 5))
+    there = inflated(kernel, frames, how)
+    assert there.shape == (frames, 3, 2, 5)
+    np.testing.assert_allclose(inflated(there, 1, how), kernel, rtol=0, atol=1e-12)
+
+
+def test_the_three_ways_to_inflate():
+    kernel = np.array([2.0, -3.0]).reshape(1, 1, 1, 2)
+    of_first = {how: inflated(kernel, 3, how)[:, 0, 0, 0].tolist() for how in INFLATIONS}
+    assert of_first["centre"] == [0, 2, 0]
+    assert of_first["repeat"] == [2, 2, 2]
+    assert of_first["mean"] == pytest.approx([2 / 3] * 3)
+
+
+@pytest.mark.parametrize("how", INFLATIONS)
+def test_an_inflated_kernel_on_a_still_video(how):
+    """On identical frames "centre" and "mean" answer as the image's kernel does, "repeat" with
+    three times that; where padding is seen, at the first and last frame, only "centre" does."""
+    rng = np.random.default_rng(0)
+    image, kernel = rng.standard_normal((1, 1, 5, 4, 2)), rng.standard_normal((1, 3, 3, 2))
+    still = np.repeat(image, 4, axis=1)
+    with jax.enable_x64(True):
+        flat = pooling.pool(jnp.array(image), Pool("conv", (1, 3, 3), (1, 2, 2)), jnp.array(kernel))
+        deep = pooling.pool(
+            jnp.array(still),
+            Pool("conv", (3, 3, 3), (1, 2, 2)),
+            jnp.array(inflated(kernel, 3, how)),
+        )
+    inner = {"centre": 1, "mean": 1, "repeat": 3}[how]
+    outer = {"centre": 1, "mean": 2 / 3, "repeat": 2}[how]
+    for frame, factor in enumerate((outer, inner, inner, outer)):
+        np.testing.assert_allclose(deep[0, frame], factor * np.array(flat[0, 0]), atol=1e-12)
