@@ -16,9 +16,10 @@ import numpy as np
 
 from mvit_jax.models import mvit
 from mvit_jax.models.cost import cost
-from mvit_jax.training import experiment, optimizer
+from mvit_jax.training import build, optimizer
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.step import init_state, train_step
+from mvit_jax.training.state import init_state
+from mvit_jax.training.step import train_step
 
 ROUNDS = 10
 CONFIG = Path(__file__).parents[1] / "configs" / "moving_digits.py"
@@ -43,14 +44,14 @@ def main() -> None:
 
 def prepare(config):
     """A function that does one training step on a batch of noise and waits for it; it has run."""
-    model = experiment.model_config(config, 8)
+    model = build.model_config(config, 8)
     transform = optimizer.adamw(lambda _: 1e-3, weight_decay=0.05, clip_norm=1.0)
     step = jax.jit(
         functools.partial(
             train_step,
-            apply=experiment.model_apply(config, model, sharding.make_mesh()),
+            apply=build.model_apply(config, model, sharding.make_mesh()),
             optimizer=transform,
-            recipe=experiment.recipe(config, 8),
+            recipe=build.settings(config, 8).step,
         ),
         donate_argnums=0,
     )

@@ -29,6 +29,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation, random_box
+from mvit_jax.data.loader import LoaderOptions
 from mvit_jax.data.making import packing
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source, open_source
@@ -250,7 +251,12 @@ def images(source: Source) -> None:
 
     def ours() -> None:
         for _ in pipeline.train_batches(
-            source, settings, seed=0, batch=batch, steps=steps, threads=os.cpu_count() or 1
+            source,
+            settings,
+            seed=0,
+            batch=batch,
+            steps=steps,
+            loader=LoaderOptions(os.cpu_count() or 1),
         ):
             pass
 

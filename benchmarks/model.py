@@ -37,8 +37,8 @@ from mvit_jax.common.files import write_whole
 from mvit_jax.models import mvit
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
-from mvit_jax.training.losses import cross_entropy
 from mvit_jax.training.run.runtime import release_freed_memory
+from mvit_jax.training.step import cross_entropy
 
 # The library of the original, and batch sizes.
 CASES = {

@@ -17,7 +17,7 @@ import numpy as np
 
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.data.making import moving_digits
-from mvit_jax.training import experiment
+from mvit_jax.training import run_folder
 
 
 def scenes(count: int) -> tuple[jax.Array, np.ndarray]:
@@ -50,7 +50,7 @@ def ratios(heat: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 def main(workdir: str) -> None:
-    params, model = experiment.read_params(Path(workdir))
+    params, model = run_folder.read_params(Path(workdir))
     clips, masks = scenes(48)
     print("block  form        mean ratio  clips above 2")
     for block in (0, 1, 3):

@@ -32,7 +32,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import check_writable, write_whole
 from mvit_jax.models.variants import variant
 from mvit_jax.podplan import accelerators, advice, compile
-from mvit_jax.training import experiment, in_memory
+from mvit_jax.training import build, in_memory
 
 TOPOLOGIES = "v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16,v5e:16x16*2,v5e:16x16*4"
 HEADER = (
@@ -103,7 +103,7 @@ def measure(
     config, _ = advice.fitted(config, topology.chips)
     found = compile.measure(
         config,
-        experiment.model_config(config, config.data.classes),
+        build.model_config(config, config.data.classes),
         compile.tpu_mesh(topology, -1, fsdp),
         effort=effort,
         videos=config.data.train_videos,

@@ -44,7 +44,7 @@ from mvit_jax.models.variants import variant
 from mvit_jax.podplan import accelerators, compile, search
 from mvit_jax.podplan.accelerators import CHIPS, GIB
 from mvit_jax.podplan.hlo import cost as counting
-from mvit_jax.training import experiment, in_memory
+from mvit_jax.training import build, in_memory
 
 # A slice of each kind of chip, of which one chip is taken.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -161,7 +161,7 @@ def measure(case: Case, top: int) -> Row | int:
     config = experiment_of(case)
     found = compile.measure(
         config,
-        experiment.model_config(config, config.data.classes),
+        build.model_config(config, config.data.classes),
         compile.tpu_mesh(accelerators.parse(TOPOLOGIES[case.chip]), devices=1),
         which=case.which,
         videos=config.data.train_videos,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_jax.models.variants import VARIANTS, nearest, preprocessing
-from mvit_jax.training import experiment
+from mvit_jax.training import build, experiment, run_folder
 
 _OF_WEIGHTS = ("stride", "short_side", "sampling", "mean", "std", "interpolation")
 
@@ -40,11 +40,11 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
             f"variant, and {name!r} is none of them{nearest(name, VARIANTS)}"
         )
     else:
-        trained = experiment.frozen(name)
+        trained = run_folder.RunFolder(name).config
         c.init.checkpoint = name
         c.model.update(trained.model.to_dict())
         c.data.update({key: trained.data[key] for key in _OF_WEIGHTS})
-    image = experiment.model_config(c, num_classes=2).frames == 1
+    image = build.model_config(c, num_classes=2).frames == 1
 
     if not image:  # RandAugment works on whole frames, which may be large
         c.augment.short_side = c.data.short_side

@@ -32,7 +32,7 @@ from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.models import trees
 from mvit_jax.models.variants import override, preprocessing
-from mvit_jax.training import experiment
+from mvit_jax.training import build, experiment, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.weights.adapt import INFLATIONS
@@ -149,7 +149,7 @@ def _names(file: Path) -> tuple[str, ...]:
 
 def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:
     config = experiment.read_config("base")
-    config.model.update(experiment.model_fields(variant, loaded.config))
+    config.model.update(build.model_fields(variant, loaded.config))
     expected = preprocessing(variant, frames=loaded.config.frames, size=loaded.config.size)
     for field in ("stride", "short_side", "mean", "std", "interpolation"):
         config.data[field] = getattr(expected, field)
@@ -166,7 +166,7 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
 
 def give(folder: AnyPath, out: Path, to: str, which: str) -> None:
     """The weights of a run's or a converted folder become a foreign file."""
-    params, config = experiment.read_params(folder, which)
+    params, config = run_folder.read_params(folder, which)
     origin = _origin(folder)
     done = save_torch(params, config, out, to, origin=origin)
     print(f"wrote {out}: {done.tensors} tensors as {done.family} has them")
@@ -178,8 +178,8 @@ def give_program(
     folder: AnyPath, out: Path, which: str, batch: int | None, platforms: list[str] | None
 ) -> None:
     """The model of a run's or a converted folder becomes a file that JAX alone can run."""
-    params, model = experiment.read_params(folder, which)
-    config = experiment.frozen(folder)
+    params, model = run_folder.read_params(folder, which)
+    config = run_folder.RunFolder(folder).config
     with jax.default_matmul_precision(config.precision):
         exported = save_stablehlo(
             params,
@@ -187,7 +187,7 @@ def give_program(
             out,
             mean=config.data.mean,
             std=config.data.std,
-            dtype=experiment.DTYPES[config.dtype],
+            dtype=build.DTYPES[config.dtype],
             batch=batch,
             platforms=platforms,
         )

@@ -38,12 +38,12 @@ from mvit_jax.analysis import example_clips, plots, run_data
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, to_path, write_whole
 from mvit_jax.data.source import Source, fingerprint
-from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import experiment
+from mvit_jax.training import build, experiment
+from mvit_jax.training.build import Config
 from mvit_jax.training.distributed import coordination, launch
 from mvit_jax.training.evaluation import Scores
-from mvit_jax.training.experiment import Config
-from mvit_jax.training.run import compilation_cache, runtime, workdir
+from mvit_jax.training.run import runtime, workdir
+from mvit_jax.training.run_folder import RunFolder, score
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
 _WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "Which of its checkpoints.")
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     launch.start()
     # Of several processes JAX takes it, for a loop that asks; here is nothing to save.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    compilation_cache.keep()
+    runtime.cache_compiled_programs()
     with launch.together():
         if jax.default_backend() == "cpu":
             runtime.keep_freed_memory()
@@ -85,25 +85,18 @@ def main(argv: list[str]) -> None:
 
 def test(folder: AnyPath) -> None:
     """Tests as the flags say; of many processes the first one writes and prints."""
-    config = experiment.frozen(folder)
-    counts = numbers(_CLIPS.value) or [config.eval.clips]
-    for key, value in (
-        ("eval.clips", max(counts)),
-        ("eval.crops", _CROPS.value),
-        ("eval.batch", _BATCH.value),
-        ("data.folder", _DATA.value),
-    ):
-        if value is not None:
-            config.update_from_flattened_dict({key: value})
-    experiment.check(config)
-    asked = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
-    coordination.same_everywhere("test", workdir.decisive(config) | asked | {"clips": counts})
-
-    videos = experiment.videos(config, _LIST.value)
-    coordination.same_everywhere("list of videos", fingerprint(videos))
-    by_count, step = experiment.score(
-        config, folder, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
-    )
+    with RunFolder(folder) as run:
+        config, counts = configured(run.config)
+        asked = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
+        coordination.same_everywhere("test", workdir.decisive(config) | asked | {"clips": counts})
+        videos = build.videos(config, _LIST.value)
+        coordination.same_everywhere("list of videos", fingerprint(videos))
+        by_count, params = score(
+            run, config, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
+        )
+        step = run.step(_WHICH.value)
+    if not coordination.first():
+        return
     scores = by_count[counts.index(max(counts))]
     results = {
         "list": videos.list_file,
@@ -115,27 +108,36 @@ def test(folder: AnyPath) -> None:
         "shuffled_frames": _SHUFFLE.value,
         "classes": list(videos.class_names),
     } | scores.metrics()
-    first = coordination.first()
+    end = suffix(results, _LIST.value)
     # Before clips are drawn, which could fail.
-    written = write(folder, results, _LIST.value) if first else []
-    if first:
-        written += write_scores(folder, scores, videos, suffix(results, _LIST.value))
-        print(summary(folder), flush=True)
-        if len(counts) > 1:
-            metrics = [s.metrics() for s in by_count]
-            written += write_views(folder, dict(zip(counts, metrics, strict=True)), results)
-    # All processes open the checkpoint, since Orbax waits for all.
-    params, model = experiment.read_params(folder, _WHICH.value)
-    if not first:
-        return
+    written = write(folder, results, end) + write_scores(folder, scores, videos, end)
+    print(summary(folder), flush=True)
+    if len(counts) > 1:
+        metrics = [s.metrics() for s in by_count]
+        written += write_views(folder, dict(zip(counts, metrics, strict=True)), results, end)
     if not _SHUFFLE.value:
-        pictures = clips(config, scores, videos, params, model)
-        written.append(folder / f"clips{suffix(results, _LIST.value)}.json")
+        written.append(folder / f"clips{end}.json")
+        pictures = clips(config, scores, videos, params)
         run_data.keep_sheet(written[-1], pictures, results)
     written.append(run_data.write_report(folder))
     for sentence in scores.failures:
         print(f"left out: {sentence}")
     print("wrote " + ", ".join(str(path) for path in written))
+
+
+def configured(config: Config) -> tuple[Config, list[int]]:
+    """Returns a run's config with the values of the flags, and the numbers of clips to test."""
+    counts = numbers(_CLIPS.value) or [config.eval.clips]
+    for key, value in (
+        ("eval.clips", max(counts)),
+        ("eval.crops", _CROPS.value),
+        ("eval.batch", _BATCH.value),
+        ("data.folder", _DATA.value),
+    ):
+        if value is not None:
+            config.update_from_flattened_dict({key: value})
+    experiment.check(config)
+    return config, counts
 
 
 def numbers(texts: list[str] | None) -> list[int]:
@@ -151,14 +153,14 @@ def numbers(texts: list[str] | None) -> list[int]:
     return found
 
 
-def clips(
-    config: Config, scores: Scores, videos: Source, params: Any, model: MViTConfig
-) -> dict[str, Any]:
-    """The clips that the page shows, drawn with the weights that were tested."""
-    settings = experiment.clip_settings(config, model)
-    recipe = experiment.recipe(config, model.num_classes)
+def clips(config: Config, scores: Scores, videos: Source, params: Any) -> dict[str, Any]:
+    """Draws the clips that the page shows, with the weights that were tested."""
+    settings = build.settings(config, len(videos.class_names))
+    here = jax.device_get(params)  # on every device whole, whichever process has it
     with jax.default_matmul_precision(config.precision):
-        return example_clips.make(scores, videos, settings, params, model, recipe)
+        return example_clips.make(
+            scores, videos, settings.clips, here, settings.model, settings.step
+        )
 
 
 def compare(folders: list[str], out: str) -> None:
@@ -177,9 +179,8 @@ def suffix(results: dict[str, Any], which: str) -> str:
     return "".join(f"_{part}" for part in parts if part)
 
 
-def write(folder: AnyPath, results: dict[str, Any], which: str) -> list[AnyPath]:
+def write(folder: AnyPath, results: dict[str, Any], end: str) -> list[AnyPath]:
     """The results as JSON and as pictures."""
-    end = suffix(results, which)
     names = (f"evaluation{end}.json", f"confusion{end}.png", f"per_class{end}.png")
     paths = [folder / name for name in names]
     title = f"top-1 {results['top1']:.1f} % of {results['videos']} videos"
@@ -211,10 +212,9 @@ def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> l
 
 
 def write_views(
-    folder: AnyPath, by_count: dict[int, dict[str, Any]], results: dict[str, Any]
+    folder: AnyPath, by_count: dict[int, dict[str, Any]], results: dict[str, Any], end: str
 ) -> list[AnyPath]:
     """Accuracy over the number of clips, as a table here, as JSON and as a picture."""
-    end = suffix(results, _LIST.value)
     measures = [name for name in ("top1", "top5", "map") if name in results]
     rows = [{"clips": n} | {m: found[m] for m in measures} for n, found in by_count.items()]
     print("clips  " + "  ".join(f"{m:>6}" for m in measures))

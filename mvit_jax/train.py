@@ -13,7 +13,7 @@ parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and 
 would get them. --profile traces steps 10 to 15 after the start, --profile=FIRST:LAST others, into
 DIR/profile, for TensorBoard or xprof.
 
-Compiled programs are kept (`training.run.runtime`), so that a second start need not compile again.
+Compiled programs are cached (`training.run.runtime`): a second start need not compile again.
 
 On several hosts the same command runs in every process; they find each other on Cloud TPUs, under
 SLURM and Kubernetes, or by --coordinator, --num_processes and --process_id. Ctrl-C or SIGTERM to
@@ -40,15 +40,17 @@ from mvit_jax.common import errors, files
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import dry_run, experiment, jitted
+from mvit_jax.training import build, dry_run, experiment, loop
+from mvit_jax.training.build import Config
 from mvit_jax.training.distributed import coordination, launch, sharding
-from mvit_jax.training.experiment import Config
-from mvit_jax.training.loop import Loop, owes_validation
-from mvit_jax.training.run import compilation_cache, goodput, history, profiling, runtime, workdir
+from mvit_jax.training.evaluation import validate
+from mvit_jax.training.loop import Intervals, Upkeep
+from mvit_jax.training.run import goodput, history, profiling, runtime, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, threads_left
 from mvit_jax.training.run.metrics import Logbook
 from mvit_jax.training.run.preemption import StopRequest
-from mvit_jax.training.step import State
+from mvit_jax.training.run_folder import check_resume, initial_params
+from mvit_jax.training.state import State, with_params
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
 _WORKDIR = flags.DEFINE_string(
@@ -93,7 +95,7 @@ def main(argv: list[str]) -> None:
         return
     runtime.run_in_calling_thread()
     launch.start()
-    compilation_cache.keep()
+    runtime.cache_compiled_programs()
     with launch.together():
         if jax.default_backend() == "cpu":
             runtime.keep_freed_memory()
@@ -127,22 +129,19 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     experiment.check_start(config)
     coordination.same_everywhere("config", workdir.decisive(config))
     videos, validation = lists(config)
-    coordination.same_everywhere("list of videos", fingerprint(videos))
-    if validation:
-        coordination.same_everywhere("list of validation videos", fingerprint(validation))
-    model = experiment.model_config(config, len(videos.class_names))
-    experiment.clip_settings(config, model)  # a crop that cannot be cut is told at once
+    settings = build.settings(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
     started = workdir.has_checkpoint(folder)
-    initial = None if started else initial_params(config, model)  # before anything is written
-    with coordination.first_then_others("workdir"):  # who then see whether theirs is the same
-        coordination.wait_for_file(files.to_path(folder) / "config.json")
-        workdir.check_writable(folder)
-        workdir.freeze(config, folder, experiment.base())
-        workdir.keep_labels(folder, videos.class_names)
-
-    steps = experiment.steps(config, config.epochs, videos)
+    initial = None if started else initial_weights(config, settings.model)  # before any write
+    open_workdir(config, folder, videos.class_names)
+    intervals = Intervals(
+        steps=build.count_steps(config, config.epochs, len(videos)),
+        checkpoint=config.checkpoint.every,
+        validation=build.count_steps(config, config.eval.every_epochs, len(videos))
+        if validation
+        else 0,
+    )
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision(config.precision),
@@ -152,67 +151,97 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
         launch.together(),
         memory_explained(config.batch),
     ):
-        step_function, predict, schedule, state = jitted.build(config, model, videos, mesh)
-        state, origin = first(config, state, checkpoints, initial)
+        program = build.program(config, settings, len(videos), mesh)
+        state, origin = first_state(config, program.first_state(), checkpoints, initial)
         start = int(state.step)
-        owed = validation is not None and owes_validation(
-            config, folder, videos, start, start >= steps
-        )
-        if start >= steps and not owed:
+        owed = intervals.owes_validation(folder, start)
+        if start >= intervals.steps and not owed:
             coordination.say(
-                f"the run in {folder} is complete ({start} of {steps} steps): test it with "
-                f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
+                f"the run in {folder} is complete ({start} of {intervals.steps} steps): test it "
+                f"with python -m mvit_jax.evaluate --workdir={folder}, or train anew in another "
+                "workdir"
             )
             return 0
+
+        def evaluate(state: State) -> dict[str, float]:
+            assert validation is not None
+            return validate(
+                state, program.predict, validation, settings.clips, settings.validation,
+                mesh=mesh, loader=settings.loader,
+            )  # fmt: skip
+
         log = Logbook(
-            folder, start=start, steps=steps, batch=config.batch, every=config.log_every,
-            max_broken=config.data.max_broken, on_nan=config.on_nan, spans=spans,
-            watch=input_watch(config),
+            folder, start=start, steps=intervals.steps, batch=config.batch,
+            every=config.log_every, max_broken=config.data.max_broken, on_nan=config.on_nan,
+            spans=spans, watch=input_watch(config),
         )  # fmt: skip
         with (
             closing(log),
             StopRequest(start) as stop,
-            profiling.Profile(folder, profile, start=start, steps=steps, say=log.say) as trace,
+            profiling.Profile(
+                folder, profile, start=start, steps=intervals.steps, say=log.say
+            ) as trace,
         ):
-            introduce(log, config, model, state, videos, mesh, start, steps)
+            introduce(log, config, settings.model, state, videos, mesh, start, intervals.steps)
             log.say(origin)
-            loop = Loop(
-                config, model, mesh, videos, validation, step_function, predict, schedule,
-                checkpoints, log, spans, stop, trace, start, steps, owed,
+            upkeep = Upkeep(intervals, start, checkpoints, log, evaluate)
+            if owed:
+                upkeep.validate(state, start)
+            batches = build.batches(config, settings, videos, mesh, intervals.steps, start)
+            status = loop.train(
+                state, program.step, spans.waiting(batches), upkeep,
+                start=start, videos=videos, clip_frames=settings.model.frames, mesh=mesh,
+                learning_rate=program.schedule, stop=stop, profile=trace,
             )  # fmt: skip
-            if status := loop.run(state):
+            if status:
                 return status
-            log.say(f"trained {steps} steps; the last checkpoint is in {folder}/checkpoints")
+            log.say(
+                f"trained {intervals.steps} steps; the last checkpoint is in {folder}/checkpoints"
+            )
     report(folder)  # when all else is on disk
     return 0
 
 
 def lists(config: Config) -> tuple[Source, Source | None]:
-    """The videos to train on, and to validate on where that is wanted."""
-    videos = experiment.videos(config, "train")
-    watched = config.data.val_list and config.eval.every_epochs > 0
-    validation = experiment.videos(config, "val") if watched else None
-    if validation and validation.class_names != videos.class_names:
+    """Opens the videos to train on, and those to validate on where the config has any."""
+    videos = build.videos(config, "train")
+    coordination.same_everywhere("list of videos", fingerprint(videos))
+    if not config.data.val_list or config.eval.every_epochs <= 0:
+        return videos, None
+    validation = build.videos(config, "val")
+    if validation.class_names != videos.class_names:
         raise errors.UserError(
             f"{validation.list_file} has {len(validation.class_names)} classes and "
             f"{videos.list_file} {len(videos.class_names)}, or they have other names: make both of "
             "the same labels.txt"
         )
+    coordination.same_everywhere("list of validation videos", fingerprint(validation))
     return videos, validation
 
 
-def initial_params(config: Config, model: MViTConfig) -> tuple[Any, str] | None:
-    """The weights that a new run starts from, where the config names some, made to fit."""
+def open_workdir(config: Config, folder: str, class_names: tuple[str, ...]) -> None:
+    """Makes the workdir with its config and labels, or checks that its own are the same."""
+    with coordination.first_then_others("workdir"):
+        coordination.wait_for_file(files.to_path(folder) / "config.json")
+        workdir.check_writable(folder)
+        workdir.freeze(config, folder, experiment.base())
+        workdir.keep_labels(folder, class_names)
+
+
+def initial_weights(config: Config, model: MViTConfig) -> tuple[Any, str] | None:
+    """Reads the weights that a new run starts from, where the config names some, made to fit."""
     if config.resume is not None:
-        experiment.check_resume(config, model)
+        check_resume(config.resume, model)
         return None
-    return None if config.init.checkpoint is None else experiment.initial_params(config, model)
+    if config.init.checkpoint is None:
+        return None
+    return initial_params(config.init.checkpoint, model, config.init.inflate)
 
 
-def first(
+def first_state(
     config: Config, fresh: State, checkpoints: Checkpoints, initial: tuple[Any, str] | None
 ) -> tuple[State, str]:
-    """The state to start from, and where it came from: this workdir's own, else that of the run
+    """Returns the state to start from, and its origin: this workdir's own, else that of the run
     `config.resume`, else fresh with the weights of `config.init`, else fresh."""
     state = checkpoints.resume(fresh, coordination.say)
     if state is not None:
@@ -225,7 +254,7 @@ def first(
     if initial is None:
         return fresh, "starts from fresh weights"
     params, words = initial
-    return jitted.with_params(fresh, params), words
+    return with_params(fresh, params), words
 
 
 def input_watch(config: Config) -> goodput.InputWatch:

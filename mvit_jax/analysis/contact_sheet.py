@@ -10,8 +10,9 @@ import numpy as np
 
 from mvit_jax.analysis import plots
 from mvit_jax.data import pipeline
-from mvit_jax.training import experiment, step
-from mvit_jax.training.experiment import Config
+from mvit_jax.data.loader import LoaderOptions
+from mvit_jax.training import build, experiment, step
+from mvit_jax.training.build import Config
 
 CLIPS = 8
 FRAMES = 8  # shown of each clip
@@ -28,25 +29,24 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
       UserError: the config or its data cannot be used, or the file cannot be written.
     """
     experiment.check(config)
-    videos = experiment.videos(config, "train")
-    model = experiment.model_config(config, len(videos.class_names))
+    videos = build.videos(config, "train")
+    settings = build.settings(config, len(videos.class_names))
     share = np.lcm(config.data.repeats, config.augment.group)
     rows = range(min(-(-CLIPS // share) * share, config.batch))
     [batch] = pipeline.train_batches(
         videos,
-        experiment.clip_settings(config, model),
+        settings.clips,
         seed=config.seed,
         batch=config.batch,
         steps=1,
         rows=rows,
         repeats=config.data.repeats,
-        threads=config.data.threads,
+        loader=LoaderOptions(config.data.threads),
     )
-    recipe = experiment.recipe(config, model.num_classes)
     key, _ = step.keys(config.seed, 0)
     arrays = {name: jnp.asarray(x) for name, x in batch.items()}
-    clips, targets = jax.device_get(step.augmented(arrays, key, recipe))
-    pixels = np.clip(clips.astype(np.float32) * recipe.std + recipe.mean, 0, 1)
+    clips, targets = jax.device_get(step.augmented(arrays, key, settings.step))
+    pixels = np.clip(clips.astype(np.float32) * settings.step.std + settings.step.mean, 0, 1)
     target = Path(path)
     plots.save(_figure(pixels, targets, videos.class_names), target)
     return target

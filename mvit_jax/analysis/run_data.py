@@ -21,7 +21,7 @@ from mvit_jax.analysis.report import Run
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, faults, to_path, write_whole
 from mvit_jax.data.formats.video_list import read_class_names
-from mvit_jax.training import experiment
+from mvit_jax.training import build, experiment, run_folder
 from mvit_jax.training.run import history
 
 REPORT = "report.html"
@@ -45,7 +45,7 @@ def read(folder: str | AnyPath) -> Run:
             f"{folder} holds no run (there is no config.json): name a folder that training or "
             "convert made"
         )
-    config = experiment.frozen(folder)
+    config = run_folder.RunFolder(folder).config
     told = history.read(folder)
     tests = _evaluations(folder, config.data.test_list)
     classes = _classes(folder, told, tests)
@@ -53,7 +53,7 @@ def read(folder: str | AnyPath) -> Run:
         folder=str(folder),
         config=_flat(config),
         defaults=None if (base := experiment.base()) is None else _flat(base),
-        model=None if classes is None else experiment.model_config(config, classes),
+        model=None if classes is None else build.model_config(config, classes),
         starts=told.starts,
         train=told.train,
         val=told.val,

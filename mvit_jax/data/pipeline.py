@@ -9,27 +9,20 @@ is no iterator state to store.
 
 import contextlib
 import functools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Int64, UInt8
 
-from mvit_jax.common.errors import HungError, UserError
+from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation, sampling, watchdog
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.images import DecodeError, Footage
+from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, batched
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import Source
-
-Batch = dict[str, np.ndarray]
 
 # What random numbers are drawn for: the first word of their seed, so that no two share a stream.
 _ORDER, _CLIP, _SHUFFLE = range(3)
@@ -91,10 +84,8 @@ def train_batches(
     start: int = 0,
     rows: range | None = None,
     repeats: int = 1,
-    threads: int = 2,
-    processes: int = 0,
+    loader: LoaderOptions = DEFAULT,
     prefetch: int = 2,
-    timeout: float = 0.0,
 ) -> Generator[Batch, None, None]:
     """Gives the batches of steps `start` to `steps - 1`; closing the generator stops loading.
 
@@ -112,11 +103,8 @@ def train_batches(
       rows: the rows of the global batch that this host loads, contiguous; None for all. Like the
         batch a multiple of `repeats`.
       repeats: clips that are augmented out of the same decoded frames.
-      threads: how many load, in each process; 0 to load without prefetching.
-      processes: how many load; 0 for this one alone. They are worth starting where Python's part
-        of the work, which threads do in turns, is large: small images, or many cores.
+      loader: threads, processes and time-out of the loading; the batches do not depend on it.
       prefetch: batches loaded ahead.
-      timeout: seconds that a batch may take to come; 0 for any time.
 
     Yields:
       "clip", uint8 `[rows, T, size, size, 3]`, RGB; "label", int32 `[rows]`, or uint8 `[rows,
@@ -135,12 +123,8 @@ def train_batches(
             f"{repeats} repeats of each video: set batch to a multiple of {repeats} for each host"
         )
     decoded = range(rows.start // repeats, rows.stop // repeats)
-    load = _TrainLoader(videos, settings, seed, batch // repeats, start, decoded, repeats)
-    batches = _load(
-        load, max(steps - start, 0), len(decoded), threads=threads, processes=processes,
-        prefetch=prefetch, timeout=timeout,
-    )  # fmt: skip
-    return _merged(batches)
+    load = _TrainElements(videos, settings, seed, batch // repeats, start, decoded, repeats)
+    return _merged(batched(load, max(steps - start, 0), len(decoded), loader, prefetch))
 
 
 def test_batches(
@@ -152,10 +136,8 @@ def test_batches(
     batch: int,
     rows: range | None = None,
     shuffle_seed: int | None = None,
-    threads: int = 2,
-    processes: int = 0,
+    loader: LoaderOptions = DEFAULT,
     prefetch: int = 1,
-    timeout: float = 0.0,
 ) -> Generator[Batch, None, None]:
     """Gives the views of every video, each video once, in order, in batches of one shape.
 
@@ -168,10 +150,8 @@ def test_batches(
       rows: the rows of the global batch that this host loads, contiguous; None for all.
       shuffle_seed: if given, the frames of each clip are permuted, by draws from
         (shuffle_seed, place of the video): the test of Fan et al. 2021, table 9.
-      threads: how many load, in each process; 0 to load without prefetching.
-      processes: how many load; 0 for this one alone.
+      loader: threads, processes and time-out of the loading; the views do not depend on it.
       prefetch: batches loaded ahead.
-      timeout: seconds that a batch may take to come; 0 for any time.
 
     Yields:
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
@@ -184,11 +164,8 @@ def test_batches(
     """
     rows = _checked(rows, batch)
     counts = (clips,) if isinstance(clips, int) else tuple(clips)
-    load = _TestLoader(videos, settings, counts, crops, batch, rows, shuffle_seed)
-    return _load(
-        load, -(-len(videos) // batch), len(rows), threads=threads, processes=processes,
-        prefetch=prefetch, timeout=timeout,
-    )  # fmt: skip
+    load = _TestElements(videos, settings, counts, crops, batch, rows, shuffle_seed)
+    return batched(load, -(-len(videos) // batch), len(rows), loader, prefetch)
 
 
 def load_train_clips(
@@ -303,11 +280,11 @@ def epoch_order(videos: int, seed: int, epoch: int) -> Int64[np.ndarray, " video
     return order
 
 
-# Loaders are objects rather than closures, so that they can be sent to other processes. repr=False:
+# These are objects rather than closures, so that they can be sent to other processes. repr=False:
 # Grain prints them when an iterator is made, and with them all of the data set, 13 s for 55,000
 # images in memory.
 @dataclass(frozen=True, eq=False, repr=False)
-class _TrainLoader:
+class _TrainElements:
     videos: Source
     settings: ClipSettings
     seed: int
@@ -345,7 +322,7 @@ class _TrainLoader:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _TestLoader:
+class _TestElements:
     videos: Source
     settings: ClipSettings
     clips: tuple[int, ...]
@@ -396,76 +373,6 @@ class _TestLoader:
         with contextlib.suppress(DecodeError):
             return np.zeros_like(self.videos.label(0))
         return 0
-
-
-def _load(
-    load: "_TrainLoader | _TestLoader", batches: int, rows: int, *, threads: int,
-    processes: int, prefetch: int, timeout: float,
-) -> Generator[Batch, None, None]:  # fmt: skip
-    if batches == 0:
-        return
-    others = frozenset(multiprocessing.active_children())
-    board = None
-    if timeout > 0:
-        # In each process as many elements are under way as its two buffers hold and its threads
-        # load; those of the processes take turns.
-        slots = 4 * max(processes, 1) * (threads + prefetch * rows + 1)
-        board = watchdog.Board(slots, shared=processes > 0)
-        load = replace(load, board=board)
-    # Elements, not batches, are spread over the threads, so that the first batch comes as early
-    # as can be. Stacking is left to the caller's thread: 0.8 ms for a clip of 16x224x224, which
-    # took 45 ms to decode.
-    options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(threads, prefetch * rows)
-    )
-    dataset = grain.MapDataset.range(batches * rows).map(load).to_iter_dataset(options)
-    if processes > 0:
-        _mark_flags_as_parsed()
-        # What a worker has prefetched at the end is freed, but reported as if it were lost.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-        ahead = max(prefetch * rows // processes, 1)
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=ahead),
-            worker_init_fn=_serve_parent,
-        )
-    iterator = iter(dataset.batch(rows, drop_remainder=True))
-    batches_in_time, hangs = iterator, False
-    if board is not None:
-        batches_in_time = watchdog.within(
-            iterator, watchdog.Hung(timeout, board, load.videos.item, others)
-        )
-    try:
-        yield from batches_in_time
-    except HungError:
-        hangs = True
-        raise
-    finally:
-        # Workers that were killed may have held locks that closing waits for.
-        if not (hangs and processes > 0):
-            iterator.close()
-        if board is not None:
-            board.close()
-
-
-def _serve_parent(worker: int, workers: int) -> None:
-    """Terminals and schedulers send their signals to workers too, but they are for the process that
-    saves its state; and a worker whose parent was killed would wait for it for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _mark_flags_as_parsed() -> None:
-    """Grain's workers read absl's flags, which nobody parses in a notebook or a plain script."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _merged(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:

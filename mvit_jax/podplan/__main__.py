@@ -49,7 +49,7 @@ from mvit_jax.podplan.accelerators import Topology
 from mvit_jax.podplan.advice import Plan
 from mvit_jax.podplan.compile import Figures, TooLarge
 from mvit_jax.training import dry_run, experiment
-from mvit_jax.training.experiment import Config
+from mvit_jax.training.build import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A slice: v5e:16x16, or v5e-256 (v4, v5p, v6e).")

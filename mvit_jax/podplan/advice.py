@@ -14,8 +14,8 @@ from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan import accelerators
 from mvit_jax.podplan.accelerators import GIB, Roofs, Topology
 from mvit_jax.podplan.compile import STATE, Figures, TooLarge
-from mvit_jax.training import experiment
-from mvit_jax.training.experiment import Config
+from mvit_jax.training import build, experiment
+from mvit_jax.training.build import Config
 
 # Clips of 16 x 224 x 224 a second of one core, two out of each decoding of 10 seconds of 340 x 256,
 # RandAugment and crop included, of files as they come and of packed shards; and images of 224 x 224
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return experiment.count_steps(self.config, self.config.epochs, self.videos)
+        return build.count_steps(self.config, self.config.epochs, self.videos)
 
     @property
     def roofs(self) -> Roofs:
@@ -120,7 +120,7 @@ def count(number: int, noun: str) -> str:
 
 def noun(config: Config) -> str:
     """What a batch is made of: "clip" or "image"."""
-    return "clip" if experiment.model_config(config, 2).frames > 1 else "image"
+    return "clip" if build.model_config(config, 2).frames > 1 else "image"
 
 
 def unit(config: Config) -> int:

@@ -16,13 +16,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data.formats.synthetic import Synthetic
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan.accelerators import Topology
 from mvit_jax.podplan.hlo import cost as counting
-from mvit_jax.training import jitted
+from mvit_jax.training import build
+from mvit_jax.training.build import Config
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.experiment import Config
 
 # Nobody asks a metadata server about the TPU that is not here, the compiler does not complain that
 # it is not, and it may work beside another process that has it.
@@ -118,10 +117,10 @@ def measure(
         brought on the chip ahead of time.
       videos: to train on, of which the learning rate's constants depend.
     """
-    source = Synthetic(videos, model.num_classes, multi_label=config.data.multi_label)
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
-        program = jitted.describe(config, model, source, mesh)
-        batch = jitted.batch_shapes(config, model, mesh)
+        settings = build.settings(config, model.num_classes)
+        program = build.program(config, settings, videos, mesh)
+        batch = build.batch_shapes(config, model, mesh)
         state = program.state
         if which == "train":
             lowered = program.step.lower(state, batch)

@@ -16,7 +16,7 @@ from mvit_jax.podplan.advice import Plan, count, noun
 from mvit_jax.podplan.compile import Figures, TooLarge
 from mvit_jax.podplan.hlo import cost as counting
 from mvit_jax.training import dry_run
-from mvit_jax.training.experiment import Config
+from mvit_jax.training.build import Config
 
 
 def title(config: Config, topology: Topology, mesh: Mesh) -> str:

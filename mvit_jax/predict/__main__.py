@@ -33,7 +33,7 @@ from mvit_jax.data.images import DecodeError
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
 from mvit_jax.predict.windows import clock
-from mvit_jax.training.run import compilation_cache
+from mvit_jax.training.run import runtime
 
 # Other programs have flags of the same names, and tests import them all.
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
@@ -66,7 +66,7 @@ _MAX_MINUTES = flags.DEFINE_float("max_minutes", 10.0, "Longest video that it ta
 def main(argv: list[str]) -> None:
     files = argv[1:]
     folder = _folder()
-    compilation_cache.keep()
+    runtime.cache_compiled_programs()
     if _SERVE.value:
         _serve(folder, files)
         return

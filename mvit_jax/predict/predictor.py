@@ -20,11 +20,11 @@ from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.images import Frames
 from mvit_jax.data.video import Video, opened
 from mvit_jax.models.inference import Inference, normalise
-from mvit_jax.predict import reading
-from mvit_jax.predict.windows import Timeline, is_long, windows
-from mvit_jax.training import evaluation, experiment
+from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
+from mvit_jax.training import build, evaluation, experiment
+from mvit_jax.training.build import Config
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.experiment import Config
+from mvit_jax.training.run_folder import RunFolder
 
 AT_A_TIME = 8  # windows that go through the model together
 SHOWN = 8  # windows of a long video whose frames are kept for pictures
@@ -92,26 +92,19 @@ class Predictor:
             config's, and windows for long videos.
           crops: squares cut from each clip, 1 or 3; the config's where not given.
         """
-        if folder.is_file():
-            raise UserError(
-                f"{folder} is a file: make a folder of it first, "
-                f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
-            )
-        self.config: Config = experiment.frozen(folder)
-        for key, value in (("eval.clips", clips), ("eval.crops", crops)):
-            if value is not None:
-                self.config.update_from_flattened_dict({key: value})
-        experiment.check(self.config)
-        self.names = class_names(self.config, folder, experiment.num_classes(folder, which))
-        self.model = experiment.model_config(self.config, len(self.names))
-        self._settings = experiment.clip_settings(self.config, self.model)
+        mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
+        with RunFolder(folder) as run:
+            self.config: Config = run.config
+            for key, value in (("eval.clips", clips), ("eval.crops", crops)):
+                if value is not None:
+                    self.config.update_from_flattened_dict({key: value})
+            experiment.check(self.config)
+            self.names = class_names(self.config, folder, run.num_classes(which))
+            settings = build.settings(self.config, len(self.names))
+            self._params, self.step = run.params_on(mesh, which), run.step(which)
+        self.model, self._settings, self._recipe = settings.model, settings.clips, settings.step
         # A clip of segments is spread over all of a video, however long.
         self._takes_windows = clips is None and self._settings.sampling == "span"
-        self._recipe = experiment.recipe(self.config, len(self.names))
-        mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
-        self._params, self.step = experiment.load_params(
-            self.config, self.model, folder, which, mesh
-        )
         eval_ = self.config.eval
         self._logits = Inference(
             self._params,
@@ -162,7 +155,7 @@ class Predictor:
                 **shape,
             )
             if isinstance(video, Video):
-                views = np.concatenate(list(reading.clips(video, indices, settings, eval_.crops)))
+                views = np.concatenate(list(clips_of(video, indices, settings, eval_.crops)))
             else:
                 views = pipeline.views(video, settings, clips=eval_.clips, crops=eval_.crops)
         middle = eval_.clips // 2
@@ -186,7 +179,7 @@ class Predictor:
 
         def batches() -> Iterator[np.ndarray]:
             batch: list[np.ndarray] = []
-            for i, clip in enumerate(reading.clips(video, found.indices, settings, crops)):
+            for i, clip in enumerate(clips_of(video, found.indices, settings, crops)):
                 batch.append(clip)
                 if i in kept:
                     shown.append(clip[crops // 2])

@@ -7,13 +7,16 @@ one before, so that every moment but the first and last half clip is seen twice.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 
-from mvit_jax.data import sampling
+from mvit_jax.data import pipeline, sampling
+from mvit_jax.data.pipeline import ClipSettings
+from mvit_jax.data.video import Video
 
 FEWEST = 4
 """Clip lengths up to which a video is short, whatever the protocol: few windows tell little."""
@@ -121,3 +124,29 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def clips_of(
+    video: Video, indices: Int64[np.ndarray, "clips time"], settings: ClipSettings, crops: int
+) -> Iterator[UInt8[np.ndarray, "crops time size size 3"]]:
+    """The clips of these frames one after the other, scaled and cropped as by `pipeline.views`.
+
+    Every frame is decoded once. What is held is the frames of one clip, at the model's size.
+
+    Args:
+      video: an open file.
+      indices: frame numbers; no clip starts before the one before it.
+      settings: what a clip is.
+      crops: squares cut from each clip, 1 or 3.
+
+    Raises:
+      DecodeError: while iterating, the file is broken.
+    """
+    decoded = video.in_order(np.unique(indices).tolist())
+    held: dict[int, np.ndarray] = {}
+    for clip in indices:
+        held = {number: frame for number, frame in held.items() if number >= clip.min()}
+        while clip.max() not in held:
+            number, frame = next(decoded)
+            held[number] = pipeline.crops_of(frame[None], settings, crops)
+        yield np.concatenate([held[number] for number in clip.tolist()], axis=1)

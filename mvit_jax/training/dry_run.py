@@ -20,8 +20,8 @@ from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.summary import table, totals
 from mvit_jax.models.variants import variant
-from mvit_jax.training import experiment, optimizer
-from mvit_jax.training.experiment import Config
+from mvit_jax.training import build, experiment, optimizer
+from mvit_jax.training.build import Config
 
 Lines = list[tuple[str, str]]  # what, and what of it
 
@@ -85,7 +85,7 @@ def _read(config: Config, which: str) -> Source | str:
     if not config.data[f"{which}_list"]:
         return "none"
     try:
-        return experiment.videos(config, which)
+        return build.videos(config, which)
     except UserError as error:
         return str(error)
 
@@ -93,8 +93,8 @@ def _read(config: Config, which: str) -> Source | str:
 def _model(config: Config, train: Source | str) -> MViTConfig:
     classes = config.data.classes if isinstance(train, str) else len(train.class_names)
     if classes is not None:
-        return experiment.model_config(config, classes)
-    return experiment.model_config(config, variant(config.model.variant).num_classes)
+        return build.model_config(config, classes)
+    return build.model_config(config, variant(config.model.variant).num_classes)
 
 
 def _model_lines(config: Config, model: MViTConfig) -> Lines:
@@ -202,7 +202,7 @@ def _mixing(config: Config) -> str:
 
 def _steps(config: Config, videos: int, devices: int) -> Lines:
     repeats, batch = config.data.repeats, config.batch
-    steps = experiment.count_steps(config, config.epochs, videos)
+    steps = build.count_steps(config, config.epochs, videos)
     per_epoch = videos * repeats / batch
     each = f"{batch / repeats:g} videos x {repeats} clips" if repeats > 1 else f"{batch} videos"
     share = f"{batch / devices:g} clips a device, of which there are {devices}"
@@ -225,8 +225,8 @@ def _steps(config: Config, videos: int, devices: int) -> Lines:
 
 def _rates(config: Config, videos: int) -> str:
     """The rate at the start, at the end of the warm-up, at quarters of what follows, at the end."""
-    schedule = experiment.schedule(config, videos)
-    steps = experiment.count_steps(config, config.epochs, videos)
+    schedule = build.schedule(config, videos)
+    steps = build.count_steps(config, config.epochs, videos)
     per_epoch = videos * config.data.repeats / config.batch
     warm = min(config.optim.warmup_epochs, config.epochs)
     epochs = [0.0, warm / 2, *(warm + (config.epochs - warm) * i / 4 for i in range(4))]
@@ -317,7 +317,7 @@ def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
         ("figures", "mean average precision" if config.data.multi_label else "top-1, top-5"),
     ]
     if e.every_epochs > 0 and config.data.val_list:
-        every = experiment.count_steps(config, e.every_epochs, videos)
+        every = build.count_steps(config, e.every_epochs, videos)
         lines.append(("while training", f"every {every:,} steps, of one centre view"))
     return lines
 

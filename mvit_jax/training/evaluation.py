@@ -1,6 +1,7 @@
 """The test protocol: every video exactly once, several views each, scores averaged over views."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
+from mvit_jax.data.loader import DEFAULT, LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source
 from mvit_jax.data.video import why_broken
@@ -22,9 +24,32 @@ from mvit_jax.training.distributed.sharding import (
     state_shardings,
     to_devices,
 )
-from mvit_jax.training.step import Recipe, predict_step
+from mvit_jax.training.state import State
+from mvit_jax.training.step import StepConfig, predict_step
 
 Ensemble = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The test protocol: views of a video, and how their scores become one.
+
+    Attributes:
+      clips: numbers of clips spread evenly over a video; for each number, the scores of a video
+        are found from so many x `crops` views.
+      crops: squares cut from each clip, 1 or 3.
+      batch: videos at a time; rounded up to a multiple of the devices.
+      ensemble: "mean" of the views' probabilities (the sum of the reference code), or "max"
+        (Charades).
+      max_broken: share of the videos that may be broken. One that cannot be decoded is left out
+        and listed in the result.
+    """
+
+    clips: tuple[int, ...] = (1,)
+    crops: int = 1
+    batch: int = 8
+    ensemble: Ensemble = "mean"
+    max_broken: float = 1.0
 
 
 @dataclass
@@ -109,58 +134,43 @@ def evaluate(
     params: Any,
     videos: Source,
     settings: ClipSettings,
+    protocol: Protocol,
     *,
-    clips: Sequence[int],
-    crops: int,
-    batch: int,
     mesh: Mesh,
-    ensemble: Ensemble = "mean",
-    max_broken: float = 1.0,
-    threads: int = 2,
-    processes: int = 0,
-    timeout: float = 0.0,
+    loader: LoaderOptions = DEFAULT,
     shuffle_seed: int | None = None,
     progress: Callable[[int], object] = lambda videos_done: None,
 ) -> list[Scores]:
-    """Scores every video of a list, about `batch` videos at a time.
+    """Scores every video of a list, about `protocol.batch` videos at a time.
 
     Args:
       predict: of `predictor`.
       params: of the model.
       videos: the list.
       settings: what a clip is.
-      clips: numbers of clips that are evenly spread over a video, for each of which the scores of
-        a video are found from so many x `crops` views, in one pass over the list.
-      crops: squares cut from each clip.
-      batch: videos at a time; rounded up to a multiple of the devices.
+      protocol: the views, and how their scores are averaged.
       mesh: of devices.
-      ensemble: how the views of a video are brought together, "mean" (the same as the sum of the
-        reference code) or "max" (Charades).
-      max_broken: share of the videos that may be broken. One that cannot be decoded is left out
-        and listed in the result.
-      threads: that load, in each process.
-      processes: that load; 0 for this one alone.
-      timeout: seconds that a batch may take to come; 0 for any time.
+      loader: threads and processes that decode.
       shuffle_seed: if given, the frames of each clip are shuffled (MViT, Table 9).
       progress: is told how many videos are done.
 
     Returns:
-      Scores for each number of clips.
+      Scores for each of `protocol.clips`, all from one pass over the list.
 
     Raises:
       UserError: too large a share of the videos is broken.
       HungError: a batch does not come in time.
     """
-    count = len(videos)
+    count, clips, crops = len(videos), protocol.clips, protocol.crops
     scores = np.zeros((len(clips), count, len(videos.class_names)))
     labels = np.zeros(0, np.int32)
     seen, tested = np.zeros(count, bool), np.zeros(count, bool)
     views = np.split(np.arange(sum(clips) * crops), np.cumsum(clips)[:-1] * crops)
-    batch = -(-batch // mesh.size) * mesh.size  # at least one for each device
+    batch = -(-protocol.batch // mesh.size) * mesh.size  # at least one for each device
     rows = local_rows(batch, mesh)
     for loaded in pipeline.test_batches(
         videos, settings, clips=clips, crops=crops, batch=batch, rows=rows,
-        shuffle_seed=shuffle_seed, threads=threads, processes=processes, timeout=timeout,
+        shuffle_seed=shuffle_seed, loader=loader,
     ):  # fmt: skip
         on_devices = to_devices(loaded, mesh)
         probabilities = _everywhere(predict(params, on_devices["clip"]))
@@ -169,7 +179,9 @@ def evaluate(
         if len(labels) == 0:
             labels = np.zeros((count, *label.shape[1:]), label.dtype)
         for row, chosen in enumerate(views):
-            scores[row, index[real]] = over_views(probabilities[real][:, chosen], ensemble, axis=1)
+            scores[row, index[real]] = over_views(
+                probabilities[real][:, chosen], protocol.ensemble, axis=1
+            )
         labels[index[real]] = label[real]
         tested[index[real]] = valid[real]
         seen[index[real]] = True
@@ -179,13 +191,34 @@ def evaluate(
         f"{videos.item(i)}: {why_broken(videos.opened(i, settings.frames))}"
         for i in np.flatnonzero(~tested).tolist()
     ]
-    if tested.any() and len(failures) > max_broken * count:
+    if tested.any() and len(failures) > protocol.max_broken * count:
         raise UserError(
             f"{len(failures)} of the {count} videos of {videos.list_file} cannot be decoded, more "
-            f"than data.max_broken={max_broken:g} of them: mend them or take them out, or raise "
-            f"it; the first is {failures[0]}"
+            f"than data.max_broken={protocol.max_broken:g} of them: mend them or take them out, or "
+            f"raise it; the first is {failures[0]}"
         )
     return [Scores(one, labels, tested, failures) for one in scores]
+
+
+def validate(
+    state: State,
+    predict: Callable[[Any, jax.Array], jax.Array],
+    videos: Source,
+    settings: ClipSettings,
+    protocol: Protocol,
+    *,
+    mesh: Mesh,
+    loader: LoaderOptions,
+) -> dict[str, float]:
+    """Returns accuracies in percent, the number of videos and the seconds of a validation, with the
+    averaged parameters where the state has them. Arguments are those of `evaluate`."""
+    began = time.monotonic()
+    [scores] = evaluate(predict, state.tested, videos, settings, protocol, mesh=mesh, loader=loader)
+    metrics = scores.metrics()
+    return {name: metrics[name] for name in ("map", "top1", "top5") if name in metrics} | {
+        "videos": metrics["videos"],
+        "seconds": time.monotonic() - began,
+    }
 
 
 def over_views(
@@ -197,7 +230,7 @@ def over_views(
 
 
 def predictor(
-    apply: Callable[..., Any], recipe: Recipe, params: Any, mesh: Mesh
+    apply: Callable[..., Any], recipe: StepConfig, params: Any, mesh: Mesh
 ) -> Callable[[Any, jax.Array], jax.Array]:
     """`predict(params, clip)`: probabilities of each uint8 view, see `step.predict_step`; `params`
     may be shapes. Split by video over the mesh; the answer is on every device."""

@@ -18,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data import pipeline
 from mvit_jax.data.source import Source
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import evaluation, experiment, jitted
+from mvit_jax.training import build, evaluation, experiment
+from mvit_jax.training.build import Config
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Scores
-from mvit_jax.training.experiment import Config
+from mvit_jax.training.state import with_params
 
 
 @dataclass(frozen=True)
@@ -84,53 +84,37 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
     for name, value in (("resume", config.resume), ("init.checkpoint", config.init.checkpoint)):
         if value is not None:
             raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
-    videos = experiment.videos(config, "train")
-    model = experiment.model_config(config, len(videos.class_names))
+    videos = build.videos(config, "train")
+    settings = build.settings(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     experiment.check_batch(config, mesh.size)
-    steps = experiment.steps(config, config.epochs, videos)
+    steps = build.count_steps(config, config.epochs, len(videos))
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
-        step, predict, _, state = jitted.build(config, model, videos, mesh, **plugs)
+        program = build.program(config, settings, len(videos), mesh, **plugs)
+        state = program.first_state()
         if params is not None:
-            state = jitted.with_params(state, params)
+            state = with_params(state, params)
         history, ends = [], []
-        batches = pipeline.train_batches(
-            videos,
-            experiment.clip_settings(config, model),
-            seed=config.seed,
-            batch=config.batch,
-            steps=steps,
-            repeats=config.data.repeats,
-            threads=config.data.threads,
-            processes=config.data.processes,
-            timeout=config.data.timeout,
-        )
+        batches = build.batches(config, settings, videos, mesh, steps)
         for batch in tqdm(batches, "training", total=steps, unit="step", file=sys.stdout):
             _warn_of_broken(videos, batch["broken"])
-            state, metrics = step(state, sharding.to_devices(batch, mesh))
+            state, metrics = program.step(state, sharding.to_devices(batch, mesh))
             history.append({k: float(total / count) for k, (total, count) in metrics.items()})
             if not np.isfinite(history[-1]["loss"]):
                 raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")
             ends.append(time.perf_counter())
-        trained = state.params if state.ema is None else state.ema
         [scores] = evaluation.evaluate(
-            predict,
-            trained,
-            experiment.videos(config, "test"),
-            experiment.clip_settings(config, model),
-            clips=(config.eval.clips,),
-            crops=config.eval.crops,
-            batch=config.eval.batch,
+            program.predict,
+            state.tested,
+            build.videos(config, "test"),
+            settings.clips,
+            settings.test,
             mesh=mesh,
-            ensemble=config.eval.ensemble,
-            max_broken=config.data.max_broken,
-            threads=config.data.threads,
-            processes=config.data.processes,
-            timeout=config.data.timeout,
+            loader=settings.loader,
         )
     columns = {k: np.array([row[k] for row in history]) for k in ("loss", "accuracy", "grad_norm")}
     seconds = float(np.median(np.diff(ends))) if len(ends) > 1 else float("nan")
-    return Trial(jax.device_get(trained), model, columns, scores, seconds)
+    return Trial(jax.device_get(state.tested), settings.model, columns, scores, seconds)
 
 
 def _warn_of_broken(videos: Source, broken: np.ndarray) -> None:

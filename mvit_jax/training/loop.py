@@ -1,6 +1,5 @@
-"""The steps of a training run, one after the other, and what is done between them."""
+"""The training loop: load, step, log, checkpoint, validate."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,210 +9,206 @@ import jax
 import numpy as np
 
 from mvit_jax.common import errors
-from mvit_jax.data import pipeline
+from mvit_jax.data.loader import Batch
 from mvit_jax.data.source import Source
 from mvit_jax.data.video import why_broken
-from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import evaluation, experiment
 from mvit_jax.training.distributed import coordination, sharding
-from mvit_jax.training.experiment import Config
-from mvit_jax.training.run import goodput, profiling, workdir
+from mvit_jax.training.run import profiling, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.run.metrics import BrokenDataError, Logbook
 from mvit_jax.training.run.preemption import StopRequest
-from mvit_jax.training.step import State
+from mvit_jax.training.state import Metrics, State
+
+Step = Callable[[State, Any], tuple[State, Metrics]]
 
 
-@dataclass
-class Loop:
-    """The steps of one start, and what is done between them."""
+@dataclass(frozen=True)
+class Intervals:
+    """Steps of a run, and steps between its checkpoints and validations.
 
-    config: Config
-    model: MViTConfig
-    mesh: jax.sharding.Mesh
-    videos: Source
-    validation: Source | None
-    step: Callable[..., Any]
-    predict: Callable[..., Any]
-    schedule: Callable[[int], Any]
+    Attributes:
+      steps: of the whole run.
+      checkpoint: a checkpoint is saved every so many steps, and after the last.
+      validation: likewise; 0 for no validation.
+    """
+
+    steps: int
+    checkpoint: int
+    validation: int
+
+    def validates(self, step: int) -> bool:
+        """Returns True if the state after `step` is validated."""
+        return self.validation > 0 and (step == self.steps or step % self.validation == 0)
+
+    def owes_validation(self, folder: str, start: int) -> bool:
+        """Returns True if an earlier start saved step `start` and was stopped before validating."""
+        if self.validation == 0:
+            return False
+        validated = coordination.from_first("validated", workdir.validated(folder))
+        return start > 0 and start > validated and self.validates(start)
+
+
+def train(
+    state: State,
+    step: Step,
+    batches: Iterator[Batch],
+    upkeep: "Upkeep",
+    *,
+    start: int,
+    videos: Source,
+    clip_frames: int,
+    mesh: jax.sharding.Mesh,
+    learning_rate: Callable[[int], Any],
+    stop: StopRequest,
+    profile: profiling.Profile,
+) -> int:
+    """Trains from step `start` to the last one.
+
+    Args:
+      state: after step `start`.
+      step: the jitted training step.
+      batches: of the steps that follow, this process's rows of each.
+      upkeep: saves and validates between steps.
+      start: steps done before.
+      videos: that the batches are of, to name those that cannot be decoded.
+      clip_frames: frames of a clip.
+      mesh: of devices.
+      learning_rate: of each step, for the log.
+      stop: set by SIGINT and SIGTERM.
+      profile: traces some of the steps.
+
+    Returns:
+      The exit status: 0 after the last step, 128 + the signal's number when stopped.
+
+    Raises:
+      UserError: no batch comes, too many videos are broken, or the loss is not finite.
+    """
+    done, log, steps = start, upkeep.log, upkeep.intervals.steps
+    broken: set[int] = set()
+    while done < steps:
+        batch = _next(batches, stop, partial(upkeep.save_at_once, state, done))
+        if batch is None:
+            return _stopped(log, done, steps, stop.signal)
+        report_broken(log, videos, batch["broken"], broken, clip_frames)
+        with log.spans.measure("step" if done > start else "compile"), profile.step(done + 1):
+            state, metrics = step(state, sharding.to_devices(batch, mesh))
+        done += 1
+        try:
+            log.step(done, metrics, partial(learning_rate, done - 1))
+            stop.agree(done)
+            signal = stop.signal  # read once: a later signal is for the next step
+            state = upkeep.after_step(state, done, stopping=signal > 0)
+        except BrokenDataError:  # in all processes at the same step
+            upkeep.save_at_once(state, done)
+            raise
+        if signal and done < steps:
+            return _stopped(log, done, steps, signal)
+    upkeep.finish()
+    if broken:
+        log.say(
+            f"{len(broken)} of the {len(videos)} videos could not be decoded and were "
+            f"replaced: {', '.join(videos.item(i) for i in sorted(broken))}"
+        )
+    return 0
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """Saves, validates and rolls back between steps.
+
+    Attributes:
+      intervals: when.
+      start: steps done before this start of the run.
+      checkpoints: of the run.
+      log: of the run, whose policy decides on states that are not finite.
+      evaluate: returns the metrics of a state on the validation list.
+    """
+
+    intervals: Intervals
+    start: int
     checkpoints: Checkpoints
     log: Logbook
-    spans: goodput.Spans
-    stop: StopRequest
-    trace: profiling.Profile
-    start: int
-    steps: int
-    owed: bool  # whether an earlier start has left the validation of `start` to this one
+    evaluate: Callable[[State], dict[str, float]]
 
-    def __post_init__(self) -> None:
-        self.done = self.start
-
-    def run(self, state: State) -> int:
-        """Trains from `start` to `steps`; returns the exit status, 0 when all are done."""
-        if self.owed:
-            self.validate(state)
-        batches = self.spans.waiting(self.batches()) if self.done < self.steps else iter(())
-        broken: set[int] = set()
-        while self.done < self.steps:
-            batch = self.next_batch(batches, state)
-            if batch is None:
-                return self.stopped(self.stop.signal)
-            report_broken(self.log, self.videos, batch["broken"], broken, self.model.frames)
-            with self.spans.measure("step" if self.done > self.start else "compile"):
-                batch = sharding.to_devices(batch, self.mesh)
-                state, metrics = self.trace.step(self.done + 1, self.step, state, batch)
-            self.done += 1
-            try:
-                self.log.step(self.done, metrics, partial(self.schedule, self.done - 1))
-                self.stop.agree(self.done)
-                asked = self.stop.signal  # once: what comes after this is for the next step
-                state = self.after(state, asked > 0)
-            except BrokenDataError:  # in all processes at the same step
-                self.save_at_once(state)
-                raise
-            if asked and self.done < self.steps:
-                return self.stopped(asked)
-        with self.spans.measure("checkpoint"):
-            self.checkpoints.wait()
-        if broken:
-            self.log.say(
-                f"{len(broken)} of the {len(self.videos)} videos could not be decoded and were "
-                f"replaced: {', '.join(self.videos.item(i) for i in sorted(broken))}"
-            )
-        return 0
-
-    def batches(self) -> Iterator[dict[str, np.ndarray]]:
-        return load(self.videos, self.config, self.model, self.mesh, self.start, self.steps)
-
-    def next_batch(
-        self, batches: Iterator[dict[str, np.ndarray]], state: State
-    ) -> dict[str, np.ndarray] | None:
-        """None where a signal has ended the workers that load. What was trained is kept."""
-        try:
-            return next(batches)
-        except RuntimeError:  # workers that Ctrl-C ended while they started
-            if not self.stop.signal:
-                raise
-            self.save_at_once(state)
-            return None
-        except errors.UserError:
-            if jax.process_count() == 1:  # one alone of many would wait for the others
-                self.save_at_once(state)
-            raise
-
-    def after(self, state: State, asked: bool) -> State:
-        """Saves the state after a step, and validates it, where that is due. What is saved comes
-        first, as a validation may take longer than a scheduler waits."""
-        end = self.done == self.steps
-        validates = self.validation and validation_due(self.config, self.videos, self.done, end)
-        saves = self.done % self.config.checkpoint.every == 0 or end or asked or validates
+    def after_step(self, state: State, done: int, stopping: bool) -> State:
+        """Saves the state after step `done`, and validates it, where that is due; returns the state
+        to go on from. What is saved comes first, as a validation may take longer than a scheduler
+        waits."""
+        intervals, end = self.intervals, done == self.intervals.steps
+        validates = intervals.validates(done)
+        saves = done % intervals.checkpoint == 0 or end or stopping or validates
         if saves:
             self.log.flush()  # a state that is not finite is never kept
         if self.log.not_finite.found:
-            with self.spans.measure("checkpoint"):
-                state, origin = self.log.not_finite.roll_back(self.checkpoints, state, self.done)
-            self.log.rolled_back(self.done, origin)
+            with self.log.spans.measure("checkpoint"):
+                state, origin = self.log.not_finite.roll_back(self.checkpoints, state, done)
+            self.log.rolled_back(done, origin)
         if saves:
-            with self.spans.measure("checkpoint"):
-                self.checkpoints.save(state, self.done, end=end or asked, say=self.log.say)
-        if validates and (end or not asked):
-            self.validate(state)
+            with self.log.spans.measure("checkpoint"):
+                self.checkpoints.save(state, done, end=end or stopping, say=self.log.say)
+        if validates and (end or not stopping):
+            self.validate(state, done)
         return state
 
-    def validate(self, state: State) -> None:
-        assert self.validation is not None
-        with self.spans.measure("validation"):
-            results = validate(
-                self.config, self.model, state, self.validation, self.predict, self.mesh
-            )
-        self.log.validation(self.done, results)
-        with self.spans.measure("checkpoint"):
+    def validate(self, state: State, done: int) -> None:
+        """Validates the state after step `done`, and keeps it where it is the best."""
+        with self.log.spans.measure("validation"):
+            results = self.evaluate(state)
+        self.log.validation(done, results)
+        with self.log.spans.measure("checkpoint"):
             score = results.get("map", results["top1"])
-            self.checkpoints.save_if_best(state, self.done, score, self.log.say)
+            self.checkpoints.save_if_best(state, done, score, self.log.say)
             self.checkpoints.settle(self.log.say)
         if coordination.first():
             try:
-                workdir.keep_validated(self.checkpoints.folder, self.done)
+                workdir.keep_validated(self.checkpoints.folder, done)
             except errors.UserError as error:  # a full disk, say
-                self.log.say(f"{error}: the next start may validate step {self.done} once more")
+                self.log.say(f"{error}: the next start may validate step {done} once more")
 
-    def save_at_once(self, state: State) -> None:
-        """Keeps what was trained, where something else ends the run."""
-        if self.done == self.start:
+    def save_at_once(self, state: State, done: int) -> None:
+        """Saves the state after step `done`, where something else ends the run."""
+        if done == self.start:
             return
         self.log.flush()
         if not self.log.not_finite.found:  # a state that is not finite is never kept
-            self.checkpoints.save(state, self.done, end=True, say=self.log.say)
+            self.checkpoints.save(state, done, end=True, say=self.log.say)
 
-    def stopped(self, number: int) -> int:
-        self.log.say(f"stopped at step {self.done} of {self.steps}; the same command goes on")
-        return 128 + number
-
-
-def validation_due(config: Config, videos: Source, step: int, end: bool) -> bool:
-    return end or step % experiment.steps(config, config.eval.every_epochs, videos) == 0
+    def finish(self) -> None:
+        """Blocks until the last checkpoint is on disk."""
+        with self.log.spans.measure("checkpoint"):
+            self.checkpoints.wait()
 
 
-def owes_validation(config: Config, folder: str, videos: Source, step: int, end: bool) -> bool:
-    """Whether an earlier start was stopped after it had saved `step`, and before it validated."""
-    validated = coordination.from_first("validated", workdir.validated(folder))
-    return step > 0 and step > validated and validation_due(config, videos, step, end)
+def _next(batches: Iterator[Batch], stop: StopRequest, save: Callable[[], None]) -> Batch | None:
+    """Returns the next batch; None where a signal has ended the workers that load. Calls `save`
+    before a failure ends the run."""
+    try:
+        return next(batches)
+    except RuntimeError:  # workers that Ctrl-C ended while they started
+        if not stop.signal:
+            raise
+        save()
+        return None
+    except errors.UserError:
+        if jax.process_count() == 1:  # one alone of many would wait for the others
+            save()
+        raise
 
 
-def load(
-    videos: Source, config: Config, model: MViTConfig, mesh: jax.sharding.Mesh,
-    start: int, steps: int,
-) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
-    return pipeline.train_batches(
-        videos,
-        experiment.clip_settings(config, model),
-        seed=config.seed,
-        batch=config.batch,
-        steps=steps,
-        start=start,
-        rows=sharding.local_rows(config.batch, mesh),
-        repeats=config.data.repeats,
-        threads=config.data.threads,
-        processes=config.data.processes,
-        timeout=config.data.timeout,
-    )
-
-
-def validate(
-    config: Config, model: MViTConfig, state: State, videos: Source, predict, mesh
-) -> dict[str, float]:
-    """One centre clip of every validation video, with the averaged weights where there are any."""
-    began = time.monotonic()
-    [scores] = evaluation.evaluate(
-        predict,
-        state.params if state.ema is None else state.ema,
-        videos,
-        experiment.clip_settings(config, model),
-        clips=(1,),
-        crops=1,
-        batch=config.eval.batch,
-        mesh=mesh,
-        max_broken=config.data.max_broken,
-        threads=config.data.threads,
-        processes=config.data.processes,
-        timeout=config.data.timeout,
-    )
-    metrics = scores.metrics()
-    return {name: metrics[name] for name in ("map", "top1", "top5") if name in metrics} | {
-        "videos": metrics["videos"],
-        "seconds": time.monotonic() - began,
-    }
+def _stopped(log: Logbook, done: int, steps: int, signal: int) -> int:
+    log.say(f"stopped at step {done} of {steps}; the same command goes on")
+    return 128 + signal
 
 
 def report_broken(
-    log: Logbook, videos: Source, broken: np.ndarray, known: set[int], clip_frames: int
+    log: Logbook, videos: Source, broken: np.ndarray, reported: set[int], clip_frames: int
 ) -> None:
-    """Says once for each video that it could not be decoded and was replaced."""
-    for index in {int(i) for i in broken if i >= 0} - known:
-        known.add(index)
+    """Logs once for each video that it could not be decoded and was replaced."""
+    for index in {int(i) for i in broken if i >= 0} - reported:
+        reported.add(index)
         reason = why_broken(videos.opened(index, clip_frames))
         log.say(
             f"{videos.item(index)} cannot be decoded ({reason}) and is replaced by another video; "
-            f"mend it or take it out of {videos.list_file} ({len(known)} such so far)",
+            f"mend it or take it out of {videos.list_file} ({len(reported)} such so far)",
             everywhere=True,
         )

@@ -1,4 +1,4 @@
-"""One step of training, as a pure function, and the state that it carries."""
+"""The training step, the prediction step and their losses, as pure functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,29 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from mvit_jax.models.inference import normalise
 from mvit_jax.training import device_augment
-from mvit_jax.training.losses import binary_cross_entropy, cross_entropy, soft_targets
-
-Metrics = dict[str, tuple[Array, Array]]  # (sum, count): summed before it is divided
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """All that training carries from step to step, and all that a checkpoint holds."""
-
-    step: Any  # int32, steps done; like the rest, a sharding or shape where the tree holds those
-    params: Any
-    opt_state: Any
-    ema: Any  # averaged parameters, or None
+from mvit_jax.training.state import Metrics, State
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a step does besides model and optimiser; the fields are config keys of these names."""
+class StepConfig:
+    """Augmentation and loss settings of the training step; fields are named as the config keys."""
 
     seed: int
     num_classes: int
@@ -49,18 +36,13 @@ class Recipe:
     dtype: Any = jnp.float32
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, ema: float) -> State:
-    averaged = jax.tree.map(jnp.copy, params) if ema > 0 else None
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), averaged)
-
-
 def train_step(
     state: State,
     batch: dict[str, Array],
     *,
     apply: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    recipe: Recipe,
+    recipe: StepConfig,
 ) -> tuple[State, Metrics]:
     """One update from one batch: "clip" uint8 [batch, T, H, W, 3]; "label" int32 [batch], or where
     a clip has any number of classes uint8 [batch, num_classes] of 0 and 1; "broken" int32 [batch],
@@ -112,7 +94,9 @@ def train_step(
     return state, metrics
 
 
-def predict_step(params: Any, clip: Array, *, apply: Callable[..., Any], recipe: Recipe) -> Array:
+def predict_step(
+    params: Any, clip: Array, *, apply: Callable[..., Any], recipe: StepConfig
+) -> Array:
     """Class probabilities [batch, views, num_classes] of uint8 views [batch, views, T, H, W, 3]: of
     each view by softmax, or by a sigmoid for each class where a clip has any number of classes."""
     batch, views = clip.shape[:2]
@@ -129,7 +113,7 @@ def keys(seed: int, step: Any) -> tuple[Array, Array]:
     return key_batch, key_model
 
 
-def augmented(batch: dict[str, Array], key: Array, recipe: Recipe) -> tuple[Array, Array]:
+def augmented(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[Array, Array]:
     """What is done to a batch on the device: normalised, flipped, erased and mixed clips [batch, T,
     H, W, 3], and their targets [batch, num_classes]."""
     key_flip, key_mix, key_erase = jax.random.split(key, 3)
@@ -183,3 +167,28 @@ def _accumulated(value_and_grad, parts: int, params, batch: tuple, key: Array):
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     ((value, correct), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), *cut))
     return (value / parts, correct), jax.tree.map(lambda g: g / parts, grads)
+
+
+def soft_targets(
+    labels: Int[Array, " batch"], num_classes: int, smoothing: float
+) -> Float[Array, "batch num_classes"]:
+    """One-hot targets with `smoothing` spread evenly over all classes (label smoothing)."""
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def cross_entropy(
+    logits: Float[Array, "batch num_classes"], targets: Float[Array, "batch num_classes"]
+) -> Float[Array, " batch"]:
+    """Soft-target cross-entropy per clip, in nats; targets are not renormalised."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "batch num_classes"], targets: Float[Array, "batch num_classes"]
+) -> Float[Array, " batch"]:
+    """Mean over the classes of each class's own yes or no (a sigmoid), per clip, in nats.
+
+    For videos of any number of classes. Its mean over clips is PyTorch's BCEWithLogitsLoss.
+    """
+    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -jnp.mean(targets * yes + (1 - targets) * no, axis=-1)

@@ -10,7 +10,7 @@ import pytest
 from mvit_jax.analysis import contact_sheet
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-from mvit_jax.training import experiment
+from mvit_jax.training import build
 from tests.support import tiny
 
 
@@ -26,10 +26,10 @@ def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypat
     monkeypatch.setattr(contact_sheet, "_figure", figure)
     config = tiny.config(digits, **{"augment.label_smoothing": 0.0, "data.repeats": 2})
     path = contact_sheet.draw(config, tmp_path / "sheet.png")
-    videos = experiment.videos(config, "train")
-    model = experiment.model_config(config, len(videos.class_names))
+    videos = build.videos(config, "train")
+    model = build.model_config(config, len(videos.class_names))
     (batch,) = pipeline.train_batches(
-        videos, experiment.clip_settings(config, model), seed=0, batch=8, steps=1, repeats=2
+        videos, build.settings(config, model.num_classes).clips, seed=0, batch=8, steps=1, repeats=2
     )
     np.testing.assert_allclose(drawn["clips"], batch["clip"] / 255, atol=1e-5)
     assert drawn["targets"].argmax(1).tolist() == batch["label"].tolist()

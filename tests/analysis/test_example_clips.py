@@ -10,7 +10,7 @@ from mvit_jax.analysis import attention_maps, example_clips
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.models import mvit
-from mvit_jax.training import experiment
+from mvit_jax.training import build
 from mvit_jax.training.evaluation import Scores
 from tests.support import tiny
 
@@ -71,10 +71,10 @@ def test_frames_of_a_long_clip_are_spread_from_its_first_to_its_last():
 def material(digits):
     config = tiny.config(digits)
     videos = read_video_list(digits, "test.csv")
-    model = experiment.model_config(config, 8)
-    settings = experiment.clip_settings(config, model)
+    model = build.model_config(config, 8)
+    settings = build.settings(config, model.num_classes).clips
     params = jax.jit(lambda: mvit.init(model, jax.random.key(0)))()
-    return videos, settings, params, model, experiment.recipe(config, 8)
+    return videos, settings, params, model, build.settings(config, 8).step
 
 
 def pixels(picture: str) -> np.ndarray:

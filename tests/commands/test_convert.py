@@ -21,7 +21,7 @@ from mvit_jax import convert
 from mvit_jax.common.errors import UserError
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.variants import preprocessing
-from mvit_jax.training import experiment
+from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.weights.load import load
@@ -90,7 +90,7 @@ def test_the_folder_has_all_that_it_takes_to_use_the_model(converted):
     assert folder.stat().st_mode & 0o777 == 0o755
     assert (folder / "labels.txt").read_text().splitlines() == NAMES
     expected = load(tensors_of(), "mvit_b_16x4", **foreign.fields(KIND))
-    params, config = experiment.read_params(folder)
+    params, config = run_folder.read_params(folder)
     assert config == expected.config
     mine, theirs = trees.flat(params), trees.flat(expected.params)
     assert mine.keys() == theirs.keys()
@@ -153,7 +153,7 @@ def test_evaluate_and_predict_take_the_folder_as_it_is(converted, digits, tmp_pa
 def test_a_new_head_and_other_frames_are_overrides(source, tmp_path, capsys):
     run(source, f"--out={tmp_path / 'out'}", *VIDEO[:-2], "frames=8", "kv_stride=(1,4,4)",
         "num_classes=3")  # fmt: skip
-    params, config = experiment.read_params(tmp_path / "out")
+    params, config = run_folder.read_params(tmp_path / "out")
     assert (config.num_classes, config.frames) == (3, 8)
     assert params["head"]["classifier"]["kernel"].shape == (32, 3)
     assert params["positions"]["time"].shape == (4, 8)
@@ -167,7 +167,7 @@ def test_an_image_model_becomes_a_video_model(tmp_path):
         run(tmp_path / "in.pth", f"--out={tmp_path / 'out'}", *fields)
     assert files(tmp_path) == {"in.pth"}
     run(tmp_path / "in.pth", f"--out={tmp_path / 'out'}", "--inflate=mean", *fields)
-    params, config = experiment.read_params(tmp_path / "out")
+    params, config = run_folder.read_params(tmp_path / "out")
     assert config.patch_kernel == (3, 7, 7) and config.frames == 4
     image = tensors_of("v2 image")["patch_embed.proj.weight"]
     for frame in params["patch_embed"]["proj"]["kernel"]:
@@ -218,7 +218,7 @@ def test_weights_go_to_torchvision_and_timm_where_these_have_such_a_model(conver
 def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
     config = tiny.config(digits, **{"optim.ema": 0.5})
     workdir.freeze(config, tmp_path / "run")
-    shapes = mvit.shapes(experiment.model_config(config, 8))
+    shapes = mvit.shapes(build.model_config(config, 8))
     params = trees.nested(foreign.filled(shapes))
     with closing(Checkpoints(tmp_path / "run")) as checkpoints:
         save = ocp.args.StandardSave
@@ -416,7 +416,7 @@ def test_a_damaged_byte_is_an_error_or_changes_no_tensor(source, tmp_path):
             assert str(error)
             assert not (tmp_path / f"out{attempt}").exists()
         else:  # a byte that nothing reads, as of the padding
-            params, _ = experiment.read_params(tmp_path / f"out{attempt}")
+            params, _ = run_folder.read_params(tmp_path / f"out{attempt}")
             for path, values in trees.flat(params).items():
                 np.testing.assert_array_equal(values, expected[path], err_msg=path)
 
@@ -432,7 +432,7 @@ def test_a_converted_folder_becomes_a_file_that_jax_alone_runs(converted, tmp_pa
     assert status == 0, out
     assert "for cpu, tpu: uint8[batch,4,32,32,3], RGB from 0 to 255" in out
     assert "to logits float32[batch,8]" in out
-    params, config = experiment.read_params(folder)
+    params, config = run_folder.read_params(folder)
     clips = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3)).astype(np.uint8)
     normalised = ((clips / 255 - 0.45) / 0.225).astype(np.float32)
     expected, _ = jax.jit(functools.partial(mvit.apply, config=config))(params, normalised)

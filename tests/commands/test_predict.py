@@ -21,11 +21,11 @@ from mvit_jax.data.video import Video
 from mvit_jax.models import mvit
 from mvit_jax.predict import __main__ as predict
 from mvit_jax.predict.predictor import Maps
-from mvit_jax.training import experiment
+from mvit_jax.training import build
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.predict import small
-from tests.support import tiny
+from tests.support import scoring, tiny
 from tests.support.environment import of_process
 
 
@@ -54,7 +54,7 @@ def program(*flags):
 
 def test_files_get_the_probabilities_of_the_test_program(run, predictor, digits, paths):
     config = workdir.frozen(run)
-    [scores], _ = experiment.score(config, run, experiment.videos(config, "test"), which="last")
+    [scores], _ = scoring.score(config, run, build.videos(config, "test"), which="last")
     # Another order, one file twice, and one that is not there.
     asked = [paths[2], paths[0], paths[2], str(run / "gone.mp4")]
     result = predict.predict(predictor, asked, top=8)
@@ -270,7 +270,7 @@ def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monke
     results = predict.predict(predictor, files, top=2, pictures=tmp_path, maps=True)["files"]
     assert "damaged or cut off" in results[0]["error"]
     assert results[1]["pictures"] == [str(tmp_path / "17_prediction.png")]  # nothing moves
-    model = experiment.model_config(config, 8)
+    model = build.model_config(config, 8)
     image = mvit_jax.preprocess("mvit_b16", size=32)(files[1])
     logits, _ = jax.jit(functools.partial(mvit.apply, config=model))(state.params, image)
     expected = np.sort(np.asarray(jax.nn.softmax(logits)[0]))[::-1]
@@ -284,6 +284,6 @@ def test_a_model_trains_on_image_files_and_the_broken_one_is_left_out_of_the_tes
     config = tiny.config(images, **(small.IMAGES | {"epochs": 8.0, "eval.crops": 3}))
     folder = tmp_path / "run"
     assert train.train(config, str(folder)) == 0
-    [scores], _ = experiment.score(config, folder, experiment.videos(config, "test"), which="last")
+    [scores], _ = scoring.score(config, folder, build.videos(config, "test"), which="last")
     assert scores.metrics()["videos"] == 7 and scores.metrics()["top1"] == 100
     assert len(scores.failures) == 1 and "23.jpg: it is damaged" in scores.failures[0]

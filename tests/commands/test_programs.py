@@ -16,10 +16,10 @@ from mvit_jax import train
 from mvit_jax.analysis import run_data
 from mvit_jax.common.errors import UserError
 from mvit_jax.models import mvit
-from mvit_jax.training import experiment
+from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import history, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
-from tests.support import commands, tiny
+from tests.support import commands, scoring, tiny
 from tests.support.environment import of_process
 from tests.support.group import final_state
 from tests.support.pages import Page
@@ -109,7 +109,7 @@ def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_pat
     config = tiny.config(digits, **(RECIPE | {"precision": "high", "epochs": 1.0}))
     assert train.train(config, str(tmp_path)) == 0
     trained = len(seen)
-    experiment.score(config, tmp_path, experiment.videos(config, "test"), which="last")
+    scoring.score(config, tmp_path, build.videos(config, "test"), which="last")
     assert len(seen) > trained >= 2 and set(seen) == {"high"}
     assert jax.config.jax_default_matmul_precision == "highest"
 
@@ -185,19 +185,19 @@ def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_
 @pytest.mark.slow
 def test_shuffled_frames_are_another_test_beside_the_first(run):
     config = workdir.frozen(run)
-    videos = experiment.videos(config, "test")
-    [straight], _ = experiment.score(config, run, videos, which="last")
-    [shuffled], _ = experiment.score(config, run, videos, which="last", shuffle=True)
-    [again], _ = experiment.score(config, run, videos, which="last", shuffle=True)
+    videos = build.videos(config, "test")
+    [straight], _ = scoring.score(config, run, videos, which="last")
+    [shuffled], _ = scoring.score(config, run, videos, which="last", shuffle=True)
+    [again], _ = scoring.score(config, run, videos, which="last", shuffle=True)
     assert np.abs(straight.probabilities - shuffled.probabilities).max() > 1e-5
     np.testing.assert_array_equal(shuffled.probabilities, again.probabilities)
 
 
 def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
     config = workdir.frozen(run)
-    videos = experiment.videos(config, "val")
+    videos = build.videos(config, "val")
     config.eval.clips = 1
-    [scores], step = experiment.score(config, run, videos, which="best")
+    [scores], step = scoring.score(config, run, videos, which="best")
     # The same weights and protocol as the validation that chose it.
     best = Checkpoints(run).best_top1
     assert step == Checkpoints(run).step("best")
@@ -249,10 +249,10 @@ def test_several_numbers_of_clips_and_the_scores_of_each_video(run, digits, tmp_
     told = json.loads((folder / "views_val.json").read_text())
     assert [row["clips"] for row in told["views"]] == [1, 3]
     assert Image.open(folder / "views_val.png").size[0] > 300
-    config = experiment.frozen(folder)
-    videos = experiment.videos(config, "val")
+    config = run_folder.RunFolder(folder).config
+    videos = build.videos(config, "val")
     for row in told["views"]:
-        [scores], _ = experiment.score(config, folder, videos, which="last", clips=[row["clips"]])
+        [scores], _ = scoring.score(config, folder, videos, which="last", clips=[row["clips"]])
         assert row["top1"] == pytest.approx(scores.metrics()["top1"])
     assert json.loads((folder / "evaluation_val.json").read_text())["clips"] == 3
     kept = np.load(folder / "scores_val.npz")
@@ -277,7 +277,7 @@ def test_a_run_that_older_code_began_goes_on(reference, digits, tmp_path, capsys
     for section, key in (("data", "sampling"), ("optim", "name"), ("eval", "ensemble")):
         del frozen[section][key]
     (folder / "config.json").write_text(json.dumps(frozen))
-    assert experiment.frozen(folder).data.sampling == "span"
+    assert run_folder.RunFolder(folder).config.data.sampling == "span"
     assert train.train(config, str(folder)) == 0
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.sampling was 'span' and is now 'segments'"):

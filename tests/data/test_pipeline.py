@@ -21,6 +21,7 @@ from mvit_jax.data import pipeline
 from mvit_jax.data import video as decoding
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import read_video_list
+from tests.data.loading import loading as loading_of
 
 SETTINGS = pipeline.ClipSettings(
     frames=4, stride=2, size=16, short_side=20, augmentation=Augmentation(crop_area=(0.3, 1.0))
@@ -85,7 +86,7 @@ def mixed(good, tmp_path_factory):
 
 def train(videos, **kwargs):
     arguments: dict[str, Any] = {"seed": 0, "batch": 8, "steps": 4, "threads": 2} | kwargs
-    return list(pipeline.train_batches(videos, SETTINGS, **arguments))
+    return list(pipeline.train_batches(videos, SETTINGS, **loading_of(arguments)))
 
 
 def join(hosts):
@@ -173,7 +174,8 @@ def test_repeats_are_clips_of_one_decoding_augmented_each_anew(good):
     settings = dataclasses.replace(SETTINGS, size=HEIGHT, short_side=HEIGHT, augmentation=CENTRED)
 
     def batches(settings, **kwargs):
-        return list(pipeline.train_batches(good, settings, seed=0, steps=3, threads=0, **kwargs))
+        options = loading_of({"seed": 0, "steps": 3, "threads": 0} | kwargs)
+        return list(pipeline.train_batches(good, settings, **options))
 
     single = batches(settings, batch=4)
     for one, two in zip(single, batches(settings, batch=8, repeats=2), strict=True):
@@ -299,7 +301,7 @@ def test_a_clip_has_the_frames_that_were_drawn(good):
 
 def evaluate(videos, **kwargs):
     arguments: dict[str, Any] = {"clips": 2, "crops": 1, "batch": 4, "threads": 2} | kwargs
-    return list(pipeline.test_batches(videos, SETTINGS, **arguments))
+    return list(pipeline.test_batches(videos, SETTINGS, **loading_of(arguments)))
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
@@ -411,7 +413,7 @@ def test_the_data_set_is_not_printed(good, monkeypatch):
 
 
 def test_loaders_can_be_sent_to_other_processes(mixed):
-    loader = pipeline._TrainLoader(mixed, SETTINGS, 0, 8, 0, range(8), 1)
+    loader = pipeline._TrainElements(mixed, SETTINGS, 0, 8, 0, range(8), 1)
     copy = pickle.loads(pickle.dumps(loader))
     assert_equal([copy(5)], [loader(5)])
 
@@ -438,9 +440,7 @@ def test_loading_ends_with_the_iterator(good, monkeypatch, fails):
 
     wait()  # for the threads of other tests
     monkeypatch.setattr(pipeline, "load_train_clips", load)
-    batches = pipeline.train_batches(
-        good, SETTINGS, seed=0, batch=1, steps=1000, threads=2, prefetch=1000
-    )
+    batches = pipeline.train_batches(good, SETTINGS, seed=0, batch=1, steps=1000, prefetch=1000)
     next(batches)
     assert loading()
     if fails:

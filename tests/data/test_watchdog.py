@@ -15,6 +15,8 @@ from mvit_jax.common.errors import HungError
 from mvit_jax.data import pipeline, watchdog
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.synthetic import Synthetic
+from mvit_jax.data.loader import LoaderOptions
+from tests.data.loading import loading
 
 SETTINGS = pipeline.ClipSettings(
     frames=2, stride=2, size=8, short_side=8, augmentation=Augmentation(crop_area=None)
@@ -41,9 +43,10 @@ def synthetic(stuck=-1):
 
 
 def load(videos, kind="train", **changes):
+    options = loading(changes)
     if kind == "test":
-        return pipeline.test_batches(videos, SETTINGS, clips=1, crops=1, batch=4, **changes)
-    return pipeline.train_batches(videos, SETTINGS, seed=0, batch=4, steps=3, **changes)
+        return pipeline.test_batches(videos, SETTINGS, clips=1, crops=1, batch=4, **options)
+    return pipeline.train_batches(videos, SETTINGS, seed=0, batch=4, steps=3, **options)
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
@@ -120,7 +123,12 @@ def test_a_worker_process_that_is_stopped_is_ended_and_others_are_not():
     bystander.start()
     videos = Synthetic(videos=4000, classes=3, num_frames=8, height=8, width=8)
     batches = pipeline.train_batches(
-        videos, SETTINGS, seed=0, batch=4, steps=1000, threads=1, processes=2, timeout=20.0
+        videos,
+        SETTINGS,
+        seed=0,
+        batch=4,
+        steps=1000,
+        loader=LoaderOptions(1, 2, 20.0),
     )
     next(batches)
     workers = [p for p in multiprocessing.active_children() if p != bystander]

@@ -10,9 +10,9 @@ import pytest
 
 from mvit_jax import train
 from mvit_jax.common.errors import UserError
-from mvit_jax.training import experiment
+from mvit_jax.training import build
 from tests.data.test_video import audio_only, half_without_index, write
-from tests.support import commands, tiny
+from tests.support import commands, scoring, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +139,6 @@ def test_too_large_a_share_ends_the_run_and_keeps_what_was_trained(data, tmp_pat
     saved = [int(child.name) for child in (run / "checkpoints").iterdir() if child.name.isdigit()]
     assert saved and 0 < max(saved) < 22
     with pytest.raises(UserError, match=r"of the 500 videos .*max_broken=0\.02"):
-        experiment.score(strict, run, experiment.videos(strict, "test"), which="last")
+        scoring.score(strict, run, build.videos(strict, "test"), which="last")
     # The same command goes on, once the limit is raised.
     assert train.train(config(data), str(run)) == 0

@@ -5,7 +5,7 @@ import pytest
 
 from mvit_jax import train
 from mvit_jax.models.variants import variant
-from mvit_jax.training import experiment
+from mvit_jax.training import build, experiment, run_folder
 from tests.support import tiny
 
 
@@ -21,8 +21,8 @@ def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tm
     assert train.train(tiny.config(digits, **changes), str(run)) == 0
     c = config(str(run))
     assert c.init.checkpoint == str(run)
-    trained = experiment.frozen(run)
-    assert experiment.model_config(c, 8) == experiment.model_config(trained, 8)
+    trained = run_folder.RunFolder(run).config
+    assert build.model_config(c, 8) == build.model_config(trained, 8)
     assert (c.data.mean, c.data.stride, c.data.short_side) == ((0.1, 0.2, 0.3), 7, 32)
     # It trains, on other classes, from those weights.
     c.data.folder = str(digits)
@@ -30,7 +30,7 @@ def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tm
     c.augment.group = 1  # of eight devices each has a clip
     c.optim.lr = 0.0
     assert train.train(c.lock(), str(tmp_path / "tuned")) == 0
-    (before, _), (after, _) = (experiment.read_params(tmp_path / n) for n in ("run", "tuned"))
+    (before, _), (after, _) = (run_folder.read_params(tmp_path / n) for n in ("run", "tuned"))
     kernel = [p["blocks"]["0"]["mlp"]["fc1"]["kernel"] for p in (before, after)]
     np.testing.assert_allclose(kernel[0], kernel[1], atol=1e-5)  # a rate of 0 but for its ends
 
@@ -40,7 +40,7 @@ def test_a_variant_brings_its_own_preprocessing(name, image):
     c = config(name)
     experiment.check(c)
     assert c.init.checkpoint is None
-    assert experiment.model_config(c, 5) == variant(name, num_classes=5)
+    assert build.model_config(c, 5) == variant(name, num_classes=5)
     assert c.data.short_side == (256 if image else 356)
     assert c.data.mean == (0.485, 0.456, 0.406)
     assert c.data.interpolation == ("bicubic" if image else "bilinear")

@@ -14,9 +14,10 @@ from tests.support.group import final_state
 
 # One that is killed before they have met is waited for, otherwise for five minutes.
 TRAIN = (
-    "from mvit_jax import errors, train\n"
-    "from mvit_jax.training import peers\n"
-    "peers.START_SECONDS = 60\n"
+    "from mvit_jax import train\n"
+    "from mvit_jax.common import errors\n"
+    "from mvit_jax.training.distributed import coordination\n"
+    "coordination.START_SECONDS = 60\n"
     "errors.run(train.main)"
 )
 # Saves in the background at every second step, and validates, so that some kills fall into these.

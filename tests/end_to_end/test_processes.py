@@ -198,7 +198,8 @@ def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_p
     code = (
         "import os, sys\n"
         "import orbax.checkpoint as ocp\n"
-        "from mvit_jax import errors, train\n"
+        "from mvit_jax import train\n"
+        "from mvit_jax.common import errors\n"
         "if '--process_id=1' in sys.argv:\n"
         "    ocp.CheckpointManager.restore = lambda *args, **kwargs: os._exit(9)\n"
         "errors.run(train.main)"
@@ -236,9 +237,10 @@ def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
 def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
     """Its connections stay open, so that only its silence tells."""
     code = (
-        "from mvit_jax import errors, train\n"
-        "from mvit_jax.training import processes\n"
-        "processes.SILENT_BEATS = 6\n"
+        "from mvit_jax import train\n"
+        "from mvit_jax.common import errors\n"
+        "from mvit_jax.training.distributed import launch\n"
+        "launch.SILENT_BEATS = 6\n"
         "errors.run(train.main)"
     )
     flags = [*LONG[2:], f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
@@ -283,12 +285,12 @@ def small(work):
     """A program of several processes that does `work`, and takes a process for dead soon."""
     code = (
         "import os, sys, time\n"
-        "from mvit_jax import errors\n"
-        "from mvit_jax.training import peers, processes\n"
-        "processes.SILENT_BEATS = 4\n"
+        "from mvit_jax.common import errors\n"
+        "from mvit_jax.training.distributed import coordination, launch\n"
+        "launch.SILENT_BEATS = 4\n"
         "def main(argv):\n"
-        "    processes.start()\n"
-        "    with processes.together():\n"
+        "    launch.start()\n"
+        "    with launch.together():\n"
         f"        {work}\n"
         "errors.run(main)"
     )
@@ -297,7 +299,7 @@ def small(work):
 
 @pytest.mark.nightly
 def test_a_process_ends_though_nobody_reads_its_last_words():
-    fails = "assert peers.first() and not time.sleep(100)"
+    fails = "assert coordination.first() and not time.sleep(100)"
     two = group.start(small(fails), 2, 1)
     for process in two:
         assert process.stdout and process.stderr
@@ -309,8 +311,8 @@ def test_a_process_ends_though_nobody_reads_its_last_words():
 @pytest.mark.parametrize("fails", [0, 1])
 def test_process_0_ends_after_one_that_is_slow_to_end(fails):
     """JAX aborts, with another exit status, whoever is there when process 0 has gone."""
-    slow = "end = os._exit; os._exit = lambda s: (time.sleep(peers.service()[1]), end(s))"
-    work = f"{slow}; assert peers.service()[1] != {fails}; time.sleep(100)"
+    slow = "end = os._exit; os._exit = lambda s: (time.sleep(coordination.service()[1]), end(s))"
+    work = f"{slow}; assert coordination.service()[1] != {fails}; time.sleep(100)"
     for done in group.finish(group.start(small(work), 2, 1), 60):
         assert done.status == 1 and "AssertionError" in done.err, done.err
 
@@ -318,13 +320,13 @@ def test_process_0_ends_after_one_that_is_slow_to_end(fails):
 @pytest.mark.nightly
 def test_process_0_may_end_long_after_the_others():
     """It draws and writes what is only needed once; by then the others are not silent but done."""
-    run(small("time.sleep(20) if peers.first() else None"), 2, 1)
+    run(small("time.sleep(20) if coordination.first() else None"), 2, 1)
 
 
 @pytest.mark.slow
 def test_process_0_that_fails_when_the_others_are_done_ends_them():
     """Their status says whether the run is whole."""
-    two = group.start(small("assert not peers.first() or time.sleep(8)"), 2, 1)
+    two = group.start(small("assert not coordination.first() or time.sleep(8)"), 2, 1)
     first, second = group.finish(two, 60)
     assert (first.status, second.status) == (1, 1)
     assert "AssertionError" in first.err and "process 0 (" in second.err
@@ -334,7 +336,7 @@ def test_process_0_that_fails_when_the_others_are_done_ends_them():
 def test_a_connection_that_breaks_while_all_live_is_told_in_its_own_words():
     """Otherwise a wrong network interface would be "another process has died", over and over."""
     broken = "exec(\"raise RuntimeError('NCCL error: no socket interface\\\\nmore')\")"
-    two = group.start(small(f"time.sleep(100) if peers.first() else {broken}"), 2, 1)
+    two = group.start(small(f"time.sleep(100) if coordination.first() else {broken}"), 2, 1)
     first, second = group.finish(two, 60)
     assert (first.status, second.status) == (launch.LOST, launch.LOST)
     for done in (first, second):
@@ -347,7 +349,8 @@ def test_sigterm_ends_a_test_in_several_processes(one_process):
     """JAX takes the signal for itself there, and a test has no loop that would ask it."""
     code = (
         "import time\n"
-        "from mvit_jax import errors, evaluate\n"
+        "from mvit_jax import evaluate\n"
+        "from mvit_jax.common import errors\n"
         "evaluate.test = lambda folder: print('tests', flush=True) or time.sleep(100)\n"
         "errors.run(evaluate.main)"
     )
@@ -364,9 +367,9 @@ def test_sigterm_ends_a_test_in_several_processes(one_process):
 def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
     code = (
         "import sys\n"
-        "from mvit_jax.training import processes\n"
-        "processes.peers.START_SECONDS = 2\n"
-        f"processes.connect('127.0.0.1:{group.free_port()}', 2, int(sys.argv[1]))"
+        "from mvit_jax.training.distributed import launch\n"
+        "launch.coordination.START_SECONDS = 2\n"
+        f"launch.connect('127.0.0.1:{group.free_port()}', 2, int(sys.argv[1]))"
     )
     for process in ("0", "1"):
         began = time.monotonic()

@@ -15,7 +15,7 @@ import pytest
 
 from mvit_jax import train
 from mvit_jax.common.errors import UserError
-from mvit_jax.training import experiment
+from mvit_jax.training import run_folder
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
 from tests.support.environment import of_process
@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     folder = shutil.copytree(reference, tmp_path / "run")
     flip(values_of(folder, 9, "ema"))
     with pytest.raises(UserError, match=r"checkpoints/9 (is damaged|cannot be read)"):
-        experiment.read_params(folder)
+        run_folder.read_params(folder)
     assert train.train(tiny.config(digits, **RECIPE), str(folder)) == 0
     said = capsys.readouterr().out
     assert "training goes on from 8" in said
@@ -143,7 +143,7 @@ def test_a_workdir_that_cannot_be_written_is_told_before_anything_is_compiled(
     def no(*_):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(train.jitted, "build", no)
+    monkeypatch.setattr(train.build, "program", no)
     with pytest.raises(UserError, match="the workdir /sys/kernel cannot be written"):
         train.train(tiny.config(digits, **RECIPE), "/sys/kernel")  # not by root either
 

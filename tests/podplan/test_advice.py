@@ -15,7 +15,7 @@ from mvit_jax.podplan.accelerators import GIB
 from mvit_jax.podplan.advice import Plan
 from mvit_jax.podplan.compile import Figures, TooLarge
 from mvit_jax.podplan.hlo.cost import Collective, Counts, Memory, Operation
-from mvit_jax.training import experiment, in_memory
+from mvit_jax.training import build, experiment, in_memory
 
 RECIPE = in_memory.read_config(
     "kinetics", "mvit_b_16x4"
@@ -40,7 +40,7 @@ def too_large(activations: float) -> TooLarge:
 
 
 def plan(found, config=RECIPE, topology="v5e:16x16", slices=1, fsdp=1, effort=0.0) -> Plan:
-    model = experiment.model_config(config, 400)
+    model = build.model_config(config, 400)
     return Plan(config, model, 240_436, accelerators.parse(topology, slices), fsdp, effort, found)
 
 
@@ -89,7 +89,7 @@ def test_with_little_effort_main_memory_bounds_nothing():
 
 def test_what_each_host_must_read():
     """512 clips in 10 ms are 51,200 a second; on 64 hosts 800, out of 400 videos."""
-    model = experiment.model_config(RECIPE, 400)
+    model = build.model_config(RECIPE, 400)
     need = advice.reading(RECIPE, model, 64, 0.010)
     assert need.clips == pytest.approx(800) and need.videos == pytest.approx(400)
     assert need.cores["files"] == pytest.approx(800 / 38)
@@ -101,7 +101,7 @@ def test_what_each_host_must_read():
 
 def test_images_are_read_at_a_rate_of_their_own():
     config = in_memory.read_config("imagenet", "mvitv2_s")
-    model = experiment.model_config(config, 1000)
+    model = build.model_config(config, 1000)
     need = advice.reading(config, model, 4, 0.1)
     assert need.clips == pytest.approx(config.batch / 0.4)
     assert need.cores == {"JPEGs": pytest.approx(need.clips / 290)}

@@ -20,7 +20,7 @@ from mvit_jax.models import mvit
 from mvit_jax.podplan import accelerators, compile
 from mvit_jax.podplan.compile import QUICK, Figures, TooLarge
 from mvit_jax.podplan.hlo import cost
-from mvit_jax.training import experiment
+from mvit_jax.training import build
 from tests.support import tiny
 
 ROWS, WIDTH, OUT = 4096, 1024, 2048
@@ -140,7 +140,7 @@ def measure(topology, *, fsdp=1, slices=1, clips=8, **changes):
     place = accelerators.parse(topology, slices)
     keys = {"batch": clips * place.chips, "optim.ema": 0.9, **MODEL, **changes}
     config = tiny.config("nowhere", **keys)
-    model = experiment.model_config(config, 8)
+    model = build.model_config(config, 8)
     return compile.measure(config, model, compile.tpu_mesh(place, -1, fsdp), effort=QUICK), model
 
 
@@ -247,7 +247,7 @@ def test_a_step_that_does_not_fit_says_what_it_would_take():
 @pytest.mark.slow
 def test_the_forward_pass_of_a_test_is_compiled_too(small):
     config = tiny.config("nowhere", batch=32, **MODEL)
-    model = experiment.model_config(config, 8)
+    model = build.model_config(config, 8)
     mesh = compile.tpu_mesh(accelerators.parse("v5e:2x2"))
     found = compile.measure(config, model, mesh, which="forward", effort=QUICK)
     assert isinstance(found, Figures)
@@ -263,7 +263,7 @@ def test_the_forward_pass_of_a_test_is_compiled_too(small):
 @pytest.mark.nightly
 def test_a_forward_pass_that_does_not_fit_holds_no_optimiser():
     config = tiny.config("nowhere", batch=4 * 2**20, **MODEL)
-    model = experiment.model_config(config, 8)
+    model = build.model_config(config, 8)
     mesh = compile.tpu_mesh(accelerators.parse("v5e:2x2"))
     found = compile.measure(config, model, mesh, which="forward", effort=QUICK)
     assert isinstance(found, TooLarge)

@@ -11,10 +11,10 @@ import numpy as np
 
 from mvit_jax.models import mvit
 from mvit_jax.predict.predictor import Predictor
-from mvit_jax.training import experiment
+from mvit_jax.training import build
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
-from mvit_jax.training.step import init_state
+from mvit_jax.training.state import init_state
 from tests.support import tiny
 
 IMAGES = {
@@ -36,8 +36,9 @@ IMAGES = {
 
 def fresh(config, seed):
     """A state of random weights."""
-    model = experiment.model_config(config, 8)
-    optimizer, _ = experiment.make_optimizer(config, experiment.videos(config, "train"))
+    model = build.model_config(config, 8)
+    videos = len(build.videos(config, "train"))
+    optimizer = build.make_optimizer(config, build.schedule(config, videos))
     return init_state(mvit.init(model, jax.random.key(seed)), optimizer, config.optim.ema)
 
 

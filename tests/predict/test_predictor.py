@@ -15,7 +15,7 @@ from mvit_jax.data.video import Video
 from mvit_jax.models import mvit
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Predictor
-from mvit_jax.training import experiment
+from mvit_jax.training import run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.predict import small
@@ -55,7 +55,7 @@ def normalised(clip):
 def test_windows_are_clips_of_their_frames_through_the_model(
     run, predictor, long_video, prediction
 ):
-    params, model = experiment.read_params(run)
+    params, model = run_folder.read_params(run)
     with Video(long_video) as video:
         frames = video.frames(range(192))
     crop = augmentation.crop_views(augmentation.resize_short_side(frames, 32), 32, 1)[0]
@@ -108,7 +108,7 @@ def test_short_videos_have_no_timeline_and_clips_on_demand_neither(
 def test_three_crops_are_averaged_in_windows(run, predictor, long_video):
     three = small.predictor_of(run, crops=3)
     line = three.predict(long_video).timeline
-    params, model = experiment.read_params(run)
+    params, model = run_folder.read_params(run)
     with Video(long_video) as video:
         clip = augmentation.resize_short_side(video.frames([0, 5, 10, 15]), 32)
     crops = augmentation.crop_views(clip, 32, 3)
@@ -121,7 +121,7 @@ def test_three_crops_are_averaged_in_windows(run, predictor, long_video):
 def test_maps_are_those_of_the_clips_shown(run, predictor, prediction):
     assert predictor._fine_block == 0  # 4 x 4 places are the most that there are
     found = predictor.maps(prediction.shown[:2])
-    params, model = experiment.read_params(run)
+    params, model = run_folder.read_params(run)
 
     @jax.jit
     def compute(params, clips):

@@ -14,7 +14,7 @@ from mvit_jax.models import mvit, trees
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import plan
 from mvit_jax.models.variants import PUBLISHED, variant
-from mvit_jax.training import experiment
+from mvit_jax.training import build, experiment
 from mvit_jax.weights import adapt
 from tests.support import tiny
 
@@ -176,7 +176,7 @@ def test_a_recipe_has_the_papers_values(name):
     assert (c.optim.name, c.optim.momentum, c.optim.b1, c.optim.b2, c.optim.ema) == (
         "sgd" if sgd else "adamw", 0.9, 0.9, 0.999, 0,
     )  # fmt: skip
-    model = experiment.model_config(c, c.data.classes)
+    model = build.model_config(c, c.data.classes)
     assert (f"{model.frames}x{c.data.stride}", model.size) == (sampling, size)
     assert model.drop_path == drop_path
     images_or_maskfeat = name.startswith("imagenet") or "maskfeat" in name
@@ -283,7 +283,7 @@ def test_images_may_lie_in_folders():
 def test_the_24_blocks_of_the_released_config_have_its_pools():
     """53.1 M parameters and 235.8 G multiply-adds by that config; the paper's have 3x3x3."""
     config = recipe("kinetics:mvit_b24_32x3")
-    found = cost(experiment.model_config(config, 400))
+    found = cost(build.model_config(config, 400))
     assert (found.parameters / 1e6, found.multiply_adds / 1e9) == pytest.approx(
         (53.1, 235.8), rel=1e-3
     )
@@ -293,7 +293,7 @@ def test_the_24_blocks_of_the_released_config_have_its_pools():
 def small_model(name, **changes):
     """The architecture of a recipe, of one narrow block a stage; tokens as many as there."""
     c = recipe(name)
-    model = experiment.model_config(c, c.data.classes)
+    model = build.model_config(c, c.data.classes)
     return dataclasses.replace(
         model, width=16 * model.heads, depths=(1,) * len(model.depths), **changes
     )
@@ -329,7 +329,7 @@ def transfer(name):
 
 
 def whole(name):
-    return alike(experiment.model_config(recipe(name), 2))
+    return alike(build.model_config(recipe(name), 2))
 
 
 def shallow(name):

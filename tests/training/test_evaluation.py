@@ -9,6 +9,7 @@ import pytest
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.images import DecodeError, Frames
+from mvit_jax.data.loader import LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding
@@ -51,8 +52,11 @@ def brightness(params, clip):
 
 def evaluate(videos, **kwargs):
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
-    arguments = {"clips": (1, 3), "crops": 3, "batch": 4, "mesh": mesh, "threads": 0} | kwargs
-    return evaluation.evaluate(brightness, None, videos, SETTINGS, **arguments)
+    protocol = evaluation.Protocol(**({"clips": (1, 3), "crops": 3, "batch": 4} | kwargs))
+    loader = LoaderOptions(threads=0)
+    return evaluation.evaluate(
+        brightness, None, videos, SETTINGS, protocol, mesh=mesh, loader=loader
+    )
 
 
 @pytest.mark.parametrize("ensemble", ["mean", "max"])

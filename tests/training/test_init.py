@@ -13,10 +13,10 @@ import pytest
 from mvit_jax import convert, train
 from mvit_jax.common.errors import UserError
 from mvit_jax.models import mvit, trees
-from mvit_jax.training import experiment
+from mvit_jax.training import build, experiment, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
-from mvit_jax.training.step import init_state
+from mvit_jax.training.state import init_state
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.tensor_files import write_torch
 from tests.support import tiny
@@ -43,11 +43,12 @@ def settings(digits, **changes):
 
 
 def shapes_of(config, classes=8):
-    return mvit.shapes(experiment.model_config(config, classes))
+    return mvit.shapes(build.model_config(config, classes))
 
 
 def state_of(config, digits, params):
-    optimizer, _ = experiment.make_optimizer(config, experiment.videos(config, "train"))
+    videos = len(build.videos(config, "train"))
+    optimizer = build.make_optimizer(config, build.schedule(config, videos))
     return init_state(jax.tree.map(jax.numpy.asarray, params), optimizer, config.optim.ema)
 
 
@@ -75,12 +76,12 @@ def converted(tmp_path_factory):
     write_torch(here / "in.pyth", foreign.slowfast(KIND), wrapper="model_state")
     folder = here / "out"
     convert.take(str(here / "in.pyth"), "mvit_b_16x4", folder, None, None, **foreign.fields(KIND))
-    params, _ = experiment.read_params(folder)
+    params, _ = run_folder.read_params(folder)
     return folder, trees.flat(params)
 
 
 def initial(config, classes=8):
-    params, words = experiment.initial_params(config, experiment.model_config(config, classes))
+    params, words = train.initial_weights(config, build.model_config(config, classes))
     flat = trees.flat(params)
     assert {path: values.shape for path, values in flat.items()} == shapes_of(config, classes)
     return flat, words
@@ -178,11 +179,11 @@ def test_weights_of_another_architecture_are_refused(converted, digits, changes,
 def first(config, digits, folder):
     """What a run starts from: its parameters, averaged parameters, step; and what is said."""
     fresh = state_of(config, digits, drawn(config, salt=0.5))
-    model = experiment.model_config(config, 8)
+    model = build.model_config(config, 8)
     started = workdir.has_checkpoint(folder)
-    initial = None if started else train.initial_params(config, model)
+    initial = None if started else train.initial_weights(config, model)
     with closing(Checkpoints(folder)) as checkpoints:
-        state, words = train.first(config, fresh, checkpoints, initial)
+        state, words = train.first_state(config, fresh, checkpoints, initial)
     ema = None if state.ema is None else trees.flat(state.ema)
     return trees.flat(state.params), ema, int(state.step), words
 
@@ -221,9 +222,9 @@ def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digit
     changes = {"init.checkpoint": str(converted[0]), "optim.ema": 0.9}
     config = settings(digits, **changes)
     fresh = state_of(config, digits, drawn(config, 0.5))
-    initial = train.initial_params(config, experiment.model_config(config, 8))
+    initial = train.initial_weights(config, build.model_config(config, 8))
     with closing(Checkpoints(tmp_path)) as checkpoints:
-        state, _ = train.first(config, fresh, checkpoints, initial)
+        state, _ = train.first_state(config, fresh, checkpoints, initial)
     assert state.ema is not None and int(state.step) == 0
     same_but(trees.flat(state.params), converted[1], "head/")
     same_but(trees.flat(state.ema), trees.flat(state.params))
@@ -314,7 +315,7 @@ def test_fine_tuning_starts_from_the_weights_and_goes_on_after_a_stop(
     assert train.train(config, str(tmp_path / "run")) == 0
     out = capsys.readouterr().out
     assert f"weights from {converted[0]}: " in out and "2 new" in out
-    params, _ = experiment.read_params(tmp_path / "run")
+    params, _ = run_folder.read_params(tmp_path / "run")
     same_but(trees.flat(params), converted[1], "head/")
     # Started again, it is complete, and the weights are not taken a second time.
     assert train.train(config, str(tmp_path / "run")) == 0

@@ -32,17 +32,17 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, reference, digits, tmp
         if next(steps) == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    validate = loop.validate
+    validate = train.validate
 
-    def killed(*args):
+    def killed(*args, **options):
         if Checkpoints(tmp_path).step() == 9:  # what was trained is safe
             raise SystemExit(9)
-        return validate(*args)
+        return validate(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "report_broken", stop)
         if at == 9:
-            patch.setattr(loop, "validate", killed)
+            patch.setattr(train, "validate", killed)
             with pytest.raises(SystemExit):
                 train.train(tiny.config(digits, **RECIPE), str(tmp_path))
         else:

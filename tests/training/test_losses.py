@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mvit_jax.training.losses import binary_cross_entropy, cross_entropy, soft_targets
+from mvit_jax.training.step import binary_cross_entropy, cross_entropy, soft_targets
 
 
 def test_soft_targets_share_the_smoothing_among_all_classes():

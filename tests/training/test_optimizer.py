@@ -8,7 +8,7 @@ import pytest
 
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.variants import variant
-from mvit_jax.training import experiment, optimizer
+from mvit_jax.training import build, optimizer
 from mvit_jax.weights.key_tables import foreign_name
 from tests.reference import make_optimizers as reference
 from tests.support import tiny
@@ -59,16 +59,16 @@ def test_rates_follow_the_batch(digits):
     """24 videos in batches of 8: 3 steps an epoch. The rates are meant for batches of 32."""
     keys = {"optim.lr_batch": 32, "optim.start_lr": 0.4, "optim.end_lr": 0.2, "optim.lr": 1.0}
     config = tiny.config(digits, **keys, **{"epochs": 4.0, "optim.warmup_epochs": 1.0})
-    _, schedule = experiment.make_optimizer(config, experiment.videos(config, "train"))
+    schedule = build.schedule(config, len(build.videos(config, "train")))
     assert [float(schedule(step)) for step in (0, 3, 12)] == pytest.approx([0.1, 0.25, 0.05])
 
 
 def test_repeats_are_clips_of_the_batch(digits):
     """24 videos in batches of 8 clips, two of each video: 6 steps an epoch."""
     config = tiny.config(digits, **{"data.repeats": 2, "epochs": 4.0, "optim.warmup_epochs": 2.0})
-    videos = experiment.videos(config, "train")
-    assert experiment.steps(config, config.epochs, videos) == 24
-    _, schedule = experiment.make_optimizer(config, videos)
+    videos = build.videos(config, "train")
+    assert build.count_steps(config, config.epochs, len(videos)) == 24
+    schedule = build.schedule(config, len(videos))
     assert float(schedule(12)) == pytest.approx(config.optim.lr)
     assert float(schedule(11)) < config.optim.lr > float(schedule(13))
 

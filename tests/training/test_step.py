@@ -9,7 +9,8 @@ import pytest
 from mvit_jax.models import mvit
 from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer, step
-from mvit_jax.training.step import Recipe, init_state, train_step
+from mvit_jax.training.state import init_state
+from mvit_jax.training.step import StepConfig, train_step
 from tests.support.tiny import MODEL
 
 CONFIG = variant("mvit_b_16x4", num_classes=4, drop_path=0.0, dropout=0.0, **MODEL)
@@ -42,7 +43,7 @@ def batch(seed: int = 0, clips: int = 8):
 
 
 def make(config=CONFIG, lr=1e-3, dtype=jnp.float32, **changes):
-    recipe = Recipe(**(RECIPE | changes), dtype=dtype)
+    recipe = StepConfig(**(RECIPE | changes), dtype=dtype)
     transform = optimizer.adamw(lambda _: lr, weight_decay=0.05, clip_norm=1.0)
     apply = functools.partial(mvit.apply, config=config)
     params = jax.tree.map(lambda x: x.astype(dtype), mvit.init(config, jax.random.key(0)))
@@ -166,7 +167,7 @@ def test_clips_that_stand_for_broken_videos_are_counted():
 
 @pytest.mark.slow
 def test_predictions_are_softmax_scores_of_each_view():
-    recipe = Recipe(**RECIPE)
+    recipe = StepConfig(**RECIPE)
     params = jax.tree.map(lambda x: 10 * x, mvit.init(CONFIG, jax.random.key(0)))
     clip = jnp.stack([batch(i)["clip"] for i in range(3)], axis=1)
     apply = functools.partial(mvit.apply, config=CONFIG)
@@ -189,7 +190,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
             train_step,
             apply=functools.partial(mvit.apply, config=CONFIG),
             optimizer=optimizer.adamw(lambda _: 1e-3, weight_decay=0.05, clip_norm=1.0),
-            recipe=Recipe(**RECIPE, dtype=jnp.bfloat16),
+            recipe=StepConfig(**RECIPE, dtype=jnp.bfloat16),
         )
     )
     exact, rounded = run(state, batch()), half(state, batch())

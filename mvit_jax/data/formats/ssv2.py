@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data.formats.frame_folders import FrameFolders
-from mvit_jax.data.formats.frame_lists import ListedFrames, read_frame_list
+from mvit_jax.data.formats.frame_lists import FrameFolders, ListedFrames, read_frame_list
 
 # Names of the files as they were first published, and as they are in the later archive.
 _LABELS = ("something-something-v2-labels.json", "labels.json")

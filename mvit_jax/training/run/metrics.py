@@ -1,22 +1,31 @@
-"""What a run tells: TensorBoard events, the history, and a live line on a terminal or plain lines
-elsewhere."""
+"""Metric logging: TensorBoard event files, `metrics.jsonl`, and a live line or plain lines.
 
+Event files are written by TensorBoard's own protocol buffers; no TensorFlow is needed.
+"""
+
+import itertools
 import math
+import os
 import shutil
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath, faults, why
+from mvit_jax.common.files import AnyPath, faults, is_local, to_path, why
 from mvit_jax.training.run import goodput, history, nan_policy
-from mvit_jax.training.run.events import Events
-from mvit_jax.training.step import Metrics
+from mvit_jax.training.run.history import ObjectFile
+from mvit_jax.training.state import Metrics
 
 
 class BrokenDataError(UserError):
@@ -195,3 +204,51 @@ def _has_columns() -> bool:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+_numbers = itertools.count()  # two writers of one process have different files
+
+
+class Events:
+    """A writer of one event file. After a fault, a full disk say, it calls `say` once and ignores
+    all later calls, so that training goes on."""
+
+    def __init__(self, workdir: str | AnyPath, say: Callable[[str], None]) -> None:
+        host, number = socket.gethostname(), next(_numbers)
+        name = f"events.out.tfevents.{time.time():010.0f}.{host}.{os.getpid()}.{number}"
+        self._path = to_path(workdir) / name
+        self._say, self._ended = say, False
+        self._records: RecordWriter | None = None  # made by the first write
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        self._write(step, [scalar_pb(name, float(value)) for name, value in scalars.items()])
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        self._write(step, [text_pb(name, text) for name, text in texts.items()])
+
+    def close(self) -> None:
+        if self._records is not None:
+            self._attempt(self._records.close)
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
+        now = time.time()
+        self._attempt(self._append, [Event(wall_time=now, step=step, summary=s) for s in summaries])
+
+    def _append(self, events: list[Event]) -> None:
+        if self._records is None:
+            local = is_local(self._path)
+            self._records = RecordWriter(self._path.open("wb") if local else ObjectFile(self._path))
+            events = [Event(wall_time=time.time(), file_version="brain.Event:2"), *events]
+        for event in events:
+            self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def _attempt(self, write: Callable[..., None], *args: Any) -> None:
+        if self._ended:
+            return
+        try:
+            write(*args)
+        except faults() as error:
+            self._ended = True
+            reason = f"they cannot be written ({why(error)})"
+            self._say(f"the TensorBoard events of this run end here: {reason}")

@@ -23,7 +23,7 @@ import numpy as np
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.training.run.checkpoints import Checkpoints
-from mvit_jax.training.step import State
+from mvit_jax.training.state import State
 
 POLICIES = ("stop", "skip", "rollback")
 # After so many in a row it is not the batch.

@@ -2,9 +2,9 @@
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -49,29 +49,35 @@ class Profile:
             earliest = max(start + min(2, window[0]), last - (window[1] - window[0]))
             self._steps = range(min(start + window[0], earliest, last), last + 1)
 
-    def step(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, the step `number` of the run, from 1."""
-        if number not in self._steps:
-            return function(*args)
-        if self._last is None:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call would be most of the trace
-            try:
-                if not is_local(self._folder):
-                    self._here = tempfile.TemporaryDirectory()
-                folder = self._here.name if self._here else self._folder
-                jax.profiler.start_trace(folder, profiler_options=options)
-            except Exception as error:  # another trace runs, say: the training goes on
-                self._say(f"no trace: {error}")
-                self._steps = range(0)
-                return function(*args)
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Traces what runs inside, the step `number` of the run, from 1, if it is to be traced."""
+        if number not in self._steps or not self._started():
+            yield
+            return
         self._last = number
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            result = function(*args)
+            yield
         if number == self._steps[-1]:
-            jax.block_until_ready(result)  # the devices are behind
+            jax.block_until_ready(jax.live_arrays())  # the devices are behind
             self._stop()
-        return result
+
+    def _started(self) -> bool:
+        """Starts the trace where it does not run yet; False where that fails."""
+        if self._last is not None:
+            return True
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # every Python call would be most of the trace
+        try:
+            if not is_local(self._folder):
+                self._here = tempfile.TemporaryDirectory()
+            folder = self._here.name if self._here else self._folder
+            jax.profiler.start_trace(folder, profiler_options=options)
+        except Exception as error:  # another trace runs, say: the training goes on
+            self._say(f"no trace: {error}")
+            self._steps = range(0)
+            return False
+        return True
 
     def _stop(self) -> None:
         first, last, self._last = self._steps[0], self._last, None

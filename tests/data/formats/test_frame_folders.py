@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mvit_jax.data import video as decoding
-from mvit_jax.data.formats.frame_folders import FrameFolders
+from mvit_jax.data.formats.frame_lists import FrameFolders
 from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.making import moving_digits
 from mvit_jax.data.video import why_broken

@@ -19,9 +19,10 @@ from mvit_jax.data.formats import tfds as tfds_images
 from mvit_jax.data.formats.tfds import read_split
 from mvit_jax.data.making import fashion_mnist
 from mvit_jax.data.video import DecodeError, why_broken
-from mvit_jax.training import experiment
+from mvit_jax.training import build
+from tests.data.loading import loading
 from tests.data.making import idx
-from tests.support import tiny
+from tests.support import scoring, tiny
 
 SETTINGS = pipeline.ClipSettings(
     frames=1, stride=1, size=24, short_side=28, augmentation=Augmentation(crop_area=(0.3, 1.0))
@@ -90,7 +91,7 @@ def test_parts_of_a_split_make_up_the_whole(folder):
 
 def train_batches(split, settings=SETTINGS, **changes):
     arguments = {"seed": 3, "batch": 16, "steps": 9, "threads": 2} | changes
-    return list(pipeline.train_batches(split, settings, **arguments))
+    return list(pipeline.train_batches(split, settings, **loading(arguments)))
 
 
 def assert_equal(batches, others):
@@ -131,7 +132,7 @@ def test_loaders_can_be_sent_to_other_processes(folder, monkeypatch):
     for size in (tfds_images.IN_MEMORY, 0):
         monkeypatch.setattr(tfds_images, "IN_MEMORY", size)
         split = read_split("fashion_mnist", folder, "train")
-        loader = pipeline._TrainLoader(split, SETTINGS, 0, 8, 0, range(8), 1)
+        loader = pipeline._TrainElements(split, SETTINGS, 0, 8, 0, range(8), 1)
         copy = pickle.loads(pickle.dumps(loader))
         assert_equal([copy(5)], [loader(5)])
 
@@ -286,9 +287,10 @@ def test_sets_of_other_formats_and_features_are_refused(tmp_path):
 def test_reading_needs_no_tensorflow(folder):
     code = (
         "import sys\n"
-        "from mvit_jax.data import pipeline, tfds_images\n"
+        "from mvit_jax.data import pipeline\n"
+        "from mvit_jax.data.formats import tfds\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
-        f"split = tfds_images.read_split('fashion_mnist', {folder!r}, 'train')\n"
+        f"split = tfds.read_split('fashion_mnist', {folder!r}, 'train')\n"
         "settings = pipeline.ClipSettings(frames=1, stride=1, size=28, short_side=28)\n"
         "(batch,) = pipeline.train_batches(split, settings, seed=0, batch=8, steps=1)\n"
         "print(batch['clip'].shape, 'tensorflow' in sys.modules)"
@@ -308,8 +310,8 @@ def test_a_model_learns_it_by_the_programs(folder, tmp_path, capsys):
     config.eval.update(every_epochs=15.0, batch=16)
     assert train.train(config, str(tmp_path / "run")) == 0
     assert "80 videos of 10 classes" in capsys.readouterr().out
-    [scores], step = experiment.score(
-        config, tmp_path / "run", experiment.videos(config, "test"), which="last"
+    [scores], step = scoring.score(
+        config, tmp_path / "run", build.videos(config, "test"), which="last"
     )
     assert step == 150 and scores.tested.all()
     test = read_split("fashion_mnist", folder, "test")

@@ -15,7 +15,8 @@ from mvit_jax.models import mvit
 from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.step import Recipe, init_state, train_step
+from mvit_jax.training.state import init_state
+from mvit_jax.training.step import StepConfig, train_step
 from tests.support.tiny import MODEL
 from tests.training.test_step import RECIPE
 
@@ -34,7 +35,7 @@ def setup(shape, dtype=jnp.float32, config=CONFIG):
     data, fsdp = shape
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     changes = {"flip": 0.5, "mixup": 0.8, "cutmix": 1.0, "group": 11, "ema": 0.9}
-    recipe = Recipe(**(RECIPE | changes), dtype=dtype)
+    recipe = StepConfig(**(RECIPE | changes), dtype=dtype)
     # Not AdamW: it would blow up the rounding of gradients that are zero in theory, the key biases.
     transform = optimizer.optax.sgd(0.1, momentum=0.9)
     params = jax.tree.map(lambda x: x.astype(dtype), mvit.init(config, jax.random.key(0)))

@@ -21,7 +21,7 @@ from mvit_jax.training import optimizer
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, DamagedError, NotSavedError
-from mvit_jax.training.step import init_state
+from mvit_jax.training.state import init_state
 from tests.support.tiny import MODEL, ROOT
 
 

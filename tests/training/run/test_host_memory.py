@@ -27,9 +27,9 @@ IN_XLA = """
 import resource, sys
 import jax
 import jax.numpy as jnp
-from mvit_jax.models import host_memory
-host_memory.run_in_calling_thread()
-if not host_memory.keep_freed_memory():
+from mvit_jax.training.run import runtime
+runtime.run_in_calling_thread()
+if not runtime.keep_freed_memory():
     print("none")
     sys.exit()
 program = jax.jit(lambda x: x[::-1] + x)

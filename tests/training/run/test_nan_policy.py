@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mvit_jax import train
-from mvit_jax.training import experiment, jitted, loop
+from mvit_jax.training import build
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run import history
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -36,31 +36,31 @@ def spoiled(state, batch, *, apply, optimizer, recipe):
 
 
 BUILT = {}
+PROGRAM, BATCHES = build.program, build.batches
 
 
-def build(config, model, videos, mesh):
-    """As `jitted.build`, but every program is compiled once for all tests."""
+def program(config, settings, videos, mesh):
+    """Returns `build.program` with the spoiled step, compiled once for all tests."""
     key = (config.epochs, config.optim.lr)
     if key not in BUILT:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jitted, "train_step", spoiled)
-            BUILT[key] = jitted.describe(config, model, videos, mesh)
-    made = BUILT[key]
-    return made.step, made.predict, made.schedule, made.first_state()
+            patch.setattr(build, "train_step", spoiled)
+            BUILT[key] = PROGRAM(config, settings, videos, mesh)
+    return BUILT[key]
 
 
 @contextlib.contextmanager
 def bad_at(*steps):
     """Within, `train` has losses that are NaN at these steps."""
-    load = loop.load
 
-    def spoiling(videos, config, model, mesh, start, last):
-        for step, batch in enumerate(load(videos, config, model, mesh, start, last), start + 1):
+    def spoiling(config, settings, videos, mesh, last, start=0):
+        batches = BATCHES(config, settings, videos, mesh, last, start)
+        for step, batch in enumerate(batches, start + 1):
             yield batch | {"bad": np.full(config.batch, step in steps)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load", spoiling)
-        patch.setattr(train.jitted, "build", build)
+        patch.setattr(build, "batches", spoiling)
+        patch.setattr(build, "program", program)
         yield
 
 
@@ -74,13 +74,14 @@ def by_hand(digits, at):
     """The final tensors of a plain loop; `at(step, states)` gives the state after a step that is
     not to be done, of all states before, else None."""
     config = tiny.config(digits, **RECIPE)
-    videos = experiment.videos(config, "train")
-    model = experiment.model_config(config, len(videos.class_names))
+    videos = build.videos(config, "train")
+    settings = build.settings(config, len(videos.class_names))
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), bad_at():
-        do, _, _, state = build(config, model, videos, mesh)
+        made = build.program(config, settings, len(videos), mesh)
+        do, state = made.step, made.first_state()
         states = [jax.tree.map(jnp.copy, state)]
-        for step, batch in enumerate(loop.load(videos, config, model, mesh, 0, 9), start=1):
+        for step, batch in enumerate(build.batches(config, settings, videos, mesh, 9), start=1):
             state = at(step, states)
             if state is None:
                 state, _ = do(jax.tree.map(jnp.copy, states[-1]), sharding.to_devices(batch, mesh))

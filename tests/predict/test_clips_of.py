@@ -10,7 +10,7 @@ from mvit_jax.data import pipeline, sampling
 from mvit_jax.data.images import DecodeError
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.video import Video
-from mvit_jax.predict import reading
+from mvit_jax.predict.windows import clips_of
 from tests.predict.small import textured, write_video
 
 
@@ -40,7 +40,7 @@ def test_clips_are_the_views_of_the_test_protocol(path, crops):
     settings = ClipSettings(frames=4, stride=4, size=32, short_side=40)
     with Video(path) as video:
         indices = sampling.view_indices(200, 30.0, frames=4, stride=4, clips=7)
-        clips = list(reading.clips(video, indices, settings, crops))
+        clips = list(clips_of(video, indices, settings, crops))
         expected = pipeline.views(video, settings, clips=7, crops=crops)
     np.testing.assert_array_equal(np.concatenate(clips), expected)
 
@@ -59,7 +59,7 @@ def test_overlapping_clips_decode_each_frame_once_however_many_there_are(path, m
 
         monkeypatch.setattr(video, "_decoded", counted)
         monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(1) or rgb(frame))
-        clips = list(reading.clips(video, indices, settings, 1))
+        clips = list(clips_of(video, indices, settings, 1))
     assert len(clips) == 46 and len(converted) == len(np.unique(indices))
     assert next(decoded) <= 200
 
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_an_error_when_its_damage_is_reached(path, tmp_path):
     settings = ClipSettings(frames=4, stride=4, size=32, short_side=32)
     indices = np.arange(0, 180)[:, None] + np.arange(0, 16, 4)
     with pytest.raises(DecodeError), Video(broken) as video:
-        list(reading.clips(video, indices, settings, 1))
+        list(clips_of(video, indices, settings, 1))
 
 
 def test_frames_that_a_header_promises_and_that_never_come_are_the_last_one(path, monkeypatch):

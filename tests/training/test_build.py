@@ -6,7 +6,7 @@ import pytest
 
 from mvit_jax.data import pipeline
 from mvit_jax.data.formats.synthetic import Synthetic
-from mvit_jax.training import experiment, jitted
+from mvit_jax.training import build
 from mvit_jax.training.distributed import sharding
 from tests.support import tiny
 
@@ -16,16 +16,18 @@ def test_described_shapes_and_places_are_those_of_what_runs(multi_label):
     changes = {"data.multi_label": multi_label, "augment.mixup": 0.0, "augment.cutmix": 0.0}
     config = tiny.config("", **{"data.stride": 1, **changes})
     videos = Synthetic(videos=16, classes=5, height=32, width=40, multi_label=multi_label)
-    model = experiment.model_config(config, 5)
+    model = build.model_config(config, 5)
     mesh = sharding.make_mesh(2, 4, jax.devices())
     with jax.set_mesh(mesh):
-        described = jitted.describe(config, model, videos, mesh)
-        settings = experiment.clip_settings(config, model)
+        described = build.program(
+            config, build.settings(config, model.num_classes), len(videos), mesh
+        )
+        settings = build.settings(config, model.num_classes).clips
         batches = pipeline.train_batches(videos, settings, seed=0, batch=config.batch, steps=1)
         batch = sharding.to_devices(next(iter(batches)), mesh)
         state = described.first_state()
         same(described.state, state)
-        same(jitted.batch_shapes(config, model, mesh), batch)
+        same(build.batch_shapes(config, model, mesh), batch)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mvit_jax.training.run import compilation_cache
+from mvit_jax.training.run import runtime
 from tests.support import tiny
 
 # Prints how many compilations were found on disk and how many were not.
@@ -59,13 +59,13 @@ def test_jaxs_own_variables_come_first(tmp_path):
 def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert compilation_cache.default_folder() is None
+    assert runtime.default_folder() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = compilation_cache.default_folder()
+    folder = runtime.default_folder()
     assert folder and folder.is_dir() and folder.parent == tmp_path / "mvit_jax" / "compiled"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    at_home = compilation_cache.default_folder()
+    at_home = runtime.default_folder()
     assert at_home == tmp_path / "home" / ".cache" / "mvit_jax" / "compiled" / folder.name
 
 
@@ -75,7 +75,7 @@ def test_machines_with_other_instructions_share_nothing(monkeypatch):
     def name(*values):
         text = "".join(cores.format(core, *values) for core in range(2))
         monkeypatch.setattr(Path, "read_text", lambda path: text)
-        return compilation_cache.processor()
+        return runtime.processor()
 
     assert name(2000, "") == name(3000, "")
     assert name(2000, "") != name(2000, " avx512f")

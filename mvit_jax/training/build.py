@@ -1,0 +1,281 @@
+"""Builds model, data, optimiser and the jitted step from a config, which is spent here.
+
+What these functions return reads no key of the config.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Generator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import pipeline, randaugment
+from mvit_jax.data.augmentation import Augmentation
+from mvit_jax.data.loader import Batch, LoaderOptions
+from mvit_jax.data.pipeline import ClipSettings
+from mvit_jax.data.source import Source, open_source
+from mvit_jax.models import mvit
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.variants import variant
+from mvit_jax.training import evaluation, optimizer
+from mvit_jax.training.distributed import sharding
+from mvit_jax.training.evaluation import Protocol
+from mvit_jax.training.state import State, init_state
+from mvit_jax.training.step import StepConfig, train_step
+
+Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of an experiment, one for each part that takes them.
+
+    Attributes:
+      model: the architecture.
+      clips: frames, size and augmentation of a clip.
+      step: augmentation on the device and loss, and the dtype of the computation.
+      loader: threads and processes that decode.
+      test: the test protocol.
+      validation: one centre clip of every video.
+    """
+
+    model: MViTConfig
+    clips: ClipSettings
+    step: StepConfig
+    loader: LoaderOptions
+    test: Protocol
+    validation: Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted functions of an experiment and its abstract state.
+
+    Its devices need not be attached, as long as the functions are only lowered and compiled.
+
+    Attributes:
+      step: `(state, batch) -> (state, metrics)`; the state is donated.
+      predict: `(params, clips [batch, views, T, H, W, 3]) -> probabilities`.
+      schedule: the learning rate of each step.
+      first_state: makes the state that training starts from, in place on the mesh: no device ever
+        holds all of it.
+      state: its shapes, dtypes and shardings.
+    """
+
+    step: Any  # of jax.jit, whose type has no name
+    predict: Any
+    schedule: optax.Schedule
+    first_state: Callable[[], State]
+    state: State
+
+
+def settings(config: Config, num_classes: int) -> Settings:
+    """Returns the settings of every part.
+
+    Raises:
+      UserError: values of the config contradict each other.
+    """
+    model = model_config(config, num_classes)
+    views = {"batch": config.eval.batch, "max_broken": config.data.max_broken}
+    return Settings(
+        model=model,
+        clips=_clip_settings(config, model),
+        step=_step_config(config, num_classes),
+        loader=LoaderOptions(config.data.threads, config.data.processes, config.data.timeout),
+        test=Protocol(
+            (config.eval.clips,), config.eval.crops, ensemble=config.eval.ensemble, **views
+        ),
+        validation=Protocol(**views),
+    )
+
+
+def model_config(config: Config, num_classes: int) -> MViTConfig:
+    """Returns the architecture that `config.model` describes."""
+    values = {k: _plain(v) for k, v in config.model.items() if k != "variant" and v is not None}
+    return variant(config.model.variant, num_classes=num_classes, **values)
+
+
+def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
+    """Returns the section `model` of a config that gives this architecture: the variant's name, and
+    the fields that differ from it. The number of classes follows from the data."""
+    plain = variant(name)
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(MViTConfig)}
+    return {"variant": name} | {
+        k: v for k, v in fields.items() if v != getattr(plain, k) and k != "num_classes"
+    }
+
+
+def videos(config: Config, which: str) -> Source:
+    """Opens the list `which`: "train", "val" or "test"."""
+    c = config.data
+    name = c[f"{which}_list"]
+    if not name:
+        raise UserError(f"data.{which}_list is empty: name a list of videos, like {which}.csv")
+    # Folder is not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
+    return open_source(
+        c.folder,
+        name,
+        source=c.source,
+        tfds=c.tfds,
+        train_list=c.train_list,
+        prefix=c.prefix,
+        separator=c.separator,
+        multi_label=c.multi_label,
+        max_missing=c.max_broken,
+    )
+
+
+def batches(
+    config: Config, settings: Settings, videos: Source, mesh: Mesh, steps: int, start: int = 0
+) -> Generator[Batch, None, None]:
+    """Yields the training batches of steps `start` to `steps - 1`, this host's rows of each."""
+    return pipeline.train_batches(
+        videos,
+        settings.clips,
+        seed=config.seed,
+        batch=config.batch,
+        steps=steps,
+        start=start,
+        rows=sharding.local_rows(config.batch, mesh),
+        repeats=config.data.repeats,
+        loader=settings.loader,
+    )
+
+
+def count_steps(config: Config, epochs: float, videos: int) -> int:
+    """Returns the steps of so many passes over `videos`, rounded down. Batches run on from one
+    epoch into the next, where the reference code drops what is left of each."""
+    return max(int(epochs * videos * config.data.repeats / config.batch), 1)
+
+
+def schedule(config: Config, videos: int) -> optax.Schedule:
+    """Returns the learning rate of each step, for a training list of `videos`."""
+    c = config.optim
+    factor = 1 if c.lr_batch is None else config.batch / c.lr_batch
+    return optimizer.learning_rate(
+        lr=c.lr * factor,
+        start_lr=c.start_lr * factor,
+        end_lr=c.end_lr * factor,
+        warmup_epochs=c.warmup_epochs,
+        epochs=config.epochs,
+        steps_per_epoch=videos * config.data.repeats / config.batch,
+    )
+
+
+def make_optimizer(config: Config, rates: optax.Schedule) -> optax.GradientTransformation:
+    c = config.optim
+    common = {
+        "weight_decay": c.weight_decay,
+        "layer_decay": c.layer_decay,
+        "clip_norm": c.clip_norm,
+    }
+    if c.name == "sgd":
+        return optimizer.sgd(rates, momentum=c.momentum, **common)
+    return optimizer.adamw(rates, b1=c.b1, b2=c.b2, **common)
+
+
+def model_apply(config: Config, model: MViTConfig, mesh: Mesh) -> Callable[..., Any]:
+    """Returns the model as the devices of `mesh` run it. Loops over equal blocks compile in half
+    the time, but on CPUs run slowly backwards."""
+    loops = mesh.devices.flat[0].platform != "cpu"
+    return functools.partial(mvit.apply, config=model, remat=config.remat, scan=loops)
+
+
+def program(config: Config, settings: Settings, videos: int, mesh: Mesh, **custom: Any) -> Program:
+    """Returns the jitted functions of an experiment on `mesh`, for a training list of `videos`.
+    `custom` are the `block`, `attention` and `pool` of `MViT`."""
+    rates = schedule(config, videos)
+    optimizer = make_optimizer(config, rates)
+    apply = functools.partial(model_apply(config, settings.model, mesh), **custom)
+
+    def first_state() -> State:
+        params = mvit.init(settings.model, jax.random.key(config.seed), **custom)
+        return init_state(params, optimizer, config.optim.ema)
+
+    shapes = jax.eval_shape(first_state)
+    shardings = sharding.state_shardings(mesh, shapes)
+    rows, copied = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    step = jax.jit(
+        functools.partial(train_step, apply=apply, optimizer=optimizer, recipe=settings.step),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, copied),
+        donate_argnums=0,
+    )
+    return Program(
+        step=step,
+        predict=evaluation.predictor(apply, settings.step, shapes.params, mesh),
+        schedule=rates,
+        first_state=jax.jit(first_state, out_shardings=shardings),
+        state=_placed(shapes, shardings),
+    )
+
+
+def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any]:
+    """Returns shapes, dtypes and shardings of a step's batch (see `train_step`), to compile for."""
+    clip = (config.batch, model.frames, model.size, model.size, 3)
+    several = (model.num_classes,) if config.data.multi_label else ()
+    batch = {
+        "clip": jax.ShapeDtypeStruct(clip, np.uint8),
+        "label": jax.ShapeDtypeStruct(
+            (config.batch, *several), jnp.uint8 if several else jnp.int32
+        ),
+        "broken": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
+    }
+    return _placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def _step_config(config: Config, num_classes: int) -> StepConfig:
+    known = {**config, **config.data, **config.augment, "ema": config.optim.ema}
+    known |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
+    names = [field.name for field in dataclasses.fields(StepConfig)]
+    return StepConfig(**{name: _plain(known[name]) for name in names})
+
+
+def _clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
+    c = config.augment
+    policy = randaugment.parse(c.randaugment) if c.randaugment else None
+    return ClipSettings(
+        frames=model.frames,
+        size=model.size,
+        stride=config.data.stride,
+        short_side=config.data.short_side,
+        sampling=config.data.sampling,
+        interpolation=config.data.interpolation,
+        whole=config.eval.whole_image,
+        augmentation=Augmentation(
+            crop_area=None if c.crop_area is None else _plain(c.crop_area),
+            jitter=None if c.jitter is None else _plain(c.jitter),
+            short_side=c.short_side,
+            randaugment=policy,
+            fill=_fill(config, model),
+            interpolation=config.data.interpolation,
+        ),
+    )
+
+
+def _fill(config: Config, model: MViTConfig) -> tuple[int, int, int]:
+    """RandAugment fills corners with grey in the recipes of videos, with the mean in timm's."""
+    if model.frames > 1:
+        return (128, 128, 128)
+    red, green, blue = (min(255, round(255 * mean)) for mean in config.data.mean)
+    return red, green, blue
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,15 @@
+"""Keyword arguments of the pipeline's generators, as the tests write them."""
+
+from dataclasses import fields
+from typing import Any
+
+from mvit_jax.data.loader import LoaderOptions
+
+_NAMES = {field.name for field in fields(LoaderOptions)}
+
+
+def loading(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with `threads`, `processes` and `timeout` as one `loader`."""
+    options = {k: v for k, v in arguments.items() if k in _NAMES}
+    others = {k: v for k, v in arguments.items() if k not in _NAMES}
+    return others | {"loader": LoaderOptions(**options)}
