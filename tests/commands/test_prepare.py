@@ -233,7 +233,7 @@ def test_a_worker_that_dies_ends_the_run_though_beam_does_not_let_go():
     """Also in the background job of a shell script, which ignores SIGINT."""
     code = """if True:
         import signal, threading, time
-        from mvit_jax.data import packing
+        from mvit_jax.data.making import packing
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         waits = threading.Event()
