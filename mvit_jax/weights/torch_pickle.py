@@ -11,6 +11,7 @@ Opcodes: Python's `pickletools`. What is called: torch/_utils.py, numpy/_core/mu
 
 import io
 import math
+import pickle
 import pickletools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -248,10 +249,10 @@ class _Machine:
         return Global(name)
 
     def call(self, function: Any, args: Any) -> Any:
-        _need(type(function) is Global and type(args) is tuple)
+        _need(type(function) is Global and type(args) is tuple and len(args) <= 64)
         if function.name not in _CALLS:
             raise Damaged(f"it calls {function.name}")
-        sized = (dict, list, tuple, set, frozenset, str, bytes)
+        sized = (dict, list, tuple, set, frozenset, str, bytes, bytearray)
         self.copied += sum(len(arg) for arg in args if isinstance(arg, sized))
         _need(self.copied <= MOST_COPIED, "its pickle copies without end")
         return _CALLS[function.name](*args)
@@ -280,9 +281,12 @@ _PLAIN = (str, int, float, bool, bytes, type(None), Global)
 
 
 def _key(key: Any) -> Any:
-    # Python hashes nested tuples by recursion in C, which a deep one would crash.
-    flat = type(key) is tuple and all(type(item) in _PLAIN for item in key)
-    _need(flat or type(key) in _PLAIN, f"a key in it is a {type(key).__name__}")
+    # Python hashes nested tuples by recursion in C, which a deep one would crash, and a long tuple
+    # or int anew each time that a pickle of few bytes names it.
+    items = key if type(key) is tuple else (key,)
+    flat = len(items) <= 64 and all(type(item) in _PLAIN for item in items)
+    short = flat and all(type(item) is not int or item.bit_length() <= 4096 for item in items)
+    _need(short, f"a key in it is a {type(key).__name__}")
     return key
 
 
@@ -308,9 +312,11 @@ def _size(values: Any) -> tuple[int, ...]:
 
 
 def _storage(saved: Any) -> Storage:
+    no_storage = "it refers to something that is no storage"
+    _need(type(saved) in (tuple, list) and len(saved) <= 6, no_storage)
     tag, kind, key, _, numel, *view = saved
     if tag != "storage" or not isinstance(kind, Global) or not isinstance(key, str | int):
-        raise Damaged("it refers to something that is no storage")
+        raise Damaged(no_storage)
     (numel,) = _size([numel])
     if kind.name in _UNTYPED:
         return Storage(str(key), None, numel)
@@ -432,7 +438,8 @@ def dump(
     if wrapper:
         others = b"".join(_plain(name) + _plain(value) for name, value in extra.items())
         state = b"}(" + _plain(wrapper) + state + others + b"u"
-    return b"\x80\x02" + state + b"."
+    # `_plain` writes to a memo that nothing reads.
+    return pickletools.optimize(b"\x80\x02" + state + b".")
 
 
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
@@ -445,22 +452,12 @@ def _contiguous(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     stride = tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
     where = b"(" + _plain("storage") + b"ctorch\n" + storage.encode() + b"\n"
     where += _plain(key) + _plain("cpu") + _plain(numel) + b"tQ"
-    sizes = b"".join(b"(" + b"".join(map(_plain, values)) + b"t" for values in (shape, stride))
+    sizes = _plain(0) + _plain(shape) + _plain(stride)
     without = b"\x89" + _ORDERED_DICT  # requires_grad, backward_hooks
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + where + _plain(0) + sizes + without + b"tR"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + where + sizes + without + b"tR"
 
 
-def _plain(value: str | int) -> bytes:
-    if isinstance(value, bool):
-        return b"\x88" if value else b"\x89"
-    if isinstance(value, int):
-        if 0 <= value < 256:
-            return b"K" + value.to_bytes(1, "little")
-        if -(2**31) <= value < 2**31:
-            return b"J" + value.to_bytes(4, "little", signed=True)
-        length = value.bit_length() // 8 + 1
-        return (
-            b"\x8a" + length.to_bytes(1, "little") + value.to_bytes(length, "little", signed=True)
-        )
-    raw = value.encode("utf-8", "surrogatepass")
-    return b"X" + len(raw).to_bytes(4, "little") + raw
+def _plain(value: str | int | tuple[int, ...]) -> bytes:
+    # A subclass, such as `np.str_`, would be pickled with its class's name.
+    plain: Any = next(kind for kind in (bool, int, str, tuple) if isinstance(value, kind))
+    return pickle.dumps(plain(value), 2)[2:-1]

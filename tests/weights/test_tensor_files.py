@@ -192,7 +192,7 @@ def test_a_written_pickle_means_to_python_what_it_means_here(tmp_path):
     tensors = {
         **FLOATS,
         "ä.scalar": np.array(-5),
-        "empty": np.empty((2, 0, 3), np.float32),
+        np.str_("empty"): np.empty((2, 0, 3), np.float32),
         "long": np.arange(70_000) % 3 == 0,
     }
     extra = {"epoch": 300, "cfg": "x: 1", "large": 2**40, "below": -3, "on": True, "zero": 0}
@@ -394,6 +394,14 @@ WILD = {
     "endless copies": b"](" + b"N" * 5000 + b"eq\x00" + (
         b"0ccollections\ndeque\nh\x00\x85R" * 5000
     ),
+    "endless copies of bytes": b"\x96\x88\x13" + bytes(6 + 5000) + b"q\x00" + (
+        b"0cbuiltins\nlist\nh\x00\x85R" * 5000
+    ),
+    "many arguments": b"cnumpy.core.multiarray\n_reconstruct\n(" + b"N" * 65 + b"tR",
+    "many parts of a storage": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0")
+                               + b"NK\x02N" + b"N" * 65 + b"tQ",
+    "long key": b"}(" + b"N" * 65 + b"tNs",
+    "large key": b"}\x8b\x02\x02\x00\x00" + b"\x7f" * 514 + b"Ns",
 }  # fmt: skip
 
 
@@ -403,6 +411,11 @@ SAYS = {
     "deep key": "a key in it is a tuple",
     "deep list as key": "a key in it is a tuple",
     "endless copies": "copies without end",
+    "endless copies of bytes": "copies without end",
+    "many arguments": "breaks the rules",
+    "many parts of a storage": "something that is no storage",
+    "long key": "a key in it is a tuple",
+    "large key": "a key in it is a int",
 }
 
 
