@@ -26,7 +26,7 @@ from mvit_jax.weights.torch_pickle import shown
 # Where checkpoints keep the state dict: PySlowFast, timm and most others, DeiT, averages, wrappers.
 WRAPPERS = ("model_state", "state_dict", "model", "model_ema", "state_dict_ema", "module")
 
-# What reading a file that breaks its format's rules raises, from here, zipfile and pickletools.
+# What reading a file that breaks its format's rules raises, from here, zipfile and pickle.
 _BROKEN = (
     *(zipfile.BadZipFile, struct.error, safetensors.SafetensorError, EOFError, NotImplementedError),
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),

@@ -1,10 +1,9 @@
 """Reads the pickles inside PyTorch's files without running them, and writes such pickles.
 
-A pickle is a program that calls what it names. The reader here interprets it itself, opcode by
-opcode: a name becomes a `Global`, which nothing imports, and "calling" one looks it up in a table
-of functions of this module, which make plain containers and descriptions of tensors. What is not
-in the table is refused by its name. Python's own unpickler is not used, with `find_class` replaced
-or not: the one in C grows its memo to any index that a file claims (64 GiB for five bytes).
+A pickle is a program that calls what it names. Python's own machine in Python interprets it here,
+but with another table of opcodes: a name becomes a `Global`, which nothing imports and which cannot
+be called, and "calling" one looks it up in a table of functions of this module, which make plain
+containers and descriptions of tensors. What is not in the table is refused by its name.
 
 Opcodes: Python's `pickletools`. What is called: torch/_utils.py, numpy/_core/multiarray.
 """
@@ -124,122 +123,30 @@ def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
     are Python's, dtypes are `Global`s. Raises `UserError` for a name that is not in the table, and
     `Damaged`, or what Python raises for a wrong index, type or value, for a broken pickle.
     """
-    machine = _Machine(where)
-    for opcode, arg, _ in pickletools.genops(stream):
-        if opcode.name == "STOP":
-            return machine.stack.pop(), machine.storages
-        machine.step(opcode.name, arg)
-    raise Damaged("a pickle without an end")
+    reader = _Reader(stream, where)
+    try:
+        return reader.load(), reader.storages
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise Damaged(str(error) or "a pickle without an end") from None
 
 
-class _Machine:
-    def __init__(self, where: Path):
-        self.where = where
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+# Private, but the same in Python 3.11 to 3.13. The public one, in C, has no table to replace, and
+# grows its memo to any index that a file claims (64 GiB for five bytes).
+class _Reader(pickle._Unpickler):
+    """Python's machine with `_OPCODES` for its table, where nothing calls what a file names."""
+
+    stack: list[Any]  # Python's own
+
+    def __init__(self, stream: io.BytesIO, where: Path):
+        super().__init__(stream, encoding="latin1")
+        self.stream, self.where = stream, where
         self.storages: dict[str, Storage] = {}
         self.copied = 0
 
-    def step(self, opcode: str, arg: Any) -> None:
-        stack = self.stack
-        match opcode:
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                self.memo[arg] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(self.memo[arg])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode == "NEWTRUE")
-            case "MARK":
-                self.marked.append(stack)
-                self.stack = []
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode[-1])
-                _need(len(stack) >= count)
-                stack[-count:] = [tuple(stack[-count:])]
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
-                stack.append({"LIST": list, "DICT": dict, "SET": set}[opcode[6:]]())
-            case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
-                make = {"TUPLE": tuple, "LIST": list, "DICT": _paired, "FROZENSET": _frozenset}
-                items = self.unmark()
-                self.stack.append(make[opcode](items))
-            case "APPEND" | "APPENDS":
-                items = [stack.pop()] if opcode == "APPEND" else self.unmark()
-                _need(type(self.stack[-1]) is list)
-                self.stack[-1].extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.unmark()
-                _need(type(self.stack[-1]) is dict)
-                self.stack[-1].update(_paired(items))
-            case "ADDITEMS":
-                items = self.unmark()
-                _need(type(self.stack[-1]) is set)
-                self.stack[-1].update(_frozenset(items))
-            case "POP":
-                # Python's own: a mark counts as an item.
-                stack.pop() if stack else self.unmark()
-            case "POP_MARK":
-                self.unmark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "PROTO" | "FRAME":
-                pass
-            case _ if opcode in _CONSTANTS:
-                stack.append(arg)
-            case _:
-                self.name_or_call(opcode, arg)
-
-    def name_or_call(self, opcode: str, arg: Any) -> None:
-        """The opcodes with which a pickle would run something."""
-        stack = self.stack
-        match opcode:
-            case "GLOBAL":
-                stack.append(self.find(arg.replace(" ", ".", 1)))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                _need(type(name) is str and type(module) is str)
-                stack.append(self.find(f"{module}.{name}"))
-            case "REDUCE" | "NEWOBJ":
-                args, function = stack.pop(), stack.pop()
-                stack.append(self.call(function, args))
-            case "NEWOBJ_EX":
-                keywords, args, function = stack.pop(), stack.pop(), stack.pop()
-                _need(keywords == {} and type(keywords) is dict)
-                stack.append(self.call(function, args))
-            case "INST":
-                items = self.unmark()
-                self.stack.append(self.call(self.find(arg.replace(" ", ".", 1)), tuple(items)))
-            case "OBJ":
-                function, *args = self.unmark()
-                self.stack.append(self.call(function, tuple(args)))
-            case "BUILD":
-                state = stack.pop()
-                # Any other state is attributes, such as a state dict's `_metadata`: not needed.
-                if isinstance(stack[-1], NumpyDtype | NumpyArray):
-                    stack[-1].build(state)
-            case "BINPERSID":
-                storage = _storage(stack.pop())
-                self.storages[storage.key] = storage
-                stack.append(storage)
-            case _:
-                # Names by number (EXT1), buffers outside the file: nothing that torch.save writes.
-                raise UserError(
-                    f"{self.where} holds the pickle opcode {opcode}, which torch.save never "
-                    "writes: nothing of it was run; save only its state dict, with torch.save"
-                )
-
-    def unmark(self) -> list[Any]:
-        items, self.stack = self.stack, self.marked.pop()
-        return items
-
-    def find(self, name: str) -> Global:
-        name = re.sub(r"^__builtin__\.", "builtins.", name)
+    def find_class(self, module: str, name: str) -> Any:
+        # Python's takes a name that is cut off for a whole one.
+        _need(self.stream.tell() < len(self.stream.getbuffer()), "a pickle without an end")
+        name = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if name not in _KNOWN:
             raise UserError(
                 f"{self.where} asks for {shown(name)}, which is neither a plain tensor nor a "
@@ -248,22 +155,85 @@ class _Machine:
             )
         return Global(name)
 
-    def call(self, function: Any, args: Any) -> Any:
+    def persistent_load(self, pid: Any) -> Storage:
+        storage = _storage(pid)
+        self.storages[storage.key] = storage
+        return storage
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def update(self, kind: type, items: Any) -> None:
+        _need(type(self.stack[-1]) is kind)
+        self.stack[-1].update(items)
+
+    def call(self, keywords: Any = None) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
         _need(type(function) is Global and type(args) is tuple and len(args) <= 64)
+        _need(keywords is None or (type(keywords) is dict and not keywords))
         if function.name not in _CALLS:
             raise Damaged(f"it calls {function.name}")
-        sized = (dict, list, tuple, set, frozenset, str, bytes, bytearray)
+        sized = (dict, list, tuple, set, frozenset, str, bytes)
         self.copied += sum(len(arg) for arg in args if isinstance(arg, sized))
         _need(self.copied <= MOST_COPIED, "its pickle copies without end")
-        return _CALLS[function.name](*args)
+        self.push(_CALLS[function.name](*args))
+
+    def _instantiate(self, klass: Any, args: list[Any]) -> None:
+        # Python's INST and OBJ end here.
+        self.stack += [klass, tuple(args)]
+        self.call()
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        # Any other state is attributes, such as a state dict's `_metadata`: not needed.
+        if isinstance(self.stack[-1], NumpyDtype | NumpyArray):
+            self.stack[-1].build(state)
+
+    def refuse(self, opcode: str) -> None:
+        # Names by number (EXT1), buffers outside the file: nothing that torch.save writes.
+        raise UserError(
+            f"{self.where} holds the pickle opcode {opcode}, which torch.save never writes: "
+            "nothing of it was run; save only its state dict, with torch.save"
+        )
 
 
-_CONSTANTS = {
+# Python's own that neither call, import nor hash anything, nor reserve memory.
+_HARMLESS = {
+    *("STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_DICT", "EMPTY_SET"),
+    *("EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+    # These only go through the methods above.
+    *("GLOBAL", "STACK_GLOBAL", "BINPERSID", "INST", "OBJ"),
 }
+_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+_PYTHONS = pickle._Unpickler.dispatch
+_OPCODES: dict[int, Callable[[Any], Any]] = {
+    **dict.fromkeys(range(256), lambda _: _need(False, "its pickle has an unknown opcode")),
+    **{code: lambda reader, name=name: reader.refuse(name) for code, name in _NAMES.items()},
+    **{code: _PYTHONS[code] for code, name in _NAMES.items() if name in _HARMLESS},
+    # Python's would read ahead, for a frame, or reserve what a file claims.
+    pickle.PROTO[0]: lambda reader: reader.read(1),
+    pickle.FRAME[0]: lambda reader: reader.read(8),
+    pickle.BYTEARRAY8[0]: _PYTHONS[pickle.BINBYTES8[0]],
+    # Python's would hash any key.
+    pickle.DICT[0]: lambda reader: reader.push(_paired(reader.pop_mark())),
+    pickle.FROZENSET[0]: lambda reader: reader.push(_frozenset(reader.pop_mark())),
+    pickle.SETITEM[0]: lambda reader: reader.update(
+        dict, _paired([reader.stack.pop(-2), reader.stack.pop()])
+    ),
+    pickle.SETITEMS[0]: lambda reader: reader.update(dict, _paired(reader.pop_mark())),
+    pickle.ADDITEMS[0]: lambda reader: reader.update(set, _frozenset(reader.pop_mark())),
+    # Python's would call anything.
+    pickle.REDUCE[0]: _Reader.call,
+    pickle.NEWOBJ[0]: _Reader.call,
+    pickle.NEWOBJ_EX[0]: lambda reader: reader.call(reader.stack.pop()),
+    pickle.BUILD[0]: _Reader.build,
+}
+_Reader.dispatch = _OPCODES
 
 
 def _need(true: bool, otherwise: str = "its pickle breaks the rules") -> None:
@@ -365,7 +335,7 @@ def _numpy_dtype(code: Any, *_: Any) -> NumpyDtype:
 
 
 def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
-    _need(type(raw) in (bytes, bytearray) and type(dtype) is NumpyDtype and order in ("C", "F"))
+    _need(type(raw) is bytes and type(dtype) is NumpyDtype and order in ("C", "F"))
     kind, shape = dtype.numpy(), _size(shape)
     _need(math.prod(shape) * kind.itemsize == len(raw), "a NumPy array has the wrong size")
     return NumpyArray(np.frombuffer(raw, kind).reshape(shape, order=order))
