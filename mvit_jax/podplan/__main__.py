@@ -9,7 +9,7 @@
 Needs no accelerator: the step that training runs is compiled ahead of time by the TPU compiler of
 the extra `tpu`, and what it says of memory, arithmetic, traffic and collectives is put beside what
 a chip can do. All times are bounds: a real step takes longer. A step that does not fit is an
-answer, with what would make it fit. The data need not be there (`data.train_videos` and
+answer, with what may make it fit. The data need not be there (`data.train_videos` and
 `data.classes` say how much there is).
 
 By default the compiler makes little effort (--effort=-1), as a full-size step takes it some 80
@@ -47,7 +47,7 @@ from mvit_jax.podplan import accelerators, advice, compile, text
 from mvit_jax.podplan import search as largest
 from mvit_jax.podplan.accelerators import Topology
 from mvit_jax.podplan.advice import Plan
-from mvit_jax.podplan.compile import Figures, TooLarge
+from mvit_jax.podplan.compile import Figures
 from mvit_jax.training import dry_run, experiment
 from mvit_jax.training.build import Config
 
@@ -109,11 +109,10 @@ def check_flags() -> None:
             raise errors.UserError(f"--{flag} is of a sweep: add --sweep, or set keys of --config")
 
 
-def write_report(plans: list[Plan], most: int | None = None, again: Plan | None = None) -> None:
+def write_report(plans: list[Plan], most: int | None = None) -> None:
     if _JSON.value is not None:
         config = config_flags.get_config_filename(flags.FLAGS["config"])
-        report = text.report(plans, config, most, again)
-        write_whole(_JSON.value, json.dumps(report, indent=1))
+        write_whole(_JSON.value, json.dumps(text.report(plans, config, most), indent=1))
 
 
 def plan(config: Config, topology: Topology) -> Plan:
@@ -125,13 +124,10 @@ def plan(config: Config, topology: Topology) -> Plan:
         print(f"{_TOPOLOGY.value} counts cores, {topology.chip.cores} a chip")
     if changed:
         print(changed, flush=True)
-    found, again = compiled(config, topology, mesh), None
+    found = compiled(config, topology, mesh)
     most = search(found, mesh) if _LARGEST.value else None
-    if isinstance(found.found, TooLarge) and config.remat != "blocks":
-        print(f"  {text.memory_line(found)}", flush=True)
-        again = compiled(with_keys(config, remat="blocks"), topology, mesh)
-    print("\n" + text.text(found, most, again), flush=True)
-    write_report([found], most, again)
+    print("\n" + text.text(found, most), flush=True)
+    write_report([found], most)
     return found
 
 
@@ -158,11 +154,6 @@ def with_keys(config: Config, **changes: Any) -> Config:
     return changed
 
 
-def with_clips(config: Config, clips: int, chips: int) -> Config:
-    """A copy with so many clips on each of so many chips."""
-    return with_keys(config, batch=clips * chips)
-
-
 def search(first: Plan, mesh: Mesh) -> int:
     """The most clips that a chip holds, or that nearly fill it; 0 where none fit."""
     config, topology = first.config, first.topology
@@ -170,7 +161,7 @@ def search(first: Plan, mesh: Mesh) -> int:
     memory = topology.chip.memory
     tried = {first.clips // unit: _tried(first)}
     while (units := largest.next_clips(tried, memory)) is not None:
-        found = compiled(with_clips(config, units * unit, topology.chips), topology, mesh)
+        found = compiled(with_keys(config, batch=units * unit * topology.chips), topology, mesh)
         tried[units] = _tried(found)
         print(f"  {text.memory_line(found)}", flush=True)
     print(f"of a chip, {largest.answer(tried, memory, unit, advice.noun(config))}", flush=True)
@@ -209,12 +200,12 @@ def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]
     own = max(unit, config.batch // topology.chips // unit * unit)
     clips = numbers("clips", _CLIPS.value) or [own, 4 * own]
     for n in clips:
-        _, changed = advice.fitted(with_clips(config, n, topology.chips), topology.chips)
+        _, changed = advice.fitted(with_keys(config, batch=n * topology.chips), topology.chips)
         if changed:
             print(changed)
     meshes = [compile.tpu_mesh(topology, -1, n) for n in numbers("fsdp", _FSDP.value) or default]
     return [
-        (mesh, with_clips(with_keys(config, remat=remat), n, topology.chips))
+        (mesh, with_keys(config, remat=remat, batch=n * topology.chips))
         for mesh, remat, n in itertools.product(meshes, _REMAT.value, clips)
     ]
 

@@ -5,10 +5,9 @@ Peaks are those of the "key specifications" in docs.cloud.google.com/tpu/docs/v4
 time, and as working side by side.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mvit_jax.common.errors import UserError
@@ -134,21 +133,7 @@ def parse(text: str, slices: int = 1) -> Topology:
     fitting = [shape for shape in known if math.prod(shape) * cores == int(found.group(2))]
     if not fitting:
         raise UserError(f"there is no slice {text}: {_listed(kind)}")
-    return Topology(kind, _default(fitting), slices)
-
-
-def _default(known: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """Of several shapes of so many chips the one given by default: the most cubic one, which has
-    the shortest ways."""
-    return min(known, key=max)
-
-
-def by_size(kind: str) -> Iterator[Topology]:
-    """What there is of a kind of chip, by rising numbers of chips: one slice of each size, then
-    two, three, ... of the largest."""
-    sizes = [_default(same) for _, same in itertools.groupby(shapes(kind), key=math.prod)]
-    yield from (Topology(kind, shape) for shape in sizes)
-    yield from (Topology(kind, sizes[-1], slices) for slices in itertools.count(2))
+    return Topology(kind, min(fitting, key=max), slices)  # the most cubic has the shortest ways
 
 
 def _listed(kind: str) -> str:

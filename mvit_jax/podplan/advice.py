@@ -1,11 +1,10 @@
-"""What a compiled step means for a whole experiment on a pod: hours, hosts, batch, what would fit.
+"""What a compiled step means for a whole experiment on a pod: hours, hosts, the largest batch.
 
 Times are bounds: those of a chip that is busy all the time (`podplan.accelerators.Roofs`).
 """
 
 import copy
 import dataclasses
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -24,7 +23,6 @@ CLIPS_OF_A_CORE = {"files": 38.0, "shards": 56.0}
 IMAGES_OF_A_CORE = 290.0
 MEASURED_REPEATS = 2
 FULL = 0.9  # share of a chip's memory that a batch may be expected to fill
-MOST_SHARED = 16  # chips that are asked to share a state
 
 
 @dataclass(frozen=True)
@@ -135,12 +133,6 @@ def group_of(config: Config, clips: int) -> int:
     return math.gcd(config.augment.group, clips)
 
 
-def unmixed(config: Config, clips: int) -> bool:
-    """Whether mixup and cutmix would be off with so many clips of a chip: a group of one pairs a
-    clip with itself (`mixing.mix`)."""
-    return group_of(config, clips) == 1 < config.augment.group
-
-
 def fitted(config: Config, chips: int) -> tuple[Config, str]:
     """The config as it can run on so many chips, and a sentence on what had to change: clips that
     share a mixing weight must be on one chip.
@@ -177,20 +169,16 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
 
 def batch_flags(config: Config, batch: int, chips: int) -> str:
     """Flags for another batch on so many chips, with rates in proportion, and the rate in words."""
-    factor, own = batch / config.batch, group_of(config, batch // chips)
-    c = config.optim
-    flags, notes = [f"--config.batch={batch}"], []
+    c, own = config.optim, group_of(config, batch // chips)
+    flags, note = [f"--config.batch={batch}"], ""
     if c.lr_batch is not None:
-        rate = c.lr * batch / c.lr_batch
-        notes.append(f"optim.lr_batch makes the highest rate {rate:.4g}")
+        note = f" (optim.lr_batch makes the highest rate {c.lr * batch / c.lr_batch:.4g})"
     else:
-        rates = {name: c[name] * factor for name in ("lr", "start_lr", "end_lr")}
+        rates = {name: c[name] * batch / config.batch for name in ("lr", "start_lr", "end_lr")}
         flags += [f"--config.optim.{name}={rate:.4g}" for name, rate in rates.items()]
     if own != config.augment.group:
         flags.append(f"--config.augment.group={own}")
-    if unmixed(config, batch // chips):
-        notes.append("a group of one turns mixup and cutmix off")
-    return " ".join(flags) + (f" ({'; '.join(notes)})" if notes else "")
+    return " ".join(flags) + note
 
 
 def state(found: Figures | TooLarge) -> int:
@@ -198,9 +186,10 @@ def state(found: Figures | TooLarge) -> int:
     return sum(found.kinds[kind] for kind in STATE)
 
 
-def fixed(found: Figures | TooLarge) -> int:
-    """Bytes of a chip that do not grow with the batch."""
-    return state(found) + found.kinds.get("program", 0)
+def spare(plan: Plan) -> float:
+    """Bytes of a chip that are left for what grows with the batch, were it nearly full."""
+    fixed = state(plan.found) + plan.found.kinds.get("program", 0)
+    return FULL * plan.topology.chip.memory - fixed
 
 
 def of_a_clip(plan: Plan) -> float:
@@ -208,170 +197,58 @@ def of_a_clip(plan: Plan) -> float:
     return (plan.found.kinds["activations"] + plan.found.kinds["batch"]) / plan.clips
 
 
-def room(plan: Plan) -> int:
-    """How many clips nearly fill a chip, about; a multiple of `unit`."""
-    most = int((FULL * plan.topology.chip.memory - fixed(plan.found)) / of_a_clip(plan))
-    return max(0, most - most % unit(plan.config))
-
-
-def roundest(config: Config, low: int, high: int) -> int | None:
-    """Of so many clips to so many, those whose groups mix most as the config says, and of these
-    the most; None where there are none, or none that mix."""
-    step = unit(config)
-    numbers = range(math.ceil(low / step) * step, high + 1, step)
-    return max(
-        (n for n in numbers if n > 0 and not unmixed(config, n)),
-        key=lambda n: (group_of(config, n), n),
-        default=None,
-    )
-
-
-def slices_for(plan: Plan, most: int) -> Topology | None:
-    """The fewest chips that there are on which the batch, as it is, is at most so many clips a
-    chip."""
-    config, share = plan.config, unit(plan.config)
-    known = accelerators.by_size(plan.topology.kind)
-    for place in itertools.takewhile(lambda place: place.chips <= config.batch, known):
-        clips, left = divmod(config.batch, place.chips)
-        meshes = (-1, place.chips // plan.fsdp)
-        divides = not (left or clips % share or place.chips_per_slice % plan.fsdp)
-        if divides and clips <= most and config.mesh.data in meshes and not unmixed(config, clips):
-            return place
-    return None
-
-
-def batch_advice(plan: Plan, largest: int | None = None) -> list[str]:
-    """Whether the recipe's batch makes sense on so many chips, in sentences.
+def largest_batch(plan: Plan, most: int | None = None) -> int:
+    """Clips of a chip that nearly fill it and keep the mixing group; what no group divides into
+    where there are fewer; 0 where none fit.
 
     Args:
-      largest: clips that were found to be the most that fit on a chip; else they are estimated.
+      most: clips that were found to be the most that fit; else they are estimated.
     """
-    config, chips, clips = plan.config, plan.topology.chips, plan.clips
-    what, memory = noun(config), plan.topology.chip.memory
-    lines = [
-        f"{count(config.batch, what)} on {count(chips, 'chip')} are {clips} a chip, which take "
-        f"{plan.found.used / memory:.0%} of its memory"
-    ]
-    most = room(plan) if largest is None else largest
-    if most < clips + max(unit(config), clips // 8):
-        return [*lines, "that is about as many as fit"]
-    better = roundest(config, clips + 1, most)
-    # Of an estimate a power of two, which leaves room for its error.
-    power = unit(config) * 2 ** ((most // unit(config)).bit_length() - 1)
-    if largest is None and power > clips:
-        better = power
-    if better is None:
-        return [*lines, f"{most} a chip would fit, and do not divide into groups that mix"]
-    about = (fixed(plan.found) + better * of_a_clip(plan)) / memory
-    how = f"{largest} do" if largest is not None else f"about {about:.0%}, by this step's memory"
-    lines.append(f"{better} a chip would fit ({how}): {batch_flags(config, better * chips, chips)}")
-    place = slices_for(plan, better)
-    if place is not None and place.chips < chips:
-        lines.append(f"or this batch as it is on {_spread(config, place)}")
-    lines.append(
-        f"rates in proportion are a rule with limits: this config is stated for {config.batch:,} "
-        f"{what}s, and a much larger batch is an experiment of its own"
-    )
-    return lines
-
-
-def _spread(config: Config, place: Topology) -> str:
-    """The batch as it is on other chips, in words."""
-    clips = config.batch // place.chips
-    own = group_of(config, clips)
-    group = f" (--config.augment.group={own})" if own != config.augment.group else ""
-    chips = count(place.chips, "chip")
-    return f"{place}: {chips}, {count(clips, noun(config))} on each{group}"
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """Something to do about a step that does not fit.
-
-    Attributes:
-      what: flags, in words.
-      used: bytes of a chip that it would then take; estimated, unless it was compiled.
-      fits: whether that alone suffices.
-    """
-
-    what: str
-    used: int
-    fits: bool
-
-
-def remedies(plan: Plan, largest: int | None = None, again: Plan | None = None) -> list[Remedy]:
-    """What would help a step that does not fit; estimates but for what was compiled.
-
-    Args:
-      largest: clips that were found to be the most that fit on a chip.
-      again: the same with `remat=blocks`.
-    """
-    found = [*_fewer_clips(plan, largest), *_parts(plan)]
-    if again is not None:
-        what = "--config.remat=blocks, which computes blocks again in the backward pass"
-        found.append(Remedy(what, again.found.used, isinstance(again.found, Figures)))
-    found += _split(plan)
-    if plan.config.dtype == "float32":
-        used = plan.found.used - plan.found.kinds["activations"] // 2
-        found.append(_estimated(plan, "--config.dtype=bfloat16, which halves activations", used))
-    return found
-
-
-def _estimated(plan: Plan, what: str, used: int | float) -> Remedy:
-    return Remedy(what, int(used), used <= FULL * plan.topology.chip.memory)
-
-
-def _fewer_clips(plan: Plan, largest: int | None) -> list[Remedy]:
-    """A smaller batch, or more chips."""
-    config, chips, most = plan.config, plan.topology.chips, largest
     if most is None:
-        most = room(plan)
-        if most >= plan.clips:  # the line promised too much
+        most = max(0, int(spare(plan) / of_a_clip(plan)))
+        if isinstance(plan.found, TooLarge) and most >= plan.clips:  # the line promised too much
             most = plan.clips // 2
-    found = []
-
-    def add(what: str, clips: int) -> None:
-        used = fixed(plan.found) + clips * of_a_clip(plan)
-        remedy = _estimated(plan, what, used)
-        found.append(remedy if largest is None else dataclasses.replace(remedy, fits=True))
-
-    fewer = roundest(config, 1, most)
-    if fewer is not None:
-        flags = batch_flags(config, fewer * chips, chips)
-        add(f"a smaller batch, {count(fewer, noun(config))} a chip: {flags}", fewer)
-    place = slices_for(plan, most)
-    if place is not None:
-        add(f"more chips, {_spread(config, place)}", config.batch // place.chips)
-    return found
+    step, config = unit(plan.config), plan.config
+    mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
+    whole = math.lcm(step, config.augment.group) if mixed else step
+    return most - most % (whole if most >= whole else step)
 
 
-def _parts(plan: Plan) -> list[Remedy]:
-    """The same batch, a part of it after the other: the fewest that suffice, or else the most."""
-    config, kinds = plan.config, plan.found.kinds
-    work = kinds["activations"] * config.accumulate
-    best = None
-    for parts in range(config.accumulate + 1, plan.clips + 1):
-        if plan.clips % math.lcm(parts, config.data.repeats):
-            continue
-        what = f"the same batch in {parts} parts, one after the other: --config.accumulate={parts}"
-        best = _estimated(plan, what, fixed(plan.found) + kinds["batch"] + work / parts)
-        if best.fits:
-            break
-    return [] if best is None else [best]
+def advice(plan: Plan, most: int | None = None) -> list[str]:
+    """The largest batch, and flags for what may help where the step does not fit; a line each.
 
-
-def _split(plan: Plan) -> list[Remedy]:
-    """A state that more chips share: the fewest that suffice, or else the most."""
-    held, best = state(plan.found), None
-    for chips in range(plan.fsdp + 1, MOST_SHARED + 1):
-        if plan.topology.chips_per_slice % chips:
-            continue
-        share = held * plan.fsdp / chips
-        what = (
-            f"--config.mesh.fsdp={chips}: parameters, optimiser and average take "
-            f"{share / GIB:.2f} in place of {held / GIB:.2f} GiB of a chip"
+    Args:
+      most: clips that were found to be the most that fit on a chip; else they are estimated.
+    """
+    config, chips, what = plan.config, plan.topology.chips, noun(plan.config)
+    best, lines = largest_batch(plan, most), []
+    fits = isinstance(plan.found, Figures)
+    if fits:
+        lines.append(
+            f"{count(config.batch, what)} on {count(chips, 'chip')} are {plan.clips} a chip, which "
+            f"take {plan.found.used / plan.topology.chip.memory:.0%} of its memory"
         )
-        best = _estimated(plan, what, plan.found.used - held + share)
-        if best.fits:
+    if fits and best <= plan.clips:
+        lines.append("that is about as many as fit")
+    elif best:
+        how = "fit" if most is not None else "should fit, by this step's memory"
+        lines.append(f"{best} a chip {how}: {batch_flags(config, best * chips, chips)}")
+    return lines if fits else [*lines, *_savings(plan)]
+
+
+def _savings(plan: Plan) -> list[str]:
+    """Flags with which the same batch takes less memory."""
+    config, kinds, lines = plan.config, plan.found.kinds, []
+    if config.remat != "blocks":
+        lines.append("--config.remat=blocks computes blocks again in the backward pass")
+    room, work = spare(plan) - kinds["batch"], kinds["activations"] * config.accumulate
+    for parts in range(config.accumulate + 1, plan.clips + 1):
+        if plan.clips % math.lcm(parts, config.data.repeats) == 0 and work / parts <= room:
+            lines.append(f"--config.accumulate={parts} works on a part of the batch at a time")
             break
-    return [] if best is None else [best]
+    if plan.fsdp < plan.topology.chips_per_slice:
+        held = f"{state(plan.found) / GIB:.2f} GiB of parameters, optimiser and average"
+        lines.append(f"--config.mesh.fsdp={plan.topology.chips_per_slice} splits {held}")
+    if config.dtype == "float32":
+        lines.append("--config.dtype=bfloat16 halves activations")
+    return lines

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from mvit_jax.analysis import plots
 from mvit_jax.models.summary import table
-from mvit_jax.podplan import accelerators, advice
+from mvit_jax.podplan import accelerators
+from mvit_jax.podplan import advice as pods
 from mvit_jax.podplan.accelerators import GIB, ROOFS, Topology
 from mvit_jax.podplan.advice import Plan, count, noun
 from mvit_jax.podplan.compile import Figures, TooLarge
@@ -27,16 +28,12 @@ def title(config: Config, topology: Topology, mesh: Mesh) -> str:
     )
 
 
-def text(found: Plan, most: int | None, again: Plan | None = None) -> str:
-    """All that is known, in sections.
-
-    Args:
-      most: clips that were found to be the most that fit on a chip.
-      again: of a step that does not fit, the same with `remat=blocks`.
-    """
+def text(found: Plan, most: int | None) -> str:
+    """All that is known, in sections; `most` clips were found to be the most that fit on a chip."""
     parts = [memory_line(found), dry_run.section("Memory of a chip, GiB", _memory_lines(found))]
+    advice = _listed(pods.advice(found, most))
     if isinstance(found.found, TooLarge):
-        return "\n\n".join([*parts, *_remedies(advice.remedies(found, most, again))])
+        return "\n\n".join([*parts, f"What may make it fit\n{advice}"])
     return "\n\n".join([
         *parts,
         dry_run.section("A step, on each chip", _step_lines(found)),
@@ -44,21 +41,9 @@ def text(found: Plan, most: int | None, again: Plan | None = None) -> str:
         dry_run.section("The least time of a step: bounds, no promise", _roof_lines(found)),
         dry_run.section("The whole recipe: bounds, no promise", _recipe_lines(found)),
         dry_run.section("Each host reads and decodes, at most", _host_lines(found)),
-        "Batch\n" + _listed(advice.batch_advice(found, most)),
+        f"Batch\n{advice}",
         "Notes\n" + _listed([effort_note(found), *_notes(found)]),
     ])  # fmt: skip
-
-
-def _remedies(known: list[advice.Remedy]) -> list[str]:
-    """What suffices, then what does not."""
-    enough, little = (
-        [f"{r.used / GIB:.1f} GiB: {r.what}" for r in known if r.fits == fits]
-        for fits in (True, False)
-    )
-    enough = enough or ["nothing of these alone: several together, or chips with more memory"]
-    title = "What would make it fit, each alone (estimates, but for what was compiled)"
-    parts = [f"{title}\n{_listed(enough)}"]
-    return [*parts, "What helps, and is not enough alone\n" + _listed(little)] if little else parts
 
 
 def _listed(lines: list[str]) -> str:
@@ -139,7 +124,7 @@ def _recipe_lines(found: Plan) -> dry_run.Lines:
 
 def _host_lines(found: Plan) -> dry_run.Lines:
     hosts, config = found.topology.hosts, found.config
-    need = advice.reading(config, found.model, hosts, found.bounds.longest)
+    need = pods.reading(config, found.model, hosts, found.bounds.longest)
     what, made = ("videos", "clips") if found.model.frames > 1 else ("images", "as augmented")
     whole = found.topology.chips_per_slice >= accelerators.CHIPS_PER_HOST
     of = f" of {found.topology.chip.host_cpus} vCPUs" if whole else ""
@@ -174,16 +159,8 @@ def _notes(found: Plan) -> list[str]:
     assert isinstance(found.found, Figures)
     config, loops = found.config, found.found.counts.unknown_loops
     lines = []
-    if config.dtype == "float32":
-        lines.append(
-            "computes in float32: --config.dtype=bfloat16 halves activations and what they move"
-        )
     if config.precision != "default":
         lines.append(f"precision={config.precision} multiplies several times: peaks are bfloat16's")
-    if found.topology.slices > 1 and found.fsdp == 1:
-        lines.append(
-            "--config.mesh.fsdp=16 may send less between slices: each chip then sums a part alone"
-        )
     if loops:
         where = sorted({counting.scopes(loop)[0] for loop in loops})
         lines.append(
@@ -253,14 +230,12 @@ def picture(plans: list[Plan]) -> Figure:
     )
 
 
-def report(
-    plans: list[Plan], config: str, most: int | None = None, again: Plan | None = None
-) -> dict[str, Any]:
+def report(plans: list[Plan], config: str, most: int | None = None) -> dict[str, Any]:
     """All figures, for other programs: seconds, bytes, hours.
 
     Args:
       config: which one it is, as `--config` names it.
-      most, again: of a single plan, as for `text`.
+      most: of a single plan, as for `text`.
     """
     first = plans[0]
     return {
@@ -274,11 +249,11 @@ def report(
         "hosts": first.topology.hosts,
         "videos": first.videos,
         "effort": first.effort,
-        "plans": [_entry(p, most, again) for p in plans],
+        "plans": [_entry(p, most) for p in plans],
     }
 
 
-def _entry(found: Plan, most: int | None, again: Plan | None) -> dict[str, Any]:
+def _entry(found: Plan, most: int | None) -> dict[str, Any]:
     config = found.config
     known = {
         "data": found.topology.chips // found.fsdp,
@@ -286,7 +261,7 @@ def _entry(found: Plan, most: int | None, again: Plan | None) -> dict[str, Any]:
         "remat": config.remat,
         "dtype": config.dtype,
         "accumulate": config.accumulate,
-        "augment_group": advice.group_of(config, found.clips),
+        "augment_group": pods.group_of(config, found.clips),
         "batch": config.batch,
         "clips_a_chip": found.clips,
         "largest_clips_a_chip": most,  # None: not searched
@@ -294,11 +269,12 @@ def _entry(found: Plan, most: int | None, again: Plan | None) -> dict[str, Any]:
         "memory_bytes": found.found.used,
         "memory_by_kind": found.found.kinds,
         "compile_seconds": round(found.found.seconds, 1),
+        "advice": pods.advice(found, most),
     }
     if isinstance(found.found, TooLarge):
-        return known | {"remedies": [vars(r) for r in advice.remedies(found, most, again)]}
+        return known
     counts, bounds = found.found.counts, found.bounds
-    reading = advice.reading(config, found.model, found.topology.hosts, bounds.longest)
+    reading = pods.reading(config, found.model, found.topology.hosts, bounds.longest)
     return known | {
         "flops": counts.flops + counts.kernel_flops,
         "hbm_bytes": counts.hbm_bytes,
@@ -317,5 +293,4 @@ def _entry(found: Plan, most: int | None, again: Plan | None) -> dict[str, Any]:
         "steps": found.steps,
         "hours": found.hours,
         "chip_hours": found.chip_hours,
-        "advice": advice.batch_advice(found, most),
     }

@@ -148,8 +148,7 @@ def test_the_most_clips_come_in_whole_repeats(told):
     status, out, err = told[1]["repeats"]
     assert status == 0, err
     assert "of a chip, 12 clips fit and take 90% of the memory, 14 do not" in out
-    assert "12 a chip would fit (12 do): --config.batch=3072 " in out
-    assert "or this batch as it is on v5e:8x8: 64 chips, 8 clips on each\n" in out
+    assert "12 a chip fit: --config.batch=3072 " in out
     report = json.loads((told[0] / "repeats.json").read_text())
     assert report["config"] == KINETICS.removeprefix("--config=")
     assert report["plans"][0]["largest_clips_a_chip"] == 12
@@ -160,20 +159,16 @@ def test_a_search_may_find_none(told):
     status, out, err = told[1]["none"]
     assert status == 0, err
     assert "of a chip, 0 clips fit, 2 do not" in out
-    assert "a smaller batch" not in out and "more chips" not in out
-    assert "12.0 GiB: the same batch in 2 parts" in out
+    assert "a chip fit" not in out and "--config.accumulate=2 " in out
 
 
-def test_what_would_help_is_told_with_figures(told):
-    """32 clips of 1.05 GiB and 1.5 GiB of state are 35.1 of 15.75 GiB, with `blocks` 18.3."""
+def test_what_may_help_is_told(told):
+    """32 clips of 1.05 GiB and 1.5 GiB of state are 35.1 of 15.75 GiB."""
     status, out, err = told[1]["too large"]
     assert status == 0, err
-    enough, _, little = out.partition("What would make it fit")[2].partition("What helps, and")
-    assert re.findall(r"- ([\d.]+) GiB: ", enough) == ["14.1", "9.9", "9.9"]
-    assert re.findall(r"- ([\d.]+) GiB: ", little) == ["18.3", "33.7", "18.3"]
-    assert "18.3 GiB: --config.remat=blocks" in little
     (plan,) = json.loads((told[0] / "large.json").read_text())["plans"]
-    assert [r["fits"] for r in plan["remedies"]] == [True] * 3 + [False] * 3
+    assert "".join(f"\n  - {line}" for line in plan["advice"]) in out
+    assert "What may make it fit\n  - 12 a chip should fit" in out and len(plan["advice"]) == 5
 
 
 def test_mixing_that_is_off_is_said_of_images(told):
@@ -211,32 +206,13 @@ def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_sweep_is_a_table_a_picture_and_a_report(tmp_path):
-    status, out, err = podplan(
-        "--topology=v5e:2x4", "--config.batch=16", "--sweep", "--fsdp=1,8", "--remat=none",
-        "--clips=2,65536", f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}",
-    )  # fmt: skip
-    assert status == 0, err
-    rows = [line.split("  ") for line in out.splitlines() if re.match(r"[18] x [18]  ", line)]
-    assert [row[0] for row in rows] == ["8 x 1", "8 x 1", "1 x 8", "1 x 8"]
-    assert ["does not fit" in " ".join(row) for row in rows] == [False, True, False, True]
-    plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
-    assert [p["fsdp"] for p in plans] == [1, 1, 8, 8]
-    assert [p["batch"] for p in plans] == [16, 8 * 65536] * 2
-    assert plans[2]["memory_by_kind"]["optimiser"] < plans[0]["memory_by_kind"]["optimiser"]
-    assert min(Image.open(tmp_path / "plan.png").size) > 300
-
-
-@pytest.mark.nightly
 def test_a_step_that_does_not_fit_is_an_answer_and_the_largest_that_does_is_found():
     status, out, err = podplan("--topology=v5e:1x1", "--config.batch=65536", "--largest_batch")
     assert status == 0, err
     assert re.search(r"DOES NOT FIT: it would take [\d.]+ of 15.75 GiB of a chip", out)
-    assert "compiling (65,536 clips a chip, remat=blocks" in out
-    fixes = out.partition("What would make it fit")[2]
-    assert "a smaller batch" in fixes and "--config.accumulate=" in fixes
-    assert "more chips" in fixes and "--config.dtype=bfloat16" in fixes
-    assert re.search(r"- [\d.]+ GiB: --config.remat=blocks", fixes)
+    fixes = out.partition("What may make it fit")[2]
+    assert " a chip fit: --config.batch=" in fixes and "--config.accumulate=" in fixes
+    assert "--config.remat=blocks" in fixes and "--config.dtype=bfloat16" in fixes
     found = re.search(r"of a chip, (\d+) clips fit", out)
     assert found and found[1] in re.findall(r"compiling \((\d+) clips", out.replace(",", ""))[1:]
 
