@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
+from mvit_jax.common.text import plural
 from mvit_jax.data import sampling
 from mvit_jax.models.plan import grids, patch_grid, plan
 from mvit_jax.models.positions import distances
@@ -93,7 +94,7 @@ def stages() -> Figure:
     for stage, members in groupby(zip(plan(config), sizes, strict=True), lambda m: m[0].stage):
         blocks = list(members)
         block, block_grids = blocks[-1]
-        count = f"{len(blocks)} block{'s' * (len(blocks) > 1)}"
+        count = plural(len(blocks), "block")
         columns.append((f"stage {stage + 1}", block_grids.output, block.attention_width, count))
     figure = Figure(figsize=(7.6, 2.75), layout="constrained")
     axes = _bare(figure)

@@ -29,6 +29,7 @@ from absl import flags
 
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
+from mvit_jax.common.text import first_line
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.models import trees
 from mvit_jax.models.variants import override, preprocessing
@@ -132,7 +133,7 @@ def take(
     except errors.UserError:
         raise
     except Exception as error:  # Orbax has its own for a full disk and the like
-        words = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        words = getattr(error, "strerror", None) or first_line(error)
         raise errors.UserError(f"{out} cannot be written ({words})") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -11,10 +11,11 @@
 from absl import flags
 
 from mvit_jax.common import errors
+from mvit_jax.common.text import table
 from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.cost import Cost, cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.models.summary import HEADER, Row, stages, table, totals
+from mvit_jax.models.summary import HEADER, Row, stages, totals
 from mvit_jax.models.variants import (
     CLASSES,
     PUBLISHED,

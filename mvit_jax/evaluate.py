@@ -37,6 +37,7 @@ from absl import flags
 from mvit_jax.analysis import example_clips, plots, run_data
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, to_path, write_whole
+from mvit_jax.common.text import plural, table
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.training import build, experiment
 from mvit_jax.training.build import Config
@@ -226,7 +227,7 @@ def write_views(
     shown = "map" if "map" in measures else "top1"
     line = plots.Curve(shown, [row["clips"] for row in rows], [row[shown] for row in rows], True)
     name = "mAP, %" if shown == "map" else "top-1, %"
-    crops = "1 crop" if results["crops"] == 1 else f"{results['crops']} crops"
+    crops = plural(results["crops"], "crop")
     figure = plots.curves([line], name, f"clips of a video, {crops} of each")
     axes = figure.axes[0]
     axes.set(xticks=list(by_count), ylim=(None, min(axes.get_ylim()[1], 100.5)))
@@ -249,12 +250,7 @@ def summary(folder: AnyPath) -> str:
         ))  # fmt: skip
     if not any(row[5] for row in rows[1:]):  # mAP is of sets of classes
         rows = [row[:5] + row[6:] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return table(rows[0], rows[1:], numbers_right=False)
 
 
 if __name__ == "__main__":

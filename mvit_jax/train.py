@@ -37,6 +37,7 @@ from ml_collections import config_flags
 import mvit_jax
 from mvit_jax.analysis import contact_sheet, run_data
 from mvit_jax.common import errors, files
+from mvit_jax.common.text import first_line
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
@@ -317,8 +318,7 @@ def report(folder: str) -> None:
             print(sentence)
         print(f"wrote {run_data.write_report(folder)}")
     except Exception as error:  # whatever it is: the training is done, and its status is its own
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        print(f"the report {folder}/{run_data.REPORT} could not be written: {first}")
+        print(f"the report {folder}/{run_data.REPORT} could not be written: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from PIL import Image
 
 from mvit_jax.analysis import attention_maps, render, token_geometry
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import first_line
 from mvit_jax.data import pipeline
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source
 from mvit_jax.models.inference import normalise
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training.evaluation import Scores
-from mvit_jax.training.step import StepConfig
+from mvit_jax.training.step import Recipe
 
 EXAMPLES = 16  # clips of the sheet
 MISTAKES = 8  # of the worst ones
@@ -32,7 +33,7 @@ SIDE = 112  # pixels, at most
 
 def make(
     scores: Scores, videos: Source, settings: ClipSettings, params: Any, model: MViTConfig,
-    recipe: StepConfig,
+    recipe: Recipe,
 ) -> dict[str, Any]:  # fmt: skip
     """The sheet of a test and its worst mistakes, to be kept as JSON.
 
@@ -79,7 +80,7 @@ def mistakes(scores: Scores, most: int = MISTAKES) -> list[int]:
 class Painter:
     """Draws clips, and below them where the model looks, as far as it can be seen."""
 
-    def __init__(self, params: Any, model: MViTConfig, recipe: StepConfig) -> None:
+    def __init__(self, params: Any, model: MViTConfig, recipe: Recipe) -> None:
         self.params, self.model, self.recipe = params, model, recipe
         self.why_not: str | None = None
         self.rollout = jax.jit(functools.partial(attention_maps.rollout, config=model))
@@ -106,7 +107,7 @@ class Painter:
             normal = normalise(jnp.asarray(clip[None]), recipe.mean, recipe.std, jnp.float32)
             maps = [np.asarray(f(self.params, normal)) for f in (self.rollout, self.grad_cam)]
         except (UserError, jax.errors.JaxRuntimeError) as error:
-            self.why_not = str(error).strip().partition("\n")[0]
+            self.why_not = first_line(error)
             return []
         time, height, width, _ = clip.shape
         size = (time, height, width)

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from mvit_jax.analysis import plots
 from mvit_jax.analysis.plots import Curve
+from mvit_jax.common.text import table
 from mvit_jax.models import summary
 from mvit_jax.models.cost import Cost, cost
 from mvit_jax.models.plan import MViTConfig
@@ -37,7 +38,7 @@ class Run:
       model: the architecture; None where the number of classes is not known.
       starts, train, val, seconds, spent: as in `training.run.history.History`.
       evaluations: what the test program wrote; the test by default first.
-      sheet: as `analysis.example_clips.make` gives it, of the first evaluation; None without one.
+      sheet: as `analysis.example_clips.make` gives it, of the first evaluation; None where there is none.
     """
 
     folder: str
@@ -146,10 +147,10 @@ def comparison(runs: Sequence[Run]) -> str:
 def comparison_table(runs: Sequence[Run]) -> str:
     """The same for a terminal, curves left out."""
     header, *rows = _figures(runs)
-    text = summary.table(header, rows)
+    text = table(header, rows)
     differing = _differing(runs)
     if differing:
-        keys = summary.table(("config", *distinct_names(runs)), differing)
+        keys = table(("config", *distinct_names(runs)), differing)
         text += f"\n\n{keys}"
     return text
 
@@ -345,7 +346,7 @@ def _percent(number: float | None, digits: int = 1) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )

@@ -10,8 +10,6 @@ Row = tuple[str, ...]
 
 HEADER: Row = ("stage", "operations", "tokens", "width", "heads", "keys", "parameters", "mult-adds")
 
-_NUMBER = set("0123456789+-")
-
 
 def stages(config: MViTConfig) -> list[Row]:
     """Clip, cubes, each stage, head and total: tokens, width, heads, cost, under `HEADER`."""
@@ -40,23 +38,6 @@ def stages(config: MViTConfig) -> list[Row]:
         ("head", f"{config.num_classes} classes", "", "", "", "", *_cost(head_cost(config)))
     )
     return [*rows, ("total", "", "", "", "", "", *_cost(cost(config)))]
-
-
-def table(header: Row, rows: list[Row]) -> str:
-    """Rows in aligned columns; numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row: Row) -> str:
-        cells = [
-            cell.rjust(width)
-            if i and cell[:1] in _NUMBER and " " not in cell
-            else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
 def totals(total: Cost) -> str:

@@ -41,8 +41,8 @@ from tqdm import tqdm
 from mvit_jax.analysis import plots
 from mvit_jax.common import errors
 from mvit_jax.common.files import check_writable, write_whole
+from mvit_jax.common.text import plural, table
 from mvit_jax.models.run_blocks import REMAT
-from mvit_jax.models.summary import table
 from mvit_jax.podplan import accelerators, advice, compile, text
 from mvit_jax.podplan import search as largest
 from mvit_jax.podplan.accelerators import Topology
@@ -136,7 +136,7 @@ def compiled(config: Config, topology: Topology, mesh: Mesh, quiet: bool = False
     videos, model = dry_run.data_and_model(config)
     runs, _ = advice.fitted(config, topology.chips)
     if not quiet:
-        what = advice.count(config.batch // mesh.size, advice.noun(config))
+        what = plural(config.batch // mesh.size, advice.noun(config))
         how = f"{what} a chip, remat={config.remat}, effort {_EFFORT.value:g}"
         print(f"compiling ({how}) ...", end=" ", flush=True)
     found = compile.measure(runs, model, mesh, effort=_EFFORT.value, videos=videos)
@@ -176,7 +176,7 @@ def sweep(config: Config, topology: Topology) -> list[Plan]:
     """Compiles all combinations, and prints them as a table."""
     cases = sweep_cases(config, topology)
     few = "" if len(cases) < 4 else "; fewer by --fsdp, --remat, --clips"
-    each = f"{advice.count(len(cases), 'program')} for {topology}, each a minute or more{few}"
+    each = f"{plural(len(cases), 'program')} for {topology}, each a minute or more{few}"
     print(each, flush=True)
     plans = []
     for mesh, changed in tqdm(cases, unit="program"):

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import plural
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan import accelerators
 from mvit_jax.podplan.accelerators import GIB, Roofs, Topology
@@ -111,11 +112,6 @@ def reading(config: Config, model: MViTConfig, hosts: int, seconds: float) -> Re
     )
 
 
-def count(number: int, noun: str) -> str:
-    """ "1 chip", "2 chips"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def noun(config: Config) -> str:
     """What a batch is made of: "clip" or "image"."""
     return "clip" if build.model_config(config, 2).frames > 1 else "image"
@@ -144,7 +140,7 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
     if config.batch % share:
         batch = math.ceil(config.batch / share) * share
         raise UserError(
-            f"batch={config.batch} does not divide into {count(chips, 'chip')} in whole {what}s "
+            f"batch={config.batch} does not divide into {plural(chips, 'chip')} in whole {what}s "
             f"(of each chip a multiple of data.repeats={config.data.repeats} and accumulate="
             f"{config.accumulate}): take fewer chips, or {batch_flags(config, batch, chips)}"
         )
@@ -162,8 +158,8 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
             "fewer chips or a larger batch keep them"
         )
     return changed, (
-        f"augment.group={group} does not divide {count(clips, what)} of a chip, and training would "
-        f"refuse it: this plan, and training, take --config.augment.group={own}{warning}"
+        f"augment.group={group} does not divide {plural(clips, what)} of a chip, and training "
+        f"would refuse it: this plan, and training, take --config.augment.group={own}{warning}"
     )
 
 
@@ -225,8 +221,8 @@ def advice(plan: Plan, most: int | None = None) -> list[str]:
     fits = isinstance(plan.found, Figures)
     if fits:
         lines.append(
-            f"{count(config.batch, what)} on {count(chips, 'chip')} are {plan.clips} a chip, which "
-            f"take {plan.found.used / plan.topology.chip.memory:.0%} of its memory"
+            f"{plural(config.batch, what)} on {plural(chips, 'chip')} are {plan.clips} a chip, "
+            f"which take {plan.found.used / plan.topology.chip.memory:.0%} of its memory"
         )
     if fits and best <= plan.clips:
         lines.append("that is about as many as fit")

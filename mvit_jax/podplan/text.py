@@ -9,45 +9,44 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from mvit_jax.analysis import plots
-from mvit_jax.models.summary import table
+from mvit_jax.common.text import Lines, indented, plural, section, table
 from mvit_jax.podplan import accelerators
 from mvit_jax.podplan import advice as pods
 from mvit_jax.podplan.accelerators import GIB, ROOFS, Topology
-from mvit_jax.podplan.advice import Plan, count, noun
+from mvit_jax.podplan.advice import Plan, noun
 from mvit_jax.podplan.compile import Figures, TooLarge
 from mvit_jax.podplan.hlo import cost as counting
-from mvit_jax.training import dry_run
 from mvit_jax.training.build import Config
 
 
 def title(config: Config, topology: Topology, mesh: Mesh) -> str:
     return (
-        f"{config.model.variant} on {topology}: {count(topology.chips, 'chip')} of "
-        f"{count(topology.hosts, 'host')}, mesh data {mesh.shape['data']} x fsdp "
+        f"{config.model.variant} on {topology}: {plural(topology.chips, 'chip')} of "
+        f"{plural(topology.hosts, 'host')}, mesh data {mesh.shape['data']} x fsdp "
         f"{mesh.shape['fsdp']}, {config.dtype}"
     )
 
 
 def text(found: Plan, most: int | None) -> str:
     """All that is known, in sections; `most` clips were found to be the most that fit on a chip."""
-    parts = [memory_line(found), dry_run.section("Memory of a chip, GiB", _memory_lines(found))]
+    parts = [memory_line(found), section("Memory of a chip, GiB", _memory_lines(found))]
     advice = _listed(pods.advice(found, most))
     if isinstance(found.found, TooLarge):
         return "\n\n".join([*parts, f"What may make it fit\n{advice}"])
     return "\n\n".join([
         *parts,
-        dry_run.section("A step, on each chip", _step_lines(found)),
-        "What passes between chips in a step\n" + dry_run.indented(_collectives(found)),
-        dry_run.section("The least time of a step: bounds, no promise", _roof_lines(found)),
-        dry_run.section("The whole recipe: bounds, no promise", _recipe_lines(found)),
-        dry_run.section("Each host reads and decodes, at most", _host_lines(found)),
+        section("A step, on each chip", _step_lines(found)),
+        "What passes between chips in a step\n" + indented(_collectives(found)),
+        section("The least time of a step: bounds, no promise", _roof_lines(found)),
+        section("The whole recipe: bounds, no promise", _recipe_lines(found)),
+        section("Each host reads and decodes, at most", _host_lines(found)),
         f"Batch\n{advice}",
         "Notes\n" + _listed([effort_note(found), *_notes(found)]),
     ])  # fmt: skip
 
 
 def _listed(lines: list[str]) -> str:
-    return dry_run.indented("\n".join(f"- {line}" for line in lines))
+    return indented("\n".join(f"- {line}" for line in lines))
 
 
 def memory_line(found: Plan) -> str:
@@ -62,18 +61,18 @@ def memory_line(found: Plan) -> str:
     return f"fits: {used:.2f} of {memory:.2f} GiB of a chip"
 
 
-def _memory_lines(found: Plan) -> dry_run.Lines:
+def _memory_lines(found: Plan) -> Lines:
     lines = [(kind, f"{size / GIB:8.3f}") for kind, size in found.found.kinds.items() if size]
     return sorted(lines, key=lambda line: -float(line[1]))
 
 
-def _step_lines(found: Plan) -> dry_run.Lines:
+def _step_lines(found: Plan) -> Lines:
     assert isinstance(found.found, Figures)
     counts, clips, what = found.found.counts, found.clips, noun(found.config)
     overstated = ", overstated" if found.effort < 0 else ""
     hbm = f"{_big(counts.hbm_bytes)}B, {_big(counts.hbm_bytes / clips)}B each{overstated}"
     flops = counts.flops + counts.kernel_flops
-    kernels = f"{counts.kernel_flops / flops:.0%} in {count(len(counts.kernels), 'kernel')}"
+    kernels = f"{counts.kernel_flops / flops:.0%} in {plural(len(counts.kernels), 'kernel')}"
     lines = [
         (f"{what}s", f"{clips} (batch {found.config.batch:,})"),
         ("arithmetic", f"{_big(flops)}FLOP, {_big(flops / clips)}FLOP each; {kernels}"),
@@ -94,7 +93,7 @@ def _collectives(found: Plan) -> str:
     return table(("kind", "among", "of a chip", "at least"), rows) if rows else "nothing"
 
 
-def _roof_lines(found: Plan) -> dry_run.Lines:
+def _roof_lines(found: Plan) -> Lines:
     bounds = found.bounds
     rate = found.config.batch / bounds.longest
     share = f"arithmetic then has {bounds.compute / bounds.longest:.0%} of its peak"
@@ -109,7 +108,7 @@ def _roof_lines(found: Plan) -> dry_run.Lines:
     return lines
 
 
-def _recipe_lines(found: Plan) -> dry_run.Lines:
+def _recipe_lines(found: Plan) -> Lines:
     config = found.config
     what = "videos" if found.model.frames > 1 else "images"
     epochs = f"{config.epochs:g} epochs of {found.videos:,} {what} x {config.data.repeats}"
@@ -122,7 +121,7 @@ def _recipe_lines(found: Plan) -> dry_run.Lines:
     ]
 
 
-def _host_lines(found: Plan) -> dry_run.Lines:
+def _host_lines(found: Plan) -> Lines:
     hosts, config = found.topology.hosts, found.config
     need = pods.reading(config, found.model, hosts, found.bounds.longest)
     what, made = ("videos", "clips") if found.model.frames > 1 else ("images", "as augmented")
@@ -164,7 +163,7 @@ def _notes(found: Plan) -> list[str]:
     if loops:
         where = sorted({counting.scopes(loop)[0] for loop in loops})
         lines.append(
-            f"{count(len(loops), 'loop')} in {', '.join(where)} run until their data says so "
+            f"{plural(len(loops), 'loop')} in {', '.join(where)} run until their data says so "
             "(draws that are tried again), and count once"
         )
     return lines
@@ -226,7 +225,7 @@ def picture(plans: list[Plan]) -> Figure:
         times,
         each=noun(first.config),
         title=f"{first.config.model.variant} on {first.topology}, "
-        f"{count(first.topology.chips, 'chip')}",
+        f"{plural(first.topology.chips, 'chip')}",
     )
 
 

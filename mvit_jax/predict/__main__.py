@@ -29,6 +29,7 @@ from tqdm import tqdm
 from mvit_jax.analysis import render
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
+from mvit_jax.common.text import table
 from mvit_jax.data.images import DecodeError
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
@@ -242,13 +243,13 @@ def show(results: list[dict[str, Any]]) -> bool:
     """Prints tables, and what failed to stderr; whether anything did."""
     done = [result for result in results if "classes" in result]
     if done:
-        print(table(classes(done)))
+        print(_aligned(classes(done)))
     for result in done:
         if "timeline" in result:
             line = result["timeline"]
             print(
                 f"\n{result['file']}: {clock(line['seconds'])}, means over {len(line['windows'])} "
-                f"windows above, over time:\n{table(segments(line))}"
+                f"windows above, over time:\n{_aligned(segments(line))}"
             )
     written = [path for result in done for path in result.get("pictures", ())]
     if written:
@@ -278,14 +279,8 @@ def segments(timeline: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Aligned columns, and a rule below the headings."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    ruled = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in ruled
-    )
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    return table(rows[0], rows[1:], numbers_right=False)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mvit_jax.common.text import first_line
+
 # Everything else of gradio's (an API, files, a proxy, monitoring, code written by a model) is shut.
 ROUTES = {
     "GET": (
@@ -72,8 +74,8 @@ class Gate:
             await self._app(scope, receive, _with_headers(send))
         except Exception as error:
             # One line, as gradio fails at requests that make no sense. The connection is closed.
-            first = str(error).partition("\n")[0]
-            print(f"a request failed: {type(error).__name__}: {first}", file=sys.stderr, flush=True)
+            told = f"{type(error).__name__}: {first_line(error)}"
+            print(f"a request failed: {told}", file=sys.stderr, flush=True)
 
     def _refusal(self, method: str, path: str, headers: dict[str, str]) -> int | None:
         """A status that says no, or None."""

@@ -20,6 +20,7 @@ from av.error import FFmpegError
 
 from mvit_jax.analysis import render
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import plural
 from mvit_jax.data import images
 from mvit_jax.data.images import DecodeError, Frames
 from mvit_jax.data.video import Video
@@ -220,7 +221,7 @@ def _heading(name: str, prediction: Prediction) -> str:
     if line is not None:
         said = f"{clock(prediction.seconds)}; means over {clips} windows"
     elif prediction.seconds:
-        said = f"{prediction.seconds:.1f} s; means over {clips} clip{'s' * (clips > 1)}"
+        said = f"{prediction.seconds:.1f} s; means over {plural(clips, 'clip')}"
     else:
         said = "an image"
     return f"<p><b>{html.escape(name)}</b>: {said}</p>"

@@ -14,16 +14,15 @@ import jax
 import numpy as np
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import Lines, aligned, indented, plural, section, table
 from mvit_jax.data.source import Source
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.models.summary import table, totals
+from mvit_jax.models.summary import totals
 from mvit_jax.models.variants import variant
 from mvit_jax.training import build, experiment, optimizer
 from mvit_jax.training.build import Config
-
-Lines = list[tuple[str, str]]  # what, and what of it
 
 
 def describe(config: Config, devices: int) -> str:
@@ -304,7 +303,7 @@ def _scale(config: Config) -> float:
 
 def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
     e, scores = config.eval, "sigmoids" if config.data.multi_label else "softmax"
-    views = f"{_count(e.clips, 'clip')} x {_count(e.crops, 'crop')}" if model.frames > 1 else "one"
+    views = f"{plural(e.clips, 'clip')} x {plural(e.crops, 'crop')}" if model.frames > 1 else "one"
     square = f"short side to {config.data.short_side}, centre square of {model.size}"
     if e.crops == 3:
         square = f"short side to {model.size}, three squares of {model.size}"
@@ -322,28 +321,10 @@ def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
     return lines
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _rgb(values: Iterable[float]) -> str:
     values = tuple(values)
     return f"{values[0]:g}" if len(set(values)) == 1 else str(values)
 
 
-def section(title: str, lines: Lines) -> str:
-    """A title, and under it what stands beside what."""
-    return f"{title}\n{indented(aligned(lines))}"
-
-
 def _numbered(title: str, lines: list[str]) -> str:
     return "\n".join([title, *(f"  {i}. {line}" for i, line in enumerate(lines, 1))])
-
-
-def aligned(lines: Lines) -> str:
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
-
-
-def indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import table
 
 Shape = tuple[int, ...] | None
 
@@ -58,12 +59,7 @@ class Report:
             for line in self.lines
         ]  # fmt: skip
         header = ("tensor in the file", "shape", "tensor here", "shape", "done")
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, tuple("-" * width for width in widths), *rows)
-        ]
-        return "\n".join([*table, "", self.summary()])
+        return f"{table(header, rows, numbers_right=False)}\n\n{self.summary()}"
 
 
 class WeightsError(UserError):

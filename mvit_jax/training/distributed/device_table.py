@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from mvit_jax.common.text import plural
+
 Row = dict[str, Any]
 _LONGEST = 16  # processes; more are summed up by host
 
@@ -37,7 +39,7 @@ def describe(rows: Sequence[Row]) -> str:
     """A line for each process, or for each kind of process where there are many."""
     total = sum(len(row["devices"]) for row in rows)
     hosts = len({row["host"] for row in rows})
-    head = f"{len(rows)} processes on {_count(hosts, 'host')}, {_count(total, 'device')}"
+    head = f"{len(rows)} processes on {plural(hosts, 'host')}, {plural(total, 'device')}"
     if len(rows) > _LONGEST:
         kinds = Counter((_what(row), row["platform"]) for row in rows)
         return "\n".join(
@@ -103,7 +105,3 @@ def _numbers(ids: Sequence[int]) -> str:
 def _names(rows: Sequence[Row]) -> str:
     named = ", ".join(f"{row['process']} ({row['host']})" for row in rows[:4])
     return f"processes {named}" + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -24,6 +24,7 @@ import jax
 from absl import flags
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import first_line
 from mvit_jax.training.distributed import cluster, coordination, device_table
 
 _COORDINATOR = flags.DEFINE_string(
@@ -206,14 +207,10 @@ def _fail(error: Exception) -> NoReturn:
         what = f"{' and '.join(silent)} has died, or its machine has"
         if not silent:
             _say("".join(traceback.format_exception(error)).rstrip())
-            what = f"the connection to another process broke ({_first_line(error)})"
+            what = f"the connection to another process broke ({first_line(error)})"
         _end_with(f"{what}: {_AGAIN}", status=LOST, dead=len(silent))
     text = "".join(traceback.format_exception(error)).rstrip()
-    _end_with(f"{type(error).__name__}: {_first_line(error)}", text)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    _end_with(f"{type(error).__name__}: {first_line(error)}", text)
 
 
 def _peer_lost(error: BaseException) -> bool:
@@ -382,7 +379,7 @@ def _introduce() -> None:
     except RuntimeError as error:
         raise UserError(
             f"process {mine} on {socket.gethostname()} cannot use its devices, or some process "
-            f"sees none ({str(error).strip().splitlines()[0]}): check what the scheduler gives "
+            f"sees none ({first_line(error)}): check what the scheduler gives "
             "each, and --local_device_ids"
         ) from error
     client.key_value_set(f"{_DEVICES}/{mine}", json.dumps(row))
@@ -400,8 +397,8 @@ def _devices_of(process: int, client: Any) -> dict[str, Any]:
         return json.loads(client.blocking_key_value_get(key, coordination.START_SECONDS * 1000))
     except jax.errors.JaxRuntimeError:
         reason = (
-            f"process {process} has not started its devices within {coordination.START_SECONDS} s: "
-            f"see whether something else holds them; {_AGAIN}"
+            f"process {process} has not started its devices within {coordination.START_SECONDS} s: see "
+            f"whether something else holds them; {_AGAIN}"
         )
         _end_with(reason, status=LOST)
 

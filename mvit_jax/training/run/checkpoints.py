@@ -19,10 +19,11 @@ from jax.experimental import multihost_utils
 
 from mvit_jax.common.errors import HungError, UserError
 from mvit_jax.common.files import AnyPath, faults, is_local, to_path
+from mvit_jax.common.text import first_line
 from mvit_jax.models import trees
 from mvit_jax.training.distributed import coordination
 from mvit_jax.training.run import checksums
-from mvit_jax.training.state import State
+from mvit_jax.training.step import State
 
 # Saves that may fail one after the other before a run ends: somebody should have looked by then.
 FAILED_SAVES = 3
@@ -386,7 +387,7 @@ class Checkpoints:
             kind = UserError
         if isinstance(error, faults()) and not isinstance(error, OSError):  # of a bucket
             kind = UserError
-        problem = kind(f"{self._name(which, step)} cannot be read ({_first_line(error)})")
+        problem = kind(f"{self._name(which, step)} cannot be read ({first_line(error)})")
         problem.__cause__ = error
         return problem
 
@@ -496,12 +497,8 @@ def _on_all_processes(fine: bool) -> bool:
 def _why(error: Exception, folder: AnyPath) -> str:
     """What is the matter with a disk, in the operating system's words where they can be found."""
     known = re.search(r"([^:\n]*?) \[os_error_code", str(error))
-    why = known[1].strip() if known else getattr(error, "strerror", None) or _first_line(error)
+    why = known[1].strip() if known else getattr(error, "strerror", None) or first_line(error)
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         why += f"; its disk has {free / 1e6:,.0f} MB free"
     return why
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

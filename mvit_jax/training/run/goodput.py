@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mvit_jax.common.text import plural
+
 Seconds = dict[str, float]  # of each phase
 
 PHASES = {
@@ -211,7 +213,7 @@ def advice(threads: int, processes: int, *, packed: bool, randaugment: bool, cor
       randaugment: whether it is on.
       cores: of this host.
     """
-    host = f"this host has {cores} core{'s' if cores > 1 else ''}"
+    host = f"this host has {plural(cores, 'core')}"
     each = max(threads, 1)
     busy = each * max(processes, 1)
     if threads == 0 and processes == 0:

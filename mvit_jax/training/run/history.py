@@ -18,6 +18,7 @@ from typing import Any
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, faults, is_local, to_path, why
+from mvit_jax.common.text import plural
 from mvit_jax.training.run import goodput as timing
 
 NAME = "metrics.jsonl"
@@ -189,8 +190,8 @@ def goodput_sentence(told: History) -> str | None:
     )
     others = ", ".join(f"{name} {100 * share:.1f} %" for share, name in parts if share >= 0.0005)
     return (
-        f"goodput {100 * told.goodput:.1f} % of {whole:.0f} s in {len(told.starts)} "
-        f"start{'s' if len(told.starts) != 1 else ''} went into steps that count; {others}"
+        f"goodput {100 * told.goodput:.1f} % of {whole:.0f} s in "
+        f"{plural(len(told.starts), 'start')} went into steps that count; {others}"
     )
 
 
