@@ -22,7 +22,7 @@ from mvit_jax.data.source import Source
 from mvit_jax.models.inference import normalise
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training.evaluation import Scores
-from mvit_jax.training.step import Recipe
+from mvit_jax.training.step import StepConfig
 
 EXAMPLES = 16  # clips of the sheet
 MISTAKES = 8  # of the worst ones
@@ -33,7 +33,7 @@ SIDE = 112  # pixels, at most
 
 def make(
     scores: Scores, videos: Source, settings: ClipSettings, params: Any, model: MViTConfig,
-    recipe: Recipe,
+    recipe: StepConfig,
 ) -> dict[str, Any]:  # fmt: skip
     """The sheet of a test and its worst mistakes, to be kept as JSON.
 
@@ -80,7 +80,7 @@ def mistakes(scores: Scores, most: int = MISTAKES) -> list[int]:
 class Painter:
     """Draws clips, and below them where the model looks, as far as it can be seen."""
 
-    def __init__(self, params: Any, model: MViTConfig, recipe: Recipe) -> None:
+    def __init__(self, params: Any, model: MViTConfig, recipe: StepConfig) -> None:
         self.params, self.model, self.recipe = params, model, recipe
         self.why_not: str | None = None
         self.rollout = jax.jit(functools.partial(attention_maps.rollout, config=model))

@@ -18,16 +18,15 @@ import io
 import json
 import os
 import pathlib
-import sys
-from collections.abc import Iterable
 
 import av
 import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import write_whole
+from mvit_jax.common.progress import shown
 
 # Part of what `prepare.json` records: goes up whenever the same seed gives other videos.
 VERSION = 1
@@ -224,6 +223,8 @@ def prepare(
         {"name": "moving_digits", "version": VERSION, "seed": seed}
         | {f"{split}_videos": count for split, count in counts.items()},
     )
+    for left in out.rglob(".*.[0-9]*"):  # by a run that was killed: see `write_whole`
+        left.unlink()
     paths = {
         (split, index): f"videos/{split}/{index:05d}.mp4"
         for split, count in counts.items()
@@ -243,7 +244,7 @@ def prepare(
     lists["labels.txt"] = "".join(f"{name}\n" for name in CLASSES)
     for name, content in lists.items():
         if not (out / name).exists():
-            _write(out / name, content.encode())
+            write_whole(out / name, content)
 
 
 def _claim(out: pathlib.Path, wanted: dict[str, str | int]) -> None:
@@ -257,12 +258,12 @@ def _claim(out: pathlib.Path, wanted: dict[str, str | int]) -> None:
         ) from None
     record = out / "prepare.json"
     if record.name not in found:
-        others = [name for name in found if name != _part(record).name]
+        others = [name for name in found if not name.startswith(f".{record.name}.")]
         if others:
             raise UserError(
                 f"{out} holds other files ({', '.join(others[:3])}): give a new or empty folder"
             )
-        _write(record, (json.dumps(wanted, indent=2) + "\n").encode())
+        write_whole(record, json.dumps(wanted, indent=2) + "\n")
         return
     try:
         made_with = dict(json.loads(record.read_text()))
@@ -283,36 +284,14 @@ def _write_videos(missing: dict[tuple[str, int], pathlib.Path], seed: int, total
     handwriting(seed)  # once, before threads ask for it together
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
-            pool.submit(lambda key=key, path=path: _write(path, video(seed, *key)))
+            pool.submit(lambda key=key, path=path: write_whole(path, video(seed, *key)))
             for key, path in missing.items()
         ]
+        done = total - len(jobs)
         try:
-            for job in _progress(concurrent.futures.as_completed(jobs), total - len(jobs), total):
+            for job in shown("moving_digits", concurrent.futures.as_completed(jobs), total, done):
                 job.result()
         except BaseException:
             # Else leaving the pool would wait for every video that is still queued.
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _progress(
-    jobs: Iterable[concurrent.futures.Future[None]], done: int, total: int
-) -> Iterable[concurrent.futures.Future[None]]:
-    """A bar on a terminal; elsewhere a line for every tenth, for logs."""
-    if sys.stderr.isatty():
-        yield from tqdm(jobs, "moving_digits", initial=done, total=total, unit="video")
-        return
-    for number, job in enumerate(jobs, done + 1):
-        yield job
-        if number * 10 // total > (number - 1) * 10 // total:
-            print(f"moving_digits: {number} of {total} videos", file=sys.stderr, flush=True)
-
-
-def _part(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(path.name + ".part")
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """Writes a whole file or none: under another name in the same folder, then renamed."""
-    _part(path).write_bytes(content)
-    _part(path).replace(path)

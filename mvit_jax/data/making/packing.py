@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import write_whole
+from mvit_jax.common.progress import Progress
 from mvit_jax.data.formats.shards import (
     Manifest,
     Shard,
@@ -388,22 +387,17 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _progress(title: str, jobs: Sequence[Job], every: Sequence[Job]) -> Iterator[None]:
-    """Shows how many videos are done: a bar on a terminal, elsewhere a line for every tenth."""
+    """Tells how many videos are done, by what the workers leave on the disk."""
     total = sum(len(job.videos) for job in every)
     before = total - sum(len(job.videos) for job in jobs)
-    bar = tqdm(desc=title, initial=before, total=total, unit="video") if _terminal() else None
+    progress = Progress(title, total, before)
     ended = threading.Event()
 
     def watch() -> None:
-        shown, last = before, False
+        last = False
         while not last:
             last = ended.wait(0.5)
-            done = before + sum(_done(job) for job in jobs)
-            if bar is not None:
-                bar.update(done - shown)
-            elif done * 10 // total > shown * 10 // total:
-                print(f"{title}: {done} of {total} videos", file=sys.stderr, flush=True)
-            shown = done
+            progress.update(before + sum(_done(job) for job in jobs))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -412,12 +406,7 @@ def _progress(title: str, jobs: Sequence[Job], every: Sequence[Job]) -> Iterator
     finally:
         ended.set()
         watcher.join()
-        if bar is not None:
-            bar.close()
-
-
-def _terminal() -> bool:
-    return sys.stderr.isatty()
+        progress.close()
 
 
 def _done(job: Job) -> int:

@@ -2,15 +2,13 @@
 
 import hashlib
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.progress import shown
 from mvit_jax.data.formats import shards
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.images import DecodeError
@@ -132,15 +130,4 @@ def _broken(title: str, videos: Source, threads: int) -> Iterator[str]:
         return reason and f"{videos.item(index)} cannot be decoded: {reason}"
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from filter(None, _progress(title, pool.map(why, range(len(videos))), len(videos)))
-
-
-def _progress(title: str, results: Iterable[str | None], total: int) -> Iterable[str | None]:
-    """A bar on a terminal; elsewhere a line for every tenth, for logs."""
-    if sys.stderr.isatty():
-        yield from tqdm(results, title, total=total, unit="video")
-        return
-    for number, result in enumerate(results, 1):
-        yield result
-        if number * 10 // total > (number - 1) * 10 // total:
-            print(f"{title}: {number} of {total} videos", file=sys.stderr, flush=True)
+        yield from filter(None, shown(title, pool.map(why, range(len(videos))), len(videos)))

@@ -371,8 +371,8 @@ def test_what_is_missing_is_made_and_the_rest_kept(prepared, tmp_path):
     whole = (folder / "videos/train/00005.mp4").read_bytes()
     for name in ("videos/train/00005.mp4", "videos/test/00008.mp4", "test.csv", "labels.txt"):
         (folder / name).unlink()
-    (folder / "videos/train/00005.mp4.part").write_bytes(whole[: len(whole) // 2])
-    (folder / "labels.txt.part").write_text("lef")
+    (folder / "videos/train/.00005.mp4.999").write_bytes(whole[: len(whole) // 2])
+    (folder / ".labels.txt.999").write_text("lef")
     kept = folder / "videos/train/00004.mp4"
     before = kept.stat().st_mtime_ns
     moving_digits.prepare(folder, **SMALL)
@@ -401,9 +401,9 @@ def test_an_error_halfway_leaves_whole_files_and_no_lists(prepared, tmp_path, mo
 
 
 def test_an_interruption_before_the_record_is_gone_on_from(tmp_path):
-    (tmp_path / "prepare.json.part").write_text('{"name": ')
+    (tmp_path / ".prepare.json.999").write_text('{"name": ')
     moving_digits.prepare(tmp_path, seed=0, train_videos=8, val_videos=8, test_videos=8)
-    assert (tmp_path / "labels.txt").exists() and not (tmp_path / "prepare.json.part").exists()
+    assert (tmp_path / "labels.txt").exists() and not (tmp_path / ".prepare.json.999").exists()
 
 
 @pytest.mark.parametrize(
