@@ -1,4 +1,7 @@
-"""What the comments beside assignments say of them: fields of dataclasses, keys of the config."""
+"""What the comments beside assignments say of them: fields of dataclasses, keys of the config.
+
+Sphinx reads `#:` alone, and of assignments in a function, as the config's are, none.
+"""
 
 import ast
 import inspect

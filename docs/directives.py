@@ -1,15 +1,13 @@
 """What the pages show of the code: made anew whenever the site is built.
 
 `{drawing}` a figure of `figures.py`; `{variants}` and `{ablations}` the papers' tables;
-`{architecture}` what `describe` prints; `{keys}` the config; `{fields}` a dataclass; `{help}` a
-program's docstring and flags; `{names}` and `{notebooks}` lists of them.
+`{architecture}` what `describe` prints; `{keys}` the config; `{help}` a program's docstring and
+flags; `{names}` the public names. What is not made from the code is plain Markdown on its page.
 """
 
 import ast
-import importlib
 import importlib.util
 import inspect
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +27,7 @@ from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, va
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
+COUNTS = ("parameters", "multiply-adds", "published", "top-1", "on", "source")
 
 
 class Drawing(SphinxDirective):
@@ -70,44 +69,24 @@ class Variants(Generated):
     table = "figures"
 
     def text(self) -> str:
-        header = (
-            "variant",
-            "clip",
-            "parameters",
-            "multiply-adds",
-            "published",
-            "top-1",
-            "on",
-            "source",
-        )
         rows = []
         for name, config in VARIANTS.items():
             published = PUBLISHED.get(name)
             classes = {"num_classes": CLASSES[published.data]} if published else {}
             rows.append((f"`{name}`", _clip(config), *_beside(variant(name, **classes), published)))
-        return _table(header, rows)
+        return _table(("variant", "clip", *COUNTS), rows)
 
 
 class Ablations(Generated):
     table = "figures"
 
     def text(self) -> str:
-        header = (
-            "setting",
-            "made by",
-            "parameters",
-            "multiply-adds",
-            "published",
-            "top-1",
-            "on",
-            "source",
-        )
         rows = []
         for a in ABLATIONS:
             config = variant(a.variant, num_classes=CLASSES[a.published.data], **a.overrides)
             fields = ", ".join(f"{k}={v!r}" for k, v in a.overrides.items())
             rows.append((a.setting, f"`{a.variant}` `{fields}`", *_beside(config, a.published)))
-        return _table(header, rows)
+        return _table(("setting", "made by", *COUNTS), rows)
 
 
 class Architecture(Generated):
@@ -156,22 +135,6 @@ class Keys(Generated):
         return "\n".join(text) + "\n"
 
 
-class Fields(Generated):
-    """The fields of a dataclass: name, default, meaning."""
-
-    required_arguments = 1
-
-    def text(self) -> str:
-        module, _, name = self.arguments[0].rpartition(".")
-        cls = getattr(importlib.import_module(module), name)
-        default = cls()
-        rows = [
-            (f"`{field}`", f"`{getattr(default, field)!r}`", comment)
-            for field, comment in comments.of_class(cls).items()
-        ]
-        return _table(("field", "default", "meaning"), rows)
-
-
 class Help(Generated):
     """The docstring of a program, and its flags, without running it: flags are global."""
 
@@ -209,20 +172,6 @@ class Names(Generated):
             kind = "data" if isinstance(value, dict) else "obj"
             rows.append((f"{{py:{kind}}}`~{mvit_jax._HOME[name]}.{name}`", first))
         return _table(("name", "what it is"), rows)
-
-
-class Notebooks(Generated):
-    """Each notebook's file, title and first sentences, from its first cell."""
-
-    def text(self) -> str:
-        items = []
-        paths = (ROOT / "notebooks").glob("*.ipynb")
-        for path in sorted(paths, key=lambda path: (path.stem != "tour", path.stem)):
-            first = "".join(json.loads(path.read_text())["cells"][0]["source"])
-            title, _, rest = first.partition("\n")
-            what = rest.strip().partition("\n\n")[0]
-            items.append(f"- **{title.lstrip('# ')}**, `notebooks/{path.name}`. {what}\n")
-        return "\n".join(items)
 
 
 def _flag(node: ast.AST) -> tuple[str, str, str]:
@@ -317,16 +266,6 @@ def _module_of(path: Path) -> Any:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    for directive in (
-        Drawing,
-        Variants,
-        Ablations,
-        Architecture,
-        Keys,
-        Fields,
-        Help,
-        Notebooks,
-        Names,
-    ):
+    for directive in (Drawing, Variants, Ablations, Architecture, Keys, Help, Names):
         app.add_directive(directive.__name__.lower(), directive)
     return {"parallel_read_safe": True}

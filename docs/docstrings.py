@@ -1,7 +1,8 @@
 """Makes reStructuredText of the project's docstrings, which are written as in Markdown.
 
 Single backticks are code, an indented paragraph is code too, and what a dataclass does not say of
-its fields in its docstring stands in comments beside them.
+its fields in its docstring stands in comments beside them. Autodoc reads reStructuredText alone:
+MyST parses pages, no docstrings, and napoleon Google's sections, no backticks.
 """
 
 import ast

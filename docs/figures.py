@@ -1,5 +1,7 @@
 """The figures of the pages, drawn from the plans that the models are built by.
 
+None goes out of date when a plan changes, as a picture in a file would.
+
 Lines and letters are in the colour of the page's text, so that they can be read on light and on
 dark; tints are chosen to do on both.
 """

@@ -8,7 +8,8 @@ has the line `% not run: why` before it, and `NOT_RUN` lists them all.
 
 Commands run on a small scale: the first `python` on the path adds `SMALL` to the programs' flags.
 It then runs a fork of a process that has imported the package (`warm.py`). The check leaves some
-trainings to the nightly tests (`NIGHTLY`).
+trainings to the nightly tests (`NIGHTLY`). Sybil and pytest-markdown-docs run Python blocks alone,
+in the process of the tests: they would take the place of `blocks`, and of nothing else here.
 """
 
 import ast
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 import mvit_jax
 from mvit_jax.training import in_memory
@@ -114,19 +116,14 @@ class CodeBlock:
 
 def blocks(page: Path) -> list[CodeBlock]:
     """The fenced blocks of a page but for directives, ```{name}."""
-    found, fence, before = [], None, ""
-    for number, line in enumerate(page.read_text().splitlines(), start=1):
-        if fence is None and line.startswith("```"):
-            fence = (line[3:].strip(), number, before.startswith("% not run: "), [])
-        elif fence is not None and line == "```":
-            language, start, not_run, lines = fence
-            if not language.startswith("{"):
-                found.append(CodeBlock(language, "\n".join(lines), start + 1, not_run))
-            fence = None
-        elif fence is not None:
-            fence[3].append(line)
-        before = line
-    assert fence is None, f"{page}: a fence is left open"
+    found, lines = [], page.read_text().splitlines()
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type == "fence" and not token.info.startswith("{"):
+            assert token.map
+            fence = token.map[0]
+            not_run = fence > 0 and lines[fence - 1].startswith("% not run: ")
+            code = token.content.removesuffix("\n")
+            found.append(CodeBlock(token.info, code, fence + 2, not_run))
     return found
 
 
@@ -302,7 +299,9 @@ def test_commands_in_docstrings_are_code(site):
     assert "highlight-python" in page
 
 
-def test_every_notebook_begins_with_what_it_is_for():
+def test_every_notebook_begins_with_what_it_is_for_and_is_on_its_page():
+    page = (DOCS / "notebooks.md").read_text()
     for path in (tiny.ROOT / "notebooks").glob("*.ipynb"):
         first = "".join(json.loads(path.read_text())["cells"][0]["source"])
-        assert re.match(r"# .+\n\n\w.{40,}", first), path.name
+        title = re.match(r"# (.+)\n\n\w.{40,}", first)
+        assert title and f"**{title[1]}**, `notebooks/{path.name}`" in page, path.name
