@@ -72,7 +72,7 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
 
     Raises:
       UserError: no such set, version or split, one that is not prepared or cannot be read in any
-        order, or one of something else than images with labels. Says how to prepare or convert.
+        order, or one of something else than images with labels. Says how to prepare.
     """
     import tensorflow_datasets as tfds  # takes a second, and only some data sets need it
 
@@ -89,10 +89,8 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     except NotImplementedError:
         raise UserError(
             f"{title} is prepared in {folder} as {builder.info.file_format.value}, which cannot be "
-            "read in any order: "
-            '`python -c "from mvit_jax.data.making.tfds_convert import convert; '
-            f"convert('{name}', '{folder}', 'DIR')\"` "
-            "copies it into array_record, which --config.data.folder=DIR then names"
+            f"read in any order: {how(name, 'DIR', folder)} prepares it anew as array_record in "
+            "another folder, which --config.data.folder=DIR then names"
         ) from None
     except Exception as error:  # TFDS and the readers below it raise whatever they like
         raise UserError(
@@ -111,14 +109,21 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     return opened
 
 
-def how(name: str, folder: str) -> str:
-    """The command that prepares a set, for messages."""
+def how(name: str, folder: str, downloaded: str = "") -> str:
+    """The command that prepares a set, for messages.
+
+    Args:
+      name: of the set.
+      folder: TFDS's `data_dir` to prepare it in.
+      downloaded: the `data_dir` that holds what TFDS downloaded or asked for; "" for `folder`.
+    """
     if name.partition(":")[0] == "fashion_mnist":
         return f"`python -m mvit_jax.prepare fashion_mnist --out={folder}`"
+    where = f"download_dir='{downloaded}/downloads'" if downloaded else ""
     return (
         '`python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='{folder}', file_format='array_record')"
-        '.download_and_prepare()"`'
+        f'.download_and_prepare({where})"`'
     )
 
 

@@ -3,9 +3,13 @@
 import dataclasses
 import io
 import pickle
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +32,9 @@ SETTINGS = pipeline.ClipSettings(
     frames=1, stride=1, size=24, short_side=28, augmentation=Augmentation(crop_area=(0.3, 1.0))
 )
 WHOLE = dataclasses.replace(SETTINGS, size=28, augmentation=Augmentation(crop_area=None))
+# ImageNet's.
+SYNSETS = ("n01440764", "n15075141", "n01739381")  # labels 0, 999 and 60
+VALIDATION = [3, 1, 4, 2]  # in the order of the tar, which is not that of the names
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +289,111 @@ def test_sets_of_other_formats_and_features_are_refused(tmp_path):
     split = read_split("sizes", folder, "train")
     assert split.kept is None and split.class_names == ("a", "b")
     assert np.array_equal(pixels(split, 2), image) and split.label(2) == 1
+
+
+def jpeg(name):
+    """An image made of its name alone."""
+    rng = np.random.default_rng(list(name.encode()))
+    image = rng.integers(0, 256, (10 + len(name) % 5, 15, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "jpeg")
+    return file.getvalue()
+
+
+def write_tar(file, members):
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def write_tars(folder):
+    folder.mkdir(parents=True)
+    inner = []
+    for synset in SYNSETS:
+        names = [f"{synset}_{number}.JPEG" for number in (7, 12, 9)]
+        file = io.BytesIO()
+        write_tar(file, [(name, jpeg(name)) for name in names])
+        inner.append((f"{synset}.tar", file.getvalue()))
+    splits = {"train": inner}
+    for split, numbers in (("val", VALIDATION), ("test", [1, 2])):
+        names = [f"ILSVRC2012_{split}_{number:08d}.JPEG" for number in numbers]
+        splits[split] = [(name, jpeg(name)) for name in names]
+    for split, members in splits.items():
+        with (folder / f"ILSVRC2012_img_{split}.tar").open("wb") as file:
+            write_tar(file, members)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Folder of each format -> ImageNet as TFDS prepares it from tars like its own."""
+    import tensorflow_datasets as tfds
+
+    root = tmp_path_factory.mktemp("imagenet")
+    write_tars(root / "downloads/manual")
+    config = tfds.download.DownloadConfig(manual_dir=root / "downloads/manual")
+    for name in ("array_record", "tfrecord"):
+        builder = tfds.builder("imagenet2012:5.1.0", data_dir=root / name, file_format=name)
+        builder.download_and_prepare(download_config=config)
+    return root
+
+
+def contents(split):
+    """File name -> label, and pixels as they are opened."""
+    found = {}
+    for index in range(len(split)):
+        with split.opened(index, 1) as image:
+            name = split._example(index)["file_name"].decode()
+            found[name] = (split.label(index), image.frames([0])[0])
+    return found
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_imagenet_is_what_the_tars_hold(imagenet, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
+    train = read_split("imagenet2012:5.1.0", str(imagenet / "array_record"), "train")
+    assert isinstance(train.examples, list) == in_memory
+    assert len(train.class_names) == 1000 and train.class_names[999] == "n15075141"
+    found = contents(train)
+    assert sorted(found) == sorted(f"{s}_{n}.JPEG" for s in SYNSETS for n in (7, 12, 9))
+    for name, (label, pixels) in found.items():
+        assert train.class_names[label] == name.split("_")[0]
+        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(jpeg(name)))))
+    validation = read_split("imagenet2012", str(imagenet / "array_record"), "validation")
+    # Image n of the real set, by its name, has the label of line n of TFDS's own list.
+    lines = Path(sys.modules["tensorflow_datasets"].__path__[0], "datasets/imagenet2012")
+    synsets = (lines / "validation_labels.txt").read_text().split()
+    for name, (label, _) in contents(validation).items():
+        assert validation.class_names[label] == synsets[int(name[15:23]) - 1]
+
+
+def test_a_split_without_labels_is_refused(imagenet):
+    with pytest.raises(UserError, match=r"5\.1\.0/test have no labels: name another split"):
+        read_split("imagenet2012", str(imagenet / "array_record"), "test")
+
+
+def test_tars_that_are_not_there_yet_are_asked_for(tmp_path):
+    with pytest.raises(UserError) as error:
+        read_split("imagenet2012", str(tmp_path), "train")
+    assert f"with the files that TFDS asks for in {tmp_path}/downloads/manual" in str(error.value)
+
+
+def test_the_command_that_a_tfrecord_set_asks_for_prepares_it_anew(imagenet, tmp_path):
+    with pytest.raises(UserError) as error:
+        read_split("imagenet2012:5.1.0", str(imagenet / "tfrecord"), "train")
+    (command,) = re.findall(r"as tfrecord, which cannot .*: `(.*)` prepares it", str(error.value))
+    program, *arguments = shlex.split(command.replace("DIR", str(tmp_path / "anew")))
+    assert program == "python" and "\n" not in str(error.value)
+    # Where TFDS asks for the tars.
+    (imagenet / "tfrecord/downloads/manual").symlink_to(imagenet / "downloads/manual")
+    subprocess.run([sys.executable, *arguments], check=True, timeout=100)
+    for split in ("train", "validation"):
+        ours = read_split("imagenet2012:5.1.0", str(tmp_path / "anew"), split)
+        theirs = read_split("imagenet2012:5.1.0", str(imagenet / "array_record"), split)
+        assert ours.class_names == theirs.class_names and len(ours) == len(theirs)
+        assert list(ours.examples) == list(theirs.examples)
 
 
 def test_reading_needs_no_tensorflow(folder):
