@@ -20,13 +20,12 @@ from av.error import FFmpegError
 
 from mvit_jax.analysis import render
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.text import plural
 from mvit_jax.data import images
 from mvit_jax.data.images import DecodeError, Frames
 from mvit_jax.data.video import Video
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
-from mvit_jax.predict.request_filter import Gate, is_loopback
+from mvit_jax.predict.request_filter import guarded, is_loopback
 from mvit_jax.predict.windows import clock
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
@@ -79,16 +78,16 @@ def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         tempfile.tempdir = folder  # where uploads are kept while they arrive
         try:
-            _run(build(load(), limits, top), listener, Path(folder), limits)
+            _run(build(load(), limits, top), listener, limits)
         finally:
             tempfile.tempdir = None
 
 
-def _run(blocks: Any, listener: socket.socket, folder: Path, limits: Limits) -> None:
+def _run(blocks: Any, listener: socket.socket, limits: Limits) -> None:
     import uvicorn
 
     host, port = listener.getsockname()[:2]
-    app = Gate(_mounted(blocks, limits), folder=folder, host=host, largest=limits.megabytes * 2**20)
+    app = guarded(_mounted(blocks, limits), host=host, largest=limits.megabytes * 2**20)
     if not is_loopback(host):
         print(
             f"warning: whoever can reach {host} can use this page, without a password",
@@ -154,12 +153,15 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
             f"{limits.minutes:g} minutes. Files stay on this machine and are deleted when they "
             "have been looked at."
         )
-        file = gradio.File(
+        file: Any = gradio.File(
             label=f"{kinds[2].upper()}{kinds[3:]} ({' '.join(endings)})",
             file_types=endings,
             height=140,
         )
-        # Not gradio's HTML, whose templates are code that the browser would have to be let run.
+        file.async_move_resource_to_block_cache = partial(
+            _uploaded, file.async_move_resource_to_block_cache
+        )
+        # Not gradio's HTML, whose templates are code that the browser runs.
         result = partial(gradio.Markdown, elem_classes="result", latex_delimiters=[])
         heading = result()
         label = gradio.Label(label="Classes", num_top_classes=top, show_heading=False)
@@ -189,6 +191,13 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
             after(lambda: None, None, file, api_visibility="private", show_progress="hidden")
     blocks.queue(api_open=False, max_size=WAITING, default_concurrency_limit=1)
     return blocks
+
+
+async def _uploaded(to_cache: Callable[..., Any], path: str) -> str:
+    """The file that a request names, which gradio has refused if it was not uploaded."""
+    if "://" in path:  # `to_cache` would download it, of whatever size
+        raise ValueError("a request named an address instead of an upload")
+    return await to_cache(path)
 
 
 def _answer(
@@ -221,7 +230,7 @@ def _heading(name: str, prediction: Prediction) -> str:
     if line is not None:
         said = f"{clock(prediction.seconds)}; means over {clips} windows"
     elif prediction.seconds:
-        said = f"{prediction.seconds:.1f} s; means over {plural(clips, 'clip')}"
+        said = f"{prediction.seconds:.1f} s; means over {clips} clip{'s' * (clips > 1)}"
     else:
         said = "an image"
     return f"<p><b>{html.escape(name)}</b>: {said}</p>"

@@ -1,5 +1,7 @@
 """The page: what it refuses, and, in a real browser, what people do with it."""
 
+import asyncio
+import json
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +83,17 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(server, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape("pip install -e '.[demo]'")):
         server.serve(lambda: None, host="127.0.0.1", port=0, limits=LIMITS, top=5)
+
+
+def test_an_address_in_a_request_is_not_downloaded(digits, monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    gradio = pytest.importorskip("gradio")
+    blocks = page.build(small.shared_run(digits)[1], LIMITS, 5)
+    (file,) = (block for block in blocks.blocks.values() if isinstance(block, gradio.File))
+    named = {"path": "http://example.org/a.mp4", "meta": {"_type": "gradio.FileData"}}
+    to_cache = gradio.processing_utils.async_move_files_to_cache
+    with pytest.raises(ValueError, match="an address instead of an upload"):
+        asyncio.run(to_cache(named, file, check_in_upload_folder=True))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +215,7 @@ def test_bad_files_are_refused_in_one_sentence_and_the_page_lives(browser, files
 
 
 @pytest.mark.browser
-def test_the_server_gives_and_takes_no_other_files(served):
+def test_the_server_gives_and_takes_no_other_files(served, tmp_path):
     url, temporary = served
 
     def ask(path, body=None, **headers):
@@ -212,28 +226,51 @@ def test_the_server_gives_and_takes_no_other_files(served):
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    for path in ("file=/etc/passwd", "info", "openapi.json", "proxy=http://example.org", "app_id"):
-        assert ask(f"/gradio_api/{path}") == (404, "not found")
-    assert ask("/config")[0] == ask("/docs")[0] == ask("/monitoring")[0] == 404
-    join = (
-        b'{"data": [{"path": "%s", "meta": {"_type": "gradio.FileData"}}], "fn_index": 0, '
-        b'"session_hash": "a"}'
+    video = small.write_video(tmp_path / "of_this_machine.mp4", small.textured(10))
+    for path in (f"file={video}", f"file/{video}", "file=http://example.org"):
+        assert ask(f"/gradio_api/{path}")[0] == 404
+    assert ask("/gradio_api/proxy=http://example.org")[0] == 400
+    assert ask("/monitoring")[0] == ask("/monitoring/summary")[0] == 403
+    assert ask("/static/..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd")[0] in (403, 404)
+    assert json.loads(ask("/gradio_api/info")[1])["named_endpoints"] == {}
+
+    def join(session, named):
+        """What the page says to a request that names a file."""
+        data = [{"path": named, "meta": {"_type": "gradio.FileData"}}]
+        body = json.dumps({"data": data, "fn_index": 0, "session_hash": session}).encode()
+        assert ask("/gradio_api/queue/join", body, **{"Content-Type": "application/json"})[0] == 200
+        _, events = ask(f"/gradio_api/queue/data?session_hash={session}")
+        return next(line for line in events.splitlines() if "process_completed" in line)
+
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    upload = (
+        b'--b\r\nContent-Disposition: form-data; name="files"; filename="../../x.mp4"\r\n\r\n'
+        b"x\r\n--b--\r\n"
     )
-    json_type = {"Content-Type": "application/json"}
-    for path in (b"/etc/passwd", b"http://example.org/a.mp4"):
-        assert ask("/gradio_api/queue/join", join % path, **json_type)[0] == 403
+    status, answer = ask("/gradio_api/upload", upload, **form)
+    assert status == 200 and str(temporary) in answer and ".." not in answer
+    link = Path(json.loads(answer)[0]).with_name("link.mp4")
+    link.symlink_to(video)
+    outside = f"{link.parent}/../../../{video.name}"
+    (temporary / video.name).symlink_to(video)
+    for i, named in enumerate((str(video), outside, str(link), "\0", 3)):
+        said = join(f"other{i}", named)
+        assert '"success":false' in said and video.name not in said and "link.mp4" not in said
+    assert video.exists()  # as the page deletes what it has looked at
+    link.unlink()
+    (temporary / video.name).unlink()
+    # FFmpeg would cut what such a list names.
+    listed = f"#EXTM3U\n#EXTINF:1,\nfile://{video}\n".encode()
+    recording = upload.replace(b'"files"', b'"video"').replace(b"x\r\n--b--", listed + b"\r\n--b--")
+    assert ask("/gradio_api/process_recording", recording, **form)[0] == 404
     status, _ = ask("/", Host="evil.example")
     assert status == 403
     # Past the chooser: the server looks for itself.
-    upload = (
-        b'--b\r\nContent-Disposition: form-data; name="files"; filename="../../x.mp4"\r\n\r\n'
-        + bytes(2**20 + 1)
-        + b"\r\n--b--\r\n"
-    )
-    form = {"Content-Type": "multipart/form-data; boundary=b"}
-    assert ask("/gradio_api/upload", upload, **form)[0] == 413
-    status, answer = ask("/gradio_api/upload", upload.replace(bytes(2**20 + 1), b"x"), **form)
-    assert status == 200 and str(temporary) in answer and ".." not in answer
+    large = upload.replace(b"x\r\n--b--", bytes(2**20 + 1) + b"\r\n--b--")
+    assert ask("/gradio_api/upload", large, **form)[0] == 413
+    # A form's other fields would be kept in memory: what is too large as a whole is not read.
+    whole = {"Content-Length": str(2**20 + 2**16 + 1)}
+    assert ask("/gradio_api/upload", upload, **form, **whole)[0] == 413
 
 
 @pytest.mark.browser
