@@ -38,7 +38,7 @@ class Run:
       model: the architecture; None where the number of classes is not known.
       starts, train, val, seconds, spent: as in `training.run.history.History`.
       evaluations: what the test program wrote; the test by default first.
-      sheet: as `analysis.example_clips.make` gives it, of the first evaluation; None where there is none.
+      sheet: as `analysis.example_clips.make` gives it, of the first evaluation; None without one.
     """
 
     folder: str

@@ -399,8 +399,8 @@ def _devices_of(process: int, client: Any) -> dict[str, Any]:
         return json.loads(client.blocking_key_value_get(key, coordination.START_SECONDS * 1000))
     except jax.errors.JaxRuntimeError:
         reason = (
-            f"process {process} has not started its devices within {coordination.START_SECONDS} s: see "
-            f"whether something else holds them; {_AGAIN}"
+            f"process {process} has not started its devices within {coordination.START_SECONDS} s: "
+            f"see whether something else holds them; {_AGAIN}"
         )
         _end_with(reason, status=LOST)
 
