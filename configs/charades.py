@@ -26,42 +26,73 @@ where it says nothing or the released code something else:
   has no recipe here.
 """
 
+from functools import partial
 from typing import Any
 
+from mvit_jax import config
 from mvit_jax.models.variants import preprocessing
-from mvit_jax.training.experiment import read_config
 
-# What can be trained, and what was published (mAP).
-_ROWS = {
-    "mvit_b_16x4": "40.0 mAP (MViT, Table 7)",
-    "mvit_b_32x3": "44.3 mAP (MViT, Table 7)",
-    "mvit_b_64x3": "46.3 mAP (MViT, Table 7)",
-    "mvit_b_16x4_k600": "43.9 mAP (MViT, Table 7)",
-    "mvit_b_32x3_k600": "47.1 mAP (MViT, Table 7)",
-    "mvit_b24_32x3_k600": "47.7 mAP (MViT, Table 7)",
-}
+
+def recipe(variant: str, kinetics: str, published: str) -> Any:  # a ConfigDict
+    """Returns a recipe that starts from the weights of another, `kinetics`."""
+    c = config.base()
+    c.published = published
+    c.epochs = 200.0
+    c.batch = 256
+    c.init.needed = f"weights of configs/kinetics.py:{kinetics}"
+    c.model.variant = variant
+    c.model.drop_path = 0.45
+    expected = preprocessing(variant)
+    c.data.source = "charades"
+    c.data.sampling = "stride"
+    c.data.multi_label = True
+    c.data.train_videos = 7985
+    c.data.classes = 157
+    c.data.test_list = "val.csv"
+    c.data.stride = expected.stride
+    c.data.short_side = expected.short_side
+    c.data.mean = expected.mean
+    c.data.std = expected.std
+    c.augment.short_side = 256
+    c.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
+    c.augment.erase = 0.25
+    c.augment.mixup = 0.0
+    c.augment.cutmix = 0.0
+    c.augment.label_smoothing = 0.0
+    c.optim.name = "sgd"
+    c.optim.lr_batch = 256
+    c.optim.lr = 0.6
+    c.optim.start_lr = 0.024
+    c.optim.end_lr = 2.4e-4
+    c.optim.warmup_epochs = 30.0
+    c.optim.weight_decay = 1e-7
+    c.optim.clip_norm = 0.0
+    c.checkpoint.every = 1000
+    c.eval.clips = 10
+    c.eval.crops = 3
+    c.eval.ensemble = "max"
+    c.eval.every_epochs = 10.0
+    return c
+
+
+# What can be trained, the recipe of Kinetics that it starts from, and what was published (mAP).
+RECIPES = {
+    "mvit_b_16x4": partial(
+        recipe, "mvit_b_16x4", "mvit_b_16x4", "40.0 mAP (MViT, Table 7)"),
+    "mvit_b_32x3": partial(
+        recipe, "mvit_b_32x3", "mvit_b_32x3", "44.3 mAP (MViT, Table 7)"),
+    "mvit_b_64x3": partial(
+        recipe, "mvit_b_64x3", "mvit_b_64x3", "46.3 mAP (MViT, Table 7)"),
+    "mvit_b_16x4_k600": partial(
+        recipe, "mvit_b_16x4", "k600_mvit_b_16x4", "43.9 mAP (MViT, Table 7)"),
+    "mvit_b_32x3_k600": partial(
+        recipe, "mvit_b_32x3", "k600_mvit_b_32x3", "47.1 mAP (MViT, Table 7)"),
+    "mvit_b24_32x3_k600": partial(
+        recipe, "mvit_b24_32x3", "k600_mvit_b24_32x3", "47.7 mAP (MViT, Table 7)"),
+}  # fmt: skip
 
 
 def get_config(arg: str = "mvit_b_16x4") -> Any:  # a ConfigDict
-    if arg not in _ROWS:
-        raise ValueError(f"configs/charades.py has {', '.join(_ROWS)}, not {arg!r}")
-    variant = arg.removesuffix("_k600")
-    expected = preprocessing(variant)
-    kinetics = "k600_" + variant if arg.endswith("_k600") else variant
-
-    c = read_config("base")
-    c.published = _ROWS[arg]
-    c.epochs, c.batch = 200.0, 256
-    c.init.needed = f"weights of configs/kinetics.py:{kinetics}"
-    c.model.update(variant=variant, drop_path=0.45)
-    c.data.update(source="charades", sampling="stride", multi_label=True)
-    c.data.update(train_videos=7985, classes=157, test_list="val.csv")
-    c.data.update(stride=expected.stride, short_side=expected.short_side)
-    c.data.update(mean=expected.mean, std=expected.std)
-    c.augment.update(short_side=256, randaugment="rand-m7-n4-mstd0.5-inc1", erase=0.25)
-    c.augment.update(mixup=0.0, cutmix=0.0, label_smoothing=0.0)
-    c.optim.update(name="sgd", lr=0.6, start_lr=0.024, end_lr=2.4e-4, lr_batch=256)
-    c.optim.update(warmup_epochs=30.0, weight_decay=1e-7, clip_norm=0.0)
-    c.eval.update(clips=10, crops=3, ensemble="max", every_epochs=10.0)
-    c.checkpoint.every = 1000
-    return c
+    if arg not in RECIPES:
+        raise ValueError(f"configs/charades.py has {', '.join(RECIPES)}, not {arg!r}")
+    return RECIPES[arg]()

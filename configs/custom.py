@@ -19,14 +19,15 @@ into another one (left and right) needs --config.augment.flip=0 and no mixing (m
 from pathlib import Path
 from typing import Any
 
+from mvit_jax import config
 from mvit_jax.models.variants import VARIANTS, nearest, preprocessing
-from mvit_jax.training import build, experiment, run_folder
+from mvit_jax.training.run import workdir
 
 _OF_WEIGHTS = ("stride", "short_side", "sampling", "mean", "std", "interpolation")
 
 
 def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
-    c = experiment.read_config("base")
+    c = config.base()
     c.epochs = 30.0
     c.batch = 16
     if name in VARIANTS:
@@ -40,11 +41,11 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
             f"variant, and {name!r} is none of them{nearest(name, VARIANTS)}"
         )
     else:
-        trained = run_folder.RunFolder(name).config
+        trained = workdir.frozen(name)
         c.init.checkpoint = name
         c.model.update(trained.model.to_dict())
         c.data.update({key: trained.data[key] for key in _OF_WEIGHTS})
-    image = build.model_config(c, num_classes=2).frames == 1
+    image = (c.model.frames or VARIANTS[c.model.variant].frames) == 1
 
     if not image:  # RandAugment works on whole frames, which may be large
         c.augment.short_side = c.data.short_side

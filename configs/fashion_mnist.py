@@ -12,11 +12,11 @@ Without a network the first line takes the files of Debian's package dataset-fas
 
 from typing import Any
 
-from mvit_jax.training.experiment import read_config
+from mvit_jax import config
 
 
 def get_config() -> Any:  # a ConfigDict
-    c = read_config("base")
+    c = config.base()
     c.epochs = 9.0
     c.batch = 128
     c.model.variant = "mvit_b16"

@@ -49,123 +49,212 @@ Assumed, where papers and released code say different things or nothing:
 * Reversible models (Rev-ViT, Rev-MViT) are not built here.
 """
 
-import re
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+from mvit_jax import config
 from mvit_jax.models.variants import preprocessing
-from mvit_jax.training.experiment import read_config
 
 
-class _Schedule(NamedTuple):
-    """A way to train: `lr` is meant for `lr_batch` images."""
+def mvit(c: Any) -> None:
+    c.epochs = 300.0
+    c.batch = 4096
+    c.optim.lr_batch = 4096
+    c.optim.lr = 4e-3
+    c.optim.start_lr = 1.6e-7
+    c.optim.end_lr = 1.6e-5
+    c.optim.warmup_epochs = 70.0
+    c.optim.weight_decay = 0.05
+    c.augment.mixup = 0.8
+    c.augment.cutmix = 1.0
+    c.augment.group = 32  # images of one of the papers' GPUs
+    c.eval.every_epochs = 10.0
 
-    epochs: float
-    warmup: float
-    batch: int
-    lr_batch: int
-    lr: float
-    start_lr: float
-    end_lr: float
-    decay: float = 0.05
-    mix: bool = True
-    group: int = 32  # images of one of the papers' GPUs, which share a mixing weight
+
+def mvitv2(c: Any) -> None:
+    mvit(c)
+    c.batch = 2048
+    c.optim.lr_batch = 2048
+    c.optim.lr = 2e-3
+    c.optim.start_lr = 8e-8
+    c.optim.end_lr = 8e-6
 
 
-_V2 = _Schedule(300.0, 70.0, 2048, 2048, 2e-3, 8e-8, 8e-6)
-_21K = _Schedule(90.0, 13.5, 2048, 256, 6.75e-5, 1e-8, 1e-6, 0.01)
-_21K_LARGE = _21K._replace(lr=1e-4, decay=0.1)
-_FROM_21K = _Schedule(30.0, 4.5, 64, 64, 7e-5, 7e-7, 7e-7, mix=False, group=8)
-_384 = _Schedule(30.0, 0.0, 256, 256, 4e-5, 4e-7, 4e-7, 1e-8, group=8)
-_SCHEDULES = {
-    "v1": _Schedule(300.0, 70.0, 4096, 4096, 4e-3, 1.6e-7, 1.6e-5),
-    "v2": _V2,
-    "v2 large": _V2._replace(decay=0.1),
-    "384": _384,
-    "384 large": _384._replace(
-        batch=64, lr_batch=64, lr=5e-4, start_lr=5e-6, end_lr=5e-6, mix=False
-    ),
-    "21k": _21K,
-    "21k large": _21K_LARGE,
-    "21k huge": _21K_LARGE._replace(epochs=60.0, warmup=9.0),
-    "from 21k": _FROM_21K,
-    "512": _FROM_21K._replace(epochs=3.0, warmup=0.0, decay=1e-8, mix=True),
-}
+def mvitv2_large(c: Any) -> None:
+    mvitv2(c)
+    c.optim.weight_decay = 0.1
 
-_NO_FIGURE = "weights alone"
-# What can be trained: how, and what was published (top-1 of a centre crop).
-_ROWS = {
-    "mvit_b16": ("v1", "83.0 (MViT, Table 17; 82.9 / 96.3 in PySlowFast's zoo)"),
-    "mvit_b16_max": ("v1", "82.5 (MViT, Table 17)"),
-    "mvit_b24": ("v1", "83.4 (MViTv2, Table 2)"),
-    "mvit_b24_max": ("v1", "83.1 (MViT, Table 17)"),
-    "mvit_b24_wide_320": ("v1", "84.8 (MViT, Table 17)"),
-    "mvit_b24_wide_320_max": ("v1", "84.3 (MViT, Table 17)"),
-    "mvitv2_t": ("v2", "82.3 (MViTv2, Table 2)"),
-    "mvitv2_s": ("v2", "83.6 (MViTv2, Table 2)"),
-    "mvitv2_b": ("v2", "84.4 (MViTv2, Table 2)"),
-    "mvitv2_l": ("v2 large", "85.3 (MViTv2, Table 2)"),
-    "mvitv2_b_384": ("384", "85.2 (85.6 resized; MViTv2, Table 2)"),
-    "mvitv2_l_384": ("384 large", "86.0 (86.3 resized; MViTv2, Table 2)"),
-    "mvitv2_s_in21k": ("21k", _NO_FIGURE),
-    "mvitv2_b_in21k": ("21k", _NO_FIGURE),
-    "mvitv2_l_in21k": ("21k large", _NO_FIGURE),
-    "mvitv2_h_in21k": ("21k huge", _NO_FIGURE),
-    "mvitv2_l_from_21k": ("from 21k", "87.5 (MViTv2, Table 3)"),
-    "mvitv2_h_from_21k": ("from 21k", "88.0 (MViTv2, Table 3)"),
-    "mvitv2_l_384_from_21k": ("from 21k", "88.2 (88.4 resized; MViTv2, Table 3)"),
-    "mvitv2_h_384_from_21k": ("from 21k", "88.3 (88.6 resized; MViTv2, Table 3)"),
-    "mvitv2_h_512_from_21k": ("512", "88.3 (88.8 resized; MViTv2, Table 3)"),
-}
+
+def at_384(c: Any) -> None:
+    c.epochs = 30.0
+    c.batch = 256
+    c.optim.lr_batch = 256
+    c.optim.lr = 4e-5
+    c.optim.start_lr = 4e-7
+    c.optim.end_lr = 4e-7
+    c.optim.warmup_epochs = 0.0
+    c.optim.weight_decay = 1e-8
+    c.augment.group = 8
+    c.eval.every_epochs = 10.0
+
+
+def at_384_large(c: Any) -> None:
+    at_384(c)
+    c.batch = 64
+    c.optim.lr_batch = 64
+    c.optim.lr = 5e-4
+    c.optim.start_lr = 5e-6
+    c.optim.end_lr = 5e-6
+    c.augment.mixup = 0.0
+    c.augment.cutmix = 0.0
+
+
+def on_21k(c: Any) -> None:
+    folders(c)
+    c.data.train_videos = 13_150_000
+    c.data.classes = 19_168
+    c.epochs = 90.0
+    c.batch = 2048
+    c.optim.lr_batch = 256
+    c.optim.lr = 6.75e-5
+    c.optim.start_lr = 1e-8
+    c.optim.end_lr = 1e-6
+    c.optim.warmup_epochs = 13.5
+    c.optim.weight_decay = 0.01
+    c.augment.group = 32
+    c.eval.every_epochs = 10.0
+
+
+def on_21k_large(c: Any) -> None:
+    on_21k(c)
+    c.optim.lr = 1e-4
+    c.optim.weight_decay = 0.1
+
+
+def on_21k_huge(c: Any) -> None:
+    on_21k_large(c)
+    c.epochs = 60.0
+    c.optim.warmup_epochs = 9.0
+
+
+def from_21k(c: Any) -> None:
+    c.epochs = 30.0
+    c.batch = 64
+    c.optim.lr_batch = 64
+    c.optim.lr = 7e-5
+    c.optim.start_lr = 7e-7
+    c.optim.end_lr = 7e-7
+    c.optim.warmup_epochs = 4.5
+    c.optim.weight_decay = 0.05
+    c.augment.mixup = 0.0
+    c.augment.cutmix = 0.0
+    c.augment.group = 8
+    c.eval.every_epochs = 10.0
+
+
+def at_512(c: Any) -> None:
+    from_21k(c)
+    c.epochs = 3.0
+    c.optim.warmup_epochs = 0.0
+    c.optim.weight_decay = 1e-8
+    c.augment.mixup = 0.8
+    c.augment.cutmix = 1.0
+    c.eval.every_epochs = 1.0
+
+
+def folders(c: Any) -> None:
+    """Images in folders of classes, in place of TensorFlow Datasets."""
+    c.data.tfds = None
+    c.data.source = "folders"
+    c.data.train_list = "train"
+    c.data.val_list = "val"
+    c.data.test_list = "val"
+
+
+def recipe(
+    variant: str,
+    train: Callable[[Any], None],
+    published: str,
+    *,
+    needed: str | None = None,
+    size: int | None = None,
+    max_pooling: bool = False,
+) -> Any:  # a ConfigDict
+    """Returns a recipe: `train` is the schedule, `size` another crop than the variant's."""
+    c = config.base()
+    c.published = published
+    c.init.needed = needed
+    c.model.variant = variant
+    c.model.size = size
+    c.model.pool_mode = "max" if max_pooling else None
+    expected = preprocessing(variant) if size is None else preprocessing(variant, size=size)
+    c.data.tfds = "imagenet2012:5.1.0"
+    c.data.train_list = "train"
+    c.data.val_list = "validation"
+    c.data.test_list = "validation"
+    c.data.train_videos = 1_281_167
+    c.data.classes = 1000
+    c.data.stride = 1
+    c.data.short_side = expected.short_side
+    c.data.interpolation = expected.interpolation
+    c.data.mean = expected.mean
+    c.data.std = expected.std
+    c.augment.randaugment = f"rand-m9-n{4 if max_pooling else 6}-mstd0.5-inc1"
+    c.augment.erase = 0.25
+    c.checkpoint.every = 1000
+    c.eval.clips = 1
+    c.eval.batch = 256
+    train(c)
+    return c
+
+
+# What can be trained, and what was published (top-1 of a centre crop).
+RECIPES = {
+    "mvit_b16": partial(recipe, "mvit_b16", mvit,
+        "83.0 (MViT, Table 17; 82.9 / 96.3 in PySlowFast's zoo)"),
+    "mvit_b16_max": partial(recipe, "mvit_b16", mvit, "82.5 (MViT, Table 17)", max_pooling=True),
+    "mvit_b24": partial(recipe, "mvit_b24", mvit, "83.4 (MViTv2, Table 2)"),
+    "mvit_b24_max": partial(recipe, "mvit_b24", mvit, "83.1 (MViT, Table 17)", max_pooling=True),
+    "mvit_b24_wide_320": partial(recipe, "mvit_b24_wide_320", mvit, "84.8 (MViT, Table 17)"),
+    "mvit_b24_wide_320_max": partial(recipe, "mvit_b24_wide_320", mvit, "84.3 (MViT, Table 17)",
+        max_pooling=True),
+    "mvitv2_t": partial(recipe, "mvitv2_t", mvitv2, "82.3 (MViTv2, Table 2)"),
+    "mvitv2_s": partial(recipe, "mvitv2_s", mvitv2, "83.6 (MViTv2, Table 2)"),
+    "mvitv2_b": partial(recipe, "mvitv2_b", mvitv2, "84.4 (MViTv2, Table 2)"),
+    "mvitv2_l": partial(recipe, "mvitv2_l", mvitv2_large, "85.3 (MViTv2, Table 2)"),
+    "mvitv2_b_384": partial(recipe, "mvitv2_b_384", at_384,
+        "85.2 (85.6 resized; MViTv2, Table 2)",
+        needed="weights of mvitv2_b trained on ImageNet-1k"),
+    "mvitv2_l_384": partial(recipe, "mvitv2_l_384", at_384_large,
+        "86.0 (86.3 resized; MViTv2, Table 2)",
+        needed="weights of mvitv2_l trained on ImageNet-1k"),
+    "mvitv2_s_in21k": partial(recipe, "mvitv2_s_in21k", on_21k, "weights alone"),
+    "mvitv2_b_in21k": partial(recipe, "mvitv2_b_in21k", on_21k, "weights alone"),
+    "mvitv2_l_in21k": partial(recipe, "mvitv2_l_in21k", on_21k_large, "weights alone"),
+    "mvitv2_h_in21k": partial(recipe, "mvitv2_h_in21k", on_21k_huge, "weights alone"),
+    # The networks of ImageNet-21k, with its class token.
+    "mvitv2_l_from_21k": partial(recipe, "mvitv2_l_in21k", from_21k, "87.5 (MViTv2, Table 3)",
+        needed="weights of mvitv2_l_in21k trained on ImageNet-21k"),
+    "mvitv2_h_from_21k": partial(recipe, "mvitv2_h_in21k", from_21k, "88.0 (MViTv2, Table 3)",
+        needed="weights of mvitv2_h_in21k trained on ImageNet-21k"),
+    "mvitv2_l_384_from_21k": partial(recipe, "mvitv2_l_in21k", from_21k,
+        "88.2 (88.4 resized; MViTv2, Table 3)",
+        needed="weights of mvitv2_l_in21k trained on ImageNet-21k", size=384),
+    "mvitv2_h_384_from_21k": partial(recipe, "mvitv2_h_in21k", from_21k,
+        "88.3 (88.6 resized; MViTv2, Table 3)",
+        needed="weights of mvitv2_h_in21k trained on ImageNet-21k", size=384),
+    "mvitv2_h_512_from_21k": partial(recipe, "mvitv2_h_in21k", at_512,
+        "88.3 (88.8 resized; MViTv2, Table 3)",
+        needed="weights of mvitv2_h_384_from_21k trained on ImageNet-1k", size=512),
+}  # fmt: skip
 
 
 def get_config(arg: str = "mvitv2_s") -> Any:  # a ConfigDict
     name, comma, source = arg.partition(",")
-    if name not in _ROWS or (comma and source != "folders"):
-        raise ValueError(f"configs/imagenet.py has {', '.join(_ROWS)}, not {arg!r}")
-    kind, published = _ROWS[name]
-    how = _SCHEDULES[kind]
-    variant, size = name.removesuffix("_max"), None
-    if name.endswith("_from_21k"):  # the networks of ImageNet-21k, with its class token
-        variant = re.sub("(_384|_512)?_from_21k", "_in21k", name)
-        pixels = re.search("_(384|512)_", name)
-        size = int(pixels[1]) if pixels else None
-    expected = preprocessing(variant, **({} if size is None else {"size": size}))
-
-    c = read_config("base")
-    c.published = published
-    c.epochs, c.batch = how.epochs, how.batch
-    c.init.needed = _needed(name)
-    c.model.update(variant=variant, size=size)
-    c.model.pool_mode = "max" if name.endswith("_max") else None
-    if kind.startswith("21k"):
-        c.data.update(train_videos=13_150_000, classes=19_168)
-    else:
-        c.data.update(train_videos=1_281_167, classes=1000)
-    if comma or kind.startswith("21k"):
-        c.data.update(source="folders", train_list="train", val_list="val", test_list="val")
-    else:
-        c.data.update(tfds="imagenet2012:5.1.0")
-        c.data.update(train_list="train", val_list="validation", test_list="validation")
-    c.data.update(stride=1, short_side=expected.short_side, interpolation=expected.interpolation)
-    c.data.update(mean=expected.mean, std=expected.std)
-    operations = 4 if name.endswith("_max") else 6
-    c.augment.update(randaugment=f"rand-m9-n{operations}-mstd0.5-inc1", erase=0.25)
-    c.augment.group = how.group
-    if not how.mix:
-        c.augment.update(mixup=0.0, cutmix=0.0)
-    c.optim.update(lr=how.lr, start_lr=how.start_lr, end_lr=how.end_lr, lr_batch=how.lr_batch)
-    c.optim.update(warmup_epochs=how.warmup, weight_decay=how.decay)
-    c.eval.update(clips=1, batch=256, every_epochs=min(10.0, how.epochs / 3))
-    c.checkpoint.every = 1000
+    if name not in RECIPES or (comma and source != "folders"):
+        raise ValueError(f"configs/imagenet.py has {', '.join(RECIPES)}, not {arg!r}")
+    c = RECIPES[name]()
+    if comma:
+        folders(c)
     return c
-
-
-def _needed(name: str) -> str | None:
-    """The weights that a recipe starts from."""
-    if name == "mvitv2_h_512_from_21k":
-        return "weights of mvitv2_h_384_from_21k trained on ImageNet-1k"
-    if name.endswith("_from_21k"):
-        return f"weights of {name[:8]}_in21k trained on ImageNet-21k"
-    if name.endswith("_384"):
-        return f"weights of {name.removesuffix('_384')} trained on ImageNet-1k"
-    return None

@@ -57,148 +57,223 @@ Assumed, where papers and released code say different things or nothing:
 * Reversible models (Rev-MViT) are not built here.
 """
 
-import re
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+from mvit_jax import config
 from mvit_jax.models.variants import preprocessing
-from mvit_jax.training.experiment import read_config
 
-_DATA = {  # videos to train on (about: they vanish from the web), classes
-    "k400": (240_436, 400),
-    "k600": (366_000, 600),
-    "k700": (535_000, 700),
-}
-_BEGINNING = "nothing: the long models begin with it"
+# Videos are counts of the papers' time; they vanish from the web.
+KINETICS_400 = {"train_videos": 240_436, "classes": 400}
+KINETICS_600 = {"train_videos": 366_000, "classes": 600}
+KINETICS_700 = {"train_videos": 535_000, "classes": 700}
 
 
-class _Schedule(NamedTuple):
-    """A way to train: `lr` is meant for `batch` clips, which are 1 / `repeats` as many videos."""
-
-    epochs: float
-    warmup: float
-    lr: float
-    start_lr: float
-    end_lr: float
-    batch: int = 512
-    decay: float = 0.05
-    repeats: int = 2
-    clip: float = 1.0
-    layer_decay: float = 1.0
-    mix: bool = True
-    group: int = 4  # clips of one of the papers' GPUs, which share a mixing weight
-    randaugment: str = "rand-m7-n4-mstd0.5-inc1"
-
-
-_SCHEDULES = {
-    "scratch": _Schedule(200.0, 30.0, 1.6e-3, 1.6e-5, 1.6e-5),
-    "in1k": _Schedule(100.0, 15.0, 4.8e-4, 4.8e-6, 4.8e-6),
-    "in21k": _Schedule(75.0, 11.25, 1.6e-4, 1.6e-6, 1.6e-6),
-    "long": _Schedule(30.0, 0.0, 1.6e-5, 1.6e-7, 1.6e-7, 128, decay=1e-8, repeats=1, mix=False),
-    "64x3": _Schedule(5.0, 0.0, 1.6e-5, 1.6e-7, 1.6e-7, 128),
-    # Rates per node times 16, of 32 clips with S and 16 with L.
-    "maskfeat_s": _Schedule(100.0, 20.0, 9.6e-3, 1.6e-5, 1.6e-5, clip=5.0, layer_decay=0.75,
-                            randaugment="rand-m7-n2-mstd0.5-inc1"),
-    "maskfeat_l": _Schedule(75.0, 5.0, 9.6e-3, 1.6e-7, 1.6e-4, 256, repeats=1, clip=5.0, group=2,
-                            layer_decay=0.875, randaugment="rand-m7-n2-mstd0.5-inc1"),
-}  # fmt: skip
+def from_scratch(c: Any) -> None:
+    c.epochs = 200.0
+    c.batch = 512
+    c.data.repeats = 2
+    c.optim.lr_batch = 512
+    c.optim.lr = 1.6e-3
+    c.optim.start_lr = 1.6e-5
+    c.optim.end_lr = 1.6e-5
+    c.optim.warmup_epochs = 30.0
+    c.optim.weight_decay = 0.05
+    c.optim.clip_norm = 1.0
+    c.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
+    c.augment.mixup = 0.8
+    c.augment.cutmix = 1.0
+    c.augment.group = 4  # clips of one of the papers' GPUs
+    c.eval.every_epochs = 10.0
 
 
-# What can be trained: clips and crops of the test, and what was published (top-1 / top-5).
-_ROWS = {
-    "k400": {
-        "vit_b_8x8": (5, 1, "68.5 / 86.9 (MViT, Table 4)"),
-        "vit_b_8x8_in21k": (5, 1, "79.3 / 93.9 (MViT, Table 4)"),
-        "mvit_s_16x4": (5, 1, "76.0 / 92.1 (MViT, Table 4)"),
-        "mvit_s_16x4_max": (5, 1, "74.3 (MViT, Table 16)"),
-        "mvit_b_16x4": (5, 1, "78.4 / 93.5 (MViT, Table 4)"),
-        "mvit_b_16x4_max": (5, 1, "77.2 (MViT, Table 16)"),
-        "mvit_b_32x3": (5, 1, "80.2 / 94.4 (MViT, Table 4)"),
-        "mvit_b_64x3": (3, 3, "81.2 / 95.1 (MViT, Table 4)"),
-        "mvit_b24_32x3": (5, 1, "80.4 / 94.8 (PySlowFast's zoo)"),
-        "mvitv2_s_16x4": (5, 1, "81.0 / 94.6 (MViTv2, Table 10; 81.2 in Table 14)"),
-        "mvitv2_s_16x4_in1k": (5, 1, "82.2 (MViTv2, Table 14)"),
-        "mvitv2_s_16x4_in21k": (5, 1, "82.6 (MViTv2, Table 14)"),
-        "mvitv2_b_32x3": (5, 1, "82.9 / 95.7 (MViTv2, Table 10)"),
-        "mvitv2_b_32x3_in1k": (5, 1, "83.3 (MViTv2, Table 14)"),
-        "mvitv2_b_32x3_in21k": (5, 1, "84.3 (MViTv2, Table 14)"),
-        "mvitv2_l_16x4": (5, 1, _BEGINNING),
-        "mvitv2_l_16x4_in1k": (5, 1, _BEGINNING),
-        "mvitv2_l_16x4_in21k": (5, 1, _BEGINNING),
-        "mvitv2_l_40x3": (5, 1, "81.4 (MViTv2, Table 14)"),
-        "mvitv2_l_40x3_in1k": (5, 1, "83.4 (MViTv2, Table 14)"),
-        "mvitv2_l_40x3_in21k": (5, 1, "84.5 (MViTv2, Table 14)"),
-        "mvitv2_l_40x3_312": (5, 1, "81.8 (MViTv2, Table 14)"),
-        "mvitv2_l_40x3_312_in1k": (5, 1, "84.4 (MViTv2, Table 14)"),
-        "mvitv2_l_40x3_312_in21k": (5, 3, "86.1 / 97.0 (MViTv2, Table 10; 85.7 in Table 14)"),
-        "maskfeat_s_16x4": (10, 1, "82.2 (MaskFeat, PySlowFast's zoo)"),
-        "maskfeat_l_16x4": (10, 1, "84.3 (MaskFeat, PySlowFast's zoo)"),
-    },
-    "k600": {
-        "mvit_b_16x4": (5, 1, "82.1 / 95.7 (MViT, Table 5)"),
-        "mvit_b_32x3": (5, 1, "83.4 / 96.3 (MViT, Table 5)"),
-        "mvit_b24_32x3": (5, 1, "83.8 / 96.3 (MViT, Table 5; 84.1 / 96.5 in MViTv2, Table 11)"),
-        "mvitv2_b_32x3": (5, 1, "85.5 / 97.2 (MViTv2, Table 11)"),
-        "mvitv2_l_16x4_in21k": (5, 1, _BEGINNING),
-        "mvitv2_l_32x3_312_in21k": (4, 3, "87.2 / 97.6 (MViTv2, Table 11)"),
-        "mvitv2_l_40x3_312_in21k": (4, 3, "87.5 / 97.8 (MViTv2, Table 11)"),
-        "mvitv2_l_40x3_352_in21k": (4, 3, "87.9 / 97.9 (MViTv2, Table 11)"),
-    },
-    "k700": {
-        "mvitv2_b_32x3": (3, 3, "76.6 / 93.2 (MViTv2, Table 12)"),
-        "mvitv2_l_16x4_in21k": (3, 3, _BEGINNING),
-        "mvitv2_l_40x3_312_in21k": (3, 3, "79.4 / 94.9 (MViTv2, Table 12)"),
-    },
-}
+def from_imagenet_1k(c: Any) -> None:
+    from_scratch(c)
+    c.init.inflate = "centre"
+    c.epochs = 100.0
+    c.optim.lr = 4.8e-4
+    c.optim.start_lr = 4.8e-6
+    c.optim.end_lr = 4.8e-6
+    c.optim.warmup_epochs = 15.0
 
 
-def get_config(arg: str = "mvit_b_16x4") -> Any:  # a ConfigDict
-    data, _, name = arg.partition("_") if arg.startswith("k") else ("k400", "", arg)
-    if name not in _ROWS.get(data, {}):
-        known = [f"{d}_{n}".removeprefix("k400_") for d, names in _ROWS.items() for n in names]
-        raise ValueError(f"configs/kinetics.py has {', '.join(known)}, not {arg!r}")
-    clips, crops, published = _ROWS[data][name]
-    variant = re.sub("_(max|in1k|in21k)$", "", name)
-    ending = name.removeprefix(variant)
-    kind, needed = _start(variant, ending, data)
-    how, expected = _SCHEDULES[kind], preprocessing(variant)
+def from_imagenet_21k(c: Any) -> None:
+    from_scratch(c)
+    c.init.inflate = "centre"
+    c.epochs = 75.0
+    c.optim.lr = 1.6e-4
+    c.optim.start_lr = 1.6e-6
+    c.optim.end_lr = 1.6e-6
+    c.optim.warmup_epochs = 11.25
 
-    c = read_config("base")
+
+def from_shorter_clips(c: Any) -> None:
+    """MViT-B 64x3."""
+    from_scratch(c)
+    c.epochs = 5.0
+    c.batch = 128
+    c.optim.lr_batch = 128
+    c.optim.lr = 1.6e-5
+    c.optim.start_lr = 1.6e-7
+    c.optim.end_lr = 1.6e-7
+    c.optim.warmup_epochs = 0.0
+    c.eval.every_epochs = 1.0
+
+
+def from_shorter_clips_v2(c: Any) -> None:
+    """MViTv2-L of 32 or 40 frames."""
+    from_shorter_clips(c)
+    c.epochs = 30.0
+    c.data.repeats = 1
+    c.optim.weight_decay = 1e-8
+    c.augment.mixup = 0.0
+    c.augment.cutmix = 0.0
+    c.eval.every_epochs = 6.0
+
+
+def from_maskfeat_s(c: Any) -> None:
+    from_scratch(c)
+    c.epochs = 100.0
+    c.optim.lr = 9.6e-3  # 6e-4 for a node of 32 clips
+    c.optim.warmup_epochs = 20.0
+    c.optim.layer_decay = 0.75
+    c.optim.clip_norm = 5.0
+    c.augment.short_side = 320
+    c.augment.randaugment = "rand-m7-n2-mstd0.5-inc1"
+
+
+def from_maskfeat_l(c: Any) -> None:
+    from_maskfeat_s(c)
+    c.epochs = 75.0
+    c.batch = 256
+    c.data.repeats = 1
+    c.optim.lr_batch = 256
+    c.optim.lr = 9.6e-3  # 6e-4 for a node of 16 clips
+    c.optim.start_lr = 1.6e-7
+    c.optim.end_lr = 1.6e-4
+    c.optim.warmup_epochs = 5.0
+    c.optim.layer_decay = 0.875
+    c.augment.group = 2
+
+
+def recipe(
+    variant: str,
+    train: Callable[[Any], None],
+    published: str,
+    *,
+    needed: str | None = None,
+    data: dict[str, int] = KINETICS_400,
+    clips: int = 5,
+    crops: int = 1,
+    model: dict[str, Any] | None = None,
+) -> Any:  # a ConfigDict
+    """Returns a recipe: `train` is the schedule, `model` has fields other than the variant's."""
+    c = config.base()
     c.published = published
-    c.epochs, c.batch = how.epochs, how.batch
     c.init.needed = needed
-    c.init.inflate = "centre" if kind in ("in1k", "in21k") else None
     c.model.variant = variant
-    c.model.pool_mode = "max" if ending == "_max" else None
-    if (data, name) == ("k400", "mvit_b24_32x3"):
-        c.model.pool_kernel = "stride + 1"
-    c.data.train_videos, c.data.classes = _DATA[data]
-    c.data.update(stride=expected.stride, repeats=how.repeats, short_side=expected.short_side)
-    c.data.update(mean=expected.mean, std=expected.std, interpolation=expected.interpolation)
-    c.augment.update(randaugment=how.randaugment, erase=0.25, group=how.group)
-    c.augment.short_side = 320 if kind.startswith("maskfeat") else expected.short_side
-    if not how.mix:
-        c.augment.update(mixup=0.0, cutmix=0.0)
-    c.optim.update(lr=how.lr, start_lr=how.start_lr, end_lr=how.end_lr, lr_batch=how.batch)
-    c.optim.update(warmup_epochs=how.warmup, weight_decay=how.decay, clip_norm=how.clip)
-    c.optim.layer_decay = how.layer_decay
-    c.eval.update(clips=clips, crops=crops, every_epochs=min(10.0, how.epochs / 5))
+    c.model.update(model or {})
+    expected = preprocessing(variant)
+    c.data.update(data)
+    c.data.stride = expected.stride
+    c.data.short_side = expected.short_side
+    c.data.interpolation = expected.interpolation
+    c.data.mean = expected.mean
+    c.data.std = expected.std
+    c.augment.short_side = expected.short_side
+    c.augment.erase = 0.25
     c.checkpoint.every = 1000
+    c.eval.clips = clips
+    c.eval.crops = crops
+    train(c)
     return c
 
 
-def _start(variant: str, ending: str, data: str) -> tuple[str, str | None]:
-    """The schedule, and the weights that it starts from."""
-    kinetics = f"Kinetics-{data[1:]}"
-    if variant.startswith("maskfeat"):
-        return variant[:10], f"weights of {variant} that MaskFeat pretrained on {kinetics}"
-    if variant == "mvit_b_64x3":
-        return "64x3", f"weights of mvit_b_32x3 trained on {kinetics}"
-    if variant.startswith("mvitv2_l") and variant != "mvitv2_l_16x4":
-        return "long", f"weights of mvitv2_l_16x4{ending} trained on {kinetics}"
-    if ending in ("_in1k", "_in21k"):
-        image = "vit_b16" if variant.startswith("vit") else variant[:8]
-        if ending == "_in21k":
-            return "in21k", f"weights of {image} trained on ImageNet-21k"
-        grows = " with model.expand=attention" if image == "mvitv2_l" else ""
-        return "in1k", f"weights of {image} trained on ImageNet-1k{grows}"
-    return "scratch", None
+BEGINNING = "nothing: the long models begin with it"
+# What can be trained, and what was published (top-1 / top-5).
+RECIPES = {
+    "vit_b_8x8": partial(recipe, "vit_b_8x8", from_scratch, "68.5 / 86.9 (MViT, Table 4)"),
+    "vit_b_8x8_in21k": partial(recipe, "vit_b_8x8", from_imagenet_21k,
+        "79.3 / 93.9 (MViT, Table 4)", needed="weights of vit_b16 trained on ImageNet-21k"),
+    "mvit_s_16x4": partial(recipe, "mvit_s_16x4", from_scratch, "76.0 / 92.1 (MViT, Table 4)"),
+    "mvit_s_16x4_max": partial(recipe, "mvit_s_16x4", from_scratch, "74.3 (MViT, Table 16)",
+        model={"pool_mode": "max"}),
+    "mvit_b_16x4": partial(recipe, "mvit_b_16x4", from_scratch, "78.4 / 93.5 (MViT, Table 4)"),
+    "mvit_b_16x4_max": partial(recipe, "mvit_b_16x4", from_scratch, "77.2 (MViT, Table 16)",
+        model={"pool_mode": "max"}),
+    "mvit_b_32x3": partial(recipe, "mvit_b_32x3", from_scratch, "80.2 / 94.4 (MViT, Table 4)"),
+    "mvit_b_64x3": partial(recipe, "mvit_b_64x3", from_shorter_clips, "81.2 / 95.1 (MViT, Table 4)",
+        needed="weights of mvit_b_32x3 trained on Kinetics-400", clips=3, crops=3),
+    "mvit_b24_32x3": partial(recipe, "mvit_b24_32x3", from_scratch,
+        "80.4 / 94.8 (PySlowFast's zoo)", model={"pool_kernel": "stride + 1"}),
+    "mvitv2_s_16x4": partial(recipe, "mvitv2_s_16x4", from_scratch,
+        "81.0 / 94.6 (MViTv2, Table 10; 81.2 in Table 14)"),
+    "mvitv2_s_16x4_in1k": partial(recipe, "mvitv2_s_16x4", from_imagenet_1k,
+        "82.2 (MViTv2, Table 14)", needed="weights of mvitv2_s trained on ImageNet-1k"),
+    "mvitv2_s_16x4_in21k": partial(recipe, "mvitv2_s_16x4", from_imagenet_21k,
+        "82.6 (MViTv2, Table 14)", needed="weights of mvitv2_s trained on ImageNet-21k"),
+    "mvitv2_b_32x3": partial(recipe, "mvitv2_b_32x3", from_scratch,
+        "82.9 / 95.7 (MViTv2, Table 10)"),
+    "mvitv2_b_32x3_in1k": partial(recipe, "mvitv2_b_32x3", from_imagenet_1k,
+        "83.3 (MViTv2, Table 14)", needed="weights of mvitv2_b trained on ImageNet-1k"),
+    "mvitv2_b_32x3_in21k": partial(recipe, "mvitv2_b_32x3", from_imagenet_21k,
+        "84.3 (MViTv2, Table 14)", needed="weights of mvitv2_b trained on ImageNet-21k"),
+    "mvitv2_l_16x4": partial(recipe, "mvitv2_l_16x4", from_scratch, BEGINNING),
+    "mvitv2_l_16x4_in1k": partial(recipe, "mvitv2_l_16x4", from_imagenet_1k, BEGINNING,
+        needed="weights of mvitv2_l trained on ImageNet-1k with model.expand=attention"),
+    "mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, BEGINNING,
+        needed="weights of mvitv2_l trained on ImageNet-21k"),
+    "mvitv2_l_40x3": partial(recipe, "mvitv2_l_40x3", from_shorter_clips_v2,
+        "81.4 (MViTv2, Table 14)", needed="weights of mvitv2_l_16x4 trained on Kinetics-400"),
+    "mvitv2_l_40x3_in1k": partial(recipe, "mvitv2_l_40x3", from_shorter_clips_v2,
+        "83.4 (MViTv2, Table 14)", needed="weights of mvitv2_l_16x4_in1k trained on Kinetics-400"),
+    "mvitv2_l_40x3_in21k": partial(recipe, "mvitv2_l_40x3", from_shorter_clips_v2,
+        "84.5 (MViTv2, Table 14)", needed="weights of mvitv2_l_16x4_in21k trained on Kinetics-400"),
+    "mvitv2_l_40x3_312": partial(recipe, "mvitv2_l_40x3_312", from_shorter_clips_v2,
+        "81.8 (MViTv2, Table 14)", needed="weights of mvitv2_l_16x4 trained on Kinetics-400"),
+    "mvitv2_l_40x3_312_in1k": partial(recipe, "mvitv2_l_40x3_312", from_shorter_clips_v2,
+        "84.4 (MViTv2, Table 14)", needed="weights of mvitv2_l_16x4_in1k trained on Kinetics-400"),
+    "mvitv2_l_40x3_312_in21k": partial(recipe, "mvitv2_l_40x3_312", from_shorter_clips_v2,
+        "86.1 / 97.0 (MViTv2, Table 10; 85.7 in Table 14)",
+        needed="weights of mvitv2_l_16x4_in21k trained on Kinetics-400", crops=3),
+    "maskfeat_s_16x4": partial(recipe, "maskfeat_s_16x4", from_maskfeat_s,
+        "82.2 (MaskFeat, PySlowFast's zoo)",
+        needed="weights of maskfeat_s_16x4 that MaskFeat pretrained on Kinetics-400", clips=10),
+    "maskfeat_l_16x4": partial(recipe, "maskfeat_l_16x4", from_maskfeat_l,
+        "84.3 (MaskFeat, PySlowFast's zoo)",
+        needed="weights of maskfeat_l_16x4 that MaskFeat pretrained on Kinetics-400", clips=10),
+    "k600_mvit_b_16x4": partial(recipe, "mvit_b_16x4", from_scratch, "82.1 / 95.7 (MViT, Table 5)",
+        data=KINETICS_600),
+    "k600_mvit_b_32x3": partial(recipe, "mvit_b_32x3", from_scratch, "83.4 / 96.3 (MViT, Table 5)",
+        data=KINETICS_600),
+    "k600_mvit_b24_32x3": partial(recipe, "mvit_b24_32x3", from_scratch,
+        "83.8 / 96.3 (MViT, Table 5; 84.1 / 96.5 in MViTv2, Table 11)", data=KINETICS_600),
+    "k600_mvitv2_b_32x3": partial(recipe, "mvitv2_b_32x3", from_scratch,
+        "85.5 / 97.2 (MViTv2, Table 11)", data=KINETICS_600),
+    "k600_mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, BEGINNING,
+        data=KINETICS_600, needed="weights of mvitv2_l trained on ImageNet-21k"),
+    "k600_mvitv2_l_32x3_312_in21k": partial(recipe, "mvitv2_l_32x3_312", from_shorter_clips_v2,
+        "87.2 / 97.6 (MViTv2, Table 11)", data=KINETICS_600,
+        needed="weights of mvitv2_l_16x4_in21k trained on Kinetics-600", clips=4, crops=3),
+    "k600_mvitv2_l_40x3_312_in21k": partial(recipe, "mvitv2_l_40x3_312", from_shorter_clips_v2,
+        "87.5 / 97.8 (MViTv2, Table 11)", data=KINETICS_600,
+        needed="weights of mvitv2_l_16x4_in21k trained on Kinetics-600", clips=4, crops=3),
+    "k600_mvitv2_l_40x3_352_in21k": partial(recipe, "mvitv2_l_40x3_352", from_shorter_clips_v2,
+        "87.9 / 97.9 (MViTv2, Table 11)", data=KINETICS_600,
+        needed="weights of mvitv2_l_16x4_in21k trained on Kinetics-600", clips=4, crops=3),
+    "k700_mvitv2_b_32x3": partial(recipe, "mvitv2_b_32x3", from_scratch,
+        "76.6 / 93.2 (MViTv2, Table 12)", data=KINETICS_700, clips=3, crops=3),
+    "k700_mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, BEGINNING,
+        data=KINETICS_700, needed="weights of mvitv2_l trained on ImageNet-21k", clips=3, crops=3),
+    "k700_mvitv2_l_40x3_312_in21k": partial(recipe, "mvitv2_l_40x3_312", from_shorter_clips_v2,
+        "79.4 / 94.9 (MViTv2, Table 12)", data=KINETICS_700,
+        needed="weights of mvitv2_l_16x4_in21k trained on Kinetics-700", clips=3, crops=3),
+}  # fmt: skip
+
+
+def get_config(arg: str = "mvit_b_16x4") -> Any:  # a ConfigDict
+    name = arg.removeprefix("k400_")
+    if name not in RECIPES:
+        raise ValueError(f"configs/kinetics.py has {', '.join(RECIPES)}, not {arg!r}")
+    return RECIPES[name]()

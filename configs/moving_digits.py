@@ -9,11 +9,11 @@
 
 from typing import Any
 
-from mvit_jax.training.experiment import read_config
+from mvit_jax import config
 
 
 def get_config(model: str = "mvit") -> Any:  # a ConfigDict
-    c = read_config("base")
+    c = config.base()
     c.epochs = 6.0
     c.batch = 32
     c.model.variant = "mvit_b_16x4"

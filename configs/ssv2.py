@@ -30,76 +30,114 @@ Assumed, where papers and released code say different things or nothing:
 * A test scales the short side to the crop, not to 256, for its 3 crops, as the reference code.
 """
 
-import re
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+from mvit_jax import config
 from mvit_jax.models.variants import preprocessing
-from mvit_jax.training.experiment import read_config
 
 
-class _Schedule(NamedTuple):
-    """A way to train: `lr` is meant for `batch` clips."""
+def mvit(c: Any) -> None:
+    c.epochs = 100.0
+    c.batch = 512
+    c.optim.lr_batch = 512
+    c.optim.lr = 0.02
+    c.optim.start_lr = 8e-4
+    c.optim.end_lr = 8e-6
+    c.optim.clip_norm = 0.0
+    c.model.drop_path = 0.4
+    c.augment.jitter = (256, 320)
+    c.augment.group = 8  # clips of one of the papers' GPUs
 
-    batch: int
-    lr: float
-    start_lr: float
-    end_lr: float
-    drop_path: float = 0.4
-    epochs: float = 100.0
-    clip: float = 0.0
-    mix: bool = True
-    group: int = 2  # clips of one of the papers' GPUs, which share a mixing weight
+
+def mvitv2_s(c: Any) -> None:
+    mvit(c)
+    c.batch = 128
+    c.optim.lr_batch = 128
+    c.augment.group = 2
 
 
-_MVIT = _Schedule(512, 0.02, 8e-4, 8e-6, group=8)
-_SCHEDULES = {
-    "mvitv2_s_16x4": _Schedule(128, 0.02, 8e-4, 8e-6),
-    "mvitv2_b_32x3": _Schedule(128, 0.012, 8e-4, 8e-6),
-    "mvitv2_l_40x3_312": _Schedule(
-        128, 0.02, 1.6e-5, 1.6e-5, drop_path=0.75, epochs=40.0, clip=2.0, mix=False
-    ),
-}
+def mvitv2_b(c: Any) -> None:
+    mvitv2_s(c)
+    c.optim.lr = 0.012
 
-# What can be trained, and what was published (top-1 / top-5 of 1 clip x 3 crops).
-_ROWS = {
-    "mvit_b_16x4": "64.7 / 89.2 (MViT, Table 6)",
-    "mvit_b_32x3": "67.1 / 90.8 (MViT, Table 6)",
-    "mvit_b_64x3": "67.7 / 90.9 (MViT, Table 6)",
-    "mvit_b_16x4_k600": "66.2 / 90.2 (MViT, Table 6)",
-    "mvit_b_32x3_k600": "67.8 / 91.3 (MViT, Table 6)",
-    "mvit_b24_32x3_k600": "68.7 / 91.5 (MViT, Table 6)",
-    "vit_b_8x8_in21k": "63.5 / 88.3 (MViT, Table 6)",
-    "mvitv2_s_16x4": "68.2 / 91.4 (MViTv2, Table 13)",
-    "mvitv2_b_32x3": "70.5 / 92.7 (MViTv2, Table 13)",
-    "mvitv2_b_32x3_in21k": "72.1 / 93.4 (MViTv2, Table 13)",
-    "mvitv2_l_40x3_312_in21k": "73.3 / 94.1 (MViTv2, Table 13)",
-}
+
+def mvitv2_l(c: Any) -> None:
+    mvitv2_s(c)
+    c.epochs = 40.0
+    c.optim.start_lr = 1.6e-5
+    c.optim.end_lr = 1.6e-5
+    c.optim.clip_norm = 2.0
+    c.model.drop_path = 0.75
+    c.augment.jitter = (356, 446)
+    c.augment.mixup = 0.0
+    c.augment.cutmix = 0.0
+
+
+def recipe(variant: str, train: Callable[[Any], None], kinetics: str, published: str) -> Any:
+    """Returns a recipe: `train` is the schedule, `kinetics` the recipe whose weights it needs."""
+    c = config.base()
+    c.published = published
+    c.init.needed = f"weights of configs/kinetics.py:{kinetics}"
+    c.model.variant = variant
+    expected = preprocessing(variant)
+    c.data.source = "ssv2"
+    c.data.sampling = "segments"
+    c.data.train_videos = 168_913
+    c.data.classes = 174
+    c.data.train_list = "something-something-v2-train.json"
+    c.data.val_list = "something-something-v2-validation.json"
+    c.data.test_list = "something-something-v2-validation.json"
+    c.data.stride = expected.stride
+    c.data.short_side = expected.short_side
+    c.data.mean = expected.mean
+    c.data.std = expected.std
+    c.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
+    c.augment.erase = 0.25
+    c.augment.flip = 0.0
+    c.augment.crop_area = None
+    c.optim.name = "sgd"
+    c.optim.warmup_epochs = 3.0
+    c.optim.weight_decay = 1e-4
+    c.checkpoint.every = 1000
+    c.eval.clips = 1
+    c.eval.crops = 3
+    c.eval.every_epochs = 2.0
+    train(c)
+    return c
+
+
+# What can be trained, the recipe of Kinetics that it starts from, and what was published (top-1 /
+# top-5 of 1 clip x 3 crops).
+RECIPES = {
+    "mvit_b_16x4": partial(
+        recipe, "mvit_b_16x4", mvit, "mvit_b_16x4", "64.7 / 89.2 (MViT, Table 6)"),
+    "mvit_b_32x3": partial(
+        recipe, "mvit_b_32x3", mvit, "mvit_b_32x3", "67.1 / 90.8 (MViT, Table 6)"),
+    "mvit_b_64x3": partial(
+        recipe, "mvit_b_64x3", mvit, "mvit_b_64x3", "67.7 / 90.9 (MViT, Table 6)"),
+    "mvit_b_16x4_k600": partial(
+        recipe, "mvit_b_16x4", mvit, "k600_mvit_b_16x4", "66.2 / 90.2 (MViT, Table 6)"),
+    "mvit_b_32x3_k600": partial(
+        recipe, "mvit_b_32x3", mvit, "k600_mvit_b_32x3", "67.8 / 91.3 (MViT, Table 6)"),
+    "mvit_b24_32x3_k600": partial(
+        recipe, "mvit_b24_32x3", mvit, "k600_mvit_b24_32x3", "68.7 / 91.5 (MViT, Table 6)"),
+    "vit_b_8x8_in21k": partial(
+        recipe, "vit_b_8x8", mvit, "vit_b_8x8_in21k", "63.5 / 88.3 (MViT, Table 6)"),
+    "mvitv2_s_16x4": partial(
+        recipe, "mvitv2_s_16x4", mvitv2_s, "mvitv2_s_16x4", "68.2 / 91.4 (MViTv2, Table 13)"),
+    "mvitv2_b_32x3": partial(
+        recipe, "mvitv2_b_32x3", mvitv2_b, "mvitv2_b_32x3", "70.5 / 92.7 (MViTv2, Table 13)"),
+    "mvitv2_b_32x3_in21k": partial(
+        recipe, "mvitv2_b_32x3", mvitv2_b, "mvitv2_b_32x3_in21k", "72.1 / 93.4 (MViTv2, Table 13)"),
+    "mvitv2_l_40x3_312_in21k": partial(
+        recipe, "mvitv2_l_40x3_312", mvitv2_l, "mvitv2_l_40x3_312_in21k",
+        "73.3 / 94.1 (MViTv2, Table 13)"),
+}  # fmt: skip
 
 
 def get_config(arg: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
-    if arg not in _ROWS:
-        raise ValueError(f"configs/ssv2.py has {', '.join(_ROWS)}, not {arg!r}")
-    variant = re.sub("_(k600|in21k)$", "", arg)
-    how, expected = _SCHEDULES.get(variant, _MVIT), preprocessing(variant)
-    kinetics = "k600_" + variant if arg.endswith("_k600") else arg
-
-    c = read_config("base")
-    c.published = _ROWS[arg]
-    c.epochs, c.batch = how.epochs, how.batch
-    c.init.needed = f"weights of configs/kinetics.py:{kinetics}"
-    c.model.update(variant=variant, drop_path=how.drop_path)
-    c.data.update(source="ssv2", sampling="segments", train_videos=168_913, classes=174)
-    c.data.train_list = "something-something-v2-train.json"
-    c.data.val_list = c.data.test_list = "something-something-v2-validation.json"
-    c.data.update(stride=expected.stride, short_side=expected.short_side)
-    c.data.update(mean=expected.mean, std=expected.std)
-    c.augment.update(randaugment="rand-m7-n4-mstd0.5-inc1", erase=0.25, flip=0.0)
-    c.augment.update(crop_area=None, group=how.group)
-    c.augment.jitter = (356, 446) if expected.size == 312 else (256, 320)
-    if not how.mix:
-        c.augment.update(mixup=0.0, cutmix=0.0)
-    c.optim.update(name="sgd", lr=how.lr, start_lr=how.start_lr, end_lr=how.end_lr)
-    c.optim.update(lr_batch=how.batch, warmup_epochs=3.0, weight_decay=1e-4, clip_norm=how.clip)
-    c.eval.update(clips=1, crops=3, every_epochs=2.0)
-    c.checkpoint.every = 1000
-    return c
+    if arg not in RECIPES:
+        raise ValueError(f"configs/ssv2.py has {', '.join(RECIPES)}, not {arg!r}")
+    return RECIPES[arg]()

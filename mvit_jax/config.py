@@ -1,161 +1,390 @@
-"""Every key of an experiment, once: its default, its unit, what it means.
+"""Every key of an experiment, once: default, type, unit, range or choices, meaning.
 
-An experiment's file starts from `get_config()` here and changes values; keys that are not listed
-here do not exist, and setting one is an error. From the command line:
-`--config=configs/moving_digits.py --config.optim.lr=1e-3`.
+    from mvit_jax import config
+
+    c = config.base()  # all keys with their defaults
+    c.optim.lr = 1e-3
+    config.check(c)
+
+An experiment is a file with a function `get_config()` that does so. Keys that are not in `KEYS` do
+not exist, and setting one is an error. From the command line:
+`--config=configs/moving_digits.py --config.optim.lr=1e-3`; `None` can be given too.
+
+Loads without JAX.
 """
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
 
+from mvit_jax.common.errors import UserError
+from mvit_jax.models.plan import MViTConfig
 
-def get_config() -> ConfigDict:
-    c = ConfigDict()
-    # What a paper reports of this experiment, and where; for plans (--dry_run).
-    c.published = config_dict.placeholder(str)
-    c.seed = 0  # of weights, data order, augmentation, drop path
-    c.epochs = 200.0  # passes over the training list; may be a fraction
-    c.batch = 512  # clips a step, over all devices
-    c.accumulate = 1  # parts that a step's batch is cut into to save memory
-    # What the backward pass computes again and does not keep, to save memory: none; cheap (norms,
-    # activations); first_stage (the blocks on its grid, which hold the most); blocks (all).
-    c.remat = "none"
-    c.dtype = "float32"  # what the model computes in: float32 or bfloat16; weights are float32
-    c.precision = "default"  # of matrix products: default, high or highest. On a TPU "default"
-    #                          multiplies float32 in bfloat16, on GPUs in TF32.
+Config = Any  # a ConfigDict: no type checker knows its keys
 
-    # What a loss or gradient that is not finite does. Its update is never made; then stop ends the
-    # run; skip goes on with the next batch; rollback too, from the last checkpoint's weights.
-    c.on_nan = "stop"
+_PACKAGE = Path(__file__).parent
+# In a wheel they lie in the package, in a clone beside it.
+RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+"""The folder of the experiments that come with the package."""
 
-    # Where weights start from. A workdir with checkpoints is gone on with, whatever stands here.
-    c.resume = config_dict.placeholder(str)  # a run's folder: go on from its state, in this workdir
-    c.init = ConfigDict()
-    c.init.checkpoint = config_dict.placeholder(str)  # a run's or a converted folder: weights only
-    c.init.inflate = config_dict.placeholder(str)  # image to video: centre, mean or repeat
-    c.init.needed = config_dict.placeholder(str)  # the weights that a recipe cannot do without
 
-    c.model = ConfigDict()
-    c.model.variant = "mvit_b_16x4"  # a name of `python -m mvit_jax.describe --all`
-    # The rest are fields of models/plan.py MViTConfig; what is not set is the variant's own.
-    c.model.frames = config_dict.placeholder(int)  # frames of a clip
-    c.model.size = config_dict.placeholder(int)  # side of the crop, pixels
-    c.model.patch_kernel = config_dict.placeholder(tuple)  # of the cubes: (t, h, w), as all below
-    c.model.patch_stride = config_dict.placeholder(tuple)  # of the cubes
-    c.model.patch_padding = config_dict.placeholder(tuple)  # of the clip, on either side
-    c.model.class_token = config_dict.placeholder(bool)  # else the head reads the mean of tokens
-    c.model.positions = config_dict.placeholder(str)  # none, space, separate, joint or sincos
-    c.model.stem_norm = config_dict.placeholder(bool)
-    c.model.width = config_dict.placeholder(int)  # channels of the first stage
-    c.model.heads = config_dict.placeholder(int)  # of the first stage
-    c.model.growth = config_dict.placeholder(int)  # of both from stage to stage
-    c.model.depths = config_dict.placeholder(tuple)  # blocks per stage
-    c.model.expand = config_dict.placeholder(str)  # where channels grow: mlp or attention
-    c.model.skip = config_dict.placeholder(str)  # where they do: normalised, plain or none
-    c.model.mlp_ratio = config_dict.placeholder(int)  # hidden channels of the MLP, times the width
-    c.model.pool_mode = config_dict.placeholder(str)  # conv, conv_unshared, max or avg
-    c.model.pool_kernel = config_dict.placeholder(object)  # (t, h, w), "stride + 1", "stride", ...
-    c.model.q_kernels = config_dict.placeholder(tuple)  # one for each block
-    c.model.kv_kernels = config_dict.placeholder(tuple)
-    c.model.q_stride = config_dict.placeholder(tuple)
-    c.model.full_q_pool = config_dict.placeholder(bool)
-    c.model.kv_stride = config_dict.placeholder(tuple)
-    c.model.kv_adaptive = config_dict.placeholder(bool)
-    c.model.pool_first = config_dict.placeholder(bool)
-    c.model.pool_norm_eps = config_dict.placeholder(float)
-    c.model.separate_qkv = config_dict.placeholder(bool)
-    c.model.qkv_bias = config_dict.placeholder(bool)  # of the projections to Q, K and V
-    c.model.relative_positions = config_dict.placeholder(str)  # none, space, time or both
-    c.model.relative_distances = config_dict.placeholder(str)  # slowfast or torchvision
-    c.model.residual_pool = config_dict.placeholder(str)  # none, grid or all
-    c.model.mean_pooling = config_dict.placeholder(bool)
-    c.model.drop_path = config_dict.placeholder(float)  # probability, at the last block
-    c.model.dropout = config_dict.placeholder(float)  # probability, before the classifier
+@dataclass(frozen=True)
+class Key:
+    """A key of the config: its default, and the values that it can have.
 
-    c.data = ConfigDict()
-    c.data.folder = config_dict.placeholder(str)  # must be given: holds the lists and labels.txt
-    # What the folder holds. list: files of videos or images, named by lists; folders: CLASS/FILE in
-    # a folder for each list; shards: what `prepare videos` wrote; ssv2, charades: frames, with the
-    # lists of those sets; synthetic: nothing, clips are made up, for benchmarks.
-    c.data.source = "list"
-    # Or a set of images that TensorFlow Datasets has prepared, like "imagenet2012:5.1.0"; then the
-    # folder is TFDS's data_dir, and the lists are splits, like "train[:90%]".
-    c.data.tfds = config_dict.placeholder(str)
-    c.data.prefix = ""  # set before each path of the lists
-    c.data.separator = config_dict.placeholder(str)  # of path and label; else white space
-    # Videos to train on and their classes, for plans that are made where the data is not.
-    c.data.train_videos = config_dict.placeholder(int)
-    c.data.classes = config_dict.placeholder(int)
-    c.data.train_list = "train.csv"  # lines "path label"
-    c.data.val_list = "val.csv"  # watched while training; "" for none
-    c.data.test_list = "test.csv"  # of the test program
-    # Which frames make a clip. span: evenly over frames * stride / 30 seconds (Kinetics); segments:
-    # one of each of as many equal parts (SSv2); stride: each stride-th (Charades).
-    c.data.sampling = "span"
-    c.data.stride = 4  # frames between two sampled ones; of a span at 30 frames a second
-    c.data.repeats = 1  # clips augmented out of each one that is decoded; batch counts them all
-    # Whether a video has any number of classes (Charades): sigmoids, binary cross-entropy, mAP.
-    c.data.multi_label = False
-    c.data.short_side = 256  # to which test videos are scaled for one centre crop, pixels
-    c.data.interpolation = "bilinear"  # or bicubic, with antialias, as for ImageNet
-    c.data.mean = (0.45, 0.45, 0.45)  # of red, green, blue in [0, 1]
-    c.data.std = (0.225, 0.225, 0.225)  # likewise; clips are (value - mean) / std
-    c.data.threads = 4  # that decode, on each host; 0 to decode between the steps
-    c.data.processes = 0  # that decode, on each host, each with the threads above; 0 for none
-    # Seconds that a batch may take to load before the run saves and ends; 0 to wait for ever.
-    c.data.timeout = 600.0
-    # Share of broken videos above which a run ends: of a test's list, or of the clips drawn since
-    # training was started (of at least 200).
-    c.data.max_broken = 0.2
+    `low` and `high` are the smallest and the largest value, `above` is a limit that is no value
+    itself. A key whose default is None, and one that is `optional`, can be None. `kind`, the
+    type, is given only where the default does not show it.
+    """
 
-    c.augment = ConfigDict()
-    # In this order: short_side, RandAugment, random crop, flip, erasing, mixing (images are cropped
-    # before RandAugment).
-    c.augment.short_side = config_dict.placeholder(int)  # of training frames, pixels; None: as is
-    c.augment.randaugment = ""  # like rand-m7-n4-mstd0.5-inc1, as timm has it; "" for none
-    c.augment.crop_area = config_dict.placeholder(tuple)
-    c.augment.crop_area = (0.08, 1.0)  # share of the frame that a random crop takes; None for none
-    # Or the short side drawn between these (its inverse uniformly), and a square cut at random.
-    c.augment.jitter = config_dict.placeholder(tuple)
-    c.augment.flip = 0.5  # probability of a left-right flip
-    c.augment.erase = 0.0  # probability that a box is erased (random erasing)
-    c.augment.erase_mode = "pixel"  # by normal noise, or "const": by the mean colour
-    c.augment.mixup = 0.8  # alpha of its Beta distribution; 0 for none
-    c.augment.cutmix = 1.0  # likewise
-    c.augment.switch = 0.5  # probability of cutmix where both are on
-    c.augment.group = 4  # clips that share one mixing weight; divides a device's clips
-    c.augment.label_smoothing = 0.1  # share of the target that is spread over all classes
+    default: Any
+    meaning: str = ""  # of the keys of `model`: the comment in `MViTConfig`
+    _: KW_ONLY
+    unit: str = ""
+    low: int | float | None = None
+    high: int | float | None = None
+    above: int | float | None = None
+    choices: tuple[Any, ...] = ()
+    optional: bool = False
+    kind: Any = None
 
-    c.optim = ConfigDict()
-    c.optim.name = "adamw"  # or sgd, with Nesterov's momentum
-    # Clips for which the three rates below are meant: they are multiplied by batch / lr_batch, so
-    # that another batch needs no other rates. None: they are taken as they are.
-    c.optim.lr_batch = config_dict.placeholder(int)
-    c.optim.lr = 1.6e-3  # at the end of the warm-up
-    c.optim.start_lr = 1.6e-5  # at step 0
-    c.optim.end_lr = 1.6e-5  # at the last step of the half cosine
-    c.optim.warmup_epochs = 30.0  # over which the rate rises linearly
-    c.optim.weight_decay = 0.05  # not of biases, norms and other one-dimensional tensors
-    c.optim.layer_decay = 1.0  # rates fall by this factor from each block to the one before it
-    c.optim.b1 = 0.9  # decay of AdamW's mean of gradients
-    c.optim.b2 = 0.999  # and of the mean of their squares
-    c.optim.momentum = 0.9  # of SGD
-    c.optim.clip_norm = 1.0  # largest global norm of a gradient; 0 for no limit
-    c.optim.ema = 0.0  # decay of the averaged weights that are then tested; 0 for none
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.kind or type(self.default))
 
-    c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices that hold copies of the weights; -1 for all that are left
-    c.mesh.fsdp = 1  # devices that share one copy
+    @property
+    def can_be_none(self) -> bool:
+        return self.optional or self.default is None
 
-    c.log_every = 20  # steps
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 500  # steps
-    c.checkpoint.keep = 2  # the last ones; the best one is kept besides
+    @property
+    def limits(self) -> str:
+        """Range or choices in words; empty where every value of the type is valid."""
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        if self.above is not None:
+            return f"above {self.above}"
+        if self.high is not None:
+            return f"from {self.low} to {self.high}"
+        return "" if self.low is None else f"at least {self.low}"
 
-    c.eval = ConfigDict()
-    c.eval.every_epochs = 5.0  # between two validations of 1 clip x 1 crop; 0 for none
-    c.eval.batch = 8  # videos at a time; rounded up to a multiple of the devices
-    c.eval.clips = 5  # evenly spread over a test video
-    c.eval.crops = 1  # 1 (centre) or 3
-    c.eval.ensemble = "mean"  # of the scores of a video's views, or "max" (Charades)
-    c.eval.whole_image = False  # squash all of an image to the crop: the papers' "resize" column
-    return c.lock()
+    def allows(self, value: Any) -> bool:
+        """Returns whether a value other than None is within range or choices."""
+        if self.choices:
+            return value in self.choices
+        if self.above is not None:
+            return value > self.above
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+def _model_key(annotation: Any) -> Key:
+    """Returns the key of a field of `MViTConfig`. None stands for the variant's own value."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return Key(None, kind=str, choices=get_args(annotation))
+    if origin is tuple:
+        return Key(None, kind=tuple)
+    return Key(None, kind=annotation if isinstance(annotation, type) else object)
+
+
+# fmt: off
+KEYS: dict[str, Key] = {
+    "published": Key(None, "figure that a paper reports of this experiment, and its table; for "
+                     "plans (--dry_run)", kind=str),
+    "seed": Key(0, "of weights, data order, augmentation, drop path", low=0, high=2**31 - 1),
+    "epochs": Key(200.0, "passes over the training list; may be a fraction", above=0),
+    "batch": Key(512, "clips a step, over all devices, repeats included", low=1),
+    "accumulate": Key(1, "micro-batches that a step's batch is cut into, to save memory", low=1),
+    "remat": Key("none", "activations that are rematerialised in the backward pass, to save "
+                 "memory: none; cheap (norms, activation functions); first_stage (the blocks on "
+                 "its grid, which hold the most); blocks (all)",
+                 choices=("none", "cheap", "first_stage", "blocks")),
+    "dtype": Key("float32", "dtype that the model computes in; parameters are float32",
+                 choices=("float32", "bfloat16")),
+    "precision": Key("default", 'of matrix products; "default" multiplies float32 in bfloat16 on '
+                     "TPUs, in TF32 on GPUs", choices=("default", "high", "highest")),
+    "on_nan": Key("stop", "policy for a loss or gradient that is not finite, whose update is never "
+                  "made: stop ends the run; skip goes on with the next batch; rollback too, from "
+                  "the last checkpoint's weights", choices=("stop", "skip", "rollback")),
+    "resume": Key(None, "folder of a run to go on from, in another workdir; a workdir that has "
+                  "checkpoints goes on with its own", kind=str),
+    "log_every": Key(20, "between two lines of the log", unit="steps", low=1),
+
+    "init.checkpoint": Key(None, "folder of a run or a converted one: initial weights", kind=str),
+    "init.inflate": Key(None, "image weights for a video model: into the centre frame, or every "
+                        "frame, divided by their number (mean) or not (repeat)",
+                        kind=str, choices=("centre", "mean", "repeat")),
+    "init.needed": Key(None, "weights that a recipe cannot do without, in words", kind=str),
+
+    "model.variant": Key("mvit_b_16x4", "name of `python -m mvit_jax.describe --all`"),
+    **{f"model.{field.name}": _model_key(field.type) for field in fields(MViTConfig)
+       if field.name != "num_classes"},  # which follows from the data
+
+    "data.folder": Key(None, "must be given: has the lists and labels.txt; of `data.tfds` its "
+                       "data_dir", kind=str),
+    "data.source": Key("list", "layout of the folder. list: files of videos or images, named by "
+                       "lists; folders: CLASS/FILE in a folder for each list; shards: written by "
+                       "`prepare videos`; ssv2, charades: frames, with the lists of those sets; "
+                       "synthetic: nothing, clips are made up, for benchmarks",
+                       choices=("list", "folders", "shards", "ssv2", "charades", "synthetic")),
+    "data.tfds": Key(None, "images that TensorFlow Datasets has prepared, like imagenet2012:5.1.0, "
+                     "in place of a source; lists are then splits, like train[:90%]", kind=str),
+    "data.prefix": Key("", "set before each path of the lists"),
+    "data.separator": Key(None, "of path and label in the lists; None: white space", kind=str),
+    "data.train_videos": Key(None, "number of videos to train on, for plans that are made where "
+                             "the data is not", low=1, kind=int),
+    "data.classes": Key(None, "number of their classes, likewise", low=1, kind=int),
+    "data.train_list": Key("train.csv", 'lines "path label"'),
+    "data.val_list": Key("val.csv", 'watched while training; "" for none'),
+    "data.test_list": Key("test.csv", "of the test program"),
+    "data.sampling": Key("span", "frames of a clip. span: evenly over frames * stride / 30 seconds "
+                         "(Kinetics); segments: one of each of as many equal parts (SSv2); stride: "
+                         "each stride-th (Charades)", choices=("span", "segments", "stride")),
+    "data.stride": Key(4, "between two sampled frames; of a span at 30 frames a second",
+                       unit="frames", low=1),
+    "data.repeats": Key(1, "augmented clips of each one that is decoded; batch counts them all",
+                        low=1),
+    "data.multi_label": Key(False, "a video has any number of classes (Charades): sigmoids, binary "
+                            "cross-entropy, mAP"),
+    "data.short_side": Key(256, "of test videos, before the centre crop",
+                           unit="pixels", low=1),
+    "data.interpolation": Key("bilinear", "of scaling; bicubic has antialias, as for ImageNet",
+                              choices=("bilinear", "bicubic")),
+    "data.mean": Key((0.45, 0.45, 0.45), "of red, green, blue in [0, 1]; clips are "
+                     "(value - mean) / std"),
+    "data.std": Key((0.225, 0.225, 0.225), "likewise"),
+    "data.threads": Key(4, "decoding threads of each host; 0 to decode between the steps", low=0),
+    "data.processes": Key(0, "decoding processes of each host, each with the threads above; 0 for "
+                          "none", low=0),
+    # The operating system takes few more.
+    "data.timeout": Key(600.0, "longest time to load a batch, after which the run saves and ends; "
+                        "0 to wait for ever", unit="seconds", low=0, high=10**6),
+    "data.max_broken": Key(0.2, "share of broken videos above which a run ends: of a test's list, "
+                           "or of the clips drawn since training was started (of at least 200)",
+                           low=0, high=1),
+
+    "augment.short_side": Key(None, "of training frames; None: as they are", unit="pixels", low=1,
+                              kind=int),
+    "augment.randaugment": Key("", 'like rand-m7-n4-mstd0.5-inc1, as timm has it; "" for none'),
+    "augment.crop_area": Key((0.08, 1.0), "share of the frame that a random crop takes, lowest and "
+                             "highest; None: no random crop", optional=True),
+    "augment.jitter": Key(None, "lowest and highest short side, drawn (its inverse uniformly) "
+                          "before a square is cut at random; instead of crop_area",
+                          unit="pixels", kind=tuple),
+    "augment.flip": Key(0.5, "probability of a left-right flip", low=0, high=1),
+    "augment.erase": Key(0.0, "probability that a box is erased (random erasing)", low=0, high=1),
+    "augment.erase_mode": Key("pixel", 'by normal noise, or "const": by the mean colour',
+                              choices=("pixel", "const")),
+    "augment.mixup": Key(0.8, "alpha of mixup's Beta distribution; 0 for none", low=0),
+    "augment.cutmix": Key(1.0, "alpha of cutmix's; 0 for none", low=0),
+    "augment.switch": Key(0.5, "probability of cutmix where both are on", low=0, high=1),
+    "augment.group": Key(4, "mixup group size: clips that share one mixing weight; divides a "
+                         "device's clips", low=1),
+    "augment.label_smoothing": Key(0.1, "share of the target that is spread over all classes",
+                                   low=0, high=1),
+
+    "optim.name": Key("adamw", "sgd has Nesterov's momentum", choices=("adamw", "sgd")),
+    "optim.lr_batch": Key(None, "clips for which the three rates below are meant: they are "
+                          "multiplied by batch / lr_batch, so that another batch needs no other "
+                          "rates. None: they are taken as they are", low=1, kind=int),
+    "optim.lr": Key(1.6e-3, "at the end of the warm-up", low=0),
+    "optim.start_lr": Key(1.6e-5, "at step 0", low=0),
+    "optim.end_lr": Key(1.6e-5, "at the last step of the half cosine", low=0),
+    "optim.warmup_epochs": Key(30.0, "over which the rate rises linearly", unit="epochs", low=0),
+    "optim.weight_decay": Key(0.05, "not of biases, norms and other one-dimensional tensors",
+                              low=0),
+    "optim.layer_decay": Key(1.0, "factor by which rates fall from each block to the one before "
+                             "it", low=0, high=1),
+    "optim.b1": Key(0.9, "decay of AdamW's mean of gradients", low=0, high=1),
+    "optim.b2": Key(0.999, "decay of AdamW's mean of squared gradients", low=0, high=1),
+    "optim.momentum": Key(0.9, "of SGD", low=0, high=1),
+    "optim.clip_norm": Key(1.0, "largest global norm of a gradient; 0 for no limit", low=0),
+    "optim.ema": Key(0.0, "decay of the averaged weights, which are then tested; 0 for none",
+                     low=0, high=1),
+
+    "mesh.data": Key(-1, "devices that hold copies of the weights; -1 for all that are left"),
+    "mesh.fsdp": Key(1, "devices that share one copy"),
+
+    "checkpoint.every": Key(500, "between two checkpoints", unit="steps", low=1),
+    "checkpoint.keep": Key(2, "the last ones; the best one is kept besides", low=1),
+
+    "eval.every_epochs": Key(5.0, "between two validations of 1 clip x 1 crop; 0 for none",
+                             unit="epochs", low=0),
+    "eval.batch": Key(8, "videos at a time; rounded up to a multiple of the devices", low=1),
+    "eval.clips": Key(5, "evenly spread over a test video", low=1),
+    "eval.crops": Key(1, "1 is the centre", choices=(1, 3)),
+    "eval.ensemble": Key("mean", 'of the scores of a video\'s views, or "max" (Charades)',
+                         choices=("mean", "max")),
+    "eval.whole_image": Key(False, 'squash all of an image to the crop: the papers\' column '
+                            '"resize"'),
+}
+# fmt: on
+
+SECTIONS = {
+    "": "the run",
+    "init": "weights to start from; a workdir that has checkpoints goes on with these instead",
+    "model": "the architecture; what is None or left out is as in the variant. "
+    "Kernels and strides are (time, height, width)",
+    "data": "the training, validation and test lists, and how clips are read",
+    "augment": "of training clips, in this order: short_side, RandAugment, random crop, flip, "
+    "erasing, mixing (images are cropped before RandAugment)",
+    "optim": "the optimiser and its learning rates",
+    "mesh": "the devices",
+    "checkpoint": "states to go on from",
+    "eval": "validation and test",
+}
+
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "True or False", str: "text",
+    tuple: "values in brackets, like (1, 2)",
+}  # fmt: skip
+
+
+def base() -> Config:
+    """Returns all keys with their defaults; the config takes no others."""
+    config: Any = ConfigDict()
+    for name, key in KEYS.items():
+        section, _, field = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        holder = config[section] if section else config
+        if key.can_be_none:
+            holder[field] = config_dict.placeholder(key.kind)
+        if key.default is not None:
+            holder[field] = key.default
+    return config.lock()
+
+
+def value(config: Config, name: str) -> Any:
+    """Returns the value of a key by its name with dots."""
+    section, _, field = name.rpartition(".")
+    return (config[section] if section else config)[field]
+
+
+def nearest(name: str) -> str:
+    """Returns the end of a sentence about a key that does not exist: the most similar one."""
+    close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "; mvit_jax/config.py lists them all"
+
+
+def check(config: Config) -> None:
+    """Raises `UserError`, one sentence, at the first value that no part of the program allows."""
+    for name, key in KEYS.items():
+        _check_key(name, key, value(config, name))
+    area, jitter = config.augment.crop_area, config.augment.jitter
+    if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
+        raise UserError(f"augment.crop_area must be two shares, 0 < low <= high <= 1, not {area}")
+    if jitter is not None and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
+        raise UserError(f"augment.jitter must be two sides, 0 < low <= high pixels, not {jitter}")
+    if area is not None and jitter is not None:
+        raise UserError(
+            "augment.crop_area and augment.jitter are two ways to crop: set one of them to None"
+        )
+    if config.eval.whole_image and config.eval.crops != 1:
+        raise UserError("eval.whole_image leaves nothing to crop: set eval.crops=1")
+    if config.data.sampling == "segments" and config.eval.clips != 1:
+        raise UserError("segments make one clip of the whole video: set eval.clips=1")
+    if config.data.multi_label and config.augment.mixup + config.augment.cutmix > 0:
+        raise UserError("sets of classes (data.multi_label) are not mixed: set mixup and cutmix 0")
+
+
+def _check_key(name: str, key: Key, found: Any) -> None:
+    if found is None:
+        if not key.can_be_none:
+            raise UserError(f"{name} cannot be None: its default is {key.default!r}")
+        return
+    kinds = {float: (int, float), tuple: (tuple, list)}.get(key.kind, key.kind)
+    if not isinstance(found, kinds) or (isinstance(found, bool) and key.kind in (int, float)):
+        raise UserError(f"{name} must be {_WORDS[key.kind]}, not {found!r}")
+    if not key.allows(found):
+        shown = repr(found) if key.choices else found
+        raise UserError(f"{name} must be {key.limits}, not {shown}")
+
+
+def check_start(config: Config) -> None:
+    """Raises `UserError` where a recipe that starts from weights has none."""
+    if missing_weights(config):
+        raise UserError(
+            f"this experiment starts from {config.init.needed}: give them with "
+            "--config.init.checkpoint=DIR, a run's folder or one that mvit_jax.convert made "
+            "(or start without them, by --config.init.needed=)"
+        )
+
+
+def missing_weights(config: Config) -> bool:
+    """Returns whether a recipe starts from weights and none are given."""
+    given = config.init.checkpoint is not None or config.resume is not None
+    return bool(config.init.needed) and not given
+
+
+def find(path: str) -> Path:
+    """Returns the file of an experiment: `path`, or configs/NAME.py that came with the package."""
+    given = Path(path)
+    installed = RECIPES / given.name
+    if given.parent == Path("configs") and not given.exists() and installed.exists():
+        return installed
+    return given
+
+
+def load(name: str, arg: str | None = None) -> Config:
+    """Returns the experiment `configs/NAME.py`, with `arg` as after the colon of `--config`.
+
+    `name` may also be a path that ends with .py. A file below the working directory goes before
+    one that came with the package.
+
+    Raises:
+      UserError: there is no such file.
+      ValueError: the experiment has no such `arg`.
+    """
+    path = find(name if name.endswith(".py") else f"configs/{name}.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py")))
+        raise UserError(f"there is no config {name!r}: {RECIPES} has {known}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config() if arg is None else module.get_config(arg)
+
+
+def define_flag() -> Any:
+    """Defines the flag --config=FILE[:ARG] with its keys; returns its holder.
+
+    As `config_flags.DEFINE_config_file`, but finds files as `load` does, and takes None for every
+    key (`check` then says where None is no value).
+    """
+    from absl import flags
+    from ml_collections import config_flags
+    from ml_collections.config_flags.tuple_parser import TupleParser
+
+    flags.disclaim_key_flags()  # --help shows the flag as one of the program
+
+    class OrNone(flags.ArgumentParser):
+        """Parses the word None as None, and all else by another parser."""
+
+        def __init__(self, parse: Callable[[Any], Any]) -> None:
+            self._parse = parse
+
+        def parse(self, argument: Any) -> Any:
+            return None if argument == "None" else self._parse(argument)
+
+    parsers = (
+        (int, flags.IntegerParser()), (float, flags.FloatParser()), (bool, flags.BooleanParser()),
+        (str, flags.ArgumentParser()), (tuple, TupleParser()),
+    )  # fmt: skip
+    for kind, parser in parsers:
+        config_flags.register_flag_parser_for_type(kind, OrNone(parser.parse))
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "An experiment: configs/NAME.py[:arg]."
+    )
+    parser: Any = flags.FLAGS["config"].parser
+    read = parser.parse
+
+    def found(text: str) -> Any:
+        path, colon, arg = text.partition(":")
+        return read(f"{find(path)}{colon}{arg}")
+
+    parser.parse = found
+    return holder

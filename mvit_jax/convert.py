@@ -30,12 +30,14 @@ from absl import flags
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
 from mvit_jax.common.text import first_line
+from mvit_jax.config import base
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.models import trees
 from mvit_jax.models.variants import override, preprocessing
-from mvit_jax.training import build, experiment, run_folder
+from mvit_jax.training import build
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
+from mvit_jax.training.run_folder import RunFolder
 from mvit_jax.weights.adapt import INFLATIONS
 from mvit_jax.weights.export import TARGETS, save_torch
 from mvit_jax.weights.key_tables import Origin
@@ -149,7 +151,7 @@ def _names(file: Path) -> tuple[str, ...]:
 
 
 def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:
-    config = experiment.read_config("base")
+    config = base()
     config.model.update(build.model_fields(variant, loaded.config))
     expected = preprocessing(variant, frames=loaded.config.frames, size=loaded.config.size)
     for field in ("stride", "short_side", "mean", "std", "interpolation"):
@@ -167,9 +169,9 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
 
 def give(folder: AnyPath, out: Path, to: str, which: str) -> None:
     """The weights of a run's or a converted folder become a foreign file."""
-    params, config = run_folder.read_params(folder, which)
-    origin = _origin(folder)
-    done = save_torch(params, config, out, to, origin=origin)
+    with RunFolder(folder) as run:
+        params, model = run.params(which), run.model(which)
+    done = save_torch(params, model, out, to, origin=_origin(folder))
     print(f"wrote {out}: {done.tensors} tensors as {done.family} has them")
     for note in done.notes:
         print(f"note: {note}")
@@ -179,16 +181,17 @@ def give_program(
     folder: AnyPath, out: Path, which: str, batch: int | None, platforms: list[str] | None
 ) -> None:
     """The model of a run's or a converted folder becomes a file that JAX alone can run."""
-    params, model = run_folder.read_params(folder, which)
-    config = run_folder.RunFolder(folder).config
+    with RunFolder(folder) as run:
+        params, config = run.params(which), run.config
+        settings = build.settings(config, run.num_classes(which))
     with jax.default_matmul_precision(config.precision):
         exported = save_stablehlo(
             params,
-            model,
+            settings.model,
             out,
-            mean=config.data.mean,
-            std=config.data.std,
-            dtype=build.DTYPES[config.dtype],
+            mean=settings.step.mean,
+            std=settings.step.std,
+            dtype=settings.step.dtype,
             batch=batch,
             platforms=platforms,
         )

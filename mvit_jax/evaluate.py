@@ -38,9 +38,9 @@ from mvit_jax.analysis import example_clips, plots, run_data
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, to_path, write_whole
 from mvit_jax.common.text import plural, table
+from mvit_jax.config import Config, check
 from mvit_jax.data.source import Source, fingerprint
-from mvit_jax.training import build, experiment
-from mvit_jax.training.build import Config
+from mvit_jax.training import build
 from mvit_jax.training.distributed import coordination, launch
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.run import runtime, workdir
@@ -137,7 +137,7 @@ def configured(config: Config) -> tuple[Config, list[int]]:
     ):
         if value is not None:
             config.update_from_flattened_dict({key: value})
-    experiment.check(config)
+    check(config)
     return config, counts
 
 

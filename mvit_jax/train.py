@@ -32,17 +32,16 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 import mvit_jax
 from mvit_jax.analysis import contact_sheet, run_data
 from mvit_jax.common import errors, files
 from mvit_jax.common.text import first_line
+from mvit_jax.config import Config, check, check_start, define_flag
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import build, dry_run, experiment, loop
-from mvit_jax.training.build import Config
+from mvit_jax.training import build, dry_run, loop
 from mvit_jax.training.distributed import coordination, launch, sharding
 from mvit_jax.training.evaluation import validate
 from mvit_jax.training.loop import Intervals, Upkeep
@@ -53,7 +52,7 @@ from mvit_jax.training.run.preemption import StopRequest
 from mvit_jax.training.run_folder import check_resume, initial_params
 from mvit_jax.training.state import State, with_params
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
+_CONFIG = define_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; made where it is missing.", allow_override=True
 )
@@ -126,13 +125,13 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     Of this start, the steps from the first to the last of `profile` are traced.
     """
     spans = goodput.Spans()
-    experiment.check(config)
-    experiment.check_start(config)
+    check(config)
+    check_start(config)
     coordination.same_everywhere("config", workdir.decisive(config))
     videos, validation = lists(config)
     settings = build.settings(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    experiment.check_batch(config, mesh.size)
+    build.check_batch(config, mesh.size)
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_weights(config, settings.model)  # before any write
     open_workdir(config, folder, videos.class_names)
@@ -225,7 +224,7 @@ def open_workdir(config: Config, folder: str, class_names: tuple[str, ...]) -> N
     with coordination.first_then_others("workdir"):
         coordination.wait_for_file(files.to_path(folder) / "config.json")
         workdir.check_writable(folder)
-        workdir.freeze(config, folder, experiment.base())
+        workdir.freeze(config, folder)
         workdir.keep_labels(folder, class_names)
 
 

@@ -9,10 +9,10 @@ import matplotlib.figure
 import numpy as np
 
 from mvit_jax.analysis import plots
+from mvit_jax.config import Config, check
 from mvit_jax.data import pipeline
 from mvit_jax.data.loader import LoaderOptions
-from mvit_jax.training import build, experiment, step
-from mvit_jax.training.build import Config
+from mvit_jax.training import build, step
 
 CLIPS = 8
 FRAMES = 8  # shown of each clip
@@ -28,7 +28,7 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: the config or its data cannot be used, or the file cannot be written.
     """
-    experiment.check(config)
+    check(config)
     videos = build.videos(config, "train")
     settings = build.settings(config, len(videos.class_names))
     share = np.lcm(config.data.repeats, config.augment.group)

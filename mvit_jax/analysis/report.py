@@ -34,7 +34,7 @@ class Run:
     Attributes:
       folder: as it is to be typed in commands.
       config: flattened: `{"optim.lr": 1e-3}`.
-      defaults: likewise, of `configs/base.py`; None where that file is not there.
+      defaults: likewise, of a config's keys; None where they are not given.
       model: the architecture; None where the number of classes is not known.
       starts, train, val, seconds, spent: as in `training.run.history.History`.
       evaluations: what the test program wrote; the test by default first.
@@ -86,7 +86,7 @@ class Run:
         return max(told) if told else None
 
     def changed(self) -> dict[str, Any]:
-        """The keys of the config that are not as in `configs/base.py`."""
+        """The keys of the config that are not at their defaults."""
         defaults = self.defaults
         if defaults is None:
             return {}

@@ -20,9 +20,10 @@ from mvit_jax.analysis import report
 from mvit_jax.analysis.report import Run
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, faults, to_path, write_whole
+from mvit_jax.config import base
 from mvit_jax.data.formats.video_list import read_class_names
-from mvit_jax.training import build, experiment, run_folder
-from mvit_jax.training.run import history
+from mvit_jax.training import build
+from mvit_jax.training.run import history, workdir
 
 REPORT = "report.html"
 # Without these a file is not what the test program writes.
@@ -45,14 +46,14 @@ def read(folder: str | AnyPath) -> Run:
             f"{folder} holds no run (there is no config.json): name a folder that training or "
             "convert made"
         )
-    config = run_folder.RunFolder(folder).config
+    config = workdir.frozen(folder)
     told = history.read(folder)
     tests = _evaluations(folder, config.data.test_list)
     classes = _classes(folder, told, tests)
     run = Run(
         folder=str(folder),
         config=_flat(config),
-        defaults=None if (base := experiment.base()) is None else _flat(base),
+        defaults=_flat(base()),
         model=None if classes is None else build.model_config(config, classes),
         starts=told.starts,
         train=told.train,

@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> list[str]:
             _end(f"there is no config key {meant[2]!r}; did you mean {meant[1]!r}?")
         unknown = re.fullmatch(r"""["']+(\w+)["']+""", message)
         if unknown:
-            _end(f"there is no config key {unknown[1]!r}; configs/base.py lists them all")
+            _end(f"there is no config key {unknown[1]!r}; mvit_jax/config.py lists them all")
         _end(message.replace("\n", " "))
     except OSError as error:
         _end(f"{error.filename or error} cannot be read: check --config")

@@ -91,7 +91,7 @@ def open_source(
     multi_label: bool = False,
     max_missing: float = 0.0,
 ) -> Source:
-    """Opens a split of a data set by the config's keys of these names (`configs/base.py` `data`).
+    """Opens a split of a data set by the config's keys of these names (`data.*`).
 
     Args:
       folder: where the data set lies; None does for synthetic videos alone.

@@ -42,16 +42,16 @@ from mvit_jax.analysis import plots
 from mvit_jax.common import errors
 from mvit_jax.common.files import check_writable, write_whole
 from mvit_jax.common.text import plural, table
+from mvit_jax.config import Config, check, define_flag
 from mvit_jax.models.run_blocks import REMAT
 from mvit_jax.podplan import accelerators, advice, compile, text
 from mvit_jax.podplan import search as largest
 from mvit_jax.podplan.accelerators import Topology
 from mvit_jax.podplan.advice import Plan
 from mvit_jax.podplan.compile import Figures
-from mvit_jax.training import dry_run, experiment
-from mvit_jax.training.build import Config
+from mvit_jax.training import dry_run
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: configs/NAME.py[:arg].")
+_CONFIG = define_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A slice: v5e:16x16, or v5e-256 (v4, v5p, v6e).")
 _SLICES = flags.DEFINE_integer("slices", 1, "How many of them.")
 _EFFORT = flags.DEFINE_float("effort", compile.QUICK, "Of the compiler: -1 is quick, 0 its own.")
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     check_flags()
     config = _CONFIG.value
     errors.lock(config)
-    experiment.check(config)
+    check(config)
     videos, _ = dry_run.data_and_model(config)
     if videos < 1:
         raise errors.UserError(f"data.train_videos must be at least 1, not {videos}")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import plural
+from mvit_jax.config import Config
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan import accelerators
 from mvit_jax.podplan.accelerators import GIB, Roofs, Topology
 from mvit_jax.podplan.compile import STATE, Figures, TooLarge
-from mvit_jax.training import build, experiment
-from mvit_jax.training.build import Config
+from mvit_jax.training import build
 
 # Clips of 16 x 224 x 224 a second of one core, two out of each decoding of 10 seconds of 340 x 256,
 # RandAugment and crop included, of files as they come and of packed shards; and images of 224 x 224
@@ -150,7 +150,7 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
         return config, ""
     changed = copy.deepcopy(config)
     changed.augment.group = own
-    experiment.check_batch(changed, chips)
+    build.check_batch(changed, chips)
     warning = ""
     if own == 1:
         warning = (

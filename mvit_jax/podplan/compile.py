@@ -16,11 +16,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.config import Config
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan.accelerators import Topology
 from mvit_jax.podplan.hlo import cost as counting
 from mvit_jax.training import build
-from mvit_jax.training.build import Config
 from mvit_jax.training.distributed import sharding
 
 # Nobody asks a metadata server about the TPU that is not here, the compiler does not complain that

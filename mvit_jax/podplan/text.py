@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 from mvit_jax.analysis import plots
 from mvit_jax.common.text import Lines, indented, plural, section, table
+from mvit_jax.config import Config
 from mvit_jax.podplan import accelerators
 from mvit_jax.podplan import advice as pods
 from mvit_jax.podplan.accelerators import GIB, ROOFS, Topology
 from mvit_jax.podplan.advice import Plan, noun
 from mvit_jax.podplan.compile import Figures, TooLarge
 from mvit_jax.podplan.hlo import cost as counting
-from mvit_jax.training.build import Config
 
 
 def title(config: Config, topology: Topology, mesh: Mesh) -> str:

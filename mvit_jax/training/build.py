@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.config import Config
 from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.loader import Batch, LoaderOptions
@@ -28,8 +29,6 @@ from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Protocol
 from mvit_jax.training.state import State, init_state
 from mvit_jax.training.step import StepConfig, train_step
-
-Config = Any  # an ml_collections ConfigDict: no type checker knows its keys
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -131,6 +130,27 @@ def videos(config: Config, which: str) -> Source:
         multi_label=c.multi_label,
         max_missing=c.max_broken,
     )
+
+
+def check_batch(config: Config, devices: int) -> None:
+    """Checks that the batch divides into devices, micro-batches and groups that mix."""
+    share = devices * config.accumulate
+    if config.batch % (devices * config.data.repeats):
+        raise UserError(
+            f"batch={config.batch} does not divide into {devices} devices x "
+            f"data.repeats={config.data.repeats}; set a multiple of {devices * config.data.repeats}"
+        )
+    if config.batch % share:
+        raise UserError(
+            f"batch={config.batch} does not divide into {devices} devices x "
+            f"accumulate={config.accumulate}; set a multiple of {share}"
+        )
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    if mixes and (config.batch // devices) % config.augment.group:
+        raise UserError(
+            f"augment.group={config.augment.group} does not divide the {config.batch // devices} "
+            "clips of a device; set a divisor of it"
+        )
 
 
 def batches(

@@ -15,14 +15,14 @@ import numpy as np
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import Lines, aligned, indented, plural, section, table
+from mvit_jax.config import Config, check, missing_weights
 from mvit_jax.data.source import Source
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.summary import totals
 from mvit_jax.models.variants import variant
-from mvit_jax.training import build, experiment, optimizer
-from mvit_jax.training.build import Config
+from mvit_jax.training import build, optimizer
 
 
 def describe(config: Config, devices: int) -> str:
@@ -34,9 +34,10 @@ def describe(config: Config, devices: int) -> str:
       UserError: a value that no part of the program could work with, or neither lists nor
         `data.train_videos` say how many videos there are.
     """
-    experiment.check(config)
+    check(config)
     found = {name: _read(config, name) for name in ("train", "val", "test")}
     videos, model = _size(config, found["train"])
+    build.settings(config, model.num_classes)  # checks that clips can be cut
     params = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
     parts = [
         aligned(
@@ -111,7 +112,7 @@ def _model_lines(config: Config, model: MViTConfig) -> Lines:
 def _weights(config: Config) -> str:
     if config.resume is not None:
         return f"go on with the state of {config.resume}{_there(config.resume)}"
-    if experiment.missing_weights(config):
+    if missing_weights(config):
         return f"MISSING: {config.init.needed}; give --config.init.checkpoint=DIR"
     inflate = config.init.inflate
     how = f", image to video: {inflate}" if inflate is not None else ""
@@ -209,7 +210,7 @@ def _steps(config: Config, videos: int, devices: int) -> Lines:
     if config.accumulate > 1:
         share += f", in {config.accumulate} parts one after the other"
     try:
-        experiment.check_batch(config, devices)
+        build.check_batch(config, devices)
     except UserError as error:
         share += f": {error}"
     return [

@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.config import Config, check, load, nearest
 from mvit_jax.data.source import Source
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import build, evaluation, experiment
-from mvit_jax.training.build import Config
+from mvit_jax.training import build, evaluation
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.state import with_params
@@ -56,15 +56,15 @@ def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
       UserError: there is no such experiment or key, or a value is not of the key's type.
     """
     try:
-        config = experiment.read_config(name, arg)
+        config = load(name, arg)
     except ValueError as error:  # of the experiment's own file
         raise UserError(str(error)) from None
     for key, value in changes.items():
         try:
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError) as error:
-            why = "there is no such key" if isinstance(error, KeyError) else error
-            raise UserError(f"{key}={value!r}: {why}; configs/base.py lists all keys") from None
+            why = f"there is no such key{nearest(key)}" if isinstance(error, KeyError) else error
+            raise UserError(f"{key}={value!r}: {why}") from None
     return config.lock()
 
 
@@ -80,14 +80,14 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
     Raises:
       UserError: as the training program; also where `config` names weights to start from.
     """
-    experiment.check(config)
+    check(config)
     for name, value in (("resume", config.resume), ("init.checkpoint", config.init.checkpoint)):
         if value is not None:
             raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
     videos = build.videos(config, "train")
     settings = build.settings(config, len(videos.class_names))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    experiment.check_batch(config, mesh.size)
+    build.check_batch(config, mesh.size)
     steps = build.count_steps(config, config.epochs, len(videos))
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         program = build.program(config, settings, len(videos), mesh, **plugs)

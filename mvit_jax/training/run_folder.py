@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, to_path
+from mvit_jax.config import Config
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.source import Source
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import build, evaluation, experiment
-from mvit_jax.training.build import Config
+from mvit_jax.training import build, evaluation
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.run import workdir
@@ -46,7 +46,7 @@ class RunFolder:
                 f"{folder} is a file: make a folder of it first, "
                 f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
             )
-        self.config = workdir.frozen(self.path, experiment.base())
+        self.config = workdir.frozen(self.path)
         self._checkpoints: Checkpoints | None = None
 
     def __enter__(self) -> "RunFolder":

@@ -326,7 +326,7 @@ TRAIN = "--config=configs/moving_digits.py"
         ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
         ([TRAIN + ":resnet"], "has the models mvit and vit, not 'resnet'"),
         (["--config=configs/no.py"], "there is no config file configs/no.py"),
-        (["--config=configs/base.py"], "give --config.data.folder=DIR"),
+        (["--config=configs/kinetics.py"], "give --config.data.folder=DIR"),
         ([], "give --config=configs/moving_digits.py and --workdir=DIR"),
         ([TRAIN, "--config.data.folder=/nowhere"], "no data folder /nowhere"),
         ([TRAIN, "--confg=1"], "Unknown command line flag 'confg'"),

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from mvit_jax import train
+from mvit_jax.config import check
 from mvit_jax.models.variants import variant
-from mvit_jax.training import build, experiment, run_folder
+from mvit_jax.training import build, run_folder
 from tests.support import tiny
 
 
@@ -38,7 +39,7 @@ def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tm
 @pytest.mark.parametrize(("name", "image"), [("mvitv2_l_40x3_312", False), ("mvitv2_t", True)])
 def test_a_variant_brings_its_own_preprocessing(name, image):
     c = config(name)
-    experiment.check(c)
+    check(c)
     assert c.init.checkpoint is None
     assert build.model_config(c, 5) == variant(name, num_classes=5)
     assert c.data.short_side == (256 if image else 356)

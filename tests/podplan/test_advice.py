@@ -15,7 +15,7 @@ from mvit_jax.podplan.accelerators import GIB
 from mvit_jax.podplan.advice import Plan
 from mvit_jax.podplan.compile import Figures, TooLarge
 from mvit_jax.podplan.hlo.cost import Collective, Counts, Memory, Operation
-from mvit_jax.training import build, experiment, in_memory
+from mvit_jax.training import build, in_memory
 
 RECIPE = in_memory.read_config(
     "kinetics", "mvit_b_16x4"
@@ -114,8 +114,8 @@ def test_the_mixing_group_must_be_on_one_chip_and_only_then_changes():
     assert config.augment.group == 2 and RECIPE.augment.group == 4
     assert "--config.augment.group=2" in said
     with pytest.raises(UserError, match="group=4 does not divide the 2 clips"):
-        experiment.check_batch(RECIPE, 256)
-    experiment.check_batch(config, 256)
+        build.check_batch(RECIPE, 256)
+    build.check_batch(config, 256)
     unmixed = changed(**{"augment.mixup": 0.0, "augment.cutmix": 0.0})
     assert advice.fitted(unmixed, 256) == (unmixed, "")
 
@@ -140,7 +140,7 @@ def test_training_takes_every_batch_that_is_offered(chips, largest):
         return
     keys = taken(line)
     offered = changed(**keys)
-    experiment.check_batch(offered, made.topology.chips)
+    build.check_batch(offered, made.topology.chips)
     assert largest is None or made.clips < offered.batch // made.topology.chips <= largest
 
 
@@ -149,7 +149,7 @@ def test_a_batch_that_does_not_divide_the_mesh_is_refused_with_one_that_does():
         advice.fitted(RECIPE, 1024)  # two clips of each decoding on every chip
     assert "batch=512 does not divide into 1,024 chips" in str(refused.value)
     config, _ = advice.fitted(changed(batch=2048), 1024)
-    experiment.check_batch(config, 1024)
+    build.check_batch(config, 1024)
 
 
 def test_flags_for_another_batch_keep_the_rate_in_proportion():

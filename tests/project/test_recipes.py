@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from mvit_jax.common import errors
+from mvit_jax.config import check, check_start
 from mvit_jax.models import mvit, trees
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import plan
 from mvit_jax.models.variants import PUBLISHED, variant
-from mvit_jax.training import build, experiment
+from mvit_jax.training import build
 from mvit_jax.weights import adapt
 from tests.support import tiny
 
@@ -164,7 +165,7 @@ def test_a_recipe_has_the_papers_values(name):
     schedule, sampling, size, drop_path, views, inflate, normal, published = ROWS[name]
     epochs, warmup, batch, repeats, high, first, last, decay, clip, layers, mix = schedule
     c = recipe(name)
-    experiment.check(c)
+    check(c)
     factor = c.batch / c.optim.lr_batch
     rates = [rate * factor for rate in (c.optim.lr, c.optim.start_lr, c.optim.end_lr)]
     assert rates == pytest.approx([high, first, last])
@@ -261,10 +262,10 @@ def test_where_weights_come_from():
 def test_a_recipe_without_its_weights_is_refused_in_a_sentence():
     config = recipe("kinetics:mvit_b_64x3").copy_and_resolve_references()
     with pytest.raises(errors.UserError, match="weights of mvit_b_32x3 trained on Kinetics-400"):
-        experiment.check_start(config)
+        check_start(config)
     config.init.checkpoint = "runs/mvit_b_32x3"
-    experiment.check_start(config)
-    experiment.check_start(recipe("kinetics:mvit_b_16x4"))
+    check_start(config)
+    check_start(recipe("kinetics:mvit_b_16x4"))
 
 
 def test_images_may_lie_in_folders():

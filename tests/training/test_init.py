@@ -12,8 +12,9 @@ import pytest
 
 from mvit_jax import convert, train
 from mvit_jax.common.errors import UserError
+from mvit_jax.config import check
 from mvit_jax.models import mvit, trees
-from mvit_jax.training import build, experiment, run_folder
+from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import init_state
@@ -265,7 +266,7 @@ def test_folders_that_hold_nothing_of_use_are_one_sentence(
 
 def test_an_unknown_inflation_is_one_sentence(digits):
     with pytest.raises(UserError, match=r"init\.inflate must be one of centre, mean, repeat"):
-        experiment.check(settings(digits, **{"init.inflate": "center"}))
+        check(settings(digits, **{"init.inflate": "center"}))
 
 
 # The program.

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, faults, is_local, to_path, why, write_whole
+from mvit_jax.config import Config, base
 
 LOCK_SECONDS = 60
 _VALIDATED = "validated.txt"
@@ -50,18 +51,16 @@ def decisive(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in _OF_A_HOST}
 
 
-def freeze(config: ConfigDict, workdir: str | AnyPath, defaults: ConfigDict | None = None) -> None:
-    """Writes the config on the first start; later, refuses a config that differs.
-
-    `defaults` has the values of keys that are newer than the run.
-    """
+def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
+    """Writes the config on the first start; later, refuses a config that differs. Keys that are
+    newer than the run have their defaults."""
     path = to_path(workdir) / "config.json"
     now = json.loads(config.to_json())
     if not path.exists():
         make(workdir)
         write_whole(path, json.dumps(now, indent=2) + "\n")
         return
-    older = {} if defaults is None else _flat(json.loads(defaults.to_json()))
+    older = _flat(json.loads(base().to_json()))
     before, now = older | _flat(read(path)), _flat(now)
     differing = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
@@ -91,15 +90,13 @@ def has_checkpoint(workdir: str | AnyPath) -> bool:
     )
 
 
-def frozen(workdir: str | AnyPath, defaults: ConfigDict | None = None) -> Any:  # a ConfigDict
-    """The config that a run was started with; keys that are newer have the values of `defaults`."""
+def frozen(workdir: str | AnyPath) -> Config:
+    """Reads the config that a run was started with; newer keys have their defaults."""
     path = to_path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
     started_with = ConfigDict(_tuples(read(path)))
-    if defaults is None:
-        return started_with.lock()
-    config = ConfigDict(defaults.to_dict())  # of plain values, which take any others
+    config = ConfigDict(base().to_dict())  # of plain values, which take any others
     config.update(started_with)
     return config.lock()
 
