@@ -6,27 +6,25 @@ flags; `{names}` the public names. What is not made from the code is plain Markd
 """
 
 import ast
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
-import comments
 import figures
 from docutils import nodes
 from docutils.parsers.rst import directives as options
-from ml_collections import ConfigDict, FieldReference
 from sphinx.util.docutils import SphinxDirective
 
 import mvit_jax
-from mvit_jax import describe
+from mvit_jax.config import KEYS, SECTIONS, Key
+from mvit_jax.describe import __main__ as describe
+from mvit_jax.describe import config_file
 from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, variant
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs"
 COUNTS = ("parameters", "multiply-adds", "published", "top-1", "on", "source")
 
 
@@ -98,41 +96,20 @@ class Architecture(Generated):
 
 
 class Keys(Generated):
-    """Every key of `configs/base.py`, section by section."""
+    """Every key of the config, section by section."""
 
     def text(self) -> str:
-        source = (CONFIGS / "base.py").read_text()
-        function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
-        config = _module_of(CONFIGS / "base.py").get_config()
-        of_field = comments.of_class(MViTConfig)
-        sections: dict[str, list[str]] = {}
-        last = ""
-        for entry in comments.entries(source, function.body):
-            key = entry.target.removeprefix("c.")
-            section, _, name = key.rpartition(".")
-            if key == "c" or isinstance(
-                config[section][name] if section else config[key], ConfigDict
-            ):
-                continue
-            parts = sections.setdefault(section, [])
-            if entry.above:
-                parts.append(f"\n{_sentence(entry.above)}\n")
-            meaning = entry.beside or (of_field[name] if section == "model" else "")
-            row = f"| `{key}` | {_default(config, key)} | {_cell(meaning)} |"
-            # A key set twice is told once; one that comes after other sections does not belong to
-            # what was said before those.
-            if row.split("|")[1] in [part.split("|")[1] for part in parts if part.startswith("|")]:
-                parts[-1] = row
-            elif section != last and parts:
-                parts.insert(_end_of_first_table(parts), row)
-            else:
-                parts.append(row)
-            last = section
-        text = []
-        for section, parts in sections.items():
-            text.append(f"\n## {section or 'the run'}\n")
-            text += _tables(parts)
-        return "\n".join(text) + "\n"
+        meaning, parts = config_file.meanings(), []
+        for section, about in SECTIONS.items():
+            rows = [
+                (f"`{name}`", _default(key), _values(key), meaning[name])
+                for name, key in KEYS.items()
+                if name.rpartition(".")[0] == section
+            ]
+            title = section or about
+            parts += [f"## {title}", f"{about[0].upper()}{about[1:]}." if section else ""]
+            parts += [_table(("key", "default", "values", "meaning"), rows)]
+        return "\n\n".join(parts)
 
 
 class Help(Generated):
@@ -145,9 +122,11 @@ class Help(Generated):
         tree = ast.parse(source)
         # Programs that run as several processes share the flags that bring these together.
         shared = (ROOT / "mvit_jax/training/distributed/launch.py").read_text()
+        configs = (ROOT / "mvit_jax/config.py").read_text()
         parsed = [
             *ast.walk(tree),
             *(ast.walk(ast.parse(shared)) if "processes.start()" in source else []),
+            *(ast.walk(ast.parse(configs)) if "define_flag()" in source else []),
         ]
         docstring = ast.get_docstring(tree)
         assert docstring is not None
@@ -216,32 +195,16 @@ def _clip(config: MViTConfig) -> str:
     return side if config.frames == 1 else f"{config.frames} × {side}"
 
 
-def _default(config: Any, key: str) -> str:
-    section, _, name = key.rpartition(".")
-    holder = config[section] if section else config
-    value = holder[name]
-    if value is not None:
-        return f"`{value!r}`"
-    field = holder.get_ref(name)
-    assert isinstance(field, FieldReference)
-    kind = field.get_type().__name__
-    return "" if kind == "object" else f"({kind})"
+def _default(key: Key) -> str:
+    """Returns a key's default, or its type in brackets where the default is None."""
+    if key.default is not None:
+        return f"`{key.default!r}`"
+    return "" if key.kind is object else f"({key.kind.__name__})"
 
 
-def _end_of_first_table(parts: list[str]) -> int:
-    return next((i for i, part in enumerate(parts) if not part.startswith("|")), len(parts))
-
-
-def _tables(parts: list[str]) -> list[str]:
-    """Rows with a header before each run of them; a paragraph in between begins a new table."""
-    out, open_table = [], False
-    for part in parts:
-        is_row = part.startswith("|")
-        if is_row and not open_table:
-            out += ["", "| key | default | meaning |", "| --- | --- | --- |"]
-        open_table = is_row
-        out.append(part)
-    return out
+def _values(key: Key) -> str:
+    none = "None" if key.optional else ""  # of a key without a default that goes without saying
+    return "; ".join(part for part in (key.unit, key.limits.removeprefix("one of "), none) if part)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -251,18 +214,6 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def _module_of(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -12,8 +12,9 @@ import re
 import textwrap
 from typing import Any
 
-import comments
 from docutils import nodes
+
+from mvit_jax.describe import comments
 
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Note):$")
 SEPARATOR = "\\ "  # ends inline code before a letter

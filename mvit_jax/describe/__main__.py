@@ -1,17 +1,23 @@
-"""A variant's architecture, cost and published figures, as the papers' table.
+"""A variant's architecture, cost and published figures, as the papers' table; or an experiment.
 
     python -m mvit_jax.describe mvit_b_16x4
     python -m mvit_jax.describe mvit_b_16x4 frames=8 size=160 pool_mode=max
     python -m mvit_jax.describe --all          every variant, beside what its paper reports
     python -m mvit_jax.describe --ablations    the papers' ablations, as overrides
+    python -m mvit_jax.describe --config=configs/kinetics.py:mvit_b_16x4 > configs/mine.py
+
+The last line writes an experiment as a config file with every key, to start from.
 
 "Multiply-adds" are what the papers call FLOPs; XLA counts two operations for each.
 """
 
 from absl import flags
+from ml_collections import config_flags
 
 from mvit_jax.common import errors
 from mvit_jax.common.text import table
+from mvit_jax.config import check, define_flag
+from mvit_jax.describe import config_file
 from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.cost import Cost, cost
 from mvit_jax.models.plan import MViTConfig
@@ -26,11 +32,18 @@ from mvit_jax.models.variants import (
     variant,
 )
 
+_CONFIG = define_flag()
 _ALL = flags.DEFINE_bool("all", False, "All variants, beside what their papers report.")
 _ABLATIONS = flags.DEFINE_bool("ablations", False, "The papers' ablations, likewise.")
 
 
 def main(argv: list[str]) -> None:
+    if _CONFIG.value is not None:
+        errors.lock(_CONFIG.value)
+        check(_CONFIG.value)
+        source = config_flags.get_config_filename(flags.FLAGS["config"])
+        print(config_file.text(_CONFIG.value, source), end="")
+        return
     if _ALL.value:
         print(all_variants())
         return
