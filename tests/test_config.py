@@ -1,0 +1,174 @@
+"""The keys of the config, the files that set them, and how these travel in a wheel."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from typing import get_args
+
+import pytest
+
+from mvit_jax import config
+from mvit_jax.data.augmentation import Interpolation
+from mvit_jax.data.sampling import Sampling
+from mvit_jax.data.sources import SOURCES
+from mvit_jax.errors import UserError
+from mvit_jax.inspection import config_file
+from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.stages import REMAT
+from mvit_jax.training import experiment, not_finite, workdir
+from mvit_jax.training.evaluation import Ensemble
+from mvit_jax.weights.surgery import INFLATIONS
+from tests import tiny, warm
+from tests.environment import of_process
+
+RECIPES = ["kinetics:mvitv2_l_40x3_312_in21k", "imagenet:mvit_b16_max", "charades:mvit_b_16x4",
+           "ssv2:mvitv2_s_16x4", "moving_digits:vit", "custom:mvitv2_t"]  # fmt: skip
+
+
+def test_choices_are_those_of_the_code():
+    assert {name: key.choices for name, key in config.KEYS.items() if key.choices} == {
+        "remat": REMAT,
+        "dtype": tuple(experiment.DTYPES),
+        "precision": ("default", "high", "highest"),  # JAX's
+        "on_nan": not_finite.POLICIES,
+        "init.inflate": INFLATIONS,
+        "data.source": SOURCES,
+        "data.sampling": get_args(Sampling),
+        "data.interpolation": get_args(Interpolation),
+        "augment.erase_mode": ("pixel", "const"),
+        "optim.name": ("adamw", "sgd"),
+        "eval.crops": (1, 3),
+        "eval.ensemble": get_args(Ensemble),
+        **{f"model.{field.name}": get_args(field.type)
+           for field in dataclasses.fields(MViTConfig) if str(field.type).startswith("typing.Lit")},
+    }  # fmt: skip
+
+
+def test_the_architectures_fields_are_keys():
+    base = config.base()
+    fields = {field.name for field in dataclasses.fields(MViTConfig)}
+    assert set(base.model) - {"variant"} == fields - {"num_classes"}
+    assert base.is_locked
+    config.check(base)
+    assert all(config.value(base, name) == key.default for name, key in config.KEYS.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("optim.lr", None, "optim.lr cannot be None: its default is 0.0016"),
+        ("augment.randaugment", None, "augment.randaugment cannot be None: its default is ''"),
+        ("eval.clips", True, "eval.clips must be a whole number, not True"),
+        ("data.mean", 0.5, "data.mean must be values in brackets, like (1, 2), not 0.5"),
+        ("data.classes", 0, "data.classes must be at least 1, not 0"),
+        ("model.positions", "polar", "model.positions must be one of none, space, separate"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(key, value, sentence):
+    c = config.base()
+    section, _, field = key.rpartition(".")
+    plain = type(c)(c.to_dict(), type_safe=False)  # like values that were read from a file
+    plain[section][field] = value
+    with pytest.raises(UserError) as error:
+        config.check(plain)
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+def test_keys_that_can_be_none_take_it_again():
+    c = config.load("kinetics", "mvit_b_16x4")
+    for name, key in config.KEYS.items():
+        if key.can_be_none:
+            c.update_from_flattened_dict({name: None})
+    config.check(c)
+    assert config.nearest("optim.lrr") == "; did you mean 'optim.lr'?"
+
+
+def test_a_run_older_than_a_key_has_its_default(tmp_path):
+    old = json.loads(config.base().to_json())
+    del old["eval"]["ensemble"], old["mesh"]
+    (tmp_path / "config.json").write_text(json.dumps(old | {"seed": 3}))
+    c = workdir.frozen(tmp_path, config.base())
+    config.check(c)
+    assert (c.seed, c.eval.ensemble, c.mesh.fsdp) == (3, "mean", 1)
+
+
+def test_config_files_load_without_jax_within_a_second():
+    code = (
+        "import sys, time; from mvit_jax import config\n"
+        "for path in sorted(config.RECIPES.glob('*.py')): config.load(str(path))\n"
+        "print(time.process_time(), [m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, imported = done.stdout.split(maxsplit=1)
+    assert float(seconds) < 1 and imported.strip() == "[]"
+
+
+def test_files_of_the_working_directory_go_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.load("ssv2").batch == 128
+    own = "from mvit_jax import config\n\ndef get_config():\n    c = config.base()\n"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "ssv2.py").write_text(f"{own}    c.batch = 7\n    return c\n")
+    assert config.load("ssv2").batch == config.load("configs/ssv2.py").batch == 7
+    assert config.load("charades").batch == 256
+    with pytest.raises(UserError, match=r"there is no config 'ssv3': .* has charades, custom"):
+        config.load("ssv3")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_printed_experiment_gives_the_same_config(recipe):
+    name, _, arg = recipe.partition(":")
+    c = config.load(name, arg)
+    namespace = {}
+    exec(config_file.text(c, recipe), namespace)
+    assert namespace["get_config"]() == c
+
+
+def describe(*flags, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit_jax.describe", *flags],
+        capture_output=True, text=True, cwd=cwd, env=warm.environment(),
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_describe_prints_an_experiment(tmp_path):
+    flags = ["--config=configs/kinetics.py:mvit_b_16x4", "--config.augment.crop_area=None",
+             "--config.model.frames=None", "--config.optim.lr=1e-4"]  # fmt: skip
+    status, said = describe(*flags, cwd=tmp_path)
+    assert status == 0 and all(len(line) <= 100 for line in said.splitlines())
+    assert "    c.augment.crop_area = None\n" in said and "# c.model.width = 96  # chan" in said
+    namespace = {}
+    exec(said, namespace)
+    c = namespace["get_config"]()
+    assert (c.optim.lr, c.augment.crop_area, c.augment.erase) == (1e-4, None, 0.25)
+    assert all(f"c.{name} = " in said for name in config.KEYS)
+    status, said = describe(flags[0], "--config.batch=None", cwd=tmp_path)
+    assert status == 1 and said == "error: batch cannot be None: its default is 512\n"
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_recipes(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "installed"
+    for name in ("mvit_jax", "configs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(tiny.ROOT / name, source / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(tiny.ROOT / name, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    shutil.rmtree(source)
+    env = of_process(1) | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit_jax.train", "--dry_run",
+         "--config=configs/imagenet.py:mvitv2_t"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **env},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "82.3 (MViTv2, Table 2)" in done.stdout
