@@ -118,14 +118,16 @@ class Help(Generated):
     required_arguments = 1
 
     def text(self) -> str:
-        source = (ROOT / "mvit_jax" / f"{self.arguments[0]}.py").read_text()
+        program = ROOT / "mvit_jax" / self.arguments[0]
+        package = program / "__main__.py"
+        source = (package if package.exists() else program.with_suffix(".py")).read_text()
         tree = ast.parse(source)
         # Programs that run as several processes share the flags that bring these together.
         shared = (ROOT / "mvit_jax/training/distributed/launch.py").read_text()
         configs = (ROOT / "mvit_jax/config.py").read_text()
         parsed = [
             *ast.walk(tree),
-            *(ast.walk(ast.parse(shared)) if "processes.start()" in source else []),
+            *(ast.walk(ast.parse(shared)) if "launch.start()" in source else []),
             *(ast.walk(ast.parse(configs)) if "define_flag()" in source else []),
         ]
         docstring = ast.get_docstring(tree)

@@ -28,13 +28,13 @@ class MViTConfig:
     `size` are what the tables of positions are made for: a model takes clips of other sizes too.
     """
 
-    frames: int = 16
+    frames: int = 16  # of a clip
     size: int = 224  # side of the square crop, pixels
     num_classes: int = 400
-    patch_kernel: Triple = (3, 7, 7)
-    patch_stride: Triple = (2, 4, 4)
-    patch_padding: Triple = (1, 3, 3)
-    class_token: bool = True
+    patch_kernel: Triple = (3, 7, 7)  # of the cubes
+    patch_stride: Triple = (2, 4, 4)  # of the cubes
+    patch_padding: Triple = (1, 3, 3)  # of the clip, on either side
+    class_token: bool = True  # else the head reads the mean of the tokens
     # Absolute positions (MViT, Table 11); "sincos" has no parameters (reference code).
     positions: Literal["none", "space", "separate", "joint", "sincos"] = "separate"
     stem_norm: bool = False  # a norm after the positions
@@ -48,7 +48,7 @@ class MViTConfig:
     # The skip where channels grow: a linear layer of the normalised tensor, of the tensor itself,
     # or none at all (MViT, Table A.1).
     skip: Literal["normalised", "plain", "none"] = "normalised"
-    mlp_ratio: int = 4
+    mlp_ratio: int = 4  # hidden channels of the MLP, times the width
     # "conv" shares its weights between heads; "conv_unshared", which needs pool_first, does not.
     pool_mode: Literal["conv", "conv_unshared", "max", "avg"] = "conv"
     # None is the papers' choice for the mode: 3x3x3 for convolutions, stride + 1 for "max" and
@@ -63,7 +63,7 @@ class MViTConfig:
     pool_first: bool = False  # pool, then project
     pool_norm_eps: float = 1e-6  # of the norms after pools; 1e-5 in PyTorchVideo 0.1
     separate_qkv: bool = False  # three linear layers; with pool_first always
-    qkv_bias: bool = True
+    qkv_bias: bool = True  # of the projections to Q, K and V
     # Decomposed (MViTv2, equation 4): tables for height and width, for time, or for all three.
     relative_positions: Literal["none", "space", "time", "both"] = "none"
     # Whose order of float32 operations makes the distances that are then truncated; it matters

@@ -88,7 +88,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
 def test_an_address_in_a_request_is_not_downloaded(digits, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     gradio = pytest.importorskip("gradio")
-    blocks = page.build(small.shared_run(digits)[1], LIMITS, 5)
+    blocks = server.build(small.shared_run(digits)[1], LIMITS, 5)
     (file,) = (block for block in blocks.blocks.values() if isinstance(block, gradio.File))
     named = {"path": "http://example.org/a.mp4", "meta": {"_type": "gradio.FileData"}}
     to_cache = gradio.processing_utils.async_move_files_to_cache

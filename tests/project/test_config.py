@@ -12,18 +12,19 @@ from typing import get_args
 import pytest
 
 from mvit_jax import config
+from mvit_jax.common.errors import UserError
 from mvit_jax.data.augmentation import Interpolation
 from mvit_jax.data.sampling import Sampling
-from mvit_jax.data.sources import SOURCES
-from mvit_jax.errors import UserError
-from mvit_jax.inspection import config_file
+from mvit_jax.data.source import SOURCES
+from mvit_jax.describe import config_file
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.models.stages import REMAT
-from mvit_jax.training import experiment, not_finite, workdir
+from mvit_jax.models.run_blocks import REMAT
+from mvit_jax.training import build
 from mvit_jax.training.evaluation import Ensemble
-from mvit_jax.weights.surgery import INFLATIONS
-from tests import tiny, warm
-from tests.environment import of_process
+from mvit_jax.training.run import nan_policy, workdir
+from mvit_jax.weights.adapt import INFLATIONS
+from tests.support import tiny, warm
+from tests.support.environment import of_process
 
 RECIPES = ["kinetics:mvitv2_l_40x3_312_in21k", "imagenet:mvit_b16_max", "charades:mvit_b_16x4",
            "ssv2:mvitv2_s_16x4", "moving_digits:vit", "custom:mvitv2_t"]  # fmt: skip
@@ -32,9 +33,9 @@ RECIPES = ["kinetics:mvitv2_l_40x3_312_in21k", "imagenet:mvit_b16_max", "charade
 def test_choices_are_those_of_the_code():
     assert {name: key.choices for name, key in config.KEYS.items() if key.choices} == {
         "remat": REMAT,
-        "dtype": tuple(experiment.DTYPES),
+        "dtype": tuple(build.DTYPES),
         "precision": ("default", "high", "highest"),  # JAX's
-        "on_nan": not_finite.POLICIES,
+        "on_nan": nan_policy.POLICIES,
         "init.inflate": INFLATIONS,
         "data.source": SOURCES,
         "data.sampling": get_args(Sampling),
@@ -55,6 +56,7 @@ def test_the_architectures_fields_are_keys():
     assert base.is_locked
     config.check(base)
     assert all(config.value(base, name) == key.default for name, key in config.KEYS.items())
+    assert all(config_file.meanings().values())
 
 
 @pytest.mark.parametrize(
