@@ -2,7 +2,8 @@
 
 `{drawing}` a figure of `figures.py`; `{variants}` and `{ablations}` the papers' tables;
 `{architecture}` what `describe` prints; `{keys}` the config; `{help}` a program's docstring and
-flags; `{names}` the public names. What is not made from the code is plain Markdown on its page.
+flags; `{modules}` the names of a room's modules; `{names}` the public names. What is not made from
+the code is plain Markdown on its page.
 """
 
 import ast
@@ -140,6 +141,22 @@ class Help(Generated):
         return f"{_fenced(docstring)}\n\n{_table(('flag', 'default', 'meaning'), sorted(rows))}"
 
 
+class Modules(Generated):
+    """The public names of every module of a room, such as `data`, in the order of the folder."""
+
+    required_arguments = 1
+
+    def text(self) -> str:
+        room = ROOT / "mvit_jax" / self.arguments[0]
+        files = [p for p in sorted(room.rglob("*.py")) if not p.stem.startswith("_")]
+        names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files]
+        return "\n".join(
+            f"## {name.removeprefix('mvit_jax.')}\n\n"
+            f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+            for name in names
+        )
+
+
 class Names(Generated):
     """The public names, where they lead, and the first sentence of each docstring."""
 
@@ -219,6 +236,6 @@ def _cell(text: str) -> str:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    for directive in (Drawing, Variants, Ablations, Architecture, Keys, Help, Names):
+    for directive in (Drawing, Variants, Ablations, Architecture, Keys, Help, Modules, Names):
         app.add_directive(directive.__name__.lower(), directive)
     return {"parallel_read_safe": True}

@@ -111,6 +111,10 @@ VARIANTS: dict[str, MViTConfig] = {
     "maskfeat_s_16x4": _MASKFEAT,
     "maskfeat_l_16x4": _replace(_MASKFEAT, **_LARGE, drop_path=0.2),
 }
+"""Every published variant by its name.
+
+:meta hide-value:
+"""
 
 
 @dataclass(frozen=True)
