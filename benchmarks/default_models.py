@@ -45,10 +45,11 @@ def main() -> None:
 def prepare(config):
     """A function that does one training step on a batch of noise and waits for it; it has run."""
     model = build.model_config(config, 8)
-    transform = optimizer.adamw(lambda _: 1e-3, weight_decay=0.05, clip_norm=1.0)
+    transform = optimizer.adamw(weight_decay=0.05, clip_norm=1.0)
     step = jax.jit(
         functools.partial(
             train_step,
+            learning_rate=1e-3,
             apply=build.model_apply(config, model, sharding.make_mesh()),
             optimizer=transform,
             recipe=build.settings(config, 8).step,

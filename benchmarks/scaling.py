@@ -106,7 +106,6 @@ def measure(
         build.model_config(config, config.data.classes),
         compile.tpu_mesh(topology, -1, fsdp),
         effort=effort,
-        videos=config.data.train_videos,
     )
     row = {
         "model": name, "topology": topology.name, "slices": topology.slices, "fsdp": fsdp,

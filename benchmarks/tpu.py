@@ -164,7 +164,6 @@ def measure(case: Case, top: int) -> Row | int:
         build.model_config(config, config.data.classes),
         compile.tpu_mesh(accelerators.parse(TOPOLOGIES[case.chip]), devices=1),
         which=case.which,
-        videos=config.data.train_videos,
     )
     if isinstance(found, compile.TooLarge):
         return found.used

@@ -151,7 +151,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
         launch.together(),
         memory_explained(config.batch),
     ):
-        program = build.program(config, settings, len(videos), mesh)
+        program = build.program(config, settings, mesh)
         state, origin = first_state(config, program.first_state(), checkpoints, initial)
         start = int(state.step)
         owed = intervals.owes_validation(folder, start)
@@ -191,7 +191,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             status = loop.train(
                 state, program.step, spans.waiting(batches), upkeep,
                 start=start, videos=videos, clip_frames=settings.model.frames, mesh=mesh,
-                learning_rate=program.schedule, stop=stop, profile=trace,
+                learning_rate=build.schedule(config, len(videos)), stop=stop, profile=trace,
             )  # fmt: skip
             if status:
                 return status

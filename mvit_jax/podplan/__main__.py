@@ -139,7 +139,7 @@ def compiled(config: Config, topology: Topology, mesh: Mesh, quiet: bool = False
         what = plural(config.batch // mesh.size, advice.noun(config))
         how = f"{what} a chip, remat={config.remat}, effort {_EFFORT.value:g}"
         print(f"compiling ({how}) ...", end=" ", flush=True)
-    found = compile.measure(runs, model, mesh, effort=_EFFORT.value, videos=videos)
+    found = compile.measure(runs, model, mesh, effort=_EFFORT.value)
     if not quiet:
         print(f"{found.seconds:.0f} s", flush=True)
     fsdp = mesh.shape["fsdp"]

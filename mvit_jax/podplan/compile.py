@@ -106,7 +106,6 @@ def measure(
     *,
     which: str = "train",
     effort: float = 0.0,
-    videos: int = 1_000_000,
 ) -> Figures | TooLarge:
     """Compiles for `mesh` the step that training runs with `config`, or the "forward" pass of a
     test with one view of each video, and counts.
@@ -115,15 +114,14 @@ def measure(
       effort: of the compiler; `QUICK` compiles some five times as fast. Arithmetic, collectives and
         memory stay what they are; traffic of the main memory (HBM) is overstated, as nothing is
         brought on the chip ahead of time.
-      videos: to train on, of which the learning rate's constants depend.
     """
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         settings = build.settings(config, model.num_classes)
-        program = build.program(config, settings, videos, mesh)
+        program = build.program(config, settings, mesh)
         batch = build.batch_shapes(config, model, mesh)
         state = program.state
         if which == "train":
-            lowered = program.step.lower(state, batch)
+            lowered = program.step.lower(state, batch, jax.ShapeDtypeStruct((), np.float32))
             given = (state.params, state.opt_state, state.ema, batch)
         else:
             clip = batch["clip"]

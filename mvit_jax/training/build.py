@@ -61,9 +61,8 @@ class Program:
     Its devices need not be attached, as long as the functions are only lowered and compiled.
 
     Attributes:
-      step: `(state, batch) -> (state, metrics)`; the state is donated.
+      step: `(state, batch, learning_rate) -> (state, metrics)`; the state is donated.
       predict: `(params, clips [batch, views, T, H, W, 3]) -> probabilities`.
-      schedule: the learning rate of each step.
       first_state: makes the state that training starts from, in place on the mesh: no device ever
         holds all of it.
       state: its shapes, dtypes and shardings.
@@ -71,7 +70,6 @@ class Program:
 
     step: Any  # of jax.jit, whose type has no name
     predict: Any
-    schedule: optax.Schedule
     first_state: Callable[[], State]
     state: State
 
@@ -176,7 +174,7 @@ def count_steps(config: Config, epochs: float, videos: int) -> int:
     return max(int(epochs * videos * config.data.repeats / config.batch), 1)
 
 
-def schedule(config: Config, videos: int) -> optax.Schedule:
+def schedule(config: Config, videos: int) -> Callable[[int], float]:
     """Returns the learning rate of each step, for a training list of `videos`."""
     c = config.optim
     factor = 1 if c.lr_batch is None else config.batch / c.lr_batch
@@ -190,7 +188,7 @@ def schedule(config: Config, videos: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: Config, rates: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     c = config.optim
     common = {
         "weight_decay": c.weight_decay,
@@ -198,8 +196,8 @@ def make_optimizer(config: Config, rates: optax.Schedule) -> optax.GradientTrans
         "clip_norm": c.clip_norm,
     }
     if c.name == "sgd":
-        return optimizer.sgd(rates, momentum=c.momentum, **common)
-    return optimizer.adamw(rates, b1=c.b1, b2=c.b2, **common)
+        return optimizer.sgd(momentum=c.momentum, **common)
+    return optimizer.adamw(b1=c.b1, b2=c.b2, **common)
 
 
 def model_apply(config: Config, model: MViTConfig, mesh: Mesh) -> Callable[..., Any]:
@@ -209,11 +207,10 @@ def model_apply(config: Config, model: MViTConfig, mesh: Mesh) -> Callable[..., 
     return functools.partial(mvit.apply, config=model, remat=config.remat, scan=loops)
 
 
-def program(config: Config, settings: Settings, videos: int, mesh: Mesh, **custom: Any) -> Program:
-    """Returns the jitted functions of an experiment on `mesh`, for a training list of `videos`.
-    `custom` are the `block`, `attention` and `pool` of `MViT`."""
-    rates = schedule(config, videos)
-    optimizer = make_optimizer(config, rates)
+def program(config: Config, settings: Settings, mesh: Mesh, **custom: Any) -> Program:
+    """Returns the jitted functions of an experiment on `mesh`. `custom` are the `block`,
+    `attention` and `pool` of `MViT`."""
+    optimizer = make_optimizer(config)
     apply = functools.partial(model_apply(config, settings.model, mesh), **custom)
 
     def first_state() -> State:
@@ -225,14 +222,13 @@ def program(config: Config, settings: Settings, videos: int, mesh: Mesh, **custo
     rows, copied = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = jax.jit(
         functools.partial(train_step, apply=apply, optimizer=optimizer, recipe=settings.step),
-        in_shardings=(shardings, rows),
+        in_shardings=(shardings, rows, copied),
         out_shardings=(shardings, copied),
         donate_argnums=0,
     )
     return Program(
         step=step,
         predict=evaluation.predictor(apply, settings.step, shapes.params, mesh),
-        schedule=rates,
         first_state=jax.jit(first_state, out_shardings=shardings),
         state=_placed(shapes, shardings),
     )

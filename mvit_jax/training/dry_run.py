@@ -231,10 +231,7 @@ def _rates(config: Config, videos: int) -> str:
     warm = min(config.optim.warmup_epochs, config.epochs)
     epochs = [0.0, warm / 2, *(warm + (config.epochs - warm) * i / 4 for i in range(4))]
     places = sorted({*(min(math.ceil(e * per_epoch), steps - 1) for e in epochs), steps - 1})
-    rows = [
-        (f"{step:,}", f"{step / per_epoch:.2f}", f"{np.asarray(schedule(step)).item():.4g}")
-        for step in places
-    ]
+    rows = [(f"{step:,}", f"{step / per_epoch:.2f}", f"{schedule(step):.4g}") for step in places]
     return table(("step", "epoch", "rate"), rows)
 
 

@@ -90,7 +90,8 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
     build.check_batch(config, mesh.size)
     steps = build.count_steps(config, config.epochs, len(videos))
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
-        program = build.program(config, settings, len(videos), mesh, **plugs)
+        program = build.program(config, settings, mesh, **plugs)
+        rate = build.schedule(config, len(videos))
         state = program.first_state()
         if params is not None:
             state = with_params(state, params)
@@ -98,7 +99,9 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
         batches = build.batches(config, settings, videos, mesh, steps)
         for batch in tqdm(batches, "training", total=steps, unit="step", file=sys.stdout):
             _warn_of_broken(videos, batch["broken"])
-            state, metrics = program.step(state, sharding.to_devices(batch, mesh))
+            state, metrics = program.step(
+                state, sharding.to_devices(batch, mesh), np.float32(rate(len(history)))
+            )
             history.append({k: float(total / count) for k, (total, count) in metrics.items()})
             if not np.isfinite(history[-1]["loss"]):
                 raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")

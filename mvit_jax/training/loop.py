@@ -19,7 +19,7 @@ from mvit_jax.training.run.metrics import BrokenDataError, Logbook
 from mvit_jax.training.run.preemption import StopRequest
 from mvit_jax.training.state import Metrics, State
 
-Step = Callable[[State, Any], tuple[State, Metrics]]
+Step = Callable[[State, Any, np.float32], tuple[State, Metrics]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def train(
     videos: Source,
     clip_frames: int,
     mesh: jax.sharding.Mesh,
-    learning_rate: Callable[[int], Any],
+    learning_rate: Callable[[int], float],
     stop: StopRequest,
     profile: profiling.Profile,
 ) -> int:
@@ -73,7 +73,7 @@ def train(
       videos: that the batches are of, to name those that cannot be decoded.
       clip_frames: frames of a clip.
       mesh: of devices.
-      learning_rate: of each step, for the log.
+      learning_rate: as a function of the steps done.
       stop: set by SIGINT and SIGTERM.
       profile: traces some of the steps.
 
@@ -91,10 +91,11 @@ def train(
             return _stopped(log, done, steps, stop.signal)
         report_broken(log, videos, batch["broken"], broken, clip_frames)
         with log.spans.measure("step" if done > start else "compile"), profile.step(done + 1):
-            state, metrics = step(state, sharding.to_devices(batch, mesh))
+            rate = np.float32(learning_rate(done))
+            state, metrics = step(state, sharding.to_devices(batch, mesh), rate)
         done += 1
         try:
-            log.step(done, metrics, partial(learning_rate, done - 1))
+            log.step(done, metrics, rate)
             stop.agree(done)
             signal = stop.signal  # read once: a later signal is for the next step
             state = upkeep.after_step(state, done, stopping=signal > 0)

@@ -7,6 +7,9 @@ besides (decoupled); everything is multiplied by the learning rate, with layer d
 tensor's layer.
 """
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,21 +25,23 @@ def learning_rate(
     warmup_epochs: float,
     epochs: float,
     steps_per_epoch: float,
-) -> optax.Schedule:
-    """The rate of each step: linear from `start_lr` to `lr`, then half a cosine towards `end_lr`.
+) -> Callable[[int], float]:
+    """Returns the rate as a function of the step: linear from `start_lr` to `lr`, then half a
+    cosine towards `end_lr`.
 
     Step s, from 0, stands at epoch e = s / `steps_per_epoch`, which may be any positive number;
     the cosine's argument is pi (e - warm-up) / (epochs - warm-up). So the last step is one short of
-    `end_lr`.
+    `end_lr`. Computed on the host, in float64 as in the reference code: a rate is an argument of
+    the compiled step, which other rates do not compile anew.
     """
 
-    def schedule(step):
+    def schedule(step: int) -> float:
         epoch = step / steps_per_epoch
+        if epoch < warmup_epochs:
+            return start_lr + (lr - start_lr) * epoch / max(warmup_epochs, 1 / steps_per_epoch)
         # Where all is warm-up there is no cosine to divide by.
         share = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1 / steps_per_epoch)
-        cosine = (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1))) / 2
-        rising = start_lr + (lr - start_lr) * epoch / max(warmup_epochs, 1 / steps_per_epoch)
-        return jnp.where(epoch < warmup_epochs, rising, end_lr + (lr - end_lr) * cosine)
+        return end_lr + (lr - end_lr) * (1 + math.cos(math.pi * min(share, 1))) / 2
 
     return schedule
 
@@ -75,37 +80,56 @@ def layer_rates(params, layer_decay: float):
 
 
 def adamw(
-    schedule: optax.Schedule,
     *,
     weight_decay: float,
     b1: float = 0.9,
     b2: float = 0.999,
     layer_decay: float = 1.0,
     clip_norm: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW with decoupled decay; gradients are first clipped to a global norm, where above 0."""
     return optax.chain(
         *_clipped(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=decayed),
+        optax.chain(
+            optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
+            optax.add_decayed_weights(weight_decay, mask=decayed),
+            _by_rate(),
+        ),
         *_by_layer(layer_decay),
     )
 
 
 def sgd(
-    schedule: optax.Schedule,
     *,
     weight_decay: float,
     momentum: float = 0.9,
     layer_decay: float = 1.0,
     clip_norm: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """SGD with Nesterov's momentum, no dampening, and decay as a part of the gradient (L2)."""
     return optax.chain(
         *_clipped(clip_norm),
         optax.add_decayed_weights(weight_decay, mask=decayed),
-        optax.sgd(schedule, momentum=momentum, nesterov=True),
+        optax.chain(optax.trace(momentum, nesterov=True), _by_rate()),
         *_by_layer(layer_decay),
     )
+
+
+def _by_rate() -> optax.GradientTransformationExtraArgs:
+    """Scales by minus the rate, which `update` takes as the argument `learning_rate`.
+
+    Its state is that of optax's schedules, a count of steps, as older checkpoints have it.
+    """
+
+    def init(params):
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, **extra):
+        rate = extra["learning_rate"]
+        scaled = jax.tree.map(lambda u: jnp.asarray(-rate, u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _clipped(clip_norm: float) -> list[optax.GradientTransformation]:

@@ -39,6 +39,7 @@ class StepConfig:
 def train_step(
     state: State,
     batch: dict[str, Array],
+    learning_rate: Array | float,
     *,
     apply: Callable[..., Any],
     optimizer: optax.GradientTransformation,
@@ -75,7 +76,9 @@ def train_step(
         key_model,
     )
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, state.opt_state, state.params, learning_rate=learning_rate
+        )
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:

@@ -37,8 +37,7 @@ IMAGES = {
 def fresh(config, seed):
     """A state of random weights."""
     model = build.model_config(config, 8)
-    videos = len(build.videos(config, "train"))
-    optimizer = build.make_optimizer(config, build.schedule(config, videos))
+    optimizer = build.make_optimizer(config)
     return init_state(mvit.init(model, jax.random.key(seed)), optimizer, config.optim.ema)
 
 

@@ -43,7 +43,7 @@ def tpu_mesh(topology, data=-1, fsdp=1, devices=0):
     )
 
 
-def measure(config, model, mesh, *, which="train", effort=0.0, videos=0):
+def measure(config, model, mesh, *, which="train", effort=0.0):
     clips = config.batch // mesh.size
     if clips == 13:
         raise errors.UserError("thirteen")

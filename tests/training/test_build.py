@@ -19,9 +19,7 @@ def test_described_shapes_and_places_are_those_of_what_runs(multi_label):
     model = build.model_config(config, 5)
     mesh = sharding.make_mesh(2, 4, jax.devices())
     with jax.set_mesh(mesh):
-        described = build.program(
-            config, build.settings(config, model.num_classes), len(videos), mesh
-        )
+        described = build.program(config, build.settings(config, 5), mesh)
         settings = build.settings(config, model.num_classes).clips
         batches = pipeline.train_batches(videos, settings, seed=0, batch=config.batch, steps=1)
         batch = sharding.to_devices(next(iter(batches)), mesh)
@@ -36,3 +34,18 @@ def same(described, real) -> None:
     for shape, array in zip(jax.tree.leaves(described), jax.tree.leaves(real), strict=True):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
         assert shape.sharding.is_equivalent_to(array.sharding, np.ndim(array))
+
+
+def test_other_rates_compile_no_other_step():
+    def lowered(**changes):
+        config = tiny.config("", **{"data.stride": 1, **changes})
+        settings, mesh = build.settings(config, 5), sharding.make_mesh()
+        with jax.set_mesh(mesh):
+            program = build.program(config, settings, mesh)
+            batch = build.batch_shapes(config, settings.model, mesh)
+            rate = jax.ShapeDtypeStruct((), np.float32)
+            return program.step.lower(program.state, batch, rate).as_text()
+
+    step = lowered()
+    assert step == lowered(**{"optim.lr": 0.5, "optim.warmup_epochs": 0.0, "epochs": 7.0})
+    assert step != lowered(**{"optim.weight_decay": 0.5})

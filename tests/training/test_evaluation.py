@@ -149,7 +149,7 @@ def test_too_many_broken_videos_end_a_run(tmp_path, share, ends_at):
     with contextlib.closing(log):
         try:
             for seen in range(1, 21):
-                log.step(seen, told(8 if seen >= 5 else 0, 25), lambda: 1e-3)
+                log.step(seen, told(8 if seen >= 5 else 0, 25), 1e-3)
                 log.flush()
         except BrokenDataError as error:
             message = f"{8 * (seen - 4)} of {25 * seen} clips were replaced"

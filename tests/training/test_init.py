@@ -48,8 +48,7 @@ def shapes_of(config, classes=8):
 
 
 def state_of(config, digits, params):
-    videos = len(build.videos(config, "train"))
-    optimizer = build.make_optimizer(config, build.schedule(config, videos))
+    optimizer = build.make_optimizer(config)
     return init_state(jax.tree.map(jax.numpy.asarray, params), optimizer, config.optim.ema)
 
 

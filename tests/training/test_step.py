@@ -44,11 +44,13 @@ def batch(seed: int = 0, clips: int = 8):
 
 def make(config=CONFIG, lr=1e-3, dtype=jnp.float32, **changes):
     recipe = StepConfig(**(RECIPE | changes), dtype=dtype)
-    transform = optimizer.adamw(lambda _: lr, weight_decay=0.05, clip_norm=1.0)
+    transform = optimizer.adamw(weight_decay=0.05, clip_norm=1.0)
     apply = functools.partial(mvit.apply, config=config)
     params = jax.tree.map(lambda x: x.astype(dtype), mvit.init(config, jax.random.key(0)))
     state = init_state(params, transform, recipe.ema)
-    run = functools.partial(train_step, apply=apply, optimizer=transform, recipe=recipe)
+    run = functools.partial(
+        train_step, learning_rate=lr, apply=apply, optimizer=transform, recipe=recipe
+    )
     return jax.jit(run), state
 
 
@@ -188,8 +190,9 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
     half = jax.jit(
         functools.partial(
             train_step,
+            learning_rate=1e-3,
             apply=functools.partial(mvit.apply, config=CONFIG),
-            optimizer=optimizer.adamw(lambda _: 1e-3, weight_decay=0.05, clip_norm=1.0),
+            optimizer=optimizer.adamw(weight_decay=0.05, clip_norm=1.0),
             recipe=StepConfig(**RECIPE, dtype=jnp.bfloat16),
         )
     )

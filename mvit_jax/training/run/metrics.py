@@ -62,10 +62,8 @@ class Logbook:
         self.began = self.last_time = time.monotonic()
         self.last_step = start
 
-    def step(self, step: int, metrics: Metrics, learning_rate: Callable[[], Any]) -> None:
-        """Takes the metrics of a step just sent off, and reads those of the one before.
-
-        `learning_rate` is called where it is written down: JAX computes it behind that step."""
+    def step(self, step: int, metrics: Metrics, learning_rate: Any) -> None:
+        """Takes the metrics of a step just sent off, and reads those of the one before."""
         self.spans.sent(metrics)
         self.flush()
         self.pending, self.pending_step = metrics, step
@@ -116,7 +114,7 @@ class Logbook:
         means = {name: total / count for name, (total, count) in self.sums.items()}
         rate = self.batch * (step - self.last_step) / max(now - self.last_time, 1e-9)
         scalars = {f"train/{name}": value for name, value in means.items()}
-        learning_rate = float(self.learning_rate())
+        learning_rate = float(self.learning_rate)
         scalars |= {"train/learning_rate": learning_rate, "train/clips_per_second": rate}
         if self.not_finite.name == "skip":
             scalars["train/skipped"] = self.not_finite.skipped

@@ -44,6 +44,7 @@ def setup(shape, dtype=jnp.float32, config=CONFIG):
     step = jax.jit(
         functools.partial(
             train_step,
+            learning_rate=0.1,
             apply=functools.partial(mvit.apply, config=config),
             optimizer=transform,
             recipe=recipe,

@@ -29,7 +29,7 @@ from tests.support.tiny import MODEL, ROOT
 def state_of(seed=0, ema=0.5, **changes):
     """A state of drawn numbers, counters at `seed`."""
     config = variant("mvit_b_16x4", num_classes=4, **(MODEL | changes))
-    transform = optimizer.adamw(lambda _: 1e-3, weight_decay=0.05)
+    transform = optimizer.adamw(weight_decay=0.05)
     shapes = jax.eval_shape(
         lambda: init_state(mvit.init(config, jax.random.key(0)), transform, ema)
     )
@@ -108,7 +108,7 @@ def test_another_optimiser_is_refused_by_name(folder):
     """And is no damage."""
     config = variant("mvit_b_16x4", num_classes=4, **MODEL)
     params = mvit.init(config, jax.random.key(0))
-    other = init_state(params, optimizer.sgd(lambda _: 1e-3, weight_decay=0.05), 0.5)
+    other = init_state(params, optimizer.sgd(weight_decay=0.05), 0.5)
     for strip in (False, True):
         if strip:
             without_digests(folder)

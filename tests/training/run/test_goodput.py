@@ -192,7 +192,7 @@ def train(folder, steps, *, wait, work, watch=None):
     for done, _ in enumerate(made.waiting(batches()), start=1):
         with made.measure("compile" if done == 1 else "step"):  # as reading the step before does
             time.sleep(max(there[0] - time.monotonic(), 0))
-        log.step(done, METRICS, lambda: 0.5)
+        log.step(done, METRICS, 0.5)
     log.close()
     return laps[-1] - began
 

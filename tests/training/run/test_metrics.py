@@ -14,7 +14,7 @@ def test_on_a_full_disk_the_events_and_the_history_end_and_training_goes_on(tmp_
     log = Logbook(tmp_path, start=0, steps=STEPS, batch=8, every=1)
     with files_of_at_most(3000):
         for step in range(1, STEPS + 1):
-            log.step(step, metrics | {"broken": (none, one)}, lambda: 0.1)
+            log.step(step, metrics | {"broken": (none, one)}, 0.1)
             if step % 10 == 0:
                 log.validation(step, {"top1": 50.0})
         log.close()

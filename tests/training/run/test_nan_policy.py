@@ -25,27 +25,27 @@ from tests.support.group import final_state
 RECIPE = tiny.RECIPE | {"eval.every_epochs": 0.0}
 
 
-def spoiled(state, batch, *, apply, optimizer, recipe):
+def spoiled(state, batch, learning_rate, *, apply, optimizer, recipe):
     """The training step, whose loss is NaN where the batch says so."""
 
     def model(*args, **more):
         logits, features = apply(*args, **more)
         return logits * jnp.where(jnp.any(batch["bad"]), jnp.nan, 1.0), features
 
-    return train_step(state, batch, apply=model, optimizer=optimizer, recipe=recipe)
+    return train_step(state, batch, learning_rate, apply=model, optimizer=optimizer, recipe=recipe)
 
 
 BUILT = {}
 PROGRAM, BATCHES = build.program, build.batches
 
 
-def program(config, settings, videos, mesh):
+def program(config, settings, mesh):
     """Returns `build.program` with the spoiled step, compiled once for all tests."""
-    key = (config.epochs, config.optim.lr)
+    key = config.optim.name
     if key not in BUILT:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "train_step", spoiled)
-            BUILT[key] = PROGRAM(config, settings, videos, mesh)
+            BUILT[key] = PROGRAM(config, settings, mesh)
     return BUILT[key]
 
 
@@ -78,13 +78,15 @@ def by_hand(digits, at):
     settings = build.settings(config, len(videos.class_names))
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), bad_at():
-        made = build.program(config, settings, len(videos), mesh)
+        made = build.program(config, settings, mesh)
         do, state = made.step, made.first_state()
+        rates = build.schedule(config, len(videos))
         states = [jax.tree.map(jnp.copy, state)]
         for step, batch in enumerate(build.batches(config, settings, videos, mesh, 9), start=1):
             state = at(step, states)
             if state is None:
-                state, _ = do(jax.tree.map(jnp.copy, states[-1]), sharding.to_devices(batch, mesh))
+                copy, rate = jax.tree.map(jnp.copy, states[-1]), np.float32(rates(step - 1))
+                state, _ = do(copy, sharding.to_devices(batch, mesh), rate)
             states.append(state)
     named = {
         "params": state.params,
