@@ -18,11 +18,11 @@ from sphinx.util.docutils import SphinxDirective
 
 import mvit_jax
 from mvit_jax.config import KEYS, SECTIONS, Key
-from mvit_jax.describe import __main__ as describe
 from mvit_jax.describe import config_file
 from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.summary import describe
 from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, variant
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +93,7 @@ class Architecture(Generated):
 
     def text(self) -> str:
         name = self.arguments[0]
-        return f"```text\n{describe.describe(name, variant(name))}\n```\n"
+        return f"```text\n{describe(name, variant(name))}\n```\n"
 
 
 class Keys(Generated):

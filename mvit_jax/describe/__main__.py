@@ -20,15 +20,13 @@ from mvit_jax.config import check, define_flag
 from mvit_jax.describe import config_file
 from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.cost import Cost, cost
-from mvit_jax.models.plan import MViTConfig
-from mvit_jax.models.summary import HEADER, Row, stages, totals
+from mvit_jax.models.summary import Row, describe
 from mvit_jax.models.variants import (
     CLASSES,
     PUBLISHED,
     VARIANTS,
     Published,
     override,
-    preprocessing,
     variant,
 )
 
@@ -54,34 +52,6 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(f"name a variant: {', '.join(VARIANTS)}; or give --all")
     overrides = dict(override(text) for text in argv[2:])
     print(describe(argv[1], variant(argv[1], **overrides)))
-
-
-def describe(name: str, config: MViTConfig) -> str:
-    """The architecture by stages: tokens, width, heads, cost; and the totals."""
-    lines = [name, "", table(HEADER, stages(config)), "", totals(cost(config))]
-    if name in PUBLISHED and config == VARIANTS[name]:
-        p = PUBLISHED[name]
-        lines.append(
-            f"published: {p.parameters} M parameters, {p.multiply_adds} G multiply-adds, "
-            f"{p.top1} % top-1 on {p.data} ({p.source})" + (f"; {p.why}" if p.why else "")
-        )
-    if name in VARIANTS:
-        lines.append(_input(name, config))
-    return "\n".join(lines)
-
-
-def _input(name: str, config: MViTConfig) -> str:
-    p = preprocessing(name, frames=config.frames, size=config.size)
-    video = f"{p.frames} frames with a stride of {p.stride} at 30 frames a second"
-    what = video if p.frames > 1 else "one image"
-    return (
-        f"input: {what}; short side to {p.short_side} pixels ({p.interpolation}), centre crop of "
-        f"{p.size}; (value / 255 - {_rgb(p.mean)}) / {_rgb(p.std)}"
-    )
-
-
-def _rgb(values: tuple[float, ...]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else str(values)
 
 
 _PUBLISHED_HEADER = (

@@ -3,8 +3,10 @@
 import math
 from itertools import groupby
 
+from mvit_jax.common.text import table
 from mvit_jax.models.cost import Cost, block_cost, cost, embedding_cost, head_cost
 from mvit_jax.models.plan import MViTConfig, Triple, grids, patch_grid, plan
+from mvit_jax.models.variants import PUBLISHED, VARIANTS, preprocessing
 
 Row = tuple[str, ...]
 
@@ -48,6 +50,34 @@ def totals(total: Cost) -> str:
         f"{total.parameters:,} parameters, {rounded} G multiply-adds a clip "
         f"({total.multiply_adds:,})"
     )
+
+
+def describe(name: str, config: MViTConfig) -> str:
+    """Returns the architecture by stages as a table: tokens, width, heads, cost; and the totals."""
+    lines = [name, "", table(HEADER, stages(config)), "", totals(cost(config))]
+    if name in PUBLISHED and config == VARIANTS[name]:
+        p = PUBLISHED[name]
+        lines.append(
+            f"published: {p.parameters} M parameters, {p.multiply_adds} G multiply-adds, "
+            f"{p.top1} % top-1 on {p.data} ({p.source})" + (f"; {p.why}" if p.why else "")
+        )
+    if name in VARIANTS:
+        lines.append(_input(name, config))
+    return "\n".join(lines)
+
+
+def _input(name: str, config: MViTConfig) -> str:
+    p = preprocessing(name, frames=config.frames, size=config.size)
+    video = f"{p.frames} frames with a stride of {p.stride} at 30 frames a second"
+    what = video if p.frames > 1 else "one image"
+    return (
+        f"input: {what}; short side to {p.short_side} pixels ({p.interpolation}), centre crop of "
+        f"{p.size}; (value / 255 - {_rgb(p.mean)}) / {_rgb(p.std)}"
+    )
+
+
+def _rgb(values: tuple[float, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else str(values)
 
 
 def _cost(cost: Cost) -> tuple[str, str]:

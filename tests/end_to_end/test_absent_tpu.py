@@ -13,7 +13,7 @@ from tests.support import tiny
 
 AGAIN = """
 import os
-from mvit_jax import absent_tpu
+from mvit_jax.common import absent_tpu
 os.environ.pop("JAX_PLATFORMS", None)
 absent_tpu._GPUS = ("dev/null",)
 absent_tpu.skip()

@@ -93,7 +93,7 @@ def test_a_run_older_than_a_key_has_its_default(tmp_path):
     old = json.loads(config.base().to_json())
     del old["eval"]["ensemble"], old["mesh"]
     (tmp_path / "config.json").write_text(json.dumps(old | {"seed": 3}))
-    c = workdir.frozen(tmp_path, config.base())
+    c = workdir.frozen(tmp_path)
     config.check(c)
     assert (c.seed, c.eval.ensemble, c.mesh.fsdp) == (3, "mean", 1)
 

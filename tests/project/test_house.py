@@ -18,7 +18,7 @@ PACKAGE = tiny.ROOT / "mvit_jax"
 # Which room may import which, besides itself; commands may import every room.
 ROOMS = {
     "analysis": {
-        "training", "training/run", "weights", "data", "models", "models/plan", "common",
+        "training", "training/run", "weights", "data", "models", "models/plan", "config", "common",
     },
     "training": {
         "training/run", "training/distributed", "training/state", "weights", "data", "models",

@@ -20,12 +20,12 @@ SMALL = {"model.width": 16, "model.depths": (1, 1, 2), "batch": 8, "eval.batch":
 RUN = """
 import functools, json, sys
 from IPython.core.interactiveshell import InteractiveShell
-from mvit_jax.data import moving_digits
-from mvit_jax.training import trial
+from mvit_jax.data.making import moving_digits
+from mvit_jax.training import in_memory
 
 moving_digits.prepare = functools.partial(moving_digits.prepare, val_videos=8)
-read = trial.read_config
-trial.read_config = lambda name, **changes: read(name, **{small!r} | changes)
+read = in_memory.read_config
+in_memory.read_config = lambda name, **changes: read(name, **{small!r} | changes)
 shell = InteractiveShell.instance()
 for source in json.load(sys.stdin):
     shell.run_cell(source).raise_error()

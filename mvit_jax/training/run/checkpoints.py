@@ -23,7 +23,7 @@ from mvit_jax.common.text import first_line
 from mvit_jax.models import trees
 from mvit_jax.training.distributed import coordination
 from mvit_jax.training.run import checksums
-from mvit_jax.training.step import State
+from mvit_jax.training.state import State
 
 # Saves that may fail one after the other before a run ends: somebody should have looked by then.
 FAILED_SAVES = 3

@@ -172,7 +172,7 @@ def test_a_killed_run_leaves_no_set_and_is_done_again(tmp_path):
         import sys
         sys.path.insert(0, {str(tiny.ROOT)!r})
         import pytest
-        from mvit_jax.data import fashion_mnist
+        from mvit_jax.data.making import fashion_mnist
         from tests.data import idx
         with pytest.MonkeyPatch.context() as patch:
             idx.instead_of_the_real_ones(patch, {sums!r}, {counts!r})

@@ -323,7 +323,8 @@ jax.distributed.initialize(f"localhost:{port}", 2, number)
 import numpy as np
 from jax.experimental import multihost_utils
 from pathlib import Path
-from mvit_jax.training import digests, sharding
+from mvit_jax.training.distributed import sharding
+from mvit_jax.training.run import checksums
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.training.run.test_checkpoints import flip, state_of, values_of
 
@@ -337,7 +338,7 @@ def placed(seed):
         lambda x, at: jax.make_array_from_callback(x.shape, at, lambda part: x[part]), state, where
     )
 
-assert digests.digests(placed(3)) == digests.digests(state_of(3))
+assert checksums.digests(placed(3)) == checksums.digests(state_of(3))
 checkpoints = Checkpoints(folder, keep=2, tidy=True)
 for step in (2, 3):
     checkpoints.save(placed(step), step)
@@ -347,7 +348,7 @@ if number == 0:
 multihost_utils.sync_global_devices("damaged")
 checkpoints = Checkpoints(folder, keep=2)
 state = checkpoints.resume(placed(0))
-assert digests.digests(state) == digests.digests(state_of(2))
+assert checksums.digests(state) == checksums.digests(state_of(2))
 checkpoints.save(placed(3), 3)
 checkpoints.wait()
 assert checkpoints.last.all_steps() == [2, 3]

@@ -324,12 +324,13 @@ TWO = """
 import sys, jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from mvit_jax.training import sharding, timing
-seconds = dict.fromkeys(timing.PHASES, 0.0)
+from mvit_jax.training.distributed import sharding
+from mvit_jax.training.run import goodput
+seconds = dict.fromkeys(goodput.PHASES, 0.0)
 seconds |= {"data": (0.5, 4.0)[jax.process_index()], "step": (9.0, 6.0)[jax.process_index()]}
 with jax.set_mesh(sharding.make_mesh()):
-    told, slowest = timing.over_processes(seconds)
-watch = timing.InputWatch("turn the knob")
+    told, slowest = goodput.over_processes(seconds)
+watch = goodput.InputWatch("turn the knob")
 watch.sentence(told, slowest)
 print(told["data"], told["step"], slowest, watch.sentence(told, slowest))
 """

@@ -16,8 +16,8 @@ PROGRAM = """
 import functools, jax
 from mvit_jax.models import mvit
 from mvit_jax.models.variants import variant
-from mvit_jax.training import compiled
-compiled.keep()
+from mvit_jax.training.run import runtime
+runtime.cache_compiled_programs()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[1]))
