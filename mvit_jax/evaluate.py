@@ -41,7 +41,7 @@ from mvit_jax.common.text import plural, table
 from mvit_jax.config import Config, check
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.training import build
-from mvit_jax.training.distributed import coordination, launch
+from mvit_jax.training.distributed import coordination, failure, launch
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.run import runtime, workdir
 from mvit_jax.training.run_folder import RunFolder, score
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     # Of several processes JAX takes it, for a loop that asks; here is nothing to save.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     runtime.cache_compiled_programs()
-    with launch.together():
+    with failure.together():
         if jax.default_backend() == "cpu":
             runtime.keep_freed_memory()
         test(to_path(_WORKDIR.value))

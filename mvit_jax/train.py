@@ -42,7 +42,7 @@ from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import build, dry_run, loop
-from mvit_jax.training.distributed import coordination, launch, sharding
+from mvit_jax.training.distributed import coordination, failure, launch, sharding
 from mvit_jax.training.evaluation import validate
 from mvit_jax.training.loop import Intervals, Upkeep
 from mvit_jax.training.run import goodput, history, profiling, runtime, workdir
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     runtime.run_in_calling_thread()
     launch.start()
     runtime.cache_compiled_programs()
-    with launch.together():
+    with failure.together():
         if jax.default_backend() == "cpu":
             runtime.keep_freed_memory()
         status = train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
@@ -148,7 +148,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
         workdir.locked(folder) if coordination.first() else nullcontext(),
         closing(Checkpoints(folder, config.checkpoint.keep, tidy=True)) as checkpoints,
         # Within what is closed, for closing may wait for other processes.
-        launch.together(),
+        failure.together(),
         memory_explained(config.batch),
     ):
         program = build.program(config, settings, mesh)

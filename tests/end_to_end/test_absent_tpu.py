@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from mvit_jax.common import absent_tpu
-from mvit_jax.training.distributed import cluster
+from mvit_jax.training.distributed import launch
 from tests.support import tiny
 
 AGAIN = """
@@ -105,7 +105,7 @@ def test_jax_still_chooses_where_a_gpu_or_another_plugin_is(environment):
     environment.setattr(absent_tpu, "_GPUS", ("dev/null",))
     assert "JAX_PLATFORMS" not in chosen()
     # A notebook on a GPU in Kubernetes is still one process of its own.
-    assert cluster.alone(os.environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+    assert launch.alone(os.environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     environment.setattr(absent_tpu, "_GPUS", ())
     os.environ.clear()
     environment.setattr("importlib.util.find_spec", lambda name: True)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from mvit_jax.training.distributed.launch import LOST
+from mvit_jax.training.distributed.failure import LOST
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
 from tests.support.group import final_state

@@ -16,7 +16,7 @@ import pytest
 
 from mvit_jax import train
 from mvit_jax.common.errors import UserError
-from mvit_jax.training.distributed import cluster, device_table, launch
+from mvit_jax.training.distributed import device_table, failure, launch
 from mvit_jax.training.run import history
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
@@ -183,9 +183,9 @@ def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
     assert time.monotonic() - began < 80  # silence would be noticed after 90
     left = done[1 - killed]
     # JAX aborts by itself where process 0 is gone.
-    assert left.status in (launch.LOST, -signal.SIGABRT) and launch.LOST == 128 + 6
+    assert left.status in (failure.LOST, -signal.SIGABRT) and failure.LOST == 128 + 6
     if killed == 1:
-        assert left.status == launch.LOST and "Traceback" not in left.err
+        assert left.status == failure.LOST and "Traceback" not in left.err
         assert re.search(r"error: process 1 has died.*the same command on all", left.err)
     else:  # JAX itself is quicker than we are
         assert "coordination service" in left.err or "the same command on all" in left.err
@@ -208,7 +208,7 @@ def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_p
     flags = [*RECIPE[2:], f"--config.data.folder={digits}", f"--workdir={folder}"]
     first, second = group.finish(group.start(["-c", code, *flags], 2, 2), 120)
     assert second.status == 9, second.err
-    assert first.status in (launch.LOST, -signal.SIGABRT), first.err
+    assert first.status in (failure.LOST, -signal.SIGABRT), first.err
     assert "cannot be read" not in first.err and not (folder / "damaged").exists()
 
 
@@ -239,8 +239,8 @@ def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
     code = (
         "from mvit_jax import train\n"
         "from mvit_jax.common import errors\n"
-        "from mvit_jax.training.distributed import launch\n"
-        "launch.SILENT_BEATS = 6\n"
+        "from mvit_jax.training.distributed import failure, launch\n"
+        "failure.SILENT_BEATS = 6\n"
         "errors.run(train.main)"
     )
     flags = [*LONG[2:], f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
@@ -251,7 +251,7 @@ def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
     _, err = left.communicate(timeout=60)
     two[hung].kill()
     group.finish([two[hung]])
-    assert left.returncode == launch.LOST
+    assert left.returncode == failure.LOST
     assert f"process {hung} has not been heard of for 12 s" in err and err.count("\n") == 1
 
 
@@ -286,11 +286,11 @@ def small(work):
     code = (
         "import os, sys, time\n"
         "from mvit_jax.common import errors\n"
-        "from mvit_jax.training.distributed import coordination, launch\n"
-        "launch.SILENT_BEATS = 4\n"
+        "from mvit_jax.training.distributed import coordination, failure, launch\n"
+        "failure.SILENT_BEATS = 4\n"
         "def main(argv):\n"
         "    launch.start()\n"
-        "    with launch.together():\n"
+        "    with failure.together():\n"
         f"        {work}\n"
         "errors.run(main)"
     )
@@ -338,7 +338,7 @@ def test_a_connection_that_breaks_while_all_live_is_told_in_its_own_words():
     broken = "exec(\"raise RuntimeError('NCCL error: no socket interface\\\\nmore')\")"
     two = group.start(small(f"time.sleep(100) if coordination.first() else {broken}"), 2, 1)
     first, second = group.finish(two, 60)
-    assert (first.status, second.status) == (launch.LOST, launch.LOST)
+    assert (first.status, second.status) == (failure.LOST, failure.LOST)
     for done in (first, second):
         assert "(NCCL error: no socket interface): the same command on all" in done.err
     assert "Traceback" in second.err and "Traceback" not in first.err
@@ -359,7 +359,7 @@ def test_sigterm_ends_a_test_in_several_processes(one_process):
         group.wait_for(process, "tests")
     for process in two:
         process.send_signal(signal.SIGTERM)
-    ended = (-signal.SIGTERM, -signal.SIGABRT, launch.LOST)
+    ended = (-signal.SIGTERM, -signal.SIGABRT, failure.LOST)
     assert all(done.status in ended for done in group.finish(two, 60))
 
 
@@ -367,14 +367,14 @@ def test_sigterm_ends_a_test_in_several_processes(one_process):
 def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
     code = (
         "import sys\n"
-        "from mvit_jax.training.distributed import launch\n"
+        "from mvit_jax.training.distributed import failure, launch\n"
         "launch.coordination.START_SECONDS = 2\n"
         f"launch.connect('127.0.0.1:{group.free_port()}', 2, int(sys.argv[1]))"
     )
     for process in ("0", "1"):
         began = time.monotonic()
         [done] = group.finish(group.start(["-c", code, process], 1, 1), 60)
-        assert done.status == launch.LOST and done.err.count("\n") == 1, done.err
+        assert done.status == failure.LOST and done.err.count("\n") == 1, done.err
         assert (
             f"error: process {process} of 2 has waited 2 s for the others at 127.0.0.1" in done.err
         )
@@ -459,7 +459,7 @@ def test_a_pod_of_an_indexed_job_never_takes_itself_for_the_only_one(no_cluster)
     ],
 )  # fmt: skip
 def test_slurm_tasks_take_the_gpus_they_are_given(environ, ids, no_cluster):
-    assert cluster.slurm_devices(environ) == ids
+    assert launch.slurm_devices(environ) == ids
 
 
 def test_what_slurm_gives_reaches_jax(no_cluster):
@@ -549,8 +549,8 @@ def test_what_looks_wrong_is_said(rows, sentence):
     ],
 )
 def test_what_tells_that_a_peer_is_lost(error, lost):
-    assert launch._peer_lost(error) == lost
+    assert failure._peer_lost(error) == lost
     try:
         raise KeyError("after that") from error
     except KeyError as later:
-        assert launch._peer_lost(later) == lost
+        assert failure._peer_lost(later) == lost

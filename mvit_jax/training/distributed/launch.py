@@ -1,23 +1,17 @@
-"""Many processes that train or test as one: how they find each other, and how they end together.
+"""Start of many processes that train or test as one: flags, clusters, the devices of each.
 
 JAX's multi-controller runtime runs the same program in every process, with the devices of all as
 one mesh. Without flags and outside of a cluster there is one process, and nothing here does
 anything. Programs import this module for its flags, call `start` before anything else that touches
-JAX, and do their work within `together`.
+JAX, and do their work within `failure.together`.
 """
 
-import atexit
-import itertools
 import json
 import os
 import re
 import socket
-import sys
 import threading
-import time
-import traceback
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -25,7 +19,7 @@ from absl import flags
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import first_line
-from mvit_jax.training.distributed import cluster, coordination, device_table
+from mvit_jax.training.distributed import coordination, device_table, failure
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT on which process 0 listens; found in clusters.",
@@ -43,28 +37,7 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list(
     allow_override=True,
 )  # fmt: skip
 
-# A process whose watcher is silent for so many beats is dead, or its machine is. JAX's own
-# heartbeat (the time of `jax.distributed.initialize`) comes later. Alone it is as quick, but ends
-# in 30 lines of a dump and by abort(), which is status 139 and not 134 where Python is process 1 of
-# a container; and a collective that broke could not be told from an error that is yet to be heard.
-BEAT_SECONDS = 2
-SILENT_BEATS = 45
-FAILED_BEATS = 3  # calls of process 0 that fail at once, after which it is taken for dead
-# How long the others wait at the end for process 0, which may draw and write for minutes.
-LAST_SECONDS = 3600
-# How long process 0, through which all messages go, waits until its last one is heard, and then
-# until those who heard it are gone: JAX aborts whoever still is there when process 0 ends.
-PATIENCE_SECONDS = 10
-LEAVING_SECONDS = 2
-
-# What they tell each other by the key-value store of process 0.
-_HERE, _ALIVE, _DEVICES = (f"mvit_jax/{key}" for key in ("here", "alive", "devices"))
-_ENDED, _HEARD, _DONE = (f"mvit_jax/{key}" for key in ("ended", "heard", "done"))
-_AGAIN = "the same command on all processes goes on from the last checkpoint"
-
-LOST = 134
-"""The exit status of those who lost another process, or waited for it in vain: to be started again.
-It is that of abort(), by which JAX ends a process that has lost process 0."""
+_DEVICES = "mvit_jax/devices"  # in the key-value store of process 0
 
 
 def start() -> None:
@@ -100,13 +73,13 @@ def connect(
       UserError: what is given contradicts itself, or does not suffice.
     """
     given = (coordinator, num_processes, process_id)
-    if num_processes == 1 or (given == (None,) * 3 and cluster.alone(os.environ)):
+    if num_processes == 1 or (given == (None,) * 3 and alone(os.environ)):
         return
     if jax.distributed.is_initialized():
         return
-    cluster.check(*given)
+    _check(*given)
     if local_device_ids is None and given == (None,) * 3:
-        local_device_ids = cluster.slurm_devices(os.environ)
+        local_device_ids = slurm_devices(os.environ)
     # JAX ends a process that waits for others in vain by abort() and a C++ stack dump: this ends
     # it before, with a sentence.
     watchdog = threading.Timer(coordination.START_SECONDS, _nobody_came, (given,))
@@ -116,14 +89,14 @@ def connect(
         jax.distributed.initialize(
             coordinator, num_processes, process_id, local_device_ids,
             initialization_timeout=coordination.START_SECONDS + 60,
-            heartbeat_timeout_seconds=BEAT_SECONDS * SILENT_BEATS + 60,
-            shutdown_timeout_seconds=LAST_SECONDS,
+            heartbeat_timeout_seconds=failure.BEAT_SECONDS * failure.SILENT_BEATS + 60,
+            shutdown_timeout_seconds=failure.LAST_SECONDS,
         )  # fmt: skip
         watchdog.cancel()
         if not jax.distributed.is_initialized():
             return
-        _start_watching()
-        with together():
+        failure.start_watching()
+        with failure.together():
             _introduce()
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
@@ -175,202 +148,10 @@ def _nobody_came(given: tuple[Any, ...]) -> NoReturn:
         if coordinator
         else f"the cluster has not told within {seconds} s who the other processes are"
     )
-    _last_words(
+    failure.end_alone(
         f"{what}: start the same command on all of them, with the address of process 0 and a port "
         "that it may open in --coordinator (--num_processes=1 is for one process alone)"
     )
-
-
-@contextmanager
-def together() -> Generator[None, None, None]:
-    """An exception in here ends all processes, with its reason and exit status 1, or `LOST`.
-
-    The others would wait for this one in a collective operation. Nothing is unwound, for what is
-    left to close may wait for the others in turn.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not jax.distributed.is_initialized():
-            raise
-        _fail(error)
-    except KeyboardInterrupt:
-        if not jax.distributed.is_initialized():
-            raise
-        _fail(UserError("stopped at the keyboard"))
-
-
-def _fail(error: Exception) -> NoReturn:
-    if isinstance(error, UserError):
-        _end_with(str(error))
-    if _peer_lost(error):
-        # The peer's own last words, if it had any, come to the watcher, which then ends this one.
-        silent = _silent()
-        what = f"{' and '.join(silent)} has died, or its machine has"
-        if not silent:
-            _say("".join(traceback.format_exception(error)).rstrip())
-            what = f"the connection to another process broke ({first_line(error)})"
-        _end_with(f"{what}: {_AGAIN}", status=LOST, dead=len(silent))
-    text = "".join(traceback.format_exception(error)).rstrip()
-    _end_with(f"{type(error).__name__}: {first_line(error)}", text)
-
-
-def _peer_lost(error: BaseException) -> bool:
-    """Whether a collective operation failed because another process is gone."""
-    signs = r"(?i)gloo|connection (closed|reset|refused)|heartbeat|socket closed|\bUNAVAILABLE\b"
-    signs += r"|DEADLINE_EXCEEDED|nccl|barrier"
-    chain: BaseException | None = error
-    while chain is not None:
-        # JAX's own collectives say it in a ValueError: "UNKNOWN: Gloo AllGather failed: ...".
-        ours = isinstance(chain, UserError) or not isinstance(chain, ValueError | RuntimeError)
-        if not ours and re.search(signs, str(chain)):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
-
-
-def _silent() -> list[str]:
-    """The processes that do not live any more, by the beats of their watchers."""
-    client, _, _ = coordination.service()
-    try:
-        before = dict(client.key_value_dir_get(_ALIVE))
-        time.sleep(2.5 * BEAT_SECONDS)
-        after = dict(client.key_value_dir_get(_ALIVE))
-        return [
-            f"process {name.rpartition('/')[2]}"
-            for name, beat in before.items()
-            if after.get(name) == beat
-        ]
-    except jax.errors.JaxRuntimeError:  # all messages go through it
-        return ["process 0"]
-
-
-_ending = threading.Lock()  # whoever has it ends this process
-
-
-def _end_with(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoReturn:
-    """Tells all processes why this one ends, prints that or `text`, and ends it; so many of the
-    others are known to be dead."""
-    if not _ending.acquire(blocking=False):
-        time.sleep(2 * PATIENCE_SECONDS)  # the watcher is ending this process
-        os._exit(status)
-    _say(text or f"error: {reason}")
-    client, mine, _ = coordination.service()
-    words = {
-        "process": mine, "host": socket.gethostname(), "reason": reason, "status": status,
-        "dead": dead,
-    }  # fmt: skip
-    with suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is there
-        client.key_value_set(_ENDED, json.dumps(words))
-    _leave(status, dead)
-
-
-def _leave(status: int, dead: int) -> NoReturn:
-    """Ends this process: process 0, through which all messages go, after all that live."""
-    client, mine, count = coordination.service()
-    if mine == 0:
-        _wait_until_heard(client, count - 1 - dead)
-    else:
-        with suppress(jax.errors.JaxRuntimeError):
-            client.key_value_set(f"{_HEARD}/{mine}", "", allow_overwrite=True)
-    os._exit(status)
-
-
-def _wait_until_heard(client: Any, others: int) -> None:
-    until = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < until:
-        try:
-            heard = len(client.key_value_dir_get(_HEARD))
-        except jax.errors.JaxRuntimeError:
-            return
-        if heard >= others:
-            time.sleep(LEAVING_SECONDS if heard else 0)
-            return
-        time.sleep(0.1)
-
-
-def _start_watching() -> None:
-    client, mine, _ = coordination.service()
-    if mine == 0:
-        client.key_value_set(_HERE, "")
-    finished = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(finished,), daemon=True)
-
-    def end() -> None:
-        with suppress(jax.errors.JaxRuntimeError):
-            if mine == 0:
-                client.key_value_set(_DONE, "")
-            else:  # it may take long for what it alone writes, and may fail in that
-                client.blocking_key_value_get(_DONE, LAST_SECONDS * 1000)
-        finished.set()
-        watcher.join()  # a thread that is in C++ when Python ends would abort the process
-        with suppress(jax.errors.JaxRuntimeError):  # which shall not be missed by process 0
-            client.key_value_delete(f"{_ALIVE}/{mine}")
-
-    atexit.register(end)  # later than JAX has registered its own end, so it comes before that
-    watcher.start()
-
-
-def _watch(finished: threading.Event) -> None:
-    """Ends this process when another one has ended for a reason, or has fallen silent."""
-    client, mine, _ = coordination.service()
-    beats: dict[str, tuple[str, int]] = {}
-    silent = 0.0
-    for beat in itertools.count():
-        if finished.is_set():
-            return
-        try:  # what is there comes at once, and has a time limit: the calls after it have none
-            client.blocking_key_value_get(_HERE, BEAT_SECONDS * 1000)
-        except jax.errors.JaxRuntimeError as error:
-            late = "DEADLINE_EXCEEDED" in str(error)
-            silent += 1 if late else SILENT_BEATS / FAILED_BEATS  # a network may stutter
-            if silent >= SILENT_BEATS and not finished.is_set():
-                _without_first(late)
-            finished.wait(0 if late else BEAT_SECONDS)
-            continue
-        silent = 0.0
-        with suppress(jax.errors.JaxRuntimeError):  # mostly that nothing has ended this beat
-            client.key_value_set(f"{_ALIVE}/{mine}", str(beat), allow_overwrite=True)
-            if mine == 0:
-                _check_beats(dict(client.key_value_dir_get(_ALIVE)), beats, beat)
-            words = json.loads(client.blocking_key_value_get(_ENDED, BEAT_SECONDS * 1000))
-            if not finished.is_set():
-                _obey(words)
-            return
-
-
-def _without_first(late: bool) -> NoReturn:
-    """Ends this process, which has lost process 0 and can tell nobody."""
-    for_seconds = f" for {SILENT_BEATS * BEAT_SECONDS} s" if late else ""
-    if _ending.acquire(blocking=False):
-        _say(
-            f"error: process 0 has not been heard of{for_seconds}, it died or its machine did: "
-            f"{_AGAIN}"
-        )
-    os._exit(LOST)
-
-
-def _obey(words: dict[str, Any]) -> None:
-    if not _ending.acquire(blocking=False):
-        return  # this one ends for a reason of its own
-    host = f" ({words['host']})" if words["host"] else ""
-    _say(f"error: process {words['process']}{host} has ended the run: {words['reason']}")
-    _leave(words["status"], words["dead"])
-
-
-def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: int) -> None:
-    """Ends the run when a process has not been heard of for `SILENT_BEATS` beats of process 0; of
-    its own beats and not of seconds, so that a job that is suspended as a whole may go on."""
-    for name, value in now.items():
-        if seen.get(name, ("", 0))[0] != value:
-            seen[name] = (value, beat)
-        elif beat - seen[name][1] >= SILENT_BEATS:
-            _end_with(
-                f"process {name.rpartition('/')[2]} has not been heard of for "
-                f"{SILENT_BEATS * BEAT_SECONDS} s, it died or its machine did: {_AGAIN}",
-                status=LOST,
-                dead=1,
-            )
 
 
 def _introduce() -> None:
@@ -400,18 +181,52 @@ def _devices_of(process: int, client: Any) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError:
         reason = (
             f"process {process} has not started its devices within {coordination.START_SECONDS} s: "
-            f"see whether something else holds them; {_AGAIN}"
+            f"see whether something else holds them; {failure.AGAIN}"
         )
-        _end_with(reason, status=LOST)
+        failure.end_with(reason, status=failure.LOST)
 
 
-def _last_words(sentence: str) -> NoReturn:
-    _say(f"error: {sentence}")
-    os._exit(LOST)  # their hosts may be on their way
+def alone(environ: Mapping[str, str]) -> bool:
+    """Whether what looks like a cluster is one process of its own: a notebook in Kubernetes, a
+    single task in an allocation of SLURM. (In a shell there JAX finds none itself.)
+
+    JAX would ask Kubernetes for the job of a pod that has none, and takes the number of tasks of an
+    allocation for that of the processes, though only srun starts so many.
+    """
+    # One host is called localhost, on a GPU machine too (`absent_tpu`).
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "localhost")
+    tpu = hosts != "localhost" or "TPU_PROCESS_ADDRESSES" in environ
+    if "KUBERNETES_SERVICE_HOST" in environ and not tpu:
+        return "JOB_COMPLETION_INDEX" not in environ
+    if "SLURM_JOB_ID" in environ:
+        tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+        return tasks == "1"
+    return False
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # nobody may be left to read it, and the process ends all the same
-        sys.stdout.flush()
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of this task where SLURM gives it all that it sees; None leaves them to JAX.
+
+    JAX gives the task i of a node the GPU i alone (jax issues 16788, 23452, 28194). That leaves
+    all but one idle if there is one task a node, and is no GPU at all if each task sees only its
+    own, by --gpus-per-task.
+    """
+    if "SLURM_JOB_ID" not in environ or "CUDA_VISIBLE_DEVICES" not in environ:
+        return None
+    visible = [word for word in environ["CUDA_VISIBLE_DEVICES"].split(",") if word]
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if visible and ("SLURM_GPUS_PER_TASK" in environ or re.fullmatch(r"1(\(x\d+\))?", tasks)):
+        return list(range(len(visible)))
+    return None
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator={coordinator} must be HOST:PORT, like node1:1234")
+    if num_processes is not None and num_processes < 1:
+        raise UserError(f"--num_processes={num_processes} must be at least 1")
+    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
+        raise UserError(
+            f"--process_id={process_id} must be from 0 to {(num_processes or 1) - 1}, below "
+            f"--num_processes={num_processes}"
+        )
