@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvit_jax.models import mvit
 from mvit_jax.models.cost import cost
+from mvit_jax.models.functional import functional
 from mvit_jax.training import build, optimizer
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.state import init_state
@@ -63,7 +63,7 @@ def prepare(config):
         "label": jnp.asarray(random.integers(0, 8, config.batch), jnp.int32),
         "broken": jnp.full(config.batch, -1, jnp.int32),
     }
-    state = init_state(mvit.init(model, jax.random.key(0)), transform, 0.0)
+    state = init_state(functional(model).init(jax.random.key(0)), transform, 0.0)
     began = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, batch))
     total = cost(model)

@@ -34,7 +34,7 @@ from absl import app, flags
 
 from benchmarks import machine
 from mvit_jax.common.files import write_whole
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
 from mvit_jax.training.run.runtime import release_freed_memory
@@ -180,16 +180,17 @@ def as_table(row: dict[str, Any]) -> str:
 def ours(name: str, batch: int, compile_seconds: dict[str, float]) -> dict[str, Callable[[], Any]]:
     """The compiled forward pass and train step, ready to be called."""
     config = variant(name)
-    params = jax.jit(lambda: mvit.init(config, jax.random.key(0)))()
+    model = functional(config)
+    params = jax.jit(model.init)(jax.random.key(0))
     clip, labels = (jnp.asarray(x) for x in example(config, batch))
     key = jax.random.key(1)
 
     def loss(params, clip, labels, key):
-        logits, _ = mvit.apply(params, clip, config=config, train=True, key=key)
+        logits, _ = model.apply(params, clip, key=key)
         return cross_entropy(logits, jax.nn.one_hot(labels, config.num_classes)).mean()
 
     functions = {
-        "forward": (lambda params, clip: mvit.apply(params, clip, config=config)[0], params, clip),
+        "forward": (lambda params, clip: model.apply(params, clip)[0], params, clip),
         "train step": (jax.value_and_grad(loss), params, clip, labels, key),
     }
     runs = {}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.weights.export import save_torch
 from mvit_jax.weights.load import load
 
@@ -80,7 +80,7 @@ def _original(name: str) -> tuple[Callable[[], Any], str]:
 
 def _logits(loaded, clip: np.ndarray) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
-        run = jax.jit(lambda params, x: mvit.apply(params, x, config=loaded.config)[0])
+        run = jax.jit(lambda params, x: functional(loaded.config).apply(params, x)[0])
         return np.asarray(run(loaded.params, clip))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.data.making import moving_digits
+from mvit_jax.models.functional import functional
 from mvit_jax.training import run_folder
 
 
@@ -56,7 +57,7 @@ def main(workdir: str) -> None:
     for block in (0, 1, 3):
         for by_channel in (False, True):
             cam = functools.partial(
-                attention_maps.grad_cam, config=model, block=block, by_channel=by_channel
+                attention_maps.grad_cam, functional(model), block=block, by_channel=by_channel
             )
             maps = np.asarray(jax.jit(cam)(params, clips))
             found = ratios(token_geometry.to_pixels(maps, (8, 64, 64), model, block), masks)

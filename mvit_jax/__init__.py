@@ -10,16 +10,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mvit_jax.common.errors import UserError as UserError
     from mvit_jax.data.preprocess import preprocess as preprocess
+    from mvit_jax.models.functional import Functional as Functional
+    from mvit_jax.models.functional import create_model as create_model
+    from mvit_jax.models.functional import functional as functional
+    from mvit_jax.models.functional import params_of as params_of
     from mvit_jax.models.inference import Inference as Inference
     from mvit_jax.models.mvit import Block as Block
     from mvit_jax.models.mvit import MViT as MViT
     from mvit_jax.models.mvit import PooledAttention as PooledAttention
-    from mvit_jax.models.mvit import apply as apply
-    from mvit_jax.models.mvit import create_model as create_model
-    from mvit_jax.models.mvit import init as init
-    from mvit_jax.models.mvit import params_of as params_of
     from mvit_jax.models.plan import MViTConfig as MViTConfig
     from mvit_jax.models.plan import plan as plan
+    from mvit_jax.models.pooling import AvgPool as AvgPool
+    from mvit_jax.models.pooling import ConvPool as ConvPool
+    from mvit_jax.models.pooling import MaxPool as MaxPool
     from mvit_jax.models.variants import VARIANTS as VARIANTS
     from mvit_jax.models.variants import variant as variant
     from mvit_jax.weights.export import save_torch as save_torch
@@ -28,13 +31,16 @@ if TYPE_CHECKING:
 
 _HOME = {
     "UserError": "mvit_jax.common.errors",
+    "create_model": "mvit_jax.models.functional",
+    "functional": "mvit_jax.models.functional",
+    "Functional": "mvit_jax.models.functional",
+    "params_of": "mvit_jax.models.functional",
     "Block": "mvit_jax.models.mvit",
     "MViT": "mvit_jax.models.mvit",
     "PooledAttention": "mvit_jax.models.mvit",
-    "apply": "mvit_jax.models.mvit",
-    "create_model": "mvit_jax.models.mvit",
-    "init": "mvit_jax.models.mvit",
-    "params_of": "mvit_jax.models.mvit",
+    "ConvPool": "mvit_jax.models.pooling",
+    "MaxPool": "mvit_jax.models.pooling",
+    "AvgPool": "mvit_jax.models.pooling",
     "MViTConfig": "mvit_jax.models.plan",
     "plan": "mvit_jax.models.plan",
     "Inference": "mvit_jax.models.inference",

@@ -32,7 +32,7 @@ from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
 from mvit_jax.common.text import first_line
 from mvit_jax.config import base
 from mvit_jax.data.formats.video_list import read_class_names
-from mvit_jax.models import trees
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import override, preprocessing
 from mvit_jax.training import build
 from mvit_jax.training.run import workdir
@@ -116,7 +116,7 @@ def take(
             f"--labels names {len(labels)} classes and the model has {loaded.config.num_classes}"
         )
     workdir.make(out.parent)
-    needed = sum(values.nbytes for values in trees.flat(loaded.params).values())
+    needed = sum(values.nbytes for values in jax.tree.leaves(loaded.params))
     free = shutil.disk_usage(out.parent).free
     if free < 1.1 * needed:
         raise errors.UserError(
@@ -186,12 +186,11 @@ def give_program(
         settings = build.settings(config, run.num_classes(which))
     with jax.default_matmul_precision(config.precision):
         exported = save_stablehlo(
+            functional(settings.model, dtype=settings.step.dtype),
             params,
-            settings.model,
             out,
             mean=settings.step.mean,
             std=settings.step.std,
-            dtype=settings.step.dtype,
             batch=batch,
             platforms=platforms,
         )

@@ -2,7 +2,7 @@
 
 Maps are of grids of tokens, for clips as the model takes them; `places.to_pixels` spreads them over
 the frames, `render` paints them. All functions can be jitted with everything but `params` and
-`clip` bound: `jax.jit(functools.partial(rollout, config=config))`.
+`clip` bound: `jax.jit(functools.partial(rollout, model))`.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.analysis import token_geometry
 from mvit_jax.common.errors import UserError
-from mvit_jax.models.mvit import apply, from_params
+from mvit_jax.models.functional import Functional
 from mvit_jax.models.plan import BlockGrids, BlockPlan, MViTConfig, Triple, grids, plan
 
 Map = Float[Array, "batch time height width"]
@@ -23,13 +23,12 @@ Flow = Float[Array, "batch _tokens"]  # how much of what is looked at comes from
 
 
 def rollout(
+    model: Functional,
     params: Any,
     clip: Shaped[Array, "..."],
     *,
-    config: MViTConfig,
     block: int | None = None,
     token: Triple | None = None,
-    **plugs: Any,
 ) -> Map:
     """Attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928) where the grid changes.
 
@@ -40,13 +39,12 @@ def rollout(
     part is left out.
 
     Args:
+      model: the handle; a custom attention must record, and pool by the plan.
       params: of the model, as for `apply`.
       clip: normalised, `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
-      config: the architecture.
       block: start from what this block gives, 0 for the first; the last where not given.
       token: (t, h, w) on the grid of what `block` gives; what the head reads where not given (the
         class token, or the mean of all tokens).
-      plugs: `attention` and `pool` of `MViT`; an attention must record, and pool by the plan.
 
     Returns:
       How much comes from each cube; each map sums to 1.
@@ -54,10 +52,11 @@ def rollout(
     Raises:
       UserError: no such block or token.
     """
+    config = model.config
     blocks, rows = plan(config), grids(config, *_clip_size(clip))
     last = _block_index(-1 if block is None else block, len(blocks))
     flow = _start(config, rows[last].output, token, clip.shape[0])
-    attentions = _attentions(params, clip, config, plugs)
+    attentions = _attentions(model, params, clip)
     for b, row, attention in reversed(list(zip(blocks, rows, attentions, strict=True))[: last + 1]):
         flow = _through_block(flow, b, row, attention)
     return _normalised(_on_grid(flow, rows[0].input))
@@ -104,14 +103,13 @@ def _unpooled(flow: Flow, windows: token_geometry.Axes) -> Flow:
 
 
 def grad_cam(
+    model: Functional,
     params: Any,
     clip: Shaped[Array, "..."],
     *,
-    config: MViTConfig,
     block: int | None = None,
     label: int | None = None,
     by_channel: bool = False,
-    **plugs: Any,
 ) -> Map:
     """Grad-CAM at the tokens that a block takes: what speaks for a class, and where.
 
@@ -127,14 +125,13 @@ def grad_cam(
     token alone has no gradient at the other tokens.
 
     Args:
+      model: the handle; a custom attention must record, and pool by the plan.
       params: of the model, as for `apply`.
       clip: normalised, `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
-      config: the architecture.
       block: 0 for the first, -1 for the last; where not given, `fine_block`: early blocks have
         the finer grid, late ones have seen more.
       label: the class to explain; each clip's own most probable one where not given.
       by_channel: the original form.
-      plugs: as for `apply`.
 
     Returns:
       On the grid of the block's input; each map sums to 1, or is 0 where nothing speaks for the
@@ -143,27 +140,31 @@ def grad_cam(
     Raises:
       UserError: no such block or class.
     """
-    model = from_params(params, config, **plugs)
-    index = (
-        fine_block(config, _clip_size(clip))
-        if block is None
-        else _block_index(block, len(model.blocks))
-    )
+    config, module = model.config, model.module(params)
+    blocks = plan(config)
+    if block is None:
+        index = fine_block(config, _clip_size(clip))
+    else:
+        index = _block_index(block, len(blocks))
     if label is not None and not 0 <= label < config.num_classes:
         raise UserError(f"label must be from 0 to {config.num_classes - 1}, not {label}")
-    x, grid = model.embed(clip)
-    for one in model.blocks[:index]:
-        x, grid = one(x, grid)
+    rows = grids(config, *_clip_size(clip))
+
+    def through(x: Array, start: int, stop: int) -> Array:
+        for one, row in list(zip(module.blocks, rows, strict=True))[start:stop]:
+            x = one(x, row.input)
+        return x
 
     def score(x: Array) -> Array:
-        tokens, size = x, grid
-        for one in model.blocks[index:]:
-            tokens, size = one(tokens, size)
-        logits, _ = model.classify(tokens, size)
+        logits, _ = module.classify(through(x, index, len(blocks)))
         labels = jnp.argmax(logits, -1) if label is None else jnp.full(logits.shape[0], label)
         return jnp.take_along_axis(logits, labels[:, None], axis=-1).sum()
 
-    gradient = jax.grad(score)(x)
+    with module.operations():
+        x, _ = module.embed(clip)
+        x = through(x, 0, index)
+        gradient = jax.grad(score)(x)
+    grid = rows[index].input
     first = x.shape[1] - math.prod(grid)
     gradient, x = gradient[:, first:], x[:, first:]
     gradient, x = gradient.astype(jnp.float32), x.astype(jnp.float32)
@@ -180,7 +181,7 @@ def fine_block(config: MViTConfig, clip: Triple) -> int:
 
 
 def attention_distance(
-    params: Any, clip: Shaped[Array, "..."], *, config: MViTConfig, **plugs: Any
+    model: Functional, params: Any, clip: Shaped[Array, "..."]
 ) -> tuple[list[Float[Array, " heads"]], list[Float[Array, " heads"]]]:
     """How far each head of each block looks, on average (MViT, figure A.6).
 
@@ -190,7 +191,7 @@ def attention_distance(
     Returns:
       For each block, in frames along time; and in pixels over the picture.
     """
-    attentions = _attentions(params, clip, config, plugs)
+    config, attentions = model.config, _attentions(model, params, clip)
     centres = token_geometry.block_centres(config, _clip_size(clip))
     in_time, in_space = [], []
     for i, (block, attention) in enumerate(zip(plan(config), attentions, strict=True)):
@@ -207,10 +208,10 @@ def attention_distance(
     return in_time, in_space
 
 
-def _attentions(params: Any, clip: Array, config: MViTConfig, plugs: dict[str, Any]) -> list[Array]:
-    """Of each block, `[batch, heads, queries, keys]`."""
+def _attentions(model: Functional, params: Any, clip: Array) -> list[Array]:
+    """Returns each block's probabilities, `[batch, heads, queries, keys]`."""
     try:
-        _, features = apply(params, clip, config=config, capture=True, **plugs)
+        _, features = model.apply(params, clip, capture=True)
         return features["attention"]
     except (KeyError, TypeError) as error:
         if "attention" not in str(error) and "record" not in str(error):

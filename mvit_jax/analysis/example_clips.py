@@ -19,6 +19,7 @@ from mvit_jax.common.text import first_line
 from mvit_jax.data import pipeline
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source
+from mvit_jax.models.functional import functional
 from mvit_jax.models.inference import normalise
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training.evaluation import Scores
@@ -83,8 +84,8 @@ class Painter:
     def __init__(self, params: Any, model: MViTConfig, recipe: StepConfig) -> None:
         self.params, self.model, self.recipe = params, model, recipe
         self.why_not: str | None = None
-        self.rollout = jax.jit(functools.partial(attention_maps.rollout, config=model))
-        self.grad_cam = jax.jit(functools.partial(attention_maps.grad_cam, config=model))
+        self.rollout = jax.jit(functools.partial(attention_maps.rollout, functional(model)))
+        self.grad_cam = jax.jit(functools.partial(attention_maps.grad_cam, functional(model)))
 
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
         """Data URIs of WebP pictures with `ROW` frames each."""

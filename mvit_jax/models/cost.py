@@ -6,6 +6,7 @@ layer, a convolution or an attention product; norms, softmax and GELU are left o
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from mvit_jax.models.plan import BlockGrids, BlockPlan, MViTConfig, grids, patch_grid, plan
 
@@ -87,10 +88,10 @@ def _pools_cost(block: BlockPlan, grids: BlockGrids) -> Cost:
         (block.q_pool, grids.output, 1),
         (block.kv_pool, grids.keys, 2),
     ):
-        if pool and pool.mode not in ("max", "avg"):
+        if pool and pool.mode.startswith("conv"):
             taps = math.prod(pool.kernel)
             total += Cost(
-                copies * block.pool_dim(pool) * (taps + 2),  # kernel, norm
+                copies * block.pooled_width // pool.heads * (taps + 2),  # kernel, norm
                 copies * taps * block.pooled_width * math.prod(grid),
             )
     return total
@@ -98,3 +99,34 @@ def _pools_cost(block: BlockPlan, grids: BlockGrids) -> Cost:
 
 def _linear(inputs: int, outputs: int, tokens: int, bias: bool = True) -> Cost:
     return Cost((inputs + bias) * outputs, inputs * outputs * tokens)
+
+
+def products(program: Any) -> int:
+    """Counts the multiply-adds of matrix products and convolutions in a traced program.
+
+    A loop counts as often as it runs, and of alternatives (`lax.cond`) the largest; the number of
+    turns of a `while` is not in the program, so its body counts once. Where positions are relative,
+    the features by which they enter the scores count too, which `cost` leaves out.
+    """
+    jaxpr = getattr(program, "jaxpr", program)
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        inner = [
+            products(value)
+            for values in params.values()
+            for value in (values if isinstance(values, tuple | list) else (values,))
+            if hasattr(getattr(value, "jaxpr", value), "eqns")
+        ]
+        if inner:
+            total += max(inner) if name == "cond" else params.get("length", 1) * sum(inner)
+        elif name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            output = math.prod(equation.outvars[0].aval.shape)
+            total += output * math.prod(shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape  # its input channels are those of one group
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+    return total

@@ -12,9 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit
-from mvit_jax.models.plan import MViTConfig
-from mvit_jax.models.trees import Params
+from mvit_jax.models.functional import Functional, Params
 
 BUCKETS = (1, 2, 4, 8, 16)
 
@@ -24,21 +22,20 @@ Colour = Sequence[float]  # one value for each of red, green and blue
 class Inference:
     """Logits of clips, as fast as the device gives them.
 
-        run = mvit_jax.Inference(params, config, dtype=jnp.bfloat16)
+        run = mvit_jax.Inference(functional(config, dtype=jnp.bfloat16), params)
         logits = run(clips)  # float32 [batch, num_classes]
 
     The logits are those of `apply`. It compiles once for each of a few batch sizes, the buckets: a
     batch is filled up with zeros to the next one, and one beyond the largest is cut. A compilation
     takes longer than many clips, so few buckets are good where batches vary little. The weights of
-    linear layers and convolutions are converted to `dtype` once, not with every batch.
+    linear layers and convolutions are converted to `model.dtype` once, not with every batch.
     """
 
     def __init__(
         self,
+        model: Functional,
         params: Params,
-        config: MViTConfig,
         *,
-        dtype: Any = jnp.float32,
         mean: Colour | None = None,
         std: Colour | None = None,
         buckets: Sequence[int] = BUCKETS,
@@ -48,15 +45,14 @@ class Inference:
         """Places the weights; nothing is compiled before the first batch.
 
         Args:
-          params: of `init`, `params_of` or a checkpoint.
-          config: their architecture.
-          dtype: what the model computes in; logits are float32 in any case.
+          model: the handle; it computes in `model.dtype`, logits are float32 in any case.
+          params: of `model.init`, `params_of` or a checkpoint.
           mean: of the colours, from 0 to 1, where uint8 clips are to be taken.
           std: their standard deviation.
           buckets: batch sizes to compile for.
           devices: to split batches over, `jax.devices()` say, each with all of the weights; buckets
             are rounded up to multiples of them. Where not given, everything is where `params` is.
-          **options: more arguments of `apply`.
+          **options: more arguments of `model.apply`.
 
         Raises:
           UserError: no bucket, one below 1, or one of `mean` and `std` without the other.
@@ -64,11 +60,11 @@ class Inference:
         if not buckets or min(buckets) < 1:
             raise UserError(f"buckets are batch sizes of at least 1, not {tuple(buckets)}")
         count = len(devices or (None,))
-        self.config = config
-        self.params = with_dtype(params, dtype)
+        self.model = model
+        self.params = with_dtype(params, model.dtype)
         self.buckets = tuple(sorted({-(-size // count) * count for size in buckets}))
         self._takes_bytes = mean is not None
-        forward = forward_function(config, dtype=dtype, mean=mean, std=std, **options)
+        forward = forward_function(model, mean=mean, std=std, **options)
         self._mesh = None
         if devices is None:
             self._apply = jax.jit(forward)
@@ -100,7 +96,7 @@ class Inference:
                 parts[-2].block_until_ready()  # no more than two batches wait on the device
             parts.append(self._part(clips[start : start + largest]))
         if not parts:
-            return jnp.zeros((0, self.config.num_classes))
+            return jnp.zeros((0, self.model.config.num_classes))
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
     def _part(self, clips: Any) -> Array:
@@ -119,22 +115,23 @@ class Inference:
 
 
 def forward_function(
-    config: MViTConfig,
+    model: Functional,
     *,
-    dtype: Any = jnp.float32,
     mean: Colour | None = None,
     std: Colour | None = None,
     **options: Any,
 ) -> Callable[[Params, Array], Array]:
-    """`forward(params, clips) -> logits`, which normalises uint8 clips where `mean` and `std` are
-    given; see `Inference` for the arguments."""
+    """Returns `forward(params, clips) -> logits`; see `Inference` for the arguments.
+
+    With `mean` and `std` it normalises uint8 clips.
+    """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both, or neither")
 
     def forward(params: Params, clips: Array) -> Array:
         if mean is not None and std is not None and clips.dtype == jnp.uint8:
-            clips = normalise(clips, tuple(mean), tuple(std), dtype)
-        return mvit.apply(params, clips, config=config, dtype=dtype, **options)[0]
+            clips = normalise(clips, tuple(mean), tuple(std), model.dtype)
+        return model.apply(params, clips, **options)[0]
 
     return forward
 

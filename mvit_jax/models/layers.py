@@ -1,21 +1,35 @@
-"""Layer norm whose gradient runs fast on CPUs."""
+"""Parts that every block uses: linear layers, norms, stochastic depth; and the classifier."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
-Rows = Float[Array, "*rows channels"]
-Channels = Float[Array, " channels"]
+from mvit_jax.models.ops.attention import Tokens
+from mvit_jax.models.ops.layer_norm import Rows, layer_norm
+from mvit_jax.models.plan import MViTConfig
+
+INITIAL_STD = 0.02  # of linear weights, positions and class token (reference code)
+linear_init = nnx.initializers.truncated_normal(INITIAL_STD)
+# What PyTorch gives a convolution, weight and bias alike: uniform within 1 / sqrt(fan in).
+conv_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+    """Returns a linear layer that starts as in the reference code."""
+    return nnx.Linear(
+        inputs, outputs, use_bias=bias, kernel_init=linear_init, dtype=dtype, rngs=rngs
+    )
 
 
 class LayerNorm(nnx.Module):
-    """`layer_norm` with its scale and bias, float32; the result is in `dtype`."""
+    """Layer norm over the channels; scale and bias are float32, the result is in `dtype`."""
 
-    def __init__(self, width: int, *, eps: float, dtype) -> None:
+    def __init__(self, width: int, dtype, eps: float = 1e-6) -> None:
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
         self.eps, self.dtype = eps, dtype
@@ -24,64 +38,52 @@ class LayerNorm(nnx.Module):
         return jnp.asarray(layer_norm(x, self.scale[...], self.bias[...], self.eps), self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: Rows, scale: Channels, bias: Channels, eps: float) -> Rows:
-    """Mean 0 and variance 1 over the last axis, then scale and bias; in float32 at least."""
-    return _save(x, scale, bias, eps)[0]
+class ClassificationHead(nnx.Module):
+    """Dropout and a linear layer, on one vector for each clip."""
+
+    def __init__(self, config: MViTConfig, width: int, *, dtype, rngs: nnx.Rngs) -> None:
+        self.rate = config.dropout
+        self.classifier = linear(width, config.num_classes, dtype, rngs)
+
+    def __call__(
+        self, pooled: Float[Array, "batch channels"], key: Array | None = None
+    ) -> Float[Array, "batch num_classes"]:
+        """Returns logits in float32 (float64 for such input); with a `key`, dropout is on."""
+        if key is not None and self.rate > 0:
+            keep = jax.random.bernoulli(key, 1 - self.rate, pooled.shape)
+            pooled = jnp.where(keep, pooled / (1 - self.rate), 0)
+        logits = self.classifier(pooled)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def _save(x, scale, bias, eps: float):
-    # Two numbers a row are kept: to take them again costs two passes over x.
-    x_wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = x_wide.mean(-1, keepdims=True)
-    # The fast variance E[x^2] - E[x]^2 cancels in float32: parity with the originals is lost.
-    inverse = lax.rsqrt(jnp.square(x_wide - mean).mean(-1, keepdims=True) + eps)
-    out = (x_wide - mean) * (inverse * _as_row(scale, x)) + _as_row(bias, x)
-    return out, (x, scale, bias, mean, inverse)
+# Drop path (stochastic depth): a branch of a block is left out for some clips.
 
 
-def _backward(eps: float, saved, gradient):
-    return lax.platform_dependent(*saved, gradient, cpu=_gradients_cpu, default=_gradients)
+def fold(key: Array | None, count: int) -> Sequence[Array | None]:
+    """Returns `fold_in(key, i)` for i < count: one operation, which compiles as fast as one key."""
+    return [None] * count if key is None else list(_folded(key, count))
 
 
-layer_norm.defvjp(_save, _backward)
+def _folded(key: Array, count: int) -> Array:
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
 
 
-def _gradients(x, scale, bias, mean, inverse, gradient) -> tuple[Array, Array, Array]:
-    normal = (x - mean) * inverse
-    by_scale = gradient * _as_row(scale, x)
-    first = by_scale.mean(-1, keepdims=True)
-    second = (by_scale * normal).mean(-1, keepdims=True)
-    dx = inverse * (by_scale - first - normal * second)
-    rows = tuple(range(x.ndim - 1))
-    return (
-        dx.astype(x.dtype),
-        (gradient * normal).sum(rows).astype(scale.dtype),
-        gradient.sum(rows).astype(bias.dtype),
-    )
+def draw_clips(key: Array | None, rate: Any, clips: Any) -> Sequence[Array | None]:
+    """Draws the clips that keep the first and the second branch of a block, `[clips, 1, 1]`.
 
-
-def _gradients_cpu(x, scale, bias, mean, inverse, gradient) -> tuple[Array, Array, Array]:
-    """For CPUs, where XLA writes every broadcast operand of a sum to memory, and sums products of
-    rows slowly: sums over channels are written as products with the scale, and what is summed twice
-    is made once, behind a barrier. 0.1 to 0.3 of the processor time of XLA's own gradients
-    (float32, 1,569 tokens of 384 channels to 25,089 of 96, 2026-11-23).
+    A random share 1 - `rate` of them keeps each; None stands for all clips.
     """
-    normal = lax.optimization_barrier((x - mean) * inverse)
-    product = lax.optimization_barrier(gradient * normal)
-    by_scale = [
-        lax.dot_general(rows, scale.astype(rows.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-        for rows in (gradient, product)
-    ]
-    first, second = (jnp.expand_dims(rows, -1) / x.shape[-1] for rows in by_scale)
-    dx = inverse * (gradient * _as_row(scale, x) - first - normal * second)
-    rows = tuple(range(x.ndim - 1))
-    return (
-        dx.astype(x.dtype),
-        product.sum(rows).astype(scale.dtype),
-        gradient.sum(rows).astype(bias.dtype),
-    )
+    if key is None or (isinstance(rate, float | int) and rate == 0):
+        return None, None
+    kept = 1 - jnp.asarray(rate, jnp.float32)  # in float32, as a loop over blocks has it
+    keys = _folded(key, 2)
+    drawn = jax.vmap(lambda key: jax.random.bernoulli(key, kept, (clips, 1, 1)))(keys)
+    return drawn[0], drawn[1]
 
 
-def _as_row(channels, x):
-    return channels.reshape((1,) * (x.ndim - 1) + (-1,))
+def drop_clips(x: Tokens, rate: Any, kept: Array | None) -> Tokens:
+    """Removes a branch from the clips that do not keep it, and scales the others up."""
+    if kept is None:
+        return x
+    share = 1 - jnp.asarray(rate, jnp.float32)
+    return jnp.where(kept, x / share.astype(x.dtype), 0)

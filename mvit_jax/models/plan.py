@@ -91,12 +91,15 @@ class Pool:
     kernel: Triple
     stride: Triple
     padded: bool = True
+    heads: int = 1  # that share the weights of a convolution, and of the norm after it
+    norm_eps: float = 1e-6  # of that norm
 
     @property
     def padding(self) -> Triple:
         return _triple(k // 2 if self.padded else 0 for k in self.kernel)
 
     def output(self, grid: Triple) -> Triple:
+        """Returns the pooled grid of a grid of any size."""
         return conv_output(grid, self.kernel, self.stride, self.padding)
 
 
@@ -115,7 +118,6 @@ class BlockPlan:
     skip_pool: Pool | None
     skip: str = "normalised"
     pool_first: bool = False
-    pool_norm_eps: float = 1e-6
     separate_qkv: bool = False
     qkv_bias: bool = True
     relative_time: int = 0  # rows of the table of relative positions; 0 for none
@@ -132,10 +134,13 @@ class BlockPlan:
         """Channels of each of the three tensors that are pooled."""
         return self.width if self.pool_first else self.attention_width
 
-    def pool_dim(self, pool: Pool) -> int:
-        """Channels that a pooling convolution has weights for, and that its norm is taken over."""
-        shared = 1 if pool.mode == "conv_unshared" else self.heads
-        return self.pooled_width // shared
+    def output(self, grid: Triple) -> Triple:
+        """Returns the grid of the block's output, and of its queries, for an input on `grid`."""
+        return self.q_pool.output(grid) if self.q_pool else grid
+
+    def keys(self, grid: Triple) -> Triple:
+        """Returns the grid of the block's keys and values for an input on `grid`."""
+        return self.kv_pool.output(grid) if self.kv_pool else grid
 
 
 @dataclass(frozen=True)
@@ -176,12 +181,11 @@ def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
                     width_out=width_out,
                     heads=heads,
                     mlp_width=config.mlp_ratio * attention_width,
-                    q_pool=_pool(config, q_kernel, q_stride) if pool_queries else None,
-                    kv_pool=_pool(config, kv_kernel, kv_stride),
+                    q_pool=_pool(config, q_kernel, q_stride, heads) if pool_queries else None,
+                    kv_pool=_pool(config, kv_kernel, kv_stride, heads),
                     skip_pool=_skip_pool(config, q_stride),
                     skip=config.skip,
                     pool_first=config.pool_first,
-                    pool_norm_eps=config.pool_norm_eps,
                     separate_qkv=config.separate_qkv or config.pool_first,
                     qkv_bias=config.qkv_bias,
                     relative_time=time,
@@ -241,8 +245,7 @@ def _grids(config: MViTConfig, size: Triple) -> tuple[BlockGrids, ...] | None:
     grid = conv_output(size, config.patch_kernel, config.patch_stride, config.patch_padding)
     rows = []
     for block in plan(config):
-        keys = block.kv_pool.output(grid) if block.kv_pool else grid
-        output = block.q_pool.output(grid) if block.q_pool else grid
+        keys, output = block.keys(grid), block.output(grid)
         if min(*grid, *keys, *output) < 1:
             return None
         rows.append(BlockGrids(grid, keys, output))
@@ -304,11 +307,13 @@ def _by_rule(rule: str, stride: Triple) -> Triple:
     return _triple(factor * s + more if s > 1 else 1 for s in stride)
 
 
-def _pool(config: MViTConfig, kernel: Triple, stride: Triple) -> Pool | None:
+def _pool(config: MViTConfig, kernel: Triple, stride: Triple, heads: int) -> Pool | None:
     """A pool of kernel 1 and stride 1 does not exist: no weights, no norm (reference code)."""
     if math.prod(kernel) == math.prod(stride) == 1:
         return None
-    return Pool(config.pool_mode, kernel, stride, padded=config.pool_kernel != "stride")
+    padded, eps = config.pool_kernel != "stride", config.pool_norm_eps
+    shared = heads if config.pool_mode == "conv" else 1
+    return Pool(config.pool_mode, kernel, stride, padded=padded, heads=shared, norm_eps=eps)
 
 
 def _skip_pool(config: MViTConfig, q_stride: Triple) -> Pool | None:

@@ -12,15 +12,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mvit_jax.models.heads import INITIAL_STD
+from mvit_jax.models.layers import linear_init
 from mvit_jax.models.ops.attention import Tokens
 from mvit_jax.models.plan import BlockPlan, MViTConfig, Triple, patch_grid
 
-_table_init = nnx.initializers.truncated_normal(INITIAL_STD)
-
 
 def table(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
-    return nnx.Param(_table_init(rngs.params(), shape, jnp.float32))
+    return nnx.Param(linear_init(rngs.params(), shape, jnp.float32))
 
 
 class Positions(nnx.Module):

@@ -20,6 +20,7 @@ from mvit_jax.data import pipeline, sampling
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.images import Frames
 from mvit_jax.data.video import Video, opened
+from mvit_jax.models.functional import functional
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
 from mvit_jax.training import build, evaluation
@@ -107,9 +108,8 @@ class Predictor:
         self._takes_windows = clips is None and self._settings.sampling == "span"
         eval_ = self.config.eval
         self._logits = Inference(
+            functional(self.model, dtype=self._recipe.dtype),
             self._params,
-            self.model,
-            dtype=self._recipe.dtype,
             mean=self._recipe.mean,
             std=self._recipe.std,
             # Of a short video, and of a long one's windows.
@@ -232,11 +232,13 @@ class Predictor:
 
     @cached_property
     def _jitted_maps(self) -> Callable[[Any, np.ndarray], tuple[jax.Array, jax.Array]]:
+        model = functional(self.model)
+
         def maps(params: Any, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
             clip = normalise(clip, self._recipe.mean, self._recipe.std, jnp.float32)
             return (
-                attention_maps.rollout(params, clip, config=self.model),
-                attention_maps.grad_cam(params, clip, config=self.model, block=self._fine_block),
+                attention_maps.rollout(model, params, clip),
+                attention_maps.grad_cam(model, params, clip, block=self._fine_block),
             )
 
         return jax.jit(maps)

@@ -21,7 +21,7 @@ from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.loader import Batch, LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source, open_source
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
 from mvit_jax.training import evaluation, optimizer
@@ -200,21 +200,22 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     return optimizer.adamw(b1=c.b1, b2=c.b2, **common)
 
 
-def model_apply(config: Config, model: MViTConfig, mesh: Mesh) -> Callable[..., Any]:
-    """Returns the model as the devices of `mesh` run it. Loops over equal blocks compile in half
-    the time, but on CPUs run slowly backwards."""
+def model_apply(config: Config, model: MViTConfig, mesh: Mesh, **custom: Any) -> Callable[..., Any]:
+    """Returns `apply` as the devices of `mesh` run it. Loops over equal blocks compile in half the
+    time, but on CPUs run slowly backwards. `custom` are the custom modules of `functional`."""
     loops = mesh.devices.flat[0].platform != "cpu"
-    return functools.partial(mvit.apply, config=model, remat=config.remat, scan=loops)
+    handle = functional(model, dtype=DTYPES[config.dtype], **custom)
+    return functools.partial(handle.apply, remat=config.remat, scan=loops)
 
 
 def program(config: Config, settings: Settings, mesh: Mesh, **custom: Any) -> Program:
     """Returns the jitted functions of an experiment on `mesh`. `custom` are the `block`,
-    `attention` and `pool` of `MViT`."""
+    `attention` and `pooling` of `functional`."""
     optimizer = make_optimizer(config)
-    apply = functools.partial(model_apply(config, settings.model, mesh), **custom)
+    apply = model_apply(config, settings.model, mesh, **custom)
 
     def first_state() -> State:
-        params = mvit.init(settings.model, jax.random.key(config.seed), **custom)
+        params = functional(settings.model, **custom).init(jax.random.key(config.seed))
         return init_state(params, optimizer, config.optim.ema)
 
     shapes = jax.eval_shape(first_state)

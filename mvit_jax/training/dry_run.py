@@ -6,19 +6,19 @@ what the config says (`data.train_videos`, `data.classes`).
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import Lines, aligned, indented, plural, section, table
 from mvit_jax.config import Config, check, missing_weights
 from mvit_jax.data.source import Source
-from mvit_jax.models import mvit, trees
 from mvit_jax.models.cost import cost
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.summary import totals
 from mvit_jax.models.variants import variant
@@ -38,7 +38,7 @@ def describe(config: Config, devices: int) -> str:
     found = {name: _read(config, name) for name in ("train", "val", "test")}
     videos, model = _size(config, found["train"])
     build.settings(config, model.num_classes)  # checks that clips can be cut
-    params = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
+    params = jax.eval_shape(functional(model).init, jax.random.key(0))
     parts = [
         aligned(
             [
@@ -252,8 +252,9 @@ def _optimizer(config: Config) -> Lines:
 def _decay(config: Config, params: Any) -> str:
     """Tensors and parameters that are decayed, and those that are not, by why."""
     groups: dict[tuple[float, str], list[int]] = {}
-    decays = trees.flat(optimizer.decayed(params))
-    for path, shape in trees.flat(params).items():
+    decays = flatten_dict(optimizer.decayed(params), sep="/")
+    shapes: dict[str, Any] = flatten_dict(params, sep="/")
+    for path, shape in shapes.items():
         size = int(np.prod(shape.shape))
         if decays[path]:
             key = (config.optim.weight_decay, _kind(path))
@@ -279,10 +280,11 @@ def _kind(path: str) -> str:
 
 
 def _layers(config: Config, params: Any) -> str:
-    rates = trees.flat(optimizer.layer_rates(params, config.optim.layer_decay))
-    layers = trees.flat(optimizer.layers(params))
+    rates = flatten_dict(optimizer.layer_rates(params, config.optim.layer_decay), sep="/")
+    layers: dict[str, Any] = flatten_dict(optimizer.layers(params), sep="/")
+    shapes: dict[str, Any] = flatten_dict(params, sep="/")
     sizes: dict[int, list[int]] = {}
-    for path, shape in trees.flat(params).items():
+    for path, shape in shapes.items():
         sizes.setdefault(layers[path], []).append(int(np.prod(shape.shape)))
     factor = {layers[path]: rate for path, rate in rates.items()}
     last = max(sizes)

@@ -2,8 +2,8 @@
 
 In a notebook:
 
-    config = trial.read_config("moving_digits", **{"data.folder": "data/moving_digits"})
-    result = trial.run(config, pool=my_pool)
+    config = in_memory.read_config("moving_digits", **{"data.folder": "data/moving_digits"})
+    result = in_memory.run(config, pooling=MyPool)
     result.scores.metrics()["top1"]
 """
 
@@ -75,7 +75,7 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
     Args:
       config: of `read_config`; `epochs` says how long.
       params: to start from, in place of fresh ones (see `weights.adapt.carry_over`).
-      plugs: `block`, `attention` and `pool` of `MViT`.
+      plugs: `block`, `attention` and `pooling` of `functional`.
 
     Raises:
       UserError: as the training program; also where `config` names weights to start from.

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +15,7 @@ from mvit_jax.common.files import AnyPath, to_path
 from mvit_jax.config import Config
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.source import Source
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import first_difference, functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import build, evaluation
 from mvit_jax.training.distributed import sharding
@@ -88,7 +87,7 @@ class RunFolder:
 
     def params_on(self, mesh: Mesh, which: str = "last") -> Any:
         """Reads the same in float32 onto `mesh`, which need not be the run's own."""
-        shapes = jax.eval_shape(partial(mvit.init, self.model(which)), jax.random.key(0))
+        shapes = jax.eval_shape(functional(self.model(which)).init, jax.random.key(0))
         like = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             shapes,
@@ -210,7 +209,7 @@ def check_resume(folder: str | AnyPath, model: MViTConfig) -> None:
             f"resume={path} holds weights alone, no state of training: start from them with "
             f"--config.init.checkpoint={path}"
         )
-    ours = jax.eval_shape(partial(mvit.init, model), jax.random.key(0))
-    difference = trees.first_difference(ours, shapes)
+    ours = jax.eval_shape(functional(model).init, jax.random.key(0))
+    difference = first_difference(ours, shapes)
     if difference:
         raise UserError(f"resume={path} is of another architecture: {difference}")

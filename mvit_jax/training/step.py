@@ -49,17 +49,17 @@ def train_step(
     a clip has any number of classes uint8 [batch, num_classes] of 0 and 1; "broken" int32 [batch],
     not negative where the clip stands for one that could not be decoded.
 
-    `apply` is `models.mvit.apply` with its config. Nothing random is stored: every draw follows
-    from the seed and the step. Where the loss or the gradient is not finite, nothing is updated
-    but the step; what then happens to the run see `training.run.nan_policy`. The scopes name what a
-    profile shows (`train --profile`).
+    `apply` is `Functional.apply`, of a model that computes in `recipe.dtype`. Nothing random is
+    stored: every draw follows from the seed and the step. Where the loss or the gradient is not
+    finite, nothing is updated but the step; what then happens to the run see
+    `training.run.nan_policy`. The scopes name what a profile shows (`train --profile`).
     """
     key_batch, key_model = keys(recipe.seed, state.step)
     with jax.named_scope("augment"):
         clip, targets = augmented(batch, key_batch, recipe)
 
     def loss(params, clip, targets, labels, key):
-        logits, _ = apply(params, clip, train=True, key=key, dtype=recipe.dtype)
+        logits, _ = apply(params, clip, key=key)
         with jax.named_scope("loss"):
             best = jnp.argmax(logits, -1)
             if recipe.multi_label:
@@ -105,7 +105,7 @@ def predict_step(
     batch, views = clip.shape[:2]
     flat = clip.reshape(batch * views, *clip.shape[2:])
     flat = normalise(flat, recipe.mean, recipe.std, recipe.dtype)
-    logits, _ = apply(params, flat, dtype=recipe.dtype)
+    logits, _ = apply(params, flat)
     probabilities = jax.nn.sigmoid(logits) if recipe.multi_label else jax.nn.softmax(logits)
     return probabilities.reshape(batch, views, -1)
 

@@ -15,8 +15,9 @@ from typing import Literal
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import Params, functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.positions import linear_weights
 from mvit_jax.weights.report import Line, Report, WeightsError
@@ -59,9 +60,10 @@ def adapt(
     """All tensors of the architecture `config`, by path, made of those of another one; and those of
     `source` that were not used, with whether that may be."""
     changed = set(changed)
+    shapes = functional(config).shapes()
     fitted = {
-        path: fit(path, shape, source, changed=changed, inflate=inflate)
-        for path, shape in sorted(mvit.shapes(config).items(), key=lambda item: _order(item[0]))
+        path: fit(path, shapes[path], source, changed=changed, inflate=inflate)
+        for path in sorted(shapes, key=_order)
     }
     used = {path for one in fitted.values() for path in one.used}
     unused = sorted(source.keys() - used, key=_order)
@@ -74,14 +76,14 @@ def adapt(
 
 
 def carry_over(
-    params: mvit.Params, was: MViTConfig, config: MViTConfig, inflate: Inflation | None = None
-) -> tuple[mvit.Params, Report]:
+    params: Params, was: MViTConfig, config: MViTConfig, inflate: Inflation | None = None
+) -> tuple[Params, Report]:
     """Our own parameters of the architecture `was` as those of `config`, and the report.
 
     Raises:
       WeightsError: a tensor that the two architectures should share does not fit.
     """
-    source = {path: np.asarray(values) for path, values in trees.flat(params).items()}
+    source = {path: np.asarray(values) for path, values in flatten_dict(params, sep="/").items()}
     changed = [
         f.name for f in dataclasses.fields(was) if getattr(was, f.name) != getattr(config, f.name)
     ]
@@ -96,7 +98,7 @@ def carry_over(
         report.lines.append(Line(path, source[path].shape, "", None, "unused", not may_be))
     if not report.ok:
         raise WeightsError(report)
-    return trees.nested({path: one.values for path, one in fitted.items()}), report
+    return unflatten_dict({path: one.values for path, one in fitted.items()}, sep="/"), report
 
 
 def fit(

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import Params
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.positions import sincos
 from mvit_jax.weights import key_tables
@@ -50,7 +51,7 @@ class Exported:
 
 
 def save_torch(
-    params: mvit.Params,
+    params: Params,
     config: MViTConfig,
     path: str | os.PathLike[str],
     to: str,
@@ -81,10 +82,10 @@ def save_torch(
 
 
 def state_dict(
-    params: mvit.Params, config: MViTConfig, family: str, origin: key_tables.Origin | None = None
+    params: Params, config: MViTConfig, family: str, origin: key_tables.Origin | None = None
 ) -> dict[str, np.ndarray]:
     """Parameters by a family's names, in its shapes and order of channels."""
-    flat = {path: np.asarray(values) for path, values in trees.flat(params).items()}
+    flat = {path: np.asarray(values) for path, values in flatten_dict(params, sep="/").items()}
     if family in ("torchvision", "timm") and config.separate_qkv and not config.pool_first:
         flat = _joined(flat)
     names = {path: key_tables.foreign_name(path, family, config) for path in flat}

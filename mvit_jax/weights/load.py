@@ -9,9 +9,11 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import Params, functional
+from mvit_jax.models.mvit import MViT
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant as variant_config
 from mvit_jax.weights import adapt, key_tables
@@ -25,7 +27,7 @@ from mvit_jax.weights.tensor_files import Tensors, read_tensors, state_dict
 class Loaded:
     """Parameters from a checkpoint: nested as in the model, float32; and how they came."""
 
-    params: mvit.Params
+    params: Params
     config: MViTConfig
     report: Report
     origin: key_tables.Origin
@@ -39,7 +41,7 @@ def load_torch(
     inflate: Inflation | None = None,
     dtype=jnp.float32,
     **overrides: Any,
-) -> tuple[mvit.MViT, Report]:
+) -> tuple[MViT, Report]:
     """A model with the weights of a PyTorch checkpoint, in inference mode; and the report.
 
     `load_torch("k400.pyth", "mvit_b_16x4", num_classes=10)`: whose file it is and which pools it
@@ -60,7 +62,7 @@ def load_torch(
     """
     loaded = load(source, variant, inflate=inflate, **overrides)
     params = jax.tree.map(jnp.asarray, loaded.params)
-    return mvit.from_params(params, loaded.config, dtype=dtype), loaded.report
+    return functional(loaded.config, dtype=dtype).module(params), loaded.report
 
 
 def load(
@@ -180,11 +182,11 @@ def _unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> 
 
 def _fit_all(
     sources: dict[str, _Source | None], found: Structure, changed: set[str], inflate, report: Report
-) -> mvit.Params:
+) -> Params:
     use = {path: source for path, source in sources.items() if source is not None}
     values = {path: source.values for path, source in use.items()}
     fitted, left = adapt.adapt(values, found.config, changed=changed, inflate=inflate)
-    shapes = mvit.shapes(found.config)
+    shapes = functional(found.config).shapes()
     for path, one in fitted.items():
         if one.values is None and path in sources and path not in use:
             continue  # the report has said why
@@ -204,7 +206,7 @@ def _fit_all(
         name, shape = use[path].name, use[path].shape
         done = "unused" if may_be else "unused: the model has no such tensor"
         report.lines.append(Line(name, shape, "", None, done, not may_be))
-    return trees.nested({path: one.values for path, one in fitted.items()})
+    return unflatten_dict({path: one.values for path, one in fitted.items()}, sep="/")
 
 
 def _sizes(report: Report, sources: Mapping[str, _Source | None], found: Structure) -> list[str]:

@@ -7,30 +7,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import write_whole
-from mvit_jax.models import trees
+from mvit_jax.models.functional import Functional, Params
 from mvit_jax.models.inference import Colour, forward_function, with_dtype
 from mvit_jax.models.ops.dispatch import without_kernels
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.models.trees import Params
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 LARGEST = 2**31 - 2**24  # bytes: the format counts in 32 bits with a sign
 
 
 def save_stablehlo(
+    model: Functional,
     params: Params,
-    config: MViTConfig,
     path: str | os.PathLike[str],
     *,
     mean: Colour | None = None,
     std: Colour | None = None,
-    dtype: Any = jnp.float32,
     batch: int | None = None,
     platforms: Sequence[str] | None = None,
     **options: Any,
@@ -46,15 +43,14 @@ def save_stablehlo(
     T, H, W, 3]`, for models of images `[batch, H, W, 3]`, of the config's frames and size.
 
     Args:
-      params: of `init`, `params_of` or a checkpoint.
-      config: their architecture.
+      model: the handle; it computes in `model.dtype`, which most of its weights are kept in.
+      params: of `model.init`, `params_of` or a checkpoint.
       path: the file.
       mean: of the colours, from 0 to 1.
       std: their standard deviation.
-      dtype: what the model computes in, and what most of its weights are kept in.
       batch: clips at a time; any number where not given.
       platforms: some of "cpu", "cuda", "rocm" and "tpu"; the one that JAX runs on where not given.
-      **options: more arguments of `apply`.
+      **options: more arguments of `model.apply`.
 
     Returns:
       What was written; `in_avals`, `out_avals` and `platforms` describe it.
@@ -67,15 +63,15 @@ def save_stablehlo(
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown:
         raise UserError(f"platforms are {', '.join(PLATFORMS)}, not {', '.join(unknown)}")
-    weights = with_dtype(jax.device_get(params), dtype)  # wherever they were
-    size = sum(leaf.nbytes for leaf in trees.flat(weights).values())
+    weights = with_dtype(jax.device_get(params), model.dtype)  # wherever they were
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     if size > LARGEST:
         raise UserError(
             f"{path} would hold {size / 1e9:.1f} GB of weights, and the format ends at "
             f"{LARGEST / 1e9:.1f} GB: use bfloat16"
         )
-    forward = forward_function(config, dtype=dtype, mean=mean, std=std, **options)
-    clip = clip_shape(config, np.uint8 if mean is not None else np.float32, batch)
+    forward = forward_function(model, mean=mean, std=std, **options)
+    clip = clip_shape(model.config, np.uint8 if mean is not None else np.float32, batch)
     program = exported(functools.partial(forward, weights), platforms, clip)
     write_whole(path, bytes(program.serialize()))
     return program

@@ -10,7 +10,7 @@ import pytest
 
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.errors import UserError
-from mvit_jax.models.mvit import apply, from_params, init
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import grids, plan
 from mvit_jax.models.variants import variant
 
@@ -38,14 +38,16 @@ def slow(*values):
 def drawn(name):
     """Parameters that attend sharply enough to tell places apart, two clips, and features."""
     config = CONFIGS[name]
-    params = init(config, jax.random.key(0))
+    params = functional(config).init(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     params = jax.tree.unflatten(tree, leaves)
     shape = (2, 4, 24, 24, 3) if config.frames > 1 else (2, 24, 24, 3)
     clip = jax.random.normal(jax.random.key(2), shape)
-    logits, features = jax.jit(functools.partial(apply, config=config, capture=True))(params, clip)
+    logits, features = jax.jit(functools.partial(functional(config).apply, capture=True))(
+        params, clip
+    )
     return params, clip, logits, jax.tree.map(np.asarray, features)
 
 
@@ -69,19 +71,19 @@ def test_captured_attention_is_the_softmax_of_the_captured_queries_and_keys(name
         proj = jax.tree.map(np.asarray, params["blocks"][str(i)]["attn"]["proj"])
         expected = mixed @ proj["kernel"] + proj["bias"]
         np.testing.assert_allclose(attended, expected, atol=1e-4 * expected.std())
-    plain, fewer = jax.jit(functools.partial(apply, config=CONFIGS[name]))(params, clip)
+    plain, fewer = jax.jit(functional(CONFIGS[name]).apply)(params, clip)
     np.testing.assert_allclose(logits, plain, atol=1e-4)
     assert fewer.keys() == {"stages", "tokens"}
 
 
 def taken(params, clip, config):
     """What each block's attention gives, block by block."""
-    model = from_params(params, config)
+    model = functional(config).module(params)
     x, grid = model.embed(clip)
     given = []
     for block in model.blocks:
-        given.append(block.attn(block.norm1(x), grid)[0])
-        x, grid = block(x, grid)
+        given.append(block.attn(block.norm1(x), grid))
+        x, grid = block(x, grid), block.plan.output(grid)
     return given
 
 
@@ -136,7 +138,7 @@ def test_rollout_is_the_product_of_the_blocks_matrices(name):
     reads_class_token = config.class_token and not config.mean_pooling
     expected = dense[0] if reads_class_token else dense[first:].mean(0)
     expected = expected[first:] / expected[first:].sum()
-    found = jax.jit(functools.partial(attention_maps.rollout, config=config))(params, clip)
+    found = jax.jit(functools.partial(attention_maps.rollout, functional(config)))(params, clip)
     assert found.shape[0] == 2
     np.testing.assert_allclose(np.asarray(found[0]).ravel(), expected, atol=1e-6)
     assert np.abs(expected - 1 / expected.size).max() > 1e-4  # else any map would do
@@ -144,7 +146,7 @@ def test_rollout_is_the_product_of_the_blocks_matrices(name):
     middle = grids(config, *((4, 24, 24) if config.frames > 1 else (1, 24, 24)))[1].output
     token = (0, middle[1] - 1, middle[2] // 2)
     dense = dense_rollout(config, features, 2)[first + np.ravel_multi_index(token, middle)]
-    part = functools.partial(attention_maps.rollout, config=config, block=1, token=token)
+    part = functools.partial(attention_maps.rollout, functional(config), block=1, token=token)
     found = jax.jit(part)(params, clip)
     np.testing.assert_allclose(
         np.asarray(found[0]).ravel(), dense[first:] / dense[first:].sum(), atol=1e-6
@@ -155,11 +157,11 @@ def test_blocks_and_tokens_that_are_not_there_are_named():
     params, clip, _, _ = drawn("v1")
     config = CONFIGS["v1"]
     with pytest.raises(UserError, match=r"block must be from 0 to 2, or -1 for the last, not 3"):
-        attention_maps.rollout(params, clip, config=config, block=3)
+        attention_maps.rollout(functional(config), params, clip, block=3)
     with pytest.raises(UserError, match=r"no token \(0, 9, 0\) on a grid of \(2, 3, 3\)"):
-        attention_maps.rollout(params, clip, config=config, token=(0, 9, 0))
+        attention_maps.rollout(functional(config), params, clip, token=(0, 9, 0))
     with pytest.raises(UserError, match=r"label must be from 0 to 4, not 5"):
-        attention_maps.grad_cam(params, clip, config=config, label=5)
+        attention_maps.grad_cam(functional(config), params, clip, label=5)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_grad_cam_is_that_of_finite_differences(name, block, label):
     with jax.enable_x64(True):
         params, clip, logits, _ = drawn(name)
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-        model = from_params(double, CONFIGS[name], dtype=jnp.float64)
+        model = functional(CONFIGS[name], dtype=jnp.float64).module(double)
         index = block % len(model.blocks)
         x, grid = block_input(double, jnp.asarray(clip[:1], jnp.float64), CONFIGS[name], index)
         first, channels = x.shape[1] - int(np.prod(grid)), x.shape[2]
@@ -178,32 +180,34 @@ def test_grad_cam_is_that_of_finite_differences(name, block, label):
 
         @jax.jit
         def score(x):
-            tokens, size = x, grid
-            for one in model.blocks[index:]:
-                tokens, size = one(tokens, size)
-            return model.classify(tokens, size)[0][0, chosen]
+            return model.classify(through(model.blocks[index:], x, grid))[0][0, chosen]
 
         step = 1e-5 * (np.arange(x.shape[1]) >= first)[None, :, None]
         raised = [np.asarray(x) + step * row for row in np.eye(channels)]
         lowered = [np.asarray(x) - step * row for row in np.eye(channels)]
         slopes = [(score(u) - score(d)) / 2e-5 for u, d in zip(raised, lowered, strict=True)]
         heat = np.maximum(np.asarray(x[0, first:]) @ np.asarray(slopes), 0)
-    cam = functools.partial(attention_maps.grad_cam, config=CONFIGS[name], block=block, label=label,
-                            by_channel=True)  # fmt: skip
+    cam = functools.partial(
+        attention_maps.grad_cam, functional(CONFIGS[name]), block=block, label=label,
+        by_channel=True,
+    )  # fmt: skip
     found = jax.jit(cam)(params, clip)
     assert found.shape[1:] == grid
     expected = heat / heat.sum() if heat.sum() else heat
     np.testing.assert_allclose(np.asarray(found[0]).ravel(), expected, atol=2e-4)
 
 
+def through(blocks, x, grid):
+    for block in blocks:
+        x, grid = block(x, grid), block.plan.output(grid)
+    return x
+
+
 def block_input(params, clip, config, index):
     @jax.jit
     def tokens(params, clip):
-        model = from_params(params, config, dtype=clip.dtype)
-        x, grid = model.embed(clip)
-        for one in model.blocks[:index]:
-            x, grid = one(x, grid)
-        return x
+        model = functional(config, dtype=clip.dtype).module(params)
+        return through(model.blocks[:index], *model.embed(clip))
 
     size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
     return tokens(params, clip), grids(config, *size)[index].input
@@ -213,17 +217,14 @@ def block_input(params, clip, config, index):
 def test_grad_cam_weighs_each_place_by_its_own_gradient():
     params, clip, _, _ = drawn("v1")
     config = CONFIGS["v1"]
-    cam = functools.partial(attention_maps.grad_cam, config=config, block=0)
+    cam = functools.partial(attention_maps.grad_cam, functional(config), block=0)
     whole = jax.jit(cam)(params, clip)
     np.testing.assert_allclose(np.asarray(whole).sum((1, 2, 3)), 1, atol=1e-5)
-    model = from_params(params, config)
+    model = functional(config).module(params)
     x, grid = block_input(params, clip, config, 0)
 
     def score(x):
-        tokens, size = x, grid
-        for one in model.blocks:
-            tokens, size = one(tokens, size)
-        return model.classify(tokens, size)[0].max(-1).sum()
+        return model.classify(through(model.blocks, x, grid))[0].max(-1).sum()
 
     gradient, x = (np.asarray(a)[:, 1:] for a in (jax.jit(jax.grad(score))(x), x))
     heat = np.zeros(gradient.shape[:2])
@@ -238,7 +239,7 @@ def test_grad_cam_weighs_each_place_by_its_own_gradient():
 def test_attention_distances_are_those_of_every_pair(name):
     config = CONFIGS[name]
     params, clip, _, features = drawn(name)
-    found = jax.jit(functools.partial(attention_maps.attention_distance, config=config))
+    found = jax.jit(functools.partial(attention_maps.attention_distance, functional(config)))
     in_time, in_space = found(params, clip)
     size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
     stride = np.array(config.patch_stride, float)
@@ -274,7 +275,7 @@ def test_attention_that_sees_all_alike_looks_half_the_picture_far():
         block["attn"]["qkv"] = {
             "kernel": kernel.at[:, :width].set(0), "bias": bias.at[:width].set(0)
         }  # fmt: skip
-    found = jax.jit(functools.partial(attention_maps.attention_distance, config=config))
+    found = jax.jit(functools.partial(attention_maps.attention_distance, functional(config)))
     in_time, in_space = found(params, clip)
     pairs = [
         np.hypot(8 * (a - c), 8 * (b - d)) for a, b, c, d in itertools.product(range(3), repeat=4)

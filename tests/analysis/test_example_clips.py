@@ -9,7 +9,7 @@ from PIL import Image
 from mvit_jax.analysis import attention_maps, example_clips
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.video_list import read_video_list
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.training import build
 from mvit_jax.training.evaluation import Scores
 from tests.support import tiny
@@ -73,7 +73,7 @@ def material(digits):
     videos = read_video_list(digits, "test.csv")
     model = build.model_config(config, 8)
     settings = build.settings(config, model.num_classes).clips
-    params = jax.jit(lambda: mvit.init(model, jax.random.key(0)))()
+    params = jax.jit(functional(model).init)(jax.random.key(0))
     return videos, settings, params, model, build.settings(config, 8).step
 
 

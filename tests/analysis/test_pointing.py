@@ -9,6 +9,7 @@ import pytest
 from benchmarks import pointing
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.data.making import moving_digits
+from mvit_jax.models.functional import functional
 from mvit_jax.training import in_memory
 
 
@@ -21,7 +22,7 @@ def test_grad_cam_points_at_the_moving_digit(tmp_path):
     trained = in_memory.run(config)
     assert trained.scores.metrics()["top1"] > 40  # of eight classes
     clips, masks = pointing.scenes(32)
-    cam = jax.jit(functools.partial(attention_maps.grad_cam, config=trained.model))
+    cam = jax.jit(functools.partial(attention_maps.grad_cam, functional(trained.model)))
     heat = token_geometry.to_pixels(
         np.asarray(cam(trained.params, clips)), (8, 64, 64), trained.model,
         attention_maps.fine_block(trained.model, (8, 64, 64)),

@@ -1,6 +1,5 @@
 """The program that takes foreign weights in and gives them out again, from end to end."""
 
-import functools
 import itertools
 import json
 import os
@@ -16,10 +15,11 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mvit_jax import convert
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import preprocessing
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
@@ -92,7 +92,7 @@ def test_the_folder_has_all_that_it_takes_to_use_the_model(converted):
     expected = load(tensors_of(), "mvit_b_16x4", **foreign.fields(KIND))
     params, config = run_folder.read_params(folder)
     assert config == expected.config
-    mine, theirs = trees.flat(params), trees.flat(expected.params)
+    mine, theirs = flatten_dict(params, sep="/"), flatten_dict(expected.params, sep="/")
     assert mine.keys() == theirs.keys()
     for path, values in theirs.items():
         np.testing.assert_array_equal(mine[path], values, err_msg=path)
@@ -218,11 +218,13 @@ def test_weights_go_to_torchvision_and_timm_where_these_have_such_a_model(conver
 def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
     config = tiny.config(digits, **{"optim.ema": 0.5})
     workdir.freeze(config, tmp_path / "run")
-    shapes = mvit.shapes(build.model_config(config, 8))
-    params = trees.nested(foreign.filled(shapes))
+    shapes = functional(build.model_config(config, 8)).shapes()
+    params = unflatten_dict(foreign.filled(shapes), sep="/")
     with closing(Checkpoints(tmp_path / "run")) as checkpoints:
         save = ocp.args.StandardSave
-        twice = trees.nested({p: 2 * v for p, v in trees.flat(params).items()})
+        twice = unflatten_dict(
+            {p: 2 * v for p, v in flatten_dict(params, sep="/").items()}, sep="/"
+        )
         checkpoints.last.save(3, args=ocp.args.Composite(params=save(params), ema=save(twice)))
     run(tmp_path / "run", "--to=slowfast", f"--out={tmp_path / 'out.pyth'}")
     made = read_tensors(tmp_path / "out.pyth").tensors
@@ -404,7 +406,7 @@ def test_what_is_no_choice_is_refused_by_the_flag(flag, source, tmp_path):
 def test_a_damaged_byte_is_an_error_or_changes_no_tensor(source, tmp_path):
     """Not a byte of a tensor can change without being noticed: its check sum does."""
     whole = source.read_bytes()
-    expected = trees.flat(load(source, "mvit_b_16x4", **foreign.fields(KIND)).params)
+    expected = flatten_dict(load(source, "mvit_b_16x4", **foreign.fields(KIND)).params, sep="/")
     rng = np.random.default_rng(0)
     for attempt, place in zip(itertools.count(), rng.integers(0, len(whole), 40), strict=False):
         spoilt = bytearray(whole)
@@ -417,7 +419,7 @@ def test_a_damaged_byte_is_an_error_or_changes_no_tensor(source, tmp_path):
             assert not (tmp_path / f"out{attempt}").exists()
         else:  # a byte that nothing reads, as of the padding
             params, _ = run_folder.read_params(tmp_path / f"out{attempt}")
-            for path, values in trees.flat(params).items():
+            for path, values in flatten_dict(params, sep="/").items():
                 np.testing.assert_array_equal(values, expected[path], err_msg=path)
 
 
@@ -435,7 +437,7 @@ def test_a_converted_folder_becomes_a_file_that_jax_alone_runs(converted, tmp_pa
     params, config = run_folder.read_params(folder)
     clips = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3)).astype(np.uint8)
     normalised = ((clips / 255 - 0.45) / 0.225).astype(np.float32)
-    expected, _ = jax.jit(functools.partial(mvit.apply, config=config))(params, normalised)
+    expected, _ = jax.jit(functional(config).apply)(params, normalised)
     model = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes())).call
     np.testing.assert_allclose(jax.jit(model)(clips), expected, atol=1e-5 * np.abs(expected).max())
 

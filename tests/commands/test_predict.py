@@ -1,6 +1,5 @@
 """The program that names a file's classes, against the test program's own scores."""
 
-import functools
 import json
 import re
 import subprocess
@@ -18,7 +17,7 @@ import mvit_jax
 from mvit_jax import train
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.video import Video
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.predict import __main__ as predict
 from mvit_jax.predict.predictor import Maps
 from mvit_jax.training import build
@@ -272,7 +271,7 @@ def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monke
     assert results[1]["pictures"] == [str(tmp_path / "17_prediction.png")]  # nothing moves
     model = build.model_config(config, 8)
     image = mvit_jax.preprocess("mvit_b16", size=32)(files[1])
-    logits, _ = jax.jit(functools.partial(mvit.apply, config=model))(state.params, image)
+    logits, _ = jax.jit(functional(model).apply)(state.params, image)
     expected = np.sort(np.asarray(jax.nn.softmax(logits)[0]))[::-1]
     assert expected[0] - expected[2] > 1e-4  # or any image would give the same
     found = [c["probability"] for c in results[1]["classes"]]

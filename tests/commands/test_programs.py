@@ -15,7 +15,7 @@ from PIL import Image
 from mvit_jax import train
 from mvit_jax.analysis import run_data
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import Functional
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import history, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -99,13 +99,13 @@ def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tm
 @pytest.mark.slow
 def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_path, monkeypatch):
     """In training, validation and tests; what the caller computes afterwards has its own again."""
-    seen, apply = [], mvit.apply
+    seen, apply = [], Functional.apply
 
     def spy(*args, **options):
         seen.append(jax.config.jax_default_matmul_precision)
         return apply(*args, **options)
 
-    monkeypatch.setattr(mvit, "apply", spy)
+    monkeypatch.setattr(Functional, "apply", spy)
     config = tiny.config(digits, **(RECIPE | {"precision": "high", "epochs": 1.0}))
     assert train.train(config, str(tmp_path)) == 0
     trained = len(seen)

@@ -15,6 +15,7 @@ from mvit_jax.data import pipeline
 from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.preprocess import Preprocess
 from mvit_jax.data.video import DecodeError
+from mvit_jax.models.functional import functional
 from mvit_jax.models.inference import normalise
 
 FRAMES = 100
@@ -156,8 +157,8 @@ def test_a_model_takes_what_it_gives():
         config = mvit_jax.variant(variant, **small)
         clip = mvit_jax.preprocess(variant, **small)(noise(9, 40, 50, 3))
         shape = jax.eval_shape(
-            lambda clip, config=config: mvit_jax.apply(
-                mvit_jax.init(config, jax.random.key(0)), clip, config=config
+            lambda clip, config=config: functional(config).apply(
+                functional(config).init(jax.random.key(0)), clip
             )[0],
             clip,
         ).shape

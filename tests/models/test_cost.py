@@ -6,10 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from mvit_jax.models.ablations import ABLATIONS
-from mvit_jax.models.cost import block_cost, cost, embedding_cost, head_cost
-from mvit_jax.models.mvit import apply, init, shapes
+from mvit_jax.models.cost import block_cost, cost, embedding_cost, head_cost, products
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig, grids, plan
 from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, variant
 
@@ -23,7 +24,7 @@ def count(tree) -> int:
 
 
 def tree(config):
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return jax.eval_shape(functional(config).init, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,9 @@ QUICK = ("mvit_b_16x4", "vit_b16")  # tracing a variant takes seconds
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.nightly) for n in VARIANTS]
 )
 def test_parameters_are_those_of_the_model(name):
-    assert cost(VARIANTS[name]).parameters == sum(map(math.prod, shapes(VARIANTS[name]).values()))
+    assert cost(VARIANTS[name]).parameters == sum(
+        map(math.prod, functional(VARIANTS[name]).shapes().values())
+    )
 
 
 V2 = {
@@ -129,39 +132,22 @@ def test_parameters_of_each_part_are_those_of_the_model(name):
     assert head_cost(config).parameters == count([params["norm"], params["head"]])
 
 
-def multiply_adds(jaxpr) -> int:
-    """Of the products in a traced program; of alternatives by platform, the last, plain one."""
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = [
-            multiply_adds(getattr(value, "jaxpr", value))
-            for values in equation.params.values()
-            for value in (values if isinstance(values, tuple) else (values,))
-            if hasattr(getattr(value, "jaxpr", value), "eqns")
-        ]
-        if equation.primitive.name == "cond":
-            total += inner[-1]
-            continue
-        total += sum(inner)
-        shapes = [v.aval.shape for v in equation.invars] if equation.invars else []
-        output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += output * math.prod(shapes[0][i] for i in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            # The kernel's input channels are those of one group.
-            rhs = equation.params["dimension_numbers"].rhs_spec
-            total += output * math.prod(shapes[1]) // shapes[1][rhs[0]]
-    return total
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_multiply_adds_are_those_of_the_model(name):
     config = OTHERS[name]
     clip = jax.ShapeDtypeStruct((1, config.frames, config.size, config.size, 3), jnp.float32)
-    program = jax.make_jaxpr(lambda params, clip: apply(params, clip, config=config))
-    traced = multiply_adds(program(tree(config), clip).jaxpr)
-    assert cost(config).multiply_adds == traced - appended(config)
+    program = jax.make_jaxpr(functional(config, ops="reference").apply)(tree(config), clip)
+    assert cost(config).multiply_adds == products(program) - appended(config)
+
+
+def test_loops_are_counted_as_often_as_they_run():
+    x = jnp.ones((2, 3, 3))
+
+    def looped(x):
+        x, _ = lax.scan(lambda x, y: (jax.checkpoint(jnp.matmul)(x, y), None), x[0], x)
+        return lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
+
+    assert products(jax.make_jaxpr(looped)(x)) == 3 * 27
 
 
 def appended(config: MViTConfig) -> int:

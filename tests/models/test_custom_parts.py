@@ -1,7 +1,10 @@
 """Custom blocks, attentions and poolings, scanned and rematerialised as accelerators run them."""
 
+import ast
+import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mvit_jax.models import mvit
+from mvit_jax.common.errors import UserError
+from mvit_jax.models.functional import functional, params_of
 from mvit_jax.models.mvit import Block, MViT, PooledAttention
 from mvit_jax.models.ops import pooling
 from mvit_jax.models.ops.attention import join_heads, on_grid, split_heads
-from mvit_jax.models.plan import MViTConfig, Pool
+from mvit_jax.models.plan import MViTConfig, Pool, plan
+from mvit_jax.models.pooling import AvgPool, ConvPool
+from tests.support import tiny
 
 # Three blocks with equal plans, whose drop path rates differ.
 CONFIG = MViTConfig(
@@ -25,19 +31,18 @@ CLIP = np.random.default_rng(0).standard_normal((2, 2, 8, 8, 3))
 class Mixing(nnx.Module):
     """In the place of attention: a linear layer of the mean token."""
 
-    def __init__(self, plan, *, pool, dtype, rngs):
+    def __init__(self, plan, *, pooling, dtype, rngs):
         self.plan = plan
         self.mix = nnx.Linear(plan.width, plan.attention_width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, grid):
-        if self.plan.q_pool is not None:
-            grid = self.plan.q_pool.output(grid)
+        tokens = 1 + math.prod(self.plan.output(grid))
         mean = self.mix(x.mean(1, keepdims=True))
-        return jnp.broadcast_to(mean, (x.shape[0], 1 + math.prod(grid), mean.shape[-1])), grid
+        return jnp.broadcast_to(mean, (x.shape[0], tokens, mean.shape[-1]))
 
 
 class LinearAttention(PooledAttention):
-    def attend(self, q, k, v, relative, record):
+    def attend(self, q, k, v, **rest):
         q, k, v = (split_heads(x, self.plan.heads) for x in (q, k, v))
         q, k = nnx.elu(q) + 1, nnx.elu(k) + 1
         weights = jnp.einsum("bqhd,bhd->bqh", q, k.sum(1))
@@ -47,8 +52,8 @@ class LinearAttention(PooledAttention):
 
 class Doubling(Block):
     def __call__(self, x, grid, key=None):
-        x, grid = super().__call__(x, grid, key)
-        return 2 * x, grid
+        x = super().__call__(x, grid, key)
+        return 2 * x
 
 
 class LocalBlock(nnx.Module):
@@ -60,20 +65,36 @@ class LocalBlock(nnx.Module):
 
     def __call__(self, x, grid, key=None):
         window, taps = Pool("conv", (1, 3, 3), (1, 1, 1)), self.taps[...].astype(x.dtype)
-        x, _ = on_grid(lambda tokens: tokens + pooling.pool(tokens, window, taps), x, grid)
+        x = on_grid(lambda tokens: tokens + pooling.pool(tokens, window, taps), x, grid)
         return self.block(x, grid, key)
 
 
-def forgetful_pool(grid, plan, weight):
-    return 0 * pooling.pool(grid, plan, weight) + 1
+class Gated(nnx.Module):
+    """A pooling with weights of its own beside ours, one of them weakly typed."""
+
+    def __init__(self, pool, channels, *, dtype, rngs):
+        self.pool = ConvPool(pool, channels, dtype=dtype, rngs=rngs)
+        self.gate = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.share = nnx.Param(jnp.full((1, 1, channels), 0.1))
+
+    def __call__(self, tokens, grid):
+        gate = nnx.sigmoid(self.gate(tokens.mean(1, keepdims=True)))
+        return self.pool(tokens * gate * self.share[...].astype(tokens.dtype), grid)
+
+
+class MeanSquare(AvgPool):
+    """A pooling without weights."""
+
+    def __call__(self, tokens, grid):
+        return jnp.sqrt(super().__call__(tokens**2, grid) + 1e-3)
 
 
 class Deciding(Block):
     """Decides in Python on its rate, which must therefore stay a number."""
 
     def __call__(self, x, grid, key=None):
-        x, grid = super().__call__(x, grid, key)
-        return (x + 1 if self.drop_path > 0.2 else x), grid
+        x = super().__call__(x, grid, key)
+        return x + 1 if self.drop_path > 0.2 else x
 
 
 class Numbered(Block):
@@ -86,17 +107,8 @@ class Numbered(Block):
         self.number, Numbered.made = Numbered.made % 3, Numbered.made + 1
 
     def __call__(self, x, grid, key=None):
-        x, grid = super().__call__(x, grid, key)
-        return x * (1 + self.number), grid
-
-
-class Turning(Block):
-    """Returns tokens of the same number on another grid."""
-
-    def __call__(self, x, grid, key=None):
-        t, h, w = grid
-        x, _ = super().__call__(x, grid, key)
-        return x, (h, t, w)
+        x = super().__call__(x, grid, key)
+        return x * (1 + self.number)
 
 
 class Counting(Block):
@@ -108,16 +120,16 @@ class Counting(Block):
 
     def __call__(self, x, grid, key=None):
         self.calls[...] += 1
-        x, grid = super().__call__(x, grid, key)
-        return x * self.calls[...], grid
+        x = super().__call__(x, grid, key)
+        return x * self.calls[...]
 
 
 class Cached(Block):
     """Uses its rate in ways that no array allows."""
 
     def __call__(self, x, grid, key=None):
-        x, grid = super().__call__(x, grid, key)
-        return x * float(np.sqrt(1 - self.drop_path)) * {self.drop_path: 1.0}[self.drop_path], grid
+        x = super().__call__(x, grid, key)
+        return x * float(np.sqrt(1 - self.drop_path)) * {self.drop_path: 1.0}[self.drop_path]
 
 
 class Property(nnx.Module):
@@ -140,30 +152,50 @@ def plain_block(plan, drop_path, **rest):
 
 
 def double(x, grid, key=None):
-    return 2 * x, grid
+    return 2 * x
 
 
 class Widening(Block):
     """Returns float32 whatever it gets, as a part that ignores `dtype` does."""
 
     def __call__(self, x, grid, key=None):
-        x, grid = super().__call__(x, grid, key)
-        return x.astype(jnp.float32), grid
+        x = super().__call__(x, grid, key)
+        return x.astype(jnp.float32)
 
 
+def guide():
+    """The classes of docs/variants.md, as they stand there."""
+    page = (tiny.ROOT / "docs" / "variants.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    kinds = ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef
+    nodes = [node for node in ast.parse(code).body if isinstance(node, kinds)]
+    namespace = {}
+    exec(compile(ast.Module(nodes, []), "variants.md", "exec"), namespace)
+    return namespace
+
+
+GUIDE = guide()
 LOOPED = {
     "ours": {},
     "attention": {"attention": Mixing},
     "attention derived from ours": {"attention": LinearAttention},
     "block derived from ours": {"block": Doubling},
     "block": {"block": LocalBlock},
-    "pool": {"pool": forgetful_pool},
-    "pool that wraps ours": {"pool": functools.partial(pooling.pool)},
+    "pooling": {"pooling": Gated},
+    "pooling without weights": {"pooling": MeanSquare},
+    "pooling that wraps ours": {"pooling": functools.partial(ConvPool)},
+    "guide's block": {"block": GUIDE["LayerScale"]},
+    "guide's attention": {"attention": GUIDE["LocalInTime"]},
+    "guide's pooling": {"pooling": GUIDE["SqueezeExcite"]},
+    "all three": {
+        "block": GUIDE["LayerScale"],
+        "attention": GUIDE["LocalInTime"],
+        "pooling": Gated,
+    },
 }
 NOT_LOOPED = {
     "block that reads its rate": {"block": Deciding},
     "blocks that differ": {"block": Numbered},
-    "block that turns the grid": {"block": Turning},
     "block that uses its rate as a number": {"block": Cached},
     "block with a property": {"block": Property},
     "block that is a function": {"block": plain_block},
@@ -188,7 +220,7 @@ WAYS = [
 def weights(name):
     """Weights of which none is zero or one, and a program's value and gradients with them."""
     parts = (LOOPED | NOT_LOOPED)[name]
-    abstract = jax.eval_shape(lambda: mvit.init(CONFIG, jax.random.key(0), **parts))
+    abstract = jax.eval_shape(functional(CONFIG, **parts).init, jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape) + (len(x.shape) == 1)), abstract
@@ -198,18 +230,17 @@ def weights(name):
 
 def loss(name, **way):
     parts = (LOOPED | NOT_LOOPED)[name]
-    training = {"train": True, "key": jax.random.key(3)}
 
     def run(params):
         clip = jnp.asarray(CLIP)
-        options = {"config": CONFIG, "dtype": clip.dtype} | training | way | parts
-        logits, _ = mvit.apply(params, clip, **options)
+        model = functional(CONFIG, dtype=clip.dtype, **parts)
+        logits, _ = model.apply(params, clip, key=jax.random.key(3), **way)
         return (logits * jnp.arange(1.0, 4)[None]).sum()
 
     return run
 
 
-QUICK = ("attention", "block", "pool")
+QUICK = ("attention", "block", "pooling", "all three")
 MORE = ("attention derived from ours", "block that reads its rate", "blocks that differ")
 NAMES = [
     name if name in QUICK else slow(name) if name in MORE else nightly(name)
@@ -230,7 +261,7 @@ def test_custom_parts_train_alike_however_blocks_are_run(name, way):
 @pytest.mark.parametrize("name", LOOPED | NOT_LOOPED)
 def test_custom_parts_are_scanned_and_lowered_for_accelerators(name):
     parts = (LOOPED | NOT_LOOPED)[name]
-    params = jax.eval_shape(lambda: mvit.init(CONFIG, jax.random.key(0), **parts))
+    params = jax.eval_shape(functional(CONFIG, **parts).init, jax.random.key(0))
     traced = jax.jit(jax.grad(loss(name, scan=True, remat="blocks"))).trace(params)
     assert ("length=3" in str(traced.jaxpr)) == (name in LOOPED)
     for platform in ("tpu", "cuda"):
@@ -249,10 +280,10 @@ def test_state_besides_weights_is_updated_where_blocks_are_scanned():
 def test_a_block_that_changes_the_dtype_is_looped_over_where_it_no_longer_does():
     """In bfloat16 the first of three equal blocks widens its tokens, the others keep float32."""
     clip = jnp.array(CLIP, jnp.float32)
-    params = jax.jit(lambda: mvit.init(CONFIG, jax.random.key(0), block=Widening))()
-    options = {"config": CONFIG, "block": Widening, "dtype": jnp.bfloat16}
+    model = functional(CONFIG, block=Widening, dtype=jnp.bfloat16)
+    params = jax.jit(model.init)(jax.random.key(0))
     plain, looped = (
-        jax.jit(functools.partial(mvit.apply, **options, scan=scan)).trace(params, clip)
+        jax.jit(functools.partial(model.apply, scan=scan)).trace(params, clip)
         for scan in (False, True)
     )
     assert "length=2" in str(looped.jaxpr) and "length=3" not in str(looped.jaxpr)
@@ -260,21 +291,97 @@ def test_a_block_that_changes_the_dtype_is_looped_over_where_it_no_longer_does()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.std(theirs))
 
 
-@pytest.mark.parametrize(
-    "name", ["attention", *(slow(name) for name in ("block derived from ours", "pool"))]
-)
+@pytest.mark.parametrize("name", ["attention", slow("block derived from ours"), "pooling"])
 def test_custom_parts_go_into_the_module_and_into_the_functions(name):
-    parts = LOOPED[name]
-    params = jax.jit(lambda: mvit.init(CONFIG, jax.random.key(0), **parts))()
-    model = mvit.from_params(params, CONFIG, **parts)
+    model = functional(CONFIG, **LOOPED[name])
+    params = jax.jit(model.init)(jax.random.key(0))
     clip = jnp.array(CLIP, jnp.float32)
-    logits = jax.jit(model)(clip)
-    pure, _ = jax.jit(functools.partial(mvit.apply, config=CONFIG, **parts))(params, clip)
+    logits = jax.jit(model.module(params))(clip)
+    pure, _ = jax.jit(model.apply)(params, clip)
     np.testing.assert_array_equal(logits, pure)
-    fresh = jax.eval_shape(lambda: MViT(CONFIG, rngs=nnx.Rngs(0), **parts))
-    assert jax.tree.structure(mvit.params_of(fresh)) == jax.tree.structure(params)
-    if "attention" in parts:
-        assert params["blocks"]["0"]["attn"].keys() == {"mix"}
-    else:
-        ours, _ = jax.jit(functools.partial(mvit.apply, config=CONFIG))(params, clip)
-        assert np.abs(logits - ours).max() > 1e-3
+    fresh = jax.eval_shape(lambda: MViT(CONFIG, rngs=nnx.Rngs(0), **LOOPED[name]))
+    assert jax.tree.structure(params_of(fresh)) == jax.tree.structure(params)
+    attention = params["blocks"]["0"]["attn"]
+    if name == "attention":
+        assert attention.keys() == {"mix"}
+    elif name == "pooling":
+        assert attention["pool_k"].keys() == attention["pool_v"].keys() == {"pool", "gate", "share"}
+
+
+def test_weak_types_do_not_survive_init():
+    """An update would take them away, and the step would be compiled again."""
+    model = functional(CONFIG, block=LocalBlock, pooling=Gated)
+    for params in (jax.eval_shape(model.init, jax.random.key(0)), model.init(jax.random.key(0))):
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(params))
+
+
+def test_q_k_and_v_each_have_a_pooling_of_their_own():
+    made = []
+
+    class Strided(nnx.Module):
+        def __init__(self, pool, channels, *, dtype, rngs):
+            self.pool = pool
+            made.append((pool, channels))
+
+        def __call__(self, tokens, grid):
+            t, h, w = self.pool.stride
+            return on_grid(lambda x: x[:, ::t, ::h, ::w], tokens, grid)
+
+    config = dataclasses.replace(CONFIG, depths=(1, 1))
+    first, second = plan(config)
+    model = functional(config, pooling=Strided)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert made == [
+        (first.kv_pool, 4), (first.kv_pool, 4),
+        (second.q_pool, 8), (second.kv_pool, 8), (second.kv_pool, 8),
+    ]  # fmt: skip
+    assert not any("pool" in name for name in params["blocks"]["1"]["attn"])
+    jax.eval_shape(model.apply, params, jax.ShapeDtypeStruct(CLIP.shape, jnp.float32))
+
+
+class Losing(Block):
+    def __call__(self, x, grid, key=None):
+        return super().__call__(x, grid, key)[:, 1:]
+
+
+class Unpooled(nnx.Module):
+    def __init__(self, pool, channels, *, dtype, rngs):
+        pass
+
+    def __call__(self, tokens, grid):
+        return tokens
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ({"block": Losing}, r"block 0 \(Losing\) gives 4 tokens; the grid \(1, 2, 2\) .* needs 5"),
+        ({"pooling": Unpooled}, r"Unpooled gives 5 tokens, and the grid \(1, 1, 1\) .* needs 2"),
+    ],
+)
+def test_a_wrong_number_of_tokens_is_named(parts, sentence):
+    model = functional(CONFIG, **parts)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    for scan in (False, True):
+        with pytest.raises(UserError, match=sentence):
+            clip = jax.ShapeDtypeStruct(CLIP.shape, jnp.float32)
+            jax.eval_shape(functools.partial(model.apply, scan=scan), params, clip)
+
+
+def test_equal_handles_share_what_is_compiled():
+    """Handles are static arguments; those that compute in other ways are not equal."""
+    ours, again = (functional(CONFIG, pooling=Gated, dtype=d) for d in ("float32", jnp.float32))
+    assert ours == again and hash(ours) == hash(again)
+    assert ours != functional(CONFIG, pooling=Gated, ops="reference")
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(model, params, clip):
+        traces.append(model)
+        return model.apply(params, clip)[0]
+
+    params = jax.eval_shape(ours.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+    for model in (ours, again):
+        logits(model, params, jnp.array(CLIP, jnp.float32))
+    assert len(traces) == 1

@@ -1,14 +1,13 @@
 """The callable for use, against `apply` on each batch."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import inference, mvit, trees
+from mvit_jax.models.functional import Functional, functional
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.models.variants import variant
 
@@ -20,7 +19,7 @@ MEAN, STD = (0.45, 0.4, 0.5), (0.225, 0.2, 0.25)
 
 @pytest.fixture(scope="module")
 def params():
-    return mvit.init(CONFIG, jax.random.key(0))
+    return functional(CONFIG).init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def clips():
 @pytest.fixture(scope="module")
 def expected(params, clips):
     """One clip at a time: what no batching can change."""
-    apply = jax.jit(functools.partial(mvit.apply, config=CONFIG))
+    apply = jax.jit(functional(CONFIG).apply)
     logits = np.concatenate([apply(params, clip[None])[0] for clip in clips])
     assert logits.std(0).min() > 1e-3  # or any order of clips would do
     return logits
@@ -42,12 +41,12 @@ def traced(monkeypatch):
     """The shapes for which `apply` is traced, which is once for each compilation."""
     shapes = []
 
-    def counted(params, clips, **options):
+    def counted(model, params, clips, **options):
         shapes.append(clips.shape)
-        return mvit_apply(params, clips, **options)
+        return apply(model, params, clips, **options)
 
-    mvit_apply = mvit.apply
-    monkeypatch.setattr(inference.mvit, "apply", counted)
+    apply = Functional.apply
+    monkeypatch.setattr(Functional, "apply", counted)
     return shapes
 
 
@@ -62,7 +61,7 @@ def test_normalise_equals_its_formula():
 def test_any_number_of_clips_gives_the_logits_of_apply_by_few_compilations(
     params, clips, expected, traced
 ):
-    run = Inference(params, CONFIG, buckets=(4, 1))
+    run = Inference(functional(CONFIG), params, buckets=(4, 1))
     for count in (1, 2, 3, 4, 5, 6, 7, 3, 0):
         for given in (clips[:count], jnp.asarray(clips[:count])):
             logits = run(given)
@@ -72,7 +71,7 @@ def test_any_number_of_clips_gives_the_logits_of_apply_by_few_compilations(
 
 
 def test_the_default_buckets_compile_for_powers_of_two(params, clips, expected, traced):
-    run = Inference(params, CONFIG)
+    run = Inference(functional(CONFIG), params)
     np.testing.assert_allclose(run(clips[:5]), expected[:5], atol=1e-5)
     np.testing.assert_allclose(run(clips), expected, atol=1e-5)
     assert [shape[0] for shape in traced] == [8]
@@ -81,15 +80,15 @@ def test_the_default_buckets_compile_for_powers_of_two(params, clips, expected, 
 
 def test_bytes_are_normalised_inside(params, traced):
     clips = np.random.default_rng(1).integers(0, 256, (2, 4, 32, 32, 3)).astype(np.uint8)
-    run = Inference(params, CONFIG, mean=MEAN, std=STD)
+    run = Inference(functional(CONFIG), params, mean=MEAN, std=STD)
     normalised = ((clips / 255 - MEAN) / STD).astype(np.float32)
     np.testing.assert_allclose(run(clips), run(normalised), atol=1e-5)
     assert len(traced) == 2  # one for each kind of input
 
 
 def test_bfloat16_gives_what_apply_does_with_float32_weights(params, clips, expected):
-    run = Inference(params, CONFIG, dtype=jnp.bfloat16)
-    apply = jax.jit(functools.partial(mvit.apply, config=CONFIG, dtype=jnp.bfloat16))
+    run = Inference(functional(CONFIG, dtype=jnp.bfloat16), params)
+    apply = jax.jit(functional(CONFIG, dtype=jnp.bfloat16).apply)
     logits = run(clips[:4])
     assert logits.dtype == jnp.float32
     np.testing.assert_array_equal(logits, apply(params, clips[:4])[0])
@@ -100,21 +99,27 @@ def test_bfloat16_gives_what_apply_does_with_float32_weights(params, clips, expe
 def test_weights_are_converted_once_but_for_norms_and_positions(params):
     kept = {
         path
-        for path, leaf in trees.flat(Inference(params, CONFIG, dtype=jnp.bfloat16).params).items()
+        for path, leaf in flatten_dict(
+            Inference(functional(CONFIG, dtype=jnp.bfloat16), params).params, sep="/"
+        ).items()
         if leaf.dtype != jnp.bfloat16
     }
     parts = ("norm", "relative", "positions")
-    assert kept == {path for path in trees.flat(params) if any(part in path for part in parts)}
+    assert kept == {
+        path for path in flatten_dict(params, sep="/") if any(part in path for part in parts)
+    }
     assert all(
         ours is given
         for ours, given in zip(
-            jax.tree.leaves(Inference(params, CONFIG).params), jax.tree.leaves(params), strict=True
+            jax.tree.leaves(Inference(functional(CONFIG), params).params),
+            jax.tree.leaves(params),
+            strict=True,
         )
     )  # float32 needs no second copy
 
 
 def test_batches_are_split_over_devices(params, clips, expected, traced):
-    run = Inference(params, CONFIG, buckets=(3, 9), devices=jax.devices())
+    run = Inference(functional(CONFIG), params, buckets=(3, 9), devices=jax.devices())
     assert run.buckets == (8, 16)
     for count in (1, 7):
         np.testing.assert_allclose(run(clips[:count]), expected[:count], atol=1e-5)
@@ -123,20 +128,20 @@ def test_batches_are_split_over_devices(params, clips, expected, traced):
 
 def test_a_model_of_images_takes_images():
     config = variant("mvitv2_t", size=32, width=16, depths=(1, 1), num_classes=3)
-    params = mvit.init(config, jax.random.key(0))
+    params = functional(config).init(jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
-    logits, _ = jax.jit(functools.partial(mvit.apply, config=config))(params, images)
-    np.testing.assert_allclose(Inference(params, config)(images), logits, atol=1e-5)
+    logits, _ = jax.jit(functional(config).apply)(params, images)
+    np.testing.assert_allclose(Inference(functional(config), params)(images), logits, atol=1e-5)
 
 
 def test_what_cannot_be_is_one_sentence(params):
     with pytest.raises(UserError, match=r"batch sizes of at least 1, not \(\)"):
-        Inference(params, CONFIG, buckets=())
+        Inference(functional(CONFIG), params, buckets=())
     with pytest.raises(UserError, match=r"not \(4, 0\)"):
-        Inference(params, CONFIG, buckets=(4, 0))
+        Inference(functional(CONFIG), params, buckets=(4, 0))
     with pytest.raises(UserError, match="mean and std go together"):
-        Inference(params, CONFIG, mean=MEAN)
+        Inference(functional(CONFIG), params, mean=MEAN)
     with pytest.raises(UserError, match="give Inference the mean and std"):
-        Inference(params, CONFIG)(np.zeros((1, 4, 32, 32, 3), np.uint8))
+        Inference(functional(CONFIG), params)(np.zeros((1, 4, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match=r"takes \[batch, T, H, W, 3\] clips"):
-        Inference(params, CONFIG)(np.zeros((1, 32, 32, 3), np.float32))
+        Inference(functional(CONFIG), params)(np.zeros((1, 32, 32, 3), np.float32))

@@ -1,65 +1,37 @@
-"""Layer norm against its definition in NumPy, and its gradient against autodiff of that."""
+"""The classification head on its own."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from mvit_jax.models.layers import layer_norm
+from mvit_jax.models.layers import ClassificationHead
+from mvit_jax.models.plan import MViTConfig
 
-EPS = 1e-6
-
-
-def draw(shape, dtype):
-    rng = np.random.default_rng(0)
-    x = 2 + 3 * rng.standard_normal(shape)
-    return [a.astype(dtype) for a in (x, *rng.standard_normal((2, shape[-1])))]
+CONFIG = MViTConfig(num_classes=4, dropout=0.25)
 
 
-def defined(x, scale, bias):
-    rows = [(row - row.mean()) / np.sqrt(row.var() + EPS) for row in x.reshape(-1, x.shape[-1])]
-    return np.stack(rows).reshape(x.shape) * scale + bias
+def identity_head(config, dtype=jnp.float32):
+    head = ClassificationHead(config, 4, dtype=dtype, rngs=nnx.Rngs(0))
+    head.classifier.kernel[...] = jnp.eye(4)
+    assert head.classifier.bias is not None
+    head.classifier.bias[...] = jnp.array([0.0, 0.0, 0.0, 10.0])
+    return head
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 4, 6)])  # tokens; tokens by head
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_it_is_the_definition(shape, dtype):
-    arguments = draw(shape, np.float64)
-    with jax.enable_x64(True):
-        x = jnp.array(arguments[0], dtype)
-        scale, bias = (jnp.array(a, jnp.promote_types(dtype, jnp.float32)) for a in arguments[1:])
-        out = jax.jit(layer_norm, static_argnums=3)(x, scale, bias, EPS)
-        assert out.dtype == scale.dtype
-        expected = defined(*(np.array(a, np.float64) for a in (x, scale, bias)))
-        tolerance = 1e-12 if dtype == "float64" else 5e-6
-        np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance)
+def test_dropout_is_before_the_classifier_and_in_training_alone():
+    pooled = jnp.ones((5000, 4))
+    head = identity_head(CONFIG)
+    np.testing.assert_array_equal(head(pooled)[:, :3], 1)
+    logits = np.array(head(pooled, jax.random.key(0)))
+    assert np.unique(logits[:, :3]).tolist() == pytest.approx([0, 4 / 3])
+    assert np.unique(logits[:, 3]).tolist() == pytest.approx([10, 10 + 4 / 3])  # bias is kept
+    assert logits[:, :3].mean() == pytest.approx(1, abs=0.03)
+    np.testing.assert_array_equal(logits, head(pooled, jax.random.key(0)))
+    assert (logits != np.array(head(pooled, jax.random.key(1)))).any()
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 4, 6)])
-def test_gradients_are_finite_differences(shape):
-    arguments = draw(shape, np.float64)
-    factors = np.random.default_rng(1).standard_normal(shape)
-    with jax.enable_x64(True):
-        loss = lambda *arguments: (layer_norm(*arguments, EPS) * factors).sum()  # noqa: E731
-        gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*map(jnp.array, arguments))
-    for i, gradient in enumerate(gradients):
-        for place in np.ndindex(gradient.shape):
-            ends = []
-            for step in (1e-5, -1e-5):
-                moved = [a.copy() for a in arguments]
-                moved[i][place] += step
-                ends.append((defined(*moved) * factors).sum())
-            assert abs((ends[0] - ends[1]) / 2e-5 - gradient[place]) < 1e-7
-
-
-def test_a_mean_far_from_zero_does_not_cancel():
-    x = 1000 + np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    out = layer_norm(jnp.array(x), jnp.ones(64), jnp.zeros(64), EPS)
-    np.testing.assert_allclose(out, defined(x.astype(np.float64), 1, 0), rtol=0, atol=2e-3)
-
-
-def test_gradients_have_the_dtypes_of_their_arguments():
-    x = jnp.ones((2, 3, 4), jnp.bfloat16) * jnp.arange(4, dtype=jnp.bfloat16)[None, None]
-    loss = lambda *arguments: layer_norm(*arguments, EPS).sum()  # noqa: E731
-    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(x, jnp.ones(4), jnp.zeros(4))
-    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+def test_logits_of_bfloat16_are_float32():
+    logits = identity_head(CONFIG, jnp.bfloat16)(jnp.ones((2, 4), jnp.bfloat16))
+    assert logits.dtype == jnp.float32

@@ -1,7 +1,6 @@
 """The model against a ViT in numpy, its two forms, and its parts one by one."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -11,19 +10,11 @@ import pytest
 from flax import nnx
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import run_blocks
-from mvit_jax.models.mvit import (
-    Block,
-    MViT,
-    PooledAttention,
-    apply,
-    create_model,
-    init,
-    params_of,
-)
-from mvit_jax.models.ops import pooling
+from mvit_jax.models import layers
+from mvit_jax.models.functional import create_model, functional, params_of
+from mvit_jax.models.layers import draw_clips, drop_clips
+from mvit_jax.models.mvit import Block, MViT, PooledAttention
 from mvit_jax.models.plan import MViTConfig, plan
-from mvit_jax.models.run_blocks import draw_clips, drop_clips
 from mvit_jax.models.variants import variant
 
 # A Vision Transformer in numpy.
@@ -95,11 +86,11 @@ def randomised(params, scale=0.3):
 @pytest.mark.parametrize("positions", ["joint", "separate", "space", "none"])
 def test_one_stage_without_pooling_is_a_vit(positions, class_token):
     config = dataclasses.replace(VIT, positions=positions, class_token=class_token)
-    abstract = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    abstract = jax.eval_shape(functional(config).init, jax.random.key(0))
     params = randomised(jax.tree.map(lambda x: np.zeros(x.shape), abstract))
     clip = np.random.default_rng(1).standard_normal((2, 2, 12, 12, 3))
     with jax.enable_x64(True):
-        run = jax.jit(functools.partial(apply, config=config, dtype=jnp.float64))
+        run = jax.jit(functional(config, dtype=jnp.float64).apply)
         logits, features = run(params, clip)
         assert logits.dtype == jnp.float64
     assert [stage.shape for stage in features["stages"]] == [(2, 2, 3, 3, 8)]
@@ -124,7 +115,7 @@ SMALL = MViTConfig(
 )
 CLIPS = 16
 
-run = jax.jit(apply, static_argnames=("config", "train", "block", "attention", "pool"))
+run = jax.jit(functional(SMALL).apply)
 
 
 def small_clip():
@@ -136,7 +127,7 @@ def small_params(**plugs):
 
 
 def small_shapes(**plugs):
-    return jax.eval_shape(lambda: init(SMALL, jax.random.key(0), **plugs))
+    return jax.eval_shape(functional(SMALL, **plugs).init, jax.random.key(0))
 
 
 def with_weights(build, scale=0.3):
@@ -152,7 +143,7 @@ def test_module_and_pure_form_are_the_same():
     model = with_weights(lambda: MViT(SMALL, rngs=nnx.Rngs(0)))
     params, clip = params_of(model), small_clip()
     logits, features = jax.jit(model.forward)(clip)
-    pure, pure_features = run(params, clip, config=SMALL)
+    pure, pure_features = run(params, clip)
     np.testing.assert_array_equal(logits, pure)
     jax.tree.map(np.testing.assert_array_equal, features, pure_features)
     assert logits.shape == (CLIPS, 3) and logits.dtype == jnp.float32
@@ -161,7 +152,7 @@ def test_module_and_pure_form_are_the_same():
 
 
 def test_parameters_are_a_nested_dict_with_string_keys():
-    params = init(SMALL, jax.random.key(4))
+    params = functional(SMALL).init(jax.random.key(4))
     assert set(params["blocks"]) == {"0", "1"}
     kernel = params["blocks"]["1"]["attn"]["qkv"]["kernel"]
     assert kernel.shape == (8, 24)
@@ -180,7 +171,7 @@ def test_parameters_are_a_nested_dict_with_string_keys():
         bound = fan_in**-0.5
         assert 0.9 * bound < np.abs(x).max() <= bound
         assert x.std() == pytest.approx(bound / math.sqrt(3), rel=0.15)
-    other = init(SMALL, jax.random.key(1))
+    other = functional(SMALL).init(jax.random.key(1))
     assert (other["blocks"]["1"]["attn"]["qkv"]["kernel"] != kernel).all()
 
 
@@ -195,10 +186,9 @@ def test_images_are_clips_of_one_frame():
 
 def test_inference_draws_nothing_and_clips_go_their_own_ways():
     params, clip = small_params(), small_clip()
-    logits, _ = run(params, clip, config=SMALL, key=jax.random.key(1))
-    again, _ = run(params, clip, config=SMALL, key=jax.random.key(2))  # train is False
-    np.testing.assert_array_equal(logits, again)
-    other_way_round, _ = run(params, clip[::-1], config=SMALL, key=jax.random.key(2))
+    logits, _ = run(params, clip)
+    np.testing.assert_array_equal(logits, run(params, clip)[0])
+    other_way_round, _ = run(params, clip[::-1])
     np.testing.assert_allclose(logits[::-1], other_way_round, rtol=0, atol=1e-5)
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
@@ -215,15 +205,15 @@ def test_inference_draws_nothing_and_clips_go_their_own_ways():
 def test_other_inputs_say_what_is_wrong(shape, dtype, words):
     clip = jax.ShapeDtypeStruct(shape, dtype)
     with pytest.raises(UserError, match=words):
-        jax.eval_shape(functools.partial(apply, config=SMALL), small_shapes(), clip)
+        jax.eval_shape(functional(SMALL).apply, small_shapes(), clip)
 
 
 def test_an_image_model_says_that_it_takes_images():
     config = variant("mvit_b16", size=16, width=4, depths=(1, 1))
-    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    params = jax.eval_shape(functional(config).init, jax.random.key(0))
     with pytest.raises(UserError, match=r"takes \[batch, H, W, 3\] images"):
         clip = jax.ShapeDtypeStruct((16, 16, 3), jnp.float32)
-        jax.eval_shape(functools.partial(apply, config=config), params, clip)
+        jax.eval_shape(functional(config).apply, params, clip)
 
 
 def test_models_that_do_not_exist_name_the_nearest():
@@ -242,7 +232,6 @@ def new_block(block_plan, drop_path=0.0):
             block_plan,
             drop_path,
             attention=PooledAttention,
-            pool=pooling.pool,
             dtype=jnp.float32,
             rngs=nnx.Rngs(0),
         )
@@ -253,13 +242,10 @@ def test_where_the_width_changes_the_skip_is_of_the_normalised_tensor():
     block = new_block(plan(SMALL)[0])
     grid = (1, 3, 4)
     x = 3 + 2 * jax.random.normal(jax.random.key(0), (2, 13, 4))  # far from normalised
-    grid_out = []
 
     @jax.jit
     def both(x):
-        out, grid_after = block(x, grid)
-        grid_out.append(grid_after)
-        return out, block.attn(block.norm1(x), grid)[0]
+        return block(x, grid), block.attn(block.norm1(x), grid)
 
     out, attended = both(x)
     p = jax.tree.map(lambda v: np.array(v, np.float64), params_of(block))
@@ -270,7 +256,7 @@ def test_where_the_width_changes_the_skip_is_of_the_normalised_tensor():
     hidden = hidden * (1 + np.vectorize(math.erf)(hidden / np.sqrt(2))) / 2
     mlp = hidden @ p["mlp"]["fc2"]["kernel"] + p["mlp"]["fc2"]["bias"]
     expected = y @ p["proj"]["kernel"] + p["proj"]["bias"] + mlp
-    assert grid_out == [grid] and out.shape == (2, 13, 8)
+    assert out.shape == (2, 13, 8)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4)
 
 
@@ -282,13 +268,13 @@ def test_drop_path_leaves_each_branch_out_for_some_clips():
     @jax.jit
     def both(x, key):
         """The block, and what it may be: each branch left out, kept, scaled [3, 3, clip, ...]."""
-        attended, _ = block.attn(block.norm1(x), grid)
+        attended = block.attn(block.norm1(x), grid)
         rows = []
         for first in (0, 1, 1 / (1 - rate)):
             y = x + first * attended
             mlp = block.mlp(block.norm2(y))
             rows.append(jnp.stack([y + second * mlp for second in (0, 1, 1 / (1 - rate))]))
-        return block(x, grid, key)[0], block(x, grid)[0], jnp.stack(rows)
+        return block(x, grid, key), block(x, grid), jnp.stack(rows)
 
     out, kept, cases = both(x, jax.random.key(1))
     np.testing.assert_allclose(kept, cases[1, 1], rtol=0, atol=1e-4)  # without a key
@@ -319,24 +305,19 @@ def test_what_is_drawn_at_once_is_what_each_key_gives():
     for i, drawn in enumerate(branches):
         alone = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - jnp.float32(0.25), (50, 1, 1))
         np.testing.assert_array_equal(drawn, alone)
-    for i, folded in enumerate(run_blocks.fold(key, 5)):
+    for i, folded in enumerate(layers.fold(key, 5)):
         assert folded == jax.random.fold_in(key, i)
 
 
 # Training.
 
 
-def test_training_without_a_key_is_an_error():
-    with pytest.raises(ValueError, match="needs a key"):
-        apply(small_shapes(), small_clip(), config=SMALL, train=True)
-
-
 def test_training_draws_from_the_key_alone():
     params, clip, key = small_params(), small_clip(), jax.random.key(5)
-    inference, _ = run(params, clip, config=SMALL, key=key)
-    training, features = run(params, clip, config=SMALL, train=True, key=key)
-    np.testing.assert_array_equal(training, run(params, clip, config=SMALL, train=True, key=key)[0])
-    other, other_features = run(params, clip, config=SMALL, train=True, key=jax.random.key(6))
+    inference, _ = run(params, clip)
+    training, features = run(params, clip, key=key)
+    np.testing.assert_array_equal(training, run(params, clip, key=key)[0])
+    other, other_features = run(params, clip, key=jax.random.key(6))
     assert (training != inference).any() and (training != other).any()
     # Nothing is left out in the first block.
     np.testing.assert_array_equal(features["stages"][0], other_features["stages"][0])
@@ -347,18 +328,18 @@ def test_every_block_draws_from_a_key_of_its_own():
     keys = []
 
     class Passing(nnx.Module):
-        def __init__(self, plan, drop_path, *, attention, pool, dtype, rngs):
+        def __init__(self, plan, drop_path, *, attention, pooling, dtype, rngs):
             pass
 
         def __call__(self, x, grid, key):
             keys.append(key)
-            return x, grid
+            return x
 
     config = dataclasses.replace(VIT, depths=(3,))
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0), block=Passing))
+    shapes = jax.eval_shape(functional(config, block=Passing).init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
     clip = jnp.zeros((1, 2, 12, 12, 3))
-    apply(params, clip, config=config, train=True, key=jax.random.key(9), block=Passing)
+    functional(config, block=Passing).apply(params, clip, key=jax.random.key(9))
     expected = [jax.random.fold_in(jax.random.key(9), i) for i in range(3)]
     assert [jax.random.key_data(k).tolist() for k in keys] == [
         jax.random.key_data(k).tolist() for k in expected
@@ -374,8 +355,8 @@ def test_every_block_draws_from_a_key_of_its_own():
 )
 def test_parameters_of_another_architecture_are_refused_by_name(change, sentence):
     base = {"frames": 2, "size": 16, "width": 8, "depths": (1, 1), "num_classes": 3}
-    params = init(variant("mvit_b_16x4", **base), jax.random.key(0))
+    params = functional(variant("mvit_b_16x4", **base)).init(jax.random.key(0))
     other = variant("mvit_b_16x4", **(base | change))
     size = (1, other.frames, other.size, other.size, 3)
     with pytest.raises(UserError, match=sentence):
-        apply(params, jnp.zeros(size), config=other)
+        functional(other).apply(params, jnp.zeros(size))

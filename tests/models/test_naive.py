@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models.mvit import apply
+from mvit_jax.models.functional import functional
 from mvit_jax.weights.load import load
 from tests.models import naive
 from tests.models.naive import IMAGE, Settings, settings, stages, v2
@@ -233,7 +233,7 @@ def compare(fields, plain, *size, without=()):
     clip = reference.draw("clip", (3, frames, height, width))
     expected = naive.forward(state, plain, clip)
     with jax.enable_x64(True):
-        run = jax.jit(functools.partial(apply, config=loaded.config, dtype=jnp.float64))
+        run = jax.jit(functional(loaded.config, dtype=jnp.float64).apply)
         params = jax.tree.map(lambda x: np.asarray(x, np.float64), loaded.params)
         logits, _ = run(params, np.moveaxis(clip, 0, -1)[None].astype(np.float64))
     np.testing.assert_allclose(np.asarray(logits)[0], expected, rtol=0, atol=1e-12)

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mvit_jax.models.mvit import apply
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig, grids, plan
-from mvit_jax.models.trees import flat, nested
 from mvit_jax.weights.load import load
 from tests.reference import make_outputs as reference
 
@@ -96,7 +96,7 @@ def clip(case):
 @functools.cache
 def model(case, dtype=jnp.float32):
     """Compiled once for all tests."""
-    run = jax.jit(functools.partial(apply, config=weights(case).config, dtype=dtype))
+    run = jax.jit(functional(weights(case).config, dtype=dtype).apply)
     return lambda params: run(params, clip(case))
 
 
@@ -138,13 +138,13 @@ def test_gradients_are_the_originals(case):
     factors = jnp.array(reference.draw("loss", (reference.BATCH, reference.CLASSES)))
 
     def loss(params):
-        return (apply(params, clip(case), config=weights(case).config)[0] * factors).sum()
+        return (functional(weights(case).config).apply(params, clip(case))[0] * factors).sum()
 
     gradients = jax.jit(jax.grad(loss))(jax.tree.map(jnp.array, weights(case).params))
-    mine = by_name(case, flat(gradients))
+    mine = by_name(case, flatten_dict(gradients, sep="/"))
     # The same entries in the same order, since the importer moves and never changes them.
     directions = imported(case, lambda name, shape: reference.draw("direction/" + name, shape))
-    directions = by_name(case, flat(directions.params))
+    directions = by_name(case, flatten_dict(directions.params, sep="/"))
     largest = theirs["gradient_lengths"].max()
     for name, length, along in zip(
         shapes, theirs["gradient_lengths"], theirs["gradient_projections"], strict=True
@@ -176,7 +176,7 @@ def test_outputs_in_bfloat16_are_near_the_originals(case):
 def test_the_comparison_notices_in_which_order_distances_are_rounded():
     case = "torchvision_v2_156"
     config = dataclasses.replace(weights(case).config, relative_distances="slowfast")
-    logits, _ = jax.jit(functools.partial(apply, config=config))(weights(case).params, clip(case))
+    logits, _ = jax.jit(functional(config).apply)(weights(case).params, clip(case))
     assert difference(logits, stored(case)[1]["logits"]) > 10 * TOLERANCE
 
 
@@ -197,14 +197,14 @@ def without_effect(path: str, config: MViTConfig) -> bool:
 @cases(SOME, quick=SOME)
 def test_the_comparison_notices_any_tensor(case):
     loaded, (_, theirs) = weights(case), stored(case)
-    leaves = flat(loaded.params)
+    leaves = flatten_dict(loaded.params, sep="/")
     unseen = 0
     for path, leaf in leaves.items():
         noise = reference.draw("noise/" + path, leaf.shape)
         # By a fifth of its spread: by a tenth, one bias of timm's (blocks/0/norm2) moves the logits
         # by 7.3 tolerances only; by a fifth, every tensor does by 15 or more.
         moved = leaf + np.float32(0.2) * leaf.std() * noise
-        logits, _ = model(case)(nested(leaves | {path: moved}))
+        logits, _ = model(case)(unflatten_dict(leaves | {path: moved}, sep="/"))
         if without_effect(path, loaded.config):
             unseen += 1
             assert difference(logits, theirs["logits"]) <= TOLERANCE, path

@@ -35,7 +35,7 @@ def test_the_table_of_mvit_b_16x4():
     pools = [i for i, b in enumerate(blocks) if b.q_pool is not None]
     assert pools == [i for i, b in enumerate(blocks) if b.skip_pool is not None] == [1, 3, 14]
     for i in pools:
-        assert blocks[i].q_pool == Pool("conv", (3, 3, 3), (1, 2, 2))
+        assert blocks[i].q_pool == Pool("conv", (3, 3, 3), (1, 2, 2), heads=blocks[i].heads)
         assert blocks[i].skip_pool == Pool("max", (1, 3, 3), (1, 2, 2))
     assert [b.stage for b in blocks] == [0] + [1] * 2 + [2] * 11 + [3] * 2
     assert [b.width for b in blocks] == [96] + [192] * 2 + [384] * 11 + [768] * 2
@@ -99,7 +99,7 @@ def test_kernels_of_the_modes():
     assert kernels(pool_kernel="stride + 1") == (by_stride, None)
     assert kernels(pool_kernel=(1, 3, 3)) == (
         [(1, 3, 3)] * 4,
-        Pool("conv", (1, 3, 3), (1, 1, 1)),
+        Pool("conv", (1, 3, 3), (1, 1, 1), heads=8),
     )
     assert {b.kv_pool and b.kv_pool.kernel for b in plan(variant("mvit_b16"))} == {(1, 3, 3)}
     assert all(b.q_pool is b.kv_pool is b.skip_pool is None for b in plan(variant("vit_b_8x8")))
@@ -202,7 +202,10 @@ def test_the_table_of_mvitv2_s_16x4():
     assert [b.width_out for b in blocks] == [b.attention_width for b in blocks]
     assert [b.heads for b in blocks] == [1] + [2] * 2 + [4] * 11 + [8] * 2
     strides = [(1, 2, 2) if i in (1, 3, 14) else (1, 1, 1) for i in range(16)]
-    assert [b.q_pool for b in blocks] == [Pool("conv", (3, 3, 3), stride) for stride in strides]
+    assert [b.q_pool for b in blocks] == [
+        Pool("conv", (3, 3, 3), stride, heads=b.heads)
+        for stride, b in zip(strides, blocks, strict=True)
+    ]
     assert [i for i, b in enumerate(blocks) if b.skip_pool] == [1, 3, 14]
     assert [b.relative_space for b in blocks] == [111] + [55, 55] + [27] * 12 + [13]
     assert {b.relative_time for b in blocks} == {15}

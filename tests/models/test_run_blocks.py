@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models import mvit, run_blocks
+from mvit_jax.models import run_blocks
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig
 
 SMALL = {"size": 16, "width": 4, "num_classes": 3, "kv_stride": (1, 2, 2), "drop_path": 0.4}
@@ -27,14 +28,14 @@ WAYS = [
 
 
 def loss(params, clip, config, **way):
-    drawn = {"train": True, "key": jax.random.key(3)}
-    logits, _ = mvit.apply(params, clip, config=config, dtype=clip.dtype, **drawn, **way)
+    model = functional(config, dtype=clip.dtype)
+    logits, _ = model.apply(params, clip, key=jax.random.key(3), **way)
     return (logits * jnp.arange(1.0, 4)[None]).sum()
 
 
 @functools.lru_cache
 def given(config):
-    params = mvit.init(config, jax.random.key(0))
+    params = functional(config).init(jax.random.key(0))
     clip = jax.random.normal(jax.random.key(1), (3, 4, 16, 16, 3), jnp.float64)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     plain = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, clip, config)
@@ -68,7 +69,7 @@ def test_no_way_of_running_the_blocks_changes_loss_or_gradients(config, way):
 
 def kept(**way) -> dict[tuple[int, ...], int]:
     """Shapes of all that the forward pass hands to the backward pass, weights left out."""
-    params = mvit.init(V1, jax.random.key(0))
+    params = functional(V1).init(jax.random.key(0))
     clip = jnp.zeros((3, 4, 16, 16, 3))
     run = functools.partial(loss, clip=clip, config=V1, **way)
     _, vjp = jax.eval_shape(lambda params: jax.vjp(run, params), params)
@@ -89,7 +90,7 @@ def test_what_is_computed_again_is_not_kept():
 
 
 def test_equal_blocks_are_one_loop_and_named_for_profiles():
-    params = mvit.init(V1, jax.random.key(0))
+    params = functional(V1).init(jax.random.key(0))
     lowered = {
         scan: jax.jit(functools.partial(loss, config=V1, scan=scan))
         .lower(params, jnp.zeros((1, 4, 16, 16, 3)))
@@ -106,7 +107,7 @@ def test_equal_blocks_are_one_loop_and_named_for_profiles():
 @pytest.mark.slow
 def test_cheap_computes_no_product_again():
     """Each product's gradient has two; one more is a product made anew."""
-    params = mvit.init(V1, jax.random.key(0))
+    params = functional(V1).init(jax.random.key(0))
     clip = jnp.zeros((1, 4, 16, 16, 3))
 
     def products(**way):

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline, preprocess, sampling
 from mvit_jax.models.cost import cost
-from mvit_jax.models.mvit import apply, init, shapes
+from mvit_jax.models.functional import Functional, functional
 from mvit_jax.models.ops.attention import attend, relative_features
 from mvit_jax.models.plan import grids, plan
 from mvit_jax.models.positions import RelativePositions, distances
-from mvit_jax.models.trees import flat
 from mvit_jax.models.variants import variant
 from mvit_jax.weights.adapt import INFLATIONS
 from mvit_jax.weights.load import load
@@ -45,7 +45,9 @@ def test_trap_01_relative_positions_are_not_scaled():
 
 
 def test_trap_02_biases_start_at_zero_and_convolutions_as_in_pytorch():
-    params = flat(init(variant("mvitv2_s_16x4", **BASE), jax.random.key(0)))
+    params = flatten_dict(
+        functional(variant("mvitv2_s_16x4", **BASE)).init(jax.random.key(0)), sep="/"
+    )
     bound = (3 * 3 * 7 * 7) ** -0.5
     for path, values in params.items():
         if path.startswith("patch_embed/"):
@@ -76,7 +78,9 @@ def test_trap_03_pools_of_keys_may_be_missing_where_the_stride_is_1(pool_kernel,
     tiny = naive.Settings(blocks=published, grid=(2, 6, 6))
     loaded = load(state_of(tiny), "mvit_b_16x4", frames=4, size=24, width=8)
     assert [b.kv_pool is None for b in plan(loaded.config)] == [False] * 14 + [kernel is None] * 2
-    assert shapes(loaded.config) == {k: v.shape for k, v in flat(loaded.params).items()}
+    assert functional(loaded.config).shapes() == {
+        k: v.shape for k, v in flatten_dict(loaded.params, sep="/").items()
+    }
 
 
 def test_trap_04_the_32x3_file_is_the_model_of_24_blocks_with_kernels_of_stride_plus_1():
@@ -169,11 +173,11 @@ def test_trap_09_three_crops_are_cut_from_frames_scaled_to_the_crops_size():
 def test_trap_12_rectangles_and_other_sizes_than_the_nominal_one_run():
     for name in ("mvit_b_16x4", "mvitv2_s_16x4"):
         config = variant(name, **BASE)
-        params = jax.eval_shape(lambda config=config: init(config, jax.random.key(0)))
+        params = jax.eval_shape(lambda config=config: functional(config).init(jax.random.key(0)))
         for size in ((4, 24, 24), (4, 24, 40), (9, 56, 17), (1, 5, 5)):
             clip = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
             logits, features = jax.eval_shape(
-                lambda p, c, config=config: apply(p, c, config=config), params, clip
+                lambda p, c, config=config: functional(config).apply(p, c), params, clip
             )
             assert logits.shape == (2, 5)
             assert features["stages"][-1].shape[1:4] == grids(config, *size)[-1].output
@@ -194,7 +198,7 @@ def test_trap_13_images_become_videos_in_three_ways():
         load(state, "mvitv2_s_16x4", **BASE, class_token=False)
     for how in INFLATIONS:
         loaded = load(state, "mvitv2_s_16x4", inflate=how, **BASE, class_token=False)
-        params = flat(loaded.params)
+        params = flatten_dict(loaded.params, sep="/")
         shares = {"centre": (0, 1, 0), "mean": (1 / 3,) * 3, "repeat": (1, 1, 1)}[how]
         for share, kernel in zip(shares, params["patch_embed/proj/kernel"], strict=True):
             np.testing.assert_allclose(kernel, share * patch, rtol=1e-6)
@@ -208,10 +212,10 @@ def test_trap_13_a_still_video_is_the_image_after_inflation_at_the_centre():
     same keys is attention to one. The other two ways see the padding at the first frame."""
     state, image = state_of(IMAGE_V2), draw("image", (1, 1, 24, 24, 3))
     expected = naive.forward(state, IMAGE_V2, np.moveaxis(image[0], -1, 0))
-    run, differences = jax.jit(apply, static_argnames="config"), {}
+    run, differences = jax.jit(Functional.apply, static_argnums=0), {}
     for how in INFLATIONS:
         loaded = load(state, "mvitv2_s_16x4", inflate=how, **BASE, class_token=False)
-        logits, _ = run(loaded.params, jnp.repeat(image, 4, axis=1), config=loaded.config)
+        logits, _ = run(functional(loaded.config), loaded.params, jnp.repeat(image, 4, axis=1))
         differences[how] = np.abs(logits[0] - expected).max()
     assert differences["centre"] < 1e-5
     assert differences["mean"] > 1e-2 and differences["repeat"] > 1e-2

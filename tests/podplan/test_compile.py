@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mvit_jax.models.functional import functional
+
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit
 from mvit_jax.podplan import accelerators, compile
 from mvit_jax.podplan.compile import QUICK, Figures, TooLarge
 from mvit_jax.podplan.hlo import cost
@@ -157,7 +158,7 @@ def split():
 
 
 def parameters(model):
-    shapes = jax.eval_shape(lambda: mvit.init(model, jax.random.key(0)))
+    shapes = jax.eval_shape(functional(model).init, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 

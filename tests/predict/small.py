@@ -9,7 +9,7 @@ import av
 import jax
 import numpy as np
 
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.predict.predictor import Predictor
 from mvit_jax.training import build
 from mvit_jax.training.run import workdir
@@ -38,7 +38,7 @@ def fresh(config, seed):
     """A state of random weights."""
     model = build.model_config(config, 8)
     optimizer = build.make_optimizer(config)
-    return init_state(mvit.init(model, jax.random.key(seed)), optimizer, config.optim.ema)
+    return init_state(functional(model).init(jax.random.key(seed)), optimizer, config.optim.ema)
 
 
 @functools.cache

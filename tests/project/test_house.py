@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mvit_jax
+from mvit_jax.models.functional import functional
 from mvit_jax.weights.tensor_files import read_tensors
 from tests.support import commands, tiny, warm
 
@@ -170,7 +171,7 @@ def test_the_readmes_example_runs_and_its_shapes_are_true(executable, small, tmp
 @pytest.mark.parametrize("small", SIZES)
 def test_the_readmes_example_of_foreign_weights_runs(executable, small, tmp_path):
     config = mvit_jax.variant("mvit_b_16x4", **SMALL if small else {})
-    params = jax.jit(lambda: mvit_jax.init(config, jax.random.key(0)))()
+    params = jax.jit(functional(config).init)(jax.random.key(0))
     mvit_jax.save_torch(params, config, tmp_path / "k400.pyth", "slowfast")
     write_video(tmp_path / "video.mp4", frames=80, size=64)
     check = "print(clips.shape, report.ok, round(float(probabilities.sum()), 3))"

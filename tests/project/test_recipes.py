@@ -8,11 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from mvit_jax.common import errors
 from mvit_jax.config import check, check_start
-from mvit_jax.models import mvit, trees
 from mvit_jax.models.cost import cost
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import plan
 from mvit_jax.models.variants import PUBLISHED, variant
 from mvit_jax.training import build
@@ -349,8 +350,10 @@ def distinct(key, names):
 def test_the_weights_that_a_recipe_names_fit_it(name):
     source, target, inflate = transfer(name)
     source = dataclasses.replace(source, num_classes=3)
-    params = {path: np.ones(shape, np.float32) for path, shape in mvit.shapes(source).items()}
-    fitted, report = adapt.carry_over(trees.nested(params), source, target, inflate)
+    params = {
+        path: np.ones(shape, np.float32) for path, shape in functional(source).shapes().items()
+    }
+    fitted, report = adapt.carry_over(unflatten_dict(params, sep="/"), source, target, inflate)
     assert report.ok
     new = {line.path for line in report.lines if line.done == "new"}
     allowed = {"head/classifier/kernel", "head/classifier/bias"}
@@ -371,7 +374,7 @@ def test_the_weights_that_a_recipe_names_fit_it(name):
     ],
 )
 def test_the_architecture_of_a_recipe_can_be_built(name, architecture):
-    assert mvit.shapes(architecture(name))["head/classifier/bias"] == (2,)
+    assert functional(architecture(name)).shapes()["head/classifier/bias"] == (2,)
 
 
 def test_every_published_row_of_the_variants_has_a_recipe():

@@ -9,11 +9,12 @@ from contextlib import closing
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mvit_jax import convert, train
 from mvit_jax.common.errors import UserError
 from mvit_jax.config import check
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import functional
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -44,7 +45,7 @@ def settings(digits, **changes):
 
 
 def shapes_of(config, classes=8):
-    return mvit.shapes(build.model_config(config, classes))
+    return functional(build.model_config(config, classes)).shapes()
 
 
 def state_of(config, digits, params):
@@ -54,7 +55,9 @@ def state_of(config, digits, params):
 
 def drawn(config, salt, classes=8):
     flat = {p: np.float32(0.1) * v for p, v in foreign.filled(shapes_of(config, classes)).items()}
-    return trees.nested({path: values + np.float32(salt) for path, values in flat.items()})
+    return unflatten_dict(
+        {path: values + np.float32(salt) for path, values in flat.items()}, sep="/"
+    )
 
 
 def make_run(folder, config, digits, salt, step=3):
@@ -66,7 +69,7 @@ def make_run(folder, config, digits, salt, step=3):
         state = dataclasses.replace(state, ema=jax.tree.map(lambda x: 2 * x, state.params))
     with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(state, step)
-    return trees.flat(state.params if state.ema is None else state.ema)
+    return flatten_dict(state.params if state.ema is None else state.ema, sep="/")
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +80,12 @@ def converted(tmp_path_factory):
     folder = here / "out"
     convert.take(str(here / "in.pyth"), "mvit_b_16x4", folder, None, None, **foreign.fields(KIND))
     params, _ = run_folder.read_params(folder)
-    return folder, trees.flat(params)
+    return folder, flatten_dict(params, sep="/")
 
 
 def initial(config, classes=8):
     params, words = train.initial_weights(config, build.model_config(config, classes))
-    flat = trees.flat(params)
+    flat = flatten_dict(params, sep="/")
     assert {path: values.shape for path, values in flat.items()} == shapes_of(config, classes)
     return flat, words
 
@@ -184,8 +187,8 @@ def first(config, digits, folder):
     initial = None if started else train.initial_weights(config, model)
     with closing(Checkpoints(folder)) as checkpoints:
         state, words = train.first_state(config, fresh, checkpoints, initial)
-    ema = None if state.ema is None else trees.flat(state.ema)
-    return trees.flat(state.params), ema, int(state.step), words
+    ema = None if state.ema is None else flatten_dict(state.ema, sep="/")
+    return flatten_dict(state.params, sep="/"), ema, int(state.step), words
 
 
 @pytest.fixture
@@ -214,7 +217,7 @@ def test_this_workdir_comes_before_resume_before_init_before_nothing(places, dig
     same_but(params, weights[source])
     assert step == 0 and str(source) in words
     params, _, step, words = first(settings(digits), digits, tmp_path / "new")
-    same_but(params, trees.flat(drawn(settings(digits), 0.5)))
+    same_but(params, flatten_dict(drawn(settings(digits), 0.5), sep="/"))
     assert step == 0 and words == "starts from fresh weights"
 
 
@@ -226,8 +229,8 @@ def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digit
     with closing(Checkpoints(tmp_path)) as checkpoints:
         state, _ = train.first_state(config, fresh, checkpoints, initial)
     assert state.ema is not None and int(state.step) == 0
-    same_but(trees.flat(state.params), converted[1], "head/")
-    same_but(trees.flat(state.ema), trees.flat(state.params))
+    same_but(flatten_dict(state.params, sep="/"), converted[1], "head/")
+    same_but(flatten_dict(state.ema, sep="/"), flatten_dict(state.params, sep="/"))
     pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True)
     # The training step is given both to reuse their memory.
     assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in pairs)
@@ -316,7 +319,7 @@ def test_fine_tuning_starts_from_the_weights_and_goes_on_after_a_stop(
     out = capsys.readouterr().out
     assert f"weights from {converted[0]}: " in out and "2 new" in out
     params, _ = run_folder.read_params(tmp_path / "run")
-    same_but(trees.flat(params), converted[1], "head/")
+    same_but(flatten_dict(params, sep="/"), converted[1], "head/")
     # Started again, it is complete, and the weights are not taken a second time.
     assert train.train(config, str(tmp_path / "run")) == 0
     assert "is complete (3 of 3 steps)" in capsys.readouterr().out

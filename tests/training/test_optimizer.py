@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import variant
 from mvit_jax.training import build, optimizer
 from mvit_jax.weights.key_tables import foreign_name
@@ -76,8 +77,8 @@ def test_biases_norms_and_only_those_are_not_decayed(name):
     """By PySlowFast's rule and its names: what ends in .bias, and what has one dimension there."""
     changes = {"width": 8, "depths": (1, 2), "size": 32, "kv_stride": (1, 2, 2)}
     config = variant(name, **changes)
-    params = jax.eval_shape(lambda key: mvit.init(config, key), jax.random.key(0))
-    mask = trees.flat(optimizer.decayed(params))
+    params = jax.eval_shape(lambda key: functional(config).init(key), jax.random.key(0))
+    mask = flatten_dict(optimizer.decayed(params), sep="/")
     theirs = {path: foreign_name(path, "slowfast", config) for path in mask}
     assert all(theirs.values())
     one_dimensional = [p for p, n in theirs.items() if "norm" in str(n) or str(n).endswith(".bias")]
@@ -99,7 +100,7 @@ def test_ten_steps_equal_the_formulas_written_out(name, kind):
     config = tiny_model(name)
     random = np.random.default_rng(0)
     with jax.enable_x64(True):
-        shapes = mvit.shapes(config)
+        shapes = functional(config).shapes()
         start = {path: 0.1 * random.normal(size=shape) for path, shape in shapes.items()}
         sizes = np.geomspace(0.003, 0.3, 10)  # norms on either side of the limit
         gradients = [
@@ -109,18 +110,22 @@ def test_ten_steps_equal_the_formulas_written_out(name, kind):
         rates = np.linspace(1e-2, 1e-3, 10)
         make = {"adamw": optimizer.adamw, "sgd": optimizer.sgd}[kind]
         transform = make(weight_decay=0.1, layer_decay=0.7, clip_norm=2.0)
-        params = trees.nested({path: jnp.asarray(value) for path, value in start.items()})
+        params = unflatten_dict(
+            {path: jnp.asarray(value) for path, value in start.items()}, sep="/"
+        )
         state = transform.init(params)
         update = jax.jit(transform.update)
         for rate, gradient in zip(rates, gradients, strict=True):
-            tree = trees.nested({path: jnp.asarray(value) for path, value in gradient.items()})
+            tree = unflatten_dict(
+                {path: jnp.asarray(value) for path, value in gradient.items()}, sep="/"
+            )
             updates, state = update(tree, state, params, learning_rate=rate)
             params = jax.tree.map(jnp.add, params, updates)
 
         groups = {path: group(path, config, decay=0.1, rate=0.7) for path in shapes}
         limited, expected = written_out(start, gradients, rates, groups, kind, limit=2.0)
         assert 0 < limited < 10
-        for path, value in trees.flat(params).items():
+        for path, value in flatten_dict(params, sep="/").items():
             moved = np.abs(expected[path] - start[path]).max()
             assert moved > 1e-4, path
             np.testing.assert_allclose(value, expected[path], rtol=0, atol=1e-9, err_msg=path)
@@ -172,17 +177,19 @@ def test_ten_steps_equal_torchs_own(name):
             layer_decay=reference.LAYER_DECAY if with_layers else 1.0,
             clip_norm=reference.CLIP,
         )
-        params = trees.nested({k: jnp.asarray(v) for k, v in reference.weights().items()})
+        params = unflatten_dict(
+            {k: jnp.asarray(v) for k, v in reference.weights().items()}, sep="/"
+        )
         state = transform.init(params)
         update, norms = jax.jit(transform.update), []
         for step in range(reference.STEPS):
             gradient = reference.gradients(step)
             norms.append(math.sqrt(sum((g**2).sum() for g in gradient.values())))
-            tree = trees.nested({k: jnp.asarray(v) for k, v in gradient.items()})
+            tree = unflatten_dict({k: jnp.asarray(v) for k, v in gradient.items()}, sep="/")
             updates, state = update(tree, state, params, learning_rate=reference.rate(step))
             params = jax.tree.map(jnp.add, params, updates)
     assert min(norms) < reference.CLIP < max(norms)
-    for path, value in trees.flat(params).items():
+    for path, value in flatten_dict(params, sep="/").items():
         np.testing.assert_allclose(value, expected[f"{name}/{path}"], rtol=0, atol=1e-12)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer, step
 from mvit_jax.training.state import init_state
@@ -45,8 +45,8 @@ def batch(seed: int = 0, clips: int = 8):
 def make(config=CONFIG, lr=1e-3, dtype=jnp.float32, **changes):
     recipe = StepConfig(**(RECIPE | changes), dtype=dtype)
     transform = optimizer.adamw(weight_decay=0.05, clip_norm=1.0)
-    apply = functools.partial(mvit.apply, config=config)
-    params = jax.tree.map(lambda x: x.astype(dtype), mvit.init(config, jax.random.key(0)))
+    apply = functional(config, dtype=dtype).apply
+    params = jax.tree.map(lambda x: x.astype(dtype), functional(config).init(jax.random.key(0)))
     state = init_state(params, transform, recipe.ema)
     run = functools.partial(
         train_step, learning_rate=lr, apply=apply, optimizer=transform, recipe=recipe
@@ -146,8 +146,8 @@ def test_sets_of_classes_are_learned_by_sigmoids_and_counted():
     run, state = make(lr=3e-3, multi_label=True, label_smoothing=0.0)
     sets = np.random.default_rng(0).integers(0, 2, (8, 4), np.uint8)
     fed = batch() | {"label": jnp.asarray(sets)}
-    logits = mvit.apply(
-        state.params, (fed["clip"].astype(jnp.float32) / 255 - 0.45) / 0.225, config=CONFIG
+    logits = functional(CONFIG).apply(
+        state.params, (fed["clip"].astype(jnp.float32) / 255 - 0.45) / 0.225
     )[0]
     chance = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     expected = -np.where(sets == 1, np.log(chance), np.log(1 - chance)).mean()
@@ -170,9 +170,9 @@ def test_clips_that_stand_for_broken_videos_are_counted():
 @pytest.mark.slow
 def test_predictions_are_softmax_scores_of_each_view():
     recipe = StepConfig(**RECIPE)
-    params = jax.tree.map(lambda x: 10 * x, mvit.init(CONFIG, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 10 * x, functional(CONFIG).init(jax.random.key(0)))
     clip = jnp.stack([batch(i)["clip"] for i in range(3)], axis=1)
-    apply = functools.partial(mvit.apply, config=CONFIG)
+    apply = functional(CONFIG).apply
     ours = step.predict_step(params, clip, apply=apply, recipe=recipe)
     views = []
     for i in range(3):
@@ -191,7 +191,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
         functools.partial(
             train_step,
             learning_rate=1e-3,
-            apply=functools.partial(mvit.apply, config=CONFIG),
+            apply=functional(CONFIG, dtype=jnp.bfloat16).apply,
             optimizer=optimizer.adamw(weight_decay=0.05, clip_norm=1.0),
             recipe=StepConfig(**RECIPE, dtype=jnp.bfloat16),
         )

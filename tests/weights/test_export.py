@@ -5,9 +5,10 @@ import functools
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit, trees
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import plan
 from mvit_jax.models.positions import sincos
 from mvit_jax.models.variants import VARIANTS, variant
@@ -133,7 +134,7 @@ def test_pytorchvideos_three_layers_become_torchvisions_one():
 
 def test_fixed_positions_are_written_for_slowfast_and_not_read():
     config = variant("mvit_b_16x4", **foreign.fields("v1 video", width=16, positions="sincos"))
-    params = trees.nested(foreign.filled(mvit.shapes(config)))
+    params = unflatten_dict(foreign.filled(functional(config).shapes()), sep="/")
     tensors = state_dict(params, config, "slowfast")
     table = tensors["pos_embed"]
     assert table.shape == (1, 1 + 2 * 8 * 8, 16) and not table[0, 0].any()
@@ -143,8 +144,8 @@ def test_fixed_positions_are_written_for_slowfast_and_not_read():
     fields = foreign.fields("v1 video", width=16, positions="sincos")
     back = load(tensors, "mvit_b_16x4", **fields)
     assert back.config == config
-    for path, values in trees.flat(params).items():
-        np.testing.assert_array_equal(trees.flat(back.params)[path], values)
+    for path, values in flatten_dict(params, sep="/").items():
+        np.testing.assert_array_equal(flatten_dict(back.params, sep="/")[path], values)
     assert [line.source for line in back.report.lines if line.done == "unused"] == ["pos_embed"]
 
 
@@ -176,8 +177,8 @@ def by_size(models):
 def test_full_size_models_have_exactly_the_other_sides_names_and_shapes(model):
     family, config = model.split()[0], VARIANTS[OURS[model]]
     # One byte a number, and that one byte for all of them, since only shapes are compared.
-    flat = {path: np.broadcast_to(np.int8(0), s) for path, s in mvit.shapes(config).items()}
-    made = state_dict(trees.nested(flat), config, family)
+    flat = {path: np.broadcast_to(np.int8(0), s) for path, s in functional(config).shapes().items()}
+    made = state_dict(unflatten_dict(flat, sep="/"), config, family)
     assert {name: values.shape for name, values in made.items()} == make_names.stored()[model]
 
 
@@ -190,7 +191,7 @@ def test_full_size_models_of_the_other_side_are_taken_whole(model):
     assert {line.source for line in found.report.lines} == set(tensors)
     wanted = VARIANTS[OURS[model]]
     assert [b.kv_pool for b in plan(found.config)] == [b.kv_pool for b in plan(wanted)]
-    assert mvit.shapes(found.config) == mvit.shapes(wanted)
+    assert functional(found.config).shapes() == functional(wanted).shapes()
 
 
 # What a family cannot hold.
@@ -228,7 +229,9 @@ IMAGE, IMAGE2 = ("mvit_b16", "v1 image"), ("mvitv2_s", "v2 image")
 def test_what_a_family_cannot_hold_is_refused_with_every_reason(to, kind, changes, words, tmp_path):
     name, form = kind
     config = variant(name, **foreign.fields(form, **changes))
-    params = trees.nested({p: np.zeros(s, np.float32) for p, s in mvit.shapes(config).items()})
+    params = unflatten_dict(
+        {p: np.zeros(s, np.float32) for p, s in functional(config).shapes().items()}, sep="/"
+    )
     with pytest.raises(UserError) as error:
         save_torch(params, config, tmp_path / "out", to)
     message = str(error.value)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mvit_jax
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit, trees
+from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional, params_of
 from mvit_jax.models.variants import VARIANTS, variant
 from mvit_jax.weights import export
 from mvit_jax.weights import load as loading
@@ -30,7 +32,7 @@ def loaded(tensors, kind=KIND, **overrides) -> Loaded:
 
 
 def params(tensors, kind=KIND, **overrides) -> dict[str, np.ndarray]:
-    return trees.flat(loaded(tensors, kind, **overrides).params)
+    return flatten_dict(loaded(tensors, kind, **overrides).params, sep="/")
 
 
 def by_hand(tensors: dict[str, np.ndarray], separate: bool) -> dict[str, np.ndarray]:
@@ -95,7 +97,9 @@ def test_every_form_of_slowfasts_files_gives_the_right_values(form):
     tensors = foreign.slowfast(kind, **how)
     found = loaded(tensors, kind)
     assert found.origin.family == "slowfast"
-    same(trees.flat(found.params), by_hand(tensors, separate=how.get("qkv") == "separate"))
+    same(
+        flatten_dict(found.params, sep="/"), by_hand(tensors, separate=how.get("qkv") == "separate")
+    )
 
 
 @pytest.mark.parametrize("form", foreign.FORMS)
@@ -105,10 +109,10 @@ def test_the_report_has_a_line_for_every_tensor_on_both_sides(form):
     found = loaded(tensors, kind)
     lines = found.report.lines
     assert {line.source for line in lines} == set(tensors)
-    assert sorted(line.path for line in lines) == sorted(trees.flat(found.params))
+    assert sorted(line.path for line in lines) == sorted(flatten_dict(found.params, sep="/"))
     for line in lines:
         assert line.source_shape == tensors[line.source].shape
-        assert line.shape == trees.flat(found.params)[line.path].shape
+        assert line.shape == flatten_dict(found.params, sep="/")[line.path].shape
         if line.source.endswith(("qkv.weight", "fc1.weight")):
             assert line.done == "transposed"
         if re.search(r"norm\d?\.weight|rel_pos|cls_token", line.source):
@@ -124,12 +128,12 @@ def test_pools_that_the_file_lacks_are_not_in_the_model():
     """Trap 3: two checkpoints of the "same" MViT-B differ in the last blocks' pools."""
     old = loaded(foreign.slowfast(KIND, last_pools=False))
     new = loaded(foreign.slowfast(KIND))
-    assert not any("blocks/3/attn/pool_k" in path for path in trees.flat(old.params))
-    assert any("blocks/3/attn/pool_k" in path for path in trees.flat(new.params))
+    assert not any("blocks/3/attn/pool_k" in path for path in flatten_dict(old.params, sep="/"))
+    assert any("blocks/3/attn/pool_k" in path for path in flatten_dict(new.params, sep="/"))
     assert old.config.kv_kernels[-1] == (1, 1, 1) and not new.config.kv_kernels
     clip = jnp.ones((1, 4, 32, 32, 3))
     for found in (old, new):
-        shape = jax.eval_shape(lambda p, c=found.config: mvit.apply(p, clip, config=c)[0],
+        shape = jax.eval_shape(lambda p, c=found.config: functional(c).apply(p, clip)[0],
                                found.params).shape  # fmt: skip
         assert shape == (1, foreign.CLASSES)
 
@@ -161,7 +165,7 @@ WRAPPINGS = {
 def test_wrappers_and_prefixes_are_taken_off(how):
     tensors = foreign.slowfast(KIND)
     found = loaded(WRAPPINGS[how](tensors))
-    same(trees.flat(found.params), by_hand(tensors, separate=False))
+    same(flatten_dict(found.params, sep="/"), by_hand(tensors, separate=False))
     if "module" in how:
         assert "'module." in found.report.summary()
     if "model_state" in how:
@@ -180,7 +184,10 @@ def test_files_give_what_mappings_give(tmp_path):
     write_torch(tmp_path / "hub.pyth", hub, wrapper="model_state", extra={"epoch": 3})
     model, report = mvit_jax.load_torch(tmp_path / "hub.pyth", *PTV[:1], **PTV[1])
     assert report.ok and isinstance(model, mvit.MViT)
-    same(trees.flat(mvit.params_of(model)), trees.flat(load(hub, PTV[0], **PTV[1]).params))
+    same(
+        flatten_dict(params_of(model), sep="/"),
+        flatten_dict(load(hub, PTV[0], **PTV[1]).params, sep="/"),
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
@@ -188,7 +195,7 @@ def test_other_precisions_become_float32_and_the_report_says_so(dtype):
     tensors = {name: v.astype(dtype) for name, v in foreign.slowfast(KIND).items()}
     found = loaded(tensors)
     wide = {name: v.astype(np.float32) for name, v in tensors.items()}
-    same(trees.flat(found.params), by_hand(wide, separate=False))
+    same(flatten_dict(found.params, sep="/"), by_hand(wide, separate=False))
     assert all(f"from {np.dtype(dtype)}" in line.done for line in found.report.lines)
 
 
@@ -201,7 +208,7 @@ def test_the_model_computes_in_inference_mode_and_in_the_dtype_asked_for():
     clip = jax.random.normal(jax.random.key(0), (1, 4, 32, 32, 3))
     logits, again = jax.device_get(jax.jit(lambda clip: (model(clip), model(clip)))(clip))
     np.testing.assert_array_equal(logits, again)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(mvit.params_of(half)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params_of(half)))
     rounded = np.asarray(jax.jit(lambda clip: half(clip))(clip), np.float32)
     assert 0 < np.abs(rounded - logits).max() < 0.3 * logits.std()
 
@@ -213,7 +220,7 @@ def test_another_number_of_classes_gives_a_new_classifier_and_nothing_else_new()
     tensors = foreign.slowfast(KIND)
     found = loaded(tensors, num_classes=3)
     expected = by_hand(tensors, separate=False)
-    ours = trees.flat(found.params)
+    ours = flatten_dict(found.params, sep="/")
     head = {"head/classifier/kernel": (32, 3), "head/classifier/bias": (3,)}
     assert {path: ours[path].shape for path in head} == head
     same({p: v for p, v in ours.items() if p not in head},
@@ -228,7 +235,7 @@ def test_without_being_asked_the_classes_are_the_files():
     tensors = foreign.slowfast(KIND)
     found = loaded(tensors)
     assert found.config.num_classes == foreign.CLASSES
-    same(trees.flat(found.params), by_hand(tensors, separate=False))
+    same(flatten_dict(found.params, sep="/"), by_hand(tensors, separate=False))
 
 
 def test_positions_are_resized_to_other_frames_and_sizes():
@@ -238,7 +245,7 @@ def test_positions_are_resized_to_other_frames_and_sizes():
     times = np.array([1.0, 2.0, 3.0], np.float32)[:, None] + np.zeros((1, 8), np.float32)
     tensors["blocks.0.attn.rel_pos_t"] = times
     found = loaded(tensors, "v2 video", frames=8, size=64)
-    ours = trees.flat(found.params)
+    ours = flatten_dict(found.params, sep="/")
     assert ours["blocks/0/attn/relative/height"].shape == (31, 8)
     np.testing.assert_allclose(ours["blocks/0/attn/relative/height"], 0.5, atol=1e-6)
     # Seven places over three: centres at (i + 0.5) 3 / 7 - 0.5.
@@ -255,8 +262,8 @@ def test_an_image_model_becomes_a_video_model(version, how):
     tensors = foreign.slowfast(f"{version} image")
     kind = f"{version} video"
     found = loaded(tensors, kind, inflate=how, num_classes=foreign.CLASSES)
-    ours, image = trees.flat(found.params), by_hand(tensors, separate=False)
-    assert {p: v.shape for p, v in ours.items()} == mvit.shapes(found.config)
+    ours, image = flatten_dict(found.params, sep="/"), by_hand(tensors, separate=False)
+    assert {p: v.shape for p, v in ours.items()} == functional(found.config).shapes()
     assert ours["patch_embed/proj/kernel"].shape[0] == 3 == len(ours["blocks/0/attn/pool_k/kernel"])
     for path, values in image.items():
         if ("/pool_" in path and path.endswith("/kernel")) or path == "patch_embed/proj/kernel":
@@ -280,8 +287,8 @@ def test_a_video_model_becomes_an_image_model(version):
     tensors = foreign.slowfast(f"{version} video")
     kind = f"{version} image"
     found = loaded(tensors, kind, inflate="centre", num_classes=foreign.CLASSES)
-    ours, video = trees.flat(found.params), by_hand(tensors, separate=False)
-    assert {p: v.shape for p, v in ours.items()} == mvit.shapes(found.config)
+    ours, video = flatten_dict(found.params, sep="/"), by_hand(tensors, separate=False)
+    assert {p: v.shape for p, v in ours.items()} == functional(found.config).shapes()
     for path in ("patch_embed/proj/kernel", "blocks/2/attn/pool_v/kernel"):
         np.testing.assert_array_equal(ours[path], video[path][1:2])
     assert not any(path.endswith("/time") for path in ours)
@@ -318,7 +325,7 @@ def with_second_names(tensors):
 def test_second_names_of_the_same_tensors_are_no_problem():
     tensors = originals_of("pytorchvideo")
     once, twice = (load(t, PTV[0], **PTV[1]) for t in (tensors, with_second_names(tensors)))
-    same(trees.flat(twice.params), trees.flat(once.params))
+    same(flatten_dict(twice.params, sep="/"), flatten_dict(once.params, sep="/"))
     second = [line for line in twice.report.lines if "_attention_pool" in line.source]
     assert len(second) == 30
     assert all(line.done.startswith("second name of blocks.") for line in second)
@@ -626,14 +633,14 @@ def test_an_unknown_variant_and_an_unknown_field_are_one_sentence():
 def vit_with_joint_positions():
     small = {"width": 16, "heads": 2, "depths": (2,), "size": 64}
     config = variant("vit_b_8x8", frames=8, **small)
-    params = trees.nested(foreign.filled(mvit.shapes(config)))
+    params = unflatten_dict(foreign.filled(functional(config).shapes()), sep="/")
     return export.state_dict(params, config, "slowfast"), params, small
 
 
 def test_a_joint_table_is_never_cut_by_the_wrong_number_of_frames():
     """128 places are 8 x 4 x 4, and could be 2 x 8 x 8."""
     state, params, small = vit_with_joint_positions()
-    back = trees.flat(load(state, "vit_b_8x8", frames=8, **small).params)
+    back = flatten_dict(load(state, "vit_b_8x8", frames=8, **small).params, sep="/")
     np.testing.assert_array_equal(back["positions/joint"], params["positions"]["joint"])
     with pytest.raises(
         WeightsError, match=r"128 places in space-time, .* give the frames and size"

@@ -12,7 +12,8 @@ from jax import export
 
 import mvit_jax
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import inference, mvit
+from mvit_jax.models import inference
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import variant
 from mvit_jax.weights import stablehlo
 from mvit_jax.weights.stablehlo import save_stablehlo
@@ -35,7 +36,7 @@ np.save("logits.npy", model(np.load("clips.npy")))
 
 @pytest.fixture(scope="module")
 def params():
-    return mvit.init(VIDEO, jax.random.key(0))
+    return functional(VIDEO).init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def expected(params, clips):
 
 
 def logits_of(params, config, clips, **options):
-    return jax.jit(functools.partial(mvit.apply, config=config, **options))(params, clips)[0]
+    return jax.jit(functools.partial(functional(config).apply, **options))(params, clips)[0]
 
 
 def normalised(clips):
@@ -60,7 +61,7 @@ def normalised(clips):
 def test_a_file_runs_without_this_package_and_gives_the_same_logits(
     params, clips, expected, tmp_path
 ):
-    save_stablehlo(params, VIDEO, tmp_path / "model", mean=MEAN, std=STD)
+    save_stablehlo(functional(VIDEO), params, tmp_path / "model", mean=MEAN, std=STD)
     np.save(tmp_path / "clips.npy", clips)
     env = {k: v for k, v in of_process(1).items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -74,7 +75,7 @@ def test_a_file_runs_without_this_package_and_gives_the_same_logits(
 def test_any_number_of_clips_on_any_platform(params, clips, expected, tmp_path):
     """One clip here; the file above takes three."""
     platforms = ("cpu", "cuda", "tpu")
-    made = save_stablehlo(params, VIDEO, tmp_path / "model", platforms=platforms)
+    made = save_stablehlo(functional(VIDEO), params, tmp_path / "model", platforms=platforms)
     exported = export.deserialize(bytearray((tmp_path / "model").read_bytes()))
     assert exported.platforms == made.platforms == platforms
     assert str(exported.in_avals[0]) == "float32[batch,4,32,32,3]"
@@ -84,24 +85,26 @@ def test_any_number_of_clips_on_any_platform(params, clips, expected, tmp_path):
 
 def test_a_fixed_number_of_clips_on_several_platforms(params, clips, expected, tmp_path):
     platforms = ("cpu", "cuda", "tpu")
-    save_stablehlo(params, VIDEO, tmp_path / "model", batch=2, platforms=platforms)
+    save_stablehlo(functional(VIDEO), params, tmp_path / "model", batch=2, platforms=platforms)
     exported = export.deserialize(bytearray((tmp_path / "model").read_bytes()))
     given = normalised(clips)[:2]
     np.testing.assert_allclose(jax.jit(exported.call)(given), expected[:2], atol=1e-5)
 
 
 def test_a_file_for_tpus_alone_has_the_kernels(params, tmp_path):
-    exported = save_stablehlo(params, VIDEO, tmp_path / "model", batch=2, platforms=("tpu",))
+    exported = save_stablehlo(
+        functional(VIDEO), params, tmp_path / "model", batch=2, platforms=("tpu",)
+    )
     assert "tpu_custom_call" in exported.mlir_module()
 
 
 @pytest.mark.slow
 def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
     config = variant("mvitv2_t", **SMALL)
-    params = mvit.init(config, jax.random.key(0))
+    params = functional(config).init(jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    save_stablehlo(params, config, tmp_path / "float32", batch=2)
-    save_stablehlo(params, config, tmp_path / "bfloat16", batch=2, dtype=jnp.bfloat16)
+    save_stablehlo(functional(config), params, tmp_path / "float32", batch=2)
+    save_stablehlo(functional(config, dtype=jnp.bfloat16), params, tmp_path / "bfloat16", batch=2)
     model = export.deserialize(bytearray((tmp_path / "bfloat16").read_bytes())).call
     expected = logits_of(params, config, images, dtype=jnp.bfloat16)
     np.testing.assert_allclose(jax.jit(model)(images), expected, atol=2e-2 * expected.std())
@@ -116,12 +119,12 @@ def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
 
 def test_what_cannot_be_written_is_one_sentence(params, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="platforms are cpu, cuda, rocm, tpu, not gpu"):
-        save_stablehlo(params, VIDEO, tmp_path / "model", platforms=["cpu", "gpu"])
+        save_stablehlo(functional(VIDEO), params, tmp_path / "model", platforms=["cpu", "gpu"])
     with pytest.raises(UserError, match="cannot be written"):
-        save_stablehlo(params, VIDEO, tmp_path / "missing" / "model")
+        save_stablehlo(functional(VIDEO), params, tmp_path / "missing" / "model")
     monkeypatch.setattr(stablehlo, "LARGEST", 1000)
     with pytest.raises(UserError, match="use bfloat16"):
-        save_stablehlo(params, VIDEO, tmp_path / "model")
+        save_stablehlo(functional(VIDEO), params, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -131,7 +134,7 @@ def test_relative_positions_do_not_blow_up_the_program(batch):
     """At full size: what surrounds the weights is half a percent of them, and no constant in it
     holds a value for each pair of places (vision#7003 is such a graph)."""
     config = mvit_jax.variant("mvitv2_s_16x4")
-    shapes = jax.eval_shape(lambda: mvit.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(functional(config).init, jax.random.key(0))
     forward = inference.forward_function(config, mean=MEAN, std=STD)
     clip = stablehlo.clip_shape(config, np.uint8, batch)
     exported = stablehlo.exported(forward, ("cpu", "cuda", "tpu"), shapes, clip)

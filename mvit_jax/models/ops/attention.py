@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from mvit_jax.models.ops import attention_cpu, attention_tpu
 from mvit_jax.models.ops.dispatch import (
+    by_definition,
     each_device_has_clips,
     kernels_allowed,
     on_each_device,
@@ -41,15 +42,16 @@ def keep(x: Any) -> Any:
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEPT), x)
 
 
-def on_grid(function: Callable[[Array], Array], x: Tokens, grid: Triple) -> tuple[Tokens, Triple]:
-    """Applies `function`, from grid `[batch, T, H, W, channels]` to grid, to the tokens that lie on
-    it; a class token before them stays as it is. Returns the tokens and their new grid."""
+def on_grid(function: Callable[[Array], Array], x: Tokens, grid: Triple) -> Tokens:
+    """Applies `function`, from `[batch, T, H, W, channels]` to any grid, to tokens that lie on one.
+
+    A class token before them passes by, so `function` must keep the channels where there is one.
+    """
     batch, tokens, channels = x.shape
     first = tokens - math.prod(grid)  # 1 with a class token, else 0
     out = function(x[:, first:].reshape(batch, *grid, channels))
-    t, h, w = out.shape[1:4]
-    flat = out.reshape(batch, t * h * w, out.shape[-1])
-    return (jnp.concatenate([x[:, :first], flat], axis=1) if first else flat), (t, h, w)
+    flat = out.reshape(batch, math.prod(out.shape[1:4]), out.shape[-1])
+    return jnp.concatenate([x[:, :first], flat], axis=1) if first else flat
 
 
 def split_heads(x: Float[Array, "*rows channels"], heads: int) -> Float[Array, "*rows heads dim"]:
@@ -112,7 +114,7 @@ def attend(
     """
     scaled = queries * (queries.shape[-1] // heads) ** -0.5
     by_query, by_key = (None, None) if relative is None else (join_heads(relative[0]), relative[1])
-    if record is not None:
+    if record is not None or by_definition():
         return materialised(scaled, keys, values, by_query, by_key, heads, record)
     return fused(scaled, keys, values, by_query, by_key, heads)
 

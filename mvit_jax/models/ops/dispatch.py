@@ -1,6 +1,7 @@
-"""The devices that a model runs on: how clips are split over them, and how kernels are.
+"""The form that each operation takes: its definition, or one for the devices that it runs on.
 
-The mesh is the one entered by `jax.set_mesh`; without one there is one device.
+Also how clips, and kernels with them, are split over devices. The mesh is the one entered by
+`jax.set_mesh`; without one there is one device.
 """
 
 import contextlib
@@ -14,9 +15,28 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 BATCH_AXES = ("data", "fsdp")  # of the mesh, over both of which clips are split
+OPS = ("auto", "reference")
 
-
+_OPS = contextvars.ContextVar("ops", default="auto")
 _PLAIN = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def operations(ops: str) -> Iterator[None]:
+    """Traces the operations inside in the platform's forms ("auto") or by definition ("reference").
+
+    A model enters this itself whenever it is called, so that no cached trace has another setting.
+    """
+    token = _OPS.set(ops)
+    try:
+        yield
+    finally:
+        _OPS.reset(token)
+
+
+def by_definition() -> bool:
+    """True inside `operations("reference")`: no kernels, no gradients written by hand."""
+    return _OPS.get() == "reference"
 
 
 @contextlib.contextmanager

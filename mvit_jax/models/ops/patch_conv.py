@@ -9,6 +9,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
+from mvit_jax.models.ops.dispatch import by_definition
 from mvit_jax.models.plan import Triple, conv_output
 
 Clip = Float[Array, "batch T H W rgb"]
@@ -16,9 +17,13 @@ Kernel = Float[Array, "kt kh kw rgb channels"]
 Grid = Float[Array, "batch time height width channels"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(clip: Clip, kernel: Kernel, stride: Triple, padding: Triple) -> Grid:
-    """Strided convolution with zeros around the clip; sizes are rounded down."""
+    """Convolves with a stride and zeros around the clip; sizes are rounded down."""
+    return (_plain if by_definition() else _convolve)(clip, kernel, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(clip: Clip, kernel: Kernel, stride: Triple, padding: Triple) -> Grid:
     return lax.platform_dependent(
         clip,
         kernel,
@@ -39,7 +44,7 @@ def _plain(clip, kernel, stride: Triple, padding: Triple):
 
 
 def _save(clip, kernel, stride: Triple, padding: Triple):
-    return convolve(clip, kernel, stride, padding), (clip, kernel)
+    return _convolve(clip, kernel, stride, padding), (clip, kernel)
 
 
 def _backward(stride: Triple, padding: Triple, saved: tuple, gradient):
@@ -60,7 +65,7 @@ def _backward(stride: Triple, padding: Triple, saved: tuple, gradient):
     return lax.platform_dependent(*saved, gradient, cpu=cpu, tpu=tpu, default=default)
 
 
-convolve.defvjp(_save, _backward)
+_convolve.defvjp(_save, _backward)
 
 
 def _by_columns(clip, kernel, stride: Triple, padding: Triple):

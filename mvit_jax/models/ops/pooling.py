@@ -2,7 +2,7 @@
 
 One contract for every form: `pool(grid, plan, weight)` takes a grid `[batch, T, H, W, channels]`
 and gives `[batch, T', H', W', channels]` in the grid's dtype, with padding = kernel // 2 and sizes
-rounded down. A pooling of your own has the same signature and goes into `MViT(..., pool=mine)`.
+rounded down. `models/pooling.py` has the modules that hold the weights.
 """
 
 import functools
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from mvit_jax.models.ops import pooling_tpu
 from mvit_jax.models.ops.attention import Tokens, on_grid
 from mvit_jax.models.ops.dispatch import (
+    by_definition,
     clips_are_split,
     each_device_has_clips,
     on_each_device,
@@ -33,19 +34,18 @@ Taps = Float[Array, "kt kh kw channels"]
 def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
     """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
     batch, t, h, w, channels = grid.shape
-    tokens, after = pool_tokens(grid.reshape(batch, t * h * w, channels), (t, h, w), plan, weight)
-    return tokens.reshape(batch, *after, channels)
+    tokens = pool_tokens(grid.reshape(batch, t * h * w, channels), (t, h, w), plan, weight)
+    return tokens.reshape(batch, *plan.output((t, h, w)), channels)
 
 
-def pool_tokens(
-    x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None
-) -> tuple[Tokens, Triple]:
-    """`pool` of the tokens that lie on `grid`, and their new grid; a class token stays as it is."""
+def pool_tokens(x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None) -> Tokens:
+    """Pools the tokens that lie on `grid` like `pool`; a class token stays as it is."""
     if plan.mode not in ("max", "avg"):
         if weight is None:
             raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
-        if pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0]):
-            return _pool_tokens(x, weight, grid, plan), plan.output(grid)
+        fits = pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0])
+        if fits and not by_definition():
+            return _pool_tokens(x, weight, grid, plan)
     return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)
 
 
@@ -55,6 +55,9 @@ def _pool_on_grid(grid: Grid, plan: Pool, weight: Taps | None) -> Pooled:
         return max_pool(grid, plan)
     if plan.mode == "avg":
         return average_pool(grid, plan)
+    assert weight is not None
+    if by_definition():
+        return depthwise_conv(grid, weight, plan)
     return lax.platform_dependent(
         grid,
         weight,
@@ -80,7 +83,7 @@ def _pool_tokens(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
 
 
 def _pool_grid(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
-    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)[0]
+    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)
 
 
 def _pool_tokens_forward(x: Tokens, weight: Taps, grid: Triple, plan: Pool):
@@ -116,15 +119,23 @@ def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], 
 _pool_tokens.defvjp(_pool_tokens_forward, _pool_tokens_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(grid: Grid, plan: Pool) -> Pooled:
-    """Maximum over each window; padding never wins. The gradient goes to the window's first place
-    of that value, as everywhere in XLA."""
+    """Takes the maximum over each window; padding never wins.
+
+    The gradient goes to the window's first place of that value, as everywhere in XLA.
+    """
+    return (_max if by_definition() else _max_pool)(grid, plan)
+
+
+def _max(grid: Grid, plan: Pool) -> Pooled:
     return lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan))
 
 
+_max_pool = jax.custom_vjp(_max, nondiff_argnums=(1,))
+
+
 def _max_forward(grid: Grid, plan: Pool):
-    return max_pool(grid, plan), grid
+    return _max_pool(grid, plan), grid
 
 
 def _max_backward(plan: Pool, grid: Grid, gradient: Pooled) -> tuple[Grid]:
@@ -132,14 +143,12 @@ def _max_backward(plan: Pool, grid: Grid, gradient: Pooled) -> tuple[Grid]:
         grid,
         gradient,
         cpu=lambda grid, gradient: _max_gradient_by_phases(grid, gradient, plan),
-        default=lambda grid, gradient: jax.vjp(
-            lambda grid: lax.reduce_window(grid, -jnp.inf, lax.max, *_windows(plan)), grid
-        )[1](gradient)[0],
+        default=lambda grid, gradient: jax.vjp(lambda grid: _max(grid, plan), grid)[1](gradient)[0],
     )
     return (gradient,)
 
 
-max_pool.defvjp(_max_forward, _max_backward)
+_max_pool.defvjp(_max_forward, _max_backward)
 
 
 def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from mvit_jax.common.errors import HungError, UserError
 from mvit_jax.common.files import AnyPath, faults, is_local, to_path
 from mvit_jax.common.text import first_line
-from mvit_jax.models import trees
+from mvit_jax.models.functional import first_difference
 from mvit_jax.training.distributed import coordination
 from mvit_jax.training.run import checksums
 from mvit_jax.training.state import State
@@ -329,7 +330,7 @@ class Checkpoints:
             kind = "optimiser"
         else:
             kind = "architecture"
-        difference = trees.first_difference(ours, theirs)
+        difference = first_difference(ours, theirs)
         if difference:
             raise UserError(
                 f"{self._name(which, step)} is of another {kind}: {difference}; use the config "
@@ -357,7 +358,7 @@ class Checkpoints:
             for name, tensors in kept.items()
         }
         return {
-            name: tensors if name == "training" else trees.nested(tensors)
+            name: tensors if name == "training" else unflatten_dict(tensors, sep="/")
             for name, tensors in shapes.items()
         }
 

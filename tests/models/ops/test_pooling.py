@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mvit_jax.models.mvit import MViT, apply, init
 from mvit_jax.models.ops import pooling
-from mvit_jax.models.plan import MViTConfig, Pool, plan
+from mvit_jax.models.plan import Pool
 from mvit_jax.training.distributed import sharding
 
 CASES = [  # (kernel, stride, size of the grid), each time x height x width
@@ -208,35 +206,6 @@ def test_the_gradient_of_the_maximum_goes_to_the_largest(case):
 def test_a_convolution_without_taps_says_so():
     with pytest.raises(ValueError, match="needs its taps"):
         pooling.pool(jnp.zeros((1, 1, 2, 2, 1)), Pool("conv", (1, 3, 3), (1, 2, 2)))
-
-
-def test_a_pooling_of_your_own_replaces_all_but_the_skips():
-    config = MViTConfig(
-        frames=2, size=8, num_classes=3, width=4, depths=(1, 1), kv_stride=(1, 2, 2)
-    )
-    calls = []
-
-    def first_of_window(grid, plan, weight):
-        calls.append((plan, None if weight is None else weight.shape))
-        t, h, w = plan.stride
-        return grid[:, ::t, ::h, ::w]
-
-    clip = jax.ShapeDtypeStruct((1, 2, 8, 8, 3), jnp.float32)
-    first, second = plan(config)
-    # Q of the second block; K and V of both, side by side; taps for all the channels.
-    expected = [
-        (first.kv_pool, (3, 3, 3, 2 * 4)),
-        (second.q_pool, (3, 3, 3, 8)),
-        (second.kv_pool, (3, 3, 3, 2 * 8)),
-    ]
-    model = nnx.eval_shape(lambda: MViT(config, rngs=nnx.Rngs(0), pool=first_of_window))
-    nnx.eval_shape(lambda model, clip: model(clip), model, clip)
-    assert calls == expected
-    calls.clear()
-    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    run = functools.partial(apply, config=config, pool=first_of_window)
-    jax.eval_shape(run, params, clip)
-    assert calls == expected
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

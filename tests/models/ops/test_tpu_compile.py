@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan.hlo import cost
 from mvit_jax.training.distributed import sharding
@@ -25,8 +25,8 @@ SMALL = MViTConfig(
 
 def step(params, clip):
     def loss(params):
-        options = {"config": SMALL, "train": True, "key": jax.random.key(0), "scan": True}
-        logits, _ = mvit.apply(params, clip, **options, dtype="bfloat16")
+        model = functional(SMALL, dtype="bfloat16")
+        logits, _ = model.apply(params, clip, key=jax.random.key(0), scan=True)
         return (logits**2).sum()
 
     return jax.grad(loss)(params)
@@ -38,7 +38,7 @@ def test_each_chip_runs_the_kernels_on_its_own_clips(shape):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     devices = np.array(topology.devices).reshape(shape)
     mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 2)
-    params = jax.eval_shape(lambda: mvit.init(SMALL, jax.random.key(0)))
+    params = jax.eval_shape(functional(SMALL).init, jax.random.key(0))
     shardings = sharding.state_shardings(mesh, params)
     clip = jax.ShapeDtypeStruct((CLIPS, 4, 64, 64, 3), "bfloat16")
     with jax.set_mesh(mesh):

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import variant
 from mvit_jax.podplan.hlo import cost, parser
 from tests.reference import make_hlo
@@ -201,11 +201,11 @@ def test_a_models_totals_are_those_of_xla():
     """Where there is no loop, no kernel and no slice beside another of the same array, the two
     counts are of the same thing: so in a block without pools."""
     config = variant("vit_b16", size=64, width=16, heads=1, depths=(1,), num_classes=5)
-    params = jax.eval_shape(functools.partial(mvit.init, config), jax.random.key(0))
+    params = jax.eval_shape(functional(config).init, jax.random.key(0))
     clip = jax.ShapeDtypeStruct((2, 17, 16), jnp.float32)
 
     def loss(params, tokens):
-        [block] = mvit.from_params(params, config).blocks
+        [block] = functional(config).module(params).blocks
         return block(tokens, (1, 4, 4))[0].sum()
 
     program = compile_(jax.grad(loss), params, clip)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer
 from mvit_jax.training.distributed import sharding
@@ -38,14 +38,14 @@ def setup(shape, dtype=jnp.float32, config=CONFIG):
     recipe = StepConfig(**(RECIPE | changes), dtype=dtype)
     # Not AdamW: it would blow up the rounding of gradients that are zero in theory, the key biases.
     transform = optimizer.optax.sgd(0.1, momentum=0.9)
-    params = jax.tree.map(lambda x: x.astype(dtype), mvit.init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x.astype(dtype), functional(config).init(jax.random.key(0)))
     state = init_state(params, transform, recipe.ema)
     shardings = sharding.state_shardings(mesh, state)
     step = jax.jit(
         functools.partial(
             train_step,
             learning_rate=0.1,
-            apply=functools.partial(mvit.apply, config=config),
+            apply=functional(config, dtype=dtype).apply,
             optimizer=transform,
             recipe=recipe,
         ),

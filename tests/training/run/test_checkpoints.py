@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models import mvit
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import variant
 from mvit_jax.training import optimizer
 from mvit_jax.training.distributed import sharding
@@ -31,7 +31,7 @@ def state_of(seed=0, ema=0.5, **changes):
     config = variant("mvit_b_16x4", num_classes=4, **(MODEL | changes))
     transform = optimizer.adamw(weight_decay=0.05)
     shapes = jax.eval_shape(
-        lambda: init_state(mvit.init(config, jax.random.key(0)), transform, ema)
+        lambda: init_state(functional(config).init(jax.random.key(0)), transform, ema)
     )
     random = np.random.default_rng(seed)
     draw = lambda x: random.normal(size=x.shape) if x.ndim else seed  # noqa: E731
@@ -107,7 +107,7 @@ def test_another_architecture_is_refused_by_name(folder, changes, tensor):
 def test_another_optimiser_is_refused_by_name(folder):
     """And is no damage."""
     config = variant("mvit_b_16x4", num_classes=4, **MODEL)
-    params = mvit.init(config, jax.random.key(0))
+    params = functional(config).init(jax.random.key(0))
     other = init_state(params, optimizer.sgd(weight_decay=0.05), 0.5)
     for strip in (False, True):
         if strip:

@@ -13,8 +13,8 @@ from tests.support import tiny
 
 # Prints how many compilations were found on disk and how many were not.
 PROGRAM = """
-import functools, jax
-from mvit_jax.models import mvit
+import jax
+from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import variant
 from mvit_jax.training.run import runtime
 runtime.cache_compiled_programs()
@@ -22,9 +22,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[1]))
 config = variant("mvit_b_16x4", frames=2, size=16, width=4, depths=(1,), num_classes=3)
-params = jax.eval_shape(lambda: mvit.init(config, jax.random.key(0)))
+model = functional(config)
+params = jax.eval_shape(model.init, jax.random.key(0))
 clip = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "float32")
-jax.jit(functools.partial(mvit.apply, config=config)).lower(params, clip).compile()
+jax.jit(model.apply).lower(params, clip).compile()
 print(events.count("cache_hits"), events.count("cache_misses"))
 """
 

@@ -5,21 +5,30 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mvit_jax.models.ops.dispatch import by_definition
 
-@jax.custom_vjp
+
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x times the normal distribution's probability of less than x, in x's dtype.
+    """Returns x times the normal distribution's probability of less than x, in x's dtype.
 
     `jax.nn.gelu` is written with erfc, for which XLA computes two approximations and an exponential
     each time, and whose gradient keeps or makes all of them anew: processor time 0.4 of it forward,
     0.3 to 0.6 with the gradient (6,273 tokens of 768 channels and 1,569 of 1,536, 2026-11-23).
     """
+    return definition(x) if by_definition() else _gelu(x)
+
+
+def definition(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns `gelu(x)`, with the gradient of autodiff."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * _probability(wide)).astype(x.dtype)
 
 
+_gelu = jax.custom_vjp(definition)
+
+
 def _save(x):
-    return gelu(x), x
+    return _gelu(x), x
 
 
 def _backward(x, gradient):
@@ -28,7 +37,7 @@ def _backward(x, gradient):
     return ((gradient * (_probability(wide) + wide * density)).astype(x.dtype),)
 
 
-gelu.defvjp(_save, _backward)
+_gelu.defvjp(_save, _backward)
 
 
 def _probability(x):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models.activations import gelu
+from mvit_jax.models.ops.gelu import gelu
 
 PLACES = np.linspace(-6, 6, 97)
 

@@ -1,0 +1,147 @@
+"""The handle: operations by definition with forward-mode derivatives, and counted costs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.models.cost import cost
+from mvit_jax.models.functional import functional
+from mvit_jax.models.mvit import Block, PooledAttention
+from mvit_jax.models.plan import MViTConfig
+
+V1 = MViTConfig(
+    frames=2, size=8, num_classes=3, width=4, depths=(1, 1), kv_stride=(1, 2, 2),
+    patch_kernel=(1, 4, 4), patch_stride=(1, 2, 2), patch_padding=(0, 1, 1),
+)  # fmt: skip
+V2 = dataclasses.replace(
+    V1, positions="none", relative_positions="both", residual_pool="grid", full_q_pool=True,
+    expand="attention",
+)  # fmt: skip
+CONFIGS = {
+    "v1": V1,
+    "v2": V2,
+    "max": dataclasses.replace(V1, pool_mode="max"),
+    "avg": dataclasses.replace(V1, pool_mode="avg", class_token=False),
+}
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+NAMES = [slow("v1"), "v2", "max", slow("avg")]
+
+
+@functools.cache
+def drawn(name):
+    """Weights of which none is zero or one, and the model's logits as a function of them."""
+    rng = np.random.default_rng(0)
+    clip = jnp.asarray(rng.standard_normal((2, 2, 8, 8, 3)))
+    models = {
+        ops: functional(CONFIGS[name], dtype=clip.dtype, ops=ops) for ops in ("auto", "reference")
+    }
+    abstract = jax.eval_shape(models["auto"].init, jax.random.key(0))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape) + (len(x.shape) == 1)), abstract
+    )
+
+    def loss(params, ops):
+        logits, _ = models[ops].apply(params, clip)
+        return jnp.sin(logits * jnp.arange(1.0, 4)[None]).sum()
+
+    return params, loss
+
+
+def dot(one, other):
+    return sum(np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_by_definition_the_model_has_forward_mode_derivatives(name):
+    """Of the weights, in any direction: as in reverse mode, and as by finite differences."""
+    with jax.enable_x64(True):
+        params, loss = drawn(name)
+        auto, gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, "auto")))(params)
+        reference = functools.partial(loss, ops="reference")
+        rng = np.random.default_rng(1)
+        way = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), params)
+        value, slope = jax.jit(lambda p, v: jax.jvp(reference, (p,), (v,)))(params, way)
+        np.testing.assert_allclose(value, auto, rtol=1e-10)
+        np.testing.assert_allclose(slope, dot(gradient, way), rtol=1e-9)
+        run, step = jax.jit(reference), 1e-6
+        up, down = (
+            run(jax.tree.map(lambda x, v, s=sign * step: x + s * v, params, way))
+            for sign in (1, -1)
+        )
+        np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_by_definition_the_model_has_a_hessian(name):
+    """By the bias of the cubes, which everything else is after: as differences of gradients."""
+    with jax.enable_x64(True):
+        params, loss = drawn(name)
+
+        def of_bias(bias, ops):
+            proj = params["patch_embed"]["proj"] | {"bias": bias}
+            return loss(params | {"patch_embed": {"proj": proj}}, ops)
+
+        bias = params["patch_embed"]["proj"]["bias"]
+        hessian = jax.jit(jax.hessian(functools.partial(of_bias, ops="reference")))(bias)
+        gradient = jax.jit(jax.grad(functools.partial(of_bias, ops="auto")))
+        step = 1e-5
+        rows = [
+            (gradient(bias + step * row) - gradient(bias - step * row)) / (2 * step)
+            for row in np.eye(len(bias))
+        ]
+        np.testing.assert_allclose(hessian, rows, rtol=1e-4, atol=1e-6 * np.abs(rows).max())
+        np.testing.assert_allclose(hessian, hessian.T, rtol=1e-9, atol=1e-9 * np.abs(rows).max())
+
+
+def test_by_definition_no_operation_has_a_form_or_a_gradient_of_its_own():
+    for config in (V2, CONFIGS["max"]):
+        model = functional(config, ops="reference")
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        clip = jax.ShapeDtypeStruct((2, 2, 8, 8, 3), jnp.float32)
+        program = str(jax.make_jaxpr(model.apply)(params, clip))
+        assert "custom_vjp" not in program and "platform_index" not in program
+        other = str(jax.make_jaxpr(functional(config).apply)(params, clip))
+        assert "custom_vjp" in other and "platform_index" in other
+
+
+def test_other_operations_are_refused():
+    with pytest.raises(UserError, match="ops must be one of auto, reference, not 'fast'"):
+        functional(V1, ops="fast").init(jax.random.key(0))
+
+
+class Same(PooledAttention):
+    """Built-in in all but name."""
+
+
+class Doubled(Block):
+    """Twice the MLP."""
+
+    def __call__(self, x, grid, key=None, record=None):
+        x = super().__call__(x, grid, key, record)
+        return x if x.shape[-1] != self.plan.attention_width else x + self.mlp(x)
+
+
+@pytest.mark.parametrize("name", ["v1", "max", "avg"])
+def test_counted_costs_are_those_of_the_formula(name):
+    """To the last one; with relative positions the count has the features of scores besides, see
+    `test_cost.py`."""
+    config = CONFIGS[name]
+    assert functional(config).cost() == cost(config)
+    assert functional(config, attention=Same).cost() == cost(config)
+
+
+def test_costs_of_custom_parts_are_counted():
+    config = dataclasses.replace(V1, depths=(2,))
+    tokens, width = 1 + 2 * 4 * 4, 4
+    more = functional(config, block=Doubled).cost().multiply_adds - cost(config).multiply_adds
+    assert more == 2 * tokens * 2 * width * 4 * width
