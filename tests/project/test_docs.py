@@ -199,7 +199,7 @@ def run_in_empty_folder(page: Path, folder: Path, executable: Path, *, nightly: 
     env = warm.environment()
     env["PATH"] = f"{shim.parent}{os.pathsep}{env['PATH']}"
     code = (
-        "import sys, pathlib; from tests import test_docs\n"
+        "import sys, pathlib; from tests.project import test_docs\n"
         f"{'' if nightly else 'test_docs.make_trials_small()'}\n"
         "print('\\nheld:', test_docs.run_page(pathlib.Path(sys.argv[1])))"
     )
