@@ -44,15 +44,16 @@ def main() -> None:
 
 def prepare(config):
     """A function that does one training step on a batch of noise and waits for it; it has run."""
-    model = build.model_config(config, 8)
+    settings = build.settings(config, 8)
+    model = settings.model.config
     transform = optimizer.adamw(weight_decay=0.05, clip_norm=1.0)
     step = jax.jit(
         functools.partial(
             train_step,
             learning_rate=1e-3,
-            apply=build.model_apply(config, model, sharding.make_mesh()),
+            apply=build.model_apply(config, settings.model, sharding.make_mesh()),
             optimizer=transform,
-            recipe=build.settings(config, 8).step,
+            recipe=settings.step,
         ),
         donate_argnums=0,
     )

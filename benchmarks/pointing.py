@@ -17,7 +17,6 @@ import numpy as np
 
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.data.making import moving_digits
-from mvit_jax.models.functional import functional
 from mvit_jax.training import run_folder
 
 
@@ -57,10 +56,10 @@ def main(workdir: str) -> None:
     for block in (0, 1, 3):
         for by_channel in (False, True):
             cam = functools.partial(
-                attention_maps.grad_cam, functional(model), block=block, by_channel=by_channel
+                attention_maps.grad_cam, model, block=block, by_channel=by_channel
             )
             maps = np.asarray(jax.jit(cam)(params, clips))
-            found = ratios(token_geometry.to_pixels(maps, (8, 64, 64), model, block), masks)
+            found = ratios(token_geometry.to_pixels(maps, (8, 64, 64), model.config, block), masks)
             form = "by channel" if by_channel else "by place"
             print(f"{block:5}  {form:10}  {found.mean():10.2f}  {(found > 2).mean():12.0%}")
 

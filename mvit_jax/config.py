@@ -106,6 +106,9 @@ KEYS: dict[str, Key] = {
                  choices=("float32", "bfloat16")),
     "precision": Key("default", 'of matrix products; "default" multiplies float32 in bfloat16 on '
                      "TPUs, in TF32 on GPUs", choices=("default", "high", "highest")),
+    "ops": Key("auto", "implementation of the model's operations: auto, each platform's own; "
+               "reference, their definitions, slow, to find faults",
+               choices=("auto", "reference")),
     "on_nan": Key("stop", "policy for a loss or gradient that is not finite, whose update is never "
                   "made: stop ends the run; skip goes on with the next batch; rollback too, from "
                   "the last checkpoint's weights", choices=("stop", "skip", "rollback")),
@@ -122,6 +125,9 @@ KEYS: dict[str, Key] = {
     "model.variant": Key("mvit_b_16x4", "name of `python -m mvit_jax.describe --all`"),
     **{f"model.{field.name}": _model_key(field.type) for field in fields(MViTConfig)
        if field.name != "num_classes"},  # which follows from the data
+    "model.block": Key(None, "custom block, MODULE:CLASS (docs/variants.md)", kind=str),
+    "model.attention": Key(None, "custom attention, likewise", kind=str),
+    "model.pooling": Key(None, "custom pooling of Q, K and V, likewise", kind=str),
 
     "data.folder": Key(None, "must be given: has the lists and labels.txt; of `data.tfds` its "
                        "data_dir", kind=str),

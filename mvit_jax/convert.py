@@ -32,7 +32,6 @@ from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
 from mvit_jax.common.text import first_line
 from mvit_jax.config import base
 from mvit_jax.data.formats.video_list import read_class_names
-from mvit_jax.models.functional import functional
 from mvit_jax.models.variants import override, preprocessing
 from mvit_jax.training import build
 from mvit_jax.training.run import workdir
@@ -170,8 +169,13 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
 def give(folder: AnyPath, out: Path, to: str, which: str) -> None:
     """The weights of a run's or a converted folder become a foreign file."""
     with RunFolder(folder) as run:
-        params, model = run.params(which), run.model(which)
-    done = save_torch(params, model, out, to, origin=_origin(folder))
+        params, model = run.params(which), run.settings(which).model
+    if model.is_custom:
+        raise errors.UserError(
+            f"{folder} has custom modules, which no other project's format can hold: use "
+            "--to=stablehlo, or the folder itself"
+        )
+    done = save_torch(params, model.config, out, to, origin=_origin(folder))
     print(f"wrote {out}: {done.tensors} tensors as {done.family} has them")
     for note in done.notes:
         print(f"note: {note}")
@@ -183,10 +187,10 @@ def give_program(
     """The model of a run's or a converted folder becomes a file that JAX alone can run."""
     with RunFolder(folder) as run:
         params, config = run.params(which), run.config
-        settings = build.settings(config, run.num_classes(which))
+        settings = run.settings(which)
     with jax.default_matmul_precision(config.precision):
         exported = save_stablehlo(
-            functional(settings.model, dtype=settings.step.dtype),
+            settings.model,
             params,
             out,
             mean=settings.step.mean,

@@ -39,9 +39,8 @@ from mvit_jax.common import errors, files
 from mvit_jax.common.text import first_line
 from mvit_jax.config import Config, check, check_start, define_flag
 from mvit_jax.data.source import Source, fingerprint
-from mvit_jax.models.cost import cost
-from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import build, dry_run, loop
+from mvit_jax.models.functional import Functional
+from mvit_jax.training import build, custom, dry_run, loop
 from mvit_jax.training.distributed import coordination, failure, launch, sharding
 from mvit_jax.training.evaluation import validate
 from mvit_jax.training.loop import Intervals, Upkeep
@@ -190,7 +189,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             batches = build.batches(config, settings, videos, mesh, intervals.steps, start)
             status = loop.train(
                 state, program.step, spans.waiting(batches), upkeep,
-                start=start, videos=videos, clip_frames=settings.model.frames, mesh=mesh,
+                start=start, videos=videos, clip_frames=settings.model.config.frames, mesh=mesh,
                 learning_rate=build.schedule(config, len(videos)), stop=stop, profile=trace,
             )  # fmt: skip
             if status:
@@ -226,9 +225,15 @@ def open_workdir(config: Config, folder: str, class_names: tuple[str, ...]) -> N
         workdir.check_writable(folder)
         workdir.freeze(config, folder)
         workdir.keep_labels(folder, class_names)
+        if changed := custom.difference(config, workdir.custom_digests(folder)):
+            raise errors.UserError(
+                f"{changed}: restore it, choose another --workdir, or delete {folder}/custom.json "
+                "to go on with the new source"
+            )
+        workdir.keep_custom_digests(folder, custom.digests(config))
 
 
-def initial_weights(config: Config, model: MViTConfig) -> tuple[Any, str] | None:
+def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None:
     """Reads the weights that a new run starts from, where the config names some, made to fit."""
     if config.resume is not None:
         check_resume(config.resume, model)
@@ -278,8 +283,8 @@ def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     log.text("config", f"```\n{config}\n```")
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     log.say(
-        f"{config.model.variant}: {parameters:,} parameters, clips of {model.frames} x "
-        f"{model.size}^2, {len(videos):,} videos of {len(videos.class_names)} classes, "
+        f"{config.model.variant}: {parameters:,} parameters, clips of {model.config.frames} x "
+        f"{model.config.size}^2, {len(videos):,} videos of {len(videos.class_names)} classes, "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
     )
     log.say(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
@@ -287,7 +292,7 @@ def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) ->
         "command": command(),
         "steps": steps,
         "parameters": parameters,
-        "multiply_adds": cost(model).multiply_adds,
+        "multiply_adds": model.cost().multiply_adds,
         "videos": len(videos),
         "classes": len(videos.class_names),
         "backend": jax.default_backend(),

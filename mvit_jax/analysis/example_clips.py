@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from mvit_jax.common.text import first_line
 from mvit_jax.data import pipeline
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source
-from mvit_jax.models.functional import functional
+from mvit_jax.models.functional import Functional
 from mvit_jax.models.inference import normalise
-from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.step import StepConfig
 
@@ -33,7 +33,7 @@ SIDE = 112  # pixels, at most
 
 
 def make(
-    scores: Scores, videos: Source, settings: ClipSettings, params: Any, model: MViTConfig,
+    scores: Scores, videos: Source, settings: ClipSettings, params: Any, model: Functional,
     recipe: StepConfig,
 ) -> dict[str, Any]:  # fmt: skip
     """The sheet of a test and its worst mistakes, to be kept as JSON.
@@ -81,11 +81,12 @@ def mistakes(scores: Scores, most: int = MISTAKES) -> list[int]:
 class Painter:
     """Draws clips, and below them where the model looks, as far as it can be seen."""
 
-    def __init__(self, params: Any, model: MViTConfig, recipe: StepConfig) -> None:
-        self.params, self.model, self.recipe = params, model, recipe
+    def __init__(self, params: Any, model: Functional, recipe: StepConfig) -> None:
+        self.params, self.model, self.recipe = params, model.config, recipe
+        exact = replace(model, dtype=jnp.dtype("float32"))
         self.why_not: str | None = None
-        self.rollout = jax.jit(functools.partial(attention_maps.rollout, functional(model)))
-        self.grad_cam = jax.jit(functools.partial(attention_maps.grad_cam, functional(model)))
+        self.rollout = jax.jit(functools.partial(attention_maps.rollout, exact))
+        self.grad_cam = jax.jit(functools.partial(attention_maps.grad_cam, exact))
 
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
         """Data URIs of WebP pictures with `ROW` frames each."""

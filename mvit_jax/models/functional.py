@@ -48,6 +48,11 @@ class Functional:
     dtype: Any
     ops: str
 
+    @property
+    def is_custom(self) -> bool:
+        """True with a block, attention or pooling of one's own."""
+        return (self.block, self.attention, self.pooling) != (None, None, None)
+
     def init(self, key: Array) -> Params:
         """Returns fresh float32 parameters, drawn from `key`."""
         # Without weak types (`jnp.full(shape, 0.1)` has one), which an update would take away: the
@@ -102,7 +107,7 @@ class Functional:
         By formula, or with custom modules counted: parameters of the real ones, multiply-adds of
         every product in the traced program (see `cost.products`).
         """
-        if self.block is self.attention is self.pooling is None:
+        if not self.is_custom:
             return cost.cost(self.config)
         c = self.config
         clip = jax.ShapeDtypeStruct((1, c.frames, c.size, c.size, 3), jnp.float32)

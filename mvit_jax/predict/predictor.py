@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from mvit_jax.data import pipeline, sampling
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.images import Frames
 from mvit_jax.data.video import Video, opened
-from mvit_jax.models.functional import functional
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
 from mvit_jax.training import build, evaluation
@@ -103,12 +102,13 @@ class Predictor:
             self.names = class_names(self.config, folder, run.num_classes(which))
             settings = build.settings(self.config, len(self.names))
             self._params, self.step = run.params_on(mesh, which), run.step(which)
-        self.model, self._settings, self._recipe = settings.model, settings.clips, settings.step
+        self._handle, self.model = settings.model, settings.model.config
+        self._settings, self._recipe = settings.clips, settings.step
         # A clip of segments is spread over all of a video, however long.
         self._takes_windows = clips is None and self._settings.sampling == "span"
         eval_ = self.config.eval
         self._logits = Inference(
-            functional(self.model, dtype=self._recipe.dtype),
+            self._handle,
             self._params,
             mean=self._recipe.mean,
             std=self._recipe.std,
@@ -232,7 +232,7 @@ class Predictor:
 
     @cached_property
     def _jitted_maps(self) -> Callable[[Any, np.ndarray], tuple[jax.Array, jax.Array]]:
-        model = functional(self.model)
+        model = replace(self._handle, dtype=jnp.dtype("float32"))
 
         def maps(params: Any, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
             clip = normalise(clip, self._recipe.mean, self._recipe.std, jnp.float32)

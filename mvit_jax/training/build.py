@@ -21,10 +21,10 @@ from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.loader import Batch, LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source, open_source
-from mvit_jax.models.functional import functional
+from mvit_jax.models.functional import Functional, functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
-from mvit_jax.training import evaluation, optimizer
+from mvit_jax.training import custom, evaluation, optimizer
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Protocol
 from mvit_jax.training.state import State, init_state
@@ -38,7 +38,7 @@ class Settings:
     """The settings of an experiment, one for each part that takes them.
 
     Attributes:
-      model: the architecture.
+      model: architecture, custom modules, dtype and form of the operations.
       clips: frames, size and augmentation of a clip.
       step: augmentation on the device and loss, and the dtype of the computation.
       loader: threads and processes that decode.
@@ -46,7 +46,7 @@ class Settings:
       validation: one centre clip of every video.
     """
 
-    model: MViTConfig
+    model: Functional
     clips: ClipSettings
     step: StepConfig
     loader: LoaderOptions
@@ -74,17 +74,27 @@ class Program:
     state: State
 
 
-def settings(config: Config, num_classes: int) -> Settings:
+def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
     """Returns the settings of every part.
 
+    Args:
+      config: an experiment.
+      num_classes: of the data, or of the checkpoint.
+      modules: `block`, `attention` and `pooling` of `functional`, before those of the config.
+
     Raises:
-      UserError: values of the config contradict each other.
+      UserError: values of the config contradict each other, or a custom module is missing.
     """
-    model = model_config(config, num_classes)
+    architecture = model_config(config, num_classes)
     views = {"batch": config.eval.batch, "max_broken": config.data.max_broken}
     return Settings(
-        model=model,
-        clips=_clip_settings(config, model),
+        model=functional(
+            architecture,
+            dtype=DTYPES[config.dtype],
+            ops=config.ops,
+            **(custom.load(config) | modules),
+        ),
+        clips=_clip_settings(config, architecture),
         step=_step_config(config, num_classes),
         loader=LoaderOptions(config.data.threads, config.data.processes, config.data.timeout),
         test=Protocol(
@@ -96,7 +106,8 @@ def settings(config: Config, num_classes: int) -> Settings:
 
 def model_config(config: Config, num_classes: int) -> MViTConfig:
     """Returns the architecture that `config.model` describes."""
-    values = {k: _plain(v) for k, v in config.model.items() if k != "variant" and v is not None}
+    fields = {field.name for field in dataclasses.fields(MViTConfig)}
+    values = {k: _plain(v) for k, v in config.model.items() if k in fields and v is not None}
     return variant(config.model.variant, num_classes=num_classes, **values)
 
 
@@ -200,22 +211,20 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     return optimizer.adamw(b1=c.b1, b2=c.b2, **common)
 
 
-def model_apply(config: Config, model: MViTConfig, mesh: Mesh, **custom: Any) -> Callable[..., Any]:
-    """Returns `apply` as the devices of `mesh` run it. Loops over equal blocks compile in half the
-    time, but on CPUs run slowly backwards. `custom` are the custom modules of `functional`."""
+def model_apply(config: Config, model: Functional, mesh: Mesh) -> Callable[..., Any]:
+    """Returns `model.apply` as the devices of `mesh` run it. Loops over equal blocks compile in
+    half the time, but on CPUs run slowly backwards."""
     loops = mesh.devices.flat[0].platform != "cpu"
-    handle = functional(model, dtype=DTYPES[config.dtype], **custom)
-    return functools.partial(handle.apply, remat=config.remat, scan=loops)
+    return functools.partial(model.apply, remat=config.remat, scan=loops)
 
 
-def program(config: Config, settings: Settings, mesh: Mesh, **custom: Any) -> Program:
-    """Returns the jitted functions of an experiment on `mesh`. `custom` are the `block`,
-    `attention` and `pooling` of `functional`."""
+def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
+    """Returns the jitted functions of an experiment on `mesh`."""
     optimizer = make_optimizer(config)
-    apply = model_apply(config, settings.model, mesh, **custom)
+    apply = model_apply(config, settings.model, mesh)
 
     def first_state() -> State:
-        params = functional(settings.model, **custom).init(jax.random.key(config.seed))
+        params = settings.model.init(jax.random.key(config.seed))
         return init_state(params, optimizer, config.optim.ema)
 
     shapes = jax.eval_shape(first_state)

@@ -85,12 +85,12 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
         if value is not None:
             raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
     videos = build.videos(config, "train")
-    settings = build.settings(config, len(videos.class_names))
+    settings = build.settings(config, len(videos.class_names), **plugs)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     build.check_batch(config, mesh.size)
     steps = build.count_steps(config, config.epochs, len(videos))
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
-        program = build.program(config, settings, mesh, **plugs)
+        program = build.program(config, settings, mesh)
         rate = build.schedule(config, len(videos))
         state = program.first_state()
         if params is not None:
@@ -117,7 +117,7 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
         )
     columns = {k: np.array([row[k] for row in history]) for k in ("loss", "accuracy", "grad_norm")}
     seconds = float(np.median(np.diff(ends))) if len(ends) > 1 else float("nan")
-    return Trial(jax.device_get(state.tested), settings.model, columns, scores, seconds)
+    return Trial(jax.device_get(state.tested), settings.model.config, columns, scores, seconds)
 
 
 def _warn_of_broken(videos: Source, broken: np.ndarray) -> None:

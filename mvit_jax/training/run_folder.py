@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -15,9 +16,9 @@ from mvit_jax.common.files import AnyPath, to_path
 from mvit_jax.config import Config
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.source import Source
-from mvit_jax.models.functional import first_difference, functional
-from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import build, evaluation
+from mvit_jax.models.functional import Functional, first_difference
+from mvit_jax.training import build, custom, evaluation
+from mvit_jax.training.build import Settings
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.run import workdir
@@ -77,9 +78,16 @@ class RunFolder:
         """Returns the classes of the checkpoint's classifier."""
         return self.checkpoints.shapes(which)["head"]["classifier"]["bias"].shape[0]
 
-    def model(self, which: str = "last") -> MViTConfig:
-        """Returns the architecture, with the classes of the checkpoint's classifier."""
-        return build.model_config(self.config, self.num_classes(which))
+    def settings(self, which: str = "last") -> Settings:
+        """Returns the run's settings, with the classes of the checkpoint's classifier. Warns where
+        the source of a custom module has changed.
+
+        Raises:
+          UserError: a custom module cannot be imported.
+        """
+        if changed := custom.difference(self.config, workdir.custom_digests(self.path)):
+            print(f"warning: {changed}: this may be another model", file=sys.stderr)
+        return build.settings(self.config, self.num_classes(which))
 
     def params(self, which: str = "last") -> Any:
         """Reads parameters (the averaged ones, where the run has them) as NumPy arrays."""
@@ -87,7 +95,7 @@ class RunFolder:
 
     def params_on(self, mesh: Mesh, which: str = "last") -> Any:
         """Reads the same in float32 onto `mesh`, which need not be the run's own."""
-        shapes = jax.eval_shape(functional(self.model(which)).init, jax.random.key(0))
+        shapes = jax.eval_shape(self.settings(which).model.init, jax.random.key(0))
         like = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             shapes,
@@ -121,14 +129,15 @@ class RunFolder:
         return "ema" if self.config.optim.ema > 0 else "params"
 
 
-def read_params(folder: str | AnyPath, which: str = "last") -> tuple[Any, MViTConfig]:
-    """Reads parameters of a run's or a converted folder as NumPy arrays, and their architecture.
+def read_params(folder: str | AnyPath, which: str = "last") -> tuple[Any, Functional]:
+    """Reads parameters of a run's or a converted folder as NumPy arrays, and their model, which
+    computes in float32.
 
     Raises:
       UserError: the folder holds no run or no such checkpoint.
     """
     with RunFolder(folder) as run:
-        return run.params(which), run.model(which)
+        return run.params(which), replace(run.settings(which).model, dtype=jnp.dtype("float32"))
 
 
 def score(
@@ -179,7 +188,7 @@ def score(
 
 
 def initial_params(
-    folder: str | AnyPath, model: MViTConfig, inflate: adapt.Inflation | None
+    folder: str | AnyPath, model: Functional, inflate: adapt.Inflation | None
 ) -> tuple[Any, str]:
     """Returns the weights in `folder`, made to fit `model`, and a summary of what was done.
 
@@ -193,7 +202,7 @@ def initial_params(
     return params, f"weights from {folder}: {what}" + (f"; new: {', '.join(new)}" if new else "")
 
 
-def check_resume(folder: str | AnyPath, model: MViTConfig) -> None:
+def check_resume(folder: str | AnyPath, model: Functional) -> None:
     """Checks that `folder` (`config.resume`) holds a training state of this model.
 
     Raises:
@@ -209,7 +218,7 @@ def check_resume(folder: str | AnyPath, model: MViTConfig) -> None:
             f"resume={path} holds weights alone, no state of training: start from them with "
             f"--config.init.checkpoint={path}"
         )
-    ours = jax.eval_shape(functional(model).init, jax.random.key(0))
+    ours = jax.eval_shape(model.init, jax.random.key(0))
     difference = first_difference(ours, shapes)
     if difference:
         raise UserError(f"resume={path} is of another architecture: {difference}")

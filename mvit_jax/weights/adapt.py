@@ -11,14 +11,13 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mvit_jax.models.functional import Params, functional
-from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.functional import Functional, Params
 from mvit_jax.models.positions import linear_weights
 from mvit_jax.weights.report import Line, Report, WeightsError
 
@@ -52,22 +51,22 @@ class Fitted:
 
 def adapt(
     source: Mapping[str, np.ndarray],
-    config: MViTConfig,
+    model: Functional,
     *,
     changed: Iterable[str] = (),
     inflate: Inflation | None = None,
 ) -> tuple[dict[str, Fitted], dict[str, bool]]:
-    """All tensors of the architecture `config`, by path, made of those of another one; and those of
+    """All tensors of `model`, by path, made of those of another one; and those of
     `source` that were not used, with whether that may be."""
     changed = set(changed)
-    shapes = functional(config).shapes()
+    shapes = model.shapes()
     fitted = {
         path: fit(path, shapes[path], source, changed=changed, inflate=inflate)
         for path in sorted(shapes, key=_order)
     }
     used = {path for one in fitted.values() for path in one.used}
     unused = sorted(source.keys() - used, key=_order)
-    fixed = config.positions == "sincos"  # they stand in PySlowFast's files, though computed
+    fixed = model.config.positions == "sincos"  # they stand in PySlowFast's files, though computed
     left = {
         path: may_be_left(path, changed) or (fixed and path.startswith("positions/"))
         for path in unused
@@ -76,18 +75,31 @@ def adapt(
 
 
 def carry_over(
-    params: Params, was: MViTConfig, config: MViTConfig, inflate: Inflation | None = None
+    params: Params, was: Functional, model: Functional, inflate: Inflation | None = None
 ) -> tuple[Params, Report]:
-    """Our own parameters of the architecture `was` as those of `config`, and the report.
+    """Returns parameters of the model `was` as those of `model`, and the report. Tensors of blocks
+    that only one of them has are new, or left out, if either has custom modules.
 
     Raises:
       WeightsError: a tensor that the two architectures should share does not fit.
     """
     source = {path: np.asarray(values) for path, values in flatten_dict(params, sep="/").items()}
     changed = [
-        f.name for f in dataclasses.fields(was) if getattr(was, f.name) != getattr(config, f.name)
+        f.name
+        for f in dataclasses.fields(was.config)
+        if getattr(was.config, f.name) != getattr(model.config, f.name)
     ]
-    fitted, left = adapt(source, config, changed=changed, inflate=inflate)
+    fitted, left = adapt(source, model, changed=changed, inflate=inflate)
+    if was.is_custom or model.is_custom:
+        drawn: dict[str, Any] = flatten_dict(
+            jax.device_get(jax.jit(model.init)(jax.random.key(0))), sep="/"
+        )
+        fitted |= {
+            path: Fitted(drawn[path], "new")
+            for path, one in fitted.items()
+            if one.values is None and path.startswith("blocks/")
+        }
+        left |= {path: True for path in left if path.startswith("blocks/")}
     report = Report(f"{len(source)} tensors")
     for path, one in fitted.items():
         origin = one.used[0] if one.used else ""

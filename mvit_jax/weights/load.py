@@ -185,7 +185,7 @@ def _fit_all(
 ) -> Params:
     use = {path: source for path, source in sources.items() if source is not None}
     values = {path: source.values for path, source in use.items()}
-    fitted, left = adapt.adapt(values, found.config, changed=changed, inflate=inflate)
+    fitted, left = adapt.adapt(values, functional(found.config), changed=changed, inflate=inflate)
     shapes = functional(found.config).shapes()
     for path, one in fitted.items():
         if one.values is None and path in sources and path not in use:

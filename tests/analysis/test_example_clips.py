@@ -9,7 +9,6 @@ from PIL import Image
 from mvit_jax.analysis import attention_maps, example_clips
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.video_list import read_video_list
-from mvit_jax.models.functional import functional
 from mvit_jax.training import build
 from mvit_jax.training.evaluation import Scores
 from tests.support import tiny
@@ -71,10 +70,9 @@ def test_frames_of_a_long_clip_are_spread_from_its_first_to_its_last():
 def material(digits):
     config = tiny.config(digits)
     videos = read_video_list(digits, "test.csv")
-    model = build.model_config(config, 8)
-    settings = build.settings(config, model.num_classes).clips
-    params = jax.jit(functional(model).init)(jax.random.key(0))
-    return videos, settings, params, model, build.settings(config, 8).step
+    settings = build.settings(config, 8)
+    params = jax.jit(settings.model.init)(jax.random.key(0))
+    return videos, settings.clips, params, settings.model, settings.step
 
 
 def pixels(picture: str) -> np.ndarray:

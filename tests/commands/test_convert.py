@@ -90,8 +90,8 @@ def test_the_folder_has_all_that_it_takes_to_use_the_model(converted):
     assert folder.stat().st_mode & 0o777 == 0o755
     assert (folder / "labels.txt").read_text().splitlines() == NAMES
     expected = load(tensors_of(), "mvit_b_16x4", **foreign.fields(KIND))
-    params, config = run_folder.read_params(folder)
-    assert config == expected.config
+    params, model = run_folder.read_params(folder)
+    assert model.config == expected.config
     mine, theirs = flatten_dict(params, sep="/"), flatten_dict(expected.params, sep="/")
     assert mine.keys() == theirs.keys()
     for path, values in theirs.items():
@@ -153,8 +153,8 @@ def test_evaluate_and_predict_take_the_folder_as_it_is(converted, digits, tmp_pa
 def test_a_new_head_and_other_frames_are_overrides(source, tmp_path, capsys):
     run(source, f"--out={tmp_path / 'out'}", *VIDEO[:-2], "frames=8", "kv_stride=(1,4,4)",
         "num_classes=3")  # fmt: skip
-    params, config = run_folder.read_params(tmp_path / "out")
-    assert (config.num_classes, config.frames) == (3, 8)
+    params, model = run_folder.read_params(tmp_path / "out")
+    assert (model.config.num_classes, model.config.frames) == (3, 8)
     assert params["head"]["classifier"]["kernel"].shape == (32, 3)
     assert params["positions"]["time"].shape == (4, 8)
     assert "2 new" in capsys.readouterr().out
@@ -167,8 +167,8 @@ def test_an_image_model_becomes_a_video_model(tmp_path):
         run(tmp_path / "in.pth", f"--out={tmp_path / 'out'}", *fields)
     assert files(tmp_path) == {"in.pth"}
     run(tmp_path / "in.pth", f"--out={tmp_path / 'out'}", "--inflate=mean", *fields)
-    params, config = run_folder.read_params(tmp_path / "out")
-    assert config.patch_kernel == (3, 7, 7) and config.frames == 4
+    params, model = run_folder.read_params(tmp_path / "out")
+    assert model.config.patch_kernel == (3, 7, 7) and model.config.frames == 4
     image = tensors_of("v2 image")["patch_embed.proj.weight"]
     for frame in params["patch_embed"]["proj"]["kernel"]:
         np.testing.assert_allclose(frame, np.einsum("oihw->hwio", image) / 3, rtol=1e-6)
@@ -434,10 +434,10 @@ def test_a_converted_folder_becomes_a_file_that_jax_alone_runs(converted, tmp_pa
     assert status == 0, out
     assert "for cpu, tpu: uint8[batch,4,32,32,3], RGB from 0 to 255" in out
     assert "to logits float32[batch,8]" in out
-    params, config = run_folder.read_params(folder)
+    params, read = run_folder.read_params(folder)
     clips = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3)).astype(np.uint8)
     normalised = ((clips / 255 - 0.45) / 0.225).astype(np.float32)
-    expected, _ = jax.jit(functional(config).apply)(params, normalised)
+    expected, _ = jax.jit(read.apply)(params, normalised)
     model = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes())).call
     np.testing.assert_allclose(jax.jit(model)(clips), expected, atol=1e-5 * np.abs(expected).max())
 

@@ -12,7 +12,6 @@ from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation
 from mvit_jax.data.video import Video
-from mvit_jax.models.functional import functional
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Predictor
 from mvit_jax.training import run_folder
@@ -59,7 +58,7 @@ def test_windows_are_clips_of_their_frames_through_the_model(
     with Video(long_video) as video:
         frames = video.frames(range(192))
     crop = augmentation.crop_views(augmentation.resize_short_side(frames, 32), 32, 1)[0]
-    apply = jax.jit(functional(model).apply)
+    apply = jax.jit(model.apply)
     starts = range(0, 177, 8)
     clips = np.stack([[crop[start + i * 15 // 3] for i in range(4)] for start in starts])
     expected = np.stack([jax.nn.softmax(apply(params, normalised(c[None]))[0])[0] for c in clips])
@@ -112,7 +111,7 @@ def test_three_crops_are_averaged_in_windows(run, predictor, long_video):
     with Video(long_video) as video:
         clip = augmentation.resize_short_side(video.frames([0, 5, 10, 15]), 32)
     crops = augmentation.crop_views(clip, 32, 3)
-    logits, _ = jax.jit(functional(model).apply)(params, normalised(crops))
+    logits, _ = jax.jit(model.apply)(params, normalised(crops))
     expected = np.asarray(jax.nn.softmax(logits)).mean(0)
     np.testing.assert_allclose(line.probabilities[0], expected, atol=1e-6)
 
@@ -126,8 +125,8 @@ def test_maps_are_those_of_the_clips_shown(run, predictor, prediction):
     @jax.jit
     def compute(params, clips):
         return (
-            attention_maps.rollout(functional(model), params, clips),
-            attention_maps.grad_cam(functional(model), params, clips, block=0),
+            attention_maps.rollout(model, params, clips),
+            attention_maps.grad_cam(model, params, clips, block=0),
         )
 
     maps = jax.device_get(compute(params, normalised(prediction.shown[:2])))

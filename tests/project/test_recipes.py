@@ -353,7 +353,9 @@ def test_the_weights_that_a_recipe_names_fit_it(name):
     params = {
         path: np.ones(shape, np.float32) for path, shape in functional(source).shapes().items()
     }
-    fitted, report = adapt.carry_over(unflatten_dict(params, sep="/"), source, target, inflate)
+    fitted, report = adapt.carry_over(
+        unflatten_dict(params, sep="/"), functional(source), functional(target), inflate
+    )
     assert report.ok
     new = {line.path for line in report.lines if line.done == "new"}
     allowed = {"head/classifier/kernel", "head/classifier/bias"}

@@ -42,7 +42,7 @@ def test_other_rates_compile_no_other_step():
         settings, mesh = build.settings(config, 5), sharding.make_mesh()
         with jax.set_mesh(mesh):
             program = build.program(config, settings, mesh)
-            batch = build.batch_shapes(config, settings.model, mesh)
+            batch = build.batch_shapes(config, settings.model.config, mesh)
             rate = jax.ShapeDtypeStruct((), np.float32)
             return program.step.lower(program.state, batch, rate).as_text()
 

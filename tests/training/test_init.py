@@ -84,7 +84,7 @@ def converted(tmp_path_factory):
 
 
 def initial(config, classes=8):
-    params, words = train.initial_weights(config, build.model_config(config, classes))
+    params, words = train.initial_weights(config, build.settings(config, classes).model)
     flat = flatten_dict(params, sep="/")
     assert {path: values.shape for path, values in flat.items()} == shapes_of(config, classes)
     return flat, words
@@ -182,7 +182,7 @@ def test_weights_of_another_architecture_are_refused(converted, digits, changes,
 def first(config, digits, folder):
     """What a run starts from: its parameters, averaged parameters, step; and what is said."""
     fresh = state_of(config, digits, drawn(config, salt=0.5))
-    model = build.model_config(config, 8)
+    model = build.settings(config, 8).model
     started = workdir.has_checkpoint(folder)
     initial = None if started else train.initial_weights(config, model)
     with closing(Checkpoints(folder)) as checkpoints:
@@ -225,7 +225,7 @@ def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digit
     changes = {"init.checkpoint": str(converted[0]), "optim.ema": 0.9}
     config = settings(digits, **changes)
     fresh = state_of(config, digits, drawn(config, 0.5))
-    initial = train.initial_weights(config, build.model_config(config, 8))
+    initial = train.initial_weights(config, build.settings(config, 8).model)
     with closing(Checkpoints(tmp_path)) as checkpoints:
         state, _ = train.first_state(config, fresh, checkpoints, initial)
     assert state.ema is not None and int(state.step) == 0

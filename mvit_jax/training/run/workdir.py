@@ -4,6 +4,7 @@ It holds:
 
     DIR/config.json     the config, frozen when the run began
     DIR/labels.txt      the names of the classes
+    DIR/custom.json     digests of the source of custom modules, where the config names any
     DIR/checkpoints/    the last states
     DIR/best/           the state of the best validation
     DIR/damaged/        checkpoints that were found damaged
@@ -30,6 +31,7 @@ from mvit_jax.config import Config, base
 
 LOCK_SECONDS = 60
 _VALIDATED = "validated.txt"
+_CUSTOM = "custom.json"
 
 # Keys that say where and how fast, not what: they may change when a run goes on.
 MAY_CHANGE = (
@@ -79,6 +81,19 @@ def keep_labels(workdir: str | AnyPath, names: Sequence[str]) -> None:
     path = to_path(workdir) / "labels.txt"
     if not path.exists():
         write_whole(path, "".join(f"{name}\n" for name in names))
+
+
+def keep_custom_digests(workdir: str | AnyPath, digests: dict[str, str]) -> None:
+    """Records digests of the source of custom modules, where there are any."""
+    path = to_path(workdir) / _CUSTOM
+    if digests and not path.exists():
+        write_whole(path, json.dumps(digests, indent=1) + "\n")
+
+
+def custom_digests(workdir: str | AnyPath) -> dict[str, str]:
+    """Returns the recorded digests by kind of module; empty where a folder has none."""
+    path = to_path(workdir) / _CUSTOM
+    return read(path) if path.exists() else {}
 
 
 def has_checkpoint(workdir: str | AnyPath) -> bool:

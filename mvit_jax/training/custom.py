@@ -1,0 +1,69 @@
+"""Custom modules that a config names: their import, and digests of their source.
+
+`config.model.block = "my_ideas.layer_scale:Block"`, likewise `attention` and `pooling`; what these
+classes are is in docs/variants.md. A run's folder records the digests: a module whose source has
+changed since is another model.
+"""
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import first_line
+from mvit_jax.config import Config
+
+KINDS = ("block", "attention", "pooling")  # of `functional`, and keys of `config.model`
+
+
+def load(config: Config) -> dict[str, Any]:
+    """Imports the classes that `config.model` names, by kind.
+
+    Raises:
+      UserError: a name is not MODULE:CLASS, or cannot be imported.
+    """
+    named = {kind: config.model[kind] for kind in KINDS if config.model[kind]}
+    return {kind: _load(f"model.{kind}", name) for kind, name in named.items()}
+
+
+def digests(config: Config) -> dict[str, str]:
+    """Returns a digest of the source file of every custom module, by kind.
+
+    Of what that file imports, nothing is known: a change there goes unnoticed.
+    """
+    found = {}
+    for kind, custom in load(config).items():
+        file = getattr(sys.modules[custom.__module__], "__file__", None)
+        source = Path(file).read_bytes() if file else b""
+        found[kind] = hashlib.sha256(source).hexdigest()[:16]
+    return found
+
+
+def difference(config: Config, recorded: dict[str, str]) -> str | None:
+    """Returns a sentence about custom modules whose source is not the `recorded` one, or None."""
+    changed = [
+        f"model.{kind}={config.model[kind]}"
+        for kind, digest in digests(config).items()
+        if recorded.get(kind, digest) != digest
+    ]
+    if not changed:
+        return None
+    return f"the source of {' and '.join(changed)} has changed since this run was started"
+
+
+def _load(key: str, name: str) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise UserError(f"{key}={name} must be MODULE:CLASS, like my_ideas.layer_scale:Block")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(
+            f"{key}={name} cannot be imported ({type(error).__name__}: {first_line(error)}): start "
+            f"in the folder that holds {module.partition('.')[0]}, or add that folder to PYTHONPATH"
+        ) from error
+    if not hasattr(found, attribute):
+        raise UserError(f"{key}={name}: {found.__file__} has no {attribute}")
+    return getattr(found, attribute)
