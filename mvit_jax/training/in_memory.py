@@ -24,6 +24,7 @@ from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import build, evaluation
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.run import runtime
 from mvit_jax.training.state import with_params
 
 
@@ -69,18 +70,20 @@ def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
 
 
 def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
-    """Trains as `config` says, and tests; what has to do with files, checkpoints, logs and starting
-    from others' weights, is left out (pass `params` for the last).
+    """Trains as `config` says, and tests; writes no files, checkpoints or logs.
+
+    Compiled programs are cached, so that a second run in another process starts at once.
 
     Args:
       config: of `read_config`; `epochs` says how long.
-      params: to start from, in place of fresh ones (see `weights.adapt.carry_over`).
+      params: to start from, in place of fresh or other weights (see `weights.adapt.carry_over`).
       plugs: `block`, `attention` and `pooling` of `functional`.
 
     Raises:
       UserError: as the training program; also where `config` names weights to start from.
     """
     check(config)
+    runtime.cache_compiled_programs()
     for name, value in (("resume", config.resume), ("init.checkpoint", config.init.checkpoint)):
         if value is not None:
             raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
@@ -97,7 +100,8 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
             state = with_params(state, params)
         history, ends = [], []
         batches = build.batches(config, settings, videos, mesh, steps)
-        for batch in tqdm(batches, "training", total=steps, unit="step", file=sys.stdout):
+        bar = tqdm(batches, "training", total=steps, unit="step", file=sys.stdout)
+        for batch in bar:
             _warn_of_broken(videos, batch["broken"])
             state, metrics = program.step(
                 state, sharding.to_devices(batch, mesh), np.float32(rate(len(history)))
@@ -105,6 +109,7 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
             history.append({k: float(total / count) for k, (total, count) in metrics.items()})
             if not np.isfinite(history[-1]["loss"]):
                 raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")
+            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
             ends.append(time.perf_counter())
         [scores] = evaluation.evaluate(
             program.predict,
