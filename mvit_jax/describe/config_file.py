@@ -35,7 +35,7 @@ def text(config: Config, source: str) -> str:
             last = section
         found = value(config, name)
         if section == "model" and found is None:  # a comment with the variant's own value
-            assignment = f"# c.{name} = {_literal(getattr(own, field))}"
+            assignment = f"# c.{name} = {_literal(getattr(own, field, None))}"
         else:
             assignment = f"c.{name} = {_literal(found)}"
         lines += _with_comment(assignment, f"{meaning[name]}{_limits(key, meaning[name])}")

@@ -17,9 +17,10 @@ from mvit_jax.data.augmentation import Interpolation
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import SOURCES
 from mvit_jax.describe import config_file
+from mvit_jax.models.ops.dispatch import OPS
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.run_blocks import REMAT
-from mvit_jax.training import build
+from mvit_jax.training import build, custom
 from mvit_jax.training.evaluation import Ensemble
 from mvit_jax.training.run import nan_policy, workdir
 from mvit_jax.weights.adapt import INFLATIONS
@@ -35,6 +36,7 @@ def test_choices_are_those_of_the_code():
         "remat": REMAT,
         "dtype": tuple(build.DTYPES),
         "precision": ("default", "high", "highest"),  # JAX's
+        "ops": OPS,
         "on_nan": nan_policy.POLICIES,
         "init.inflate": INFLATIONS,
         "data.source": SOURCES,
@@ -52,7 +54,7 @@ def test_choices_are_those_of_the_code():
 def test_the_architectures_fields_are_keys():
     base = config.base()
     fields = {field.name for field in dataclasses.fields(MViTConfig)}
-    assert set(base.model) - {"variant"} == fields - {"num_classes"}
+    assert set(base.model) - {"variant", *custom.KINDS} == fields - {"num_classes"}
     assert base.is_locked
     config.check(base)
     assert all(config.value(base, name) == key.default for name, key in config.KEYS.items())

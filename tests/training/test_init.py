@@ -127,7 +127,13 @@ def test_a_run_gives_its_averaged_weights(digits, tmp_path):
 def test_other_frames_and_sizes_resize_positions_and_nothing_else(converted, digits):
     folder, source = converted
     config = settings(
-        digits, **{"init.checkpoint": str(folder), "model.frames": 8, "model.size": 48}
+        digits,
+        **{
+            "init.checkpoint": str(folder),
+            "model.frames": 8,
+            "model.size": 48,
+            "data.short_side": 48,
+        },
     )
     ours, words = initial(config, classes=foreign.CLASSES)
     same_but(ours, source, "positions/space", "positions/time")
