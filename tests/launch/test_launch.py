@@ -4,7 +4,6 @@ Scripts run with stand-ins for the programs of clusters (`stand_ins.py`). shellc
 the schemas of Kubernetes check the files.
 """
 
-import fnmatch
 import math
 import os
 import re
@@ -18,13 +17,14 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from jax._src.clusters import cloud_tpu_cluster
 
 from tests.support import tiny
 from tests.support.stand_ins import ASKED, LOST, PREEMPTED, stage, until
 
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
-KUBERNETES = ("1.29", "1.33", "1.37")
+JOBSET = yaml.safe_load((LAUNCH / "gke" / "jobset.yaml").read_text())
 
 
 @pytest.fixture
@@ -32,26 +32,19 @@ def clone(tmp_path):
     return stage(tmp_path)
 
 
-def checker(name: str) -> str:
-    path = shutil.which(
-        name, path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    )
-    assert path, f"{name} is not installed: pip install -r requirements.txt"
-    return path
-
-
-# Form.
+def check(program: str, path: Path) -> None:
+    """Runs a linter, which pip installs beside Python."""
+    folders = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    executable = shutil.which(program, path=folders)
+    assert executable, f"{program} is not installed: pip install -r requirements-dev.txt"
+    done = subprocess.run([executable, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_careful(path):
-    text = path.read_text()
-    assert text.startswith("#!/usr/bin/env bash\n# ") and "\nset -euo pipefail\n" in text
-    assert os.access(path, os.X_OK)
-    assert max(map(len, text.splitlines())) <= 100
-    subprocess.run(["bash", "-n", path], check=True)
-    done = subprocess.run([checker("shellcheck"), path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert "\nset -euo pipefail\n" in path.read_text() and os.access(path, os.X_OK)
+    check("shellcheck", path)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -132,27 +125,15 @@ def test_a_job_wants_one_process_a_gpu(clone):
     assert status == 2 and "1 processes and 8 GPUs" in err and not clone.calls()
     clone.trains(0)
     assert clone.run(SBATCH, SLURM_JOB_ID="7", SLURM_NTASKS_PER_NODE="1")[0] == 0  # a CPU
-
-
-def test_the_job_asks_for_as_many_processes_as_gpus():
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SCRIPT_OF_SLURM, re.MULTILINE))
-    assert options["ntasks-per-node"] == options["gpus-per-node"]
-    assert options["signal"] == "TERM@120" and "#SBATCH --requeue\n" in SCRIPT_OF_SLURM
-    assert "gpus-per-task" not in options
-
-
-SCRIPT_OF_SLURM = (LAUNCH / "slurm" / "train.sbatch").read_text()
+    text = (LAUNCH / "slurm" / "train.sbatch").read_text()
+    assert "#SBATCH --signal=TERM@120\n#SBATCH --requeue\n" in text
 
 
 # Kubernetes.
 
 
-def jobset() -> dict[str, Any]:
-    return yaml.safe_load((LAUNCH / "gke" / "jobset.yaml").read_text())
-
-
 def job_and_pod() -> tuple[dict[str, Any], dict[str, Any]]:
-    [part] = jobset()["spec"]["replicatedJobs"]
+    [part] = JOBSET["spec"]["replicatedJobs"]
     return part["template"]["spec"], part["template"]["spec"]["template"]["spec"]
 
 
@@ -162,39 +143,21 @@ def test_the_jobset_has_a_container_for_each_host_of_the_slice():
     chips = container["resources"]["limits"]["google.com/tpu"]
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     assert math.prod(map(int, topology.split("x"))) == chips * job["parallelism"]
-    assert job["completions"] == job["parallelism"] and job["completionMode"] == "Indexed"
-    assert container["resources"]["requests"] == container["resources"]["limits"]
-    assert pod["terminationGracePeriodSeconds"] >= 120 and pod["restartPolicy"] == "Never"
-    mounted = {m["name"] for m in container["volumeMounts"]}
-    assert mounted == {v["name"] for v in pod["volumes"]}
-    assert "/dev/shm" in {m["mountPath"] for m in container["volumeMounts"]}
-    from jax._src.clusters import cloud_tpu_cluster
-
-    assert int(cloud_tpu_cluster.coordinator_port) in {
-        p["containerPort"] for p in container["ports"]
-    }
+    assert job["completions"] == job["parallelism"]
+    ports = {port["containerPort"] for port in container["ports"]}
+    assert int(cloud_tpu_cluster.coordinator_port) in ports
 
 
-def test_kubernetes_accepts_the_job_of_the_jobset():
-    job, _ = job_and_pod()
+@pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
+def test_kubernetes_accepts_the_job_of_the_jobset(version):
     head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
-    for version in KUBERNETES:
-        kubernetes_validate.validate(head | {"spec": job}, version, strict=True)
+    kubernetes_validate.validate(head | {"spec": job_and_pod()[0]}, version, strict=True)
 
 
-def test_the_jobset_starts_again_after_a_preemption_or_a_lost_host():
-    job, pod = job_and_pod()
-    disruption, codes = job["podFailurePolicy"]["rules"]
-    assert disruption["action"] == "Count" and job["backoffLimit"] == 0
-    assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert codes["action"] == "FailJob" and codes["onExitCodes"] == {
-        "containerName": pod["containers"][0]["name"], "operator": "NotIn",
-        "values": [LOST, PREEMPTED],
-    }  # fmt: skip
-    policy = jobset()["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] > 10
-    [rule] = policy["rules"]
-    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+def test_the_jobset_starts_again_after_the_programs_two_statuses_alone():
+    _, codes = job_and_pod()[0]["podFailurePolicy"]["rules"]
+    assert codes["action"] == "FailJob" and codes["onExitCodes"]["operator"] == "NotIn"
+    assert codes["onExitCodes"]["values"] == [LOST, PREEMPTED]
 
 
 def test_xpk_starts_the_same_run(clone):
@@ -217,21 +180,11 @@ def test_xpk_starts_the_same_run(clone):
 
 
 def test_the_dockerfile_has_no_fault_and_its_sources_are_there():
-    done = subprocess.run(
-        [checker("hadolint"), LAUNCH / "Dockerfile"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    text = (LAUNCH / "Dockerfile").read_text()
-    ignore = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
-    let_in = [line[1:] for line in ignore if line.startswith("!")]
-    assert "*" in ignore
-    copied = [w for line in re.findall(r"^COPY (.*)", text, re.M) for w in line.split()[:-1]]
-    assert {"mvit_jax", "configs", "requirements.txt", "launch/cuda12.txt"} <= set(copied)
-    for source in copied:
-        assert (tiny.ROOT / source).exists()
-        assert any(fnmatch.fnmatch(source, p) or source.startswith(f"{p}/") for p in let_in)
-    assert re.search(r"^USER [1-9]\d*$", text, re.M)
-    assert text.index("\nUSER ") < text.index('\nENTRYPOINT ["tini", "--", "python", "-m"]')
+    check("hadolint", LAUNCH / "Dockerfile")
+    copied = re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Dockerfile").read_text(), re.M)
+    let_in = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    for source in " ".join(copied).split():
+        assert (tiny.ROOT / source).exists() and f"!{source.partition('/__')[0]}" in let_in
 
 
 def pins(path: Path) -> dict[str, str]:

@@ -2,18 +2,16 @@
 
 import re
 import shutil
-import subprocess
 
 import pytest
 import yaml
 
-from mvit_jax import config
+from mvit_jax.config import KEYS
 from tests.project import test_docs
 from tests.support import tiny
 from tests.support.stand_ins import stage
 
 LAUNCH = tiny.ROOT / "launch"
-SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
 
 
 @pytest.fixture
@@ -31,10 +29,7 @@ def test_every_command_of_a_page_runs(page, clone):
         shutil.copy(clone.folder / "bin" / "gcloud", clone.folder / "bin" / name)
     for name in ("python", "pip"):  # of the clone
         shutil.copy(clone.folder / "bin" / "gcloud", clone.clone / ".venv" / "bin" / name)
-    for command in (["init", "-q"], ["add", "launch"]):
-        subprocess.run(["git", *command], cwd=clone.clone, check=True)
-    identity = ["-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run(["git", *identity, "commit", "-qm", "all"], cwd=clone.clone, check=True)
+    clone.commit()
     (clone.clone / "mvit_jax-1.log").write_text("a step\n")
     clone.answer(
         ("describe shared", [("ACTIVE", 0)]),
@@ -55,29 +50,6 @@ def test_every_command_of_a_page_runs(page, clone):
     for words in TOLD[page.name]:
         assert any(re.search(words, call) for call in told), words
     assert not any("WORKDIR" in call or "None" in call for call in told)
-    assert len(left_behind([" ".join(call) for call in clone.calls()])) == 0
-
-
-# What a page makes that costs as long as it is there, and what gives it back.
-COSTS = {
-    r"tpus queued-resources create (\S+)": "tpus queued-resources delete {0} ",
-    r"container clusters create (\S+)": "container clusters delete {0} ",
-    r"container node-pools create (\S+) --cluster=(\S+)": (
-        "container node-pools delete {0} --cluster={1} "
-    ),
-    r"xpk cluster create --cluster=(\S+)": "xpk cluster delete --cluster={0} ",
-}
-
-
-def left_behind(calls: list[str]) -> list[str]:
-    """The calls that make something for which no later one of the calls gives it back."""
-    left = []
-    for number, call in enumerate(calls):
-        for made, ended in COSTS.items():
-            if found := re.search(made, call):
-                words = ended.format(*found.groups())
-                left += [call] * (not any(words in later for later in calls[number:]))
-    return left
 
 
 # What each page has people run, in the end.
@@ -117,7 +89,7 @@ TOLD = {
 def commands_of_ours() -> list[tuple[str, str, list[str]]]:
     """Returns file, program and flags of each command in launch/, the README and the pages."""
     commands = []
-    texts = {path: path.read_text() for path in [tiny.ROOT / "README.md", *SCRIPTS]}
+    texts = {path: path.read_text() for path in [tiny.ROOT / "README.md", *LAUNCH.rglob("*.s*")]}
     for path in (tiny.ROOT / "docs").rglob("*.md"):
         texts[path] = path.read_text()
     [part] = yaml.safe_load((LAUNCH / "gke/jobset.yaml").read_text())["spec"]["replicatedJobs"]
@@ -136,25 +108,22 @@ def commands_of_ours() -> list[tuple[str, str, list[str]]]:
 
 
 def test_flags_and_keys_of_all_commands_exist():
-    keys = set(config.KEYS)
     commands = commands_of_ours()
     assert len({file for file, _, flags in commands if flags}) >= 15
     defined = {program: flags_of(program) for program in {program for _, program, _ in commands}}
     for file, program, flags in commands:
         for name in flags:
             if name.startswith("config."):
-                assert name.removeprefix("config.") in keys, f"{file}: --{name}"
+                assert name.removeprefix("config.") in KEYS, f"{file}: --{name}"
             else:
                 assert name in defined[program], f"{file}: mvit_jax.{program} has no --{name}"
 
 
 def flags_of(program: str) -> set[str]:
     """Returns the flags that a program and the modules which it imports for flags define."""
-    texts = [
-        *(tiny.ROOT / "mvit_jax").glob(f"{program}.py"),
-        *(tiny.ROOT / "mvit_jax").glob(f"{program}/__main__.py"),
-        tiny.ROOT / "mvit_jax/training/distributed/launch.py",
-    ]
+    package = tiny.ROOT / "mvit_jax"
+    program = next(package.glob(f"{program}.py"), package / program / "__main__.py")
+    texts = [program, package / "config.py", package / "training" / "distributed" / "launch.py"]
     pattern = r'DEFINE\w*\(\s*(?:\w+\(\),\s*)?"(\w+)"'
     defined = {name for path in texts for name in re.findall(pattern, path.read_text())}
     return defined | {"help", "config"}

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -30,8 +29,9 @@ RESOURCE = ["gcloud", "compute", "tpus", "queued-resources"]
 EVERYWHERE = ["--zone=z", "--node=all", "--worker=all"]
 
 
-def test_tpus_are_asked_for_and_waited_for(clone):
-    clone.answer(("describe", [("WAITING_FOR_RESOURCES", 0), ("PROVISIONING", 0), ("ACTIVE", 0)]))
+def test_tpus_are_asked_for_and_waited_for_where_they_cannot_be_asked_too(clone):
+    states = [("", 1), ("WAITING_FOR_RESOURCES", 0), ("PROVISIONING", 0), ("ACTIVE", 0)]
+    clone.answer(("describe", states))
     status, out, err = tpu(clone, "create", "m", "z", "v5litepod-16", "--spot")
     assert status == 0, err
     assert "WAITING_FOR_RESOURCES" in out and "m is ACTIVE" in out
@@ -40,23 +40,22 @@ def test_tpus_are_asked_for_and_waited_for(clone):
         *RESOURCE, "create", "m", "--zone=z", "--accelerator-type=v5litepod-16",
         "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=m", "--spot",
     ]  # fmt: skip
-    assert asked == 3 * [[*RESOURCE, "describe", "m", "--zone=z", "--format=value(state.state)"]]
+    assert asked == 4 * [[*RESOURCE, "describe", "m", "--zone=z", "--format=value(state.state)"]]
 
 
-def test_several_slices_are_nodes_of_one_resource(clone):
-    clone.answer(("describe", [("ACTIVE", 0)]))
-    assert tpu(clone, "create", "m", "z", "v5p-16", SLICES="2")[0] == 0
-    assert {"--node-count=2", "--node-prefix=m"} <= set(clone.calls()[0])
-    assert "--node-id=m" not in clone.calls()[0]
-
-
-def test_waiting_goes_on_where_the_request_cannot_be_asked_for_a_moment(clone):
-    clone.answer(("describe", [("", 1), ("", 1), ("WAITING_FOR_RESOURCES", 0), ("ACTIVE", 0)]))
-    status, out, err = tpu(clone, "create", "m", "z", "v4-32")
-    assert status == 0 and "m is ACTIVE" in out, err
-    clone.answer(("describe", [("", 1)]))
-    status, _, err = tpu(clone, "create", "m", "z", "v4-32")
-    assert status == 1 and "the request stays, and costs" in err and "delete.sh m z" in err
+@pytest.mark.parametrize(
+    ("kind", "answer", "status", "words"),
+    [
+        ("v4-32", ("", 1), 1, "the request stays, and costs"),
+        ("v4-32", ("FAILED", 0), 1, "m is FAILED"),
+        ("v9-32", ("", 0), 2, "no runtime is known for TYPE v9-32"),
+    ],
+)
+def test_tpus_that_do_not_come_are_an_error(kind, answer, status, words, clone):
+    clone.answer(("describe", [answer]))
+    ended, _, err = tpu(clone, "create", "m", "z", kind)
+    assert ended == status and words in err
+    assert status == 2 or "delete.sh m z" in err
 
 
 @pytest.mark.parametrize("script", ["create", "keep"])
@@ -72,20 +71,6 @@ def test_who_interrupts_is_told_what_still_costs(script, clone):
     assert "costs" in err.splitlines()[-1] and "launch/tpu_vm/delete.sh m z" in err.splitlines()[-1]
 
 
-def test_tpus_that_do_not_come_are_an_error(clone):
-    clone.answer(("describe", [("FAILED", 0)]))
-    status, _, err = tpu(clone, "create", "m", "z", "v4-32")
-    assert status == 1 and "m is FAILED" in err
-    status, _, err = tpu(clone, "create", "m", "z", "v9-32")
-    assert status == 2 and "no runtime is known for TYPE v9-32" in err
-
-
-def commit(clone: Stage) -> None:
-    git = ["git", "-C", str(clone.clone), "-c", "user.name=n", "-c", "user.email=e"]
-    for command in (["init", "-q"], ["add", "--all", "launch"], ["commit", "-qm", "all"]):
-        subprocess.run([*git, *command], check=True)
-
-
 @contextmanager
 def a_training_runs(folder: Path) -> Iterator[None]:
     with (folder / "train.lock").open("w") as lock:
@@ -95,35 +80,31 @@ def a_training_runs(folder: Path) -> Iterator[None]:
 
 def test_a_host_has_the_code_of_the_last_commit_and_keeps_what_is_its_own(clone, tmp_path):
     """What is sent runs in an empty home, to which `git archive` stands in for scp."""
-    home, old = tmp_path / "home", "launch/old.py"
+    home, old = tmp_path / "home", clone.clone / "launch/old.py"
     home.mkdir()
-    host, git = home / "mvit_jax", ["git", "-C", clone.clone, "archive", "--prefix=mvit_jax/"]
+    host, log = home / "mvit_jax", home / "mvit_jax" / "train.log"
     (clone.clone / "launch/tpu_vm/on_host/install.sh").write_text("#!/bin/sh\n")  # not here
+    old.write_text("")
 
     def install() -> tuple[int, str, str]:
-        commit(clone)
-        subprocess.run([*git, f"--output={home}/mvit_jax.tar.gz", "HEAD"], check=True)
+        clone.commit()
+        archive = ["git", "archive", "--prefix=mvit_jax/", f"--output={home}/mvit_jax.tar.gz"]
+        subprocess.run([*archive, "HEAD"], cwd=clone.clone, check=True)
         assert tpu(clone, "install", "m", "z", "b")[0] == 0
         return clone.on_host(clone.calls()[-1], home)
 
-    (clone.clone / old).write_text("")
-    assert install()[0] == 0 and (host / old).exists()
+    assert install()[0] == 0 and (host / "launch/old.py").exists()
     copied, installed = clone.calls()
     assert copied[:5] == [*RESOURCE, "scp"] and copied[6:] == ["m:mvit_jax.tar.gz", *EVERYWHERE]
-    assert not Path(copied[5]).exists()  # of no use any more
     assert installed[:-1] == [*RESOURCE, "ssh", "m", *EVERYWHERE]
     assert installed[-1].endswith(" && mvit_jax/launch/tpu_vm/on_host/install.sh b")
-    (clone.clone / old).unlink()
-    own = (host / "train.log", host / "launch" / "mine.py")
-    for path in own:
-        path.write_text("")
+    old.unlink()
+    log.write_text("")
     with a_training_runs(host):
         status, _, err = install()
-        assert status == 1 and "a training is running" in err and (host / old).exists()
-    (clone.clone / "launch/new.py").write_text("")
+        assert status == 1 and "a training is running" in err
     assert install()[0] == 0
-    assert not (host / old).exists() and (host / "launch/new.py").exists()
-    assert (host / "launch/tpu_vm/on_host/train.sh").exists() and all(p.exists() for p in own)
+    assert not (host / "launch/old.py").exists() and log.exists()
 
 
 def test_training_goes_on_without_the_connection(clone):
@@ -139,12 +120,10 @@ def test_training_goes_on_without_the_connection(clone):
 
 
 def test_a_host_where_a_training_runs_is_left_alone_and_named(clone):
-    (clone.clone / "train.status").write_text("its own\n")
     assert tpu(clone, "train", "m", "z", *ASKED)[0] == 0
     with a_training_runs(clone.clone):
         status, _, err = clone.on_host(clone.calls()[0])
-    assert status == 1 and "a training is already running" in err
-    assert (clone.clone / "train.status").read_text() == "its own\n" and not clone.starts()
+    assert status == 1 and "a training is already running" in err and not clone.starts()
     clone.answer(("--command", [("", 1)]))  # one of the hosts refuses
     status, out, _ = tpu(clone, "train", "m", "z", *ASKED)
     assert status == 1 and "started on all" not in out
@@ -173,17 +152,6 @@ def test_a_host_starts_again_after_a_preemption_alone(statuses, starts, end, clo
     assert not (clone.clone / "train.pid").exists()
 
 
-@pytest.mark.slow
-def test_a_host_that_is_asked_to_stop_between_two_starts_stops(clone):
-    """The script's own `echo` of the time between them, which a shell takes from its environment,
-    sends the signal."""
-    clone.trains(PREEMPTED, "wait", 0)
-    echo = '() { builtin echo "$@"; [[ $1 != preempted* ]] || kill -TERM $$; }'
-    status, out, _ = clone.run(HOST, **{"BASH_FUNC_echo%%": echo})
-    assert status == PREEMPTED and out.count("preempted") == 1
-    assert len(clone.starts()) <= 2  # the second may end before it begins
-
-
 def test_a_host_that_is_asked_to_stop_lets_the_program_save_and_does_not_start_again(clone):
     clone.trains("wait", 0)
     process = clone.start(HOST)
@@ -196,23 +164,10 @@ def test_a_host_that_is_asked_to_stop_lets_the_program_save_and_does_not_start_a
     out, _ = process.communicate(timeout=20)
     assert process.returncode == PREEMPTED, out
     assert (clone.folder / "saved").read_text() == "saved " and len(clone.starts()) == 1
-
-
-def test_stopping_where_nothing_runs_is_no_error_and_hits_no_other_process(clone):
-    assert tpu(clone, "stop", "m", "z")[0] == 0
-    stop = clone.calls()[-1]
-    assert clone.on_host(stop)[0] == 0  # nothing has run yet
-    clone.trains(0)
-    assert clone.run(HOST)[0] == 0
-    assert clone.on_host(stop)[0] == 0
     with subprocess.Popen(["sleep", "60"]) as other:  # has the number now: the host was off
         (clone.clone / "train.pid").write_text(f"{other.pid}\n")
-        assert clone.on_host(stop)[0] == 0 and other.poll() is None
+        assert clone.on_host(clone.calls()[-1])[0] == 0 and other.poll() is None
         other.kill()
-    shutil.rmtree(clone.clone / "launch")
-    clone.clone.rename(clone.folder / "elsewhere")
-    clone.clone.mkdir()
-    assert clone.on_host(stop)[0] == 0
 
 
 @pytest.mark.parametrize("said", ["none", "0", "134", "running"])
@@ -225,6 +180,42 @@ def test_what_a_host_says(said, clone):
         status, out, err = clone.on_host(clone.calls()[0])
     assert (status, err) == (0, "")
     assert re.fullmatch(rf"training on \S+: {said}\n", out)
+
+
+ONCE, AGAIN = ["install", "train"], ["delete", "create", "install", "train", "delete"]
+TAKEN = [*5 * ["ACTIVE"], "SUSPENDING", "SUSPENDED", "", "ACTIVE"]
+
+
+def slow(*values: object, name: str):
+    return pytest.param(*values, id=name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("states", "hosts", "end", "did"),
+    [
+        pytest.param(
+            ["", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "CREATING", "ACTIVE"],
+            ["none none", "running running", "none none", "0 0"],
+            0, ["create", *ONCE, *AGAIN], id="again until it is complete",
+        ),
+        *(
+            slow(TAKEN, ["none", "running", *3 * [ended], "none", "0"], 0, [*ONCE, *AGAIN],
+                 name=f"{ended} before they are taken away")
+            for ended in ("143 running", "1 134", "silent")
+        ),
+        slow(["ACTIVE"], ["none", "running", *5 * ["134 143"], "running", "0"], 0,
+             [*ONCE, *ONCE, "delete"], name="hosts that stay are started again"),
+        slow(["ACTIVE"], ["none", "1 running"], 1, ONCE, name="left where it failed"),
+        slow(["ACTIVE"], ["none", "134"], 1, 6 * ONCE, name="not for ever"),
+        slow(["ACTIVE"], ["none", "134 silent"], 1, ONCE, name="a host hangs"),
+        slow(["ACTIVE"], ["none", *20 * ["running silent"], "0"], 0, [*ONCE, "delete"],
+             name="others train"),
+        slow(["ACTIVE"], ["running", "running", "0"], 0, ["delete"], name="a second keep"),
+        slow(["ACTIVE"], ["0", "running", "0"], 0, [*ONCE, "delete"], name="another run before"),
+    ],
+)  # fmt: skip
+def test_spot_tpus_are_kept(states, hosts, end, did, clone):
+    assert keep(clone, states, hosts) == (end, did)
 
 
 def keep(
@@ -252,75 +243,6 @@ def keep(
     assert all(c[2:] == ["m", "z", "b"] for c in calls if c[1] == "install")
     assert all(c[2:] == ["m", "z", *ASKED] for c in calls if c[1] == "train")
     return done[0], [word for call in calls for word in call if word in words]
-
-
-def test_spot_tpus_are_asked_for_again_until_the_run_is_complete(clone):
-    states = ["", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "CREATING", "ACTIVE"]
-    status, did = keep(clone, states, ["none none", "running running", "none none", "0 0"])
-    assert status == 0
-    assert did == ["create", *ONCE, "delete", "create", *ONCE, "delete"]
-
-
-ONCE = ["install", "train"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ended", ["143 running", "1 134", "silent"])
-def test_how_the_training_ends_before_the_tpus_are_taken_away_does_not_matter(ended, clone):
-    states = [*5 * ["ACTIVE"], "SUSPENDING", "SUSPENDED", "", "ACTIVE"]
-    hosts = ["none", "running", *3 * [ended], "none", "0"]
-    assert keep(clone, states, hosts) == (0, [*ONCE, "delete", "create", *ONCE, "delete"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ended", ["134 143", "none running"])
-def test_training_is_started_again_on_hosts_that_stay(ended, clone):
-    hosts = ["none", "running", *5 * [ended], "running", "0"]
-    assert keep(clone, ["ACTIVE"], hosts) == (0, [*ONCE, *ONCE, "delete"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ended", "did"),
-    [
-        ("1 running", ONCE),
-        ("134", 6 * ONCE),  # not for ever
-        ("134 silent", ONCE),  # a host hangs
-    ],
-)
-def test_spot_tpus_are_left_where_the_training_failed(ended, did, clone):
-    assert keep(clone, ["ACTIVE"], ["none", ended]) == (1, did)
-
-
-@pytest.mark.slow
-def test_a_host_that_cannot_be_reached_is_no_reason_while_the_others_train(clone):
-    hosts = ["none", *20 * ["running silent"], "0"]
-    assert keep(clone, ["ACTIVE"], hosts) == (0, [*ONCE, "delete"])
-
-
-@pytest.mark.slow
-def test_a_host_that_hangs_is_not_waited_for_for_ever(clone):
-    """Short time limits stand in for the long ones."""
-    (clone.clone / "launch/tpu_vm/status.sh").write_text("#!/usr/bin/env bash\nsleep 60\ntrue\n")
-    timeout = clone.folder / "bin" / "timeout"
-    timeout.write_text(
-        f"""#!/usr/bin/env bash
-        [[ $* == *status.sh* ]] || exit 1
-        exec {shutil.which("timeout")} 0.05 "${{@:2}}"
-        """
-    )
-    timeout.chmod(0o755)
-    assert keep(clone, ["ACTIVE"], []) == (1, [])
-
-
-@pytest.mark.slow
-def test_a_second_keep_takes_over_what_runs(clone):
-    assert keep(clone, ["ACTIVE"], ["running", "running", "0"]) == (0, ["delete"])
-
-
-@pytest.mark.slow
-def test_what_ran_before_on_the_tpus_is_not_this_run(clone):
-    assert keep(clone, ["ACTIVE"], ["0", "running", "0"]) == (0, [*ONCE, "delete"])
 
 
 @pytest.mark.slow

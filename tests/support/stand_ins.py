@@ -20,16 +20,8 @@ ASKED = ("--config=c.py", "--workdir=a folder")
 PREEMPTED, LOST = 143, 134
 
 CLUSTER = (
-    "gcloud",
-    "kubectl",
-    "xpk",
-    "docker",
-    "sbatch",
-    "squeue",
-    "scontrol",
-    "scancel",
-    "ssh-add",
-)
+    "gcloud", "kubectl", "xpk", "docker", "sbatch", "squeue", "scontrol", "scancel", "ssh-add",
+)  # fmt: skip
 
 # Isolated and without `site` (-IS), since scripts start many of them.
 RECORDER = """#!{python} -IS
@@ -116,6 +108,16 @@ class Stage:
         """Runs what a call of gcloud sends to the hosts, as the shell of one would."""
         [command] = [w.removeprefix("--command=") for w in call if w.startswith("--command=")]
         return self.run(["bash", "-c", f"cd {home or self.folder}\n{command}"], **environment)
+
+    def commit(self) -> None:
+        """Commits what the clone has in launch/."""
+        git = ["git", "-c", "user.name=n", "-c", "user.email=e"]
+        for command in (
+            ["init", "-q"],
+            ["add", "--all", "launch"],
+            ["commit", "--allow-empty", "-qm", "all"],
+        ):
+            subprocess.run([*git, *command], cwd=self.clone, check=True)
 
     def answer(self, *answers: tuple[str, list[tuple[str, int]]]) -> None:
         """What a call that holds these words prints, and its status, one after the other."""
