@@ -203,26 +203,3 @@ def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
     assert seconds == told["step_seconds_at_least"] < told["roofs_seconds"]["memory"]
     assert told["chip_hours"] == pytest.approx(4 * told["steps"] * seconds / 3600)
     assert min(Image.open(tmp_path / "plan.png").size) > 200
-
-
-@pytest.mark.nightly
-def test_a_step_that_does_not_fit_is_an_answer_and_the_largest_that_does_is_found():
-    status, out, err = podplan("--topology=v5e:1x1", "--config.batch=65536", "--largest_batch")
-    assert status == 0, err
-    assert re.search(r"DOES NOT FIT: it would take [\d.]+ of 15.75 GiB of a chip", out)
-    fixes = out.partition("What may make it fit")[2]
-    assert " a chip fit: --config.batch=" in fixes and "--config.accumulate=" in fixes
-    assert "--config.remat=blocks" in fixes and "--config.dtype=bfloat16" in fixes
-    found = re.search(r"of a chip, (\d+) clips fit", out)
-    assert found and found[1] in re.findall(r"compiling \((\d+) clips", out.replace(",", ""))[1:]
-
-
-@pytest.mark.nightly
-def test_a_thousand_chips_in_slices_that_share_the_state():
-    status, out, err = podplan(
-        "--topology=v5e:16x16", "--slices=4", "--config.batch=1024", "--config.mesh.fsdp=16"
-    )
-    assert status == 0, err
-    assert "4 slices of v5e:16x16: 1,024 chips of 256 hosts, mesh data 64 x fsdp 16" in out
-    assert re.search(r"all-reduce between slices +4 ", out)
-    assert "network between slices (DCN)" in out

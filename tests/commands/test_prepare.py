@@ -1,6 +1,5 @@
 """`python -m mvit_jax.prepare` as a program: output, exit status, and interrupted runs."""
 
-import ast
 import os
 import pathlib
 import pty
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from mvit_jax.data.making import moving_digits
+from tests.data.making.test_moving_digits import contents
 from tests.support import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,14 +26,6 @@ def command(*args):
 
 def run(*args):
     return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def test_a_data_set_is_made_with_progress_in_plain_lines(tmp_path):
@@ -141,21 +133,6 @@ def test_lists_are_written_for_folders_of_classes(tmp_path):
     counts = f"14 files in train.csv, 4 files in val.csv, 2 files in test.csv, in {tmp_path}"
     assert output.strip().endswith(counts)
     assert (tmp_path / "labels.txt").read_text() == "cats\ndogs\n"
-
-
-def test_help_tells_usage_and_flags():
-    _, text = commands.run("prepare", "--help")
-    assert "python -m mvit_jax.prepare moving_digits --out=DIR" in text
-    # Read, not imported: programs share names of flags.
-    source = (ROOT / "mvit_jax" / "prepare.py").read_text()
-    (data_sets,) = (
-        ast.literal_eval(node.value)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DATA_SETS"
-    )
-    assert len(data_sets) == 5
-    for flags in data_sets.values():
-        assert all(f"--{flag}:" in text for flag in ("out", *flags))
 
 
 @pytest.fixture(scope="module")

@@ -117,17 +117,6 @@ def test_they_are_replaced_in_training_and_left_out_of_tests(data, tmp_path, cap
     assert 100 * right[scores["tested"]].mean() == pytest.approx(result["top1"])
 
 
-def test_the_replacements_do_not_depend_on_who_loads_them(data, tmp_path, capsys):
-    ends = []
-    for processes in (0, 2):
-        run = tmp_path / str(processes)
-        assert train.train(config(data, **{"data.processes": processes}), str(run)) == 0
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        steps = [json.loads(line) for line in lines]
-        ends.append([(s["step"], s["loss"]) for s in steps if s["kind"] == "train"])
-    assert ends[0] == ends[1] and len(ends[0]) > 5
-
-
 def test_too_large_a_share_ends_the_run_and_keeps_what_was_trained(data, tmp_path):
     run = tmp_path / "run"
     strict = config(data, **{"data.max_broken": 0.02})

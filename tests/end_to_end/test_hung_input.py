@@ -3,18 +3,13 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from mvit_jax.data import pipeline
 from mvit_jax.training.run.checkpoints import Checkpoints
-from tests.support import commands, tiny
-from tests.support.environment import of_process
+from tests.support import commands, group
 
 pytestmark = pytest.mark.slow
 
@@ -22,15 +17,11 @@ TIMEOUT = 6  # seconds: loading 8 tiny clips takes milliseconds, but machines ar
 
 
 def start(data, folder, *flags):
-    command = [
-        sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *tiny.FLAGS,
-        f"--config.data.folder={data}", f"--workdir={folder}", "--config.epochs=2",
+    program = [
+        *group.TRAIN, f"--config.data.folder={data}", f"--workdir={folder}", "--config.epochs=2",
         f"--config.data.timeout={TIMEOUT}", "--config.data.threads=1", *flags,
     ]  # fmt: skip
-    return subprocess.Popen(
-        command, cwd=tiny.ROOT, env=of_process(1), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return group.start(program, 1, 1)[0]
 
 
 def video(data, name, number):
@@ -104,32 +95,3 @@ def test_a_validation_that_hangs_costs_no_step(data, tmp_path):
     assert process.returncode == 1, err
     assert f"{path} is still being read" in err and "Traceback" not in err
     assert Checkpoints(tmp_path / "run").step() == 3
-
-
-def test_a_worker_process_that_is_stopped_is_ended_with_the_run(data, tmp_path):
-    flags = ["--config.data.processes=1", "--config.epochs=200", "--config.eval.every_epochs=0"]
-    process = start(data, tmp_path / "run", *flags, "--config.data.timeout=20")
-    assert process.stdout is not None
-    next(line for line in process.stdout if line.startswith("step 4/"))
-    workers = children(process.pid)
-    for worker in workers:
-        os.kill(worker, signal.SIGSTOP)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 1, err
-    assert "error: host " in err and "Traceback" not in err
-    assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert (Checkpoints(tmp_path / "run").step() or 0) >= 4
-
-
-def children(pid):
-    """Processes that were spawned to load clips."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            command = (entry / "cmdline").read_text()
-        except OSError:  # it has ended
-            continue
-        if parent == str(pid) and "spawn_main" in command:
-            found.append(int(entry.name))
-    return found

@@ -95,32 +95,10 @@ def test_two_processes_test_a_run_like_one(reference, tmp_path):
 
 @pytest.fixture(scope="module")
 def one_process(digits, tmp_path_factory):
-    """A run of 9 steps on four devices of one process, tested."""
+    """A run of 9 steps on four devices of one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
     run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 1, 4)
-    run([*EVALUATE, f"--workdir={folder}"], 1, 4)
     return folder
-
-
-@pytest.mark.nightly
-def test_training_and_evaluation_in_two_processes_equal_those_in_one(digits, tmp_path, one_process):
-    """With validation, the best checkpoint, averaged weights; 10 test videos in batches of 8."""
-    folder = tmp_path / "run"
-    run([*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"], 2, 2)
-    assert_alike(final_state(folder), final_state(one_process))
-    told, alone = history.read(folder), history.read(one_process)
-    assert [v["top1"] for v in told.val] == [v["top1"] for v in alone.val]
-    assert Checkpoints(folder).best_top1 == Checkpoints(one_process).best_top1
-    # The very same weights, tested by two processes.
-    shutil.copytree(one_process, tmp_path / "copy")
-    first, second = run([*EVALUATE, f"--workdir={tmp_path / 'copy'}"], 2, 2)
-    assert said(second) == [] and "wrote " in first.out
-    folders = (tmp_path / "copy", one_process)
-    ours, theirs = (json.loads((path / "evaluation.json").read_text()) for path in folders)
-    assert ours == theirs and ours["videos"] == 10 == np.sum(ours["confusion"])
-    ours, theirs = (np.load(path / "scores.npz") for path in folders)
-    np.testing.assert_allclose(ours["probabilities"], theirs["probabilities"], atol=1e-6)
-    assert ours["tested"].all()
 
 
 @pytest.mark.nightly

@@ -1,16 +1,21 @@
 """Several processes of one program on this machine, as on the hosts of a pod."""
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
+from mvit_jax import train
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import tiny
 from tests.support.environment import of_process
@@ -101,3 +106,30 @@ def final_state(folder: Path) -> dict[str, np.ndarray]:
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree.items()))
     }
+
+
+def assert_same_state(folder: Path, other: Path) -> None:
+    """Asserts that the last checkpoints of two runs are equal bit for bit."""
+    ours, theirs = final_state(folder), final_state(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+@contextlib.contextmanager
+def at_step(number: int, act: Callable[[], object]) -> Iterator[None]:
+    """Within, a training run in this process calls `act` when it has logged that step."""
+
+    class Acting(train.Logbook):
+        def step(self, step, *args):
+            super().step(step, *args)
+            if step == number:
+                act()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Logbook", Acting)
+        yield
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

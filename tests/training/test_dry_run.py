@@ -1,14 +1,11 @@
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from mvit_jax import train
 from mvit_jax.common.errors import UserError
 from mvit_jax.training import dry_run
-from tests.support import tiny
+from tests.support import commands, tiny
 
 
 def described(file, arg, devices=8, **changes):
@@ -125,14 +122,9 @@ def test_charades_is_scored_otherwise():
 
 
 def test_the_program_prints_the_plan_and_starts_nothing(tmp_path):
-    config = tiny.ROOT / "configs" / "kinetics.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "mvit_jax.train", f"--config={config}:mvit_b_64x3", "--dry_run"],
-        capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tiny.ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "published  81.2 / 95.1 (MViT, Table 4)" in done.stdout
+    flags = ["--config=configs/kinetics.py:mvit_b_64x3", "--dry_run"]
+    status, output = commands.run("train", *flags, cwd=tmp_path)
+    assert status == 0 and "published  81.2 / 95.1 (MViT, Table 4)" in output
     assert not list(tmp_path.iterdir())
 
 

@@ -2,7 +2,6 @@
 weights, then nothing."""
 
 import dataclasses
-import os
 import signal
 from contextlib import closing
 
@@ -13,7 +12,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mvit_jax import convert, train
 from mvit_jax.common.errors import UserError
-from mvit_jax.config import check
 from mvit_jax.models.functional import functional
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
@@ -21,7 +19,7 @@ from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import init_state
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.tensor_files import write_torch
-from tests.support import tiny
+from tests.support import group, tiny
 from tests.weights import foreign
 
 KIND = "v1 video"
@@ -166,13 +164,6 @@ def test_an_image_models_weights_are_inflated(how, digits, tmp_path):
     assert ours["positions/class_token"].any()  # the image model has none
 
 
-def test_without_a_word_on_inflation_it_is_asked_for(digits, tmp_path):
-    make_run(tmp_path, settings(digits, **IMAGE), digits, 0)
-    video = {"model.variant": "mvitv2_s_16x4", "init.checkpoint": str(tmp_path)}
-    with pytest.raises(WeightsError, match="inflate=centre, mean or repeat"):
-        initial(settings(digits, **video))
-
-
 @pytest.mark.parametrize(
     ("changes", "word"),
     [({"model.width": 16}, "blocks/0/attn"), ({"model.depths": (1, 1, 1)}, "blocks/3/"),
@@ -274,26 +265,7 @@ def test_folders_that_hold_nothing_of_use_are_one_sentence(
     assert made == set()
 
 
-def test_an_unknown_inflation_is_one_sentence(digits):
-    with pytest.raises(UserError, match=r"init\.inflate must be one of centre, mean, repeat"):
-        check(settings(digits, **{"init.inflate": "center"}))
-
-
 # The program.
-
-
-def final_state(folder):
-    with closing(Checkpoints(folder)) as checkpoints:
-        tree = checkpoints.last.restore(checkpoints.step())
-    leaves = jax.tree_util.tree_leaves_with_path(dict(tree.items()))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-class Stopping(train.Logbook):
-    def step(self, step, *args):
-        super().step(step, *args)
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -301,33 +273,12 @@ def test_another_workdir_goes_on_from_a_run_and_ends_as_if_never_stopped(
     reference, digits, tmp_path, capsys
 ):
     stopped, resumed = tmp_path / "stopped", tmp_path / "resumed"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Logbook", Stopping)
+    with group.at_step(5, group.stop):
         assert train.train(tiny.config(digits, **tiny.RECIPE), str(stopped)) == 128 + signal.SIGTERM
-    before = final_state(stopped)
+    before = group.final_state(stopped)
     capsys.readouterr()
     assert train.train(tiny.config(digits, **tiny.RECIPE, resume=str(stopped)), str(resumed)) == 0
     assert f"goes on with the last checkpoint of {stopped}" in capsys.readouterr().out
-    ours, theirs = final_state(resumed), final_state(reference)
-    assert ours.keys() == theirs.keys() and len(ours) > 100
-    for name, values in theirs.items():
-        np.testing.assert_array_equal(ours[name], values, err_msg=name)
-    again = final_state(stopped)  # only read from
+    group.assert_same_state(resumed, reference)
+    again = group.final_state(stopped)  # only read from
     assert all((again[name] == values).all() for name, values in before.items())
-
-
-@pytest.mark.slow
-def test_fine_tuning_starts_from_the_weights_and_goes_on_after_a_stop(
-    converted, digits, tmp_path, capsys
-):
-    """At a learning rate of 0 the weights of the end are those of the start."""
-    still = {"optim.lr": 0.0, "optim.start_lr": 0.0, "optim.end_lr": 0.0, "epochs": 1.0}
-    config = settings(digits, **still, **{"init.checkpoint": str(converted[0])})
-    assert train.train(config, str(tmp_path / "run")) == 0
-    out = capsys.readouterr().out
-    assert f"weights from {converted[0]}: " in out and "2 new" in out
-    params, _ = run_folder.read_params(tmp_path / "run")
-    same_but(flatten_dict(params, sep="/"), converted[1], "head/")
-    # Started again, it is complete, and the weights are not taken a second time.
-    assert train.train(config, str(tmp_path / "run")) == 0
-    assert "is complete (3 of 3 steps)" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import os
 import signal
 
-import numpy as np
 import pytest
 
 from mvit_jax import train
@@ -11,8 +10,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.training import loop
 from mvit_jax.training.run import history, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
-from tests.support import tiny
-from tests.support.group import final_state
+from tests.support import group, tiny
 
 pytestmark = pytest.mark.slow
 # Nine steps, validated after 3, 6 and 9.
@@ -54,10 +52,7 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, reference, digits, tmp
     assert validated(tmp_path) == validated(reference)
     ours, theirs = Checkpoints(tmp_path), Checkpoints(reference)
     assert (ours.step("best"), ours.best_top1) == (theirs.step("best"), theirs.best_top1)
-    trained, expected = final_state(tmp_path), final_state(reference)
-    assert trained.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(trained[name], value, err_msg=name)
+    group.assert_same_state(tmp_path, reference)
 
 
 def test_a_validation_that_cannot_be_noted_ends_nothing(digits, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -22,6 +21,7 @@ from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, DamagedError, NotSavedError
 from mvit_jax.training.state import init_state
+from tests.support.group import free_port
 from tests.support.tiny import MODEL, ROOT
 
 
@@ -142,13 +142,6 @@ def test_checkpoints_of_older_code_have_no_digests_and_are_taken(folder):
         checkpoints.resume(state_of(width=32))
 
 
-def test_digests_that_are_gone_are_damage(folder):
-    shutil.rmtree(folder / "checkpoints" / "3" / "digests")
-    said = []
-    assert_equal(Checkpoints(folder, keep=2).resume(state_of(0), said.append), state_of(2))
-    assert len(said) == 1 and "digests.json" in said[0]
-
-
 @pytest.mark.parametrize("harm", ["", "{"])
 def test_damage_to_the_best_does_no_harm_to_the_last(folder, harm):
     (folder / "best" / "2" / "digests" / "digests.json").write_text(harm)
@@ -200,6 +193,7 @@ def cut(file):
         (lambda f: cut(values_of(f, 3)), "checkpoints/3 cannot be read"),
         (lambda f: flip(f / "checkpoints/3/params/_METADATA"), "checkpoints/3"),
         (lambda f: flip(f / "checkpoints/3/digests/digests.json"), "checkpoints/3"),
+        (lambda f: shutil.rmtree(f / "checkpoints/3/digests"), "digests.json"),
         (lambda f: (f / "checkpoints/3/params/manifest.ocdbt").unlink(), "cannot be read"),
     ],
 )
@@ -326,6 +320,7 @@ from pathlib import Path
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run import checksums
 from mvit_jax.training.run.checkpoints import Checkpoints
+from mvit_jax.training.run.checksums import digests
 from tests.training.run.test_checkpoints import flip, state_of, values_of
 
 sharding.SMALLEST_SHARDED = 64
@@ -358,9 +353,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_two_processes_verify_and_set_aside_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(number), str(tmp_path), str(port)],

@@ -203,8 +203,8 @@ KILLED = """
 import os, signal, sys
 from mvit_jax import train
 from mvit_jax.training.run.checkpoints import Checkpoints
-from tests import tiny
-from tests.training import test_not_finite as t
+from tests.support import tiny
+from tests.training.run import test_nan_policy as t
 
 moment, data, folder = sys.argv[1:]
 save, settle = Checkpoints.save, Checkpoints.settle

@@ -1,6 +1,5 @@
 """Programs that find in a second process what the first one compiled."""
 
-import json
 import os
 import subprocess
 import sys
@@ -80,25 +79,3 @@ def test_machines_with_other_instructions_share_nothing(monkeypatch):
 
     assert name(2000, "") == name(3000, "")
     assert name(2000, "") != name(2000, " avx512f")
-
-
-@pytest.mark.nightly
-def test_eight_devices_train_the_same_from_kept_programs(digits, tmp_path):
-    """Sharded weights, donated state, collectives: the whole program, three times."""
-    losses = []
-    for name in ("off", "first", "second"):
-        flags = [*tiny.FLAGS, "--config.mesh.fsdp=2", "--config.epochs=4"]
-        flags += [f"--config.data.folder={digits}", f"--workdir={tmp_path / name}"]
-        code = (
-            "import runpy, sys\n"
-            f"sys.argv = ['train.py', '--config=configs/moving_digits.py', *{flags!r}]\n"
-            "runpy.run_module('mvit_jax.train', run_name='__main__')"
-        )
-        on = {"JAX_ENABLE_COMPILATION_CACHE": str(int(name != "off"))}
-        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-        run(tmp_path / "kept", code, **on, **devices, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line).get("loss") for line in lines])
-    assert list((tmp_path / "kept" / "mvit_jax" / "compiled").glob("*/jit_train_step-*"))
-    assert losses[0] == losses[1] == losses[2]
-    assert len([loss for loss in losses[0] if loss is not None]) == 6
