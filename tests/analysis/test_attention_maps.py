@@ -263,43 +263,7 @@ def test_attention_distances_are_those_of_every_pair(name):
         stride = stride * q
 
 
-@pytest.mark.slow
-def test_attention_that_sees_all_alike_looks_half_the_picture_far():
-    """Zero queries: uniform attention, whose mean distance on a line of n is (n^2 - 1) / 3n."""
-    config = CONFIGS["vit"]
-    params, clip, _, _ = drawn("vit")
-    params = jax.tree.map(lambda x: x, params)  # a copy: others use the same
-    for block in params["blocks"].values():
-        kernel, bias = block["attn"]["qkv"]["kernel"], block["attn"]["qkv"]["bias"]
-        width = kernel.shape[0]
-        block["attn"]["qkv"] = {
-            "kernel": kernel.at[:, :width].set(0), "bias": bias.at[:width].set(0)
-        }  # fmt: skip
-    found = jax.jit(functools.partial(attention_maps.attention_distance, functional(config)))
-    in_time, in_space = found(params, clip)
-    pairs = [
-        np.hypot(8 * (a - c), 8 * (b - d)) for a, b, c, d in itertools.product(range(3), repeat=4)
-    ]
-    for time, space in zip(in_time, in_space, strict=True):
-        np.testing.assert_allclose(
-            time, 2 * (4 - 1) / (3 * 2), rtol=1e-5
-        )  # 2 cubes, 2 frames apart
-        np.testing.assert_allclose(space, np.mean(pairs), rtol=1e-5)
-
-
 # Where tokens lie.
-
-
-@pytest.mark.parametrize("name", ["v1", "v2 of timm"])
-def test_windows_are_the_pools_windows(name):
-    config = CONFIGS[name]
-    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
-    for block, row in zip(plan(config), grids(config, *size), strict=True):
-        for pool in (block.q_pool, block.kv_pool, block.skip_pool):
-            t, h, w = token_geometry.windows(pool, row.input)
-            whole = np.einsum("it,jh,kw->ijkthw", t, h, w)
-            whole = whole.reshape(-1, int(np.prod(row.input)))
-            np.testing.assert_allclose(whole, window_matrix(pool, row.input, 0), atol=1e-12)
 
 
 def test_a_map_is_spread_linearly_between_centres():

@@ -1,8 +1,5 @@
 """The picture of the first clips shows what the training step gets."""
 
-import subprocess
-import sys
-
 import matplotlib.image
 import numpy as np
 import pytest
@@ -11,7 +8,7 @@ from mvit_jax.analysis import contact_sheet
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
 from mvit_jax.training import build
-from tests.support import tiny
+from tests.support import commands, tiny
 
 
 def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypatch):
@@ -54,10 +51,6 @@ def test_what_cannot_be_drawn_is_one_sentence(digits, tmp_path):
 
 def test_the_program_draws_and_does_nothing_else(digits, tmp_path):
     flags = [*tiny.FLAGS, f"--config.data.folder={digits}", f"--contact_sheet={tmp_path / 'a.png'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *flags],
-        cwd=tiny.ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"wrote {tmp_path / 'a.png'}\n"
+    done = commands.run("train", "--config=configs/moving_digits.py", *flags)
+    assert done == (0, f"wrote {tmp_path / 'a.png'}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

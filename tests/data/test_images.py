@@ -136,15 +136,6 @@ def test_views_of_images_are_torchvisions(tmp_path, shape, side):
     np.testing.assert_array_equal(views[0, 0], pixels[top : top + 16, left : left + 16])
 
 
-def test_bicubic_has_antialias_and_bilinear_none():
-    # Columns of one pixel, black and white, to a third: the mean, or every third of them.
-    stripes = np.zeros((1, 30, 60, 3), np.uint8)
-    stripes[:, :, ::2] = 255
-    smooth = augmentation.resize(stripes, 10, 20, "bicubic")[:, :, 2:-2]
-    assert np.abs(smooth.astype(int) - 127).max() < 40
-    assert set(np.unique(augmentation.resize(stripes, 10, 20))) == {0, 255}
-
-
 @pytest.mark.parametrize(("margin", "image", "video"), [(1, 0, 1), (3, 2, 2), (5, 2, 3), (6, 3, 3)])
 def test_centres_of_images_and_videos_differ_at_odd_margins(margin, image, video):
     columns = np.broadcast_to(

@@ -5,7 +5,6 @@ import pickle
 import re
 import subprocess
 import sys
-import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import MagicMock
@@ -172,25 +171,6 @@ def test_arguments_reach_their_reader(root, tmp_path):
             Image.new("RGB", (2, 2)).save(folder / "x.png")
     source = open_source(tmp_path / "classes", "val.csv", source="folders", train_list="train.csv")
     assert source.label(0) == 1 and source.class_names == ("0", "1")
-
-
-def test_shards_have_a_reader_of_their_own(monkeypatch):
-    reader = types.SimpleNamespace(read_shards=lambda folder, split: Opened(folder, split))
-    monkeypatch.setitem(sys.modules, "mvit_jax.data.formats.shards", reader)
-    source: Any = open_source("/x", "train", source="shards")
-    assert (str(source.folder), source.list_file) == ("/x", "train")
-
-
-class Opened:
-    """Stands in for a split in shards, as far as it is looked at."""
-
-    def __init__(self, folder, split):
-        self.folder, self.list_file, self.class_names = folder, split, ()
-
-    def __len__(self): ...
-    def label(self): ...
-    def item(self): ...
-    def opened(self): ...
 
 
 @pytest.mark.parametrize(

@@ -332,10 +332,6 @@ def test_what_is_no_video_is_told_by_name_and_reason(make, reason, tmp_path):
     assert (copy.path, copy.reason, str(copy)) == (error.path, error.reason, str(error))
 
 
-def test_a_good_file_has_nothing_to_tell(video_path):
-    assert why_broken(opened(video_path, 1)) is None
-
-
 def test_frame_numbers_out_of_range_are_a_mistake(video_path):
     with Video(video_path) as video:
         for indices in ([100], [-1], [5, 200]):

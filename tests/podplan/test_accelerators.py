@@ -75,11 +75,6 @@ def test_every_slice_that_is_named_is_taken(kind):
         accelerators.parse(f"{kind}:{word}")
 
 
-def test_an_accelerator_is_the_most_cubic_slice_of_its_size():
-    assert accelerators.parse("v5e-16").shape == (4, 4)
-    assert accelerators.parse("v4-1024").shape == (8, 8, 8)
-
-
 def collective(kind, size, devices, *, trips=1, between_slices=False):
     return Collective(kind, "", trips, size, devices, between_slices)
 

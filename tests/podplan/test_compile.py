@@ -47,25 +47,19 @@ def test_libtpu_that_is_not_installed_gets_the_line_that_installs_it(monkeypatch
         compile.tpu_mesh(accelerators.parse("v5e:2x2"))
 
 
-def passed(topology, fsdp, *, effort, slices=1, width=WIDTH, out=OUT, pairs=0):
-    """Collectives of a step that learns one weight by gradient descent, or so many pairs after
-    one another: {(kind, among, between slices): bytes of a chip}."""
+def passed(topology, fsdp, *, effort, slices=1):
+    """Collectives of a step that learns one weight by gradient descent: {(kind, among, between
+    slices): bytes of a chip}."""
     mesh = compile.tpu_mesh(accelerators.parse(topology, slices), -1, fsdp)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
 
-    def loss(weights, x):
-        for weight in weights:
-            x = jnp.tanh(x @ weight)
-        return jnp.sum(x**2)
+    def step(weight, x):
+        return weight - jax.grad(lambda weight: jnp.sum(jnp.tanh(x @ weight) ** 2))(weight)
 
-    def step(weights, x):
-        return jax.tree.map(jnp.subtract, weights, jax.grad(loss)(weights, x))
-
-    shapes = [(width, out), (out, width)] * pairs or [(width, out)]
     lowered = jax.jit(step, in_shardings=(split, rows), out_shardings=split).lower(
-        [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes],
-        jax.ShapeDtypeStruct((ROWS, width), np.float32),
+        jax.ShapeDtypeStruct((WIDTH, OUT), np.float32),
+        jax.ShapeDtypeStruct((ROWS, WIDTH), np.float32),
     )
     options = {"exec_time_optimization_effort": effort}
     counts = cost.count(lowered.compile(compiler_options=options).as_text() or "")
@@ -104,35 +98,14 @@ def test_groups_that_split_weights_scatter_gradients_and_sum_what_they_hold(effo
     }
 
 
-@pytest.mark.nightly
-def test_every_gradient_of_several_is_scattered_and_summed():
-    found = passed("v5e:4x4", 4, effort=QUICK, width=256, out=512, pairs=3)
-    weights = 6 * 4 * 256 * 512
-    assert found[("reduce-scatter", 4, False)] == weights
-    assert found[("all-reduce", 4, False)] == weights // 4
-    assert weights <= found[("all-gather", 4, False)] <= 2 * weights
-
-
-@pytest.mark.parametrize(
-    "slices", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.nightly)]
-)
-def test_slices_sum_what_is_left_after_each_has_summed(slices):
+@pytest.mark.slow
+def test_slices_sum_what_is_left_after_each_has_summed():
     """Each of 16 chips of a slice has a part of the sum, and gives that alone to other slices."""
-    found = passed("v5e:4x4", 16, effort=QUICK, slices=slices)
+    found = passed("v5e:4x4", 16, effort=QUICK, slices=2)
     assert found == {
         ("all-gather", 16, False): WEIGHT,
         ("all-reduce", 16, False): WEIGHT,
-        ("all-reduce", slices, True): WEIGHT // 16,
-    }
-
-
-@pytest.mark.nightly
-def test_a_thousand_chips_in_four_slices():
-    """The sum of a slice is divided among its 256 chips, summed over slices, and gathered again."""
-    assert passed("v5e:16x16", 1, effort=QUICK, slices=4) == {
-        ("all-reduce", 256, False): WEIGHT,
-        ("all-reduce", 4, True): WEIGHT // 256,
-        ("all-gather", 256, False): WEIGHT,
+        ("all-reduce", 2, True): WEIGHT // 16,
     }
 
 
@@ -259,15 +232,3 @@ def test_the_forward_pass_of_a_test_is_compiled_too(small):
     assert found.kinds["optimiser"] == found.kinds["average"] == 0
     assert 0 < found.kinds["activations"] < whole["activations"]
     assert sum(found.kinds.values()) == found.used
-
-
-@pytest.mark.nightly
-def test_a_forward_pass_that_does_not_fit_holds_no_optimiser():
-    config = tiny.config("nowhere", batch=4 * 2**20, **MODEL)
-    model = build.model_config(config, 8)
-    mesh = compile.tpu_mesh(accelerators.parse("v5e:2x2"))
-    found = compile.measure(config, model, mesh, which="forward", effort=QUICK)
-    assert isinstance(found, TooLarge)
-    assert found.kinds["parameters"] == 4 * parameters(model)
-    assert found.kinds["optimiser"] == found.kinds["average"] == 0
-    assert found.kinds["batch"] == 2**20 * 4 * 32 * 32 * 3

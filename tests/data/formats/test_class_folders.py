@@ -114,9 +114,3 @@ def test_mistakes_in_the_names_of_classes(folder):
         with pytest.raises(UserError) as error:
             read_class_folders(folder, "train", "train")
         assert expected in str(error.value)
-
-
-def test_an_empty_class_folder_is_a_mistake(folder):
-    (folder / "train/curling").mkdir()
-    with pytest.raises(UserError, match="train/curling holds neither videos nor images"):
-        read_class_folders(folder, "train", "train")

@@ -14,7 +14,7 @@ from mvit_jax.data.formats.shards import manifest_path, read_manifest, read_shar
 from mvit_jax.data.making import packing
 from mvit_jax.data.making.transcoding import Encoding
 from mvit_jax.data.making.verifying import check
-from mvit_jax.data.source import Source
+from mvit_jax.data.source import Source, open_source
 from mvit_jax.data.video import DecodeError, Video, why_broken
 from tests.data.test_video import audio_only, empty, numbers_of, text, truncated, write
 
@@ -69,6 +69,7 @@ def test_shards_give_the_videos_of_the_list(videos, packed):
             assert np.abs(frames - expected).mean() < 4
         assert why_broken(source.opened(index, 1)) is None
     assert len(read_shards(packed, "train.csv")) == 6
+    assert open_source(packed, "train", source="shards").item(4) == source.item(4)
 
 
 def test_the_manifest_says_what_failed_and_why(packed):

@@ -2,14 +2,12 @@
 
 import dataclasses
 import io
-import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,51 +103,6 @@ def assert_equal(batches, others):
     for batch, other in zip(batches, others, strict=True):
         for key in batch:
             np.testing.assert_array_equal(batch[key], other[key])
-
-
-def test_batches_are_a_function_of_seed_and_step(folder, monkeypatch):
-    split = read_split("fashion_mnist", folder, "train")
-    batches = train_batches(split)  # an epoch and a half
-    assert_equal(train_batches(read_split("fashion_mnist", folder, "train"), start=4), batches[4:])
-    assert_equal(train_batches(split, threads=0), batches)  # from pixels that were kept
-    halves = zip(*(train_batches(split, rows=range(n, n + 8)) for n in (0, 8)), strict=True)
-    assert_equal([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in halves], batches)
-    other = train_batches(split, seed=4)
-    assert any(
-        not np.array_equal(a["clip"], b["clip"]) for a, b in zip(batches, other, strict=True)
-    )
-    monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
-    assert_equal(train_batches(read_split("fashion_mnist", folder, "train"), threads=3), batches)
-
-
-def test_an_epoch_has_every_image_with_its_own_label(folder, files):
-    batches = train_batches(read_split("fashion_mnist", folder, "train"), WHOLE, steps=6)
-    seen = sorted(
-        (clip[0, :, :, 0].tobytes(), int(label))
-        for batch in batches
-        for clip, label in zip(batch["clip"], batch["label"], strict=True)
-    )
-    assert seen == sorted(
-        (image.tobytes(), int(label))
-        for image, label in zip(*idx.read(files, "train"), strict=True)
-    )
-
-
-def test_loaders_can_be_sent_to_other_processes(folder, monkeypatch):
-    for size in (tfds_images.IN_MEMORY, 0):
-        monkeypatch.setattr(tfds_images, "IN_MEMORY", size)
-        split = read_split("fashion_mnist", folder, "train")
-        loader = pipeline._TrainElements(split, SETTINGS, 0, 8, 0, range(8), 1)
-        copy = pickle.loads(pickle.dumps(loader))
-        assert_equal([copy(5)], [loader(5)])
-
-
-def test_shuffling_one_frame_changes_nothing(folder):
-    split = read_split("fashion_mnist", folder, "test")
-    options = {"clips": 2, "crops": 3, "batch": 16}
-    plain = list(pipeline.test_batches(split, SETTINGS, **options))
-    assert_equal(pipeline.test_batches(split, SETTINGS, shuffle_seed=0, **options), plain)
-    assert sum(batch["valid"].sum() for batch in plain) == 40
 
 
 def png(image):
@@ -337,36 +290,6 @@ def imagenet(tmp_path_factory):
         builder = tfds.builder("imagenet2012:5.1.0", data_dir=root / name, file_format=name)
         builder.download_and_prepare(download_config=config)
     return root
-
-
-def contents(split):
-    """File name -> label, and pixels as they are opened."""
-    found = {}
-    for index in range(len(split)):
-        with split.opened(index, 1) as image:
-            name = split._example(index)["file_name"].decode()
-            found[name] = (split.label(index), image.frames([0])[0])
-    return found
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_imagenet_is_what_the_tars_hold(imagenet, monkeypatch, in_memory):
-    if not in_memory:
-        monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
-    train = read_split("imagenet2012:5.1.0", str(imagenet / "array_record"), "train")
-    assert isinstance(train.examples, list) == in_memory
-    assert len(train.class_names) == 1000 and train.class_names[999] == "n15075141"
-    found = contents(train)
-    assert sorted(found) == sorted(f"{s}_{n}.JPEG" for s in SYNSETS for n in (7, 12, 9))
-    for name, (label, pixels) in found.items():
-        assert train.class_names[label] == name.split("_")[0]
-        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(jpeg(name)))))
-    validation = read_split("imagenet2012", str(imagenet / "array_record"), "validation")
-    # Image n of the real set, by its name, has the label of line n of TFDS's own list.
-    lines = Path(sys.modules["tensorflow_datasets"].__path__[0], "datasets/imagenet2012")
-    synsets = (lines / "validation_labels.txt").read_text().split()
-    for name, (label, _) in contents(validation).items():
-        assert validation.class_names[label] == synsets[int(name[15:23]) - 1]
 
 
 def test_a_split_without_labels_is_refused(imagenet):

@@ -9,7 +9,6 @@ import av
 import cv2
 import numpy as np
 import pytest
-from scipy.stats import ks_2samp
 from sklearn.datasets import load_digits
 
 from mvit_jax.common.errors import UserError
@@ -115,39 +114,6 @@ def test_frames_in_order_show_the_motion_of_the_class(scenes, name):
     axis, sign, least, most = EXPECTED[name]
     measured = [velocity(axis, *pair) for pair in scenes[CLASSES.index(name)][:20]]
     assert all(least <= sign * value <= most for value in measured), measured
-
-
-def features(frame):
-    """Numbers that tell where in a frame a digit is, how large, how bright, and how turned."""
-    frame = frame.astype(np.float64)
-    weight = np.clip(frame - frame.mean() - frame.std(), 0, None)
-    weight /= weight.sum()
-    around = np.exp(2j * np.pi * np.arange(len(frame)) / len(frame))
-    x, y = (weight.sum(0) * around).sum(), (weight.sum(1) * around).sum()
-    rows, columns = np.indices(frame.shape)
-    rows = rows - (weight * rows).sum()
-    columns = columns - (weight * columns).sum()
-    orientation = np.angle((weight * (columns + 1j * rows) ** 2).sum()) / 2
-    return {
-        "mean": frame.mean(),
-        "deviation": frame.std(),
-        "lit area": (weight > 0).mean(),
-        "where in x": np.angle(x),
-        "where in y": np.angle(y),
-        "orientation": orientation,
-    }
-
-
-@pytest.mark.parametrize("pair", range(4))
-@pytest.mark.parametrize("time", [0, 20, -1])
-def test_a_single_frame_is_distributed_alike_in_both_classes_of_a_pair(scenes, pair, time):
-    one, other = (
-        [features(frames[time]) for _, frames in scenes[label]]
-        for label in (2 * pair, 2 * pair + 1)
-    )
-    for name in one[0]:
-        values = [f[name] for f in one], [f[name] for f in other]
-        assert ks_2samp(*values).pvalue > 1e-3, name
 
 
 @pytest.mark.parametrize("pair", range(4))
