@@ -47,43 +47,7 @@ def test_every_command_of_a_page_runs(page, clone):
     status, out, err = clone.run(["bash", "-euo", "pipefail", "-c", script])
     assert status == 0, f"{out}\n{err}"
     told = {" ".join(call) for call in clone.calls()}
-    for words in TOLD[page.name]:
-        assert any(re.search(words, call) for call in told), words
     assert not any("WORKDIR" in call or "None" in call for call in told)
-
-
-# What each page has people run, in the end.
-TOLD = {
-    "launch_tpu.md": [
-        "^gcloud storage buckets create gs://my-bucket --location=us-west4 .*hierarchical",
-        "--member=serviceAccount:123-compute@",
-        "queued-resources create mvit --zone=us-west4-a --accelerator-type=v5litepod-16",
-        "(?s)--command=.*tar -xzf .*on_host/install.sh my-bucket$",
-        "(?s)--command=.*on_host/train.sh --config=configs/kinetics.py:mvit_b_16x4",
-        "--node=0 --worker=0 --command=tail ",
-        "queued-resources delete mvit --zone=us-west4-a --force --quiet",
-        "queued-resources create mvit .*--spot",
-        "queued-resources create mvit4 .*--node-count=4 --node-prefix=mvit4 --spot",
-    ],
-    "launch_gke.md": [
-        "^docker build --file=launch/Dockerfile --build-arg=EXTRA=tpu --tag=us-west4-docker",
-        "^docker push us-west4-docker.pkg.dev/my-project/mvit/mvit_jax:tpu$",
-        "^gcloud container node-pools create slice .*--tpu-topology=4x4 --num-nodes=4",
-        "^kubectl apply --server-side --dry-run=server --filename=launch/gke/jobset.yaml",
-        "^kubectl logs --follow --tail=-1 --selector=",  # not the last 10 lines
-        "^kubectl delete jobset mvit$",
-        "^xpk workload create --workload=mvit --cluster=mvit-xpk",
-    ],
-    "launch_slurm.md": [
-        "^sbatch launch/slurm/train.sbatch --config=configs/kinetics.py:mvit_b_16x4",
-        "^sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm/train.sbatch ",
-        "^sbatch --nodes=1 --ntasks-per-node=1 --gpus-per-node=0 .*configs/moving_digits.py",
-    ],
-    "pod_data.md": [
-        "--command=mkdir -p k400 && gcloud storage rsync --recursive gs://my-bucket/k400 k400",
-        "--data-disk=mode=read-only,source=projects/my-project/zones/us-west4-a/disks/k400",
-    ],
-}
 
 
 def commands_of_ours() -> list[tuple[str, str, list[str]]]:

@@ -24,7 +24,7 @@ from mvit_jax.training import build, custom
 from mvit_jax.training.evaluation import Ensemble
 from mvit_jax.training.run import nan_policy, workdir
 from mvit_jax.weights.adapt import INFLATIONS
-from tests.support import tiny, warm
+from tests.support import commands, tiny
 from tests.support.environment import of_process
 
 RECIPES = ["kinetics:mvitv2_l_40x3_312_in21k", "imagenet:mvit_b16_max", "charades:mvit_b_16x4",
@@ -98,6 +98,10 @@ def test_a_run_older_than_a_key_has_its_default(tmp_path):
     c = workdir.frozen(tmp_path)
     config.check(c)
     assert (c.seed, c.eval.ensemble, c.mesh.fsdp) == (3, "mean", 1)
+    workdir.freeze(c, tmp_path)  # goes on
+    c.eval.ensemble = "max"
+    with pytest.raises(UserError, match=r"eval\.ensemble was 'mean' and is now 'max'"):
+        workdir.freeze(c, tmp_path)
 
 
 def test_config_files_load_without_jax_within_a_second():
@@ -132,18 +136,10 @@ def test_a_printed_experiment_gives_the_same_config(recipe):
     assert namespace["get_config"]() == c
 
 
-def describe(*flags, cwd):
-    done = subprocess.run(
-        [sys.executable, "-m", "mvit_jax.describe", *flags],
-        capture_output=True, text=True, cwd=cwd, env=warm.environment(),
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_describe_prints_an_experiment(tmp_path):
     flags = ["--config=configs/kinetics.py:mvit_b_16x4", "--config.augment.crop_area=None",
              "--config.model.frames=None", "--config.optim.lr=1e-4"]  # fmt: skip
-    status, said = describe(*flags, cwd=tmp_path)
+    status, said = commands.run("describe", *flags, cwd=tmp_path)
     assert status == 0 and all(len(line) <= 100 for line in said.splitlines())
     assert "    c.augment.crop_area = None\n" in said and "# c.model.width = 96  # chan" in said
     namespace = {}
@@ -151,7 +147,7 @@ def test_describe_prints_an_experiment(tmp_path):
     c = namespace["get_config"]()
     assert (c.optim.lr, c.augment.crop_area, c.augment.erase) == (1e-4, None, 0.25)
     assert all(f"c.{name} = " in said for name in config.KEYS)
-    status, said = describe(flags[0], "--config.batch=None", cwd=tmp_path)
+    status, said = commands.run("describe", flags[0], "--config.batch=None", cwd=tmp_path)
     assert status == 1 and said == "error: batch cannot be None: its default is 512\n"
 
 

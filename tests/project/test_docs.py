@@ -4,7 +4,7 @@ Blocks of a page run from top to bottom, Python ones in one namespace, in an emp
 `configs/` as a clone has. What a page states is checked: `expression  # -> repr of its value`, and
 a `text` block after a `sh` block is what that prints (a line `...` stands for any lines). A Python
 block that begins with a comment `# configs/NAME.py` is written there. A block that cannot run here
-has the line `% not run: why` before it, and `NOT_RUN` lists them all.
+has the line `% not run: why` before it.
 
 Commands run on a small scale: the first `python` on the path adds `SMALL` to the programs' flags.
 It then runs a fork of a process that has imported the package (`warm.py`). The check leaves some
@@ -43,30 +43,6 @@ PAGES = sorted(
     if re.search(r"^```\w", path.read_text(), re.MULTILINE) and path.name not in ELSEWHERE
 )
 
-# Page, and the first line of the block.
-NOT_RUN = [
-    ("data.md", "python -m mvit_jax.prepare fashion_mnist --out=data/tfds"),
-    ("inside.md", "python -m mvit_jax.predict --serve --workdir=runs/moving_digits"),
-    (
-        "own_data.md",
-        "python -m mvit_jax.train --config=configs/custom.py:weights/v2_s "
-        "--config.data.folder=mine/videos \\",
-    ),
-    (
-        "pods.md",
-        "python -m mvit_jax.podplan --config=configs/kinetics.py:mvit_b_16x4 --topology=v5e:16x16",
-    ),
-    (
-        "pods.md",
-        "python -m mvit_jax.train --config=configs/moving_digits.py --workdir=runs/two \\",
-    ),
-    (
-        "recipes.md",
-        "python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --workdir=runs/b \\",
-    ),
-    ("start.md", "make train"),
-    ("start.md", "python -m pip install -e .            # CPU"),
-]
 
 _IMAGES = ["--config.model.width=16", "--config.model.depths=(1,2)", *tiny.FLAGS[-4:]]
 SMALL = {
@@ -230,18 +206,6 @@ SCALES = [
 def test_every_code_block_runs_and_says_what_is_true(page, nightly, tmp_path, executable):
     held = run_in_empty_folder(page, tmp_path, executable, nightly=nightly)
     assert held == len(re.findall(r"# -> |^```text$", page.read_text(), re.MULTILINE))
-
-
-def test_the_blocks_that_are_not_run_are_the_known_few():
-    marked = [
-        (page.relative_to(DOCS).as_posix(), block.code.splitlines()[0])
-        for page in PAGES
-        for block in blocks(page)
-        if block.not_run
-    ]
-    assert marked == NOT_RUN
-    markers = sum(page.read_text().count("% not run") for page in PAGES)
-    assert markers == len(NOT_RUN)  # none of them stands anywhere else
 
 
 @pytest.fixture(scope="module")

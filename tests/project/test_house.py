@@ -5,14 +5,13 @@ import re
 import subprocess
 import sys
 
-import av
 import jax
-import numpy as np
 import pytest
 
 import mvit_jax
 from mvit_jax.models.functional import functional
 from mvit_jax.weights.tensor_files import read_tensors
+from tests.predict.small import textured, write_video
 from tests.support import commands, tiny, warm
 
 PACKAGE = tiny.ROOT / "mvit_jax"
@@ -173,21 +172,9 @@ def test_the_readmes_example_of_foreign_weights_runs(executable, small, tmp_path
     config = mvit_jax.variant("mvit_b_16x4", **SMALL if small else {})
     params = jax.jit(functional(config).init)(jax.random.key(0))
     mvit_jax.save_torch(params, config, tmp_path / "k400.pyth", "slowfast")
-    write_video(tmp_path / "video.mp4", frames=80, size=64)
+    write_video(tmp_path / "video.mp4", textured(80, 64))
     check = "print(clips.shape, report.ok, round(float(probabilities.sum()), 3))"
     _, printed = run_readme(executable, 1, check, tmp_path, small=small)
     assert printed == "(5, 16, 224, 224, 3) True 1.0"
     back = read_tensors(tmp_path / "back.pth").tensors
     assert back["conv_proj.weight"].shape == (config.width, 3, 3, 7, 7)
-
-
-def write_video(path, frames: int, size: int) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=30)
-        stream.width = stream.height = size
-        for i in range(frames):
-            image = np.full((size, size, 3), 3 * i, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
