@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.support import tiny
+from tests.support import commands, tiny
 from tests.support.environment import of_process
 
 # In a process of its own, whose memory nothing else moves. "Private" pages are what it holds.
@@ -44,12 +44,9 @@ def test_memory_does_not_grow(source, steps, digits, tmp_path):
     folder, name = digits, "train.csv"
     if source == "shards":
         folder = tmp_path / "packed"
-        packed = subprocess.run(
-            [sys.executable, "-m", "mvit_jax.prepare", "videos", f"--csv={digits / name}",
-             f"--out={folder}", "--shards=2", "--workers=1"],
-            cwd=tiny.ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        assert packed.returncode == 0, packed.stderr
+        flags = (f"--csv={digits / name}", f"--out={folder}", "--shards=2", "--workers=1")
+        status, output = commands.run("prepare", "videos", *flags)
+        assert status == 0, output
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), name, source, str(steps)],
         cwd=tiny.ROOT, env=of_process(1), capture_output=True, text=True,

@@ -19,13 +19,6 @@ def indices_one_by_one(start, span, frames, num_frames):
     return indices
 
 
-def test_effective_stride_of_16x4_is_a_little_more_than_4():
-    indices = sampling.view_indices(64, 30.0, frames=16, stride=4, clips=1)
-    expected = [0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63]
-    assert indices.tolist() == [expected]
-    assert indices.dtype == np.int64
-
-
 @pytest.mark.parametrize("fps", [15.0, 25.0, 30.0, 30000 / 1001, 60.0])
 @pytest.mark.parametrize(("frames", "stride"), [(8, 4), (16, 4), (32, 3), (40, 3), (2, 1)])
 @pytest.mark.parametrize("num_frames", [1, 5, 48, 300, 301])

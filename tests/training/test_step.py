@@ -186,7 +186,6 @@ def test_predictions_are_softmax_scores_of_each_view():
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
     run, state = make()
-    half, _ = make()
     half = jax.jit(
         functools.partial(
             train_step,

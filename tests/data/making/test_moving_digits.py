@@ -346,26 +346,6 @@ def test_what_is_missing_is_made_and_the_rest_kept(prepared, tmp_path):
     assert kept.stat().st_mtime_ns == before
 
 
-def test_an_error_halfway_leaves_whole_files_and_no_lists(prepared, tmp_path, monkeypatch):
-    def fails_once_a_few_are_done(seed, split, index):
-        if (split, index) == ("train", 6):
-            raise OSError("no space left on device")
-        return original(seed, split, index)
-
-    original = moving_digits.video
-    monkeypatch.setattr(moving_digits, "video", fails_once_a_few_are_done)
-    with pytest.raises(OSError, match="no space left"):
-        moving_digits.prepare(tmp_path / "folder", **SMALL)
-    done, whole = contents(tmp_path / "folder"), contents(prepared)
-    videos = {name for name in done if name.endswith(".mp4")}
-    assert videos and not any(name.endswith("train/00006.mp4") for name in videos)
-    assert "prepare.json" in done and "train.csv" not in done and "labels.txt" not in done
-    assert done.items() <= whole.items()
-    monkeypatch.undo()
-    moving_digits.prepare(tmp_path / "folder", **SMALL)
-    assert contents(tmp_path / "folder") == whole
-
-
 def test_an_interruption_before_the_record_is_gone_on_from(tmp_path):
     (tmp_path / ".prepare.json.999").write_text('{"name": ')
     moving_digits.prepare(tmp_path, seed=0, train_videos=8, val_videos=8, test_videos=8)

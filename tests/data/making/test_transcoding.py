@@ -113,14 +113,6 @@ def test_times_of_presentation_stay(tmp_path):
         assert ours.fps == video.fps
 
 
-@pytest.mark.parametrize("rate", [Fraction(30000, 1001), 12, 25])
-def test_the_frame_rate_stays(rate, tmp_path):
-    encoded = encode(write(tmp_path / "x.avi", 20, rate=rate), Encoding())
-    with Video(encoded.file) as video:
-        assert video.fps == pytest.approx(float(rate), rel=1e-4)
-        assert video.num_frames == 20
-
-
 @pytest.mark.parametrize("rotation", [90, -90, 180])
 def test_turned_videos_become_upright(rotation, tmp_path):
     rng = np.random.default_rng(0)
@@ -182,11 +174,6 @@ def test_colours_stay_those_of_the_original(colours, tmp_path):
     encoded = encode(str(path), Encoding(crf=5))
     assert np.abs(every(encoded.file) - every(str(path))).max() <= 3
     assert np.abs(every(encoded.file, encoded.index) - every(str(path))).max() <= 3
-
-
-def test_one_frame(tmp_path):
-    encoded = encode(write(tmp_path / "x.mp4", 1), Encoding())
-    assert numbers_of(every(encoded.file, encoded.index)) == [0]
 
 
 def test_the_same_video_gives_the_same_bytes(tmp_path):

@@ -176,16 +176,6 @@ def test_a_stop_between_two_lines_loses_nothing(tmp_path):
     assert spent == {"step": 60.5, "checkpoint": 1}
 
 
-def test_a_start_that_did_no_step_only_costs(tmp_path):
-    told, spent = account(
-        tmp_path,
-        timed("start", 0, start=30.0),
-        timed("start", 0, start=10.0),
-        timed("train", 20, step=40.0),
-    )
-    assert spent == {"start": 40, "step": 40} and told.goodput == 0.5
-
-
 def test_steps_that_a_rollback_undid_do_not_count(tmp_path):
     """At step 50 the weights went back to those of step 30: of 60 steps 40 are in them."""
     told, spent = account(
