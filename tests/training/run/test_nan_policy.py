@@ -19,6 +19,7 @@ from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.run.nan_policy import ROLLBACKS, SKIPS, NotFiniteError
 from mvit_jax.training.step import train_step
 from tests.support import tiny
+from tests.support.environment import of_process
 from tests.support.group import final_state
 
 # 24 videos in batches of 8: 9 steps.
@@ -243,7 +244,7 @@ def test_killed_while_it_rolls_back_ends_with_the_same_parameters(digits, tmp_pa
     folder = tmp_path / "killed"
     done = subprocess.run(
         [sys.executable, "-c", KILLED, moment, str(digits), str(folder)],
-        cwd=tiny.ROOT, capture_output=True, text=True, timeout=300,
+        cwd=tiny.ROOT, env=of_process(1), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert Checkpoints(folder).step() == {"before": 6, "after": 7}[moment]
