@@ -20,6 +20,7 @@ SLURM and Kubernetes, or by --coordinator, --num_processes and --process_id. Ctr
 one of them stops all after the same step; an error in one ends all, with its reason.
 """
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -134,13 +135,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_weights(config, settings.model)  # before any write
     open_workdir(config, folder, videos.class_names)
-    intervals = Intervals(
-        steps=build.count_steps(config, config.epochs, len(videos)),
-        checkpoint=config.checkpoint.every,
-        validation=build.count_steps(config, config.eval.every_epochs, len(videos))
-        if validation
-        else 0,
-    )
+    when = intervals(config, videos, validation)
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision(config.precision),
@@ -153,40 +148,28 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
         program = build.program(config, settings, mesh)
         state, origin = first_state(config, program.first_state(), checkpoints, initial)
         start = int(state.step)
-        owed = intervals.owes_validation(folder, start)
-        if start >= intervals.steps and not owed:
+        owed = when.owes_validation(folder, start)
+        if start >= when.steps and not owed:
             coordination.say(
-                f"the run in {folder} is complete ({start} of {intervals.steps} steps): test it "
-                f"with python -m mvit_jax.evaluate --workdir={folder}, or train anew in another "
-                "workdir"
+                f"the run in {folder} is complete ({start} of {when.steps} steps): test it with "
+                f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
             )
             return 0
-
-        def evaluate(state: State) -> dict[str, float]:
-            assert validation is not None
-            return validate(
-                state, program.predict, validation, settings.clips, settings.validation,
-                mesh=mesh, loader=settings.loader,
-            )  # fmt: skip
-
-        log = Logbook(
-            folder, start=start, steps=intervals.steps, batch=config.batch,
-            every=config.log_every, max_broken=config.data.max_broken, on_nan=config.on_nan,
-            spans=spans, watch=input_watch(config),
-        )  # fmt: skip
         with (
-            closing(log),
+            closing(logbook(config, folder, start, when.steps, spans)) as log,
             StopRequest(start) as stop,
-            profiling.Profile(
-                folder, profile, start=start, steps=intervals.steps, say=log.say
-            ) as trace,
+            profiling.Profile(folder, profile, start=start, steps=when.steps, say=log.say) as trace,
         ):
-            introduce(log, config, settings.model, state, videos, mesh, start, intervals.steps)
+            introduce(log, config, settings.model, state, videos, mesh, start, when.steps)
             log.say(origin)
-            upkeep = Upkeep(intervals, start, checkpoints, log, evaluate)
+            evaluate = functools.partial(
+                validate, predict=program.predict, videos=validation or videos, settings=settings.clips,
+                protocol=settings.validation, mesh=mesh, loader=settings.loader,
+            )  # fmt: skip
+            upkeep = Upkeep(when, start, checkpoints, log, evaluate)
             if owed:
                 upkeep.validate(state, start)
-            batches = build.batches(config, settings, videos, mesh, intervals.steps, start)
+            batches = build.batches(config, settings, videos, mesh, when.steps, start)
             status = loop.train(
                 state, program.step, spans.waiting(batches), upkeep,
                 start=start, videos=videos, clip_frames=settings.model.config.frames, mesh=mesh,
@@ -194,11 +177,19 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             )  # fmt: skip
             if status:
                 return status
-            log.say(
-                f"trained {intervals.steps} steps; the last checkpoint is in {folder}/checkpoints"
-            )
+            log.say(f"trained {when.steps} steps; the last checkpoint is in {folder}/checkpoints")
     report(folder)  # when all else is on disk
     return 0
+
+
+def intervals(config: Config, videos: Source, validation: Source | None) -> Intervals:
+    """Returns the steps of the run, and between its checkpoints and validations."""
+    every = build.count_steps(config, config.eval.every_epochs, len(videos))
+    return Intervals(
+        steps=build.count_steps(config, config.epochs, len(videos)),
+        checkpoint=config.checkpoint.every,
+        validation=0 if validation is None else every,
+    )
 
 
 def lists(config: Config) -> tuple[Source, Source | None]:
@@ -262,16 +253,20 @@ def first_state(
     return with_params(fresh, params), words
 
 
-def input_watch(config: Config) -> goodput.InputWatch:
-    """Says so where clips come too slowly for the steps."""
-    knob = goodput.advice(
+def logbook(config: Config, folder: str, start: int, steps: int, spans: goodput.Spans) -> Logbook:
+    """Opens the log, which also names the setting to change where clips come too slowly."""
+    suggestion = goodput.advice(
         config.data.threads,
         config.data.processes,
         packed=config.data.source == "shards",
         randaugment=bool(config.augment.randaugment),
         cores=goodput.cores(),
     )
-    return goodput.InputWatch(knob)
+    return Logbook(
+        folder, start=start, steps=steps, batch=config.batch, every=config.log_every,
+        max_broken=config.data.max_broken, on_nan=config.on_nan, spans=spans,
+        watch=goodput.InputWatch(suggestion),
+    )  # fmt: skip
 
 
 def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) -> None:

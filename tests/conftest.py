@@ -87,9 +87,10 @@ def pytest_runtest_makereport(item, call):
 # Files that take minutes, the longest first: one that begins last leaves the other worker idle.
 LONG = (
     "test_processes", "test_docs", "test_bucket", "test_programs", "test_parity",
-    "test_custom_parts", "test_custom_modules", "test_survival", "test_run_blocks", "test_kill", "test_notebooks",
-    "test_compile", "test_step", "test_locks", "test_broken_data", "test_hung_input",
-    "test_sharding", "test_checkpoints", "test_init", "test_nan_policy", "test_sizes",
+    "test_custom_parts", "test_custom_modules", "test_survival", "test_run_blocks", "test_kill",
+    "test_notebooks", "test_compile", "test_step", "test_locks", "test_broken_data",
+    "test_hung_input", "test_sharding", "test_checkpoints", "test_init", "test_nan_policy",
+    "test_sizes",
 )  # fmt: skip
 
 
