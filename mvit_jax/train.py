@@ -163,9 +163,14 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             introduce(log, config, settings.model, state, videos, mesh, start, when.steps)
             log.say(origin)
             evaluate = functools.partial(
-                validate, predict=program.predict, videos=validation or videos, settings=settings.clips,
-                protocol=settings.validation, mesh=mesh, loader=settings.loader,
-            )  # fmt: skip
+                validate,
+                predict=program.predict,
+                videos=validation or videos,  # without a list it is not called
+                settings=settings.clips,
+                protocol=settings.validation,
+                mesh=mesh,
+                loader=settings.loader,
+            )
             upkeep = Upkeep(when, start, checkpoints, log, evaluate)
             if owed:
                 upkeep.validate(state, start)
