@@ -30,7 +30,7 @@ exclude_patterns = ["_build"]
 nitpicky = True
 # Other projects' sites are not asked for their indices: the site builds without a network.
 nitpick_ignore_regex = [
-    (r"py:class", r"(fractions|posix)\..*"),
+    ("py:class", r"(fractions|io|multiprocessing|posix)\..*|mvit_jax\..*\.T"),
     ("py:.*", r"(jax|jaxlib|jaxtyping|flax|optax|orbax|grain|numpy|av|PIL|matplotlib)\b.*"),
     ("py:.*", r"Array|ndarray|'.*'"),  # jaxtyping's arrays and their shapes
     ("py:.*", r"(np|nnx|contextlib|ml_collections|typing|collections|os|pathlib|absl)\b.*"),

@@ -44,7 +44,7 @@ def check(
     Of shards it also compares number, size, digest and content with the manifest.
 
     Args:
-      folder: holds manifests, or else lists (*.csv).
+      folder: holds manifests, or else lists, `*.csv`.
       split: name of one split; None for all.
       prefix: folder that relative paths of lists start at.
       separator: what stands between path and label in lists; None for white space.
