@@ -3,8 +3,8 @@
 Blocks of a page run from top to bottom, Python ones in one namespace, in an empty folder that has
 `configs/` as a clone has. What a page states is checked: `expression  # -> repr of its value`, and
 a `text` block after a `sh` block is what that prints (a line `...` stands for any lines). A Python
-block that begins with a comment `# configs/NAME.py` is written there. A block that cannot run here
-has the line `% not run: why` before it.
+block that begins with a comment `# configs/NAME.py` or `# my_ideas.py` is written there. A block
+that cannot run here has the line `% not run: why` before it.
 
 Commands run on a small scale: the first `python` on the path adds `SMALL` to the programs' flags.
 It then runs a fork of a process that has imported the package (`warm.py`). The check leaves some
@@ -133,8 +133,8 @@ def run_page(page: Path) -> int:
 
 
 def run_python(block: CodeBlock, namespace: dict[str, Any], where: str) -> int:
-    """Executes a block, or writes the config that it is; returns how many outputs held."""
-    file = re.match(r"# (configs/\w+\.py)\n", block.code)
+    """Executes a block, or writes the file that it is; returns how many outputs held."""
+    file = re.match(r"# (configs/\w+\.py|my_ideas\.py)\n", block.code)
     if file:
         Path(file[1]).write_text(block.code + "\n")
         return 0
