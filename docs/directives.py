@@ -1,9 +1,8 @@
 """What the pages show of the code: made anew whenever the site is built.
 
 `{drawing}` a figure of `figures.py`; `{variants}` and `{ablations}` the papers' tables;
-`{architecture}` what `describe` prints; `{keys}` the config; `{help}` a program's docstring and
-flags; `{modules}` the names of a room's modules; `{names}` the public names. What is not made from
-the code is plain Markdown on its page.
+`{architecture}` what `describe` prints; `{keys}` the config; `{programs}` docstrings and flags;
+`{modules}` the names of a room's modules; `{names}` the public names. The rest is Markdown.
 """
 
 import ast
@@ -26,6 +25,7 @@ from mvit_jax.models.summary import describe
 from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, variant
 
 ROOT = Path(__file__).parent.parent
+PROGRAMS = ("train", "evaluate", "predict", "convert", "describe", "prepare", "podplan")
 COUNTS = ("parameters", "multiply-adds", "published", "top-1", "on", "source")
 
 
@@ -113,13 +113,14 @@ class Keys(Generated):
         return "\n\n".join(parts)
 
 
-class Help(Generated):
-    """The docstring of a program, and its flags, without running it: flags are global."""
-
-    required_arguments = 1
+class Programs(Generated):
+    """The docstrings of the programs, and their flags, without running them: flags are global."""
 
     def text(self) -> str:
-        program = ROOT / "mvit_jax" / self.arguments[0]
+        return "\n\n".join(f"## {name}\n\n{self._help(name)}" for name in PROGRAMS)
+
+    def _help(self, name: str) -> str:
+        program = ROOT / "mvit_jax" / name
         package = program / "__main__.py"
         source = (package if package.exists() else program.with_suffix(".py")).read_text()
         tree = ast.parse(source)
@@ -236,6 +237,6 @@ def _cell(text: str) -> str:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    for directive in (Drawing, Variants, Ablations, Architecture, Keys, Help, Modules, Names):
+    for directive in (Drawing, Variants, Ablations, Architecture, Keys, Programs, Modules, Names):
         app.add_directive(directive.__name__.lower(), directive)
     return {"parallel_read_safe": True}

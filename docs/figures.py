@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from mvit_jax.common.text import plural
 from mvit_jax.data import sampling
@@ -105,7 +105,7 @@ def stages() -> Figure:
         x, side = i * step, h * unit
         for frame in reversed(range(t)):
             corner = (x + depth * frame, depth * frame)
-            _sheet(axes, corner, side, GRID, tinted=frame == 0)
+            _panel(axes, corner, side, side, GRID if frame == 0 else None)
         axes.text(x, -0.16, f"{t}×{h}×{h} tokens", va="top", fontsize=9)
         axes.add_patch(Rectangle((x, -0.72), width / 768 * 1.4, 0.2, facecolor=QUERIES))
         axes.text(x, -0.8, f"{width} channels", va="top", fontsize=9)
@@ -231,19 +231,15 @@ def _bare(figure: Figure) -> Axes:
     return axes
 
 
-def _sheet(axes: Axes, corner: tuple[float, float], side: float, colour: str, tinted: bool) -> None:
-    if tinted:
-        axes.add_patch(Rectangle(corner, side, side, facecolor=colour, alpha=0.6))
-    axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=TEXT, linewidth=0.5))
+def _panel(axes: Axes, corner: tuple, width: float, height: float, colour: str | None) -> None:
+    if colour:
+        axes.add_patch(Rectangle(corner, width, height, facecolor=colour, alpha=0.45))
+    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=TEXT, linewidth=0.6))
 
 
 def _box(axes: Axes, x: float, y: float, text: str, colour: str | None) -> None:
     width, height = _size(text)
-    low, high = (x - width / 2, y - height / 2), (x + width / 2, y + height / 2)
-    corners = [low, (high[0], low[1]), high, (low[0], high[1])]
-    if colour:
-        axes.add_patch(Polygon(corners, facecolor=colour, alpha=0.35, edgecolor="none"))
-    axes.add_patch(Polygon(corners, fill=False, edgecolor=TEXT, linewidth=0.8))
+    _panel(axes, (x - width / 2, y - height / 2), width, height, colour)
     axes.text(x, y, text, ha="center", va="center", fontsize=9)
 
 
