@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import mvit_jax
+from mvit_jax.config import KEYS
 from mvit_jax.models.functional import functional
 from mvit_jax.weights.tensor_files import read_tensors
 from tests.predict.small import textured, write_video
@@ -72,6 +73,35 @@ def test_rooms_import_only_from_rooms_further_down(path):
         assert to == room or to not in COMMANDS, f"{path} imports the command {name}"
         if room in ROOMS:
             assert to == room or to in ROOMS[room], f"{path} imports {name}"
+
+
+def test_the_config_is_spent_in_build():
+    """Below `training/build.py` no module reads a key of the config."""
+    below = (
+        "run",
+        "distributed",
+        "loop.py",
+        "step.py",
+        "state.py",
+        "evaluation.py",
+        "optimizer.py",
+    )
+    places = [PACKAGE / "training" / name for name in below]
+    places += [PACKAGE / name for name in ("weights", "data", "models", "common")]
+    files = [f for place in places for f in ([place] if place.suffix else place.rglob("*.py"))]
+    sections = "|".join({name.partition(".")[0] for name in KEYS if "." in name} - {"model"})
+    read = re.compile(rf"\bconfig\.({sections})\.")
+    found = [f"{f}: {m[0]}" for f in files for m in read.finditer(without_texts(f))]
+    assert len(files) > 60 and not found, found
+
+
+def without_texts(path) -> str:
+    """Returns a module's code as Python writes it, without comments and with empty strings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return ast.unparse(tree)
 
 
 def test_no_room_has_more_names_than_a_reader_can_hold():
