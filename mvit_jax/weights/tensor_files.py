@@ -1,4 +1,4 @@
-"""Files of tensors: PyTorch's (read without running anything, see pickles.py) and safetensors.
+"""Files of tensors: PyTorch's (read without running anything, see torch_pickle.py) and safetensors.
 
 Which of the formats a file has is decided by its first bytes. safetensors is described at
 https://huggingface.co/docs/safetensors.
