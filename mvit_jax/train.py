@@ -130,6 +130,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     coordination.same_everywhere("config", workdir.decisive(config))
     videos, validation = lists(config)
     settings = build.settings(config, len(videos.class_names))
+    custom.check(settings.model)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     build.check_batch(config, mesh.size)
     started = workdir.has_checkpoint(folder)
@@ -232,7 +233,7 @@ def open_workdir(config: Config, folder: str, class_names: tuple[str, ...]) -> N
 def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None:
     """Reads the weights that a new run starts from, where the config names some, made to fit."""
     if config.resume is not None:
-        check_resume(config.resume, model)
+        check_resume(config.resume, model, config)
         return None
     if config.init.checkpoint is None:
         return None

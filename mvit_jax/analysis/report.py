@@ -71,6 +71,10 @@ class Run:
 
     @property
     def cost(self) -> Cost | None:
+        """Of the last start, which counted custom modules; else by the architecture's formula."""
+        start = self.starts[-1] if self.starts else {}
+        if {"parameters", "multiply_adds"} <= start.keys():
+            return Cost(start["parameters"], start["multiply_adds"])
         return None if self.model is None else cost(self.model)
 
     @property

@@ -50,6 +50,8 @@ def run(
     Raises:
       UserError: a block gives another number of tokens than the grid of its plan has.
     """
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")
     stages: list[Array] = []
     records: list[Record] = []
     first_grid, start = grid, 0

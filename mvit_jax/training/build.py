@@ -220,12 +220,12 @@ def model_apply(config: Config, model: Functional, mesh: Mesh) -> Callable[..., 
 
 def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
     """Returns the jitted functions of an experiment on `mesh`."""
-    optimizer = make_optimizer(config)
+    optimizer, seed, ema = make_optimizer(config), config.seed, config.optim.ema
     apply = model_apply(config, settings.model, mesh)
 
     def first_state() -> State:
-        params = settings.model.init(jax.random.key(config.seed))
-        return init_state(params, optimizer, config.optim.ema)
+        params = settings.model.init(jax.random.key(seed))
+        return init_state(params, optimizer, ema)
 
     shapes = jax.eval_shape(first_state)
     shardings = sharding.state_shardings(mesh, shapes)

@@ -17,12 +17,11 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import Lines, aligned, indented, plural, section, table
 from mvit_jax.config import Config, check, missing_weights
 from mvit_jax.data.source import Source
-from mvit_jax.models.cost import cost
-from mvit_jax.models.functional import functional
+from mvit_jax.models.functional import Functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.summary import totals
 from mvit_jax.models.variants import variant
-from mvit_jax.training import build, optimizer
+from mvit_jax.training import build, custom, optimizer
 
 
 def describe(config: Config, devices: int) -> str:
@@ -37,13 +36,14 @@ def describe(config: Config, devices: int) -> str:
     check(config)
     found = {name: _read(config, name) for name in ("train", "val", "test")}
     videos, model = _size(config, found["train"])
-    build.settings(config, model.num_classes)  # checks that clips can be cut
-    params = jax.eval_shape(functional(model).init, jax.random.key(0))
+    handle = build.settings(config, model.num_classes).model  # checks that clips can be cut
+    custom.check(handle)
+    params = jax.eval_shape(handle.init, jax.random.key(0))
     parts = [
         aligned(
             [
                 ("published", config.published or "nothing of this experiment"),
-                *_model_lines(config, model),
+                *_model_lines(config, handle),
                 ("weights", _weights(config)),
             ]
         ),
@@ -97,13 +97,14 @@ def _model(config: Config, train: Source | str) -> MViTConfig:
     return build.model_config(config, variant(config.model.variant).num_classes)
 
 
-def _model_lines(config: Config, model: MViTConfig) -> Lines:
+def _model_lines(config: Config, handle: Functional) -> Lines:
+    model = handle.config
     changed = [
         f"{k}={v}" for k, v in sorted(config.model.items()) if k != "variant" and v is not None
     ]
     return [
         ("model", config.model.variant + (f" with {', '.join(changed)}" if changed else "")),
-        ("", f"{totals(cost(model))}, {model.num_classes:,} classes"),
+        ("", f"{totals(handle.cost())}, {model.num_classes:,} classes"),
         ("", f"drop path {model.drop_path:g}, dropout {model.dropout:g} before the classifier"),
         ("computes", f"in {config.dtype}, matrix products with precision {config.precision}"),
     ]

@@ -202,8 +202,8 @@ def initial_params(
     return params, f"weights from {folder}: {what}" + (f"; new: {', '.join(new)}" if new else "")
 
 
-def check_resume(folder: str | AnyPath, model: Functional) -> None:
-    """Checks that `folder` (`config.resume`) holds a training state of this model.
+def check_resume(folder: str | AnyPath, model: Functional, config: Config) -> None:
+    """Checks that `folder` (`config.resume`) holds a training state of this model, `config`'s.
 
     Raises:
       UserError: it does not.
@@ -222,3 +222,9 @@ def check_resume(folder: str | AnyPath, model: Functional) -> None:
     difference = first_difference(ours, shapes)
     if difference:
         raise UserError(f"resume={path} is of another architecture: {difference}")
+    ours, theirs = custom.digests(config), workdir.custom_digests(path)
+    if ours != theirs:
+        raise UserError(
+            f"resume={path} has other custom modules, or their source has changed: name the same "
+            "(model.block, model.attention, model.pooling)"
+        )

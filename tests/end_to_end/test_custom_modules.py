@@ -17,6 +17,7 @@ from tests.support.group import final_state
 
 SOURCE = """
 import jax.numpy as jnp
+SHARE = 0.5
 from flax import nnx
 from mvit_jax.models.mvit import Block, PooledAttention
 from mvit_jax.models.ops.attention import attend
@@ -69,7 +70,8 @@ def ideas(tmp_path, monkeypatch):
     [
         ("LayerScale", "model.block=LayerScale must be MODULE:CLASS"),
         ("no_such:A", r"cannot be imported \(ModuleNotFoundError: No module named 'no_such'\)"),
-        ("my_ideas:Nothing", r"my_ideas.py has no Nothing"),
+        ("my_ideas:Nothing", "the module my_ideas has no class Nothing"),
+        ("my_ideas:SHARE", "the module my_ideas has no class SHARE"),
     ],
 )
 def test_names_that_lead_nowhere_are_one_sentence(name, sentence, ideas):
@@ -84,6 +86,23 @@ def test_a_changed_source_is_noticed(ideas):
     assert custom.difference(config, recorded) is None
     ideas.write_text(SOURCE.replace("4 * q", "8 * q"))
     assert "model.attention=my_ideas:Sharper" in str(custom.difference(config, recorded))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def __init__(self, plan): pass",  # another signature
+        "def __call__(self, x, grid, key=None): return x, grid",  # a pair
+        "def __call__(self, x, grid, key=None): return x[:, :3]",  # too few tokens
+    ],
+)
+def test_a_module_that_cannot_run_fails_before_anything_is_written(code, ideas, digits, tmp_path):
+    lines = SOURCE + f"\n\nclass Broken(Block):\n    {code}\n"
+    ideas.write_text(lines)
+    config = tiny.config(digits, **{"model.block": "my_ideas:Broken"})
+    with pytest.raises(UserError, match=r"custom modules fails|block 0"):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def scanned(config, model, mesh):
@@ -119,6 +138,10 @@ def test_a_run_of_custom_modules_goes_through_every_program(
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
     videos = build.videos(config, "test")
+    other = tiny.config(digits, **tiny.RECIPE, **NAMES, resume=str(folder))
+    other.model.attention = None
+    with pytest.raises(UserError, match=r"resume=.* has other custom modules"):
+        train.train(other, str(tmp_path / "other"))
     [scores], _ = scoring.score(config, folder, videos)
     best = history.read(folder).val[-1]
     assert scores.tested.all() and best["videos"] == 8

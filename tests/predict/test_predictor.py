@@ -131,7 +131,7 @@ def test_maps_are_those_of_the_clips_shown(run, predictor, prediction):
 
     maps = jax.device_get(compute(params, normalised(prediction.shown[:2])))
     for ours, expected in zip((found.rollout, found.grad_cam), maps, strict=True):
-        pixels = token_geometry.to_pixels(expected, (4, 32, 32), model)
+        pixels = token_geometry.to_pixels(expected, (4, 32, 32), model.config)
         np.testing.assert_allclose(ours, pixels, atol=1e-4)
 
 

@@ -126,8 +126,6 @@ def test_other_frames_and_sizes_resize_positions_and_nothing_else(converted, dig
     folder, source = converted
     config = settings(
         digits,
-        **{"init.checkpoint": str(folder), "model.frames": 8, "model.size": 48},
-        **{"data.short_side": 48},
         **{
             "init.checkpoint": str(folder),
             "model.frames": 8,

@@ -1,6 +1,5 @@
 """Models as files that JAX runs alone, in a process in which this package cannot be imported."""
 
-import functools
 import subprocess
 import sys
 
@@ -51,7 +50,7 @@ def expected(params, clips):
 
 
 def logits_of(params, config, clips, **options):
-    return jax.jit(functools.partial(functional(config).apply, **options))(params, clips)[0]
+    return jax.jit(functional(config, **options).apply)(params, clips)[0]
 
 
 def normalised(clips):
@@ -135,7 +134,7 @@ def test_relative_positions_do_not_blow_up_the_program(batch):
     holds a value for each pair of places (vision#7003 is such a graph)."""
     config = mvit_jax.variant("mvitv2_s_16x4")
     shapes = jax.eval_shape(functional(config).init, jax.random.key(0))
-    forward = inference.forward_function(config, mean=MEAN, std=STD)
+    forward = inference.forward_function(functional(config), mean=MEAN, std=STD)
     clip = stablehlo.clip_shape(config, np.uint8, batch)
     exported = stablehlo.exported(forward, ("cpu", "cuda", "tpu"), shapes, clip)
     weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,6 +1,10 @@
 """Fashion-MNIST from files that are here: whole or not at all, and nothing but the real ones."""
 
 import gzip
+import subprocess
+import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.tfds import read_split
 from mvit_jax.data.making import fashion_mnist
 from tests.data.making import idx
+from tests.support import tiny
 
 
 @pytest.fixture

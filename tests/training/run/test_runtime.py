@@ -22,7 +22,7 @@ events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[1]))
 config = variant("mvit_b_16x4", frames=2, size=16, width=4, depths=(1,), num_classes=3)
 model = functional(config)
-params = jax.eval_shape(model.init, jax.random.key(0))
+params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
 clip = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "float32")
 jax.jit(model.apply).lower(params, clip).compile()
 print(events.count("cache_hits"), events.count("cache_misses"))
