@@ -35,7 +35,7 @@ if not runtime.keep_freed_memory():
 program = jax.jit(lambda x: x[::-1] + x)
 x = jnp.ones(2**25)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(8):
     jax.block_until_ready(program(x))
 before = faults()
 for _ in range(5):
