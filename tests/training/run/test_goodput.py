@@ -199,7 +199,7 @@ def train(folder, steps, *, wait, work, watch=None):
 
 @pytest.mark.parametrize(
     ("wait", "work", "data_share"),
-    [(0.1, 0.0, 1.0), (0.0, 0.1, 0.0), (0.05, 0.1, 0.0), (0.12, 0.04, 2 / 3)],
+    [(0.1, 0.0, 1.0), (0.0, 0.1, 0.0), (0.05, 0.25, 0.0), (0.3, 0.1, 2 / 3)],
 )
 def test_slow_clips_and_slow_steps_are_told_apart(tmp_path, wait, work, data_share):
     wall = train(tmp_path, 10, wait=wait, work=work)

@@ -38,7 +38,7 @@ faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(8):
     jax.block_until_ready(program(x))
 before = faults()
-for _ in range(5):
+for _ in range(20):
     jax.block_until_ready(program(x))
 print(faults() - before)
 """
@@ -54,10 +54,10 @@ def test_the_pages_of_freed_memory_stay(way):
 
 
 def test_so_do_those_of_xla_in_the_calling_thread():
-    """Arrays of 128 MiB: in other threads the C library keeps nothing so large, and five runs take
-    all 32,768 pages five times. Here one run may still have found no place."""
+    """Arrays of 128 MiB: in other threads the C library keeps nothing so large, and twenty runs
+    take all 32,768 pages twenty times. Here a run may find no free place that is large enough."""
     faults = printed(IN_XLA)
-    assert faults == "none" or int(faults) < 2 * 2**15
+    assert faults == "none" or int(faults) < 10 * 2**15
 
 
 def printed(program, *way):
