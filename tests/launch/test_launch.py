@@ -181,7 +181,11 @@ def test_xpk_starts_the_same_run(clone):
 
 def test_the_dockerfile_has_no_fault_and_its_sources_are_there():
     check("hadolint", LAUNCH / "Dockerfile")
-    copied = re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Dockerfile").read_text(), re.M)
+    text = (LAUNCH / "Dockerfile").read_text()
+    # Programs run without root's rights, under an init that passes signals on.
+    assert re.search(r"^USER [1-9]\d*$", text, re.M)
+    assert text.index("\nUSER ") < text.index('\nENTRYPOINT ["tini", "--", "python", "-m"]')
+    copied = re.findall(r"^COPY (.*) \S+$", text, re.M)
     let_in = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     for source in " ".join(copied).split():
         assert (tiny.ROOT / source).exists() and f"!{source.partition('/__')[0]}" in let_in
