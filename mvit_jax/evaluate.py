@@ -38,7 +38,6 @@ from mvit_jax.analysis import example_clips, plots, run_data
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, to_path, write_whole
 from mvit_jax.common.text import plural, table
-from mvit_jax.config import Config, check
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.training import build
 from mvit_jax.training.distributed import coordination, failure, launch
@@ -86,16 +85,23 @@ def main(argv: list[str]) -> None:
 
 def test(folder: AnyPath) -> None:
     """Tests as the flags say; of many processes the first one writes and prints."""
-    with RunFolder(folder) as run:
-        config, counts = configured(run.config)
+    counts = numbers(_CLIPS.value)
+    changes = {
+        "eval.clips": max(counts, default=None),
+        "eval.crops": _CROPS.value,
+        "eval.batch": _BATCH.value,
+        "data.folder": _DATA.value,
+    }
+    with RunFolder(folder, changes) as run:
+        config, counts = run.config, counts or [run.config.eval.clips]
         asked = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
         coordination.same_everywhere("test", workdir.decisive(config) | asked | {"clips": counts})
         videos = build.videos(config, _LIST.value)
         coordination.same_everywhere("list of videos", fingerprint(videos))
         by_count, params = score(
-            run, config, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
+            run, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
         )
-        step = run.step(_WHICH.value)
+        step, settings = run.step(_WHICH.value), run.settings(_WHICH.value)
     if not coordination.first():
         return
     scores = by_count[counts.index(max(counts))]
@@ -118,27 +124,16 @@ def test(folder: AnyPath) -> None:
         written += write_views(folder, dict(zip(counts, metrics, strict=True)), results, end)
     if not _SHUFFLE.value:
         written.append(folder / f"clips{end}.json")
-        pictures = clips(config, scores, videos, params)
+        here = jax.device_get(params)  # on every device whole, whichever process has it
+        with jax.default_matmul_precision(config.precision):
+            pictures = example_clips.make(
+                scores, videos, settings.clips, here, settings.model, settings.step
+            )
         run_data.keep_sheet(written[-1], pictures, results)
     written.append(run_data.write_report(folder))
     for sentence in scores.failures:
         print(f"left out: {sentence}")
     print("wrote " + ", ".join(str(path) for path in written))
-
-
-def configured(config: Config) -> tuple[Config, list[int]]:
-    """Returns a run's config with the values of the flags, and the numbers of clips to test."""
-    counts = numbers(_CLIPS.value) or [config.eval.clips]
-    for key, value in (
-        ("eval.clips", max(counts)),
-        ("eval.crops", _CROPS.value),
-        ("eval.batch", _BATCH.value),
-        ("data.folder", _DATA.value),
-    ):
-        if value is not None:
-            config.update_from_flattened_dict({key: value})
-    check(config)
-    return config, counts
 
 
 def numbers(texts: list[str] | None) -> list[int]:
@@ -152,16 +147,6 @@ def numbers(texts: list[str] | None) -> list[int]:
             f"--clips={','.join(texts or [])} must be numbers of at least 1, like 5 or 1,5,10"
         ) from None
     return found
-
-
-def clips(config: Config, scores: Scores, videos: Source, params: Any) -> dict[str, Any]:
-    """Draws the clips that the page shows, with the weights that were tested."""
-    settings = build.settings(config, len(videos.class_names))
-    here = jax.device_get(params)  # on every device whole, whichever process has it
-    with jax.default_matmul_precision(config.precision):
-        return example_clips.make(
-            scores, videos, settings.clips, here, settings.model, settings.step
-        )
 
 
 def compare(folders: list[str], out: str) -> None:

@@ -42,7 +42,7 @@ from mvit_jax.config import Config, check, check_start, define_flag
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.models.functional import Functional
 from mvit_jax.training import build, custom, dry_run, loop
-from mvit_jax.training.distributed import coordination, failure, launch, sharding
+from mvit_jax.training.distributed import coordination, failure, launch
 from mvit_jax.training.evaluation import validate
 from mvit_jax.training.loop import Intervals, Upkeep
 from mvit_jax.training.run import goodput, history, profiling, runtime, workdir
@@ -129,14 +129,13 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     check_start(config)
     coordination.same_everywhere("config", workdir.decisive(config))
     videos, validation = lists(config)
-    settings = build.settings(config, len(videos.class_names))
-    custom.check(settings.model)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    build.check_batch(config, mesh.size)
+    run = build.training(config, videos)
+    settings, mesh, program = run.settings, run.mesh, run.program
+    when = Intervals(run.steps, config.checkpoint.every, run.validation_steps)
     started = workdir.has_checkpoint(folder)
     initial = None if started else initial_weights(config, settings.model)  # before any write
-    open_workdir(config, folder, videos.class_names)
-    when = intervals(config, videos, validation)
+    with coordination.first_then_others("workdir", files.to_path(folder) / "config.json"):
+        workdir.enter(folder, config, videos.class_names, custom.digests(config))
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision(config.precision),
@@ -146,7 +145,6 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
         failure.together(),
         memory_explained(config.batch),
     ):
-        program = build.program(config, settings, mesh)
         state, origin = first_state(config, program.first_state(), checkpoints, initial)
         start = int(state.step)
         owed = when.owes_validation(folder, start)
@@ -175,27 +173,16 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             upkeep = Upkeep(when, start, checkpoints, log, evaluate)
             if owed:
                 upkeep.validate(state, start)
-            batches = build.batches(config, settings, videos, mesh, when.steps, start)
             status = loop.train(
-                state, program.step, spans.waiting(batches), upkeep,
+                state, program.step, spans.waiting(run.batches(start)), upkeep,
                 start=start, videos=videos, clip_frames=settings.model.config.frames, mesh=mesh,
-                learning_rate=build.schedule(config, len(videos)), stop=stop, profile=trace,
+                learning_rate=run.learning_rate, stop=stop, profile=trace,
             )  # fmt: skip
             if status:
                 return status
             log.say(f"trained {when.steps} steps; the last checkpoint is in {folder}/checkpoints")
     report(folder)  # when all else is on disk
     return 0
-
-
-def intervals(config: Config, videos: Source, validation: Source | None) -> Intervals:
-    """Returns the steps of the run, and between its checkpoints and validations."""
-    every = build.count_steps(config, config.eval.every_epochs, len(videos))
-    return Intervals(
-        steps=build.count_steps(config, config.epochs, len(videos)),
-        checkpoint=config.checkpoint.every,
-        validation=0 if validation is None else every,
-    )
 
 
 def lists(config: Config) -> tuple[Source, Source | None]:
@@ -213,21 +200,6 @@ def lists(config: Config) -> tuple[Source, Source | None]:
         )
     coordination.same_everywhere("list of validation videos", fingerprint(validation))
     return videos, validation
-
-
-def open_workdir(config: Config, folder: str, class_names: tuple[str, ...]) -> None:
-    """Makes the workdir with its config and labels, or checks that its own are the same."""
-    with coordination.first_then_others("workdir"):
-        coordination.wait_for_file(files.to_path(folder) / "config.json")
-        workdir.check_writable(folder)
-        workdir.freeze(config, folder)
-        workdir.keep_labels(folder, class_names)
-        if changed := custom.difference(config, workdir.custom_digests(folder)):
-            raise errors.UserError(
-                f"{changed}: restore it, choose another --workdir, or delete {folder}/custom.json "
-                "to go on with the new source"
-            )
-        workdir.keep_custom_digests(folder, custom.digests(config))
 
 
 def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None:
@@ -261,17 +233,15 @@ def first_state(
 
 def logbook(config: Config, folder: str, start: int, steps: int, spans: goodput.Spans) -> Logbook:
     """Opens the log, which also names the setting to change where clips come too slowly."""
-    suggestion = goodput.advice(
-        config.data.threads,
-        config.data.processes,
+    watch = goodput.InputWatch(
+        threads=config.data.threads,
+        processes=config.data.processes,
         packed=config.data.source == "shards",
         randaugment=bool(config.augment.randaugment),
-        cores=goodput.cores(),
     )
     return Logbook(
         folder, start=start, steps=steps, batch=config.batch, every=config.log_every,
-        max_broken=config.data.max_broken, on_nan=config.on_nan, spans=spans,
-        watch=goodput.InputWatch(suggestion),
+        max_broken=config.data.max_broken, on_nan=config.on_nan, spans=spans, watch=watch,
     )  # fmt: skip
 
 

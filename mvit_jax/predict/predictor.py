@@ -15,14 +15,14 @@ from jaxtyping import Float32, Float64, UInt8
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath
-from mvit_jax.config import Config, check
+from mvit_jax.config import Config
 from mvit_jax.data import pipeline, sampling
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.images import Frames
 from mvit_jax.data.video import Video, opened
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
-from mvit_jax.training import build, evaluation
+from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run_folder import RunFolder
 
@@ -93,14 +93,10 @@ class Predictor:
           crops: squares cut from each clip, 1 or 3; the config's where not given.
         """
         mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
-        with RunFolder(folder) as run:
+        with RunFolder(folder, {"eval.clips": clips, "eval.crops": crops}) as run:
             self.config: Config = run.config
-            for key, value in (("eval.clips", clips), ("eval.crops", crops)):
-                if value is not None:
-                    self.config.update_from_flattened_dict({key: value})
-            check(self.config)
             self.names = class_names(self.config, folder, run.num_classes(which))
-            settings = build.settings(self.config, len(self.names))
+            settings = run.settings(which)
             self._params, self.step = run.params_on(mesh, which), run.step(which)
         self._handle, self.model = settings.model, settings.model.config
         self._settings, self._recipe = settings.clips, settings.step

@@ -74,6 +74,52 @@ class Program:
     state: State
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """An experiment on its training list: what a loop over steps takes.
+
+    Attributes:
+      settings: of every part.
+      mesh: of the devices.
+      program: the jitted functions.
+      steps: of the whole run.
+      validation_steps: steps between validations; 0 for no validation.
+      learning_rate: as a function of the steps done.
+      batches: `(start=0)` yields this host's rows of the batches from step `start` on.
+    """
+
+    settings: Settings
+    mesh: Mesh
+    program: Program
+    steps: int
+    validation_steps: int
+    learning_rate: Callable[[int], float]
+    batches: Callable[..., Generator[Batch, None, None]]
+
+
+def training(config: Config, videos: Source, **modules: Any) -> Training:
+    """Builds the training of `config` on `videos`; `modules` as in `settings`.
+
+    Raises:
+      UserError: values of the config contradict each other, or a custom module fails.
+    """
+    made = settings(config, len(videos.class_names), **modules)
+    custom.check(made.model)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch(config, mesh.size)
+    steps = count_steps(config, config.epochs, len(videos))
+    validates = bool(config.data.val_list) and config.eval.every_epochs > 0
+    return Training(
+        settings=made,
+        mesh=mesh,
+        program=program(config, made, mesh),
+        steps=steps,
+        validation_steps=validates * count_steps(config, config.eval.every_epochs, len(videos)),
+        learning_rate=schedule(config, len(videos)),
+        batches=functools.partial(batches, config, made, videos, mesh, steps),
+    )
+
+
 def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
     """Returns the settings of every part.
 
@@ -240,7 +286,7 @@ def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
         step=step,
         predict=evaluation.predictor(apply, settings.step, shapes.params, mesh),
         first_state=jax.jit(first_state, out_shardings=shardings),
-        state=_placed(shapes, shardings),
+        state=sharding.placed(shapes, shardings),
     )
 
 
@@ -255,15 +301,7 @@ def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any
         ),
         "broken": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
     }
-    return _placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        shardings,
-    )
+    return sharding.placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
 
 
 def _step_config(config: Config, num_classes: int) -> StepConfig:

@@ -70,18 +70,6 @@ def digests(config: Config) -> dict[str, str]:
     return found
 
 
-def difference(config: Config, recorded: dict[str, str]) -> str | None:
-    """Returns a sentence about custom modules whose source is not the `recorded` one, or None."""
-    changed = [
-        f"model.{kind}={config.model[kind]}"
-        for kind, digest in digests(config).items()
-        if recorded.get(kind, digest) != digest
-    ]
-    if not changed:
-        return None
-    return f"the source of {' and '.join(changed)} has changed since this run was started"
-
-
 def _load(key: str, name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):

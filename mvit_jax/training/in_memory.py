@@ -88,24 +88,19 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
         if value is not None:
             raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
     videos = build.videos(config, "train")
-    settings = build.settings(config, len(videos.class_names), **plugs)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    build.check_batch(config, mesh.size)
-    steps = build.count_steps(config, config.epochs, len(videos))
+    training = build.training(config, videos, **plugs)
+    settings, mesh, program = training.settings, training.mesh, training.program
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
-        program = build.program(config, settings, mesh)
-        rate = build.schedule(config, len(videos))
         state = program.first_state()
         if params is not None:
             state = with_params(state, params)
         history, ends = [], []
-        batches = build.batches(config, settings, videos, mesh, steps)
+        batches, steps = training.batches(), training.steps
         bar = tqdm(batches, "training", total=steps, unit="step", file=sys.stdout)
         for batch in bar:
             _warn_of_broken(videos, batch["broken"])
-            state, metrics = program.step(
-                state, sharding.to_devices(batch, mesh), np.float32(rate(len(history)))
-            )
+            rate = np.float32(training.learning_rate(len(history)))
+            state, metrics = program.step(state, sharding.to_devices(batch, mesh), rate)
             history.append({k: float(total / count) for k, (total, count) in metrics.items()})
             if not np.isfinite(history[-1]["loss"]):
                 raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")

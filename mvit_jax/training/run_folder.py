@@ -1,7 +1,7 @@
 """A run's folder, opened once: its config and checkpoints, and scores of these."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, to_path
-from mvit_jax.config import Config
+from mvit_jax.config import Config, check
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.source import Source
 from mvit_jax.models.functional import Functional, first_difference
@@ -33,13 +33,16 @@ class RunFolder:
 
     Attributes:
       path: of the folder.
-      config: that the run was started with; keys newer than the run have their defaults.
+      config: that the run was started with, and the changes; keys newer than the run have their
+        defaults.
 
     Raises:
-      UserError: the folder holds no run.
+      UserError: the folder holds no run, or the changes are no values of their keys.
     """
 
-    def __init__(self, folder: str | AnyPath) -> None:
+    def __init__(self, folder: str | AnyPath, changes: Mapping[str, Any] | None = None) -> None:
+        """Opens `folder`. `changes` of the config, like {"eval.crops": 1}, are for this opening
+        alone; those to None are none."""
         self.path = to_path(folder)
         if self.path.is_file():
             raise UserError(
@@ -47,7 +50,12 @@ class RunFolder:
                 f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
             )
         self.config = workdir.frozen(self.path)
+        changes = {key: value for key, value in (changes or {}).items() if value is not None}
+        if changes:
+            self.config.update_from_flattened_dict(changes)
+            check(self.config)
         self._checkpoints: Checkpoints | None = None
+        self._settings: dict[str, Settings] = {}  # by `which`
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -79,15 +87,18 @@ class RunFolder:
         return self.checkpoints.shapes(which)["head"]["classifier"]["bias"].shape[0]
 
     def settings(self, which: str = "last") -> Settings:
-        """Returns the run's settings, with the classes of the checkpoint's classifier. Warns where
-        the source of a custom module has changed.
+        """Returns the run's settings, with the classes of the checkpoint's classifier. Warns once
+        where the source of a custom module has changed.
 
         Raises:
           UserError: a custom module cannot be imported.
         """
-        if changed := custom.difference(self.config, workdir.custom_digests(self.path)):
-            print(f"warning: {changed}: this may be another model", file=sys.stderr)
-        return build.settings(self.config, self.num_classes(which))
+        if which not in self._settings:
+            digests = custom.digests(self.config)
+            if changed := workdir.changed_modules(self.path, self.config, digests):
+                print(f"warning: {changed}: this may be another model", file=sys.stderr)
+            self._settings[which] = build.settings(self.config, self.num_classes(which))
+        return self._settings[which]
 
     def params(self, which: str = "last") -> Any:
         """Reads parameters (the averaged ones, where the run has them) as NumPy arrays."""
@@ -96,11 +107,7 @@ class RunFolder:
     def params_on(self, mesh: Mesh, which: str = "last") -> Any:
         """Reads the same in float32 onto `mesh`, which need not be the run's own."""
         shapes = jax.eval_shape(self.settings(which).model.init, jax.random.key(0))
-        like = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            shapes,
-            sharding.state_shardings(mesh, shapes),
-        )
+        like = sharding.placed(shapes, sharding.state_shardings(mesh, shapes))
         return self.checkpoints.restore_params(like, which, self._item)
 
     def check_classes(self, names: tuple[str, ...], which: str = "last") -> None:
@@ -142,7 +149,6 @@ def read_params(folder: str | AnyPath, which: str = "last") -> tuple[Any, Functi
 
 def score(
     run: RunFolder,
-    config: Config,
     videos: Source,
     *,
     which: str = "last",
@@ -152,8 +158,7 @@ def score(
     """Scores a run's "last" or "best" checkpoint on a list of videos by the test protocol.
 
     Args:
-      run: the folder.
-      config: its config, with changes of this test.
+      run: the folder, opened with the changes of this test.
       videos: the list.
       which: the checkpoint.
       shuffle: shuffles the frames of each clip.
@@ -163,7 +168,7 @@ def score(
       Scores for each number of clips, and the parameters, float32.
     """
     run.check_classes(videos.class_names, which)
-    settings = build.settings(config, len(videos.class_names))
+    config, settings = run.config, run.settings(which)
     shown = jax.process_index() == 0 and sys.stderr.isatty()
     mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
     with (

@@ -10,7 +10,7 @@ from mvit_jax import convert, train
 from mvit_jax.common.errors import UserError
 from mvit_jax.predict.predictor import Predictor
 from mvit_jax.training import build, custom
-from mvit_jax.training.run import history
+from mvit_jax.training.run import history, workdir
 from mvit_jax.training.run_folder import RunFolder, initial_params, read_params
 from tests.support import scoring, tiny
 from tests.support.group import final_state
@@ -79,13 +79,15 @@ def test_names_that_lead_nowhere_are_one_sentence(name, sentence, ideas):
         build.settings(tiny.config("", **{"model.block": name}), 3)
 
 
-def test_a_changed_source_is_noticed(ideas):
+def test_a_changed_source_is_noticed(ideas, tmp_path):
     config = tiny.config("", **NAMES)
     recorded = custom.digests(config)
     assert set(recorded) == {"block", "attention", "pooling"}
-    assert custom.difference(config, recorded) is None
+    workdir.enter(tmp_path, config, ("a", "b"), recorded)
+    assert workdir.changed_modules(tmp_path, config, custom.digests(config)) is None
     ideas.write_text(SOURCE.replace("4 * q", "8 * q"))
-    assert "model.attention=my_ideas:Sharper" in str(custom.difference(config, recorded))
+    changed = workdir.changed_modules(tmp_path, config, custom.digests(config))
+    assert "model.attention=my_ideas:Sharper" in str(changed)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def first_then_others(what: str) -> Generator[None, None, None]:
-    """Lets process 0 through alone, and the others when it is done."""
+def first_then_others(what: str, written: AnyPath) -> Generator[None, None, None]:
+    """Lets process 0 through alone, and the others when they see the file that it has `written`."""
     if jax.process_count() == 1:
         yield
         return
@@ -43,6 +43,7 @@ def first_then_others(what: str) -> Generator[None, None, None]:
 
     if not first():
         multihost_utils.sync_global_devices(what)
+    wait_for_file(written)
     yield
     if first():
         multihost_utils.sync_global_devices(what)

@@ -87,6 +87,15 @@ def state_shardings(mesh: Mesh, tree):
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), tree)
 
 
+def placed(shapes, shardings):
+    """Returns a tree of shapes with the shardings of another."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
 def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     parts = mesh.shape["fsdp"]
     divisible = [axis for axis, n in enumerate(shape) if n % parts == 0]

@@ -182,11 +182,11 @@ class InputWatch:
     become much worse.
 
     Args:
-      advice: the knob, see the function of that name.
+      knob: the settings that load clips, as `advice` takes them.
     """
 
-    def __init__(self, advice: str) -> None:
-        self._advice = advice
+    def __init__(self, **knob: Any) -> None:
+        self._advice = advice(**knob)
         self._first, self._said = True, 0.0
 
     def sentence(self, seconds: Seconds, process: int = 0) -> str | None:
@@ -204,15 +204,18 @@ class InputWatch:
         )
 
 
-def advice(threads: int, processes: int, *, packed: bool, randaugment: bool, cores: int) -> str:
+def advice(
+    threads: int, processes: int, *, packed: bool, randaugment: bool, cores: int | None = None
+) -> str:
     """How to load more clips a second.
 
     Args:
       threads, processes: of the config's section `data`.
       packed: whether videos are read from shards.
       randaugment: whether it is on.
-      cores: of this host.
+      cores: of this host; by default those that this process may use.
     """
+    cores = available_cores() if cores is None else cores
     host = f"this host has {plural(cores, 'core')}"
     each = max(threads, 1)
     busy = each * max(processes, 1)
@@ -231,7 +234,7 @@ def advice(threads: int, processes: int, *, packed: bool, randaugment: bool, cor
     )
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

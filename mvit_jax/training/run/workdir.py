@@ -76,18 +76,45 @@ def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
         )
 
 
-def keep_labels(workdir: str | AnyPath, names: Sequence[str]) -> None:
-    """Writes the names of the classes beside the weights, so that these tell without the data."""
-    path = to_path(workdir) / "labels.txt"
-    if not path.exists():
-        write_whole(path, "".join(f"{name}\n" for name in names))
+def enter(
+    workdir: str | AnyPath, config: Config, names: Sequence[str], digests: dict[str, str]
+) -> None:
+    """Makes the folder of a run, or checks that the one that is there is of the same run.
+
+    Args:
+      workdir: the folder.
+      config: of the run.
+      names: of the classes, which stand beside the weights for those who have no data.
+      digests: of the source of custom modules (`training.custom`).
+
+    Raises:
+      UserError: the folder cannot be written, or holds a run with another config or source.
+    """
+    check_writable(workdir)
+    freeze(config, workdir)
+    labels, custom = to_path(workdir) / "labels.txt", to_path(workdir) / _CUSTOM
+    if not labels.exists():
+        write_whole(labels, "".join(f"{name}\n" for name in names))
+    if changed := changed_modules(workdir, config, digests):
+        raise UserError(
+            f"{changed}: restore it, choose another --workdir, or delete {custom} to go on with "
+            "the new source"
+        )
+    if digests and not custom.exists():
+        write_whole(custom, json.dumps(digests, indent=1) + "\n")
 
 
-def keep_custom_digests(workdir: str | AnyPath, digests: dict[str, str]) -> None:
-    """Records digests of the source of custom modules, where there are any."""
-    path = to_path(workdir) / _CUSTOM
-    if digests and not path.exists():
-        write_whole(path, json.dumps(digests, indent=1) + "\n")
+def changed_modules(workdir: str | AnyPath, config: Config, digests: dict[str, str]) -> str | None:
+    """Returns a sentence about custom modules whose source is not the recorded one, or None."""
+    recorded = custom_digests(workdir)
+    changed = [
+        f"model.{kind}={config.model[kind]}"
+        for kind, digest in digests.items()
+        if recorded.get(kind, digest) != digest
+    ]
+    if not changed:
+        return None
+    return f"the source of {' and '.join(changed)} has changed since this run was started"
 
 
 def custom_digests(workdir: str | AnyPath) -> dict[str, str]:

@@ -244,7 +244,8 @@ def advice(threads=4, processes=0, packed=False, randaugment=False, cores=16):
 
 
 def watch(**changes):
-    return goodput.InputWatch(advice(**changes))
+    load = {"threads": 4, "processes": 0, "packed": False, "randaugment": False, "cores": 16}
+    return goodput.InputWatch(**load | changes)
 
 
 def test_the_first_interval_and_small_waits_say_nothing():
@@ -316,7 +317,7 @@ seconds = dict.fromkeys(goodput.PHASES, 0.0)
 seconds |= {"data": (0.5, 4.0)[jax.process_index()], "step": (9.0, 6.0)[jax.process_index()]}
 with jax.set_mesh(sharding.make_mesh()):
     told, slowest = goodput.over_processes(seconds)
-watch = goodput.InputWatch("turn the knob")
+watch = goodput.InputWatch(threads=0, processes=0, packed=True, randaugment=False, cores=7)
 watch.sentence(told, slowest)
 print(told["data"], told["step"], slowest, watch.sentence(told, slowest))
 """
@@ -336,7 +337,7 @@ def test_of_two_processes_the_one_that_waits_longest_counts():
     said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
     sentence = (
         "the input is the bottleneck: {} % of the time of the last steps went into waiting for "
-        "clips by process 1 of 2; turn the knob"
+        "clips by process 1 of 2; raise data.threads from 0 to 7 (this host has 7 cores)"
     )
     assert said[0] == "4.0 5.5 1 " + sentence.format(42)
     assert said[1] == "4.0 6.0 1 " + sentence.format(40)
