@@ -23,6 +23,5 @@ def row(video: str, frame: int, labels: str = "") -> str:
     return f'{video} 0 {frame} {video}/{video}_{frame + 1:06d}.png "{labels}"'
 
 
-def write_list(file: Path, rows: list[str]) -> None:
-    header = "original_vido_id video_id frame_id path labels"
-    file.write_text("\n".join([header, *rows]) + "\n")
+def text(*rows: str) -> str:
+    return "\n".join(["original_vido_id video_id frame_id path labels", *rows]) + "\n"

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.class_folders import read_class_folders
+from tests.support.refusals import refused
 
 
 def fill(root, *names):
@@ -80,14 +79,6 @@ def test_other_files_are_left_out_and_counted(folder, capsys):
     )
 
 
-def test_images_and_videos_are_read(tmp_path):
-    fill(tmp_path, "train/a/x.png", "train/b/broken.png")
-    Image.new("RGB", (7, 5), (1, 2, 3)).save(tmp_path / "train/a/x.png")
-    videos = read_class_folders(tmp_path, "train", "train")
-    with videos.opened(0, 1) as image:
-        assert image.frames([0])[0, 4, 6].tolist() == [1, 2, 3]
-
-
 @pytest.mark.parametrize(
     ("more", "name", "expected"),
     [
@@ -99,18 +90,19 @@ def test_images_and_videos_are_read(tmp_path):
 )
 def test_mistakes(folder, more, name, expected):
     fill(folder, *more)
-    with pytest.raises(UserError) as error:
+    with refused(expected.format(folder)):
         read_class_folders(folder, name, "train")
-    assert expected.format(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_mistakes_in_the_names_of_classes(folder):
-    for names, expected in (
-        ("yoga\narchery\nzumba\n", f"'Zumba', which is no class of {folder}/labels.txt (1 such"),
-        ("yoga\narchery\nyoga\n", "labels.txt names the class 'yoga' twice"),
-        ("\n", "labels.txt is empty"),
-    ):
-        (folder / "labels.txt").write_text(names)
-        with pytest.raises(UserError) as error:
-            read_class_folders(folder, "train", "train")
-        assert expected in str(error.value)
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("yoga\narchery\nzumba\n", "'Zumba', which is no class of {0}/labels.txt (1 such folder"),
+        ("yoga\narchery\nyoga\n", "{0}/labels.txt names the class 'yoga' twice"),
+        ("\n", "{0}/labels.txt is empty"),
+    ],
+)
+def test_mistakes_in_the_names_of_classes(folder, names, expected):
+    (folder / "labels.txt").write_text(names)
+    with refused(expected.format(folder)):
+        read_class_folders(folder, "train", "train")

@@ -1,7 +1,6 @@
 """Lists of videos: what is read, and the sentence that each mistake gets."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.images import DecodeError
+from tests.support.refusals import refused
 
 
 @pytest.fixture
@@ -23,7 +23,6 @@ def write_list(folder, *lines, labels=None):
     (folder / "train.csv").write_text("\n".join(lines) + "\n")
     if labels is not None:
         (folder / "labels.txt").write_text("\n".join(labels) + "\n")
-    return folder
 
 
 def test_reads_paths_labels_and_class_names(folder):
@@ -38,13 +37,11 @@ def test_reads_paths_labels_and_class_names(folder):
         labels=["juggling balls", "yoga", "bowling"],
     )
     videos = read_video_list(folder, "train.csv")
-    assert len(videos) == 3
     assert videos.paths == (
         str(folder / "videos/a.mp4"),
         str(folder / "videos/with space/c d.mp4"),
         str(outside),
     )
-    assert all(Path(path).is_absolute() and Path(path).is_file() for path in videos.paths)
     assert videos.labels.dtype == np.int32
     assert videos.labels.tolist() == [2, 0, 1]
     assert videos.class_names == ("juggling balls", "yoga", "bowling")
@@ -68,63 +65,41 @@ def test_a_byte_order_mark_is_not_part_of_the_first_path(folder):
     assert read_video_list(folder, "train.csv").labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("lines", "labels", "num_classes", "expected"),
-    [
-        (["videos/a.mp4 0", "", "videos/b.mp4"], None, None, ["train.csv, line 3", "label"]),
-        (["videos/a.mp4 zero"], None, None, ["train.csv, line 1", "'zero'", "whole number"]),
-        (["videos/a.mp4 1.0"], None, None, ["train.csv, line 1", "'1.0'", "whole number"]),
-        (["videos/a.mp4"], None, None, ["train.csv, line 1", "white space"]),
-        (["videos/a.mp4 0", "videos/b.mp4 2"], ["x", "y"], None, ["line 2", "label 2", "0 to 1"]),
-        (["videos/a.mp4 3"], None, 3, ["line 1", "label 3", "0 to 2"]),
-        (["videos/a.mp4 -1"], None, None, ["line 1", "label -1"]),
-        (["videos/a.mp4 0"], ["x", "y"], 3, ["labels.txt", "2 classes", "3 classes"]),
-        (["", "  "], None, None, ["train.csv", "no videos"]),
-        (["path label", "videos/a.mp4 0"], None, None, ["line 1 looks like a header: take it out"]),
-        (["videos/a.mp4 0", "path x"], None, None, ["line 2: the label 'x' is not a whole"]),
-        (
-            ["videos/a.mp4 0", "lost.mp4 1", "b.mp4 1"],
-            None,
-            None,
-            ["line 2", "lost.mp4", "2 of the 3"],
-        ),
-        (["videos/a.mp4 0"], [""], None, ["labels.txt is empty: write the names"]),
-        ([f"videos/b.mp4 {10**30}"], ["x", "y"], None, ["line 1: the label 10", "be from 0 to 1"]),
-    ],
-)
-def test_mistakes_in_a_list_are_told_with_file_and_line(
-    folder, lines, labels, num_classes, expected
-):
-    write_list(folder, *lines, labels=labels)
-    with pytest.raises(UserError) as error:
-        read_video_list(folder, "train.csv", num_classes)
-    message = str(error.value)
-    assert str(folder) in message
-    assert "\n" not in message
-    for part in expected:
-        assert part in message
+COMMA, XY = {"separator": ","}, {"labels": ["x", "y"]}
 
 
 @pytest.mark.parametrize(
-    ("lines", "separator", "expected"),
+    ("lines", "options", "expected"),
     [
-        (["a.mp4,0", "b.mp4,1"], None, "line 1: the separator seems to be ',': set data.separator"),
-        (["with space/c d.mp4;1"], None, "line 1: the separator seems to be ';'"),
-        (["a.mp4 0", "b.mp4 1"], ",", "line 1: the separator seems to be white space: leave"),
-        (["a.mp4\t0"], " ", "line 1: the separator seems to be white space"),
-        (["path,label", "a.mp4,0"], None, "line 1 looks like a header: take it out, and the separ"),
-        (["path,label", "a.mp4,0"], ",", "line 1 looks like a header: take it out"),
-        (["a.mp4,0", "b.mp4"], ",", "line 2: 'b.mp4' should be a path and a label with ',' betw"),
+        (["a.mp4 0", "", "b.mp4"], {}, "train.csv, line 3: 'b.mp4' should be a path and a label w"),
+        (["a.mp4"], {}, "line 1: 'a.mp4' should be a path and a label with white space between"),
+        (["a.mp4 0", "path x"], {}, "train.csv, line 2: the label 'x' is not a whole number"),
+        (["a.mp4 1.0"], {}, "train.csv, line 1: the label '1.0' is not a whole number"),
+        (["a.mp4 0", "b.mp4 2"], XY, "train.csv, line 2: the label 2 should be from 0 to 1, as"),
+        (["a.mp4 3"], {"num_classes": 3}, "train.csv, line 1: the label 3 should be from 0 to 2"),
+        (["a.mp4 -1"], {}, "train.csv, line 1: the label -1 should be from 0"),
+        ([f"b.mp4 {10**30}"], XY, f"line 1: the label {10**30} should be from 0 to 1"),
+        (["a.mp4 0"], XY | {"num_classes": 3}, "labels.txt names 2 classes, but 3 classes"),
+        (["a.mp4 0"], {"labels": [""]}, "labels.txt is empty: write the names"),
+        (["", "  "], {}, "train.csv lists no videos"),
+        (["videos/a.mp4 0", "c 1", "b.mp4 1"], {}, "line 2: there is no file {0}/c (2 of the 3"),
+        (["path label", "a.mp4 0"], {}, "train.csv, line 1 looks like a header: take it out"),
+        (["path,label", "a.mp4,0"], COMMA, "train.csv, line 1 looks like a header: take it out"),
+        (["path,label", "a.mp4,0"], {}, "line 1 looks like a header: take it out, and the"),
+        (["a.mp4,0", "b.mp4,1"], {}, "line 1: the separator seems to be ',': set data.separator"),
+        (["with space/c d.mp4;1"], {}, "train.csv, line 1: the separator seems to be ';'"),
+        (["a.mp4 0", "b.mp4 1"], COMMA, "line 1: the separator seems to be white space: leave"),
+        (["a.mp4\t0"], {"separator": " "}, "line 1: the separator seems to be white space"),
+        (["a.mp4,0", "b.mp4"], COMMA, "line 2: 'b.mp4' should be a path and a label with ',' betw"),
         # Each of these lines could be one of a path and a label; the files tell that they are not.
-        (["a.mp4, 0", "b.mp4, 1"], None, "2 of the 2 listed files are missing); the separator se"),
+        (["a.mp4, 0", "b.mp4, 1"], {}, "2 of the 2 listed files are missing); the separator seems"),
     ],
 )
-def test_a_wrong_separator_and_a_header_are_recognised(folder, lines, separator, expected):
-    write_list(folder, *lines, labels=["x", "y"])
-    with pytest.raises(UserError) as error:
-        read_video_list(folder, "train.csv", separator=separator)
-    assert str(error.value).startswith(str(folder / "train.csv"))
-    assert expected in str(error.value) and "\n" not in str(error.value)
+def test_mistakes_in_a_list_are_told_with_file_and_line(folder, lines, options, expected):
+    options = dict(options)
+    write_list(folder, *lines, labels=options.pop("labels", None))
+    with refused(folder, expected.format(folder)):
+        read_video_list(folder, "train.csv", **options)
 
 
 @pytest.mark.parametrize("separator", [",", ", ", " , ", "\t", "|"])
@@ -167,22 +142,12 @@ def test_characters_that_end_lines_in_python_alone_stay_in_paths(folder):
     assert read_video_list(folder, "train.csv").paths == (str(folder / name),)
 
 
-def test_a_missing_folder_tells_how_to_make_the_default_data(tmp_path):
-    with pytest.raises(UserError) as error:
-        read_video_list(tmp_path / "nowhere", "train.csv")
-    message = str(error.value)
-    assert f"python -m mvit_jax.prepare moving_digits --out={tmp_path / 'nowhere'}" in message
-
-
-def test_a_missing_list_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no list .*val\.csv"):
-        read_video_list(tmp_path, "val.csv")
-
-
-def test_a_list_that_is_not_text_is_a_mistake_too(folder):
-    (folder / "train.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match=r"train\.csv is not UTF-8"):
-        read_video_list(folder, "train.csv")
+def test_a_list_that_is_not_there_or_no_text_is_named(tmp_path):
+    with refused(f"there is no list {tmp_path}/train.csv"):
+        read_video_list(tmp_path, "train.csv")
+    (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with refused("train.csv is not UTF-8"):
+        read_video_list(tmp_path, "train.csv")
 
 
 def test_each_folder_is_listed_once(tmp_path, monkeypatch):
