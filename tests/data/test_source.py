@@ -19,6 +19,7 @@ from mvit_jax.data.images import Footage
 from mvit_jax.data.making import moving_digits
 from mvit_jax.data.source import SOURCES, Source, fingerprint, open_source
 from tests.data import frames
+from tests.data.stored import stills, store
 from tests.support.refusals import refused
 
 KINDS = ("list", "folders", "ssv2", "ssv2 frames", "charades", "synthetic", "tfds", "tfds read")
@@ -43,23 +44,9 @@ def root(tmp_path_factory):
     for name, content in (("labels", template), ("train", videos)):
         file = root / f"ssv2/something-something-v2-{name}.json"
         file.write_text(json.dumps(content))
-    store_images(root / "tfds")
+    levels = ({"image": np.full((4, 5, 3), 9 * i, np.uint8), "label": i} for i in range(2))
+    store(root / "tfds", "levels", stills(), *levels)
     return root
-
-
-def store_images(folder):
-    import tensorflow_datasets as tfds
-
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["a", "b"])}
-    images = [np.full((4, 5, 3), 9 * level, np.uint8) for level in range(2)]
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="levels",
-        version="1.0.0",
-        data_dir=folder,
-        features=tfds.features.FeaturesDict(features),
-        split_datasets={"train": [(i, {"image": x, "label": i}) for i, x in enumerate(images)]},
-        file_format="array_record",
-    )
 
 
 def opened(root, kind, monkeypatch):
