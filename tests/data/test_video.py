@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from mvit_jax.common.errors import UserError
 from mvit_jax.data.video import DecodeError, Video, opened, why_broken
 
 BITS, BAR, HEIGHT = 8, 8, 32
@@ -41,6 +40,7 @@ def write(
     codec="libx264",
     rate: int | Fraction = 30,
     gop=12,
+    pix_fmt="yuv420p",
     times=None,
     rotation=None,
     **options,
@@ -55,7 +55,7 @@ def write(
         settings = {"bf": "2", **forced, **options}
         stream: Any = container.add_stream(codec, rate=rate, options=settings)
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.gop_size = gop
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
@@ -114,14 +114,12 @@ def panning(count):
     return [picture[n // 2 : n // 2 + 48, n : n + 64] for n in range(count)]
 
 
+OPEN = {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}
 FORMATS = {
     "mp4 h264": ("x.mp4", {}),
     "mp4 h264 without B-frames": ("x.mp4", {"bf": "0"}),
     "mp4 h264 every frame a key frame": ("x.mp4", {"gop": 1}),
-    "mp4 h264 open groups of pictures": (
-        "x.mp4",
-        {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"},
-    ),
+    "mp4 h264 open groups of pictures": ("x.mp4", OPEN),
     "mp4 h264 at 29.97": ("x.mp4", {"rate": Fraction(30000, 1001)}),
     "mkv h264": ("x.mkv", {}),
     "avi h264": ("x.avi", {}),
@@ -204,13 +202,6 @@ def test_a_few_frames_less_than_stated_are_no_failure(video_path, tmp_path, more
     assert why_broken(opened(path, 1)) is None
 
 
-def test_a_file_cut_off_in_the_middle_is_broken(video_path, tmp_path):
-    path = truncated(video_path, tmp_path / "cut.mp4", 50)
-    with pytest.raises(DecodeError, match=r"cut\.mp4 .*cut off, with 50 of its 100 frames"):
-        Video(path)
-    assert "cut off" in str(why_broken(opened(path, 1)))
-
-
 def test_frames_that_the_decoder_leaves_out_are_replaced_by_the_nearest(tmp_path):
     """A file cut in the middle of a group of pictures: nothing comes out before the next one."""
     source = write(tmp_path / "whole.mp4", 60, bf="0", gop=20)
@@ -280,17 +271,14 @@ def text(folder):
 
 def half_without_index(folder):
     """The header of an mp4 file that was not made for streaming is at its end."""
-    path = folder / "half.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt = BITS * BAR, HEIGHT, "yuv420p"
-        for number in range(50):
-            picture = av.VideoFrame.from_ndarray(bar_code(number), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+    path = Path(write(folder / "half.mov", 50))
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     return path
+
+
+def cut(folder):
+    return truncated(write(folder / "whole.mp4", 100), folder / "cut.mp4", 50)
 
 
 def audio_only(folder):
@@ -312,7 +300,8 @@ def audio_only(folder):
     [
         (empty, "empty"),
         (text, "not a video"),
-        (half_without_index, "cut off"),
+        (half_without_index, "it is not a video, or it is damaged or cut off"),
+        (cut, "it is cut off, with 50 of its 100 frames"),
         (audio_only, "no video"),
         (lambda folder: folder / "missing.mp4", "no such file"),
         (lambda folder: folder, "directory"),
@@ -323,10 +312,9 @@ def test_what_is_no_video_is_told_by_name_and_reason(make, reason, tmp_path):
     with pytest.raises(DecodeError) as caught:
         Video(path)
     error = caught.value
-    assert isinstance(error, UserError)
     assert error.path == str(path)
     assert reason in error.reason
-    assert str(path) in str(error) and error.reason in str(error) and "\n" not in str(error)
+    assert str(error) == f"{path} cannot be decoded: {error.reason}" and "\n" not in str(error)
     assert why_broken(opened(path, 1)) == error.reason
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.path, copy.reason, str(copy)) == (error.path, error.reason, str(error))
@@ -340,7 +328,7 @@ def test_frame_numbers_out_of_range_are_a_mistake(video_path):
 
 
 def test_files_are_closed(video_path, tmp_path):
-    broken = truncated(video_path, tmp_path / "cut.mp4", 50)
+    broken = cut(tmp_path)
     avi = write(tmp_path / "x.avi", 30)  # is opened anew for every clip
     before = len(list(Path("/dev/fd").iterdir()))
     errors = []
@@ -362,14 +350,6 @@ def test_the_average_rate_is_told(tmp_path):
         assert video.fps == pytest.approx(29.97003, abs=1e-5)
     with Video(write(tmp_path / "slow.mp4", 5, rate=12)) as video:
         assert video.fps == 12.0
-
-
-def test_channels_are_red_green_blue(tmp_path):
-    frame = np.zeros((32, 32, 3), np.uint8)
-    frame[...] = (220, 20, 60)
-    with Video(write(tmp_path / "crimson.mp4", [frame] * 3)) as video:
-        mean = video.frames([1]).mean(axis=(0, 1, 2))
-    assert np.abs(mean - (220, 20, 60)).max() < 8
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])

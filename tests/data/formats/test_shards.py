@@ -16,7 +16,7 @@ from mvit_jax.data.making.transcoding import Encoding
 from mvit_jax.data.making.verifying import check
 from mvit_jax.data.source import Source, open_source
 from mvit_jax.data.video import DecodeError, Video, why_broken
-from tests.data.test_video import audio_only, empty, numbers_of, text, truncated, write
+from tests.data.test_video import audio_only, cut, empty, numbers_of, text, write
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def videos(tmp_path_factory):
         write(folder / f"{number} a.mp4", 20 + number)
     write(folder / "4.avi", 12, codec="mpeg4")
     write(folder / "5.mp4", 1)
-    empty(folder), text(folder), audio_only(folder)
-    truncated(write(folder / "whole.mp4", 60), folder / "cut.mp4", 30)
+    empty(folder), text(folder), audio_only(folder), cut(folder)
     names = [*(f"{number} a.mp4" for number in range(4)), "empty.mp4", "4.avi", "text.mp4"]
     names += ["audio.mp4", "cut.mp4", "missing.mp4", "5.mp4"]
     lines = [f"{name} {place % 3}\n" for place, name in enumerate(names)]
@@ -77,7 +76,7 @@ def test_the_manifest_says_what_failed_and_why(packed):
     failed = {name: reason for shard in manifest.shards for name, _, reason in shard.failed}
     assert list(failed) == ["empty.mp4", "text.mp4", "audio.mp4", "cut.mp4", "missing.mp4"]
     for name, reason in (("empty", "empty"), ("text", "not a video"), ("audio", "no video"),
-                         ("cut", "with 30 of its 60"), ("missing", "no such file")):  # fmt: skip
+                         ("cut", "with 50 of its 100"), ("missing", "no such file")):  # fmt: skip
         assert reason in failed[f"{name}.mp4"]
     content = json.loads(manifest_path(packed, "train").read_text())
     frames = 20 + 21 + 22 + 23 + 12 + 1
@@ -215,7 +214,7 @@ def drop(name):
     return lambda folder: (folder / name).unlink()
 
 
-def cut(folder):
+def shorten(folder):
     path = folder / "train-00001-of-00004.array_record"
     path.write_bytes(path.read_bytes()[:-5000])
 
@@ -227,7 +226,7 @@ LIES = {
     "no shards": (lambda f: rewritten(f, lambda c: c.pop("shards")), "damaged"),
     "another format": (lambda f: rewritten(f, lambda c: c.update(format=9)), "format 9"),
     "a shard missing": (drop("train-00003-of-00004.array_record"), "00003-of-00004.* is missing"),
-    "a shard cut off": (cut, "00001-of-00004.* bytes, and"),
+    "a shard cut off": (shorten, "00001-of-00004.* bytes, and"),
     "a label too many": (
         lambda f: rewritten(f, lambda c: c["shards"][0]["labels"].append(1)), "differ in length"),
     "a label out of range": (

@@ -144,13 +144,8 @@ def test_larger_frames_are_scaled_down_and_smaller_ones_are_not(size, expected, 
 
 def test_odd_sizes_become_even(tmp_path):
     picture = np.full((33, 65, 3), (200, 90, 40), np.uint8)
-    path = tmp_path / "odd.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=30)
-        stream.height, stream.width, stream.pix_fmt = 33, 65, "bgr0"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    ours = every(encode(str(path), Encoding()).file)
+    path = write(tmp_path / "odd.mkv", [picture], codec="ffv1", pix_fmt="bgr0", bf="0")
+    ours = every(encode(path, Encoding()).file)
     assert ours.shape == (1, 32, 64, 3)
     assert np.abs(ours - picture[0, 0]).max() <= 4  # stored in RGB, and so coloured by one matrix
 
