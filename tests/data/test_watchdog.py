@@ -15,7 +15,6 @@ from mvit_jax.common.errors import HungError
 from mvit_jax.data import pipeline, watchdog
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.synthetic import Synthetic
-from mvit_jax.data.loader import LoaderOptions
 from tests.data.loading import loading
 
 SETTINGS = pipeline.ClipSettings(
@@ -42,11 +41,11 @@ def synthetic(stuck=-1):
     return Hanging(videos=12, classes=3, num_frames=8, height=8, width=8, stuck=stuck)
 
 
-def load(videos, kind="train", **changes):
+def load(videos, kind="train", steps=3, **changes):
     options = loading(changes)
     if kind == "test":
         return pipeline.test_batches(videos, SETTINGS, clips=1, crops=1, batch=4, **options)
-    return pipeline.train_batches(videos, SETTINGS, seed=0, batch=4, steps=3, **options)
+    return pipeline.train_batches(videos, SETTINGS, seed=0, batch=4, steps=steps, **options)
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
@@ -122,23 +121,14 @@ def test_a_worker_process_that_is_stopped_is_ended_and_others_are_not():
     bystander = context.Process(target=time.sleep, args=(60,), daemon=True)
     bystander.start()
     videos = Synthetic(videos=4000, classes=3, num_frames=8, height=8, width=8)
-    batches = pipeline.train_batches(
-        videos,
-        SETTINGS,
-        seed=0,
-        batch=4,
-        steps=1000,
-        loader=LoaderOptions(1, 2, 20.0),
-    )
+    batches = load(videos, steps=1000, threads=1, processes=2, timeout=20.0)
     next(batches)
     workers = [p for p in multiprocessing.active_children() if p != bystander]
     assert len(workers) == 2
-    assert workers[0].pid
     os.kill(workers[0].pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(HungError, match=r"stopped or stuck|still being read"):
-        for _ in batches:
-            pass
+        list(batches)
     assert 19 < time.monotonic() - began < 40
     for worker in workers:
         worker.join(5)

@@ -28,13 +28,11 @@ def write(folder: Path, counts: dict[str, int] = COUNTS) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     for seed, (part, count) in enumerate(counts.items()):
         images, labels = pictures(count, seed)
-        for name, content in (
-            (
-                f"{part}-images-idx3-ubyte",
-                struct.pack(">4i", 0x803, count, 28, 28) + bytes(images),
-            ),
-            (f"{part}-labels-idx1-ubyte", struct.pack(">2i", 0x801, count) + bytes(labels)),
-        ):
+        contents = {
+            f"{part}-images-idx3-ubyte": struct.pack(">4i", 0x803, count, 28, 28) + bytes(images),
+            f"{part}-labels-idx1-ubyte": struct.pack(">2i", 0x801, count) + bytes(labels),
+        }
+        for name, content in contents.items():
             (folder / f"{name}.gz").write_bytes(gzip.compress(content))
             sums[name] = hashlib.sha256(content).hexdigest()
     return sums

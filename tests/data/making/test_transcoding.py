@@ -80,8 +80,7 @@ def test_the_index_gives_what_the_container_gives(gop, tmp_path):
 
 
 def test_few_frames_are_decoded_for_a_clip(tmp_path, monkeypatch):
-    """What a short distance of key frames is for: sixteen frames at stride 4 of all intra-coded
-    ones take sixteen packets, and not the sixty-four that they span."""
+    """Sixteen intra-coded frames at stride 4 take as many packets, not the 64 that they span."""
     encoded = encode(write(tmp_path / "x.mp4", panning(100)), Encoding(gop=1))
     until, seen = Video._until, []
 
@@ -180,13 +179,11 @@ def test_the_same_video_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("make", [empty, text, half_without_index, audio_only])
 def test_what_is_no_video_is_told(make, tmp_path):
-    path = str(make(tmp_path))
+    path = make(tmp_path)
     with pytest.raises(DecodeError) as from_file:
-        encode(path, Encoding())
-    with Path(path).open("rb") as file:
-        content = file.read()
+        encode(str(path), Encoding())
     with pytest.raises(DecodeError) as from_bytes:
-        encode(content, Encoding(), "the thing")
+        encode(path.read_bytes(), Encoding(), "the thing")
     assert from_bytes.value.path == "the thing"
     assert from_bytes.value.reason == from_file.value.reason
 
