@@ -118,19 +118,6 @@ def test_a_box_that_never_fits_falls_back_to_the_centre(shape, expected):
     assert box == expected
 
 
-def test_random_resized_crop_is_the_box_resized_in_all_frames():
-    clip = noise(4, 40, 60)
-    for seed in range(20):
-        crop = augmentation.random_resized_crop(clip, 16, rng=np.random.default_rng(seed))
-        top, left, height, width = augmentation.random_box(
-            40, 60, np.random.default_rng(seed), (0.08, 1.0), (0.75, 1.3333)
-        )
-        assert crop.shape == (4, 16, 16, 3)
-        for frame, target in zip(clip, crop, strict=True):
-            box = frame[top : top + height, left : left + width].astype(np.float64)
-            assert np.abs(target - bilinear(box, 16, 16)).max() <= 1.0
-
-
 def reference_box(height, width, random):
     """The crop of PySlowFast's recipe, from uniform numbers of `random`."""
     for _ in range(10):
