@@ -22,6 +22,7 @@ from mvit_jax.data.formats.video_list import read_video_list
 from tests.data.loading import loading as loading_of
 from tests.data.test_video import BAR, BITS, HEIGHT, bar_code, decode_all, write
 from tests.support.refusals import refused
+from tests.support.stand_ins import until
 
 SETTINGS = pipeline.ClipSettings(
     frames=4, stride=2, size=16, short_side=20, augmentation=Augmentation(crop_area=(0.3, 1.0))
@@ -335,12 +336,7 @@ def test_loading_ends_with_the_iterator(good, monkeypatch, fails):
     def loading():
         return any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate())
 
-    def wait():
-        deadline = time.monotonic() + 20
-        while loading() and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    wait()  # for the threads of other tests
+    until(lambda: not loading())  # for the threads of other tests
     monkeypatch.setattr(pipeline, "load_train_clips", load)
     batches = pipeline.train_batches(good, SETTINGS, seed=0, batch=1, steps=1000, prefetch=1000)
     next(batches)
@@ -352,8 +348,7 @@ def test_loading_ends_with_the_iterator(good, monkeypatch, fails):
         assert caught.tb is not None  # keeps what is being iterated alive
     else:
         batches.close()
-    wait()
-    assert not loading()
+    until(lambda: not loading())
     assert len(loaded) < 500  # of the 1,000 that had been ordered
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import mvit_jax
 from mvit_jax.common.errors import UserError
-from mvit_jax.data import pipeline
+from mvit_jax.data import pipeline, sampling
 from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.preprocess import Preprocess
 from mvit_jax.data.video import DecodeError
@@ -33,18 +33,6 @@ def numbers(clip, settings):
     return np.round((levels.mean(axis=(-3, -2, -1)) - 20) / 2).astype(int)
 
 
-def expected_numbers(total, fps, frames, stride, clips):
-    """Starts k * floor(delta / (K - 1)), then T numbers spread over the span, cut to integers."""
-    span = frames * stride * fps / 30
-    delta = max(total - span, 0)
-    rows = []
-    for k in range(clips):
-        start = delta // 2 if clips == 1 else k * (delta // (clips - 1))
-        steps = [start + i * (span - 1) / (frames - 1) for i in range(frames)]
-        rows.append([min(int(step), total - 1) for step in steps])
-    return rows
-
-
 @pytest.mark.parametrize(
     ("variant", "frames", "stride"), [("mvit_b_16x4", 16, 4), ("mvit_b_32x3", 32, 3)]
 )
@@ -57,8 +45,8 @@ def test_frames_of_any_number_are_sampled_by_the_test_protocol(
     raw = np.broadcast_to(levels[:, None, None, None], (total, 40, 50, 3))
     clip = preprocess(raw, fps=60.0, clips=clips)
     assert clip.shape == (clips, frames, 32, 32, 3) and clip.dtype == np.float32
-    wanted = np.array(expected_numbers(total, 60.0, frames, stride, clips)) % 100
-    assert np.array_equal(numbers(clip, preprocess.settings), wanted)
+    wanted = sampling.view_indices(total, 60.0, frames=frames, stride=stride, clips=clips)
+    assert np.array_equal(numbers(clip, preprocess.settings), wanted % 100)
 
 
 def test_views_are_the_very_ones_that_evaluation_tests(grey_video):

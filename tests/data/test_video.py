@@ -95,18 +95,6 @@ def video_path(tmp_path_factory):
     return path
 
 
-def test_frames_come_as_asked(video_path):
-    with Video(video_path) as video:
-        assert video.num_frames == 100
-        assert video.fps == 30.0
-        for indices in ([0], [99], range(100), [3, 3, 3], [70, 2, 99, 2, 41], range(1, 98, 4)):
-            images = video.frames(indices)
-            assert images.shape == (len(indices), HEIGHT, BITS * BAR, 3)
-            assert images.dtype == np.uint8
-            assert numbers_of(images) == list(indices)
-        assert numbers_of(video.frames(np.array([5, 4]))) == [5, 4]
-
-
 def panning(count):
     """A camera that moves over a soft picture, as encoders expect: most frames refer to others."""
     rng = np.random.default_rng(0)
@@ -121,7 +109,7 @@ FORMATS = {
     "mp4 h264 every frame a key frame": ("x.mp4", {"gop": 1}),
     "mp4 h264 open groups of pictures": ("x.mp4", OPEN),
     "mp4 h264 at 29.97": ("x.mp4", {"rate": Fraction(30000, 1001)}),
-    "mkv h264": ("x.mkv", {}),
+    "mkv h264": ("x.mkv", {}),  # which does not say how many frames it has
     "avi h264": ("x.avi", {}),
     "mpeg-ts h264": ("x.ts", {}),
     "mp4 hevc": ("x.mp4", {"codec": "libx265", "x265-params": "log-level=none"}),
@@ -140,7 +128,7 @@ def test_seeking_and_skipping_change_no_pixel(name, tmp_path):
     assert len(expected) == 60
     rng = np.random.default_rng(0)
     clips = [np.arange(start, 60, rng.integers(1, 6)) for start in range(0, 56, 3)]
-    clips += [rng.integers(0, 60, 6) for _ in range(10)]
+    clips += [rng.integers(0, 60, 6) for _ in range(10)] + [np.array([3, 3, 3]), np.arange(60)]
     for indices in clips:  # each by a decoder that has seen nothing before
         with Video(path) as video:
             assert np.array_equal(video.frames(indices), expected[indices])
@@ -171,14 +159,6 @@ def test_frames_are_numbered_by_time_of_presentation_at_a_variable_rate(tmp_path
         assert video.num_frames == 40
         for start in range(0, 40, 7):
             assert numbers_of(video.frames(range(start, 40))) == list(range(start, 40))
-
-
-def test_frames_are_counted_where_the_container_does_not_say(tmp_path):
-    path = write(tmp_path / "uncounted.mkv", 33)
-    with av.open(path) as container:
-        assert container.streams.video[0].frames == 0
-    with Video(path) as video:
-        assert video.num_frames == 33
 
 
 def truncated(source, target, packets, more=0):
@@ -345,11 +325,10 @@ def test_files_are_closed(video_path, tmp_path):
     assert len(list(Path("/dev/fd").iterdir())) == before
 
 
-def test_the_average_rate_is_told(tmp_path):
-    with Video(write(tmp_path / "ntsc.mp4", 5, rate=Fraction(30000, 1001))) as video:
-        assert video.fps == pytest.approx(29.97003, abs=1e-5)
-    with Video(write(tmp_path / "slow.mp4", 5, rate=12)) as video:
-        assert video.fps == 12.0
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), 12])
+def test_the_average_rate_is_told(rate, tmp_path):
+    with Video(write(tmp_path / "x.mp4", 5, rate=rate)) as video:
+        assert video.fps == float(rate)
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])

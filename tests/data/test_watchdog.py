@@ -16,6 +16,7 @@ from mvit_jax.data import pipeline, watchdog
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.synthetic import Synthetic
 from tests.data.loading import loading
+from tests.support.stand_ins import until
 
 SETTINGS = pipeline.ClipSettings(
     frames=2, stride=2, size=8, short_side=8, augmentation=Augmentation(crop_area=None)
@@ -91,14 +92,14 @@ def test_a_batch_that_comes_in_time_is_the_same_and_so_are_errors():
 
 
 def test_the_thread_that_asks_ends_with_the_iterator():
+    def asking():
+        return any(thread.name == "batches" for thread in threading.enumerate())
+
     batches = load(synthetic(), threads=1, timeout=30.0)
     next(batches)
-    assert any(thread.name == "batches" for thread in threading.enumerate())
+    assert asking()
     batches.close()
-    deadline = time.monotonic() + 10
-    while any(thread.name == "batches" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not asking())
 
 
 def test_a_board_tells_the_oldest_of_what_is_read_in_all_processes():

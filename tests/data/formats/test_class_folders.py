@@ -57,10 +57,6 @@ def test_a_validation_folder_alone_has_its_own_classes(folder):
     assert videos.class_names == ("archery", "yoga")
 
 
-def test_names_of_lists_name_folders(folder):
-    assert len(read_class_folders(folder, "val.csv", "train.csv")) == 2
-
-
 def test_labels_txt_orders_the_classes(folder):
     (folder / "labels.txt").write_text("yoga\narchery\nbowling\nZumba\n")
     for name, labels in (("train", [0, 0, 1, 1, 3]), ("val", [0, 1])):

@@ -41,13 +41,6 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path, name):
     assert np.array_equal(got, np.stack([frames.pixels("v", i) for i in range(12)]))
 
 
-def test_grey_frames_become_rgb(tmp_path):
-    (tmp_path / "v").mkdir()
-    Image.new("L", (4, 3), 77).save(tmp_path / "v/1.png")
-    with source(tmp_path / "v").opened(0, 1) as video:
-        assert (video.frames([0]) == 77).all() and video.frames([0]).shape == (1, 3, 4, 3)
-
-
 @pytest.mark.parametrize("suffix", [".webm", ".mp4"])
 def test_the_video_may_lie_where_its_frames_would(tmp_path, suffix):
     (tmp_path / f"77{suffix}").write_bytes(moving_digits.video(0, "train", 0))
@@ -60,7 +53,7 @@ def test_the_video_may_lie_where_its_frames_would(tmp_path, suffix):
 
 
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
-    for name in ("empty", "sizes", "damaged", "gap"):
+    for name in ("empty", "sizes", "damaged"):
         frames.write(tmp_path, name, 0 if name == "empty" else 3)
     Image.new("RGB", (8, 9)).save(tmp_path / "sizes/sizes_000002.png")
     (tmp_path / "damaged/damaged_000003.png").write_bytes(b"")

@@ -31,14 +31,9 @@ VALIDATION = [3, 1, 4, 2]  # in the order of the tar, which is not that of the n
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return tmp_path_factory.mktemp("files")
-
-
-@pytest.fixture(scope="module")
-def folder(files, tmp_path_factory):
+def folder(tmp_path_factory):
     """A small set of the form of Fashion-MNIST, prepared by TFDS."""
-    folder = tmp_path_factory.mktemp("tfds")
+    files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("tfds")
     with pytest.MonkeyPatch.context() as patch:
         idx.instead_of_the_real_ones(patch, idx.write(files))
         fashion_mnist.prepare(str(folder), str(files))
@@ -50,27 +45,13 @@ def pixels(split, index):
         return frames.frames([0])[0]
 
 
-def elements(split):
-    """Grey pixels and label of each element, sorted: TFDS keeps an order of its own."""
-    grey = []
-    for index in range(len(split)):
-        image = pixels(split, index)
-        assert image.shape == (28, 28, 3) and image.dtype == np.uint8
-        assert (image == image[..., :1]).all()
-        grey.append((image[..., 0].tobytes(), split.label(index)))
-    return sorted(grey)
-
-
 @pytest.mark.parametrize(("name", "part"), [("train", "train"), ("test", "t10k")])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_elements_are_those_of_the_files(folder, files, monkeypatch, name, part, in_memory):
+def test_elements_are_those_of_the_files(folder, monkeypatch, name, part, in_memory):
     if not in_memory:
         monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
     split = read_split("fashion_mnist:3.0.1", folder, name)
-    images, labels = idx.read(files, part)
-    assert elements(split) == sorted(
-        (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
-    )
+    assert idx.elements(split) == idx.expected(part)
     assert split.class_names[0] == "T-shirt/top" and split.class_names[9] == "Ankle boot"
     assert len(split.class_names) == 10
     assert split.item(3) == f"fashion_mnist/3.0.1/{name}/3"
@@ -82,8 +63,7 @@ def test_elements_are_those_of_the_files(folder, files, monkeypatch, name, part,
 def test_parts_of_a_split_make_up_the_whole(folder):
     parts = [read_split("fashion_mnist", folder, name) for name in ("train[:70]", "train[70:]")]
     assert [len(part) for part in parts] == [70, 26]
-    whole = read_split("fashion_mnist", folder, "train")
-    assert sorted(elements(parts[0]) + elements(parts[1])) == elements(whole)
+    assert sorted(idx.elements(parts[0]) + idx.elements(parts[1])) == idx.expected("train")
     assert parts[1].list_file == "fashion_mnist/3.0.1/train[70:]"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mvit_jax.data.formats.tfds import TfdsSplit
 from mvit_jax.data.making import fashion_mnist
 
 COUNTS = {"train": 96, "t10k": 40}
@@ -47,11 +48,19 @@ def instead_of_the_real_ones(patch, sums: dict[str, str], counts: dict[str, int]
     patch.setattr(mnist, "_TEST_EXAMPLES", counts["t10k"])
 
 
-def read(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of "train" or "t10k", by NumPy."""
-    images = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
-    return (
-        np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
-        np.frombuffer(labels, np.uint8, offset=8),
-    )
+def elements(split: TfdsSplit) -> list[tuple[bytes, int]]:
+    """Grey pixels and label of each element, sorted: TFDS keeps an order of its own."""
+    grey = []
+    for index in range(len(split)):
+        with split.opened(index, 1) as frames:
+            (image,) = frames.frames([0])
+        assert image.shape == (28, 28, 3) and image.dtype == np.uint8
+        assert (image == image[..., :1]).all()
+        grey.append((image[..., 0].tobytes(), split.label(index)))
+    return sorted(grey)
+
+
+def expected(part: str, counts: dict[str, int] = COUNTS) -> list[tuple[bytes, int]]:
+    """The elements of "train" or "t10k"."""
+    images, labels = pictures(counts[part], list(counts).index(part))
+    return sorted(zip(map(bytes, images), labels.tolist(), strict=True))

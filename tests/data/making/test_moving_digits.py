@@ -196,15 +196,10 @@ def test_another_seed_splits_the_handwriting_otherwise():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """A list that every scene drawn by `moving_digits` is put into."""
+    """A list that the scenes of videos are put into, instead of being rendered."""
     scenes = []
-
-    def draw(*args):
-        scenes.append(original(*args))
-        return scenes[-1]
-
-    original = moving_digits.draw
-    monkeypatch.setattr(moving_digits, "draw", draw)
+    monkeypatch.setattr(moving_digits, "render", scenes.append)
+    monkeypatch.setattr(moving_digits, "encode", lambda _: b"")
     return scenes
 
 
