@@ -84,9 +84,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --workdir=DIR")
     plans = _DRY_RUN.value or _SHEET.value is not None
+    if _CONFIG.value is not None:
+        errors.lock(_CONFIG.value)
     if _CONFIG.value is None or (_WORKDIR.value is None and not plans):
         raise errors.UserError("give --config=configs/moving_digits.py and --workdir=DIR")
-    errors.lock(_CONFIG.value)
     if _DRY_RUN.value:
         print(dry_run.describe(_CONFIG.value, jax.device_count()))
     if _SHEET.value is not None:
