@@ -13,6 +13,7 @@ from mvit_jax.models.cost import block_cost, cost, embedding_cost, head_cost, pr
 from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig, grids, plan
 from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, variant
+from tests.support import drawn
 
 TINY = MViTConfig(
     frames=4, size=28, num_classes=5, width=8, depths=(1, 2, 2), kv_stride=(1, 4, 4), drop_path=0.4
@@ -21,10 +22,6 @@ TINY = MViTConfig(
 
 def count(tree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def tree(config):
-    return jax.eval_shape(functional(config).init, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_parameters_of_each_part_are_those_of_the_model(name):
     config = OTHERS[name]
-    params = tree(config)
+    params = drawn.shapes(functional(config))
     assert embedding_cost(config).parameters == count(
         [params["patch_embed"], params.get("positions", {}), params.get("stem_norm", {})]
     )
@@ -136,7 +133,8 @@ def test_parameters_of_each_part_are_those_of_the_model(name):
 def test_multiply_adds_are_those_of_the_model(name):
     config = OTHERS[name]
     clip = jax.ShapeDtypeStruct((1, config.frames, config.size, config.size, 3), jnp.float32)
-    program = jax.make_jaxpr(functional(config, ops="reference").apply)(tree(config), clip)
+    model = functional(config, ops="reference")
+    program = jax.make_jaxpr(model.apply)(drawn.shapes(model), clip)
     assert cost(config).multiply_adds == products(program) - appended(config)
 
 

@@ -19,7 +19,7 @@ from mvit_jax.models.ops import pooling
 from mvit_jax.models.ops.attention import join_heads, on_grid, split_heads
 from mvit_jax.models.plan import MViTConfig, Pool, plan
 from mvit_jax.models.pooling import AvgPool, ConvPool
-from tests.support import tiny
+from tests.support import drawn, tiny
 
 # Three blocks with equal plans, whose drop path rates differ.
 CONFIG = MViTConfig(
@@ -202,6 +202,7 @@ NOT_LOOPED = {
     "block with a property": {"block": Property},
     "block that is a function": {"block": plain_block},
 }
+PARTS = LOOPED | NOT_LOOPED
 
 
 def slow(value):
@@ -220,22 +221,15 @@ WAYS = [
 
 @functools.lru_cache
 def weights(name):
-    """Weights of which none is zero or one, and a program's value and gradients with them."""
-    parts = (LOOPED | NOT_LOOPED)[name]
-    abstract = jax.eval_shape(functional(CONFIG, **parts).init, jax.random.key(0))
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape) + (len(x.shape) == 1)), abstract
-    )
+    """Weights, and a program's value and gradients with them."""
+    params = drawn.weights(functional(CONFIG, **PARTS[name]))
     return params, jax.jit(jax.value_and_grad(loss(name)))(params)
 
 
 def loss(name, **way):
-    parts = (LOOPED | NOT_LOOPED)[name]
-
     def run(params):
         clip = jnp.asarray(CLIP)
-        model = functional(CONFIG, dtype=clip.dtype, **parts)
+        model = functional(CONFIG, dtype=clip.dtype, **PARTS[name])
         logits, _ = model.apply(params, clip, key=jax.random.key(3), **way)
         return (logits * jnp.arange(1.0, 4)[None]).sum()
 
@@ -244,10 +238,7 @@ def loss(name, **way):
 
 QUICK = ("attention", "block", "pooling", "all three")
 MORE = ("attention derived from ours", "block that reads its rate", "blocks that differ")
-NAMES = [
-    name if name in QUICK else slow(name) if name in MORE else nightly(name)
-    for name in LOOPED | NOT_LOOPED
-]
+NAMES = [name if name in QUICK else slow(name) if name in MORE else nightly(name) for name in PARTS]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -260,10 +251,9 @@ def test_custom_parts_train_alike_however_blocks_are_run(name, way):
             np.testing.assert_allclose(mine, plain, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", LOOPED | NOT_LOOPED)
+@pytest.mark.parametrize("name", PARTS)
 def test_custom_parts_are_scanned_and_lowered_for_accelerators(name):
-    parts = (LOOPED | NOT_LOOPED)[name]
-    params = jax.eval_shape(functional(CONFIG, **parts).init, jax.random.key(0))
+    params = drawn.shapes(functional(CONFIG, **PARTS[name]))
     traced = jax.jit(jax.grad(loss(name, scan=True, remat="blocks"))).trace(params)
     assert ("length=3" in str(traced.jaxpr)) == (name in LOOPED)
     for platform in ("tpu", "cuda"):
@@ -293,14 +283,14 @@ def test_a_block_that_changes_the_dtype_is_looped_over_where_it_no_longer_does()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.std(theirs))
 
 
-@pytest.mark.parametrize("name", ["attention", slow("block derived from ours"), "pooling"])
-def test_custom_parts_go_into_the_module_and_into_the_functions(name):
+@pytest.mark.parametrize("name", ["ours", "attention", slow("block derived from ours"), "pooling"])
+def test_parts_go_into_the_module_and_into_the_functions(name):
     model = functional(CONFIG, **LOOPED[name])
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = drawn.weights(model)
     clip = jnp.array(CLIP, jnp.float32)
     logits = jax.jit(model.module(params))(clip)
-    pure, _ = jax.jit(model.apply)(params, clip)
-    np.testing.assert_array_equal(logits, pure)
+    assert logits.shape == (2, 3) and logits.dtype == jnp.float32
+    np.testing.assert_array_equal(logits, jax.jit(model.apply)(params, clip)[0])
     fresh = jax.eval_shape(lambda: MViT(CONFIG, rngs=nnx.Rngs(0), **LOOPED[name]))
     assert jax.tree.structure(params_of(fresh)) == jax.tree.structure(params)
     attention = params["blocks"]["0"]["attn"]
@@ -332,7 +322,7 @@ def test_q_k_and_v_each_have_a_pooling_of_their_own():
     config = dataclasses.replace(CONFIG, depths=(1, 1))
     first, second = plan(config)
     model = functional(config, pooling=Strided)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = drawn.shapes(model)
     assert made == [
         (first.kv_pool, 4), (first.kv_pool, 4),
         (second.q_pool, 8), (second.kv_pool, 8), (second.kv_pool, 8),
@@ -363,11 +353,10 @@ class Unpooled(nnx.Module):
 )
 def test_a_wrong_number_of_tokens_is_named(parts, sentence):
     model = functional(CONFIG, **parts)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    clip = jax.ShapeDtypeStruct(CLIP.shape, jnp.float32)
     for scan in (False, True):
         with pytest.raises(UserError, match=sentence):
-            clip = jax.ShapeDtypeStruct(CLIP.shape, jnp.float32)
-            jax.eval_shape(functools.partial(model.apply, scan=scan), params, clip)
+            jax.eval_shape(functools.partial(model.apply, scan=scan), drawn.shapes(model), clip)
 
 
 def test_equal_handles_share_what_is_compiled():
@@ -382,8 +371,7 @@ def test_equal_handles_share_what_is_compiled():
         traces.append(model)
         return model.apply(params, clip)[0]
 
-    params = jax.eval_shape(ours.init, jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+    params = drawn.weights(ours)
     for model in (ours, again):
         logits(model, params, jnp.array(CLIP, jnp.float32))
     assert len(traces) == 1

@@ -146,13 +146,6 @@ CASES = {  # our fields, the naive model's settings, the clip where it is not th
         {"mean_pooling": True, "class_token": False},
         settings(mean_pooling=True, class_token=False),
     ),
-    "no positions": ({"positions": "none"}, settings(positions="none")),
-    "space": ({"positions": "space"}, settings(positions="space")),
-    "joint": ({"positions": "joint"}, settings(positions="joint")),
-    "joint without class token": (
-        {"positions": "joint", "class_token": False},
-        settings(positions="joint", class_token=False),
-    ),
     "sincos": (
         {"positions": "sincos", "width": 16},
         Settings(
@@ -205,7 +198,24 @@ CASES = {  # our fields, the naive model's settings, the clip where it is not th
         (3, 20, 28),
     ),
 }
-QUICK = {
+
+
+def vit(**same):
+    """One stage without pooling, on patches that do not overlap."""
+    patch = (1, 4, 4), (1, 4, 4), (0, 0, 0)
+    fields = dict(zip(("patch_kernel", "patch_stride", "patch_padding"), patch, strict=True))
+    fields |= {"heads": 2, "depths": (2,), "pool_kernel": "stride + 1", "kv_stride": (1, 1, 1)}
+    blocks = (naive.Block(8, 8, 8, 2),) * 2
+    return fields | same, Settings(blocks=blocks, grid=(4, 6, 6), patch=patch, **same)
+
+
+VITS = {
+    f"vit, {positions}, {token}": vit(positions=positions, class_token=token)
+    for positions in ("none", "space", "separate", "joint")
+    for token in (True, False)
+}
+CASES |= VITS
+QUICK = VITS.keys() | {
     "pool first, unshared, v2", "max, v2", "relative space alone", "maskfeat", "stem norm",
     "no skip", "strides along time", "rectangle, joint", "one pixel, v2",
     "video for an image model",

@@ -7,25 +7,19 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax.traverse_util import unflatten_dict
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import grids, patch_grid, smallest_clip
 from mvit_jax.models.variants import VARIANTS, variant
+from tests.support import drawn
 
 
 def traced(config, frames, height, width):
     """Shapes of logits and of each stage's grid."""
-    params = unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(s, jnp.float32)
-            for path, s in functional(config).shapes().items()
-        },
-        sep="/",
-    )
+    model = functional(config)
     clip = jax.ShapeDtypeStruct((1, frames, height, width, 3), jnp.float32)
-    logits, features = jax.eval_shape(functional(config).apply, params, clip)
+    logits, features = jax.eval_shape(model.apply, drawn.shapes(model), clip)
     return logits.shape, [stage.shape[1:4] for stage in features["stages"]]
 
 
@@ -178,14 +172,8 @@ def test_a_size_without_a_token_names_the_least_whichever_axis_it_is():
 )
 def test_a_model_computes_on_a_rectangle_with_other_frames(fields):
     config = variant("mvit_b_16x4", **(TINY | {"depths": (1, 1), "drop_path": 0.0} | fields))
-    params = unflatten_dict(
-        {
-            path: jax.random.normal(jax.random.key(i), shape) * 0.2
-            for i, (path, shape) in enumerate(functional(config).shapes().items())
-        },
-        sep="/",
-    )
+    model = functional(config)
     clip = jax.random.normal(jax.random.key(0), (2, 7, 36, 52, 3))
-    logits, _ = jax.jit(functional(config).apply)(params, clip)
+    logits, _ = jax.jit(model.apply)(drawn.weights(model), clip)
     assert logits.shape == (2, 5) and bool(jnp.isfinite(logits).all())
     assert float(jnp.abs(logits[0] - logits[1]).max()) > 1e-4

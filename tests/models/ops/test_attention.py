@@ -1,56 +1,103 @@
-"""Attention against loops over heads and queries."""
+"""Attention against loops over clips, heads and queries, and its gradients against autodiff."""
 
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvit_jax.models.ops.attention import (
-    attend,
-    fused,
-    join_heads,
-    materialised,
-    on_grid,
-    split_heads,
-)
+from mvit_jax.models.ops import attention_cpu, dispatch
+from mvit_jax.models.ops.attention import attend, fused, materialised
 
-BATCH, QUERIES, KEYS, HEADS, DIM = 2, 5, 7, 3, 4
+BATCH, HEADS, DIM = 2, 3, 4
+KEPT_SCORES = {"kept": 2**20, "blocks": 0}
 
 
-def draw(dtype=np.float64):
+def draw(queries, keys, places, dtype):
     rng = np.random.default_rng(0)
-    shapes = [(BATCH, n, HEADS * DIM) for n in (QUERIES, KEYS, KEYS)]
-    # Scores that differ by several units: a wrong scale or axis of the softmax shows.
-    return [2 * rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    shapes = [(BATCH, n, HEADS * DIM) for n in (queries, keys, keys)]
+    arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    if places is None:
+        return [*arrays, None, None]
+    by_query = rng.standard_normal((BATCH, queries, HEADS * places)).astype(dtype)
+    return [*arrays, by_query, np.eye(places)[np.arange(keys) % places].astype(dtype)]
 
 
-def naive(queries, keys, values):
-    out = np.zeros(queries.shape)
-    for b in range(BATCH):
-        for head in range(HEADS):
-            channels = slice(head * DIM, (head + 1) * DIM)
-            for i in range(queries.shape[1]):
-                scores = [
-                    queries[b, i, channels] @ keys[b, j, channels] / math.sqrt(DIM)
-                    for j in range(keys.shape[1])
-                ]
-                weights = np.exp(scores) / np.exp(scores).sum()
-                out[b, i, channels] = weights @ values[b, :, channels]
+def defined(q, k, v, r, e):
+    """One clip, head and query after the other."""
+    out = np.zeros(q.shape)
+    for clip, head, query in np.ndindex(BATCH, HEADS, q.shape[1]):
+        part = slice(head * DIM, (head + 1) * DIM)
+        scores = k[clip, :, part] @ q[clip, query, part]
+        if r is not None:
+            places = e.shape[1]
+            scores = scores + e @ r[clip, query, head * places : (head + 1) * places]
+        weights = np.exp(scores)
+        out[clip, query, part] = weights / weights.sum() @ v[clip, :, part]
     return out
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("bfloat16", 5e-2), ("float32", 5e-6), ("float64", 1e-14)]
-)
-def test_attention_is_the_loop_in_every_dtype(dtype, tolerance):
+@pytest.fixture(params=KEPT_SCORES)
+def form(request, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "KEPT_SCORES", KEPT_SCORES[request.param])
+    monkeypatch.setattr(attention_cpu, "BLOCK_SCORES", BATCH * HEADS * 11 * 32)
+    return request.param
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-14)])
+@pytest.mark.parametrize("places", [None, 5])
+@pytest.mark.parametrize("queries", [7, 64, 71])  # one block, two, and a last one not full
+def test_it_is_the_definition(form, queries, places, dtype, tolerance):
+    arguments = draw(queries, 11, places, dtype)
+    expected = defined(*(None if x is None else x.astype(np.float64) for x in arguments))
     with jax.enable_x64(True):
-        arguments = [jnp.array(x, dtype) for x in draw()]
-        out = jax.jit(attend, static_argnums=3)(*arguments, HEADS)
-        assert out.dtype == dtype
-        expected = naive(*(np.array(x, np.float64) for x in arguments))
-        np.testing.assert_allclose(np.array(out, np.float64), expected, rtol=0, atol=tolerance)
+        q, k, v, r, e = jax.tree.map(jnp.array, arguments)
+        relative = None if r is None else (r.reshape(BATCH, queries, HEADS, places), e)
+        for ops in dispatch.OPS:
+            with dispatch.operations(ops):
+                run = jax.jit(functools.partial(attend, heads=HEADS))
+                out = run(q * DIM**0.5, k, v, relative=relative)
+            assert out.dtype == dtype
+            np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("places", [None, 5])
+@pytest.mark.parametrize("queries", [7, 71])
+def test_gradients_are_those_of_autodiff(form, queries, places):
+    arguments = draw(queries, 11, places, np.float64)
+    factors = np.random.default_rng(1).standard_normal(arguments[0].shape)
+    which = tuple(range(3 if places is None else 4))  # the places of keys are constants
+    with jax.enable_x64(True):
+        given = jax.tree.map(jnp.array, arguments)
+
+        def gradients(function):
+            loss = lambda *arguments: (function(*arguments, HEADS) * factors).sum()  # noqa: E731
+            return jax.jit(jax.grad(loss, which))(*given)
+
+        for gradient, expected in zip(gradients(fused), gradients(materialised), strict=True):
+            assert gradient.dtype == np.float64
+            np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-12)
+
+
+def test_large_scores_do_not_overflow(form):
+    arguments = draw(40, 11, None, np.float32)
+    arguments[0] *= 1000
+    out = fused(*jax.tree.map(jnp.array, arguments), HEADS)
+    assert np.isfinite(out).all()
+    assert np.abs(out).max() <= np.abs(arguments[2]).max() * (1 + 1e-6)  # a mean of values
+
+
+def test_bfloat16(form):
+    arguments = draw(71, 11, 5, np.float32)
+    given = jax.tree.map(lambda x: jnp.array(x, jnp.bfloat16), arguments)
+    loss = lambda q: fused(q, *given[1:], HEADS).sum()  # noqa: E731
+    assert jax.jit(jax.grad(loss))(given[0]).dtype == jnp.bfloat16
+    out = fused(*given, HEADS)
+    assert out.dtype == jnp.bfloat16
+    expected = defined(*(np.array(x, np.float64) for x in given))
+    difference = np.array(out, np.float64) - expected
+    assert np.sqrt(np.mean(difference**2)) < 2e-2 * expected.std()
 
 
 def test_the_softmax_of_bfloat16_is_taken_in_float32():
@@ -61,47 +108,6 @@ def test_the_softmax_of_bfloat16_is_taken_in_float32():
     jaxpr = str(jax.make_jaxpr(lambda q, k, v: attend(q, k, v, 1))(q, k, v))
     assert "f32[1,1,1,512] = exp" in jaxpr.replace("\n", " ") or ":f32[1,1,1,512] = exp" in jaxpr
     np.testing.assert_array_equal(np.array(attend(q, k, v, 1), np.float32), 2.0)
-
-
-def test_scores_too_large_for_exp_are_no_trouble():
-    q, k, v = (jnp.array(x, jnp.float32) for x in draw())
-    out = attend(100 * q, k, v, HEADS)
-    assert np.isfinite(out).all()
-
-
-def test_queries_are_answered_each_by_itself():
-    q, k, v = (jnp.array(x, jnp.float32) for x in draw())
-    together = attend(q, k, v, HEADS)
-    class_token, others = attend(q[:, :1], k, v, HEADS), attend(q[:, 1:], k, v, HEADS)
-    np.testing.assert_allclose(
-        jnp.concatenate([class_token, others], axis=1), together, rtol=0, atol=1e-6
-    )
-
-
-def test_heads_are_blocks_of_channels():
-    x = jnp.arange(2 * 12.0).reshape(2, 12)
-    split = split_heads(x, 3)
-    assert split.shape == (2, 3, 4)
-    np.testing.assert_array_equal(split[1, 2], [20, 21, 22, 23])
-    np.testing.assert_array_equal(join_heads(split), x)
-
-
-@pytest.mark.parametrize("first", [0, 1], ids=["no class token", "class token"])
-def test_tokens_lie_on_the_grid_by_time_height_width(first):
-    t, h, w = 2, 3, 4
-    places = [(i, j, k) for i in range(t) for j in range(h) for k in range(w)]
-    tokens = np.array([[(-1, -1, -1)] * first + places], np.float32)
-    seen = []
-
-    def every_other_column(grid):
-        seen.append(grid)
-        return grid[:, :, :, ::2] + 10
-
-    out = on_grid(every_other_column, jnp.array(tokens), (t, h, w))
-    for i, j, k in places:
-        np.testing.assert_array_equal(seen[0][0, i, j, k], (i, j, k))
-    expected = [(i + 10, j + 10, k + 10) for i, j, k in places if k % 2 == 0]
-    np.testing.assert_array_equal(out[0], [(-1, -1, -1)] * first + expected)
 
 
 @pytest.fixture
@@ -138,29 +144,27 @@ def test_on_a_gpu_bfloat16_goes_to_cudnn_with_its_gradients(places, queries, key
     assert ("tensor<2x40x2x120xbf16>" in text) == bool(places)
 
 
-def test_on_a_gpu_float32_and_wide_heads_go_another_way(as_on_a_gpu):
-    for dtype, width in ((jnp.float32, 96), (jnp.bfloat16, 132)):
-        q, k = (jax.ShapeDtypeStruct((1, n, width), dtype) for n in (8, 5))
-        lowered = jax.jit(lambda q, k: attend(q, k, k, 1)).trace(q, k)
-        assert "cudnn" not in lowered.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize("capability", ["7.5", "gfx90a"])
-def test_gpus_that_cudnn_does_not_serve_go_another_way(capability, as_on_a_gpu):
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "platform"),
+    [
+        ("8.0", jnp.float32, 96, "cuda"),
+        ("8.0", jnp.bfloat16, 132, "cuda"),
+        ("7.5", jnp.bfloat16, 96, "cuda"),
+        ("gfx90a", jnp.bfloat16, 96, "cuda"),
+        ("8.0", jnp.bfloat16, 96, "cpu"),  # of a machine with a GPU
+    ],
+)
+def test_what_cudnn_does_not_serve_goes_another_way(
+    capability, dtype, width, platform, as_on_a_gpu
+):
     jax.devices()[0].__class__.compute_capability = capability
-    q, k = (jax.ShapeDtypeStruct((1, n, 96), jnp.bfloat16) for n in (8, 5))
-    lowered = jax.jit(lambda q, k: attend(q, k, k, 1)).trace(q, k)
-    assert "cudnn" not in lowered.lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_on_a_gpu_machine_its_cpu_still_works(as_on_a_gpu):
-    q, k = (jax.ShapeDtypeStruct((1, n, 96), jnp.bfloat16) for n in (8, 5))
-    traced = jax.jit(jax.grad(lambda q, k: attend(q, k, k, 1).sum().astype(float))).trace(q, k)
-    assert "cudnn" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    q, k = (jax.ShapeDtypeStruct((1, n, width), dtype) for n in (8, 5))
+    traced = jax.jit(jax.grad(lambda q, k: attend(q, k, k, 1).astype(float).sum())).trace(q, k)
+    assert "cudnn" not in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_second_derivatives_are_those_of_the_definition():
-    q, k, v = (jnp.array(x, jnp.float32) for x in draw())
+    q, k, v, *_ = jax.tree.map(jnp.array, draw(5, 7, None, np.float32))
 
     def second(form):
         first = jax.grad(lambda q: (form(q, k, v, None, None, HEADS) ** 2).sum())
