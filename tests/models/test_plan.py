@@ -10,12 +10,10 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.models.plan import (
     MViTConfig,
     Pool,
-    conv_output,
     drop_path_rates,
     grids,
     patch_grid,
     plan,
-    smallest_clip,
 )
 from mvit_jax.models.variants import variant
 
@@ -58,32 +56,32 @@ def test_the_grids_of_mvit_b_16x4():
     assert [g.keys for g in rows] == [(8, side, side) for side in keys]
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(16, 224, 320), (5, 97, 131), (2, 1, 1)])
-def test_grids_are_where_a_window_starts(frames, height, width):
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ({}, (16, 224, 320)),
+        ({}, (5, 97, 131)),
+        ({}, (2, 1, 1)),
+        ({"pool_mode": "max", "q_stride": (1, 3, 3)}, (4, 144, 144)),  # kernels follow odd strides
+    ],
+)
+def test_grids_are_where_a_window_starts(overrides, size):
     """Sizes of convolutions, by counting the windows that fit into the padded axis."""
-    config = variant("mvit_b_16x4")
+    config = variant("mvit_b_16x4", **overrides)
 
-    def fits(size, kernel, stride, padding):
-        starts = range(-padding, size + padding - kernel + 1, stride)
-        return len(starts)
-
-    expected = [
-        fits(*axis)
-        for axis in zip(
-            (frames, height, width),
-            config.patch_kernel,
-            config.patch_stride,
-            config.patch_padding,
-            strict=True,
+    def fits(*axes):
+        return tuple(
+            len(range(-padding, size + padding - kernel + 1, stride))
+            for size, kernel, stride, padding in zip(*axes, strict=True)
         )
-    ]
-    assert list(patch_grid(config, frames, height, width)) == expected
-    for block, row in zip(plan(config), grids(config, frames, height, width), strict=True):
+
+    patches = config.patch_kernel, config.patch_stride, config.patch_padding
+    assert patch_grid(config, *size) == fits(size, *patches)
+    for block, row in zip(plan(config), grids(config, *size), strict=True):
         for pool, output in ((block.q_pool, row.output), (block.kv_pool, row.keys)):
             if pool is not None:
                 halves = [k // 2 for k in pool.kernel]
-                axes = zip(row.input, pool.kernel, pool.stride, halves, strict=True)
-                assert list(output) == [fits(*axis) for axis in axes]
+                assert output == fits(row.input, pool.kernel, pool.stride, halves)
         if block.skip_pool is not None:
             assert block.skip_pool.output(row.input) == row.output
 
@@ -97,6 +95,7 @@ def test_kernels_of_the_modes():
     # A pool of stride 1 and, with it, kernel 1 does not exist.
     assert kernels(pool_mode="max") == kernels(pool_mode="avg") == (by_stride, None)
     assert kernels(pool_kernel="stride + 1") == (by_stride, None)
+    assert kernels(pool_kernel="stride")[0] == [(1, 8, 8), (1, 4, 4), (1, 4, 4), (1, 2, 2)]
     assert kernels(pool_kernel=(1, 3, 3)) == (
         [(1, 3, 3)] * 4,
         Pool("conv", (1, 3, 3), (1, 1, 1), heads=8),
@@ -105,22 +104,10 @@ def test_kernels_of_the_modes():
     assert all(b.q_pool is b.kv_pool is b.skip_pool is None for b in plan(variant("vit_b_8x8")))
 
 
-def test_equal_blocks_compare_equal():
-    blocks = plan(variant("mvit_b_16x4"))
-    assert len(set(blocks[4:13])) == 1  # those in the middle of the third stage
-    assert blocks[3] != blocks[4] and blocks[13] != blocks[12]
-    assert plan(variant("mvit_b_16x4")) == blocks
-
-
 def test_drop_path_rises_from_zero_in_equal_steps():
     rates = drop_path_rates(variant("mvit_b_16x4"))
     np.testing.assert_allclose(rates, np.linspace(0, 0.2, 16))
     assert drop_path_rates(dataclasses.replace(TINY, depths=(1,))) == (0.0,)
-
-
-def test_conv_output_rounds_down():
-    assert conv_output((8, 9, 10), (3, 3, 3), (2, 2, 2), (1, 1, 1)) == (4, 5, 5)
-    assert conv_output((7, 7, 7), (1, 2, 3), (1, 1, 3), (0, 0, 0)) == (7, 6, 2)
 
 
 BAD = [
@@ -181,19 +168,6 @@ def test_bad_types_say_what_is_wrong(field, value, words):
         config.__post_init__()
 
 
-def test_odd_strides_are_fine_where_kernels_follow_them():
-    config = dataclasses.replace(TINY, pool_mode="max", q_stride=(1, 3, 3))
-    for block, row in zip(plan(config), grids(config, 4, 36, 36), strict=True):
-        if block.skip_pool is not None:
-            assert block.skip_pool.output(row.input) == row.output
-
-
-def test_clips_that_leave_no_token():
-    config = variant("vit_b_8x8")
-    with pytest.raises(UserError, match=r"8x15x224 .* leaves no token; the smallest .* 1x16x16"):
-        grids(config, 8, 15, 224)
-
-
 def test_the_table_of_mvitv2_s_16x4():
     """Li et al. 2022, Table 1, and the lengths of the released tables of relative positions."""
     blocks = plan(variant("mvitv2_s_16x4"))
@@ -210,19 +184,6 @@ def test_the_table_of_mvitv2_s_16x4():
     assert [b.relative_space for b in blocks] == [111] + [55, 55] + [27] * 12 + [13]
     assert {b.relative_time for b in blocks} == {15}
     assert {b.residual_pool for b in blocks} == {"grid"}
-
-
-def test_pools_of_windows_side_by_side():
-    config = dataclasses.replace(TINY, pool_mode="max", pool_kernel="stride")
-    for block, row in zip(plan(config), grids(config, 4, 32, 32), strict=True):
-        for pool, size in ((block.q_pool, row.output), (block.kv_pool, row.keys)):
-            if pool is not None:
-                assert pool.kernel == pool.stride and pool.padding == (0, 0, 0)
-                assert list(size) == [n // s for n, s in zip(row.input, pool.stride, strict=True)]
-    # A side of 4 cubes, which 13 pixels give, can be halved twice.
-    assert smallest_clip(config) == (1, 13, 13)
-    with pytest.raises(UserError, match=r"4x12x32 .* leaves no token; the smallest .* 1x13x13"):
-        grids(config, 4, 12, 32)
 
 
 def test_names_that_do_not_exist_name_the_nearest():

@@ -54,20 +54,6 @@ def test_every_variant_takes_rectangles_other_frames_and_the_smallest_clip(name)
         assert "x".join(map(str, size)) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_smallest_clip_is_the_smallest(name):
-    """Along each axis one pixel or frame less leaves nothing, and any more leaves something."""
-    config = VARIANTS[name]
-    least = smallest_clip(config)
-    grids(config, *least)
-    for axis in range(3):
-        for more in (1, 2, 5, 16):
-            grids(config, *(n + more * (i == axis) for i, n in enumerate(least)))
-        for side in {1, least[axis] - 1} - {0, least[axis]}:
-            with pytest.raises(UserError, match="leaves no token"):
-                grids(config, *(side if i == axis else 64 for i in range(3)))
-
-
 TINY = {"width": 8, "depths": (1, 2, 1), "frames": 4, "size": 32, "num_classes": 5}
 CONFIGS = {
     "3x3x3": {},
