@@ -35,20 +35,26 @@ def test_costs_are_those_that_torchvision_declares(name, parameters, billions):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "overrides", "parameters"),
     [
-        ("mvitv2_t", 24_173_320),
-        ("mvitv2_s", 34_870_216),
-        ("mvitv2_b", 51_472_744),
-        ("mvitv2_l", 217_992_952),
-        ("mvitv2_b_in21k", 65_444_032),
-        ("mvitv2_l_in21k", 234_583_216),
-        ("mvitv2_h_in21k", 694_804_128),
+        # Counted from timm 1.0.31: mvitv2_tiny, _small, _base, _large, _base_cls, _large_cls,
+        # _huge_cls.
+        ("mvitv2_t", {}, 24_173_320),
+        ("mvitv2_s", {}, 34_870_216),
+        ("mvitv2_b", {}, 51_472_744),
+        ("mvitv2_l", {}, 217_992_952),
+        ("mvitv2_b_in21k", {}, 65_444_032),
+        ("mvitv2_l_in21k", {}, 234_583_216),
+        ("mvitv2_h_in21k", {}, 694_804_128),
+        # Models that only PySlowFast has.
+        ("mvit_b_16x4", {"pool_kernel": "stride + 1"}, 36_565_936),
+        ("mvit_b24_32x3", {"pool_kernel": "stride + 1"}, 53_115_280),
+        ("mvitv2_l_40x3_312", {}, 213_390_112),
+        ("maskfeat_s_16x4", {}, 36_475_120),
     ],
 )
-def test_parameters_are_those_of_timms_models(name, parameters):
-    # Counted from timm 1.0.31: mvitv2_tiny, _small, _base, _large, _base_cls, _large_cls, _huge_cls
-    assert cost(variant(name)).parameters == parameters
+def test_parameters_are_exact(name, overrides, parameters):
+    assert cost(variant(name, **overrides)).parameters == parameters
 
 
 def test_every_published_row_is_a_variant():
