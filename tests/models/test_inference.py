@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.models.functional import Functional, functional
-from mvit_jax.models.inference import Inference, normalise
+from mvit_jax.models.inference import Inference
 from mvit_jax.models.variants import variant
 
 CONFIG = variant(
@@ -48,14 +48,6 @@ def traced(monkeypatch):
     apply = Functional.apply
     monkeypatch.setattr(Functional, "apply", counted)
     return shapes
-
-
-def test_normalise_equals_its_formula():
-    clip = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
-    mean, std = (0.45, 0.4, 0.5), (0.225, 0.2, 0.25)
-    expected = (clip / 255 - np.array(mean)) / np.array(std)
-    ours = normalise(jnp.asarray(clip), mean, std, jnp.float32)
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
 def test_any_number_of_clips_gives_the_logits_of_apply_by_few_compilations(
