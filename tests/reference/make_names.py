@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.reference.make_outputs import packed, unpacked
+
 FILE = Path(__file__).with_name("names.npz")
 
 TORCHVISION = ("mvit_v1_b", "mvit_v2_s")
@@ -24,9 +26,9 @@ TIMM = {  # and their classes
 
 def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     """Of every model, the shapes of its tensors by name. No tensor is ever made."""
-    import timm  # pyright: ignore[reportMissingImports]
-    import torch  # pyright: ignore[reportMissingImports]
-    from torchvision.models import video  # pyright: ignore[reportMissingImports]
+    import timm
+    import torch
+    from torchvision.models import video
 
     with torch.device("meta"):
         models = {f"torchvision {name}": getattr(video, name)() for name in TORCHVISION}
@@ -40,19 +42,14 @@ def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
 
 def stored() -> dict[str, dict[str, tuple[int, ...]]]:
     """The same from the file."""
-    found = {}
-    for model, text in np.load(FILE).items():
-        rows = [row.split(" ") for row in text.tobytes().decode().splitlines()]
-        found[model] = {name: tuple(map(int, shape.split("x"))) for name, shape in rows}
-    return found
+    return {model: unpacked(values) for model, values in np.load(FILE).items()}
 
 
 def main() -> None:
     texts = {}
     for model, tensors in shapes().items():
-        rows = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in tensors.items())
-        texts[model] = np.frombuffer("\n".join(rows).encode(), np.uint8)
-        print(f"{model}: {len(rows)} tensors")
+        texts[model] = packed(dict(sorted(tensors.items())))
+        print(f"{model}: {len(tensors)} tensors")
     np.savez_compressed(FILE, **texts)
     print(f"{FILE.name}: {FILE.stat().st_size} bytes")
 

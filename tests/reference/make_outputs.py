@@ -63,10 +63,7 @@ def probe(tokens: np.ndarray) -> np.ndarray:
 
 
 def _torchvision(case: str) -> Any:
-    from torchvision.models.video.mvit import (  # pyright: ignore[reportMissingImports]
-        MSBlockConfig,
-        MViT,
-    )
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
 
     first, frames, side = case == "torchvision_v1", *CLIPS[case]
     none, three = [], [3, 3, 3]
@@ -93,10 +90,7 @@ def _torchvision(case: str) -> Any:
 
 
 def _timm(case: str) -> Any:
-    from timm.models.mvitv2 import (  # pyright: ignore[reportMissingImports]
-        MultiScaleVit,
-        MultiScaleVitCfg,
-    )
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 
     changes: dict[str, Any] = {
         "timm": {},
@@ -111,9 +105,7 @@ def _timm(case: str) -> Any:
 
 
 def _pytorchvideo(case: str) -> Any:
-    from pytorchvideo.models.vision_transformers import (  # pyright: ignore[reportMissingImports]
-        create_multiscale_vision_transformers,
-    )
+    from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
 
     three = {"pool_kvq_kernel": [3, 3, 3]}
     changes: dict[str, Any] = {
@@ -151,7 +143,7 @@ _BUILD = {"torchvision": _torchvision, "timm": _timm, "pytorchvideo": _pytorchvi
 
 def outputs(case: str) -> dict[str, np.ndarray]:
     """Everything that is stored of a case."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
 
     family = case.split("_")[0]
     model = _BUILD[family](case).eval()
@@ -176,9 +168,8 @@ def outputs(case: str) -> dict[str, np.ndarray]:
     gradients = {name: p.grad.double().numpy() for name, p in model.named_parameters()}
     lengths = [np.linalg.norm(gradients[name]) for name in shapes]
     along = [(gradients[name] * draw("direction/" + name, s)).sum() for name, s in shapes.items()]
-    names = [f"{name} {'x'.join(map(str, s))}" for name, s in shapes.items()]
     return {
-        "names": np.frombuffer("\n".join(names).encode(), np.uint8),
+        "names": packed(shapes),
         "logits": logits.detach().numpy(),
         **{name: probe(tokens.detach().numpy()) for name, tokens in kept.items()},
         "gradient_lengths": np.array(lengths, np.float32),
@@ -189,8 +180,17 @@ def outputs(case: str) -> dict[str, np.ndarray]:
 def stored(case: str) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
     """The shapes of a case's tensors by name, and what its model answered."""
     values = dict(np.load(FOLDER / f"{case}.npz"))
-    rows = [row.split(" ") for row in values.pop("names").tobytes().decode().split("\n")]
-    return {name: tuple(map(int, shape.split("x"))) for name, shape in rows}, values
+    return unpacked(values.pop("names")), values
+
+
+def packed(shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
+    rows = [f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()]
+    return np.frombuffer("\n".join(rows).encode(), np.uint8)
+
+
+def unpacked(values: np.ndarray) -> dict[str, tuple[int, ...]]:
+    rows = [row.split(" ") for row in values.tobytes().decode().splitlines()]
+    return {name: tuple(map(int, shape.split("x"))) for name, shape in rows}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def key(name: str, magnitude: float, sign: int) -> str:
 
 def main() -> None:
     from PIL import Image
-    from timm.data import auto_augment  # pyright: ignore[reportMissingImports]
+    from timm.data import auto_augment
 
     settings = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
     made = {}
