@@ -1,6 +1,7 @@
 """Blocks as a loop, and what is computed again: results stay, and each does what it is for."""
 
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from mvit_jax.models import run_blocks
 from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig
+from tests.support import drawn
 
 SMALL = {"size": 16, "width": 4, "num_classes": 3, "kv_stride": (1, 2, 2), "drop_path": 0.4}
 V1 = MViTConfig(frames=4, depths=(1, 3), **SMALL)
@@ -17,6 +19,7 @@ V2 = MViTConfig(
     frames=4, depths=(1, 3), expand="attention", full_q_pool=True, relative_positions="both",
     residual_pool="grid", **SMALL,
 )  # fmt: skip
+CLIP = jax.ShapeDtypeStruct((1, 4, 16, 16, 3), jnp.float32)
 WAYS = [
     {"scan": True},
     {"remat": "cheap"},
@@ -67,17 +70,12 @@ def test_no_way_of_running_the_blocks_changes_loss_or_gradients(config, way):
             np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-10)
 
 
-def kept(**way) -> dict[tuple[int, ...], int]:
+def kept(**way) -> Counter[tuple[int, ...]]:
     """Shapes of all that the forward pass hands to the backward pass, weights left out."""
-    params = functional(V1).init(jax.random.key(0))
-    clip = jnp.zeros((3, 4, 16, 16, 3))
-    run = functools.partial(loss, clip=clip, config=V1, **way)
-    _, vjp = jax.eval_shape(lambda params: jax.vjp(run, params), params)
-    shapes: dict[tuple[int, ...], int] = {}
-    for leaf in jax.tree.leaves(vjp):
-        if leaf.ndim == 3 and leaf.shape[0] == 3:
-            shapes[leaf.shape] = shapes.get(leaf.shape, 0) + 1
-    return shapes
+    run = functools.partial(loss, clip=jnp.zeros((3, 4, 16, 16, 3)), config=V1, **way)
+    _, vjp = jax.eval_shape(lambda params: jax.vjp(run, params), drawn.shapes(functional(V1)))
+    leaves = jax.tree.leaves(vjp)
+    return Counter(leaf.shape for leaf in leaves if leaf.ndim == 3 and leaf.shape[0] == 3)
 
 
 def test_what_is_computed_again_is_not_kept():
@@ -90,33 +88,24 @@ def test_what_is_computed_again_is_not_kept():
 
 
 def test_equal_blocks_are_one_loop_and_named_for_profiles():
-    params = functional(V1).init(jax.random.key(0))
-    lowered = {
-        scan: jax.jit(functools.partial(loss, config=V1, scan=scan))
-        .lower(params, jnp.zeros((1, 4, 16, 16, 3)))
-        .as_text(debug_info=True)
-        for scan in (False, True)
-    }
-    assert "stablehlo.while" in lowered[True]
-    assert lowered[True].count("stablehlo.dot_general") < lowered[False].count(
-        "stablehlo.dot_general"
-    )
-    assert "stage1/blocks2-3" in lowered[True] and "stage1/block3" in lowered[False]
+    def lowered(scan):
+        run = jax.jit(functools.partial(loss, config=V1, scan=scan))
+        return run.lower(drawn.shapes(functional(V1)), CLIP).as_text(debug_info=True)
+
+    plain, looped = map(lowered, (False, True))
+    assert "stablehlo.while" in looped
+    assert looped.count("stablehlo.dot_general") < plain.count("stablehlo.dot_general")
+    assert "stage1/blocks2-3" in looped and "stage1/block3" in plain
 
 
 @pytest.mark.slow
 def test_cheap_computes_no_product_again():
     """Each product's gradient has two; one more is a product made anew."""
-    params = functional(V1).init(jax.random.key(0))
-    clip = jnp.zeros((1, 4, 16, 16, 3))
 
     def products(**way):
         run = jax.jit(jax.grad(functools.partial(loss, config=V1, **way)))
-        return (
-            run.trace(params, clip)
-            .lower(lowering_platforms=("cpu",))
-            .as_text()
-            .count("stablehlo.dot_general")
-        )
+        traced = run.trace(drawn.shapes(functional(V1)), CLIP)
+        text = traced.lower(lowering_platforms=("cpu",)).as_text()
+        return text.count("stablehlo.dot_general")
 
     assert products(remat="cheap") == products() < products(remat="blocks")

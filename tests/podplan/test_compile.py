@@ -5,6 +5,7 @@ of its parameters.
 """
 
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,10 @@ def test_libtpu_that_is_not_installed_gets_the_line_that_installs_it(monkeypatch
         compile.tpu_mesh(accelerators.parse("v5e:2x2"))
 
 
-def passed(topology, fsdp, *, effort, slices=1):
+def passed(slices, fsdp, effort):
     """Collectives of a step that learns one weight by gradient descent: {(kind, among, between
     slices): bytes of a chip}."""
-    mesh = compile.tpu_mesh(accelerators.parse(topology, slices), -1, fsdp)
+    mesh = compile.tpu_mesh(accelerators.parse("v5e:4x4", slices), -1, fsdp)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
 
@@ -63,10 +64,9 @@ def passed(topology, fsdp, *, effort, slices=1):
     )
     options = {"exec_time_optimization_effort": effort}
     counts = cost.count(lowered.compile(compiler_options=options).as_text() or "")
-    total = {}
+    total = Counter()
     for c in counts.collectives:
-        key = (c.kind, c.devices, c.between_slices)
-        total[key] = total.get(key, 0) + c.trips * c.bytes
+        total[c.kind, c.devices, c.between_slices] += c.trips * c.bytes
     return total
 
 
@@ -95,7 +95,7 @@ IN_GROUPS = {
 )
 @pytest.mark.slow
 def test_what_chips_send_each_other_to_learn_one_weight(slices, fsdp, effort, expected):
-    assert passed("v5e:4x4", fsdp, effort=effort, slices=slices) == expected
+    assert passed(slices, fsdp, effort) == expected
 
 
 def measure(topology, *, fsdp=1, slices=1, clips=8, **changes):
@@ -170,9 +170,9 @@ def test_a_split_step_holds_a_share_and_gathers_the_rest(small, split):
     (whole, model), (found, _) = small, split
     for kind in compile.STATE:
         assert 0.25 <= found.kinds[kind] / whole.kinds[kind] < 0.6  # small tensors are copied
-    moved = {}
+    moved = Counter()
     for c in found.counts.collectives:
-        moved[c.kind] = moved.get(c.kind, 0) + c.trips * c.bytes
+        moved[c.kind] += c.trips * c.bytes
     size = 4 * parameters(model)
     assert 0.8 * size < moved["all-gather"] < 4 * size  # forward, and again backward
     assert moved["reduce-scatter"] > 0.3 * size
