@@ -8,6 +8,8 @@ import zlib
 
 import numpy as np
 
+from tests.reference import make_outputs
+
 CLASSES = 5
 CHANNELS = {  # of each block: in, of the attention, out
     "v1": [(8, 8, 16), (16, 16, 16), (16, 16, 32), (32, 32, 32)],  # grow in a stage's last MLP
@@ -88,6 +90,12 @@ def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 def slowfast(kind: str, **how) -> dict[str, np.ndarray]:
     return filled(shapes(kind, **how))
+
+
+def original(case: str) -> dict[str, np.ndarray]:
+    """Another project's state dict, of a case of `make_outputs`."""
+    shapes, _ = make_outputs.stored(case)
+    return {name: make_outputs.draw_weight(name, shape) for name, shape in shapes.items()}
 
 
 # Each with what is peculiar to it.
