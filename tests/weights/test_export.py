@@ -16,28 +16,32 @@ from mvit_jax.weights.export import TARGETS, save_torch, state_dict
 from mvit_jax.weights.load import Loaded, load
 from mvit_jax.weights.tensor_files import read_tensors
 from tests.models.test_parity import CASES
-from tests.reference import make_names, make_outputs
+from tests.reference import make_names
 from tests.weights import foreign
 
 FORMS = [*CASES, *foreign.FORMS]
 
 
+def asked(form: str) -> tuple[str, dict]:
+    """Its variant, and what to override."""
+    if form in CASES:
+        return CASES[form]
+    kind, _ = foreign.FORMS[form]
+    return foreign.VARIANTS[kind], foreign.fields(kind)
+
+
 @functools.cache
 def tensors_of(form: str) -> dict[str, np.ndarray]:
-    if form in foreign.FORMS:
-        kind, how = foreign.FORMS[form]
-        return foreign.slowfast(kind, **how)
-    shapes, _ = make_outputs.stored(form)
-    return {name: make_outputs.draw_weight(name, shape) for name, shape in shapes.items()}
+    if form in CASES:
+        return foreign.original(form)
+    kind, how = foreign.FORMS[form]
+    return foreign.slowfast(kind, **how)
 
 
 @functools.cache
 def loaded(form: str) -> Loaded:
-    if form in foreign.FORMS:
-        kind, _ = foreign.FORMS[form]
-        return load(tensors_of(form), foreign.VARIANTS[kind], **foreign.fields(kind))
-    name, overrides = CASES[form]
-    return load(tensors_of(form), name, **overrides)
+    name, fields = asked(form)
+    return load(tensors_of(form), name, **fields)
 
 
 def same(mine, theirs) -> None:
@@ -53,42 +57,32 @@ def same(mine, theirs) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_came_in_goes_back_bit_for_bit(form):
+    """Also without an origin, where a family always gives kernels as many axes."""
     found = loaded(form)
-    origin = found.origin
-    same(state_dict(found.params, found.config, found.origin.family, origin), tensors_of(form))
+    family = found.origin.family
+    same(state_dict(found.params, found.config, family, found.origin), tensors_of(form))
+    made = state_dict(found.params, found.config, family)
+    if form == "v2 image, 5-D pools":
+        shapes = {name: values.shape for name, values in made.items()}
+        assert shapes == foreign.shapes("v2 image", pool_axes=4)  # the image models' repository
+    else:
+        same(made, tensors_of(form))
 
 
 @pytest.mark.parametrize("form", ["torchvision_v2", "timm", "pytorchvideo", "v1 video, separate",
                                   "v2 image, 4-D pools", "v2 image, 5-D pools"])  # fmt: skip
 def test_so_do_files_in_the_familys_own_format_and_in_safetensors(form, tmp_path):
     found = loaded(form)
-    origin = found.origin
-    for to in (found.origin.family, "safetensors"):
-        done = save_torch(found.params, found.config, tmp_path / to, to, origin=origin)
-        assert (done.family, done.tensors) == (found.origin.family, len(tensors_of(form)))
+    family = found.origin.family
+    for to in (family, "safetensors"):
+        done = save_torch(found.params, found.config, tmp_path / to, to, origin=found.origin)
+        assert (done.family, done.tensors) == (family, len(tensors_of(form)))
         read = read_tensors(tmp_path / to)
         same(read.tensors, tensors_of(form))
         assert read.format == ("safetensors" if to == "safetensors" else "torch")
         # PySlowFast looks for its wrapper; torchvision and timm load the dict itself.
         assert read.wrapper == ("model_state" if to == "slowfast" else "")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        {found.origin.family, "safetensors"}
-    )
-
-
-def without_origin(form: str) -> dict[str, np.ndarray]:
-    found = loaded(form)
-    return state_dict(found.params, found.config, found.origin.family)
-
-
-@pytest.mark.parametrize("form", [f for f in FORMS if f != "v2 image, 5-D pools"])
-def test_without_an_origin_kernels_have_as_many_axes_as_the_family_gives_them(form):
-    same(without_origin(form), tensors_of(form))
-
-
-def test_without_an_origin_v2_image_pools_are_the_image_repositorys():
-    shapes = {name: v.shape for name, v in without_origin("v2 image, 5-D pools").items()}
-    assert shapes == foreign.shapes("v2 image", pool_axes=4)
+    assert {path.name for path in tmp_path.iterdir()} == {family, "safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -107,22 +101,21 @@ def test_through_another_family_and_back_nothing_changes(form, to):
     """A conversion from A to B, then from B to A."""
     found = loaded(form)
     there = state_dict(found.params, found.config, to)
-    name = CASES[form][0] if form in CASES else foreign.VARIANTS[foreign.FORMS[form][0]]
     fields = dataclasses.asdict(found.config)
     fields |= {"separate_qkv": found.config.separate_qkv}  # other families fuse the three
-    back = load(there, name, **fields)
+    back = load(there, asked(form)[0], **fields)
     assert back.origin.family == to
     origin = found.origin
-    same(state_dict(back.params, found.config, found.origin.family, origin), tensors_of(form))
+    same(state_dict(back.params, found.config, origin.family, origin), tensors_of(form))
 
 
 def test_pytorchvideos_three_layers_become_torchvisions_one():
     found, theirs = loaded("pytorchvideo"), tensors_of("pytorchvideo")
     made = state_dict(found.params, found.config, "torchvision")
-    reference, _ = make_outputs.stored("torchvision_v1")
+    reference = tensors_of("torchvision_v1")
     assert made.keys() == reference.keys()
-    for name, shape in reference.items():  # which has 49 places instead of 64
-        assert made[name].shape == shape or name == "pos_encoding.spatial_pos", name
+    for name, values in reference.items():  # which has 49 places instead of 64
+        assert made[name].shape == values.shape or name == "pos_encoding.spatial_pos", name
     for i in range(4):
         for leaf in ("weight", "bias"):
             rows = [theirs[f"blocks.{i}.attn.{x}.{leaf}"] for x in "qkv"]
@@ -144,8 +137,7 @@ def test_fixed_positions_are_written_for_slowfast_and_not_read():
     fields = foreign.fields("v1 video", width=16, positions="sincos")
     back = load(tensors, "mvit_b_16x4", **fields)
     assert back.config == config
-    for path, values in flatten_dict(params, sep="/").items():
-        np.testing.assert_array_equal(flatten_dict(back.params, sep="/")[path], values)
+    same(flatten_dict(back.params, sep="/"), flatten_dict(params, sep="/"))
     assert [line.source for line in back.report.lines if line.done == "unused"] == ["pos_embed"]
 
 
@@ -163,8 +155,6 @@ OURS = {
     "timm mvitv2_huge_cls": "mvitv2_h_in21k",
 }
 QUICK = ("torchvision mvit_v1_b", "torchvision mvit_v2_s", "timm mvitv2_tiny")
-
-
 LARGE = ("timm mvitv2_large", "timm mvitv2_large_cls", "timm mvitv2_huge_cls")
 
 

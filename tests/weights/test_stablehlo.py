@@ -46,11 +46,7 @@ def clips():
 @pytest.fixture(scope="module")
 def expected(params, clips):
     """The logits of the normalised clips."""
-    return np.asarray(logits_of(params, VIDEO, normalised(clips)))
-
-
-def logits_of(params, config, clips, **options):
-    return jax.jit(functional(config, **options).apply)(params, clips)[0]
+    return np.asarray(jax.jit(functional(VIDEO).apply)(params, normalised(clips))[0])
 
 
 def normalised(clips):
@@ -71,23 +67,18 @@ def test_a_file_runs_without_this_package_and_gives_the_same_logits(
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5)
 
 
-def test_any_number_of_clips_on_any_platform(params, clips, expected, tmp_path):
-    """One clip here; the file above takes three."""
-    platforms = ("cpu", "cuda", "tpu")
-    made = save_stablehlo(functional(VIDEO), params, tmp_path / "model", platforms=platforms)
+@pytest.mark.parametrize("batch", [None, 2])
+def test_any_or_a_fixed_number_of_clips_on_any_platform(batch, params, clips, expected, tmp_path):
+    """Of any number, one clip here; the file above takes three."""
+    platforms, count = ("cpu", "cuda", "tpu"), batch or 1
+    made = save_stablehlo(
+        functional(VIDEO), params, tmp_path / "model", batch=batch, platforms=platforms
+    )
     exported = export.deserialize(bytearray((tmp_path / "model").read_bytes()))
     assert exported.platforms == made.platforms == platforms
-    assert str(exported.in_avals[0]) == "float32[batch,4,32,32,3]"
-    logits = jax.jit(exported.call)(normalised(clips)[:1])
-    np.testing.assert_allclose(logits, expected[:1], atol=1e-5)
-
-
-def test_a_fixed_number_of_clips_on_several_platforms(params, clips, expected, tmp_path):
-    platforms = ("cpu", "cuda", "tpu")
-    save_stablehlo(functional(VIDEO), params, tmp_path / "model", batch=2, platforms=platforms)
-    exported = export.deserialize(bytearray((tmp_path / "model").read_bytes()))
-    given = normalised(clips)[:2]
-    np.testing.assert_allclose(jax.jit(exported.call)(given), expected[:2], atol=1e-5)
+    assert str(exported.in_avals[0]) == f"float32[{batch or 'batch'},4,32,32,3]"
+    logits = jax.jit(exported.call)(normalised(clips)[:count])
+    np.testing.assert_allclose(logits, expected[:count], atol=1e-5)
 
 
 def test_a_file_for_tpus_alone_has_the_kernels(params, tmp_path):
@@ -102,17 +93,17 @@ def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
     config = variant("mvitv2_t", **SMALL)
     params = functional(config).init(jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    half = functional(config, dtype=jnp.bfloat16)
     save_stablehlo(functional(config), params, tmp_path / "float32", batch=2)
-    save_stablehlo(functional(config, dtype=jnp.bfloat16), params, tmp_path / "bfloat16", batch=2)
+    save_stablehlo(half, params, tmp_path / "bfloat16", batch=2)
     model = export.deserialize(bytearray((tmp_path / "bfloat16").read_bytes())).call
-    expected = logits_of(params, config, images, dtype=jnp.bfloat16)
+    expected, _ = jax.jit(half.apply)(params, images)
     np.testing.assert_allclose(jax.jit(model)(images), expected, atol=2e-2 * expected.std())
     with pytest.raises(ValueError, match="shape"):
         model(images[:1])
     saved = (tmp_path / "float32").stat().st_size - (tmp_path / "bfloat16").stat().st_size
-    kernels = sum(
-        leaf.size for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim == 2
-    )  # most of the weights
+    # Most of the weights.
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim == 2)
     assert saved > 2 * 0.9 * kernels
 
 

@@ -87,31 +87,29 @@ def repacked(raw, change):
 def mutated(raw, other, draw):
     kind = draw.choice(["flip", "cut", "splice", "header", "pickle", "opcodes", "opcodes"])
     if kind == "flip":
-        return kind, flipped(raw, draw)
+        return flipped(raw, draw)
     if kind == "cut":
-        return kind, raw[: draw.randrange(len(raw))]
+        return raw[: draw.randrange(len(raw))]
     if kind == "splice":
-        a, b = draw.randrange(len(raw)), draw.randrange(len(other))
-        return kind, raw[:a] + other[b:]
+        return raw[: draw.randrange(len(raw))] + other[draw.randrange(len(other)) :]
     if raw[:2] == b"PK":
         if kind == "header":  # the central directory, at the end
-            return kind, flipped(raw, draw, raw.index(b"PK\x01\x02"))
+            return flipped(raw, draw, raw.index(b"PK\x01\x02"))
         change = operated if kind == "opcodes" else flipped
-        return kind, repacked(raw, lambda data: change(data, draw))
+        return repacked(raw, lambda data: change(data, draw))
     if raw[:1] == b"\x80":
         if kind != "opcodes":
-            return kind, flipped(raw, draw, end=200 if kind == "header" else None)
-        stream = io.BytesIO(raw)
-        for _ in range(3):
+            return flipped(raw, draw, end=200 if kind == "header" else None)
+        stream, places = io.BytesIO(raw), []
+        for _ in range(4):  # the fourth has the tensors
             list(pickletools.genops(stream))
-        start = stream.tell()
-        list(pickletools.genops(stream))
-        end = stream.tell()
-        return kind, raw[:start] + operated(raw[start:end], draw) + raw[end:]
+            places.append(stream.tell())
+        start, end = places[2:]
+        return raw[:start] + operated(raw[start:end], draw) + raw[end:]
     length = int.from_bytes(raw[:8], "little")
     header = flipped(raw[8 : 8 + length], draw) + draw.choice([b"", b" ", b"}"])
     claimed = draw.choice([len(header), length])
-    return "safetensors", struct.pack("<Q", claimed) + header + raw[8 + length :]
+    return struct.pack("<Q", claimed) + header + raw[8 + length :]
 
 
 def fuzz(folder, count, seed=0):
@@ -145,7 +143,7 @@ def fuzz(folder, count, seed=0):
 
     sys.addaudithook(watch)
     outcomes, slowest = Counter(), 0.0
-    for number, (kind, raw) in enumerate(files):
+    for number, raw in enumerate(files):
         watching = False
         (folder / "file").write_bytes(raw)
         watching = True
@@ -158,17 +156,16 @@ def fuzz(folder, count, seed=0):
             assert sum(array.nbytes for array in read.tensors.values()) <= 16 * len(raw)
         except UserError as error:
             outcome = "refused"
-            assert "memory" not in str(error), (number, kind, error)
+            assert "memory" not in str(error), (number, error)
         signal.alarm(0)
         slowest = max(slowest, time.perf_counter() - began)
-        outcomes[kind, outcome] += 1
-        assert not ran, (number, kind, ran)
+        outcomes[outcome] += 1
+        assert not ran, (number, ran)
     watching = False
     assert not (folder / "mark").exists()
     print(dict(outcomes), f"slowest {slowest:.2f} s")
     # Both happen, or the fuzzing hits nothing.
-    assert sum(n for (_, outcome), n in outcomes.items() if outcome == "read") > count / 20
-    assert sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > count / 4
+    assert outcomes["read"] > count / 20 and outcomes["refused"] > count / 4
 
 
 @pytest.mark.parametrize(
