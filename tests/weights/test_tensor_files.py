@@ -510,6 +510,7 @@ def test_encrypted_and_ambiguous_zips_say_so(tmp_path):
         (pickle.dumps(np.ones(2)), "is a pickle, but none that torch.save wrote"),
         (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
         (struct.pack("<Q", 50) + b'{"a":', "cut off or damaged"),
+        (b"PK\x03\x04" + bytes(500), "cut off or damaged"),
     ],
 )
 def test_other_files_say_what_they_are(tmp_path, raw, says):
