@@ -18,15 +18,6 @@ EXPERIMENT = [
 ]  # fmt: skip
 
 
-def podplan(*flags, config=EXPERIMENT, **environment):
-    """Exit status, what it printed, and what it complained of."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mvit_jax.podplan", *config, *flags],
-        capture_output=True, text=True, timeout=600, cwd=tiny.ROOT, env=os.environ | environment,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
-
-
 HERE = ["--topology=v5e:2x2"]
 SWEEP = [*HERE, "--sweep", "--remat=none"]
 WRONG = [
@@ -181,12 +172,19 @@ def test_mixing_that_is_off_is_said_of_images(told):
 
 @pytest.mark.slow
 def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
-    status, out, err = podplan(
-        "--topology=v4-8", f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}",
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )  # fmt: skip
-    assert status == 0, err
+    command = [
+        sys.executable, "-m", "mvit_jax.podplan", *EXPERIMENT, "--topology=v4-8",
+        f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}",
+    ]  # fmt: skip
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, cwd=tiny.ROOT, env=os.environ | cache
+    )
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 0, err
     assert not list(tmp_path.glob("cache/*"))  # what is there could only be read on a TPU
     assert "on v4:2x2x1: 4 chips of 1 host, mesh data 4 x fsdp 1" in out
     assert "v4-8 counts cores, 2 a chip" in out

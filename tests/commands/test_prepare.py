@@ -20,29 +20,22 @@ ROOT = pathlib.Path(__file__).parents[2]
 COUNTS = ("--train_videos=16", "--val_videos=8", "--test_videos=8")
 
 
-def command(*args):
-    return [sys.executable, "-m", "mvit_jax.prepare", *map(str, args)]
-
-
-def run(*args):
-    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def start(*args, **options):
+    command = [sys.executable, "-m", "mvit_jax.prepare", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, **options)
 
 
 def test_a_data_set_is_made_with_progress_in_plain_lines(tmp_path):
-    result = run("moving_digits", f"--out={tmp_path / 'set'}", *COUNTS)
-    assert result.returncode == 0, result.stderr
-    assert str(tmp_path / "set") in result.stdout
-    lines = result.stderr.splitlines()
+    flags = ["moving_digits", f"--out={tmp_path / 'set'}", *COUNTS]
+    status, output = commands.fresh("prepare", *flags)
+    assert status == 0, output
+    told, *lines = output.splitlines()
+    assert told == f"moving_digits is in {tmp_path / 'set'}"
     assert len(lines) == 10 and lines[-1] == "moving_digits: 32 of 32 videos"
-    assert "\r" not in result.stderr
+    assert "\r" not in output
     assert len((tmp_path / "set" / "train.csv").read_text().splitlines()) == 16
-
-    status, output = commands.run("prepare", "moving_digits", f"--out={tmp_path / 'set'}", *COUNTS)
-    assert (status, output) == (0, f"moving_digits is in {tmp_path / 'set'}\n")
-
-    status, output = commands.run(
-        "prepare", "moving_digits", f"--out={tmp_path / 'set'}", "--seed=1", *COUNTS
-    )
+    assert commands.run("prepare", *flags) == (0, f"{told}\n")
+    status, output = commands.run("prepare", *flags, "--seed=1")
     assert status == 1 and output.count("\n") == 1
     assert output.startswith("error: ") and "seed=0, not seed=1" in output
 
@@ -50,11 +43,7 @@ def test_a_data_set_is_made_with_progress_in_plain_lines(tmp_path):
 def test_on_a_terminal_progress_is_a_bar(tmp_path):
     terminal, process_side = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    process = subprocess.Popen(
-        command("moving_digits", f"--out={tmp_path / 'set'}", *COUNTS),
-        cwd=ROOT,
-        stderr=process_side,
-    )
+    process = start("moving_digits", f"--out={tmp_path / 'set'}", *COUNTS, stderr=process_side)
     os.close(process_side)
     shown = b""
     try:
@@ -69,9 +58,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path):
 def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     counts = ("--train_videos=64", "--val_videos=8", "--test_videos=8")
-    process = subprocess.Popen(
-        command("moving_digits", f"--out={killed}", *counts), cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    process = start("moving_digits", f"--out={killed}", *counts, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(killed.glob("videos/*/*.mp4"))) < 5:
         time.sleep(0.005)
     process.kill()
@@ -150,9 +137,9 @@ def videos(tmp_path_factory):
     return folder
 
 
-def pack(videos, out, workers, *more):
-    flags = [f"--csv={videos / 'train.csv'}", f"--out={out}", f"--workers={workers}", *more]
-    return command("videos", "--shards=12", *flags)
+def packing(videos, out, workers):
+    csv = f"--csv={videos / 'train.csv'}"
+    return ["videos", "--shards=12", csv, f"--out={out}", f"--workers={workers}"]
 
 
 @pytest.mark.parametrize(
@@ -162,15 +149,16 @@ def pack(videos, out, workers, *more):
 def test_videos_are_packed_killed_and_gone_on_with(kills, videos, tmp_path):
     """One worker, and two workers with all of their processes killed: equal bytes."""
     one, killed = tmp_path / "one", tmp_path / "killed"
-    done = subprocess.run(pack(videos, one, 1), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "left out 7.mp4: it is not a video" in done.stderr
-    assert done.stdout.splitlines() == [f"11 of 12 videos are in 12 shards in {one}"]
-    assert "train: 12 of 12 videos" in done.stderr and "WARNING" not in done.stderr
+    process = start(*packing(videos, one, 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = (said.decode() for said in process.communicate(timeout=300))
+    assert process.returncode == 0, err
+    assert "left out 7.mp4: it is not a video" in err
+    assert out.splitlines() == [f"11 of 12 videos are in 12 shards in {one}"]
+    assert "train: 12 of 12 videos" in err and "WARNING" not in err
 
     for least in kills:
-        process = subprocess.Popen(
-            pack(videos, killed, 2), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        process = start(
+            *packing(videos, killed, 2), stderr=subprocess.DEVNULL, start_new_session=True
         )
         while process.poll() is None and len(list(killed.glob("*.array_record"))) < least:
             time.sleep(0.002)
@@ -179,8 +167,8 @@ def test_videos_are_packed_killed_and_gone_on_with(kills, videos, tmp_path):
         left = contents(killed)
         whole = {name: left[name] for name in left if name.endswith(".array_record")}
         assert least <= len(whole) < 12 and whole.items() <= contents(one).items()
-    done = subprocess.run(pack(videos, killed, 2), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, output = commands.fresh("prepare", *packing(videos, killed, 2))
+    assert status == 0, output
     assert contents(killed) == contents(one)
 
     status, output = commands.run("prepare", "check", killed)
@@ -193,9 +181,7 @@ def test_videos_are_packed_killed_and_gone_on_with(kills, videos, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(videos, tmp_path):
-    process = subprocess.Popen(
-        pack(videos, tmp_path, 2), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = start(*packing(videos, tmp_path, 2), stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.glob(".*.progress")):
         time.sleep(0.002)
     tasks = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
