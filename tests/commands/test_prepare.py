@@ -2,11 +2,9 @@
 
 import os
 import pathlib
-import pty
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import numpy as np
@@ -38,21 +36,6 @@ def test_a_data_set_is_made_with_progress_in_plain_lines(tmp_path):
     status, output = commands.run("prepare", *flags, "--seed=1")
     assert status == 1 and output.count("\n") == 1
     assert output.startswith("error: ") and "seed=0, not seed=1" in output
-
-
-def test_on_a_terminal_progress_is_a_bar(tmp_path):
-    terminal, process_side = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
-    process = start("moving_digits", f"--out={tmp_path / 'set'}", *COUNTS, stderr=process_side)
-    os.close(process_side)
-    shown = b""
-    try:
-        while block := os.read(terminal, 4096):
-            shown += block
-    except OSError:  # how Linux ends a terminal that nobody writes to
-        pass
-    assert process.wait(timeout=300) == 0
-    assert b"32/32" in shown and b"\r" in shown
 
 
 def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):

@@ -348,6 +348,7 @@ def test_describe_prints_the_papers_table_and_its_errors():
         (["mvit_b_16x4", "frame=8"], "did you mean 'frames'?"),
         (["mvit_b_16x4", "frames=abc"], "frames must be a whole number, not 'abc'"),
         (["mvit_b_16x4", "heads=2.0"], "heads must be a whole number, not 2.0"),
+        (["mvit_b_16x4", "kv_stride=(1,'a',1)"], "kv_stride must be whole numbers"),
         (["mvit_b_16x4", "drop_path=x"], "drop_path must be a number"),
         (["mvit_b_16x4", "name=3"], "'name' is no field of an architecture"),
     ],

@@ -1,4 +1,6 @@
-"""Progress as logs have it; `test_prepare.py` has a terminal."""
+"""Progress: lines in logs, a bar on a terminal."""
+
+import io
 
 from mvit_jax.common.progress import shown
 
@@ -8,3 +10,11 @@ def test_logs_get_a_line_for_every_tenth(capfd):
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "train: 2 of 20 videos" and lines[-1] == "train: 20 of 20 videos"
     assert len(lines) == 10
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert list(shown("train", range(19), 20, 1)) == list(range(19))
+    assert "20/20" in terminal.getvalue() and "\r" in terminal.getvalue()
