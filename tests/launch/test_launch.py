@@ -20,16 +20,11 @@ import yaml
 from jax._src.clusters import cloud_tpu_cluster
 
 from tests.support import tiny
-from tests.support.stand_ins import ASKED, LOST, PREEMPTED, stage, until
+from tests.support.stand_ins import ASKED, LOST, PREEMPTED, until
 
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
 JOBSET = yaml.safe_load((LAUNCH / "gke" / "jobset.yaml").read_text())
-
-
-@pytest.fixture
-def clone(tmp_path):
-    return stage(tmp_path)
 
 
 def check(program: str, path: Path) -> None:
@@ -47,10 +42,8 @@ def test_scripts_are_careful(path):
     check("shellcheck", path)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if "on_host/install" not in str(p)], ids=str)
 def test_scripts_refuse_missing_arguments_in_one_sentence(path, clone):
-    if path.parent.name == "on_host" and path.name == "install.sh":
-        return  # takes none
     status, out, err = clone.run([clone.clone / path.relative_to(tiny.ROOT)])
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 250

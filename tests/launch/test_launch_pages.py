@@ -9,14 +9,8 @@ import yaml
 from mvit_jax.config import KEYS
 from tests.project import test_docs
 from tests.support import tiny
-from tests.support.stand_ins import stage
 
 LAUNCH = tiny.ROOT / "launch"
-
-
-@pytest.fixture
-def clone(tmp_path):
-    return stage(tmp_path)
 
 
 PAGES = [tiny.ROOT / "docs" / name for name in test_docs.ELSEWHERE]

@@ -11,14 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.stand_ins import ASKED, LOST, PREEMPTED, Stage, stage, until
+from tests.support.stand_ins import ASKED, LOST, PREEMPTED, Stage, until
 
 KILLED = 137
-
-
-@pytest.fixture
-def clone(tmp_path):
-    return stage(tmp_path)
 
 
 def tpu(clone: Stage, name: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
