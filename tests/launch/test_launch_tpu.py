@@ -109,9 +109,10 @@ def test_training_goes_on_without_the_connection(clone):
     [call] = clone.calls()
     assert call[:-1] == [*RESOURCE, "ssh", "m", *EVERYWHERE]
     assert clone.on_host(call)[0] == 0
-    until((clone.clone / "train.status").exists)
+    log = clone.clone / "train.log"
+    until(lambda: "ended with status 0" in log.read_text())
     assert clone.starts() == [["-m", "mvit_jax.train", *ASKED]]
-    assert "ended with status 0" in (clone.clone / "train.log").read_text()
+    assert (clone.clone / "train.status").read_text() == "0\n"
 
 
 def test_a_host_where_a_training_runs_is_left_alone_and_named(clone):
