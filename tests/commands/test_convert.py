@@ -179,15 +179,6 @@ def test_the_origin_decides_how_many_axes_kernels_have(tmp_path):
     assert {n: v.shape for n, v in back.items()} == foreign.shapes("v2 image")
 
 
-def test_weights_go_to_torchvision_and_timm_where_these_have_such_a_model(converted, tmp_path):
-    run(converted[0], "--to=torchvision", f"--out={tmp_path / 'tv.pth'}")
-    made = read_tensors(tmp_path / "tv.pth").tensors
-    np.testing.assert_array_equal(made["head.1.bias"], tensors_of()["head.projection.bias"])
-    with pytest.raises(UserError, match="timm cannot hold this model: frames is 4"):
-        run(converted[0], "--to=timm", f"--out={tmp_path / 'timm.pth'}")
-    assert files(tmp_path) == {"tv.pth"}
-
-
 def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
     config = tiny.config(digits, **{"optim.ema": 0.5})
     workdir.freeze(config, tmp_path / "run")

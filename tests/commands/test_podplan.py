@@ -29,6 +29,7 @@ WRONG = [
     ([*HERE, "--slices=2", "--config.mesh.fsdp=8"], "mesh.fsdp=8 does not divide the 4 chips of"),
     ([*HERE, "--config.bach=8"], "did you mean 'batch'"),
     ([*HERE, "--config.data.train_videos=0"], "data.train_videos must be at least 1, not 0"),
+    (["--config=configs/custom.py", *HERE], "--config.data.train_videos=N"),  # that nobody counted
     ([*HERE, "--effort=7"], "--effort=7 must be from -1 to 1"),
     ([*HERE, "--effort=nan"], "--effort=nan must be from -1 to 1"),
     ([*HERE, "--out=plan.jpg"], "--out=plan.jpg must be a .png file"),
@@ -52,7 +53,6 @@ WRONG = [
 KINETICS = "--config=configs/kinetics.py:mvit_b_16x4"
 # Flags after those of the experiment above, unless they have a --config of their own.
 RUNS = {
-    "uncounted": ["--config=configs/custom.py", *HERE],
     "kept": [*SWEEP, "--fsdp=1", "--clips=2,13", "--json={tmp}/kept.json"],
     "sweep": [
         "--topology=v5e:4x4", "--config.batch=16", "--sweep", "--fsdp=1,16", "--remat=none,blocks",
@@ -95,11 +95,6 @@ def test_what_is_wrong_is_one_sentence_before_anything_is_compiled(told, place):
     assert status == 1 and re.search(WRONG[place][1], err), (status, err)
     assert err.startswith("error: ") and err.count("\n") == 1
     assert "compiling" not in out and "program" not in out
-
-
-def test_videos_that_nobody_counted_are_asked_for(told):
-    status, _, err = told[1]["uncounted"]
-    assert status == 1 and "--config.data.train_videos=N" in err
 
 
 def test_a_sweep_that_breaks_off_keeps_what_it_had(told):

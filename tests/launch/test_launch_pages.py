@@ -4,14 +4,11 @@ import re
 import shutil
 
 import pytest
-import yaml
 
 from mvit_jax.config import KEYS
+from tests.launch.test_launch import LAUNCH, job_and_pod
 from tests.project import test_docs
 from tests.support import tiny
-
-LAUNCH = tiny.ROOT / "launch"
-
 
 PAGES = [tiny.ROOT / "docs" / name for name in test_docs.ELSEWHERE]
 
@@ -47,11 +44,9 @@ def test_every_command_of_a_page_runs(page, clone):
 def commands_of_ours() -> list[tuple[str, str, list[str]]]:
     """Returns file, program and flags of each command in launch/, the README and the pages."""
     commands = []
-    texts = {path: path.read_text() for path in [tiny.ROOT / "README.md", *LAUNCH.rglob("*.s*")]}
-    for path in (tiny.ROOT / "docs").rglob("*.md"):
-        texts[path] = path.read_text()
-    [part] = yaml.safe_load((LAUNCH / "gke/jobset.yaml").read_text())["spec"]["replicatedJobs"]
-    [container] = part["template"]["spec"]["template"]["spec"]["containers"]
+    pages = [tiny.ROOT / "README.md", *LAUNCH.rglob("*.s*"), *(tiny.ROOT / "docs").rglob("*.md")]
+    texts = {path: path.read_text() for path in pages}
+    [container] = job_and_pod()[1]["containers"]
     texts[LAUNCH / "gke" / "jobset.yaml"] = "python -m " + " ".join(container["args"])
     for path, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():

@@ -109,22 +109,6 @@ def test_through_another_family_and_back_nothing_changes(form, to):
     same(state_dict(back.params, found.config, origin.family, origin), tensors_of(form))
 
 
-def test_pytorchvideos_three_layers_become_torchvisions_one():
-    found, theirs = loaded("pytorchvideo"), tensors_of("pytorchvideo")
-    made = state_dict(found.params, found.config, "torchvision")
-    reference = tensors_of("torchvision_v1")
-    assert made.keys() == reference.keys()
-    for name, values in reference.items():  # which has 49 places instead of 64
-        assert made[name].shape == values.shape or name == "pos_encoding.spatial_pos", name
-    for i in range(4):
-        for leaf in ("weight", "bias"):
-            rows = [theirs[f"blocks.{i}.attn.{x}.{leaf}"] for x in "qkv"]
-            np.testing.assert_array_equal(made[f"blocks.{i}.attn.qkv.{leaf}"], np.concatenate(rows))
-    np.testing.assert_array_equal(
-        made["pos_encoding.spatial_pos"], theirs["cls_positional_encoding.pos_embed_spatial"][0]
-    )
-
-
 def test_fixed_positions_are_written_for_slowfast_and_not_read():
     config = variant("mvit_b_16x4", **foreign.fields("v1 video", width=16, positions="sincos"))
     params = unflatten_dict(foreign.filled(functional(config).shapes()), sep="/")

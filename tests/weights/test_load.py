@@ -133,7 +133,6 @@ def test_what_the_user_overrides_holds_against_the_file():
 
 
 WRAPPINGS = {
-    "nothing": lambda t: t,
     "model_state": lambda t: {"epoch": 200, "model_state": t, "cfg": "TRAIN: x"},
     "state_dict": lambda t: {"state_dict": t},
     "module.": lambda t: {f"module.{name}": values for name, values in t.items()},
@@ -266,38 +265,24 @@ def test_between_images_and_video_one_says_how():
         loaded(foreign.slowfast("v2 image"), "v2 video")
 
 
-# PyTorchVideo's second names.
-
-PTV, FIELDS = CASES["pytorchvideo"]
-
-
-def with_second_names(tensors):
-    """As versions after 0.1 write them."""
+def test_second_names_are_no_problem_unless_they_are_of_other_tensors():
+    """Versions of PyTorchVideo after 0.1 write pools twice."""
+    tensors, (variant, fields) = foreign.original("pytorchvideo"), CASES["pytorchvideo"]
     second = {
         re.sub(r"\.(pool|norm)_([qkv])\.", r"._attention_pool_\2.\1.", name): values
         for name, values in tensors.items()
         if re.search(r"\.(pool|norm)_[qkv]\.", name)
     }
     assert len(second) == 3 * (3 * 4 - 2)  # two blocks pool no queries
-    return tensors | second
-
-
-def test_second_names_of_the_same_tensors_are_no_problem():
-    tensors = foreign.original("pytorchvideo")
-    once, twice = (load(t, PTV, **FIELDS) for t in (tensors, with_second_names(tensors)))
+    once, twice = (load(t, variant, **fields) for t in (tensors, tensors | second))
     same(flat(twice), flat(once))
-    second = [line for line in twice.report.lines if "_attention_pool" in line.source]
-    assert len(second) == 30
-    assert all(line.done.startswith("second name of blocks.") for line in second)
-
-
-def test_second_names_of_other_tensors_are_a_problem():
-    tensors = with_second_names(foreign.original("pytorchvideo"))
+    done = [line.done for line in twice.report.lines if "_attention_pool" in line.source]
+    assert len(done) == 30 and all(d.startswith("second name of blocks.") for d in done)
     name = "blocks.2.attn._attention_pool_k.pool.weight"
-    tensors[name] = tensors[name] + 1
+    second[name] = second[name] + 1
     says = f"{name} 8x1x3x3x3: differs from its other name blocks.2.attn.pool_k.weight"
     with pytest.raises(WeightsError, match=re.escape(says)):
-        load(tensors, PTV, **FIELDS)
+        load(tensors | second, variant, **fields)
 
 
 # What is wrong, all of it at once.
