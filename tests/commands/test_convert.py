@@ -162,11 +162,7 @@ def test_what_came_in_goes_out_bit_for_bit(to, converted, tmp_path, capsys):
     run(folder, f"--to={to}", f"--out={tmp_path / 'out'}")
     read = read_tensors(tmp_path / "out")
     assert read.format == ("torch" if to == "slowfast" else "safetensors")
-    theirs = tensors_of()
-    assert read.tensors.keys() == theirs.keys()
-    for name, values in theirs.items():
-        assert read.tensors[name].dtype == values.dtype and read.tensors[name].shape == values.shape
-        assert read.tensors[name].tobytes() == values.tobytes(), name
+    foreign.same(read.tensors, tensors_of())
     assert f"wrote {tmp_path / 'out'}: 92 tensors as slowfast has them" in capsys.readouterr().out
 
 

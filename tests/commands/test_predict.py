@@ -62,10 +62,10 @@ def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
     long = small.write_video(tmp_path / "long.mp4", small.textured(150, height=32))
+    pictures = tmp_path / "new" / "pictures"
     command = [
         sys.executable, "-m", "mvit_jax.predict", paths[0], broken, long, f"--workdir={run}",
-        "--top=2", "--which=best", f"--json={tmp_path / 'out.json'}",
-        f"--pictures={tmp_path / 'new' / 'pictures'}",
+        "--top=2", "--which=best", f"--json={tmp_path / 'out.json'}", f"--pictures={pictures}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=of_process(1))
     assert done.returncode == 1
@@ -95,10 +95,7 @@ def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_
     assert cells[7 + len(line["segments"])][-1] == f"{last['probability']:.2f}"
     assert line["windows"][1]["start"] == pytest.approx(8 / 30)
     assert [len(window["classes"]) for window in line["windows"]] == [2] * 18
-    drawn = [
-        str(tmp_path / "new" / "pictures" / f"{Path(file).stem}_prediction.png")
-        for file in (paths[0], long)
-    ]
+    drawn = [f"{pictures / Path(file).stem}_prediction.png" for file in (paths[0], long)]
     assert first["pictures"] + second["pictures"] == drawn
     assert lines[-1] == f"wrote {drawn[0]}, {drawn[1]}"
 
@@ -110,15 +107,10 @@ def test_pictures_are_what_their_names_say(predictor, paths, tmp_path):
     files = [paths[0], str(long)]
     results = predict.predict(predictor, files, top=2, pictures=folder, maps=True)["files"]
     stem = Path(paths[0]).stem
-    expected = [
-        f"{name}_{end}"
-        for name in (stem, "long")
-        for end in ("prediction.png", "attention.gif", "attention.mp4")
-    ]
-    assert [path for result in results for path in result["pictures"]] == [
-        str(folder / name) for name in expected
-    ]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
+    ends = ("prediction.png", "attention.gif", "attention.mp4")
+    expected = [str(folder / f"{name}_{end}") for name in (stem, "long") for end in ends]
+    assert [path for result in results for path in result["pictures"]] == expected
+    assert sorted(map(str, folder.iterdir())) == sorted(expected)
     with Image.open(folder / "long_prediction.png") as image:
         assert image.format == "PNG" and image.width > 1000
         assert len(image.convert("RGB").getcolors(2**24)) > 300

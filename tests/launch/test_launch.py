@@ -1,8 +1,4 @@
-"""Checks of launch/ without a cluster.
-
-Scripts run with stand-ins for the programs of clusters (`stand_ins.py`). shellcheck, hadolint and
-the schemas of Kubernetes check the files.
-"""
+"""launch/ without a cluster: scripts with stand-ins for programs, files by their linters."""
 
 import math
 import os
@@ -159,9 +155,8 @@ def test_xpk_starts_the_same_run(clone):
     [call] = clone.calls()
     assert call[:3] == ["xpk", "workload", "create"]
     given = dict(word.removeprefix("--").partition("=")[::2] for word in call[3:])
-    assert (
-        given.pop("command") == r"exec python -m mvit_jax.train --config=c.py --workdir=a\ folder"
-    )
+    command = given.pop("command")
+    assert command == r"exec python -m mvit_jax.train --config=c.py --workdir=a\ folder"
     assert given == {
         "workload": "n", "cluster": "c", "zone": "z", "tpu-type": "v5litepod-16",
         "docker-image": "image:tag", "num-slices": "1", "max-restarts": "100",

@@ -27,10 +27,7 @@ def test_every_command_of_a_page_runs(page, clone):
         ("describe mvit", [("ACTIVE", 0)]),
         ("projects describe", [("123", 0)]),
         ("queued-resources list", [("", 0), ("", 0), ("ACTIVE", 0)]),
-        (
-            "train.status",
-            [("training on a: 0", 0), ("training on a: none", 0), ("training on a: 0", 0)],
-        ),
+        ("train.status", [(f"training on a: {status}", 0) for status in ("0", "none", "0")]),
     )
     blocks = test_docs.blocks(page)
     assert {block.language for block in blocks} == {"sh"}

@@ -98,6 +98,15 @@ def original(case: str) -> dict[str, np.ndarray]:
     return {name: make_outputs.draw_weight(name, shape) for name, shape in shapes.items()}
 
 
+def same(mine, theirs) -> None:
+    """Asserts that tensors by name are equal bit for bit, in float32."""
+    assert mine.keys() == theirs.keys()
+    for name, values in theirs.items():
+        ours = np.asarray(mine[name])
+        assert ours.dtype == values.dtype == np.float32 and ours.shape == values.shape, name
+        assert ours.tobytes() == values.tobytes(), name
+
+
 # Each with what is peculiar to it.
 FORMS = {
     "v1 video, fused": ("v1 video", {}),

@@ -11,11 +11,6 @@ from mvit_jax.models.ops import pooling
 from mvit_jax.models.plan import Pool
 from mvit_jax.weights.adapt import INFLATIONS, cubic_weights, fit, inflated
 
-
-def table(old):
-    return (np.arange(old * old) ** 2 % 17).reshape(old, old).astype(np.float64)
-
-
 # torch.nn.functional.interpolate(table, mode="bicubic", align_corners=False), torch 2.14, float64.
 BICUBIC = {
     (2, 5): [
@@ -36,7 +31,8 @@ BICUBIC = {
 @pytest.mark.parametrize(("old", "new"), BICUBIC)
 def test_cubic_interpolation_is_torchs(old, new):
     weights = cubic_weights(old, new)
-    moved = weights @ table(old) @ weights.T
+    table = (np.arange(old * old) ** 2 % 17).reshape(old, old)
+    moved = weights @ table @ weights.T
     np.testing.assert_allclose(moved, BICUBIC[old, new], rtol=0, atol=1e-7)
 
 

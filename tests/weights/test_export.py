@@ -18,6 +18,7 @@ from mvit_jax.weights.tensor_files import read_tensors
 from tests.models.test_parity import CASES
 from tests.reference import make_names
 from tests.weights import foreign
+from tests.weights.foreign import same
 
 FORMS = [*CASES, *foreign.FORMS]
 
@@ -42,14 +43,6 @@ def tensors_of(form: str) -> dict[str, np.ndarray]:
 def loaded(form: str) -> Loaded:
     name, fields = asked(form)
     return load(tensors_of(form), name, **fields)
-
-
-def same(mine, theirs) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, values in theirs.items():
-        assert mine[name].dtype == values.dtype == np.float32, name
-        assert mine[name].shape == values.shape, name
-        assert mine[name].tobytes() == values.tobytes(), name
 
 
 # There and back.

@@ -16,8 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from mvit_jax.common.errors import UserError
+from mvit_jax.weights.tensor_files import Tensors, read_tensors, write_safetensors, write_torch
+from tests.reference.make_torch_files import FOLDER, expected
 from tests.support import tiny
 from tests.support.environment import of_process
+from tests.weights.test_tensor_files import attacks, legacy, tensor, text, zipped
 
 MEMORY = 2**30
 SECONDS = 20  # for one file, on a loaded machine
@@ -28,10 +32,6 @@ FORBIDDEN += ("compile", "import", "pickle.find_class", "socket.connect", "os.re
 
 def seeds(folder):
     """Good files of each format, and files whose pickles would run something."""
-    from mvit_jax.weights.tensor_files import write_safetensors, write_torch
-    from tests.reference.make_torch_files import FOLDER, expected
-    from tests.weights.test_tensor_files import attacks, legacy, tensor, text, zipped
-
     good = [path.read_bytes() for path in sorted(FOLDER.iterdir())]
     for write in (write_torch, write_safetensors):
         write(folder / "seed", expected())
@@ -112,10 +112,7 @@ def mutated(raw, other, draw):
     return struct.pack("<Q", claimed) + header + raw[8 + length :]
 
 
-def fuzz(folder, count, seed=0):
-    from mvit_jax.common.errors import UserError
-    from mvit_jax.weights.tensor_files import Tensors, read_tensors
-
+def fuzz(folder, count, seed):
     draw = random.Random(seed)
     good, bad = seeds(folder)
     for number, raw in enumerate(good + bad):  # also imports what is imported late
@@ -136,9 +133,8 @@ def fuzz(folder, count, seed=0):
     watching, ran = True, []
 
     def watch(event, args):
-        if watching and event in FORBIDDEN:
-            ran.append((event, str(args)[:200]))
-        if watching and event == "open" and isinstance(args[1], str) and "r" not in args[1]:
+        writes = event == "open" and isinstance(args[1], str) and "r" not in args[1]
+        if watching and (event in FORBIDDEN or writes):
             ran.append((event, str(args)[:200]))
 
     sys.addaudithook(watch)
@@ -176,13 +172,13 @@ def fuzz(folder, count, seed=0):
     ],
 )
 def test_broken_files_are_read_or_refused(count, seed, tmp_path):
-    code = (
-        "import pathlib, sys; from tests.weights.test_tensor_files_fuzz import fuzz; "
-        "fuzz(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(count), str(seed)],
+        [sys.executable, "-m", __name__, str(tmp_path), str(count), str(seed)],
         cwd=tiny.ROOT, env=of_process(1), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
+
+
+if __name__ == "__main__":
+    fuzz(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
