@@ -13,8 +13,8 @@ import pytest
 from mvit_jax.data.making import moving_digits
 from tests.data.making.test_moving_digits import contents
 from tests.support import commands
+from tests.support.tiny import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 COUNTS = ("--train_videos=16", "--val_videos=8", "--test_videos=8")
 
 

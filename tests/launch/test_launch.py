@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -20,7 +19,9 @@ from tests.support.stand_ins import ASKED, LOST, PREEMPTED, until
 
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
-JOBSET = yaml.safe_load((LAUNCH / "gke" / "jobset.yaml").read_text())
+[PART] = yaml.safe_load((LAUNCH / "gke" / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
+JOB_SPEC = PART["template"]["spec"]
+POD = JOB_SPEC["template"]["spec"]
 
 
 def check(program: str, path: Path) -> None:
@@ -121,18 +122,12 @@ def test_a_job_wants_one_process_a_gpu(clone):
 # Kubernetes.
 
 
-def job_and_pod() -> tuple[dict[str, Any], dict[str, Any]]:
-    [part] = JOBSET["spec"]["replicatedJobs"]
-    return part["template"]["spec"], part["template"]["spec"]["template"]["spec"]
-
-
 def test_the_jobset_has_a_container_for_each_host_of_the_slice():
-    job, pod = job_and_pod()
-    [container] = pod["containers"]
+    [container] = POD["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
-    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
-    assert math.prod(map(int, topology.split("x"))) == chips * job["parallelism"]
-    assert job["completions"] == job["parallelism"]
+    topology = POD["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    assert math.prod(map(int, topology.split("x"))) == chips * JOB_SPEC["parallelism"]
+    assert JOB_SPEC["completions"] == JOB_SPEC["parallelism"]
     ports = {port["containerPort"] for port in container["ports"]}
     assert int(cloud_tpu_cluster.coordinator_port) in ports
 
@@ -140,11 +135,11 @@ def test_the_jobset_has_a_container_for_each_host_of_the_slice():
 @pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
 def test_kubernetes_accepts_the_job_of_the_jobset(version):
     head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
-    kubernetes_validate.validate(head | {"spec": job_and_pod()[0]}, version, strict=True)
+    kubernetes_validate.validate(head | {"spec": JOB_SPEC}, version, strict=True)
 
 
 def test_the_jobset_starts_again_after_the_programs_two_statuses_alone():
-    _, codes = job_and_pod()[0]["podFailurePolicy"]["rules"]
+    _, codes = JOB_SPEC["podFailurePolicy"]["rules"]
     assert codes["action"] == "FailJob" and codes["onExitCodes"]["operator"] == "NotIn"
     assert codes["onExitCodes"]["values"] == [LOST, PREEMPTED]
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mvit_jax.config import KEYS
-from tests.launch.test_launch import LAUNCH, job_and_pod
+from tests.launch.test_launch import LAUNCH, POD
 from tests.project import test_docs
 from tests.support import tiny
 
@@ -43,7 +43,7 @@ def commands_of_ours() -> list[tuple[str, str, list[str]]]:
     commands = []
     pages = [tiny.ROOT / "README.md", *LAUNCH.rglob("*.s*"), *(tiny.ROOT / "docs").rglob("*.md")]
     texts = {path: path.read_text() for path in pages}
-    [container] = job_and_pod()[1]["containers"]
+    [container] = POD["containers"]
     texts[LAUNCH / "gke" / "jobset.yaml"] = "python -m " + " ".join(container["args"])
     for path, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
