@@ -280,6 +280,11 @@ def test_what_is_wrong_is_one_sentence(flags, sentence, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_file_that_is_not_there_is_named_before_the_workdir():
+    status, said = commands.run("train", "--config=configs/no.py")
+    assert status == 1 and "there is no config file configs/no.py" in said
+
+
 def change_list(data, old, new):
     path = data / "train.csv"
     path.write_text(path.read_text().replace(old, new, 1))
