@@ -79,6 +79,20 @@ class Frames:
         return self.pixels[np.asarray(indices)]
 
 
+def distinct(
+    indices: Sequence[int] | Int[np.ndarray, " frames"], num_frames: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones of these frame numbers, rising, and the place of each number among them.
+
+    Raises:
+      IndexError: a frame number out of range.
+    """
+    wanted, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+    if wanted[0] < 0 or wanted[-1] >= num_frames:
+        raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of a video of {num_frames} frames")
+    return wanted, places
+
+
 def is_image(path: str | os.PathLike[str]) -> bool:
     """Whether the name ends like an image's; every other file is taken for a video."""
     return os.fspath(path).lower().endswith(SUFFIXES)

@@ -25,6 +25,7 @@ from mvit_jax.data.images import (
     Footage,
     Frames,
     check_still,
+    distinct,
     is_image,
     read_image,
 )
@@ -162,17 +163,13 @@ class Video:
           DecodeError: the file is broken where these frames are.
           IndexError: a frame number out of range.
         """
-        wanted, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-        if wanted[0] < 0 or wanted[-1] >= self.num_frames:
-            raise IndexError(
-                f"frames {wanted[0]} to {wanted[-1]} of a video of {self.num_frames} frames"
-            )
+        wanted, places = distinct(indices, self.num_frames)
         images = np.empty(0, np.uint8)
         for row, (_, image) in enumerate(self.in_order(wanted.tolist())):
             if row == 0:
                 images = np.empty((len(wanted), *image.shape), np.uint8)
             images[row] = image
-        return images if len(places) == len(images) and _is_range(places) else images[places]
+        return images if np.array_equal(places, np.arange(len(images))) else images[places]
 
     def _use(self, index: Index) -> None:
         """Sets up decoding without the container."""
@@ -447,7 +444,3 @@ def why_broken(opened: contextlib.AbstractContextManager[Footage]) -> str | None
     except DecodeError as error:
         return error.reason
     return None
-
-
-def _is_range(places: np.ndarray) -> bool:
-    return bool((places == np.arange(len(places))).all())

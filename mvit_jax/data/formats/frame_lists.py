@@ -18,7 +18,8 @@ from jaxtyping import Int, Int32, Int64, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import video as decoding
-from mvit_jax.data.images import DecodeError, Footage, is_image, read_image
+from mvit_jax.data.formats.video_list import VideoList
+from mvit_jax.data.images import DecodeError, Footage, distinct, is_image, read_image
 
 FRAME_RATE = 30.0
 """Frames a second at which frames are written (PySlowFast's way: `ffmpeg -r 30`); files of images
@@ -55,11 +56,7 @@ class FrameFiles:
           DecodeError: a frame is missing or broken, or these frames differ in size.
           IndexError: a frame number out of range.
         """
-        wanted, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-        if wanted[0] < 0 or wanted[-1] >= self.num_frames:
-            raise IndexError(
-                f"frames {wanted[0]} to {wanted[-1]} of a video of {self.num_frames} frames"
-            )
+        wanted, places = distinct(indices, self.num_frames)
         images = [self._image(self.paths[number]) for number in wanted]
         for number, image in zip(wanted, images, strict=True):
             if image.shape != images[0].shape:
@@ -78,39 +75,17 @@ class FrameFiles:
             raise DecodeError(self.name, reason) from error
 
 
-# eq=False, repr=False: as of `lists.VideoList`.
-@dataclass(frozen=True, eq=False, repr=False)
-class FrameFolders:
-    """The videos of one split, a folder of frames for each; a `sources.Source`.
+class FrameFolders(VideoList):
+    """The videos of one split, where `paths` are folders of their frames; a `sources.Source`.
 
     Folders are looked into when a video is opened, as there are hundreds of thousands. Frames are
     the images of a folder by their names, numbers in them by value. Where there is no such folder,
     the video itself may lie there, under the name of the folder and `.webm` or `.mp4`.
-
-    Attributes:
-      folders: path of each video's folder of frames.
-      labels: class of each video, in `range(len(class_names))`.
-      class_names: name of each class.
-      list_file: the list that was read, for messages.
     """
-
-    folders: tuple[str, ...]
-    labels: Int32[np.ndarray, " videos"]
-    class_names: tuple[str, ...]
-    list_file: str
-
-    def __len__(self) -> int:
-        return len(self.folders)
-
-    def label(self, index: int, frames: Int[np.ndarray, " frames"] | None = None) -> int:
-        return int(self.labels[index])
-
-    def item(self, index: int) -> str:
-        return self.folders[index]
 
     @contextlib.contextmanager
     def opened(self, index: int, clip_frames: int) -> Iterator[Footage]:
-        folder = self.folders[index]
+        folder = self.paths[index]
         try:
             with os.scandir(folder) as entries:
                 names = [entry.name for entry in entries if is_image(entry.name)]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -87,16 +88,6 @@ class Manifest:
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         shards = ",\n".join(json.dumps(asdict(shard)) for shard in self.shards)
         return "{\n" + ",\n".join(lines) + ',\n"shards": [\n' + shards + "\n]\n}\n"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A file's records for ArrayRecordDataSource, which then need not open it to count them."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,10 +172,11 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     shards = manifest.shards
     ids = tuple(name for shard in shards for name in shard.ids)
     labels = np.array([label for shard in shards for label in shard.labels], np.int32)
+    # With the numbers of records, so that shards need not be opened to count them.
     parts: list[Any] = [
-        _Part(str(root / shard.file), 0, len(shard.ids), len(shard.ids))
-        for shard in shards
-        if shard.ids
+        SimpleNamespace(filename=str(root / file), skip=0, take=count, examples_in_shard=count)
+        for file, count in ((shard.file, len(shard.ids)) for shard in shards)
+        if count
     ]
     names = tuple(manifest.classes)
     return ShardedVideos(ids, labels, names, str(path), sources.ArrayRecordDataSource(parts))
