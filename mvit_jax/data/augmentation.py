@@ -78,13 +78,7 @@ def augment(
     """Makes a training clip out of decoded frames (the recipes' section: Fan et al. 2021, D.1).
 
     Videos go through RandAugment as whole frames and are then cropped; images the other way round.
-
-    Args:
-      clip: frames of any size, RGB.
-      settings: what is done.
-      size: side of the square in pixels.
-      rng: gives all draws.
-      image: in which order.
+    `rng` gives all draws.
 
     Raises:
       UserError: squares that do not fit into frames with the smallest short side.
@@ -170,22 +164,14 @@ def random_resized_crop(
     *,
     rng: np.random.Generator,
     area: tuple[float, float] = (0.08, 1.0),
-    aspect: tuple[float, float] = (0.75, 1.3333),
     interpolation: Interpolation = "bilinear",
 ) -> UInt8[np.ndarray, "time {size} {size} 3"]:
-    """Cuts the same random rectangle out of all frames and resizes it to a square.
+    """Cuts the same `random_box` out of all frames and resizes it to a square.
 
-    The "Inception crop" of the papers' training recipes (Fan et al. 2021, appendix D.1).
-
-    Args:
-      clip: frames of any size.
-      size: side of the square in pixels.
-      rng: gives the draws.
-      area: bounds of the rectangle's share of the frame, drawn uniformly.
-      aspect: bounds of its width divided by its height, drawn log-uniformly.
-      interpolation: of `resize`, which sees nothing outside of the rectangle.
+    The "Inception crop" of the papers' training recipes (Fan et al. 2021, appendix D.1). `resize`
+    sees nothing outside of the rectangle.
     """
-    top, left, height, width = random_box(clip.shape[1], clip.shape[2], rng, area, aspect)
+    top, left, height, width = random_box(clip.shape[1], clip.shape[2], rng, area)
     return resize(clip[:, top : top + height, left : left + width], size, size, interpolation)
 
 
@@ -196,7 +182,12 @@ def random_box(
     area: tuple[float, float],
     aspect: tuple[float, float] = (0.75, 1.3333),
 ) -> Box:
-    """Draws a box; the largest centred one if ten draws do not fit."""
+    """Draws a box; the largest centred one if ten draws do not fit.
+
+    Args:
+      area: bounds of its share of the frame, drawn uniformly.
+      aspect: bounds of its width divided by its height, drawn log-uniformly.
+    """
     for _ in range(10):
         pixels = rng.uniform(*area) * height * width
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -218,8 +209,6 @@ def crop_views(
     """Cuts the test protocol's squares: the centre, or three along the longer side.
 
     Args:
-      clip: frames whose sides are both at least `size`.
-      size: side of the squares in pixels.
       crops: 1 for the centre; 3 for left, centre, right (top, centre, bottom of tall frames).
       image: whether the centre is that of images. Where an odd number of pixels is left over, the
         reference protocol of video rounds up, and torchvision's CenterCrop to the even one.

@@ -2,7 +2,8 @@
 
 Each gives, byte for byte, what Pillow gives frame by frame; `benchmarks/augmentation.py` measures
 how much sooner. A "window" is the part of the frames that is held: most operations need no more of
-a frame than what becomes of it later.
+a frame than what becomes of it later. In the arguments `frame` is all of a frame, `held` where the
+window `clip` is, `wanted` the part to give, and `fill` the colour that comes in from outside.
 """
 
 import math
@@ -135,11 +136,8 @@ def sharpness(clip: Clip, factor: float, held: Box, wanted: Box) -> Clip:
     """Blends with the smoothed frame; 1 changes nothing, and so does any factor at the edges.
 
     Args:
-      clip: the window `held`, which has one pixel more on all sides than `wanted`, but for those
-        sides where the frame ends.
+      clip: has one pixel more on all sides than `wanted`, but for those where the frame ends.
       factor: 0 for smooth, 2 for sharper.
-      held: where the window is.
-      wanted: what to give.
     """
     # Multiples of 1/13 are never halfway between two values, so all ways to round agree.
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -176,13 +174,7 @@ def _blend(
 def rotate(clip: Clip, degrees: float, frame: Box, held: Box, wanted: Box, fill: Colour) -> Clip:
     """Turns counterclockwise about the frame's centre.
 
-    Args:
-      clip: the window `held`, which has what `rotate_source` says.
-      degrees: between -90 and 90, both excluded.
-      frame: all of a frame.
-      held: where the window is.
-      wanted: what to give.
-      fill: what comes in from outside.
+    `degrees` are between -90 and 90, both excluded. The window has what `rotate_source` says.
     """
     if degrees == 0:
         return wanted.cut(clip, held)
@@ -239,15 +231,8 @@ def shift_rows(
 ) -> Clip:
     """Gives pixel x of row y what is at x + shifts[y], of the same row.
 
-    This is shearing and translating, for which Pillow reads 16 pixels although 4 matter.
-
-    Args:
-      clip: the window `held`, which has what `shift_source` says.
-      shifts: of the rows of `wanted`, in pixels.
-      frame: all of a frame.
-      held: where the window is.
-      wanted: what to give.
-      fill: what comes in from outside.
+    This is shearing and translating, for which Pillow reads 16 pixels although 4 matter. `shifts`
+    are of the rows of `wanted`, in pixels; the window has what `shift_source` says.
     """
     clip = clip[:, wanted.top - held.top :]
     out = np.empty((len(clip), wanted.height, wanted.width, 3), np.uint8)

@@ -92,7 +92,8 @@ def _dataset(load: Any, batches: int, rows: int, options: LoaderOptions, prefetc
     )
     dataset = grain.MapDataset.range(batches * rows).map(load).to_iter_dataset(reading)
     if options.processes > 0:
-        _mark_flags_as_parsed()
+        if not flags.FLAGS.is_parsed():  # as in a notebook or a plain script: workers read them
+            flags.FLAGS.mark_as_parsed()
         # What a worker has prefetched at the end is freed, but reported as if it were lost.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         ahead = max(prefetch * rows // options.processes, 1)
@@ -109,17 +110,11 @@ def _serve_parent(worker: int, workers: int) -> None:
     """Ignores SIGINT and SIGTERM, which the parent handles, and exits when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
 
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
 
-def _mark_flags_as_parsed() -> None:
-    """Grain's workers read absl's flags, which nobody parses in a notebook or a plain script."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    threading.Thread(target=end_with_parent, daemon=True).start()

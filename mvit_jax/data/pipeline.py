@@ -73,6 +73,17 @@ class ClipSettings:
                 f"from {jitter[0]} on: raise the lower bound of the jitter, or lower the size"
             )
 
+    def view_indices(self, video: Footage, clips: int) -> Int64[np.ndarray, "clips frames"]:
+        """Gives the frames of the test protocol's clips, see `sampling.view_indices`."""
+        return sampling.view_indices(
+            video.num_frames,
+            video.fps,
+            frames=self.frames,
+            stride=self.stride,
+            sampling=self.sampling,
+            clips=clips,
+        )
+
 
 def train_batches(
     videos: Source,
@@ -141,17 +152,14 @@ def test_batches(
 ) -> Generator[Batch, None, None]:
     """Gives the views of every video, each video once, in order, in batches of one shape.
 
+    Arguments that are not named here are as for `train_batches`.
+
     Args:
-      videos: the data set.
-      settings: what a clip is.
       clips: K, clips spread evenly over a video; of several numbers, the clips of each in turn.
       crops: squares cut from each clip, 1 or 3.
       batch: videos per batch, all hosts together; the last batch is padded.
-      rows: the rows of the global batch that this host loads, contiguous; None for all.
       shuffle_seed: if given, the frames of each clip are permuted, by draws from
         (shuffle_seed, place of the video): the test of Fan et al. 2021, table 9.
-      loader: threads, processes and time-out of the loading; the views do not depend on it.
-      prefetch: batches loaded ahead.
 
     Yields:
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
@@ -230,27 +238,13 @@ def views(
 ) -> UInt8[np.ndarray, "views frames size size 3"]:
     """Gives the views of the test protocol, the crops of the first clip first.
 
-    Args:
-      video: an open file, or frames.
-      settings: what a clip is.
-      clips: K, clips spread evenly over the video; of several numbers, the clips of each in turn.
-      crops: squares cut from each clip, 1 or 3.
-      shuffle: if given, permutes the frames of each clip.
+    `clips` and `crops` are as for `test_batches`; `shuffle` permutes the frames of each clip.
 
     Raises:
       DecodeError: the file is broken.
     """
-    indices = np.concatenate([
-        sampling.view_indices(
-            video.num_frames,
-            video.fps,
-            frames=settings.frames,
-            stride=settings.stride,
-            sampling=settings.sampling,
-            clips=count,
-        )
-        for count in ((clips,) if isinstance(clips, int) else clips)
-    ])  # fmt: skip
+    counts = (clips,) if isinstance(clips, int) else clips
+    indices = np.concatenate([settings.view_indices(video, count) for count in counts])
     if shuffle is not None:
         indices = shuffle.permuted(indices, axis=1)
     # Clips of a short video share frames: each is decoded and resized once.
@@ -335,29 +329,21 @@ class _TestElements:
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
         video = step * self.batch + self.rows[row]
+        settings, label, views = self.settings, None, None
         if video >= len(self.videos):
-            return self._element(None, label=None, video=-1)
-        shuffle = None
-        if self.shuffle_seed is not None:
-            shuffle = _generator(_SHUFFLE, self.shuffle_seed, video)
-        label, views = None, None
-        with contextlib.suppress(DecodeError), watchdog.noted(self.board, element, video):
-            label = self.videos.label(video)
-            views = load_views(
-                self.videos,
-                video,
-                self.settings,
-                clips=self.clips,
-                crops=self.crops,
-                shuffle=shuffle,
-            )
-        return self._element(views, label=label, video=video)
-
-    def _element(self, views: np.ndarray | None, label: Any, video: int) -> dict[str, Any]:
+            video = -1  # padding
+        else:
+            seed = self.shuffle_seed
+            rng = None if seed is None else _generator(_SHUFFLE, seed, video)
+            with contextlib.suppress(DecodeError), watchdog.noted(self.board, element, video):
+                label = self.videos.label(video)
+                views = load_views(
+                    self.videos, video, settings, clips=self.clips, crops=self.crops, shuffle=rng
+                )
         valid = views is not None
         if views is None:
-            size = self.settings.size
-            shape = (sum(self.clips) * self.crops, self.settings.frames, size, size, 3)
+            size = settings.size
+            shape = (sum(self.clips) * self.crops, settings.frames, size, size, 3)
             views = np.zeros(shape, np.uint8)
         if label is None:
             label = self._blank_label()

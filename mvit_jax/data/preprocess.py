@@ -1,5 +1,6 @@
 """From a file or raw frames to what a variant takes, in one call."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -61,10 +62,10 @@ class Preprocess:
             interpolation=want.interpolation,
         )
         if isinstance(source, str | os.PathLike):
-            with opened(source, want.frames) as video:
-                views = pipeline.views(video, settings, clips=clips, crops=crops)
+            footage = opened(source, want.frames)
         else:
-            video = Frames(_checked(source, want.frames), fps)
+            footage = contextlib.nullcontext(Frames(_checked(source, want.frames), fps))
+        with footage as video:
             views = pipeline.views(video, settings, clips=clips, crops=crops)
         if want.frames == 1:
             views = views[:, 0]

@@ -16,7 +16,7 @@ from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath
 from mvit_jax.config import Config
-from mvit_jax.data import pipeline, sampling
+from mvit_jax.data import pipeline
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.images import Frames
 from mvit_jax.data.video import Video, opened
@@ -134,22 +134,21 @@ class Predictor:
           DecodeError: the file cannot be decoded, or is an image where a clip has several frames.
         """
         eval_, settings = self.config.eval, self._settings
-        shape = {"frames": settings.frames, "stride": settings.stride}
         with opened(path, settings.frames) as video:
             check(video)
             if (
                 self._takes_windows
                 and isinstance(video, Video)
-                and is_long(video.num_frames, video.fps, clips=eval_.clips, **shape)
+                and is_long(
+                    video.num_frames,
+                    video.fps,
+                    frames=settings.frames,
+                    stride=settings.stride,
+                    clips=eval_.clips,
+                )
             ):
                 return self._over_time(video, progress)
-            indices = sampling.view_indices(
-                video.num_frames,
-                video.fps,
-                clips=eval_.clips,
-                sampling=settings.sampling,
-                **shape,
-            )
+            indices = settings.view_indices(video, eval_.clips)
             if isinstance(video, Video):
                 views = np.concatenate(list(clips_of(video, indices, settings, eval_.crops)))
             else:

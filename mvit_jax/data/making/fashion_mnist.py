@@ -13,6 +13,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -62,8 +63,12 @@ def prepare(folder: str, files: str | None = None) -> None:
         try:
             source = _download(builder.URL, unpacked) if files is None else Path(files).expanduser()
             paths = _unpack(source, unpacked)
+            # Stands in for TFDS's download manager: files that are here instead of those of URLs.
+            local = SimpleNamespace(
+                download_and_extract=lambda urls: {key: paths[Path(urls[key]).stem] for key in urls}
+            )
             split_generators = builder._split_generators
-            builder._split_generators = lambda manager: split_generators(_Local(paths))
+            builder._split_generators = lambda manager: split_generators(local)
             builder._generate_examples = examples
             builder.download_and_prepare(
                 download_dir=temporary, download_config=config, file_format="array_record"
@@ -98,17 +103,7 @@ def examples(
         yield index, {"image": cv2.imencode(".png", image)[1].tobytes(), "label": int(label)}
 
 
-class _Local:
-    """Stands in for TFDS's download manager: files that are here instead of those of URLs."""
-
-    def __init__(self, paths: dict[str, Path]):
-        self.paths = paths
-
-    def download_and_extract(self, urls: dict[str, str]) -> dict[str, str]:
-        return {key: str(self.paths[Path(url).stem]) for key, url in urls.items()}
-
-
-def _unpack(folder: Path, to: Path) -> dict[str, Path]:
+def _unpack(folder: Path, to: Path) -> dict[str, str]:
     paths = {}
     for name, expected in CONTENTS.items():
         file = folder / f"{name}.gz"
@@ -128,8 +123,8 @@ def _unpack(folder: Path, to: Path) -> dict[str, Path]:
                 f"{file} does not hold what Fashion-MNIST's file of this name does (MNIST's digits "
                 "have the same names): fetch it again"
             )
-        paths[name] = to / name
-        paths[name].write_bytes(content)
+        (to / name).write_bytes(content)
+        paths[name] = str(to / name)
     return paths
 
 
