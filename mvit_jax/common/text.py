@@ -1,6 +1,6 @@
 """Plain text for terminals and logs: tables, sections, counts, the first line of an error."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Lines = list[tuple[str, str]]  # what, and what of it
 
@@ -42,6 +42,11 @@ def aligned(lines: Lines) -> str:
 
 def indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def by(sizes: Iterable[int]) -> str:
+    """ "16x224x224"."""
+    return "x".join(map(str, sizes))
 
 
 def plural(count: int, noun: str) -> str:

@@ -84,10 +84,7 @@ def _attention_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> C
 
 def _pools_cost(block: BlockPlan, grids: BlockGrids) -> Cost:
     total = Cost(0, 0)
-    for pool, grid, copies in (
-        (block.q_pool, grids.output, 1),
-        (block.kv_pool, grids.keys, 2),
-    ):
+    for pool, grid, copies in ((block.q_pool, grids.output, 1), (block.kv_pool, grids.keys, 2)):
         if pool and pool.mode.startswith("conv"):
             taps = math.prod(pool.kernel)
             total += Cost(

@@ -115,11 +115,7 @@ class Inference:
 
 
 def forward_function(
-    model: Functional,
-    *,
-    mean: Colour | None = None,
-    std: Colour | None = None,
-    **options: Any,
+    model: Functional, *, mean: Colour | None = None, std: Colour | None = None, **options: Any
 ) -> Callable[[Params, Array], Array]:
     """Returns `forward(params, clips) -> logits`; see `Inference` for the arguments.
 

@@ -40,15 +40,7 @@ from mvit_jax.models.ops.attention import (
 )
 from mvit_jax.models.ops.gelu import gelu
 from mvit_jax.models.ops.patch_conv import convolve
-from mvit_jax.models.plan import (
-    BlockPlan,
-    MViTConfig,
-    Pool,
-    Triple,
-    drop_path_rates,
-    grids,
-    plan,
-)
+from mvit_jax.models.plan import BlockPlan, MViTConfig, Pool, Triple, drop_path_rates, grids, plan
 from mvit_jax.models.pooling import POOLINGS, MaxPool, pooled, pooled_pair
 from mvit_jax.models.positions import Positions, RelativePositions
 
@@ -252,12 +244,7 @@ class PooledAttention(nnx.Module):
     """
 
     def __init__(
-        self,
-        plan: BlockPlan,
-        *,
-        pooling: Callable[..., Any] | None = None,
-        dtype,
-        rngs: nnx.Rngs,
+        self, plan: BlockPlan, *, pooling: Callable[..., Any] | None = None, dtype, rngs: nnx.Rngs
     ) -> None:
         def pool(part: Pool | None):
             if part is None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import by
 
 Triple = tuple[int, int, int]  # along time, height, width
 KernelRule = Literal["stride", "stride + 1", "2 stride + 1"]
@@ -170,7 +171,9 @@ def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
                     max(kv // q, 1) for kv, q in zip(kv_stride, q_stride, strict=True)
                 )
             time, space = _relative_rows(config, nominal, q_stride, kv_stride)
-            q_kernel, kv_kernel = _kernels(config, len(blocks), q_stride, kv_stride)
+            block, q, kv = len(blocks), config.q_kernels, config.kv_kernels
+            q_kernel = q[block] if q else _kernel(config, q_stride)
+            kv_kernel = kv[block] if kv else _kernel(config, kv_stride)
             pool_queries = config.full_q_pool or math.prod(q_stride) > 1
             width, attention_width, width_out, heads = _widths(config, stage, i)
             blocks.append(
@@ -255,8 +258,8 @@ def _grids(config: MViTConfig, size: Triple) -> tuple[BlockGrids, ...] | None:
 
 def _too_small(config: MViTConfig, size: Triple) -> UserError:
     return UserError(
-        f"a clip of {_x(size)} (frames x height x width) leaves no token; the smallest that this "
-        f"model takes is {_x(smallest_clip(config))}"
+        f"a clip of {by(size)} (frames x height x width) leaves no token; the smallest that this "
+        f"model takes is {by(smallest_clip(config))}"
     )
 
 
@@ -281,25 +284,12 @@ def _relative_rows(
     return time, 2 * longest - 1 if kind in ("space", "both") else 0
 
 
-def _kernels(
-    config: MViTConfig, block: int, q_stride: Triple, kv_stride: Triple
-) -> tuple[Triple, Triple]:
-    q = config.q_kernels[block] if config.q_kernels else _kernel(config, q_stride)
-    kv = config.kv_kernels[block] if config.kv_kernels else _kernel(config, kv_stride)
-    return q, kv
-
-
 def _kernel(config: MViTConfig, stride: Triple) -> Triple:
     rule = config.pool_kernel
     if rule is None:
-        rule = "stride + 1" if config.pool_mode in ("max", "avg") else _three(config)
-    if isinstance(rule, str):
-        return _by_rule(rule, stride)
-    return rule
-
-
-def _three(config: MViTConfig) -> Triple:
-    return (3 if config.frames > 1 else 1, 3, 3)
+        three = (3 if config.frames > 1 else 1, 3, 3)
+        rule = "stride + 1" if config.pool_mode in ("max", "avg") else three
+    return _by_rule(rule, stride) if isinstance(rule, str) else rule
 
 
 def _by_rule(rule: str, stride: Triple) -> Triple:
@@ -328,10 +318,6 @@ def _skip_pool(config: MViTConfig, q_stride: Triple) -> Pool | None:
 def _triple(values) -> Triple:
     t, h, w = values
     return (t, h, w)
-
-
-def _x(size: tuple[int, ...]) -> str:
-    return "x".join(str(n) for n in size)
 
 
 # Checks: a wrong value would otherwise end somewhere in the arithmetic.
@@ -386,7 +372,8 @@ def _check_skips(config: MViTConfig) -> None:
 
 
 def _check_field(name: str, kind: Any, value: object) -> None:
-    choices = [option for part in (kind, *get_args(kind)) for option in _options(part)]
+    literals = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
+    choices = [option for part in literals for option in get_args(part)]
     if kind in (int, float, bool):
         words = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         if type(value) is not kind and not (kind is float and type(value) is int):
@@ -407,10 +394,6 @@ def _check_field(name: str, kind: Any, value: object) -> None:
             raise UserError(f"depths must be whole numbers like (1, 2, 11, 2), not {value!r}")
     else:
         _check_triple(name, value)
-
-
-def _options(kind: Any) -> tuple[str, ...]:
-    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def _check_triple(name: str, value: object) -> None:

@@ -3,7 +3,7 @@
 import math
 from itertools import groupby
 
-from mvit_jax.common.text import table
+from mvit_jax.common.text import by, table
 from mvit_jax.models.cost import Cost, block_cost, cost, embedding_cost, head_cost
 from mvit_jax.models.plan import MViTConfig, Triple, grids, patch_grid, plan
 from mvit_jax.models.variants import PUBLISHED, VARIANTS, preprocessing
@@ -17,7 +17,7 @@ def stages(config: MViTConfig) -> list[Row]:
     """Clip, cubes, each stage, head and total: tokens, width, heads, cost, under `HEADER`."""
     sizes = grids(config, config.frames, config.size, config.size)
     first = patch_grid(config, config.frames, config.size, config.size)
-    cube = f"{_x(config.patch_kernel)} conv, stride {_x(config.patch_stride)}"
+    cube = f"{by(config.patch_kernel)} conv, stride {by(config.patch_stride)}"
     rows: list[Row] = [
         ("clip", "", f"{config.frames}x{config.size}x{config.size}", "3", "", "", "", ""),
         ("cubes", cube, _tokens(first, config), str(config.width), "", "",
@@ -31,7 +31,7 @@ def stages(config: MViTConfig) -> list[Row]:
         for member, member_grids in members:
             total += block_cost(member, member_grids, config.class_token)
         heads, width = str(block.heads), str(block.attention_width)
-        keys = _x(block_grids.keys)
+        keys = by(block_grids.keys)
         rows.append(
             (f"stage {stage + 1}", f"{len(members)} x (attention {width}, MLP {block.mlp_width})",
              _tokens(block_grids.output, config), width, heads, keys, *_cost(total))
@@ -86,9 +86,5 @@ def _cost(cost: Cost) -> tuple[str, str]:
 
 def _tokens(grid: Triple, config: MViTConfig) -> str:
     return (
-        f"{_x(grid)}{' + 1' if config.class_token else ''} = {math.prod(grid) + config.class_token}"
+        f"{by(grid)}{' + 1' if config.class_token else ''} = {math.prod(grid) + config.class_token}"
     )
-
-
-def _x(size: tuple[int, ...]) -> str:
-    return "x".join(str(n) for n in size)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import by
 from mvit_jax.podplan.hlo.cost import Collective, Counts
 
 GIB = 2**30
@@ -87,7 +88,7 @@ class Topology:
     @property
     def name(self) -> str:
         """What the compiler calls a slice: "v5e:16x16"."""
-        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        return f"{self.kind}:{by(self.shape)}"
 
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices} slices of {self.name}"
@@ -139,11 +140,11 @@ def parse(text: str, slices: int = 1) -> Topology:
 def _listed(kind: str) -> str:
     """Which slices there are, in words."""
     chip, known = CHIPS[kind], shapes(kind)
-    names = [f"{'x'.join(map(str, s))} ({math.prod(s) * chip.cores})" for s in known]
+    names = [f"{by(s)} ({math.prod(s) * chip.cores})" for s in known]
     counted = "cores, as accelerators count" if chip.cores > 1 else "chips"
     if len(names) > 24:
-        sides = "x".join(map(str, chip.largest))
-        names = [*names[:24], f"and others of multiples of 4 up to {sides} and {chip.most} chips"]
+        largest = f"{by(chip.largest)} and {chip.most} chips"
+        names = [*names[:24], f"and others of multiples of 4 up to {largest}"]
     several = "; more chips are several slices (--slices)"
     return f"{kind} has {', '.join(names)}, with {counted} in brackets{several}"
 

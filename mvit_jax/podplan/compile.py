@@ -100,12 +100,7 @@ def tpu_mesh(topology: Topology, data: int = -1, fsdp: int = 1, devices: int = 0
 
 
 def measure(
-    config: Config,
-    model: MViTConfig,
-    mesh: Mesh,
-    *,
-    which: str = "train",
-    effort: float = 0.0,
+    config: Config, model: MViTConfig, mesh: Mesh, *, which: str = "train", effort: float = 0.0
 ) -> Figures | TooLarge:
     """Compiles for `mesh` the step that training runs with `config`, or the "forward" pass of a
     test with one view of each video, and counts.

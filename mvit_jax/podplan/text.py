@@ -73,13 +73,12 @@ def _step_lines(found: Plan) -> Lines:
     hbm = f"{_big(counts.hbm_bytes)}B, {_big(counts.hbm_bytes / clips)}B each{overstated}"
     flops = counts.flops + counts.kernel_flops
     kernels = f"{counts.kernel_flops / flops:.0%} in {plural(len(counts.kernels), 'kernel')}"
-    lines = [
+    return [
         (f"{what}s", f"{clips} (batch {found.config.batch:,})"),
         ("arithmetic", f"{_big(flops)}FLOP, {_big(flops / clips)}FLOP each; {kernels}"),
         ("main memory", hbm),
         ("all operands", f"{_big(counts.bytes)}B, {_big(counts.bytes / clips)}B each"),
     ]
-    return lines
 
 
 def _collectives(found: Plan) -> str:

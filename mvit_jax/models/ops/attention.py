@@ -132,16 +132,22 @@ def materialised(
 
     Queries come scaled; `by_query` [batch, queries, heads * places], `by_key` [keys, places].
     """
-    q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
-    if by_query is not None and by_key is not None:
-        by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
-        q = jnp.concatenate([q, split_heads(by_query, heads)], -1)
-        k = jnp.concatenate([k, by_key], -1)
+    q, k, v = _by_head(queries, keys, values, by_query, by_key, heads)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
     if record is not None:
         record["attention"] = weights
     return join_heads(jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v))
+
+
+def _by_head(queries, keys, values, by_query, by_key, heads: int) -> tuple[Array, Array, Array]:
+    """Splits heads; relative positions are appended to queries and keys."""
+    q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
+    if by_query is not None:
+        by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
+        q = jnp.concatenate([q, split_heads(by_query, heads)], -1)
+        k = jnp.concatenate([k, by_key], -1)
+    return q, k, v
 
 
 # One operation, and the form that each platform runs: chosen when the step is lowered for it, in
@@ -235,18 +241,13 @@ def _cudnn(queries, keys, values, by_query, by_key, heads: int):
     """cuDNN's kernel has no relative positions, so they become features of queries and keys. It
     wants one width for all three, a multiple of 8, and for gradients even numbers of queries and
     keys: zeros fill up, and lengths leave them out."""
-    q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
-    if by_query is not None:
-        by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
-        q = jnp.concatenate([q, split_heads(by_query, heads)], -1)
-        k = jnp.concatenate([k, by_key], -1)
+    q, k, v = _by_head(queries, keys, values, by_query, by_key, heads)
     width = -(-q.shape[-1] // 8) * 8
     lengths: dict[str, Any] = {}
     if q.shape[1] % 2 or k.shape[1] % 2:
-        names = ("query_seq_lengths", "key_value_seq_lengths")
         lengths = {
-            name: jnp.full(len(x), x.shape[1], jnp.int32)
-            for name, x in zip(names, (q, k), strict=True)
+            "query_seq_lengths": jnp.full(len(q), q.shape[1], jnp.int32),
+            "key_value_seq_lengths": jnp.full(len(k), k.shape[1], jnp.int32),
         }
 
     def fill(x):

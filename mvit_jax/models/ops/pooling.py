@@ -40,22 +40,17 @@ def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
 
 def pool_tokens(x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None) -> Tokens:
     """Pools the tokens that lie on `grid` like `pool`; a class token stays as it is."""
-    if plan.mode not in ("max", "avg"):
-        if weight is None:
-            raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
-        fits = pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0])
-        if fits and not by_definition():
-            return _pool_tokens(x, weight, grid, plan)
-    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)
+    if plan.mode in ("max", "avg"):
+        function = max_pool if plan.mode == "max" else average_pool
+        return on_grid(functools.partial(function, plan=plan), x, grid)
+    if weight is None:
+        raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
+    fits = pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0])
+    return (_pool_tokens if fits and not by_definition() else _pool_grid)(x, weight, grid, plan)
 
 
-def _pool_on_grid(grid: Grid, plan: Pool, weight: Taps | None) -> Pooled:
-    """`pool` without a kernel that takes tokens."""
-    if plan.mode == "max":
-        return max_pool(grid, plan)
-    if plan.mode == "avg":
-        return average_pool(grid, plan)
-    assert weight is not None
+def _convolve(grid: Grid, plan: Pool, weight: Taps) -> Pooled:
+    """Convolves each channel without a kernel that takes tokens."""
     if by_definition():
         return depthwise_conv(grid, weight, plan)
     return lax.platform_dependent(
@@ -83,7 +78,7 @@ def _pool_tokens(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
 
 
 def _pool_grid(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
-    return on_grid(lambda tokens: _pool_on_grid(tokens, plan, weight), x, grid)
+    return on_grid(lambda tokens: _convolve(tokens, plan, weight), x, grid)
 
 
 def _pool_tokens_forward(x: Tokens, weight: Taps, grid: Triple, plan: Pool):
@@ -134,10 +129,6 @@ def _max(grid: Grid, plan: Pool) -> Pooled:
 _max_pool = jax.custom_vjp(_max, nondiff_argnums=(1,))
 
 
-def _max_forward(grid: Grid, plan: Pool):
-    return _max_pool(grid, plan), grid
-
-
 def _max_backward(plan: Pool, grid: Grid, gradient: Pooled) -> tuple[Grid]:
     gradient = lax.platform_dependent(
         grid,
@@ -148,7 +139,7 @@ def _max_backward(plan: Pool, grid: Grid, gradient: Pooled) -> tuple[Grid]:
     return (gradient,)
 
 
-_max_pool.defvjp(_max_forward, _max_backward)
+_max_pool.defvjp(lambda grid, plan: (_max_pool(grid, plan), grid), _max_backward)
 
 
 def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:

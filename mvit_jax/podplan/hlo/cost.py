@@ -105,6 +105,10 @@ class Collective:
     between_slices: bool = False
 
 
+def _total(name: str) -> Any:
+    return property(lambda self: sum(op.trips * getattr(op, name) for op in self.operations))
+
+
 @dataclass(frozen=True)
 class Counts:
     """All operations of a program; the properties are totals over all trips, per device.
@@ -119,29 +123,12 @@ class Counts:
     unknown_loops: tuple[str, ...]
     arguments: tuple[tuple[str, int], ...] = ()
 
-    @property
-    def flops(self) -> int:
-        return sum(op.trips * op.flops for op in self.operations)
-
-    @property
-    def matrix_flops(self) -> int:
-        return sum(op.trips * op.matrix_flops for op in self.operations)
-
-    @property
-    def transcendentals(self) -> int:
-        return sum(op.trips * op.transcendentals for op in self.operations)
-
-    @property
-    def bytes(self) -> int:
-        return sum(op.trips * op.bytes for op in self.operations)
-
-    @property
-    def hbm_bytes(self) -> int:
-        return sum(op.trips * op.hbm_bytes for op in self.operations)
-
-    @property
-    def kernel_flops(self) -> int:
-        return sum(op.trips * op.kernel_flops for op in self.operations)
+    flops = _total("flops")
+    matrix_flops = _total("matrix_flops")
+    transcendentals = _total("transcendentals")
+    bytes = _total("bytes")
+    hbm_bytes = _total("hbm_bytes")
+    kernel_flops = _total("kernel_flops")
 
     @property
     def kernels(self) -> tuple[Operation, ...]:
@@ -229,15 +216,11 @@ class _Walk:
             yield from self.computation(self.module.computations[name], trips * times)
 
     def _branches(self, line: Instruction, trips: int) -> Iterator[Operation]:
-        names = [
-            *line.called("branch_computations"),
-            *line.called("true_computation"),
-            *line.called("false_computation"),
-        ]
         walks = []
-        for name in names:
-            walk = _Walk(self.module)
-            walks.append((list(walk.computation(self.module.computations[name], trips)), walk))
+        for kind in ("branch_computations", "true_computation", "false_computation"):
+            for name in line.called(kind):
+                walk = _Walk(self.module)
+                walks.append((list(walk.computation(self.module.computations[name], trips)), walk))
         operations, walk = max(walks, key=lambda pair: sum(op.trips * op.bytes for op in pair[0]))
         self.collectives += walk.collectives
         self.unknown_loops += walk.unknown_loops

@@ -14,20 +14,8 @@ TRANSCENDENTAL = {
 }
 ARITHMETIC = {  # one FLOP for each element, as XLA counts
     *("add", "subtract", "multiply", "divide", "maximum", "minimum", "compare", "select", "abs"),
-    *(
-        "negate",
-        "and",
-        "or",
-        "xor",
-        "not",
-        "clamp",
-        "convert",
-        "floor",
-        "ceil",
-        "sign",
-        "remainder",
-    ),
-    *("shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite", "popcnt"),
+    *("negate", "and", "or", "xor", "not", "clamp", "convert", "floor", "ceil", "sign", "popcnt"),
+    *("shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite", "remainder"),
     *("round-nearest-afz", "round-nearest-even", "bitcast-convert", "stochastic-convert"),
 }
 
