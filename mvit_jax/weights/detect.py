@@ -110,7 +110,7 @@ def structure(
     taken = {k: v for k, v in shows.items() if k not in excused}
     if problems:
         problems.append(_hint(state, name, variant, crosses))
-    elif _needs_pools(config) and not _has_pools(state):
+    elif _needs_pools(config) and not any(re.search(r"\.pool_[qkv]\.", name) for name in state):
         problems.append(
             "the file has no weights of pools, as where these take the maximum or average: if it "
             "is such a model, give pool_mode=max or pool_mode=avg"
@@ -118,14 +118,8 @@ def structure(
     if problems:
         return Structure(name, config, config, shows, crosses, tuple(problems))
     source = {k: v for k, v in shows.items() if k in ("class_token", "positions")}
-    return Structure(
-        name,
-        dataclasses.replace(config, frames=frames, **source),
-        dataclasses.replace(config, **taken),
-        shows,
-        crosses,
-        (),
-    )
+    as_is = dataclasses.replace(config, frames=frames, **source)
+    return Structure(name, as_is, dataclasses.replace(config, **taken), shows, crosses, ())
 
 
 def _hint(state: State, name: str, variant: str, crosses: bool) -> str:
@@ -138,10 +132,6 @@ def _hint(state: State, name: str, variant: str, crosses: bool) -> str:
 def _needs_pools(config: MViTConfig) -> bool:
     learned = config.pool_mode not in ("max", "avg")
     return learned and any(block.q_pool or block.kv_pool for block in plan(config))
-
-
-def _has_pools(state: State) -> bool:
-    return any(re.search(r"\.pool_[qkv]\.", name) for name in state)
 
 
 def _fits(shows: dict[str, Any], config: MViTConfig) -> bool:
@@ -231,10 +221,7 @@ class _Look:
             kind = "sincos"  # PySlowFast stores them, though they are no parameters
         time, space = (self.has(f"blocks/0/attn/relative/{axis}") for axis in ("time", "height"))
         relative = {(True, True): "both", (True, False): "time", (False, True): "space"}
-        return {
-            "positions": kind,
-            "relative_positions": relative.get((time, space), "none"),
-        }
+        return {"positions": kind, "relative_positions": relative.get((time, space), "none")}
 
     def attention(self, blocks: int) -> dict[str, Any]:
         separate = not self.has("blocks/0/attn/qkv/kernel") and self.has("blocks/0/attn/q/kernel")

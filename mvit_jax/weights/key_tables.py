@@ -224,10 +224,6 @@ def _token(values: np.ndarray, config: MViTConfig) -> Shaped:
     return Shaped(rows, "copied")
 
 
-def _time(values: np.ndarray, config: MViTConfig) -> Shaped:
-    return Shaped(_rows(values), "copied")
-
-
 def _space(values: np.ndarray, config: MViTConfig) -> Shaped:
     rows = _rows(values)
     return Shaped(rows.reshape(*_square(len(rows)), -1), "copied")
@@ -278,7 +274,7 @@ _RULES = {
     "pool": _Rule(_pool, lambda v, f: v.transpose(3, 0, 1, 2)[:, None], True),
     "class_token": _Rule(_token, _flat_token),
     "class_position": _Rule(_token, _flat_token),
-    "time": _Rule(_time, _flat),
+    "time": _Rule(lambda v, c: Shaped(_rows(v), "copied"), _flat),
     "space": _Rule(_space, _flat),
     "joint": _Rule(_joint, _flat),
     "joint class_position": _Rule(lambda v, c: Shaped(_rows(v)[:1], "split"), lambda v, f: v[None]),

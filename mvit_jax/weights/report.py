@@ -1,5 +1,6 @@
 """What became of every tensor of a checkpoint, for people to read."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from mvit_jax.common.errors import UserError
@@ -37,11 +38,7 @@ class Report:
     @property
     def counts(self) -> dict[str, int]:
         """How many tensors each thing was done to."""
-        counts: dict[str, int] = {}
-        for line in self.lines:
-            key = "problem" if line.problem else line.done
-            counts[key] = counts.get(key, 0) + 1
-        return counts
+        return dict(Counter("problem" if line.problem else line.done for line in self.lines))
 
     def summary(self) -> str:
         """A few lines: what was done how often, notes, problems."""

@@ -94,15 +94,15 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
 
 
 def _read_torch(saved: torch_zip.Saved, path: Path) -> Tensors:
-    found, wrapper, dropped = _unwrap(saved.value, _is_saved, str(path))
+    kinds = torch_pickle.Tensor | torch_pickle.NumpyArray
+    found, wrapper, dropped = _unwrap(saved.value, lambda x: isinstance(x, kinds), str(path))
     return Tensors(torch_zip.arrays(found, saved, path), wrapper, dropped, "torch")
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     tensors = {}
     with safetensors.safe_open(path, framework="np", backend="pread") as file:
-        names = file.offset_keys()
-        for name in names:
+        for name in file.offset_keys():
             dtype = file.get_slice(name).get_dtype()
             if dtype not in ("BOOL", "F16", "BF16", "F32", "F64") and dtype[:1] not in ("I", "U"):
                 raise UserError(
@@ -138,21 +138,9 @@ def _copied(name: str, value: Any) -> np.ndarray:
         raise UserError(
             f"{shown(name)} cannot be read as an array ({shown(error)}): give dense tensors"
         ) from None
-    _check_dtype(name, array.dtype)
-    return _native(array)
-
-
-def _native(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "biuf" and array.dtype != ml_dtypes.bfloat16:
+        raise UserError(f"{shown(name)} has the dtype {array.dtype}: convert it to float32")
     return np.array(array, array.dtype.newbyteorder("="), order="C")
-
-
-def _check_dtype(name: str, dtype: np.dtype) -> None:
-    if dtype.kind not in "biuf" and dtype != ml_dtypes.bfloat16:
-        raise UserError(f"{shown(name)} has the dtype {dtype}: convert it to float32")
-
-
-def _is_saved(value: Any) -> bool:
-    return isinstance(value, torch_pickle.Tensor | torch_pickle.NumpyArray)
 
 
 def _is_array(value: Any) -> bool:

@@ -392,9 +392,7 @@ _KNOWN = {
 
 
 def dump(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    wrapper: str,
-    extra: Mapping[str, str | int],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], wrapper: str, extra: Mapping[str, str | int]
 ) -> bytes:
     """The pickle of `torch.save` for an OrderedDict of contiguous tensors on the CPU.
 
