@@ -157,11 +157,7 @@ def _check(rest: list[str]) -> None:
     if not rest:
         raise errors.UserError("no data set to check: name its folder, as in prepare check DIR")
     reports = verifying.check(
-        rest[0],
-        SPLIT.value,
-        prefix=PREFIX.value,
-        separator=SEPARATOR.value,
-        workers=WORKERS.value,
+        rest[0], SPLIT.value, prefix=PREFIX.value, separator=SEPARATOR.value, workers=WORKERS.value
     )
     for report in reports:
         for problem in report.problems:

@@ -177,11 +177,7 @@ def test_batches(
 
 
 def load_train_clips(
-    videos: Source,
-    index: int,
-    settings: ClipSettings,
-    rng: np.random.Generator,
-    repeats: int = 1,
+    videos: Source, index: int, settings: ClipSettings, rng: np.random.Generator, repeats: int = 1
 ) -> tuple[UInt8[np.ndarray, "repeats frames size size 3"], Any]:
     """Decodes the frames of one random clip of element `index`, augments them `repeats` times.
 

@@ -21,14 +21,7 @@ from mvit_jax.describe import config_file
 from mvit_jax.models.ablations import ABLATIONS
 from mvit_jax.models.cost import Cost, cost
 from mvit_jax.models.summary import Row, describe
-from mvit_jax.models.variants import (
-    CLASSES,
-    PUBLISHED,
-    VARIANTS,
-    Published,
-    override,
-    variant,
-)
+from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, override, variant
 
 _CONFIG = define_flag()
 _ALL = flags.DEFINE_bool("all", False, "All variants, beside what their papers report.")

@@ -136,15 +136,12 @@ class Predictor:
         eval_, settings = self.config.eval, self._settings
         with opened(path, settings.frames) as video:
             check(video)
+            n, fps = video.num_frames, video.fps
             if (
                 self._takes_windows
                 and isinstance(video, Video)
                 and is_long(
-                    video.num_frames,
-                    video.fps,
-                    frames=settings.frames,
-                    stride=settings.stride,
-                    clips=eval_.clips,
+                    n, fps, frames=settings.frames, stride=settings.stride, clips=eval_.clips
                 )
             ):
                 return self._over_time(video, progress)
@@ -161,8 +158,8 @@ class Predictor:
             clips=eval_.clips,
             timeline=None,
             shown=views[middle * eval_.crops + eval_.crops // 2][None],
-            times=indices[middle][None] / video.fps,
-            seconds=video.num_frames / video.fps if isinstance(video, Video) else 0.0,
+            times=indices[middle][None] / fps,
+            seconds=n / fps if isinstance(video, Video) else 0.0,
         )
 
     def _over_time(self, video: Video, progress: Callable[[int, int], object]) -> Prediction:
