@@ -59,7 +59,8 @@ def rollout(
     attentions = _attentions(model, params, clip)
     for b, row, attention in reversed(list(zip(blocks, rows, attentions, strict=True))[: last + 1]):
         flow = _through_block(flow, b, row, attention)
-    return _normalised(_on_grid(flow, rows[0].input))
+    grid = rows[0].input
+    return _normalised(flow[:, flow.shape[1] - math.prod(grid) :].reshape(-1, *grid))
 
 
 def _start(config: MViTConfig, grid: Triple, token: Triple | None, batch: int) -> Flow:
@@ -142,10 +143,8 @@ def grad_cam(
     """
     config, module = model.config, model.module(params)
     blocks = plan(config)
-    if block is None:
-        index = fine_block(config, _clip_size(clip))
-    else:
-        index = _block_index(block, len(blocks))
+    fine = fine_block(config, _clip_size(clip))
+    index = fine if block is None else _block_index(block, len(blocks))
     if label is not None and not 0 <= label < config.num_classes:
         raise UserError(f"label must be from 0 to {config.num_classes - 1}, not {label}")
     rows = grids(config, *_clip_size(clip))
@@ -166,8 +165,7 @@ def grad_cam(
         gradient = jax.grad(score)(x)
     grid = rows[index].input
     first = x.shape[1] - math.prod(grid)
-    gradient, x = gradient[:, first:], x[:, first:]
-    gradient, x = gradient.astype(jnp.float32), x.astype(jnp.float32)
+    gradient, x = (tokens[:, first:].astype(jnp.float32) for tokens in (gradient, x))
     weights = gradient.mean(1, keepdims=True) if by_channel else jax.nn.relu(gradient)
     heat = jax.nn.relu((weights * x).sum(-1))
     return _normalised(heat.reshape(-1, *grid))
@@ -231,10 +229,6 @@ def _block_index(block: int, count: int) -> int:
     if not -count <= block < count:
         raise UserError(f"block must be from 0 to {count - 1}, or -1 for the last, not {block}")
     return block % count
-
-
-def _on_grid(flow: Flow, grid: Triple) -> Map:
-    return flow[:, flow.shape[1] - math.prod(grid) :].reshape(-1, *grid)
 
 
 def _normalised(heat: Map) -> Map:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -90,14 +91,11 @@ class Painter:
 
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
         """Data URIs of WebP pictures with `ROW` frames each."""
-        frames, size = shown(len(clip)), _fitted(clip.shape[2], clip.shape[1])
-        strips = [[_scaled(strip[i], size) for i in frames] for strip in (clip, *self._looks(clip))]
+        frames = shown(len(clip))
+        strips = np.stack([_shrunk(strip[frames]) for strip in (clip, *self._looks(clip))])
         if len(frames) == 1:  # an image: side by side
-            return [_webp([[strip[0] for strip in strips]])]
-        return [
-            _webp([strip[start : start + ROW] for strip in strips])
-            for start in range(0, len(frames), ROW)
-        ]
+            return [_webp(strips.swapaxes(0, 1))]
+        return [_webp(strips[:, start : start + ROW]) for start in range(0, len(frames), ROW)]
 
     def _looks(self, clip: np.ndarray) -> list[np.ndarray]:
         """The clip under its rollout, and under its Grad-CAM."""
@@ -147,28 +145,21 @@ def _name(videos: Source, index: int) -> str:
     return os.fspath(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-def _fitted(width: int, height: int) -> tuple[int, int]:
+def _shrunk(frames: np.ndarray) -> np.ndarray:
+    """Frames of at most `SIDE` pixels on either side."""
+    height, width = frames.shape[1:3]
     shrink = min(SIDE / max(width, height), 1)
-    return max(round(width * shrink), 1), max(round(height * shrink), 1)
+    size = max(round(width * shrink), 1), max(round(height * shrink), 1)
+    images = (Image.fromarray(frame) for frame in frames)
+    return np.stack([np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for image in images])
 
 
-def _scaled(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
-
-
-def _webp(rows: list[list[np.ndarray]]) -> str:
+def _webp(frames: UInt8[np.ndarray, "rows columns height width 3"]) -> str:
     """Frames in rows, as a data URI; the gaps between them are transparent."""
-    height, width, _ = rows[0][0].shape
-    gap = max(width // 32, 1)
-    columns = max(len(row) for row in rows)
-    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 4)
-    sheet = np.zeros(shape, np.uint8)
-    for r, row in enumerate(rows):
-        for c, frame in enumerate(row):
-            y, x = r * (height + gap), c * (width + gap)
-            sheet[y : y + height, x : x + width] = np.dstack([
-                frame, np.full((height, width), 255, np.uint8)
-            ])  # fmt: skip
+    gap = max(frames.shape[3] // 32, 1)
+    opaque = np.pad(frames, [*[(0, 0)] * 4, (0, 1)], constant_values=255)
+    tiles = np.pad(opaque, [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)])
+    sheet = rearrange(tiles, "r c height width rgba -> (r height) (c width) rgba")[:-gap, :-gap]
     buffer = io.BytesIO()
     Image.fromarray(sheet, "RGBA").save(buffer, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

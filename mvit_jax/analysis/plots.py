@@ -114,33 +114,30 @@ def class_accuracy(
 ) -> Figure:
     """A bar for each class, worst first; classes without videos are left out."""
     pairs = sorted((a, name) for a, name in zip(accuracy, names, strict=True) if a is not None)
-    shown = pairs[:LABELLED]
-    with style():
-        figure = Figure(figsize=(4.5, 1.0 + 0.23 * len(shown)), layout="constrained")
-        axes = figure.add_subplot()
-        bars = axes.barh(range(len(shown)), [a for a, _ in shown], color=COLOURS[0])
-        axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8.5)
-        axes.set_yticks(range(len(shown)), [short(name) for _, name in shown])
-        axes.set_ylim(len(shown) - 0.4, -0.6)  # worst on top
-        axes.set(title=title, xlabel="top-1 accuracy, %", xlim=(0, 112), xticks=range(0, 101, 20))
-        if len(pairs) > len(shown):
-            axes.set_ylabel(f"the worst {len(shown)} of {len(pairs)} classes")
-    return figure
+    few = f"the worst {LABELLED} of {len(pairs)} classes" if len(pairs) > LABELLED else ""
+    return _bars(
+        pairs[:LABELLED], COLOURS[0], "%.0f", title=title, xlabel="top-1 accuracy, %", ylabel=few
+    )
 
 
 def parts(amounts: dict[str, float], x: str, marked: str = "") -> Figure:
     """A bar for each part of a whole, in percent of it, largest first; one may be marked."""
     whole = sum(amounts.values())
     rows = sorted(((100 * amount / whole, name) for name, amount in amounts.items()), reverse=True)
+    colours = [COLOURS[0] if name == marked else COLOURS[1] for _, name in rows]
+    return _bars(rows, colours, "%.1f", xlabel=x)
+
+
+def _bars(rows: Sequence[tuple[float, str]], colours: Any, fmt: str, **labels: str) -> Figure:
+    """A bar for each percentage and its name, the first on top."""
     with style():
         figure = Figure(figsize=(4.5, 1.0 + 0.23 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
-        colours = [COLOURS[0] if name == marked else COLOURS[1] for _, name in rows]
         bars = axes.barh(range(len(rows)), [share for share, _ in rows], color=colours)
-        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8.5)
+        axes.bar_label(bars, fmt=fmt, padding=3, fontsize=8.5)
         axes.set_yticks(range(len(rows)), [short(name) for _, name in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set(xlabel=x, xlim=(0, 112), xticks=range(0, 101, 20))
+        axes.set(**labels, xlim=(0, 112), xticks=range(0, 101, 20))
     return figure
 
 
@@ -216,10 +213,15 @@ def short(name: str) -> str:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a PNG, whole or not at all; a `UserError` where it cannot be written."""
+    write_whole(path, png(figure, dpi=150))
+
+
+def png(figure: Figure, dpi: int) -> bytes:
+    """Returns the content of a PNG file."""
     buffer = io.BytesIO()
     with style():
-        figure.savefig(buffer, format="png", dpi=150)
-    write_whole(path, buffer.getvalue())
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def svg(figure: Figure, label: str, place: str) -> str:

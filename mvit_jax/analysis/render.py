@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import av
 import matplotlib
 import numpy as np
+from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image
 
@@ -43,14 +44,11 @@ def contact_sheet(
     frames: Frames, columns: int, gap: int = 2
 ) -> UInt8[np.ndarray, "_height _width 3"]:
     """Frames side by side in rows of `columns`, with a white gap of `gap` pixels."""
-    count, height, width, _ = frames.shape
-    rows = -(-count // columns)
-    side = min(columns, count)
-    sheet = np.full((rows * (height + gap) - gap, side * (width + gap) - gap, 3), 255, np.uint8)
-    for i, frame in enumerate(frames):
-        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        sheet[y : y + height, x : x + width] = frame
-    return sheet
+    columns = min(columns, len(frames))
+    places = [(0, -len(frames) % columns), (0, gap), (0, gap), (0, 0)]
+    tiles = np.pad(frames, places, constant_values=255)
+    sheet = rearrange(tiles, "(r c) height width rgb -> (r height) (c width) rgb", c=columns)
+    return sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
 
 
 def enlarged(frames: Frames, least: int) -> UInt8[np.ndarray, "time _height _width 3"]:

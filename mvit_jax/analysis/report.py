@@ -91,11 +91,10 @@ class Run:
 
     def changed(self) -> dict[str, Any]:
         """The keys of the config that are not at their defaults."""
-        defaults = self.defaults
-        if defaults is None:
+        if self.defaults is None:
             return {}
         missing = object()
-        return {k: v for k, v in self.config.items() if defaults.get(k, missing) != v}
+        return {k: v for k, v in self.config.items() if self.defaults.get(k, missing) != v}
 
 
 def report(run: Run) -> str:
@@ -124,14 +123,9 @@ def comparison(runs: Sequence[Run]) -> str:
     """The page of several runs side by side, HTML."""
     names = distinct_names(runs)
     header, *rows = _figures(runs)
-    loss = [
-        Curve(n, *_columns(r.train, "loss")) for n, r in zip(names, runs, strict=True) if r.train
-    ]
-    top1 = [
-        Curve(n, *_columns(r.val, "top1"), dots=True)
-        for n, r in zip(names, runs, strict=True)
-        if r.val
-    ]
+    named = list(zip(names, runs, strict=True))
+    loss = [Curve(n, *_columns(r.train, "loss")) for n, r in named if r.train]
+    top1 = [Curve(n, *_columns(r.val, "top1"), dots=True) for n, r in named if r.val]
     figures = [
         _figure(plots.curves(lines, y), label, place)
         for lines, y, label, place in (
@@ -144,7 +138,7 @@ def comparison(runs: Sequence[Run]) -> str:
         "comparison.html.jinja",
         names=names, runs=runs, header=header, rows=rows, figures=figures,
         differing=_differing(runs),
-        silent=[n for n, r in zip(names, runs, strict=True) if not (r.train or r.val)],
+        silent=[n for n, r in named if not (r.train or r.val)],
     )  # fmt: skip
 
 
@@ -152,10 +146,8 @@ def comparison_table(runs: Sequence[Run]) -> str:
     """The same for a terminal, curves left out."""
     header, *rows = _figures(runs)
     text = table(header, rows)
-    differing = _differing(runs)
-    if differing:
-        keys = table(("config", *distinct_names(runs)), differing)
-        text += f"\n\n{keys}"
+    if differing := _differing(runs):
+        text += "\n\n" + table(("config", *distinct_names(runs)), differing)
     return text
 
 
@@ -348,7 +340,7 @@ def _percent(number: float | None, digits: int = 1) -> str:
     return GAP if number is None or math.isnan(number) else f"{number:.{digits}f} %"
 
 
-def _environment() -> jinja2.Environment:
+def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -358,8 +350,4 @@ def _environment() -> jinja2.Environment:
         "whole": whole, "billions": billions, "duration": duration, "value": value,
         "moment": _moment, "percent": _percent,
     }  # fmt: skip
-    return environment
-
-
-def _render(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(**values)
+    return environment.get_template(template).render(**values)

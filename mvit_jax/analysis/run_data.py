@@ -48,7 +48,14 @@ def read(folder: str | AnyPath) -> Run:
         )
     config = workdir.frozen(folder)
     told = history.read(folder)
-    tests = _evaluations(folder, config.data.test_list)
+    tests = sorted(  # the test by default first, those of shuffled frames last
+        evaluations(folder),
+        key=lambda e: (
+            e["shuffled_frames"],
+            Path(e["list"]).name != config.data.test_list,
+            e["checkpoint"] != "last",
+        ),
+    )
     classes = _classes(folder, told, tests)
     run = Run(
         folder=str(folder),
@@ -61,9 +68,15 @@ def read(folder: str | AnyPath) -> Run:
         seconds=told.seconds,
         spent=told.spent,
         evaluations=tests,
-        sheet=None,
     )
-    return run if run.test is None else _with_sheet(run, folder, run.test)
+    if run.test is None:
+        return run
+    marks = report.marks(run.test)
+    for path in sorted(folder.glob("clips*.json")):
+        sheet = _whole(path, _SHEET)
+        if sheet["of"] == marks:  # else it is an older test's, left by a kill
+            return replace(run, sheet=sheet)
+    return run
 
 
 def write_report(folder: str | AnyPath) -> AnyPath:
@@ -85,28 +98,9 @@ def keep_sheet(path: AnyPath, sheet: dict[str, Any], evaluation: dict[str, Any])
     write_whole(path, json.dumps(sheet | {"of": report.marks(evaluation)}) + "\n")
 
 
-def _with_sheet(run: Run, folder: AnyPath, test: dict[str, Any]) -> Run:
-    """The run with the clips of its test; an older test's, left by a kill, are none."""
-    for path in sorted(folder.glob("clips*.json")):
-        sheet = _whole(path, _SHEET)
-        if sheet["of"] == report.marks(test):
-            return replace(run, sheet=sheet)
-    return run
-
-
 def evaluations(folder: AnyPath) -> list[dict[str, Any]]:
     """What the test program wrote into a folder, in the order of the files' names."""
     return [_whole(path, _EVALUATION) for path in sorted(folder.glob("evaluation*.json"))]
-
-
-def _evaluations(folder: AnyPath, test_list: str) -> list[dict[str, Any]]:
-    """The evaluations of a folder: the test by default first, those of shuffled frames last."""
-    return sorted(
-        evaluations(folder),
-        key=lambda e: (
-            e["shuffled_frames"], Path(e["list"]).name != test_list, e["checkpoint"] != "last",
-        ),
-    )  # fmt: skip
 
 
 def _whole(path: AnyPath, keys: set[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32
 
 from mvit_jax.models.plan import MViTConfig, Pool, Triple, grids, patch_grid, plan
 
-Axes = tuple[np.ndarray, np.ndarray, np.ndarray]  # one array for time, height and width each
+Axes = tuple[np.ndarray, ...]  # one array for time, height and width each
 
 
 def windows(pool: Pool | None, grid: Triple) -> Axes:
@@ -17,14 +17,9 @@ def windows(pool: Pool | None, grid: Triple) -> Axes:
     of a window sum to 1, padding left out: a convolution's taps are not asked for.
     """
     if pool is None:
-        return np.eye(grid[0]), np.eye(grid[1]), np.eye(grid[2])
-    t, h, w = (
-        _windows(n, m, k, s, p)
-        for n, m, k, s, p in zip(
-            grid, pool.output(grid), pool.kernel, pool.stride, pool.padding, strict=True
-        )
-    )
-    return t, h, w
+        return tuple(np.eye(n) for n in grid)
+    each = zip(grid, pool.output(grid), pool.kernel, pool.stride, pool.padding, strict=True)
+    return tuple(_windows(*axis) for axis in each)
 
 
 def _windows(places: int, pooled: int, kernel: int, stride: int, padding: int) -> np.ndarray:
@@ -37,13 +32,12 @@ def _windows(places: int, pooled: int, kernel: int, stride: int, padding: int) -
 def cube_centres(config: MViTConfig, clip: Triple) -> Axes:
     """Centres of the cubes of a clip (frames, height, width): in frames and pixels, from 0."""
     grid = patch_grid(config, *clip)
-    t, h, w = (
+    return tuple(
         np.clip(np.arange(m) * s - p + (k - 1) / 2, 0, n - 1)
         for n, m, k, s, p in zip(
             clip, grid, config.patch_kernel, config.patch_stride, config.patch_padding, strict=True
         )
     )
-    return t, h, w
 
 
 def pooled_centres(pool: Pool | None, centres: Axes) -> Axes:
@@ -52,13 +46,12 @@ def pooled_centres(pool: Pool | None, centres: Axes) -> Axes:
     if pool is None:
         return centres
     grid = (len(centres[0]), len(centres[1]), len(centres[2]))
-    t, h, w = (
+    return tuple(
         np.interp(np.arange(m) * s - p + (k - 1) / 2, np.arange(n), axis)
         for axis, n, m, k, s, p in zip(
             centres, grid, pool.output(grid), pool.kernel, pool.stride, pool.padding, strict=True
         )
     )
-    return t, h, w
 
 
 def block_centres(config: MViTConfig, clip: Triple) -> list[Axes]:

@@ -138,7 +138,7 @@ def predict(
         result: dict[str, Any] = {"file": file}
         results.append(result)
         try:
-            with tqdm(unit="window", desc=Path(file).name, delay=2, disable=_quiet()) as bar:
+            with tqdm(unit="window", desc=Path(file).name, delay=2, disable=None) as bar:
 
                 def progress(done: int, of: int, bar=bar) -> None:
                     bar.total = of
@@ -157,10 +157,6 @@ def predict(
     return {
         "step": predictor.step, "clips": config.clips, "crops": config.crops, "files": results,
     }  # fmt: skip
-
-
-def _quiet() -> bool:
-    return not sys.stderr.isatty()
 
 
 def _described(prediction: Prediction, names: tuple[str, ...], top: int) -> dict[str, Any]:

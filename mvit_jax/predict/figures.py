@@ -1,6 +1,5 @@
 """A prediction as a picture: frames, classes as bars, the timeline; and attention that moves."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,14 +68,14 @@ def picture(
     _bars(parts[1].subplots(), probabilities, names, top)
     if timeline is not None:
         _over_time(parts[2], timeline, names)
-    return _png(figure)
+    return plots.png(figure, dpi=110)
 
 
 def timeline_picture(timeline: Timeline, names: Sequence[str]) -> bytes:
     """Only the timeline, as a PNG."""
     figure = Figure(figsize=(9, _INCHES["timeline"] + 0.4), layout="constrained")
     _over_time(figure, timeline, names)
-    return _png(figure)
+    return plots.png(figure, dpi=110)
 
 
 def attention_frames(shown: Shown, maps: Maps) -> UInt8[np.ndarray, "frames _height _width 3"]:
@@ -167,13 +166,6 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
     for axes in (lines, strip):
         axes.spines[["top", "right"]].set_visible(False)
     lines.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with plots.style():
-        figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _plain(text: str) -> str:
