@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
             raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
         if _TO.value == "stablehlo":
             give_program(to_path(source), out, _WHICH.value, _BATCH.value, _PLATFORMS.value)
-            return
-        give(to_path(source), out, _TO.value, _WHICH.value)
+        else:
+            give(to_path(source), out, _TO.value, _WHICH.value)
         return
     if _WHICH.value != "last":
         raise errors.UserError("--which=best goes with --to: SOURCE is a file")
@@ -186,17 +186,11 @@ def give_program(
 ) -> None:
     """The model of a run's or a converted folder becomes a file that JAX alone can run."""
     with RunFolder(folder) as run:
-        params, config = run.params(which), run.config
-        settings = run.settings(which)
+        params, config, settings = run.params(which), run.config, run.settings(which)
+    mean, std = settings.step.mean, settings.step.std
     with jax.default_matmul_precision(config.precision):
         exported = save_stablehlo(
-            settings.model,
-            params,
-            out,
-            mean=settings.step.mean,
-            std=settings.step.std,
-            batch=batch,
-            platforms=platforms,
+            settings.model, params, out, mean=mean, std=std, batch=batch, platforms=platforms
         )
     [clips], [logits] = exported.in_avals, exported.out_avals
     print(
@@ -207,9 +201,7 @@ def give_program(
 
 def _origin(folder: AnyPath) -> Origin | None:
     path = folder / ORIGIN
-    if not path.exists():
-        return None
-    return Origin(**workdir.read(path))
+    return Origin(**workdir.read(path)) if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -81,8 +81,7 @@ DATA_SETS = {
 
 
 def main(argv: list[str]) -> None:
-    name, *rest = [*argv[1:], ""]
-    rest = rest[:-1]
+    name, rest = "".join(argv[1:2]), argv[2:]
     allowed = {"check": 1, "videos": len(rest)}.get(name, 0)  # DIR, and flags for Beam
     if name not in DATA_SETS or len(rest) > allowed:
         raise errors.UserError(
@@ -103,14 +102,13 @@ def main(argv: list[str]) -> None:
     files.local_path(OUT.value)  # data are made here, and copied then
     if name == "videos":
         _videos(OUT.value, rest)
-        return
-    if name == "lists":
+    elif name == "lists":
         counts = splitting.write_lists(OUT.value, val=VAL.value, test=TEST.value, seed=SEED.value)
         said = ", ".join(f"{count} files in {list_}" for list_, count in counts.items())
         print(f"{said}, in {OUT.value}")
-        return
-    if name == "fashion_mnist":
+    elif name == "fashion_mnist":
         fashion_mnist.prepare(OUT.value, FILES.value)
+        print(f"{name} is in {OUT.value}")
     else:
         moving_digits.prepare(
             OUT.value,
@@ -119,7 +117,7 @@ def main(argv: list[str]) -> None:
             val_videos=VAL_VIDEOS.value,
             test_videos=TEST_VIDEOS.value,
         )
-    print(f"{name} is in {OUT.value}")
+        print(f"{name} is in {OUT.value}")
 
 
 def _videos(out: str, beam_flags: list[str]) -> None:

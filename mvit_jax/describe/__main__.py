@@ -34,17 +34,15 @@ def main(argv: list[str]) -> None:
         check(_CONFIG.value)
         source = config_flags.get_config_filename(flags.FLAGS["config"])
         print(config_file.text(_CONFIG.value, source), end="")
-        return
-    if _ALL.value:
+    elif _ALL.value:
         print(all_variants())
-        return
-    if _ABLATIONS.value:
+    elif _ABLATIONS.value:
         print(all_ablations())
-        return
-    if len(argv) < 2:
+    elif len(argv) < 2:
         raise errors.UserError(f"name a variant: {', '.join(VARIANTS)}; or give --all")
-    overrides = dict(override(text) for text in argv[2:])
-    print(describe(argv[1], variant(argv[1], **overrides)))
+    else:
+        overrides = dict(override(text) for text in argv[2:])
+        print(describe(argv[1], variant(argv[1], **overrides)))
 
 
 _PUBLISHED_HEADER = (
