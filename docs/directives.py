@@ -72,7 +72,8 @@ class Variants(Generated):
         for name, config in VARIANTS.items():
             published = PUBLISHED.get(name)
             classes = {"num_classes": CLASSES[published.data]} if published else {}
-            rows.append((f"`{name}`", _clip(config), *_beside(variant(name, **classes), published)))
+            clip = f"{config.frames} × {config.size}²".removeprefix("1 × ")
+            rows.append((f"`{name}`", clip, *_beside(variant(name, **classes), published)))
         return _table(("variant", "clip", *COUNTS), rows)
 
 
@@ -198,21 +199,15 @@ def _fenced(docstring: str) -> str:
     return "\n".join(out + (["```"] if code else []))
 
 
-def _beside(config: MViTConfig, published: Published | None) -> tuple[str, ...]:
+def _beside(config: MViTConfig, p: Published | None) -> tuple[str, ...]:
     ours = cost(config)
     counts = (f"{ours.parameters / 1e6:.1f} M", f"{ours.multiply_adds / 1e9:.1f} G")
-    if published is None:
+    if p is None:
         return (*counts, "", "", "", "")
-    p = published
     theirs = ", ".join(
         f"{value} {unit}" for value, unit in ((p.parameters, "M"), (p.multiply_adds, "G")) if value
     )
     return (*counts, theirs, "" if p.top1 is None else f"{p.top1} %", p.data, p.source)
-
-
-def _clip(config: MViTConfig) -> str:
-    side = f"{config.size}²"
-    return side if config.frames == 1 else f"{config.frames} × {side}"
 
 
 def _default(key: Key) -> str:
@@ -229,11 +224,8 @@ def _values(key: Key) -> str:
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    cells = ([c.replace("|", "\\|").replace("\n", " ") for c in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def setup(app: Any) -> dict[str, bool]:
