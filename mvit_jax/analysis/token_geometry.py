@@ -73,7 +73,6 @@ def to_pixels(
     Args:
       maps: a number for each token that `block` takes, on the grid; 0 for the grid of the cubes.
       clip: (frames, height, width) of what went through the model.
-      config: the architecture.
       block: from 0; or as many as there are blocks, for the tokens that the last one gives.
 
     Raises:

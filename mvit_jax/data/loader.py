@@ -45,9 +45,6 @@ def batched(
     Args:
       load: a frozen dataclass, called with the number of an element, that returns a dictionary of
         arrays. Its field `board` is a `watchdog.Board` or None, its field `videos` a `Source`.
-      batches: how many.
-      rows: elements of a batch.
-      options: threads, processes, time-out.
       prefetch: batches loaded ahead.
 
     Raises:

@@ -154,8 +154,6 @@ def apply(
     their thirteenth decimal, which changed none of 1.6 * 10^8 values.
 
     Args:
-      clip: frames of any size, RGB.
-      operations: as `RandAugment.draw` gives them.
       fill: colour of what comes in from outside.
       box: the part of the frames to give, for what is cropped later; None for all. Only what
         becomes of it, or decides on its colours, is computed.

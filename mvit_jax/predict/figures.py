@@ -45,13 +45,8 @@ def picture(
     """A PNG: frames that the model saw, the `top` classes as bars, and a long video's timeline.
 
     Args:
-      title: stands above it.
-      probabilities: of the classes.
-      names: of the classes.
       shown: clips of which frames are drawn.
-      times: of their frames, in seconds, written below them.
-      top: how many classes.
-      timeline: of a long video.
+      times: of their frames, in seconds, written above them.
       maps: of `shown`, drawn below the frames.
     """
     top = min(top, len(names))

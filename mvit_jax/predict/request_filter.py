@@ -20,7 +20,6 @@ def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[Non
     """Gives an ASGI application that refuses requests in front of another one.
 
     Args:
-      app: what gradio is mounted in.
       host: the address that the page is bound to. On loopback, requests must be for loopback.
       largest: bytes of the largest upload.
     """

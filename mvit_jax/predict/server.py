@@ -60,8 +60,6 @@ def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits
       load: gives the model, once it is certain that the page can be served.
       host: an address of this machine; other than loopback, a warning is printed.
       port: 0 for any that is free.
-      limits: of uploads.
-      top: how many classes to name.
 
     Raises:
       UserError: gradio is not installed, or the address cannot be had.

@@ -134,9 +134,7 @@ def clips_of(
     Every frame is decoded once. What is held is the frames of one clip, at the model's size.
 
     Args:
-      video: an open file.
       indices: frame numbers; no clip starts before the one before it.
-      settings: what a clip is.
       crops: squares cut from each clip, 1 or 3.
 
     Raises:

@@ -25,11 +25,7 @@ def read_charades(
 
     A frame, and a video, may have no label at all. Names of the classes are the lines of
     `folder/labels.txt`; without that file they are "c000" to "c156", as the data set has them.
-
-    Args:
-      folder: where the list is; `~` is the user's home.
-      list_name: file name of the list, like `train.csv`.
-      prefix: folder that the paths of frames start at, relative to `folder`.
+    Paths of frames start at `folder/prefix`.
 
     Raises:
       UserError: no such list, one of another form, or a label that is no number of a class.
@@ -37,9 +33,8 @@ def read_charades(
     root = Path(folder).expanduser().absolute()
     frames, texts = read_frame_list(root / list_name)
     file = root / "labels.txt"
-    names = tuple(f"c{number:03d}" for number in range(CLASSES))
-    if file.is_file():
-        names = read_class_names(file)
+    own = tuple(f"c{number:03d}" for number in range(CLASSES))
+    names = read_class_names(file) if file.is_file() else own
     labels = _of_videos(frames, texts, len(names))
     base = str(root / Path(prefix).expanduser())
     return ListedFrames(frames, base, labels, names)

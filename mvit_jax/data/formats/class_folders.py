@@ -28,7 +28,6 @@ def read_class_folders(
     stderr, hidden files and folders are left out.
 
     Args:
-      folder: what holds the folders; `~` is the user's home.
       list_name: the folder LIST; an ending `.csv` is dropped, so that `train.csv` names `train`.
       train_list: the LIST of training. Where it has no folder, for example next to a validation
         set alone, classes are the folders of `list_name`.
@@ -94,7 +93,8 @@ def _files(
 ) -> tuple[list[str], list[int], list[str]]:
     """Gives paths, labels, and the paths of what is left out."""
     paths, labels, ignored = [], [], []
-    listed = names_in((f"{split}/{name}" for name in folders), _is_shown)
+    places = (f"{split}/{name}" for name in folders)
+    listed = names_in(places, lambda entry: not entry.name.startswith("."))
     for folder, names in zip(folders, listed, strict=True):
         wanted = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
         if not wanted:
@@ -108,7 +108,3 @@ def _files(
             known = set(wanted)
             ignored += [f"{split}/{folder}/{name}" for name in names if name not in known]
     return paths, labels, ignored
-
-
-def _is_shown(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".")

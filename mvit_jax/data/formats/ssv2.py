@@ -29,11 +29,6 @@ def read_ssv2(
     frames (`frame_lists`), whose paths start at `folder/prefix`; then the data set's own lists,
     which have the labels, lie beside it.
 
-    Args:
-      folder: where the lists are; `~` is the user's home.
-      list_name: file name of the list.
-      prefix: folder of the frames, relative to `folder`.
-
     Raises:
       UserError: a file is missing or is not what it should be, a video has no label, or one that
         is not in the labels file.

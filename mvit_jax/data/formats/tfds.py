@@ -113,7 +113,6 @@ def how(name: str, folder: str, downloaded: str = "") -> str:
     """The command that prepares a set, for messages.
 
     Args:
-      name: of the set.
       folder: TFDS's `data_dir` to prepare it in.
       downloaded: the `data_dir` that holds what TFDS downloaded or asked for; "" for `folder`.
     """

@@ -133,7 +133,10 @@ def prepare(
     if manifest.complete and not open_jobs:
         return manifest
     if open_jobs:
-        _tidy(jobs)
+        for job in jobs:  # what killed workers left of shards
+            for left in root.glob(f".{job.file}.*.part"):
+                left.unlink(missing_ok=True)
+            job.progress.unlink(missing_ok=True)
         run_jobs(open_jobs, jobs, split, workers or os.cpu_count() or 1, beam_flags)
     made = [_finished(job, known) for job in jobs]
     missing = [job.file for job, shard in zip(jobs, made, strict=True) if shard is None]
@@ -162,12 +165,9 @@ def _plan(
     videos: VideoList, split: str, root: Path, base: Path, encoding: Encoding, shards: int | None
 ) -> tuple[list[Job], dict[str, Any]]:
     """What each shard holds, a function of the list and the settings alone; and the settings."""
-    start = f"{base}/"
-    ids = [path.removeprefix(start) for path in videos.paths]
-    labels = videos.labels.tolist()
-    count = shards or max(LEAST_SHARDS, -(-len(ids) // VIDEOS_A_SHARD))
-    count = min(count, len(ids))
-    rows = list(zip(ids, videos.paths, labels, strict=True))
+    ids = [path.removeprefix(f"{base}/") for path in videos.paths]
+    count = min(shards or max(LEAST_SHARDS, -(-len(ids) // VIDEOS_A_SHARD)), len(ids))
+    rows = list(zip(ids, videos.paths, videos.labels.tolist(), strict=True))
     bounds = [number * len(rows) // count for number in range(count + 1)]
     jobs = [
         Job(
@@ -224,14 +224,6 @@ def _finished(job: Job, known: dict[str, Shard]) -> Shard | None:
         return shard if job.path.stat().st_size == shard.size else None
     except OSError:
         return None
-
-
-def _tidy(jobs: Sequence[Job]) -> None:
-    """Removes what killed workers left of shards."""
-    for job in jobs:
-        for left in job.path.parent.glob(f".{job.file}.*.part"):
-            left.unlink(missing_ok=True)
-        job.progress.unlink(missing_ok=True)
 
 
 def pack(job: Job) -> None:

@@ -24,10 +24,8 @@ def write_lists(
     into one list only, which nothing here can know: then write the lists by hand.
 
     Args:
-      folder: holds the folders of the classes.
       val: share of each class to validate on.
       test: share of each class to test on.
-      seed: of the draw.
 
     Returns:
       How many files each list has.
@@ -57,7 +55,13 @@ def write_lists(
             lines[part] += [f"{name}/{files[i]} {label}\n" for i in sorted(chosen)]
     contents = {name: "".join(rows) for name, rows in lines.items() if rows}
     contents["labels.txt"] = "".join(f"{name}\n" for name in classes)
-    _check_older(root, contents)
+    for name in (*LISTS, "labels.txt"):
+        path = root / name
+        if path.exists() and path.read_text() != contents.get(name):
+            raise UserError(
+                f"{path} is there and differs from what would be written: delete it, or keep your "
+                "own lists and labels.txt"
+            )
     for name, text in contents.items():
         write_whole(root / name, text)
     return {name: len(rows) for name, rows in lines.items()}
@@ -83,13 +87,3 @@ def _files(folder: Path) -> list[str]:
         if file.name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
         and not file.name.startswith(".")
     )
-
-
-def _check_older(root: Path, contents: dict[str, str]) -> None:
-    for name in (*LISTS, "labels.txt"):
-        path = root / name
-        if path.exists() and path.read_text() != contents.get(name):
-            raise UserError(
-                f"{path} is there and differs from what would be written: delete it, or keep your "
-                "own lists and labels.txt"
-            )

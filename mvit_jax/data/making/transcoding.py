@@ -65,7 +65,6 @@ def encode(file: str | bytes, encoding: Encoding, name: str | None = None) -> En
 
     Args:
       file: path or content of any file that `Video` reads.
-      encoding: how.
       name: what messages call the file; its path by default.
 
     Raises:
@@ -93,13 +92,13 @@ def _encode(video: Video, encoding: Encoding) -> Encoded:
         for number, picture in video.pictures(range(video.num_frames)):
             size = size if stream else _size(picture.width, picture.height, encoding.short_side)
             turn = picture.rotation
-            colours = _colours(picture)
             picture = reformatter.reformat(
                 picture,
                 width=size[0],
                 height=size[1],
                 format="yuv420p",
-                dst_colorspace=colours,
+                # The matrix for pictures that are stored in RGB; others keep theirs.
+                dst_colorspace=Colorspace.ITU601 if picture.format.is_rgb else None,
                 interpolation=Interpolation.BICUBIC,
                 threads=1,
             )
@@ -164,11 +163,6 @@ def _size(width: int, height: int, short_side: int) -> tuple[int, int]:
     """Width and height after scaling, even, as the format wants; never enlarged."""
     scale = min(1.0, short_side / min(width, height))
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
-
-
-def _colours(picture: av.VideoFrame) -> Colorspace | None:
-    """The matrix for pictures that are stored in RGB; None to keep that of others."""
-    return Colorspace.ITU601 if picture.format.is_rgb else None
 
 
 def _turned(picture: av.VideoFrame, degrees: int) -> av.VideoFrame:

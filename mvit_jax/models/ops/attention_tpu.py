@@ -12,7 +12,6 @@ the score matrix of their sum is not written either.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -128,9 +127,7 @@ def _call(kernel, arrays: dict, outputs: dict, heads: int, interpret: bool):
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * batch * queries * keys * channels,
             transcendentals=batch * heads * queries * keys,
-            bytes_accessed=sum(
-                math.prod(x.shape) * x.dtype.itemsize for x in [*arrays.values(), *outputs.values()]
-            ),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (arrays | outputs).values()),
         ),
         interpret=interpret,
     )(*arrays.values())

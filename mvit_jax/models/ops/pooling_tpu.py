@@ -47,8 +47,7 @@ class _Layout:
         return self.grid[1] * self.grid[2]
 
     @property
-    def rows(self) -> int:
-        """Of a block."""
+    def rows(self) -> int:  # of a block
         return self.first + self.grid[0] * self.frame if self.whole else self.frame
 
     @property
@@ -152,12 +151,8 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
     width = min(channels, LANES)
     taps = math.prod(layout.plan.kernel)
     frames = pl.BlockSpec((1, layout.rows, width), lambda c, clip, i: (clip, i, c))
-    specs = {
-        "x": frames,
-        "w": pl.BlockSpec((taps, width), lambda c, clip, i: (0, c)),
-        "dx": frames,
-        "dw": pl.BlockSpec((taps, width), lambda c, clip, i: (0, c)),
-    }
+    weights = pl.BlockSpec((taps, width), lambda c, clip, i: (0, c))
+    specs = {"x": frames, "dx": frames, "w": weights, "dw": weights}
     inputs = {"x": x, "w": weight.astype(jnp.float32)}
     if layout.shifted:
         last = -(-x.shape[1] // TILE) - 1
@@ -174,8 +169,8 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
     scratch: dict[str, tuple[int, ...]] = {
         "frame": (bordered, width),
         "rows": (layout.rows + TILE, width),
+        "pooled": (pooled, width),
     }
-    scratch["pooled"] = (pooled, width)
     if gradient:
         scratch["dframe"] = (bordered, width)
         scratch["drows"] = (layout.rows + TILE, width)
@@ -198,9 +193,7 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * taps * batch * pooled * channels,
             transcendentals=0,
-            bytes_accessed=sum(
-                math.prod(s.shape) * s.dtype.itemsize for s in [*arrays, *outputs.values()]
-            ),
+            bytes_accessed=sum(s.size * s.dtype.itemsize for s in [*arrays, *outputs.values()]),
         ),
         interpret=interpret,
     )(*inputs.values())

@@ -233,11 +233,13 @@ class _Walk:
         for part, where in inside:
             if part.opcode.removesuffix("-done") not in COLLECTIVES:
                 continue
+            scattered = where is not None and _is_scattered(part, where)
             if where is not None:
                 if _is_under_way(part, where):
                     continue
-                traffic += _traffic_of_fused(part, where)
-            scattered = where is not None and _is_scattered(part, where)
+                # What it reads, and writes unless the fusion goes on with it.
+                moved = (*operand_shapes(part, where), *(() if scattered else part.shapes))
+                traffic += [(shape.bytes, shape.space) for shape in moved]
             self.collectives.append(self._collective(part, where or computation, trips, scattered))
         return Operation(
             name=line.name,
@@ -298,12 +300,6 @@ def _traffic(
         yield 2 * updates.bytes, line.shapes[0].space
     else:
         yield from ((shape.bytes, shape.space) for shape in (*given, *line.shapes))
-
-
-def _traffic_of_fused(line: Instruction, computation: Computation) -> list[tuple[int, int]]:
-    """What a collective inside a fusion reads, and writes unless the fusion goes on with it."""
-    got = () if _is_scattered(line, computation) else line.shapes
-    return [(shape.bytes, shape.space) for shape in (*operand_shapes(line, computation), *got)]
 
 
 def _read(computation: Computation, line: Instruction, module: Module) -> int:
