@@ -122,22 +122,19 @@ def take(
             f"{out} cannot be written: it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} are free"
         )
     try:
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise errors.UserError(f"{out} cannot be written ({error.strerror})") from None
-    try:
-        _write(building, loaded, variant, labels)
-        building.chmod(0o755)
-        if out.exists():
-            out.rmdir()  # it is empty
-        building.replace(out)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True
+        ) as building:
+            _write(Path(building), loaded, variant, labels)
+            Path(building).chmod(0o755)
+            if out.exists():
+                out.rmdir()  # it is empty
+            Path(building).replace(out)
     except errors.UserError:
         raise
     except Exception as error:  # Orbax has its own for a full disk and the like
         words = getattr(error, "strerror", None) or first_line(error)
         raise errors.UserError(f"{out} cannot be written ({words})") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     print(loaded.report.summary())
     print(f"wrote {out}; report.txt in it has a line for each tensor")
 

@@ -47,9 +47,8 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
     arrays = {name: jnp.asarray(x) for name, x in batch.items()}
     clips, targets = jax.device_get(step.augmented(arrays, key, settings.step))
     pixels = np.clip(clips.astype(np.float32) * settings.step.std + settings.step.mean, 0, 1)
-    target = Path(path)
-    plots.save(_figure(pixels, targets, videos.class_names), target)
-    return target
+    plots.save(_figure(pixels, targets, videos.class_names), path)
+    return Path(path)
 
 
 def _figure(

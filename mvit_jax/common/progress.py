@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -31,10 +32,7 @@ class Progress:
 
 def shown(title: str, results: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
     """Yields the results, each of a video, and tells how far it has come."""
-    progress = Progress(title, total, done)
-    try:
+    with closing(Progress(title, total, done)) as progress:
         for number, result in enumerate(results, done + 1):
             yield result
             progress.update(number)
-    finally:
-        progress.close()

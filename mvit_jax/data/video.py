@@ -101,10 +101,6 @@ class Video:
       DecodeError: no such file, no video, a broken or a cut off one.
     """
 
-    path: str
-    num_frames: int
-    fps: float
-
     def __init__(
         self,
         file: str | os.PathLike[str] | bytes,

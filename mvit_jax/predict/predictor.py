@@ -29,8 +29,6 @@ from mvit_jax.training.run_folder import RunFolder
 AT_A_TIME = 8  # windows that go through the model together
 SHOWN = 8  # windows of a long video whose frames are kept for pictures
 
-Check = Callable[[Video | Frames], None]
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -117,7 +115,7 @@ class Predictor:
         self,
         path: str | os.PathLike[str],
         *,
-        check: Check = lambda video: None,
+        check: Callable[[Video | Frames], None] = lambda video: None,
         progress: Callable[[int, int], object] = lambda done, of: None,
     ) -> Prediction:
         """What the model says of a video or image file.

@@ -186,11 +186,8 @@ def count_records(file: Path) -> int:
     """How many records a shard holds."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(str(file))
-    try:
+    with contextlib.closing(ArrayRecordReader(str(file))) as reader:
         return reader.num_records()
-    finally:
-        reader.close()
 
 
 def manifest_path(root: Path, split: str) -> Path:

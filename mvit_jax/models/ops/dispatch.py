@@ -64,6 +64,11 @@ def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
     return function
 
 
+def saving(function: Callable) -> Callable:
+    """The forward pass of a `jax.custom_vjp` of two arrays, which keeps these for the backward."""
+    return lambda x, weight, *fixed: (function(x, weight, *fixed), (x, weight))
+
+
 def batch_axes() -> tuple[str, ...]:
     """The axes of the mesh entered by `jax.set_mesh` that clips are split over; none without
     one."""

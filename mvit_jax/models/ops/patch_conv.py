@@ -9,7 +9,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-from mvit_jax.models.ops.dispatch import by_definition
+from mvit_jax.models.ops.dispatch import by_definition, saving
 from mvit_jax.models.plan import Triple, conv_output
 
 Clip = Float[Array, "batch T H W rgb"]
@@ -43,10 +43,6 @@ def _plain(clip, kernel, stride: Triple, padding: Triple):
     )
 
 
-def _save(clip, kernel, stride: Triple, padding: Triple):
-    return _convolve(clip, kernel, stride, padding), (clip, kernel)
-
-
 def _backward(stride: Triple, padding: Triple, saved: tuple, gradient):
     def default(clip, kernel, gradient):
         plain = functools.partial(_plain, stride=stride, padding=padding)
@@ -65,7 +61,7 @@ def _backward(stride: Triple, padding: Triple, saved: tuple, gradient):
     return lax.platform_dependent(*saved, gradient, cpu=cpu, tpu=tpu, default=default)
 
 
-_convolve.defvjp(_save, _backward)
+_convolve.defvjp(saving(_convolve), _backward)
 
 
 def _by_columns(clip, kernel, stride: Triple, padding: Triple):

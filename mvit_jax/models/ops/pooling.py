@@ -22,6 +22,7 @@ from mvit_jax.models.ops.dispatch import (
     clips_are_split,
     each_device_has_clips,
     on_each_device,
+    saving,
     with_gradient_of,
 )
 from mvit_jax.models.plan import Pool, Triple
@@ -81,10 +82,6 @@ def _pool_grid(x: Tokens, weight: Taps, grid: Triple, plan: Pool) -> Tokens:
     return on_grid(lambda tokens: _convolve(tokens, plan, weight), x, grid)
 
 
-def _pool_tokens_forward(x: Tokens, weight: Taps, grid: Triple, plan: Pool):
-    return _pool_tokens(x, weight, grid, plan), (x, weight)
-
-
 def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], gradient: Tokens):
     x, weight = saved
 
@@ -111,7 +108,7 @@ def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], 
     return dx, dtaps.reshape(weight.shape)
 
 
-_pool_tokens.defvjp(_pool_tokens_forward, _pool_tokens_backward)
+_pool_tokens.defvjp(saving(_pool_tokens), _pool_tokens_backward)
 
 
 def max_pool(grid: Grid, plan: Pool) -> Pooled:
@@ -218,10 +215,6 @@ def _shifted(padded: Array, tap, shape, stride: Triple) -> Pooled:
     return lax.slice(padded, (0, *tap, 0), (batch, *end, channels), (1, *stride, 1))
 
 
-def _slices_forward(grid: Grid, weight: Taps, plan: Pool):
-    return depthwise_slices(grid, weight, plan), (grid, weight)
-
-
 def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Pooled) -> tuple[Grid, Taps]:
     grid, weight = saved
 
@@ -234,7 +227,7 @@ def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Pooled) -> 
     return _grid_gradient(gradient, weight, grid, plan), taps.astype(weight.dtype)
 
 
-depthwise_slices.defvjp(_slices_forward, _slices_backward)
+depthwise_slices.defvjp(saving(depthwise_slices), _slices_backward)
 
 
 def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Grid:

@@ -1,26 +1,21 @@
 """How often a compiled program's loops run."""
 
+import operator
 import re
-from collections.abc import Callable
 
 from mvit_jax.podplan.hlo.parser import Computation, Instruction, Module
 
 # A loop that counts this far without an end is one whose end hangs on data.
 MOST = 100_000
 
-_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
-    "add": lambda x, y: x + y,
-    "subtract": lambda x, y: x - y,
-    "multiply": lambda x, y: x * y,
-    "and": lambda x, y: x & y,
+_ARITHMETIC = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "and": operator.and_,
 }
-_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
-    "LT": lambda x, y: x < y,
-    "LE": lambda x, y: x <= y,
-    "GT": lambda x, y: x > y,
-    "GE": lambda x, y: x >= y,
-    "EQ": lambda x, y: x == y,
-    "NE": lambda x, y: x != y,
+_COMPARISONS = {
+    name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "EQ", "NE")
 }
 Number = int | None  # None is a number that only running the program gives
 
