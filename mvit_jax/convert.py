@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         raise errors.UserError("say which variant SOURCE is of: --variant=NAME (describe --all)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
-    labels = None if _LABELS.value is None else _names(Path(_LABELS.value))
+    labels = None if _LABELS.value is None else read_class_names(Path(_LABELS.value))
     take(source, _VARIANT.value, out, labels, _INFLATE.value, **overrides)
 
 
@@ -137,13 +137,6 @@ def take(
         raise errors.UserError(f"{out} cannot be written ({words})") from None
     print(loaded.report.summary())
     print(f"wrote {out}; report.txt in it has a line for each tensor")
-
-
-def _names(file: Path) -> tuple[str, ...]:
-    try:
-        return read_class_names(file)
-    except OSError as error:
-        raise errors.UserError(f"--labels={file} cannot be read ({error.strerror})") from None
 
 
 def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:

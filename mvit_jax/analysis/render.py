@@ -90,8 +90,6 @@ def save_mp4(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18"}
         for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
     write_whole(path, buffer.getvalue())

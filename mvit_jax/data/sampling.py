@@ -102,10 +102,8 @@ def view_indices(
         return np.stack([_strided(start, stride, frames, num_frames) for start in starts])
     length = span(fps, frames, stride)
     delta = max(num_frames - length, 0.0)
-    if clips == 1:
-        starts = [delta // 2]
-    else:
-        starts = [clip * (delta // (clips - 1)) for clip in range(clips)]
+    apart = delta // max(clips - 1, 1)
+    starts = [delta // 2] if clips == 1 else [clip * apart for clip in range(clips)]
     return np.stack([spread(start, length, frames, num_frames) for start in starts])
 
 

@@ -156,13 +156,9 @@ def create_model(
     `create_model("mvit_b_16x4", num_classes=10, rngs=nnx.Rngs(0))`; any field of `MViTConfig` can
     be overridden, and modules replaced (see `MViT`).
     """
+    config = variant(name, **overrides)
     model = functional(
-        variant(name, **overrides),
-        block=block,
-        attention=attention,
-        pooling=pooling,
-        dtype=dtype,
-        ops=ops,
+        config, block=block, attention=attention, pooling=pooling, dtype=dtype, ops=ops
     )
     return model._build(rngs)
 

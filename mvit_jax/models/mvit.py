@@ -6,6 +6,7 @@ block's `BlockPlan`; nothing here decides on them. `functional.py` has the pure 
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -156,8 +157,7 @@ class CubeEmbedding(nnx.Module):
     def __init__(self, config: MViTConfig, *, dtype, rngs: nnx.Rngs) -> None:
         self.stride, self.padding = config.patch_stride, config.patch_padding
         self.dtype = dtype
-        fan_in = 3 * math.prod(config.patch_kernel)
-        bound = fan_in**-0.5
+        bound = (3 * math.prod(config.patch_kernel)) ** -0.5  # of the fan in
         self.proj = nnx.Conv(
             3,
             config.width,
@@ -165,9 +165,7 @@ class CubeEmbedding(nnx.Module):
             strides=config.patch_stride,
             padding=[(p, p) for p in config.patch_padding],
             kernel_init=conv_init,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            ),
+            bias_init=functools.partial(jax.random.uniform, minval=-bound, maxval=bound),
             dtype=dtype,
             rngs=rngs,
         )

@@ -126,12 +126,11 @@ def parse(text: str, slices: int = 1) -> Topology:
         )
     known = shapes(kind)
     if found.group(3):
-        shape = tuple(int(side) for side in found.group(3).split("x"))
-        if shape not in known:
-            raise UserError(f"there is no slice {text}: {_listed(kind)}")
-        return Topology(kind, shape, slices)
-    cores = CHIPS[kind].cores
-    fitting = [shape for shape in known if math.prod(shape) * cores == int(found.group(2))]
+        shape = tuple(map(int, found.group(3).split("x")))
+        fitting = [shape] if shape in known else []
+    else:
+        cores = CHIPS[kind].cores
+        fitting = [shape for shape in known if math.prod(shape) * cores == int(found.group(2))]
     if not fitting:
         raise UserError(f"there is no slice {text}: {_listed(kind)}")
     return Topology(kind, min(fitting, key=max), slices)  # the most cubic has the shortest ways

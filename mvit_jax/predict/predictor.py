@@ -212,12 +212,11 @@ class Predictor:
         with jax.default_matmul_precision(self.config.precision):
             # One at a time, as what all blocks attend to is large.
             both = [jax.device_get(self._jitted_maps(self._params, clip[None])) for clip in shown]
+        looks, speaks = (np.concatenate(maps) for maps in zip(*both, strict=True))
         size = shown.shape[1:4]
         return Maps(
-            token_geometry.to_pixels(np.concatenate([m[0] for m in both]), size, self.model),
-            token_geometry.to_pixels(
-                np.concatenate([m[1] for m in both]), size, self.model, self._fine_block
-            ),
+            token_geometry.to_pixels(looks, size, self.model),
+            token_geometry.to_pixels(speaks, size, self.model, self._fine_block),
         )
 
     @cached_property

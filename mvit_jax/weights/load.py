@@ -84,7 +84,10 @@ def load(
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     report = Report(f"{name}: {found.family} -> {variant}, {len(state)} tensors")
-    report.notes += _notes(tensors, prefix)
+    if tensors.wrapper:
+        report.notes.append(f"read from its entry {tensors.wrapper!r}")
+    if prefix:
+        report.notes.append(f"{prefix!r} was taken off all names")
     report.problems += found.problems
     if found.problems:
         raise WeightsError(report)
@@ -237,15 +240,6 @@ def _places(sources: Mapping[str, _Source | None], axis: str) -> int | None:
     name = "time" if axis == "time" else "height"
     relative = sources.get(f"blocks/0/attn/relative/{name}")
     return None if relative is None else (len(relative.values) + 1) // 2
-
-
-def _notes(tensors: Tensors, prefix: str) -> list[str]:
-    notes = []
-    if tensors.wrapper:
-        notes.append(f"read from its entry {tensors.wrapper!r}")
-    if prefix:
-        notes.append(f"{prefix!r} was taken off all names")
-    return notes
 
 
 def _origin(state: Mapping[str, np.ndarray], found: Structure) -> key_tables.Origin:

@@ -78,8 +78,7 @@ def save_stablehlo(
 
 
 def exported(function: Callable[..., Any], platforms: tuple[str, ...], *shapes: Any) -> Any:
-    """A function for some platforms, of arguments of these shapes; a TPU's kernels are in it if it
-    is for TPUs alone."""
+    """A function for some platforms, of arguments of these shapes; with kernels for TPUs alone."""
     with contextlib.nullcontext() if platforms == ("tpu",) else without_kernels():
         return export.export(jax.jit(function), platforms=platforms)(*shapes)
 

@@ -70,8 +70,7 @@ def saving(function: Callable) -> Callable:
 
 
 def batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh entered by `jax.set_mesh` that clips are split over; none without
-    one."""
+    """The axes of the mesh of `jax.set_mesh` that clips are split over; none without one."""
     return tuple(a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names)
 
 
