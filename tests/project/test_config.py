@@ -110,9 +110,8 @@ def test_config_files_load_without_jax_within_a_second():
         "for path in sorted(config.RECIPES.glob('*.py')): config.load(str(path))\n"
         "print(time.process_time(), [m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, imported = done.stdout.split(maxsplit=1)
-    assert float(seconds) < 1 and imported.strip() == "[]"
+    seconds, imported = commands.printed(code).split(maxsplit=1)
+    assert float(seconds) < 1 and imported == "[]"
 
 
 def test_files_of_the_working_directory_go_first(tmp_path, monkeypatch):

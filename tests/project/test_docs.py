@@ -157,17 +157,12 @@ def run_python(block: CodeBlock, namespace: dict[str, Any], where: str) -> int:
     return checked
 
 
-@pytest.fixture(scope="module")
-def executable():
-    return commands.python()
-
-
-def run_in_empty_folder(page: Path, folder: Path, executable: Path, *, nightly: bool) -> int:
+def run_in_empty_folder(page: Path, folder: Path, *, nightly: bool) -> int:
     shutil.copytree(tiny.ROOT / "configs", folder / "configs")
     shim = folder / "bin" / "python"
     shim.parent.mkdir()
     text = SHIM.format(
-        python=sys.executable, executable=str(executable), small=SMALL, compiler=COMPILER,
+        python=sys.executable, executable=str(commands.python()), small=SMALL, compiler=COMPILER,
         nightly={} if nightly else NIGHTLY,
     )  # fmt: skip
     shim.write_text(text)
@@ -179,12 +174,8 @@ def run_in_empty_folder(page: Path, folder: Path, executable: Path, *, nightly: 
         f"{'' if nightly else 'test_docs.make_trials_small()'}\n"
         "print('\\nheld:', test_docs.run_page(pathlib.Path(sys.argv[1])))"
     )
-    done = subprocess.run(
-        [executable, "-c", code, str(page)],
-        capture_output=True, text=True, cwd=folder, env=env, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return int(done.stdout.rsplit("held: ", 1)[1])
+    out = commands.printed(code, page, fork=True, cwd=folder, env=env)
+    return int(out.rsplit("held: ", 1)[1])
 
 
 def make_trials_small() -> None:
@@ -203,8 +194,8 @@ SCALES = [
 
 @pytest.mark.parametrize("nightly", SCALES)
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
-def test_every_code_block_runs_and_says_what_is_true(page, nightly, tmp_path, executable):
-    held = run_in_empty_folder(page, tmp_path, executable, nightly=nightly)
+def test_every_code_block_runs_and_says_what_is_true(page, nightly, tmp_path):
+    held = run_in_empty_folder(page, tmp_path, nightly=nightly)
     assert held == len(re.findall(r"# -> |^```text$", page.read_text(), re.MULTILINE))
 
 

@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -77,16 +75,8 @@ def test_rooms_import_only_from_rooms_further_down(path):
 
 def test_the_config_is_spent_in_build():
     """Below `training/build.py` no module reads a key of the config."""
-    below = (
-        "run",
-        "distributed",
-        "loop.py",
-        "step.py",
-        "state.py",
-        "evaluation.py",
-        "optimizer.py",
-    )
-    places = [PACKAGE / "training" / name for name in below]
+    names = "run distributed loop.py step.py state.py evaluation.py optimizer.py"
+    places = [PACKAGE / "training" / name for name in names.split()]
     places += [PACKAGE / name for name in ("weights", "data", "models", "common")]
     files = [f for place in places for f in ([place] if place.suffix else place.rglob("*.py"))]
     sections = "|".join({name.partition(".")[0] for name in KEYS if "." in name} - {"model"})
@@ -119,8 +109,7 @@ def test_importing_is_quick_and_brings_no_tensorflow():
         "mvit_jax.create_model, mvit_jax.plan\n"
         "print(seconds, 'tensorflow' in sys.modules, 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, *brought = done.stdout.split()
+    seconds, *brought = commands.printed(code).split()
     assert float(seconds) < 3 and brought == ["False", "False"]
 
 
@@ -140,28 +129,16 @@ def test_the_default_experiment_keeps_its_labels_true(arg):
         config.optim.learning_rate = 1
 
 
-@pytest.fixture(scope="module")
-def executable():
-    return commands.python()
-
-
 @pytest.mark.slow
-def test_every_module_imports_and_every_program_helps(executable):
-    def output(*arguments):
-        return subprocess.run(
-            [executable, *arguments], capture_output=True, text=True, env=warm.environment()
-        )
-
+def test_every_module_imports_and_every_program_helps():
     for program in warm.programs():
-        # absl's --help exits with 1.
-        done = output("-m", f"mvit_jax.{program}", "--help")
-        assert f"python -m mvit_jax.{program}" in done.stdout, done.stderr
-    for path in sorted((tiny.ROOT / "benchmarks").glob("*.py")):
-        done = output("-c", f"import benchmarks.{path.stem}")
-        assert done.returncode == 0, done.stderr
+        _, said = commands.run(program, "--help")  # absl's exits with 1
+        assert f"python -m mvit_jax.{program}" in said
+    for path in (tiny.ROOT / "benchmarks").glob("*.py"):
+        commands.printed(f"import benchmarks.{path.stem}", fork=True)
 
 
-def run_readme(executable, block: int, check: str, folder, *, small: bool) -> tuple[str, str]:
+def run_readme(block: int, check: str, folder, *, small: bool) -> tuple[str, str]:
     """Runs a Python example of the README in `folder`; returns it and what `check` then prints.
 
     With `small`, the variant of the examples is a model of three narrow blocks.
@@ -174,12 +151,7 @@ def run_readme(executable, block: int, check: str, folder, *, small: bool) -> tu
         narrow = f"dataclasses.replace(VARIANTS['mvit_b_16x4'], **{SMALL!r})"
         names = "import dataclasses; from mvit_jax.models.variants import VARIANTS"
         program = f"{names}; VARIANTS['mvit_b_16x4'] = {narrow}\n{program}"
-    done = subprocess.run(
-        [executable, "-c", program],
-        capture_output=True, text=True, cwd=folder, env=warm.environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return code[block], done.stdout.strip().splitlines()[-1]
+    return code[block], commands.printed(program, fork=True, cwd=folder).splitlines()[-1]
 
 
 SMALL = {"width": 16, "depths": (1, 1, 1)}
@@ -190,21 +162,21 @@ SIZES = [
 
 
 @pytest.mark.parametrize("small", SIZES)
-def test_the_readmes_example_runs_and_its_shapes_are_true(executable, small, tmp_path):
+def test_the_readmes_example_runs_and_its_shapes_are_true(small, tmp_path):
     check = "print(logits.shape, features['stages'][0].shape)"
-    code, printed = run_readme(executable, 0, check, tmp_path, small=small)
+    code, printed = run_readme(0, check, tmp_path, small=small)
     assert printed == "(2, 8) (2, 4, 16, 16, 64)"
     assert "= (2, 4, 16, 16, 64)" in code
 
 
 @pytest.mark.parametrize("small", SIZES)
-def test_the_readmes_example_of_foreign_weights_runs(executable, small, tmp_path):
+def test_the_readmes_example_of_foreign_weights_runs(small, tmp_path):
     config = mvit_jax.variant("mvit_b_16x4", **SMALL if small else {})
     params = jax.jit(functional(config).init)(jax.random.key(0))
     mvit_jax.save_torch(params, config, tmp_path / "k400.pyth", "slowfast")
     write_video(tmp_path / "video.mp4", textured(80, 64))
     check = "print(clips.shape, report.ok, round(float(probabilities.sum()), 3))"
-    _, printed = run_readme(executable, 1, check, tmp_path, small=small)
+    _, printed = run_readme(1, check, tmp_path, small=small)
     assert printed == "(5, 16, 224, 224, 3) True 1.0"
     back = read_tensors(tmp_path / "back.pth").tensors
     assert back["conv_proj.weight"].shape == (config.width, 3, 3, 7, 7)

@@ -7,12 +7,11 @@ the check they train a narrower model than the default experiment's.
 import ast
 import inspect
 import json
-import subprocess
 
 import nbformat
 import pytest
 
-from tests.support import commands, tiny, warm
+from tests.support import commands, tiny
 
 NOTEBOOKS = sorted((tiny.ROOT / "notebooks").glob("*.ipynb"))
 TRAIN = {"prototype", "inside", "weights"}
@@ -37,11 +36,6 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def executable():
-    return commands.python()
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks") / "digits"
 
@@ -57,7 +51,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("name", "narrow"), RUNS)
-def test_notebooks_run_from_top_to_bottom(name, narrow, executable, data):
+def test_notebooks_run_from_top_to_bottom(name, narrow, data):
     path = tiny.ROOT / "notebooks" / f"{name}.ipynb"
     notebook = read(path)
     parameters = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
@@ -70,11 +64,7 @@ def test_notebooks_run_from_top_to_bottom(name, narrow, executable, data):
         cell.source = "\n".join(f"{name} = {value!r}" for name, value in small.items())
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     program = RUN.replace("{small!r}", repr(SMALL if narrow else {}))
-    done = subprocess.run(
-        [executable, "-c", program], input=json.dumps(cells), capture_output=True,
-        text=True, cwd=path.parent, env=warm.environment(), timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    commands.printed(program, fork=True, input=json.dumps(cells), cwd=path.parent)
 
 
 def test_the_notebooks_are_these():

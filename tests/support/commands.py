@@ -13,6 +13,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.support import warm
 from tests.support.environment import of_process
@@ -34,6 +35,17 @@ def run(program: str, *flags: object, cwd: object = warm.ROOT) -> tuple[int, str
 def fresh(program: str, *flags: object, cwd: object = warm.ROOT) -> tuple[int, str]:
     """Returns the same of an interpreter of its own."""
     return _run(sys.executable, of_process(1), program, flags, cwd)
+
+
+def printed(code: str, *arguments: object, fork: bool = False, **options: Any) -> str:
+    """Returns what Python code prints, which must succeed."""
+    executable, env = (python(), warm.environment()) if fork else (sys.executable, of_process(1))
+    done = subprocess.run(
+        [executable, "-c", code, *map(str, arguments)],
+        capture_output=True, text=True, timeout=600, **{"cwd": warm.ROOT, "env": env} | options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+    return done.stdout.strip()
 
 
 def _run(executable, environment, program, flags, cwd) -> tuple[int, str]:

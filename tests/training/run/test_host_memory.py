@@ -1,11 +1,8 @@
 """Memory that was freed is used again, instead of being taken from the system anew."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.support.environment import of_process
+from tests.support.commands import printed
 
 PROGRAM = """
 import resource, sys
@@ -58,9 +55,3 @@ def test_so_do_those_of_xla_in_the_calling_thread():
     take all 32,768 pages twenty times. Here a run may find no free place that is large enough."""
     faults = printed(IN_XLA)
     assert faults == "none" or int(faults) < 10 * 2**15
-
-
-def printed(program, *way):
-    run = [sys.executable, "-c", program, *way]
-    done = subprocess.run(run, capture_output=True, text=True, check=True, env=of_process(1))
-    return done.stdout.strip()

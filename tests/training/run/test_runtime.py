@@ -1,14 +1,12 @@
 """Programs that find in a second process what the first one compiled."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mvit_jax.training.run import runtime
-from tests.support import tiny
+from tests.support import commands
 
 # Prints how many compilations were found on disk and how many were not.
 PROGRAM = """
@@ -29,15 +27,10 @@ print(events.count("cache_hits"), events.count("cache_misses"))
 """
 
 
-def run(folder: Path, code=PROGRAM, **env) -> str:
+def run(folder: Path, **env) -> str:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "XDG_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, cwd=tiny.ROOT,
-        env=inherited | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder)} | env,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+    env = inherited | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder)} | env
+    return commands.printed(PROGRAM, env=env)
 
 
 @pytest.mark.slow
