@@ -173,18 +173,14 @@ def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
 def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_path, one_process):
     """The collective operation that failed was once taken for a checkpoint that cannot be read."""
     folder = shutil.copytree(one_process, tmp_path / "run")
-    code = (
-        "import os, sys\n"
+    dies = (
         "import orbax.checkpoint as ocp\n"
-        "from mvit_jax import train\n"
-        "from mvit_jax.common import errors\n"
         "if '--process_id=1' in sys.argv:\n"
-        "    ocp.CheckpointManager.restore = lambda *args, **kwargs: os._exit(9)\n"
-        "errors.run(train.main)"
+        "    ocp.CheckpointManager.restore = lambda *args, **kwargs: os._exit(9)"
     )
     shutil.rmtree(folder / "checkpoints" / "9")  # there is a step to do
     flags = [*RECIPE[2:], f"--config.data.folder={digits}", f"--workdir={folder}"]
-    first, second = group.finish(group.start(["-c", code, *flags], 2, 2), 120)
+    first, second = group.finish(group.start([*group.program(dies), *flags], 2, 2), 120)
     assert second.status == 9, second.err
     assert first.status in (failure.LOST, -signal.SIGABRT), first.err
     assert "cannot be read" not in first.err and not (folder / "damaged").exists()
@@ -214,15 +210,8 @@ def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
 @pytest.mark.parametrize("hung", [pytest.param(1, marks=NIGHTLY), pytest.param(0, marks=SLOW)])
 def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
     """Its connections stay open, so that only its silence tells."""
-    code = (
-        "from mvit_jax import train\n"
-        "from mvit_jax.common import errors\n"
-        "from mvit_jax.training.distributed import failure, launch\n"
-        "failure.SILENT_BEATS = 6\n"
-        "errors.run(train.main)"
-    )
     flags = [*LONG[2:], f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
-    two = group.start(["-c", code, *flags], 2, 1)
+    two = group.start([*group.program("failure.SILENT_BEATS = 6"), *flags], 2, 1)
     group.wait_for(two[0], "step 2/")
     two[hung].send_signal(signal.SIGSTOP)
     left = two[1 - hung]
@@ -260,19 +249,8 @@ def test_what_a_scheduler_sends_to_workers_too(sent, digits, tmp_path):
 
 
 def small(work):
-    """A program of several processes that does `work`, and takes a process for dead soon."""
-    code = (
-        "import os, sys, time\n"
-        "from mvit_jax.common import errors\n"
-        "from mvit_jax.training.distributed import coordination, failure, launch\n"
-        "failure.SILENT_BEATS = 4\n"
-        "def main(argv):\n"
-        "    launch.start()\n"
-        "    with failure.together():\n"
-        f"        {work}\n"
-        "errors.run(main)"
-    )
-    return ["-c", code]
+    """Returns a program of several processes that takes one of them for dead soon."""
+    return group.together(work, "failure.SILENT_BEATS = 4")
 
 
 @pytest.mark.nightly
@@ -325,14 +303,12 @@ def test_a_connection_that_breaks_while_all_live_is_told_in_its_own_words():
 @pytest.mark.nightly
 def test_sigterm_ends_a_test_in_several_processes(one_process):
     """JAX takes the signal for itself there, and a test has no loop that would ask it."""
-    code = (
-        "import time\n"
+    waits = (
         "from mvit_jax import evaluate\n"
-        "from mvit_jax.common import errors\n"
-        "evaluate.test = lambda folder: print('tests', flush=True) or time.sleep(100)\n"
-        "errors.run(evaluate.main)"
+        "evaluate.test = lambda folder: print('tests', flush=True) or time.sleep(100)"
     )
-    two = group.start(["-c", code, f"--workdir={one_process}"], 2, 1)
+    program = group.program(waits, "evaluate.main")
+    two = group.start([*program, f"--workdir={one_process}"], 2, 1)
     for process in two:
         group.wait_for(process, "tests")
     for process in two:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,24 @@ def start(
             )
         )  # fmt: skip
     return started
+
+
+def program(before: str, main: str = "train.main") -> list[str]:
+    """Returns a program that runs `main` after `before`, which sets other values of constants."""
+    code = (
+        "import os, sys, time\n"
+        "from mvit_jax import train\n"
+        "from mvit_jax.common import errors\n"
+        "from mvit_jax.training.distributed import coordination, failure, launch\n"
+        f"{before}\nerrors.run({main})"
+    )
+    return ["-c", code]
+
+
+def together(work: str, before: str = "") -> list[str]:
+    """Returns a program whose processes join each other and do `work`."""
+    start = "def main(argv):\n    launch.start()\n    with failure.together():\n"
+    return program(f"{before}\n{start}{textwrap.indent(work, ' ' * 8)}", "main")
 
 
 def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 600) -> list[Done]:

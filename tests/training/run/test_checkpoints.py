@@ -4,8 +4,6 @@ import json
 import re
 import resource
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +19,8 @@ from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, DamagedError, NotSavedError
 from mvit_jax.training.state import init_state
-from tests.support.group import free_port
-from tests.support.tiny import MODEL, ROOT
+from tests.support import group
+from tests.support.tiny import MODEL
 
 
 @functools.cache
@@ -39,10 +37,7 @@ def state_of(seed=0, ema=0.5, **changes):
 
 
 def assert_equal(a, b):
-    leaves = [jax.tree_util.tree_leaves_with_path(x) for x in (a, b)]
-    assert len(leaves[0]) == len(leaves[1])
-    for (path, x), (_, y) in zip(*leaves, strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=str(path))
+    jax.tree.map_with_path(lambda path, *x: np.testing.assert_array_equal(*x, str(path)), a, b)
 
 
 @pytest.fixture(scope="module")
@@ -308,19 +303,13 @@ def test_the_last_save_of_all_is_tried_twice_and_must_succeed(tmp_path):
 
 
 TWO = """
-import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-number, folder, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{port}", 2, number)
 import numpy as np
 from jax.experimental import multihost_utils
 from pathlib import Path
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run import checksums
 from mvit_jax.training.run.checkpoints import Checkpoints
-from mvit_jax.training.run.checksums import digests
 from tests.training.run.test_checkpoints import flip, state_of, values_of
 
 sharding.SMALLEST_SHARDED = 64
@@ -334,12 +323,13 @@ def placed(seed):
     )
 
 assert checksums.digests(placed(3)) == checksums.digests(state_of(3))
+folder = Path(argv[1])
 checkpoints = Checkpoints(folder, keep=2, tidy=True)
 for step in (2, 3):
     checkpoints.save(placed(step), step)
 checkpoints.close()
-if number == 0:
-    flip(values_of(Path(folder), 3))
+if coordination.first():
+    flip(values_of(folder, 3))
 multihost_utils.sync_global_devices("damaged")
 checkpoints = Checkpoints(folder, keep=2)
 state = checkpoints.resume(placed(0))
@@ -347,24 +337,14 @@ assert checksums.digests(state) == checksums.digests(state_of(2))
 checkpoints.save(placed(3), 3)
 checkpoints.wait()
 assert checkpoints.last.all_steps() == [2, 3]
-os._exit(0)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_verify_and_set_aside_together(tmp_path):
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(number), str(tmp_path), str(port)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
-        assert "checkpoints/3" in out and f"is now {tmp_path}/damaged/3" in out
+    for done in group.finish(group.start([*group.together(TWO), str(tmp_path)], 2, 2), 300):
+        assert done.status == 0, done.err[-3000:]
+        assert "checkpoints/3" in done.out and f"is now {tmp_path}/damaged/3" in done.out
     checkpoints = Checkpoints(tmp_path)  # one process
     assert_equal(checkpoints.restore(state_of()), state_of(3))
 

@@ -1,10 +1,7 @@
 """The split of wall time adds up, and blames the input only for what the devices waited for."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,9 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from mvit_jax.training.run import goodput, metrics
-from tests.support import tiny
+from tests.support import group
 from tests.support.events import read_scalars
-from tests.support.group import free_port
 
 
 class Clock:
@@ -308,9 +304,7 @@ def test_the_log_says_that_the_input_is_slow(tmp_path, capsys, wait):
 
 
 TWO = """
-import sys, jax, numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import jax
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run import goodput
 seconds = dict.fromkeys(goodput.PHASES, 0.0)
@@ -326,15 +320,8 @@ print(told["data"], told["step"], slowest, watch.sentence(told, slowest))
 @pytest.mark.slow
 def test_of_two_processes_the_one_that_waits_longest_counts():
     """The other one waits for it in the step, which needs both."""
-    address = f"localhost:{free_port()}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, address, str(index)], stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "XLA_FLAGS": ""},
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
+    both = group.finish(group.start(group.together(TWO), 2, 1), 120)
+    said = [done.out.splitlines()[-1] for done in both]
     sentence = (
         "the input is the bottleneck: {} % of the time of the last steps went into waiting for "
         "clips by process 1 of 2; raise data.threads from 0 to 7 (this host has 7 cores)"
