@@ -11,12 +11,14 @@ from etils import epath
 from mvit_jax import train
 from mvit_jax.training.run.profiling import Profile, window
 from tests.support import tiny
-from tests.training import test_step
 
 
-def steps_of(window, start, steps):
-    profile = Profile("unused", window, start=start, steps=steps, say=print)
-    return list(profile._steps)
+def run(profile, *numbers):
+    """Runs steps that compute something."""
+    add = jax.jit(lambda x: x + 1)
+    for number in numbers:
+        with profile.step(number):
+            assert (add(jnp.ones(3)) == 2).all()
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def steps_of(window, start, steps):
     ],
 )
 def test_a_window_is_counted_from_the_start_and_ends_with_the_run(window, start, steps, expected):
-    assert steps_of(window, start, steps) == expected
+    assert list(Profile("unused", window, start=start, steps=steps, say=print)._steps) == expected
 
 
 def test_windows_are_read():
@@ -75,15 +77,11 @@ def test_a_run_writes_a_trace_that_names_steps_stages_and_blocks(digits, tmp_pat
 
 
 def test_a_trace_that_is_cut_off_is_written(tmp_path, capsys):
-    double = jax.jit(lambda x: 2 * x)
     with (
         pytest.raises(KeyboardInterrupt),
         Profile(tmp_path, (1, 9), start=4, steps=100, say=print) as profile,
     ):
-        with profile.step(5):
-            double(jnp.ones(3))
-        with profile.step(6):
-            assert (double(jnp.ones(3)) == 2).all()
+        run(profile, 5, 6)
         raise KeyboardInterrupt
     data, _ = planes_of(tmp_path / "profile")
     assert annotated(data) == [5, 6]
@@ -95,20 +93,14 @@ def test_a_trace_while_another_runs_costs_no_step(tmp_path, capsys):
         jax.profiler.trace(tmp_path / "other"),
         Profile(tmp_path, (1, 2), start=0, steps=9, say=print) as profile,
     ):
-        for number in (1, 2):
-            with profile.step(number):
-                jnp.ones(number)
+        run(profile, 1, 2)
     assert capsys.readouterr().out.count("no trace: ") == 1
 
 
 def test_a_trace_of_a_run_in_a_bucket_is_brought_there(tmp_path):
     said = []
-    add = jax.jit(lambda x: x + 1)
-    profile = Profile(epath.Path(tmp_path), (1, 2), start=0, steps=2, say=said.append)
-    with profile:
-        for number in (1, 2):
-            with profile.step(number):
-                add(jnp.ones(3))
+    with Profile(epath.Path(tmp_path), (1, 2), start=0, steps=2, say=said.append) as profile:
+        run(profile, 1, 2)
     assert len(said) == 1 and f"into {tmp_path}/profile" in said[0]
     assert annotated(planes_of(tmp_path / "profile")[0]) == [1, 2]
     assert profile._here is not None and not Path(profile._here.name).exists()
@@ -117,15 +109,5 @@ def test_a_trace_of_a_run_in_a_bucket_is_brought_there(tmp_path):
 def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path, capsys):
     (tmp_path / "profile").write_text("in the way")
     with Profile(tmp_path, (1, 1), start=0, steps=9, say=print) as profile:
-        for number in (1, 2):
-            with profile.step(number):
-                jnp.ones(number)
+        run(profile, 1, 2)
     assert "could not be written" in capsys.readouterr().out
-
-
-def test_the_lowered_step_names_what_it_does():
-    run, state = test_step.make()
-    text = run.lower(state, test_step.batch()).as_text(debug_info=True)
-    blocks = ("jvp(stage0/block0)/", "transpose(jvp(stage1/block1))/")
-    for name in (*blocks, "/augment/", "/jvp(loss)/", "/optimizer/"):
-        assert name in text, name
