@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mvit_jax.analysis import attention_maps, token_geometry
@@ -30,6 +32,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
+def size_of(config):
+    return (4, 24, 24) if config.frames > 1 else (1, 24, 24)
+
+
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -39,15 +45,12 @@ def drawn(name):
     """Parameters that attend sharply enough to tell places apart, two clips, and features."""
     config = CONFIGS[name]
     params = functional(config).init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    params = jax.tree.unflatten(tree, leaves)
+    noise = optax.tree.random_like(jax.random.key(1), params)
+    params = optax.tree.add_scale(params, 0.3, noise)
     shape = (2, 4, 24, 24, 3) if config.frames > 1 else (2, 24, 24, 3)
     clip = jax.random.normal(jax.random.key(2), shape)
-    logits, features = jax.jit(functools.partial(functional(config).apply, capture=True))(
-        params, clip
-    )
+    apply = functools.partial(functional(config).apply, capture=True)
+    logits, features = jax.jit(apply)(params, clip)
     return params, clip, logits, jax.tree.map(np.asarray, features)
 
 
@@ -108,11 +111,9 @@ def window_matrix(pool, grid, first):
 def dense_rollout(config, features, blocks):
     """[tokens that the last block gives, tokens of the cubes], as a product of whole matrices."""
     first = int(config.class_token)
-    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
     total = None
-    for b, row, attention in list(
-        zip(plan(config), grids(config, *size), features["attention"], strict=True)
-    )[:blocks]:
+    rows = zip(plan(config), grids(config, *size_of(config)), features["attention"], strict=True)
+    for b, row, attention in list(rows)[:blocks]:
         a = attention[0].astype(float).mean(0) @ window_matrix(b.kv_pool, row.input, first)
         queries = window_matrix(b.q_pool, row.input, first)
         if b.residual_pool == "all":
@@ -143,7 +144,7 @@ def test_rollout_is_the_product_of_the_blocks_matrices(name):
     np.testing.assert_allclose(np.asarray(found[0]).ravel(), expected, atol=1e-6)
     assert np.abs(expected - 1 / expected.size).max() > 1e-4  # else any map would do
 
-    middle = grids(config, *((4, 24, 24) if config.frames > 1 else (1, 24, 24)))[1].output
+    middle = grids(config, *size_of(config))[1].output
     token = (0, middle[1] - 1, middle[2] // 2)
     dense = dense_rollout(config, features, 2)[first + np.ravel_multi_index(token, middle)]
     part = functools.partial(attention_maps.rollout, functional(config), block=1, token=token)
@@ -209,8 +210,7 @@ def block_input(params, clip, config, index):
         model = functional(config, dtype=clip.dtype).module(params)
         return through(model.blocks[:index], *model.embed(clip))
 
-    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
-    return tokens(params, clip), grids(config, *size)[index].input
+    return tokens(params, clip), grids(config, *size_of(config))[index].input
 
 
 @pytest.mark.slow
@@ -241,11 +241,11 @@ def test_attention_distances_are_those_of_every_pair(name):
     params, clip, _, features = drawn(name)
     found = jax.jit(functools.partial(attention_maps.attention_distance, functional(config)))
     in_time, in_space = found(params, clip)
-    size = (4, 24, 24) if config.frames > 1 else (1, 24, 24)
     stride = np.array(config.patch_stride, float)
     kernel, padding = np.array(config.patch_kernel), np.array(config.patch_padding)
     offset = (kernel - 1) / 2 - padding
-    for i, (block, row) in enumerate(zip(plan(config), grids(config, *size), strict=True)):
+    rows = zip(plan(config), grids(config, *size_of(config)), strict=True)
+    for i, (block, row) in enumerate(rows):
         kv = np.array(block.kv_pool.stride if block.kv_pool else (1, 1, 1))
         q = np.array(block.q_pool.stride if block.q_pool else (1, 1, 1))
         attention = features["attention"][i][:, :, int(config.class_token) :]
@@ -284,7 +284,10 @@ def test_a_map_is_spread_linearly_between_centres():
 def test_receptive_fields_are_the_pixels_that_reach_a_token():
     """Found by following, for each token, the pixels of every window, one after the other."""
     config = CONFIGS["v1"]
-    reach = window_matrix(places_pool(config), (4, 24, 24), 0) > 0
+    cubes = SimpleNamespace(
+        kernel=config.patch_kernel, stride=config.patch_stride, padding=config.patch_padding
+    )
+    reach = window_matrix(cubes, (4, 24, 24), 0) > 0
     for block, row in zip(plan(config), grids(config, 4, 24, 24), strict=True):
         if block.q_pool:
             reach = (window_matrix(block.q_pool, row.input, 0) > 0) @ reach
@@ -296,12 +299,3 @@ def test_receptive_fields_are_the_pixels_that_reach_a_token():
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match=r"is not on the grid \(2, 3, 3\)"):
         token_geometry.receptive_field(config, (4, 24, 24), 3, (2, 0, 0))
-
-
-def places_pool(config):
-    """The cubes as if they were a pool."""
-    from types import SimpleNamespace
-
-    return SimpleNamespace(
-        kernel=config.patch_kernel, stride=config.patch_stride, padding=config.patch_padding
-    )

@@ -9,11 +9,10 @@ import pytest
 from mvit_jax import convert, train
 from mvit_jax.common.errors import UserError
 from mvit_jax.predict.predictor import Predictor
-from mvit_jax.training import build, custom
-from mvit_jax.training.run import history, workdir
+from mvit_jax.training import build
+from mvit_jax.training.run import history
 from mvit_jax.training.run_folder import RunFolder, initial_params, read_params
-from tests.support import scoring, tiny
-from tests.support.group import final_state
+from tests.support import group, scoring, tiny
 
 SOURCE = """
 import jax.numpy as jnp
@@ -79,17 +78,6 @@ def test_names_that_lead_nowhere_are_one_sentence(name, sentence, ideas):
         build.settings(tiny.config("", **{"model.block": name}), 3)
 
 
-def test_a_changed_source_is_noticed(ideas, tmp_path):
-    config = tiny.config("", **NAMES)
-    recorded = custom.digests(config)
-    assert set(recorded) == {"block", "attention", "pooling"}
-    workdir.enter(tmp_path, config, ("a", "b"), recorded)
-    assert workdir.changed_modules(tmp_path, config, custom.digests(config)) is None
-    ideas.write_text(SOURCE.replace("4 * q", "8 * q"))
-    changed = workdir.changed_modules(tmp_path, config, custom.digests(config))
-    assert "model.attention=my_ideas:Sharper" in str(changed)
-
-
 @pytest.mark.parametrize(
     "code",
     [
@@ -99,8 +87,7 @@ def test_a_changed_source_is_noticed(ideas, tmp_path):
     ],
 )
 def test_a_module_that_cannot_run_fails_before_anything_is_written(code, ideas, digits, tmp_path):
-    lines = SOURCE + f"\n\nclass Broken(Block):\n    {code}\n"
-    ideas.write_text(lines)
+    ideas.write_text(f"{SOURCE}\n\nclass Broken(Block):\n    {code}\n")
     config = tiny.config(digits, **{"model.block": "my_ideas:Broken"})
     with pytest.raises(UserError, match=r"custom modules fails|block 0"):
         train.train(config, str(tmp_path / "run"))
@@ -127,17 +114,11 @@ def test_a_run_of_custom_modules_goes_through_every_program(
 
     # Stopped in the middle and resumed, it ends the same.
     again = tmp_path / "again"
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            train.Intervals, "validates", lambda self, step: 1 / 0 if step == 5 else False
-        )
-        with pytest.raises(ZeroDivisionError):
-            train.train(config, str(again))
+    with group.at_step(5, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+        train.train(config, str(again))
     assert train.train(config, str(again)) == 0
     assert "goes on with this workdir's last checkpoint" in capsys.readouterr().out
-    expected = final_state(folder)
-    for name, values in final_state(again).items():
-        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    group.assert_same_state(again, folder)
 
     videos = build.videos(config, "test")
     other = tiny.config(digits, **tiny.RECIPE, **NAMES, resume=str(folder))

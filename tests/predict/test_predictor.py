@@ -2,6 +2,7 @@
 
 import functools
 import io
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation
 from mvit_jax.data.video import Video
 from mvit_jax.predict import figures
-from mvit_jax.predict.predictor import Predictor
+from mvit_jax.predict.predictor import Predictor, class_names
 from mvit_jax.training import run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -141,12 +142,8 @@ def test_the_picture_shows_frames_classes_and_the_timeline(predictor, prediction
         prediction.shown, prediction.times,
     )  # fmt: skip
     maps = predictor.maps(prediction.shown)
-    sizes = []
-    for content in (
-        drawn(),
-        drawn(timeline=prediction.timeline),
-        drawn(timeline=prediction.timeline, maps=maps),
-    ):
+    sizes, line = [], prediction.timeline
+    for content in (drawn(), drawn(timeline=line), drawn(timeline=line, maps=maps)):
         image = Image.open(io.BytesIO(content))
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 300
         sizes.append(image.height)
@@ -172,9 +169,8 @@ def test_attention_moves_beside_what_was_seen(predictor, prediction):
 def test_an_image_model_sees_a_second_a_window(digits, tmp_path):
     config = tiny.config(digits, **small.IMAGES)
     workdir.freeze(config, tmp_path)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(small.fresh(config, 0), 1)
-    checkpoints.close()
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(small.fresh(config, 0), 1)
     predictor = small.predictor_of(tmp_path)
     path = small.write_video(tmp_path / "a.mp4", small.textured(60, height=40), rate=10)
     prediction = predictor.predict(path)
@@ -190,8 +186,6 @@ def test_an_image_model_sees_a_second_a_window(digits, tmp_path):
 
 
 def test_names_come_from_the_run_or_else_from_the_data(digits, tmp_path):
-    from mvit_jax.predict.predictor import class_names
-
     config = tiny.config(digits)
     names = tuple((digits / "labels.txt").read_text().split())
     assert class_names(config, tmp_path, 8) == names
