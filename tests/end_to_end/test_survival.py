@@ -11,31 +11,14 @@ import pytest
 
 from mvit_jax import train
 from mvit_jax.common.errors import UserError
-from mvit_jax.training import run_folder
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
-from tests.training.run.test_checkpoints import flip, values_of
 
 
 def start(data, folder):
     flags = [*tiny.RECIPE_FLAGS, f"--config.data.folder={data}", f"--workdir={folder}"]
     program = ["-m", "mvit_jax.train", "--config=configs/moving_digits.py", *flags]
     return group.start(program, 1, 1)[0]
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
-    digits, reference, tmp_path, capsys
-):
-    folder = shutil.copytree(reference, tmp_path / "run")
-    flip(values_of(folder, 9, "ema"))
-    with pytest.raises(UserError, match=r"checkpoints/9 (is damaged|cannot be read)"):
-        run_folder.read_params(folder)
-    assert train.train(tiny.config(digits, **tiny.RECIPE), str(folder)) == 0
-    said = capsys.readouterr().out
-    assert "training goes on from 8" in said
-    assert f"is now {folder}/damaged/9" in said and "from step 8 to 9 (resumed)" in said
-    group.assert_same_state(folder, reference)
 
 
 @pytest.mark.slow
