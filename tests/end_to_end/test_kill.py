@@ -9,6 +9,7 @@ import pytest
 from mvit_jax.training.distributed.failure import LOST
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
+from tests.support.marks import nightly, slow
 
 # One that is killed before they have met is waited for, otherwise for five minutes.
 TRAIN = group.program("coordination.START_SECONDS = 60")
@@ -18,9 +19,9 @@ COMMAND = (*TRAIN, "--config=configs/moving_digits.py", *tiny.RECIPE_FLAGS)
 
 # Processes, devices of each, kills, and epochs that outlast them.
 CASES = [
-    pytest.param((1, 1, 3, 10), id="3 of one process", marks=pytest.mark.slow),
-    pytest.param((1, 2, 14, 24), id="14 of one process", marks=pytest.mark.nightly),
-    pytest.param((2, 1, 7, 14), id="7 of two processes", marks=pytest.mark.nightly),
+    slow((1, 1, 3, 10), id="3 of one process"),
+    nightly((1, 2, 14, 24), id="14 of one process"),
+    nightly((2, 1, 7, 14), id="7 of two processes"),
 ]
 
 

@@ -21,11 +21,11 @@ from mvit_jax.training.run import history
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
 from tests.support.group import final_state
+from tests.support.marks import nightly, slow
 
 # Not AdamW: it would blow up the rounding of gradients that are zero in theory, the key biases.
 SGD = ("--config.optim.name=sgd", "--config.optim.lr=0.1")
 RECIPE = ("-m", "mvit_jax.train", "--config=configs/moving_digits.py", *tiny.RECIPE_FLAGS, *SGD)
-SLOW, NIGHTLY = pytest.mark.slow, pytest.mark.nightly
 EVALUATE = ("-m", "mvit_jax.evaluate")
 # Many more steps than any test waits for.
 LONG = (*group.TRAIN, "--config.epochs=1000", "--config.eval.every_epochs=0")
@@ -84,11 +84,10 @@ def test_two_processes_test_a_run_like_one(reference, tmp_path):
         folder = shutil.copytree(reference, tmp_path / name)
         first, *others = run([*EVALUATE, f"--workdir={folder}"], count, 1)
         assert "wrote " in first.out and all(said(other) == [] for other in others)
-    ours, theirs = (
-        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")
-    )
+    folders = (tmp_path / "one", tmp_path / "two")
+    ours, theirs = (json.loads((path / "evaluation.json").read_text()) for path in folders)
     assert ours == theirs and ours["videos"] == 10 == np.sum(ours["confusion"])
-    ours, theirs = (np.load(tmp_path / name / "scores.npz") for name in ("one", "two"))
+    ours, theirs = (np.load(path / "scores.npz") for path in folders)
     np.testing.assert_allclose(ours["probabilities"], theirs["probabilities"], atol=1e-6)
     assert ours["tested"].all()
 
@@ -150,7 +149,7 @@ def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path):
     assert "Traceback" not in first.err + second.err
 
 
-@pytest.mark.parametrize("killed", [pytest.param(1, marks=SLOW), pytest.param(0, marks=NIGHTLY)])
+@pytest.mark.parametrize("killed", [slow(1), nightly(0)])
 def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
     program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
     two = group.start(program, 2, 1)
@@ -186,9 +185,8 @@ def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_p
     assert "cannot be read" not in first.err and not (folder / "damaged").exists()
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param("config", marks=SLOW), pytest.param("list of videos", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["config", "list of videos"])
 def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
     """They would wait for each other in different places."""
     flags = ["--config.log_every=3"]
@@ -207,7 +205,7 @@ def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("hung", [pytest.param(1, marks=NIGHTLY), pytest.param(0, marks=SLOW)])
+@pytest.mark.parametrize("hung", [nightly(1), slow(0)])
 def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
     """Its connections stay open, so that only its silence tells."""
     flags = [*LONG[2:], f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
@@ -222,19 +220,15 @@ def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
     assert f"process {hung} has not been heard of for 12 s" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [pytest.param(signal.SIGTERM, marks=SLOW), pytest.param(signal.SIGKILL, marks=NIGHTLY)],
-)
+@pytest.mark.parametrize("sent", [slow(signal.SIGTERM), nightly(signal.SIGKILL)])
 def test_what_a_scheduler_sends_to_workers_too(sent, digits, tmp_path):
     """SIGTERM is for the process that saves its state; none of its workers outlives it."""
     workers = ["--config.data.processes=2", f"--config.data.folder={digits}"]
     program = [*LONG, *workers, f"--workdir={tmp_path}"]
     [process] = group.start(program, 1, 1)
     group.wait_for(process, "step 4/")
-    children = [
-        int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()
-    ]
+    told = subprocess.check_output(["pgrep", "-P", str(process.pid)])
+    children = [int(pid) for pid in told.split()]
     assert len(children) >= 2
     for pid in (*children, process.pid) if sent == signal.SIGTERM else (process.pid,):
         os.kill(pid, sent)
@@ -319,19 +313,15 @@ def test_sigterm_ends_a_test_in_several_processes(one_process):
 
 @pytest.mark.slow
 def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
-    code = (
-        "import sys\n"
-        "from mvit_jax.training.distributed import failure, launch\n"
-        "launch.coordination.START_SECONDS = 2\n"
-        f"launch.connect('127.0.0.1:{group.free_port()}', 2, int(sys.argv[1]))"
-    )
-    for process in ("0", "1"):
+    program = group.together("pass", "coordination.START_SECONDS = 2")
+    flags = [f"--coordinator=127.0.0.1:{group.free_port()}", "--num_processes=2"]
+    for process in (0, 1):
         began = time.monotonic()
-        [done] = group.finish(group.start(["-c", code, process], 1, 1), 60)
+        alone = group.start([*program, *flags, f"--process_id={process}"], 1, 1)
+        [done] = group.finish(alone, 60)
         assert done.status == failure.LOST and done.err.count("\n") == 1, done.err
-        assert (
-            f"error: process {process} of 2 has waited 2 s for the others at 127.0.0.1" in done.err
-        )
+        said = f"error: process {process} of 2 has waited 2 s for the others at 127.0.0.1"
+        assert said in done.err
         assert time.monotonic() - began < 30
 
 
@@ -341,10 +331,7 @@ def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
         (("node1", 2, 0), "--coordinator=node1 must be HOST:PORT"),
         (("node1:80", 2, 2), "--process_id=2 must be from 0 to 1"),
         (("node1:80", 0, 0), "--num_processes=0 must be at least 1"),
-        (
-            ("node1:80", None, None),
-            "give --coordinator=HOST:PORT, --num_processes and --process_id",
-        ),
+        (("node1:80", None, None), "give --coordinator=HOST:PORT, --num_processes and --process"),
     ],
 )
 def test_flags_that_do_not_suffice_say_so(given, sentence, no_cluster):

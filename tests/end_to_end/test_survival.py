@@ -13,6 +13,7 @@ from mvit_jax import train
 from mvit_jax.common.errors import UserError
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
+from tests.support.marks import nightly, slow
 
 
 def start(data, folder):
@@ -71,10 +72,7 @@ def test_a_workdir_that_cannot_be_written_is_told_before_anything_is_compiled(
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "processes",
-    [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.nightly)],
-)
+@pytest.mark.parametrize("processes", [slow(0), nightly(2)])
 def test_a_folder_removed_in_mid_run_ends_it_and_costs_no_step(digits, tmp_path, processes):
     data = shutil.copytree(digits, tmp_path / "data")
     videos, elsewhere = data / "videos" / "train", data / "elsewhere"

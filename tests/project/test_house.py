@@ -12,6 +12,7 @@ from mvit_jax.models.functional import functional
 from mvit_jax.weights.tensor_files import read_tensors
 from tests.predict.small import textured, write_video
 from tests.support import commands, tiny, warm
+from tests.support.marks import nightly, slow
 
 PACKAGE = tiny.ROOT / "mvit_jax"
 # Which room may import which, besides itself; commands may import every room.
@@ -139,9 +140,9 @@ def test_every_module_imports_and_every_program_helps():
 
 
 def run_readme(block: int, check: str, folder, *, small: bool) -> tuple[str, str]:
-    """Runs a Python example of the README in `folder`; returns it and what `check` then prints.
+    """Returns an example of the README, run in `folder`, and what `check` prints then.
 
-    With `small`, the variant of the examples is a model of three narrow blocks.
+    With `small`, its variant is a model of three narrow blocks.
     """
     readme = (tiny.ROOT / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -155,10 +156,7 @@ def run_readme(block: int, check: str, folder, *, small: bool) -> tuple[str, str
 
 
 SMALL = {"width": 16, "depths": (1, 1, 1)}
-SIZES = [
-    pytest.param(True, id="small", marks=pytest.mark.slow),
-    pytest.param(False, id="as it is", marks=pytest.mark.nightly),
-]
+SIZES = [slow(True, id="small"), nightly(False, id="as it is")]
 
 
 @pytest.mark.parametrize("small", SIZES)

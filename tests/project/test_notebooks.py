@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from tests.support import commands, tiny
+from tests.support.marks import nightly, slow
 
 NOTEBOOKS = sorted((tiny.ROOT / "notebooks").glob("*.ipynb"))
 TRAIN = {"prototype", "inside", "weights"}
@@ -42,11 +43,8 @@ def data(tmp_path_factory):
 
 # Beside the tour, the check runs the one of those that train which compiles the least.
 RUNS = [
-    *(pytest.param(name, True, id=name, marks=pytest.mark.slow) for name in ("tour", "weights")),
-    *(
-        pytest.param(name, False, id=f"{name} as it is", marks=pytest.mark.nightly)
-        for name in sorted(TRAIN)
-    ),
+    *(slow(name, True, id=name) for name in ("tour", "weights")),
+    *(nightly(name, False, id=f"{name} as it is") for name in sorted(TRAIN)),
 ]
 
 

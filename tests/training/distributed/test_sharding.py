@@ -14,10 +14,17 @@ from jax.sharding import Mesh
 from mvit_jax.common.errors import UserError
 from mvit_jax.models.variants import variant
 from mvit_jax.training.distributed import sharding
+from tests.support.marks import nightly, slow
 from tests.support.tiny import MODEL
 from tests.training.test_step import make
 
-CONFIG = variant("mvit_b_16x4", num_classes=4, drop_path=0.5, dropout=0.5, **MODEL)
+RATES = {"num_classes": 4, "drop_path": 0.5, "dropout": 0.5}
+VIT = {"width": 16, "heads": 2, "depths": (2,), "frames": 4, "size": 32}
+MODELS = {
+    "mvit": variant("mvit_b_16x4", **RATES, **MODEL),
+    "mvitv2": variant("mvitv2_s_16x4", **RATES, **MODEL),
+    "vit": variant("vit_b_8x8", **RATES, **VIT),
+}
 CLIPS = 88  # 11 a device: no dimension of a parameter is a multiple of 11
 # The last one is that of two slices of four chips.
 MESHES = {"one": (1, 1), "data 8": (8, 1), "fsdp 8": (1, 8), "data 2 x fsdp 4": (2, 4)}
@@ -28,7 +35,7 @@ def small_leaves_are_sharded_too(monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
 
 
-def setup(shape, dtype=jnp.float32, config=CONFIG):
+def setup(shape, dtype=jnp.float32, config=MODELS["mvit"]):
     data, fsdp = shape
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     changes = {"flip": 0.5, "mixup": 0.8, "cutmix": 1.0, "group": 11, "ema": 0.9}
@@ -54,7 +61,7 @@ def batches():
         }
 
 
-def run(shape, dtype, config=CONFIG):
+def run(shape, dtype, config):
     mesh, state, step = setup(shape, dtype, config)
     losses = []
     with jax.set_mesh(mesh):
@@ -64,31 +71,15 @@ def run(shape, dtype, config=CONFIG):
     return losses, jax.device_get((state.params, state.ema))
 
 
-def model_config(model):
-    rates = {"num_classes": 4, "drop_path": 0.5, "dropout": 0.5}
-    if model == "vit":
-        shape = {"width": 16, "heads": 2, "depths": (2,), "frames": 4, "size": 32}
-        return variant("vit_b_8x8", **rates, **shape)
-    name = {"mvit": "mvit_b_16x4", "mvitv2": "mvitv2_s_16x4"}[model]
-    return variant(name, **rates, **MODEL)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param("mvitv2", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mvit", "vit")),
-    ],
-)
+@pytest.mark.parametrize("model", [slow("mvitv2"), nightly("mvit"), nightly("vit")])
 def test_meshes_train_alike(model):
     """Losses, parameters and their average, with one clip's randomness wherever it is computed."""
-    config = model_config(model)
     with jax.enable_x64(True):
-        losses, trees = run(MESHES["one"], jnp.float64, config)
+        losses, trees = run(MESHES["one"], jnp.float64, MODELS[model])
         assert np.ptp(losses) > 1e-3
         assert ("'relative'" in str(jax.tree.structure(trees))) == (model == "mvitv2")
         for name in list(MESHES)[1:]:
-            other_losses, other_trees = run(MESHES[name], jnp.float64, config)
+            other_losses, other_trees = run(MESHES[name], jnp.float64, MODELS[model])
             np.testing.assert_allclose(losses, other_losses, rtol=1e-12)
             close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
             jax.tree.map(close, trees, other_trees)
