@@ -19,11 +19,11 @@ def run(digits):
     """Runs a program with the environment of a bucket, or of none; gives what it printed."""
 
     def run(name, *flags, storage=None, stop=None, status=0):
-        more = [f"--config.data.folder={digits}"] if name == "train" else []
-        begin = group.TRAIN if name == "train" else ("-m", f"mvit_jax.{name}")
-        recipe = RECIPE if name == "train" else ()
+        program = ("-m", f"mvit_jax.{name}")
+        if name == "train":
+            program = (*group.TRAIN, *RECIPE, f"--config.data.folder={digits}")
         environment = {} if storage is None else storage.environment
-        started = group.start([*begin, *recipe, *more, *flags], 1, 1, **environment)
+        started = group.start([*program, *flags], 1, 1, **environment)
         if stop is not None:
             group.wait_for(started[0], stop)
             started[0].send_signal(signal.SIGTERM)
@@ -49,14 +49,12 @@ def storage(tmp_path_factory):
 @pytest.fixture(scope="module")
 def there(run, storage):
     """A run in the bucket, stopped and continued."""
-    done = run(
-        "train", "--workdir=gs://a-bucket/runs/b", storage=storage, stop="step 2/", status=143
-    )
+    folder = "gs://a-bucket/runs/b"
+    done = run("train", f"--workdir={folder}", storage=storage, stop="step 2/", status=143)
     assert "the same command goes on" in done.out
-    done = run("train", "--workdir=gs://a-bucket/runs/b", "--profile=2:3", storage=storage)
-    assert "(resumed)" in done.out
-    assert "wrote gs://a-bucket/runs/b/report.html" in done.out
-    return "gs://a-bucket/runs/b"
+    done = run("train", f"--workdir={folder}", "--profile=2:3", storage=storage)
+    assert "(resumed)" in done.out and f"wrote {folder}/report.html" in done.out
+    return folder
 
 
 def copied(storage, prefix, folder):
@@ -117,13 +115,11 @@ def test_a_damaged_checkpoint_is_set_aside(here, there, storage, run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("denied", ["digests.json", "params.*alt=media"])
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, denied):
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, denied, monkeypatch):
     before = storage.names("a-bucket", "runs/b/checkpoints/")
-    storage.denied = f"^GET .*a-bucket/(o/)?runs.*checkpoints.*{denied}"
-    try:
-        done = run("train", f"--workdir={there}", storage=storage, status=1)
-    finally:
-        storage.denied = None
+    asked = f"^GET .*a-bucket/(o/)?runs.*checkpoints.*{denied}"
+    monkeypatch.setattr(storage, "denied", asked)
+    done = run("train", f"--workdir={there}", storage=storage, status=1)
     # What comes after this line is of TensorStore's threads, whose other reads were not waited for.
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: the checkpoint gs://a-bucket/runs/b/checkpoints/")
@@ -188,19 +184,13 @@ def test_a_run_goes_on_from_one_in_a_bucket(here, there, storage, run, tmp_path)
 @pytest.mark.slow
 def test_two_processes_write_one_run(storage, digits, tmp_path):
     """The same as one process with two devices, in a folder."""
-    states = []
-    for name, where, processes in (
-        ("one", str(tmp_path / "one"), 1),
-        ("two", "gs://a-bucket/runs/two", 2),
-    ):
+    for where, processes in ((tmp_path / "one", 1), ("gs://a-bucket/runs/two", 2)):
         flags = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={where}"]
         environment = storage.environment if processes == 2 else {}
         started = group.start([*group.TRAIN, *flags], processes, 2 // processes, **environment)
         done = group.finish(started, 500)
         assert all(d.status == 0 for d in done), done
-        states.append(tmp_path / name)
-    copied(storage, "runs/two", states[1])
-    group.assert_same_state(states[1], states[0])
+    group.assert_same_state(copied(storage, "runs/two", tmp_path / "two"), tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -214,11 +204,8 @@ def test_two_processes_write_one_run(storage, digits, tmp_path):
     ],
     ids=["missing", "not read", "not written", "of another kind"],
 )
-def test_what_a_bucket_refuses_is_one_sentence(storage, run, workdir, denied, told):
-    storage.denied = denied
-    try:
-        done = run("train", f"--workdir={workdir}", storage=storage, status=1)
-    finally:
-        storage.denied = None
+def test_what_a_bucket_refuses_is_one_sentence(storage, run, workdir, denied, told, monkeypatch):
+    monkeypatch.setattr(storage, "denied", denied)
+    done = run("train", f"--workdir={workdir}", storage=storage, status=1)
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert told in line and "Traceback" not in done.err

@@ -25,18 +25,12 @@ HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 
 @dataclass
 class Storage:
-    """What the server holds, and what it refuses.
+    """What the server holds, and what it refuses."""
 
-    Attributes:
-      buckets: contents of objects by bucket and name.
-      denied: of requests "METHOD /path?query" that match, the status is 403.
-      requests: all that were answered, as "METHOD /path?query STATUS".
-    """
-
-    buckets: dict[str, dict[str, bytes]]
+    buckets: dict[str, dict[str, bytes]]  # contents of objects by bucket and name
     environment: dict[str, str] = field(default_factory=dict)
-    denied: str | None = None
-    requests: list[str] = field(default_factory=list)
+    denied: str | None = None  # of requests "METHOD /path?query" that match, the status is 403
+    requests: list[str] = field(default_factory=list)  # answered: "METHOD /path?query STATUS"
     generations: dict[tuple[str, str], int] = field(default_factory=dict)
     uploads: dict[str, tuple[str, str]] = field(default_factory=dict)
     count: int = 0
@@ -83,8 +77,7 @@ def serve(folder: Path, *buckets: str):
         "NO_GCE_CHECK": "true",  # which is asked for a token otherwise
         "GCS_RETRY_CONFIG_MAX_RETRIES": "2",
     }
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield storage
     finally:
@@ -123,20 +116,17 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(content, dict):
             content = json.dumps(content).encode()
             headers = {"Content-Type": "application/json"} | headers
+        if status not in (204, 304):
+            headers = headers | {"Content-Length": str(len(content))}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if status not in (204, 304):
-            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if status not in (204, 304):
-            self.wfile.write(content)
+        self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = _answer
 
     def _body(self) -> bytes:
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            pass  # the base class has answered
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             parts = []
             while size := int(self.rfile.readline(), 16):
@@ -218,9 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _upload(self, bucket: str, query: dict[str, str], body: bytes):
         storage = self.storage
         name = query["name"]
-        existing = (
-            str(storage.generations[bucket, name]) if name in storage.buckets[bucket] else "0"
-        )
+        there = name in storage.buckets[bucket]
+        existing = str(storage.generations[bucket, name]) if there else "0"
         if query.get("ifGenerationMatch", existing) != existing:
             return 412, _error(412), {}
         if query["uploadType"] == "resumable":
@@ -234,21 +223,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, bucket: str, query: dict[str, str]):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         first, end = query.get("startOffset", ""), query.get("endOffset", "")
-        items, prefixes = [], set()
+        found = {}  # resources and prefixes by their names
         for name in self.storage.names(bucket, prefix):
             if name < first or (end and name >= end):
                 continue
             rest = name[len(prefix) :]
             if delimiter and delimiter in rest:
-                prefixes.add(prefix + rest.partition(delimiter)[0] + delimiter)
+                folder = prefix + rest.partition(delimiter)[0] + delimiter
+                found[folder] = folder
             else:
-                items.append(self.storage.resource(bucket, name))
-        entries = sorted([*((i["name"], i) for i in items), *((p, p) for p in prefixes)],
-                         key=lambda e: e[0])  # fmt: skip
+                found[name] = self.storage.resource(bucket, name)
+        entries = [found[name] for name in sorted(found)]
         # Few to a page, so that clients have to turn pages.
         start = int(query.get("pageToken") or 0)
         size = min(int(query.get("maxResults") or 50), 50)
-        page = [entry for _, entry in entries[start : start + size]]
+        page = entries[start : start + size]
         found = {
             "kind": "storage#objects",
             "items": [entry for entry in page if isinstance(entry, dict)],
