@@ -25,11 +25,12 @@ def noise(seed, frames=24, height=32, width=48):
 
 
 def flipped(folder):
-    data = bytearray(Path(write(folder / "flipped.mp4", noise(1))).read_bytes())
+    path = Path(write(folder / "flipped.mp4", noise(1)))
+    data = bytearray(path.read_bytes())
     for place in np.random.default_rng(2).integers(0, len(data), 200):
         data[place] ^= 1 << int(place % 8)
-    (folder / "flipped.mp4").write_bytes(data)
-    return folder / "flipped.mp4"
+    path.write_bytes(data)
+    return path
 
 
 def small_file(name, content):
@@ -86,8 +87,8 @@ def names(kinds, found):
 
 def config(data, **changes):
     # 22 steps of 24 clips: every video at least once.
-    changes = {"epochs": 1.1, "batch": 24, "eval.batch": 24, "eval.every_epochs": 0.0} | changes
-    return tiny.config(data, **changes)
+    recipe = {"epochs": 1.1, "batch": 24, "eval.batch": 24, "eval.every_epochs": 0.0}
+    return tiny.config(data, **recipe, **changes)
 
 
 def test_they_are_replaced_in_training_and_left_out_of_tests(data, tmp_path, capsys):

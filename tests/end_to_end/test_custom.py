@@ -16,10 +16,9 @@ def config(name):
 
 @pytest.mark.slow
 def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tmp_path):
-    run = tmp_path / "run"
-    changes = {"epochs": 0.4, "data.mean": (0.1, 0.2, 0.3), "data.stride": 7, "model.heads": 2}
-    changes["eval.every_epochs"] = 0.0
-    assert train.train(tiny.config(digits, **changes), str(run)) == 0
+    run, short = tmp_path / "run", {"epochs": 0.4, "eval.every_epochs": 0.0}
+    changes = {"data.mean": (0.1, 0.2, 0.3), "data.stride": 7, "model.heads": 2}
+    assert train.train(tiny.config(digits, **short, **changes), str(run)) == 0
     c = config(str(run))
     assert c.init.checkpoint == str(run)
     trained = run_folder.RunFolder(run).config
@@ -27,7 +26,7 @@ def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tm
     assert (c.data.mean, c.data.stride, c.data.short_side) == ((0.1, 0.2, 0.3), 7, 32)
     # It trains, on other classes, from those weights.
     c.data.folder = str(digits)
-    c.update_from_flattened_dict({"batch": 8, "epochs": 0.4, "eval.every_epochs": 0.0})
+    c.update_from_flattened_dict({"batch": 8, **short})
     c.augment.group = 1  # of eight devices each has a clip
     c.optim.lr = 0.0
     assert train.train(c.lock(), str(tmp_path / "tuned")) == 0

@@ -37,18 +37,18 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, reference, digits, tmp
             raise SystemExit(9)
         return validate(*args, **options)
 
+    config = tiny.config(digits, **RECIPE)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "report_broken", stop)
         if at == 9:
             patch.setattr(train, "validate", killed)
             with pytest.raises(SystemExit):
-                train.train(tiny.config(digits, **RECIPE), str(tmp_path))
+                train.train(config, str(tmp_path))
         else:
-            status = train.train(tiny.config(digits, **RECIPE), str(tmp_path))
-            assert status == 128 + signal.SIGTERM
+            assert train.train(config, str(tmp_path)) == 128 + signal.SIGTERM
     assert Checkpoints(tmp_path).step() == at
     assert [step for step, *_ in validated(tmp_path)] == [3, 6, 9][: at // 3 - 1]
-    assert train.train(tiny.config(digits, **RECIPE), str(tmp_path)) == 0
+    assert train.train(config, str(tmp_path)) == 0
     assert validated(tmp_path) == validated(reference)
     ours, theirs = Checkpoints(tmp_path), Checkpoints(reference)
     assert (ours.step("best"), ours.best_top1) == (theirs.step("best"), theirs.best_top1)
