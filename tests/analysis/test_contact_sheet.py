@@ -13,14 +13,8 @@ from tests.support import commands, tiny
 
 def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypatch):
     """Without anything random on the device, the pixels of the files themselves."""
-    drawn = {}
-    keep = contact_sheet._figure
-
-    def figure(clips, targets, names):
-        drawn.update(clips=clips, targets=targets, names=names)
-        return keep(clips, targets, names)
-
-    monkeypatch.setattr(contact_sheet, "_figure", figure)
+    given, keep = [], contact_sheet._figure
+    monkeypatch.setattr(contact_sheet, "_figure", lambda *a: given.append(a) or keep(*a))
     config = tiny.config(digits, **{"augment.label_smoothing": 0.0, "data.repeats": 2})
     path = contact_sheet.draw(config, tmp_path / "sheet.png")
     videos = build.videos(config, "train")
@@ -28,9 +22,10 @@ def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypat
     (batch,) = pipeline.train_batches(
         videos, build.settings(config, model.num_classes).clips, seed=0, batch=8, steps=1, repeats=2
     )
-    np.testing.assert_allclose(drawn["clips"], batch["clip"] / 255, atol=1e-5)
-    assert drawn["targets"].argmax(1).tolist() == batch["label"].tolist()
-    assert drawn["names"] == videos.class_names
+    [(clips, targets, names)] = given
+    np.testing.assert_allclose(clips, batch["clip"] / 255, atol=1e-5)
+    assert targets.argmax(1).tolist() == batch["label"].tolist()
+    assert names == videos.class_names
     picture = matplotlib.image.imread(path)
     assert picture.shape[0] > 8 * 100 and picture[..., :3].std() > 0.05
 

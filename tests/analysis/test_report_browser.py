@@ -46,8 +46,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", ["report", "untested", "many", "comparison"])
 def test_a_page_opens_from_disk_by_itself_and_fits(browser, files, name, size):
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
-    page = context.new_page()
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
     requests, said = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: said.append(message.text))
@@ -67,14 +66,12 @@ def test_a_page_opens_from_disk_by_itself_and_fits(browser, files, name, size):
         "return parseFloat(getComputedStyle(t).fontSize) * Math.hypot(m.a, m.b) })"
     )
     assert min(page.evaluate(script), default=9) > 7.5
-    context.close()
 
 
 def test_dark_is_dark_and_light_is_light(browser, files):
     brightness = {}
     for scheme in ("light", "dark"):
-        context = browser.new_context(color_scheme=scheme)
-        page = context.new_page()
+        page = browser.new_page(color_scheme=scheme)
         page.goto((files / "report.html").as_uri())
         for what, where, key in (
             ("paper", "body", "backgroundColor"),
@@ -84,17 +81,14 @@ def test_dark_is_dark_and_light_is_light(browser, files):
             script = f"getComputedStyle(document.querySelector('{where}')).{key}"
             colour = page.evaluate(script).removeprefix("rgb(").removesuffix(")")
             brightness[scheme, what] = sum(int(c) for c in colour.split(",")) / 3
-        context.close()
     assert brightness["light", "paper"] > 240 and brightness["dark", "paper"] < 40
     for what in ("ink", "figure"):
         assert brightness["light", what] < 60 and brightness["dark", what] > 180
 
 
 def test_the_page_needs_no_javascript(browser, files):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
+    page = browser.new_page(java_script_enabled=False)
     page.goto((files / "report.html").as_uri())
     assert page.locator("details").first.get_attribute("open") is None
     page.locator("summary").first.click()
     assert page.locator("details").first.get_attribute("open") is not None
-    context.close()

@@ -15,6 +15,7 @@ from mvit_jax.training import build
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import init_state
+from tests.data.test_video import audio_only
 from tests.support import tiny
 
 IMAGES = {
@@ -74,25 +75,14 @@ def write_video(path, frames, rate=30, **options):
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
     return path
 
 
 def write_audio(path):
-    """A file without pictures, a second of a tone."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        wave = np.sin(np.arange(44100) / 20).astype(np.float32)[None]
-        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-        frame.sample_rate = 44100
-        for packet in stream.encode(frame):
-            container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
+    """A file without pictures, a second of silence."""
+    return audio_only(path.parent).rename(path)
 
 
 def textured(count, height=48, width=64, seed=0):

@@ -1,6 +1,7 @@
 """Clips decoded in one pass, against `Video.frames` and the pipeline of training and test."""
 
 import itertools
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -13,14 +14,16 @@ from mvit_jax.data.video import Video
 from mvit_jax.predict.windows import clips_of
 from tests.predict.small import textured, write_video
 
+SETTINGS = ClipSettings(frames=4, stride=4, size=32, short_side=32)
 
-@pytest.fixture(scope="module", params=["one key frame", "many, and B-frames"])
+
+@pytest.fixture(
+    scope="module",
+    params=[{"g": "1000", "bf": "0"}, {"g": "12", "bf": "2"}],
+    ids=["one key frame", "many, and B-frames"],
+)
 def path(request, tmp_path_factory):
-    options = (
-        {"g": "1000", "bf": "0"} if request.param == "one key frame" else {"g": "12", "bf": "2"}
-    )
-    folder = tmp_path_factory.mktemp("videos")
-    return write_video(folder / "a.mp4", textured(200), **options)
+    return write_video(tmp_path_factory.mktemp("v") / "a.mp4", textured(200), **request.param)
 
 
 def test_frames_come_in_order_and_are_those_of_plain_decoding(path):
@@ -37,7 +40,7 @@ def test_frames_come_in_order_and_are_those_of_plain_decoding(path):
 
 @pytest.mark.parametrize("crops", [1, 3])
 def test_clips_are_the_views_of_the_test_protocol(path, crops):
-    settings = ClipSettings(frames=4, stride=4, size=32, short_side=40)
+    settings = replace(SETTINGS, short_side=40)
     with Video(path) as video:
         indices = sampling.view_indices(200, 30.0, frames=4, stride=4, clips=7)
         clips = list(clips_of(video, indices, settings, crops))
@@ -46,7 +49,6 @@ def test_clips_are_the_views_of_the_test_protocol(path, crops):
 
 
 def test_overlapping_clips_decode_each_frame_once_however_many_there_are(path, monkeypatch):
-    settings = ClipSettings(frames=4, stride=4, size=32, short_side=32)
     indices = np.arange(0, 184, 4)[:, None] + np.arange(0, 16, 4)
     converted, decoded = [], itertools.count()
     with Video(path) as video:
@@ -59,7 +61,7 @@ def test_overlapping_clips_decode_each_frame_once_however_many_there_are(path, m
 
         monkeypatch.setattr(video, "_decoded", counted)
         monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(1) or rgb(frame))
-        clips = list(clips_of(video, indices, settings, 1))
+        clips = list(clips_of(video, indices, SETTINGS, 1))
     assert len(clips) == 46 and len(converted) == len(np.unique(indices))
     assert next(decoded) <= 200
 
@@ -70,27 +72,20 @@ def test_a_damaged_file_is_an_error_when_its_damage_is_reached(path, tmp_path):
     data[start : start + len(data) // 3] = bytes(len(data) // 3)
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(data)
-    settings = ClipSettings(frames=4, stride=4, size=32, short_side=32)
     indices = np.arange(0, 180)[:, None] + np.arange(0, 16, 4)
     with pytest.raises(DecodeError), Video(broken) as video:
-        list(clips_of(video, indices, settings, 1))
+        list(clips_of(video, indices, SETTINGS, 1))
 
 
 def test_frames_that_a_header_promises_and_that_never_come_are_the_last_one(path, monkeypatch):
     with Video(path) as video:
-        original = video._decoded
+        original, end = video._decoded, 195
         monkeypatch.setattr(
-            video,
-            "_decoded",
-            lambda *args: (pair for pair in original(*args) if pair[0] < 195),
+            video, "_decoded", lambda *args: (pair for pair in original(*args) if pair[0] < end)
         )
         got = dict(video.in_order([190, 194, 198]))
-        monkeypatch.undo()
+        end = 200
         np.testing.assert_array_equal(got[198], video.frames([194])[0])
-        monkeypatch.setattr(
-            video,
-            "_decoded",
-            lambda *args: (pair for pair in original(*args) if pair[0] < 99),
-        )
+        end = 99
         with pytest.raises(DecodeError, match=r"decoding ends after 9\d of its 200 frames"):
             list(video.in_order([90, 150]))

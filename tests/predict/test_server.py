@@ -96,6 +96,15 @@ def test_an_address_in_a_request_is_not_downloaded(digits, monkeypatch):
         asyncio.run(to_cache(named, file, check_in_upload_folder=True))
 
 
+def serve(run, folder, *flags):
+    """Starts the page of a run, which writes temporary files to `folder`."""
+    program = [sys.executable, "-m", "mvit_jax.predict", "--serve", f"--workdir={run}", "--port=0"]
+    return subprocess.Popen(
+        [*program, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=run.parent, env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(tiny.ROOT)},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def served(digits, tmp_path_factory):
     """A server of a small model, and the folder that it may write temporary files to."""
@@ -103,14 +112,7 @@ def served(digits, tmp_path_factory):
     small.make_run(digits, folder / "run")
     temporary = folder / "temporary"
     temporary.mkdir()
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "mvit_jax.predict", "--serve", f"--workdir={folder / 'run'}",
-            "--port=0", "--max_mb=1", "--max_minutes=0.25",
-        ],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(tiny.ROOT)},
-    )  # fmt: skip
+    process = serve(folder / "run", temporary, "--max_mb=1", "--max_minutes=0.25")
     try:
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
@@ -275,15 +277,8 @@ def test_the_server_gives_and_takes_no_other_files(served, tmp_path):
 
 @pytest.mark.browser
 def test_it_ends_at_once_though_a_page_is_open(digits, tmp_path):
-    small.make_run(digits, tmp_path / "run")
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "mvit_jax.predict", "--serve", f"--workdir={tmp_path / 'run'}",
-            "--port=0", "--host=0.0.0.0",
-        ],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(tiny.ROOT)},
-    )  # fmt: skip
+    run = small.make_run(digits, tmp_path / "run")
+    process = serve(run, tmp_path, "--host=0.0.0.0")
     try:
         port = int(process.stdout.readline().split()[0].rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as connection:

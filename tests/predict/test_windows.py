@@ -62,12 +62,8 @@ def naive_segments(timeline, step):
     """Every `step` seconds the class that is on top in the mean of the windows that see it."""
     tops = []
     for time in np.arange(step / 2, timeline.ends[-1], step):
-        rows = [
-            p
-            for s, e, p in zip(timeline.starts, timeline.ends, timeline.probabilities, strict=True)
-            if s <= time < e
-        ]
-        mean = np.mean(rows, 0)
+        seen = (timeline.starts <= time) & (time < timeline.ends)
+        mean = timeline.probabilities[seen].mean(0)
         tops.append((time, int(mean.argmax()), mean.max()))
     return tops
 
