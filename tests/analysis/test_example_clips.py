@@ -41,26 +41,14 @@ def test_of_many_classes_some_are_shown_from_first_to_last():
 
 def test_the_worst_mistakes_are_the_surest_wrong_answers():
     s = scores(np.random.default_rng(2).integers(0, 4, 60), 4)
-    wrong = [
-        (-s.probabilities[i].max(), i)
-        for i in range(60)
-        if s.tested[i] and s.probabilities[i].argmax() != s.labels[i]
-    ]
+    wrong = np.flatnonzero(s.tested & (s.probabilities.argmax(1) != s.labels))
     assert len(wrong) > 8
-    assert example_clips.mistakes(s) == [i for _, i in sorted(wrong)[:8]]
+    assert example_clips.mistakes(s) == sorted(wrong, key=lambda i: -s.probabilities[i].max())[:8]
 
 
-def test_no_mistakes_where_all_is_right():
-    s = Scores(np.eye(3), np.arange(3, dtype=np.int32), np.ones(3, bool))
-    assert example_clips.mistakes(s) == []
-
-
-@pytest.mark.parametrize(("frames", "expected"), [(1, [0]), (4, [0, 1, 2, 3]), (8, list(range(8)))])
-def test_all_frames_of_a_short_clip_are_shown(frames, expected):
-    assert example_clips.shown(frames) == expected
-
-
-def test_frames_of_a_long_clip_are_spread_from_its_first_to_its_last():
+def test_all_frames_of_a_short_clip_are_shown_and_those_of_a_long_one_are_spread():
+    for frames in (1, 4, 8):
+        assert example_clips.shown(frames) == list(range(frames))
     shown = example_clips.shown(40)
     assert len(shown) == 8 and shown[0] == 0 and shown[-1] == 39
     assert max(np.diff(shown)) - min(np.diff(shown)) <= 1
@@ -114,4 +102,5 @@ def test_a_model_that_does_not_tell_its_attention_gets_the_frames_alone(material
     s = Scores(np.eye(8)[videos.labels], videos.labels, np.ones(10, bool))
     made = example_clips.make(s, videos, settings, *model)
     assert made["no_attention"] == "this attention keeps no probabilities"
+    assert made["mistakes"] == []  # all is right
     assert all(pixels(e["pictures"][0]).shape == (32, 131, 3) for e in made["examples"])
