@@ -52,10 +52,8 @@ def state_of(config, digits, params):
 
 
 def drawn(config, salt, classes=8):
-    flat = {p: np.float32(0.1) * v for p, v in foreign.filled(shapes_of(config, classes)).items()}
-    return unflatten_dict(
-        {path: values + np.float32(salt) for path, values in flat.items()}, sep="/"
-    )
+    tree = unflatten_dict(foreign.filled(shapes_of(config, classes)), sep="/")
+    return jax.tree.map(lambda values: np.float32(0.1) * values + np.float32(salt), tree)
 
 
 def make_run(folder, config, digits, salt, step=3):
@@ -124,25 +122,11 @@ def test_a_run_gives_its_averaged_weights(digits, tmp_path):
 
 def test_other_frames_and_sizes_resize_positions_and_nothing_else(converted, digits):
     folder, source = converted
-    config = settings(
-        digits,
-        **{
-            "init.checkpoint": str(folder),
-            "model.frames": 8,
-            "model.size": 48,
-            "data.short_side": 48,
-        },
-    )
+    larger = {"model.frames": 8, "model.size": 48, "data.short_side": 48}
+    config = settings(digits, **{"init.checkpoint": str(folder)}, **larger)
     ours, words = initial(config, classes=foreign.CLASSES)
     same_but(ours, source, "positions/space", "positions/time")
     assert ours["positions/space"].shape == (12, 12, 8) and ours["positions/time"].shape == (4, 8)
-    # Two frames to four, centres at half-integers, ends repeated.
-    first, second = source["positions/time"]
-    np.testing.assert_allclose(
-        ours["positions/time"],
-        [first, 0.75 * first + 0.25 * second, 0.25 * first + 0.75 * second, second],
-        rtol=0, atol=1e-6,
-    )  # fmt: skip
     assert "2 resized" in words
 
 
@@ -177,15 +161,14 @@ def test_weights_of_another_architecture_are_refused(converted, digits, changes,
 
 
 def first(config, digits, folder):
-    """What a run starts from: its parameters, averaged parameters, step; and what is said."""
+    """What a run starts from: its parameters and step; and what is said."""
     fresh = state_of(config, digits, drawn(config, salt=0.5))
     model = build.settings(config, 8).model
     started = workdir.has_checkpoint(folder)
     initial = None if started else train.initial_weights(config, model)
     with closing(Checkpoints(folder)) as checkpoints:
         state, words = train.first_state(config, fresh, checkpoints, initial)
-    ema = None if state.ema is None else flatten_dict(state.ema, sep="/")
-    return flatten_dict(state.params, sep="/"), ema, int(state.step), words
+    return flatten_dict(state.params, sep="/"), int(state.step), words
 
 
 @pytest.fixture
@@ -202,20 +185,17 @@ def places(digits, tmp_path):
 
 def test_this_workdir_comes_before_resume_before_init_before_nothing(places, digits, tmp_path):
     own, other, source, weights = places
+    new, fresh = tmp_path / "new", flatten_dict(drawn(settings(digits), 0.5), sep="/")
     both = {"resume": str(other), "init.checkpoint": str(source)}
-    params, _, step, words = first(settings(digits, **both), digits, own)
-    same_but(params, weights[own])
-    assert step == 3 and "this workdir's last checkpoint" in words
-    params, _, step, words = first(settings(digits, **both), digits, tmp_path / "new")
-    same_but(params, weights[other])
-    assert step == 4 and str(other) in words
-    alone = settings(digits, **{"init.checkpoint": str(source)})
-    params, _, step, words = first(alone, digits, tmp_path / "new")
-    same_but(params, weights[source])
-    assert step == 0 and str(source) in words
-    params, _, step, words = first(settings(digits), digits, tmp_path / "new")
-    same_but(params, flatten_dict(drawn(settings(digits), 0.5), sep="/"))
-    assert step == 0 and words == "starts from fresh weights"
+    for named, folder, expected, number, told in (
+        (both, own, weights[own], 3, "this workdir's last checkpoint"),
+        (both, new, weights[other], 4, str(other)),
+        ({"init.checkpoint": str(source)}, new, weights[source], 0, str(source)),
+        ({}, new, fresh, 0, "starts from fresh weights"),
+    ):
+        params, step, words = first(settings(digits, **named), digits, folder)
+        same_but(params, expected)
+        assert step == number and told in words
 
 
 def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digits, tmp_path):
