@@ -4,6 +4,7 @@ import json
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -14,8 +15,7 @@ from tests.support.events import read_scalars
 
 
 class Clock:
-    def __init__(self):
-        self.now = 100.0
+    now = 100.0
 
     def __call__(self):
         return self.now
@@ -24,11 +24,10 @@ class Clock:
         self.now += seconds
 
 
-class Ends(goodput._Ends):
+class Ends:
     """In place of the thread that waits for steps: they end when they are told to."""
 
-    def __init__(self):
-        self.ended: float | None = None
+    ended: float | None = None
 
     def watch(self, arrays):
         self.ended = None
@@ -127,22 +126,12 @@ def test_only_the_wait_that_the_step_does_not_fill_is_for_data(ends_after, expec
     assert spent(made) == {"rest": 1}
 
 
-class Computed:
-    """An array that is there as soon as `gate` is open."""
-
-    def __init__(self, gate):
-        self.gate = gate
-
-    def block_until_ready(self):
-        self.gate.wait(20)
-        return self
-
-
 def test_the_end_of_a_step_is_noticed_while_the_host_does_other_things():
     made = goodput.Spans()
     gates = [threading.Event(), threading.Event()]
     for gate in gates:
-        made.sent({"loss": (Computed(gate), jnp.zeros(()))})
+        computed = SimpleNamespace(block_until_ready=lambda gate=gate: gate.wait(20))
+        made.sent({"loss": (computed, jnp.zeros(()))})
         time.sleep(0.05)
         assert made._ends.last() is None
         before = time.monotonic()
@@ -233,10 +222,9 @@ def seconds(data, step, **others):
     return dict.fromkeys(goodput.PHASES, 0.0) | {"data": data, "step": step} | others
 
 
-def advice(threads=4, processes=0, packed=False, randaugment=False, cores=16):
-    return goodput.advice(
-        threads, processes, packed=packed, randaugment=randaugment, cores=cores
-    )  # fmt: skip
+def advice(threads=4, processes=0, **changes):
+    known = {"packed": False, "randaugment": False, "cores": 16}
+    return goodput.advice(threads, processes, **known | changes)
 
 
 def watch(**changes):
@@ -246,9 +234,8 @@ def watch(**changes):
 
 def test_the_first_interval_and_small_waits_say_nothing():
     made = watch()
-    assert made.sentence(seconds(9.0, 1.0)) is None
-    assert made.sentence(seconds(1.9, 8.1)) is None
-    assert made.sentence(seconds(0.0, 0.0, validation=5.0)) is None
+    for given in (seconds(9.0, 1.0), seconds(1.9, 8.1), seconds(0.0, 0.0, validation=5.0)):
+        assert made.sentence(given) is None
 
 
 def test_a_bottleneck_is_told_once_and_again_when_it_is_much_worse():
@@ -256,14 +243,10 @@ def test_a_bottleneck_is_told_once_and_again_when_it_is_much_worse():
     made.sentence(seconds(0.0, 1.0))
     said = [made.sentence(seconds(share, 1 - share)) for share in (0.3, 0.35, 0.3, 0.45, 0.55, 0.6)]
     assert [s is not None for s in said] == [True, False, False, False, True, False]
+    # A validation within the interval hides nothing.
+    assert made.sentence(seconds(9.0, 1.0, validation=1000.0)) is not None
     assert "30 % of the time" in str(said[0]) and "55 % of the time" in str(said[4])
     assert "raise data.processes from 0 to 4 (this host has 16 cores)" in str(said[0])
-
-
-def test_a_validation_within_the_interval_hides_nothing():
-    made = watch()
-    made.sentence(seconds(0.0, 1.0))
-    assert made.sentence(seconds(3.0, 7.0, validation=1000.0)) is not None
 
 
 @pytest.mark.parametrize(
