@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -153,8 +152,8 @@ def test_describe_prints_an_experiment(tmp_path):
 @pytest.mark.slow
 def test_a_wheel_has_the_recipes(tmp_path):
     source, folder = tmp_path / "source", tmp_path / "installed"
+    ignore = shutil.ignore_patterns("__pycache__")
     for name in ("mvit_jax", "configs"):
-        ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(tiny.ROOT / name, source / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(tiny.ROOT / name, source)
@@ -163,11 +162,10 @@ def test_a_wheel_has_the_recipes(tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder)
     shutil.rmtree(source)
-    env = of_process(1) | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", "mvit_jax.train", "--dry_run",
          "--config=configs/imagenet.py:mvitv2_t"],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **env},
+        capture_output=True, text=True, cwd=tmp_path, env=of_process(1) | {"PYTHONPATH": folder},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "82.3 (MViTv2, Table 2)" in done.stdout

@@ -1,10 +1,7 @@
 """Command lines of the programs, run as forks of one process that has imported the libraries.
 
-    status, output = run("train", "--config=configs/moving_digits.py", "--config.batch=0")
-
 A fork prints and returns the same as `python -m mvit_jax.train`, and saves the seconds of the
-imports (`warm.py`). It sees one simulated device. One test per program starts a real interpreter
-(`fresh`).
+imports (`warm.py`). It sees one simulated device. One test per program is `fresh`.
 """
 
 import atexit

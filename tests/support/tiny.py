@@ -25,6 +25,9 @@ MODEL = {
     "patch_stride": (2, 8, 8),
     "kv_stride": (1, 2, 2),
 }
+SMALL = {f"model.{key}": value for key, value in MODEL.items()} | {
+    "data.short_side": 32, "batch": 8, "eval.batch": 8, "eval.clips": 2, "log_every": 2,
+}  # fmt: skip
 
 # What the tests of whole runs train, so that they compile one step and can share one run of it:
 # 24 videos in batches of 8 are 9 steps.
@@ -34,25 +37,12 @@ RECIPE = {
 }  # fmt: skip
 
 # The same as flags of the training program.
-FLAGS = [
-    *(f"--config.model.{k}={v}".replace(" ", "") for k, v in MODEL.items()),
-    "--config.data.short_side=32",
-    "--config.batch=8",
-    "--config.eval.batch=8",
-    "--config.eval.clips=2",
-    "--config.log_every=2",
-]
-RECIPE_FLAGS = [*FLAGS, *(f"--config.{key}={value}" for key, value in RECIPE.items())]
+RECIPE_FLAGS = [f"--config.{k}={v}".replace(" ", "") for k, v in (SMALL | RECIPE).items()]
+FLAGS = RECIPE_FLAGS[: len(SMALL)]
 
 
 def config(folder: str | Path, **changes) -> ConfigDict:
     """The default experiment with a tiny model; `changes` are flattened keys: `{"optim.lr": 1}`."""
     c = load_config_file("moving_digits").get_config()
-    c.model.update(MODEL)
-    c.data.folder = str(folder)
-    c.data.short_side = 32
-    c.batch = c.eval.batch = 8
-    c.eval.clips = 2
-    c.log_every = 2
-    c.update_from_flattened_dict(changes)
+    c.update_from_flattened_dict(SMALL | {"data.folder": str(folder)} | changes)
     return c

@@ -4,10 +4,8 @@
         subprocess.run([executable, "-m", "mvit_jax.train", "--config=...", ...])
 
 An import of `mvit_jax.train` takes 2 CPU seconds, a fork 0.02. The executable accepts `-m` and
-`-c`. Other command lines, and those with other JAX_* variables, get an interpreter of their own. A
-fork has the folder, environment, standard streams and exit status of the command. No fork sees
-flags, backends or settings of another: the process that forks imports no program and computes
-nothing.
+`-c`; other command lines, and those with other JAX_* variables, get an interpreter of their own. No
+fork sees flags, backends or settings of another: what forks imports no program, computes nothing.
 """
 
 import atexit
