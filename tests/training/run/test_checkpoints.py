@@ -45,9 +45,9 @@ def saved(tmp_path_factory):
     """States of steps 1 to 3, the last two of which are kept; the best is that of step 2."""
     folder = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(folder, keep=2)
-    for step in (1, 2, 3):
+    for step, top1 in ((1, 50.0), (2, 70.0), (3, 60.0)):
         checkpoints.save(state_of(step), step)
-        checkpoints.save_if_best(state_of(step), step, {1: 50.0, 2: 70.0, 3: 60.0}[step])
+        checkpoints.save_if_best(state_of(step), step, top1)
     checkpoints.close()
     return folder
 
@@ -55,12 +55,6 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run")
-
-
-def test_the_last_state_comes_back_bit_for_bit(folder):
-    checkpoints = Checkpoints(folder, keep=2)
-    assert_equal(checkpoints.restore(state_of(0)), state_of(3))
-    assert sorted(checkpoints.last.all_steps()) == [2, 3]  # the last two are kept
 
 
 def test_the_best_parameters_are_kept_beside_the_last(folder):
@@ -78,9 +72,7 @@ def test_a_state_comes_back_onto_another_mesh(folder, monkeypatch):
     assert_equal(restored, state_of(3))
     assert restored is not None
     kernel = restored.params["blocks"]["0"]["mlp"]["fc1"]["kernel"]
-    assert len(kernel.addressable_shards[0].data) * 4 == len(kernel) or (
-        kernel.addressable_shards[0].data.shape[1] * 4 == kernel.shape[1]
-    )
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
 
 
 def test_no_checkpoint_is_none_to_resume_and_an_error_to_test(tmp_path):
@@ -101,9 +93,7 @@ def test_another_architecture_is_refused_by_name(folder, changes, tensor):
 
 def test_another_optimiser_is_refused_by_name(folder):
     """And is no damage."""
-    config = variant("mvit_b_16x4", num_classes=4, **MODEL)
-    params = functional(config).init(jax.random.key(0))
-    other = init_state(params, optimizer.sgd(weight_decay=0.05), 0.5)
+    other = init_state(state_of().params, optimizer.sgd(weight_decay=0.05), 0.5)
     for strip in (False, True):
         if strip:
             without_digests(folder)
@@ -175,6 +165,11 @@ def flip(file):
 NOTICED = r"(is damaged: (params|ema|training)/.* is not as saved|cannot be read)"
 
 
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:500])
 
@@ -194,7 +189,7 @@ def cut(file):
 )
 def test_damage_is_noticed_and_the_checkpoint_before_it_is_used(folder, spoil, why):
     spoil(folder)
-    before = {p.relative_to(folder): p.read_bytes() for p in files(folder / "checkpoints")}
+    before = contents(folder / "checkpoints" / "3")
     with pytest.raises(DamagedError, match=why):
         Checkpoints(folder, keep=2).restore(state_of())
     said = []
@@ -204,20 +199,13 @@ def test_damage_is_noticed_and_the_checkpoint_before_it_is_used(folder, spoil, w
     assert re.search(why, sentence) and f"is now {folder}/damaged/3" in sentence
     assert checkpoints.step() == 2
     # Nothing is deleted.
-    moved = {p.relative_to(folder / "damaged"): p.read_bytes() for p in files(folder / "damaged")}
-    assert moved == {
-        p.relative_to("checkpoints"): content for p, content in before.items() if p.parts[1] == "3"
-    }
+    assert contents(folder / "damaged" / "3") == before
     # The step is saved anew, and may be damaged anew.
     checkpoints.save(state_of(3), 3)
     checkpoints.close()
     flip(values_of(folder, 3))
     assert_equal(Checkpoints(folder, keep=2).resume(state_of(0)), state_of(2))
     assert sorted(p.name for p in (folder / "damaged").iterdir()) == ["3", "3.1"]
-
-
-def files(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_where_all_are_damaged_nothing_is_moved_and_nothing_starts_anew(folder):
