@@ -164,9 +164,7 @@ def test_cutmix_pastes_one_box_whose_area_is_the_weight(batch, seed):
 
 def test_weights_follow_their_beta_distributions():
     many = jnp.zeros((4096, 1, 1, 1, 3)), jnp.tile(jnp.eye(2), (2048, 1))
-    _, targets = device_augment.mix(
-        *many, jax.random.key(3), mixup=0.8, cutmix=0.0, switch=0.5, group=2
-    )
+    _, targets = both(many, 3, cutmix=0.0, group=2)
     weights = targets[::2, 0]
     # Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1)).
     assert float(weights.mean()) == pytest.approx(0.5, abs=0.02)
@@ -175,10 +173,7 @@ def test_weights_follow_their_beta_distributions():
 
 def test_switch_is_the_chance_of_cutmix():
     clip = jnp.arange(600.0)[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 3))
-    targets = jnp.zeros((600, 2))
-    mixed, _ = device_augment.mix(
-        clip, targets, jax.random.key(0), mixup=1.0, cutmix=1.0, switch=0.3, group=2
-    )
+    mixed, _ = both((clip, jnp.zeros((600, 2))), 0, mixup=1.0, switch=0.3, group=2)
     # Cutmix leaves only whole values of the two clips; mixup makes others.
     whole = (mixed == jnp.round(mixed)).all((1, 2, 3, 4))
     assert 0.2 < float(whole.mean()) < 0.4

@@ -13,10 +13,8 @@ def test_soft_targets_share_the_smoothing_among_all_classes():
 def test_cross_entropy_of_targets_that_do_not_sum_to_one():
     logits = np.array([[1.0, -2.0, 0.5], [3.0, 3.0, -1.0]])
     targets = np.array([[0.2, 0.3, 0.1], [0.0, 1.0, 0.5]])
-    expected = []
-    for row, target in zip(logits, targets, strict=True):
-        log_sum = np.log(np.exp(row).sum())
-        expected.append(sum(t * (log_sum - x) for t, x in zip(target, row, strict=True)))
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = -(targets * np.log(shares)).sum(1)
     np.testing.assert_allclose(cross_entropy(jnp.array(logits), jnp.array(targets)), expected, 1e-6)
 
 

@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mvit_jax.models.functional import functional
@@ -57,9 +58,7 @@ def make(config=CONFIG, lr=1e-3, dtype=jnp.float32, transform=ADAMW, jit=jax.jit
 
 
 def distance(a, b) -> float:
-    return max(
-        float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    )
+    return float(optax.tree.norm(optax.tree.sub(a, b), ord=jnp.inf))
 
 
 def test_a_batch_is_learned_by_heart():
@@ -96,22 +95,16 @@ def test_gradient_equals_finite_differences():
         run, state = make(dtype=jnp.float64)
         fed = run(state, batch())[0].opt_state[1][0].mu  # 0.1 x clipped gradient
         norm = float(run(state, batch())[1]["grad_norm"][0])
-        gradient = jax.tree.map(lambda g: g * 10 * max(1.0, norm), fed)
-        direction = jax.tree.map(
-            lambda g: jnp.asarray(np.random.default_rng(0).normal(size=g.shape)), gradient
-        )
+        gradient = optax.tree.scale(10 * max(1.0, norm), fed)
+        direction = optax.tree.random_like(jax.random.key(0), gradient)
 
         def loss(amount):
-            moved = jax.tree.map(lambda p, d: p + amount * d, state.params, direction)
+            moved = optax.tree.add_scale(state.params, amount, direction)
             metrics = run(dataclasses.replace(state, params=moved), batch())[1]
             return float(metrics["loss"][0] / metrics["loss"][1])
 
         expected = (loss(1e-6) - loss(-1e-6)) / 2e-6
-        ours = sum(
-            float((g * d).sum())
-            for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True)
-        )
-        assert ours == pytest.approx(expected, rel=1e-5)
+        assert float(optax.tree.vdot(gradient, direction)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
