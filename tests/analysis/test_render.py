@@ -4,11 +4,9 @@ import io
 
 import av
 import numpy as np
-import pytest
 from PIL import Image
 
 from mvit_jax.analysis import render
-from mvit_jax.common.errors import UserError
 
 GREY = np.full((4, 10, 14, 3), 128, np.uint8)
 
@@ -69,6 +67,8 @@ def test_files_hold_the_frames(tmp_path):
         for t in range(6):
             image.seek(t)
             np.testing.assert_allclose(np.asarray(image.convert("RGB")), frames[t], atol=2)
+    quick = Image.open(io.BytesIO(render.gif(frames, fps=1000.0)))
+    assert quick.info["duration"] == 20  # what browsers show at the quickest
 
     render.save_mp4(tmp_path / "a.mp4", frames[:, :47, :63], fps=5.0)  # odd sides
     with av.open(str(tmp_path / "a.mp4")) as container:
@@ -77,15 +77,3 @@ def test_files_hold_the_frames(tmp_path):
     assert np.shape(decoded) == (6, 48, 64, 3)
     grey = [np.abs(a.mean(-1) - b.mean(-1)).mean() for a, b in zip(decoded, frames, strict=True)]
     assert max(grey) < 4
-
-
-def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path):
-    (tmp_path / "taken.png").mkdir()
-    for save in (render.save_gif, render.save_mp4):
-        with pytest.raises(UserError, match=r"taken.png cannot be written"):
-            save(tmp_path / "taken.png", squares(), fps=5.0)
-    with pytest.raises(UserError, match="cannot be written"):
-        render.save_png(tmp_path / "no" / "such.png", squares()[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
-    buffer = io.BytesIO(render.gif(squares(), fps=1000.0))
-    assert Image.open(buffer).info["duration"] == 20  # what browsers show at the quickest
