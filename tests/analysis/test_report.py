@@ -77,10 +77,8 @@ def test_the_most_confused_pairs_are_the_largest_off_the_diagonal():
     confusion = random.integers(0, 9, (6, 6))
     names = list("abcdef")
     pairs = report.confused(confusion.tolist(), names, most=5)
-    naive = sorted(
-        (-int(confusion[i, j]), i, j) for i in range(6) for j in range(6) if i != j
-    )[:5]  # fmt: skip
-    assert [(p[0], p[1], p[2]) for p in pairs] == [(names[i], names[j], -n) for n, i, j in naive]
+    naive = sorted((-confusion[i, j], i, j) for i, j in np.ndindex(6, 6) if i != j)[:5]
+    assert [pair[:3] for pair in pairs] == [(names[i], names[j], -n) for n, i, j in naive]
     for truth, _, count, share in pairs:
         assert share == pytest.approx(100 * count / confusion[names.index(truth)].sum())
     assert report.confused([[2, 0], [0, 3]], ["a", "b"]) == []
@@ -131,9 +129,8 @@ def test_many_classes_are_named_in_tables_alone():
     html = report.report(pages.run(evaluations=[test], sheet=sheet))
     begin = html.index('aria-label="Confusion matrix"')
     assert "of many" not in html[begin : html.index("</svg>", begin)]
-    page = Page(html)
-    rows = [i for i in range(400) if f"class {i} of many" in page.text]
-    assert rows == list(range(400)) and len(html) < 1e6
+    text = Page(html).text
+    assert all(name in text for name in names) and len(html) < 1e6
 
 
 def test_commands_make_the_evaluations_that_they_stand_by():
@@ -160,10 +157,8 @@ def test_runs_side_by_side_show_gaps_and_what_differs():
     assert ["optim.lr", "0.002", "0.0001"] in lines
     assert not any(line and line[0] == "data.folder" for line in lines)
     page = Page(report.comparison([first, second]))
-    assert "66.67" in page.ids["runs"] and page.ids["differing"].split()[-3:] == [
-        "optim.lr", "0.002", "0.0001",
-    ]  # fmt: skip
-    assert page.count("svg") == 2
+    assert "66.67" in page.ids["runs"] and page.count("svg") == 2
+    assert page.ids["differing"].split()[-3:] == ["optim.lr", "0.002", "0.0001"]
     assert "Without a history (metrics.jsonl): b." in page.text
 
 

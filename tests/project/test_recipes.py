@@ -6,9 +6,9 @@ Rates are typed as the source states them: for one node, times nodes.
 import dataclasses
 from functools import lru_cache
 
+import jax
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
 from mvit_jax.config import check
 from mvit_jax.models.cost import cost
@@ -18,6 +18,7 @@ from mvit_jax.models.variants import PUBLISHED, variant
 from mvit_jax.training import build
 from mvit_jax.weights import adapt
 from tests.support import tiny
+from tests.support.marks import nightly, slow
 
 GREY, IMAGENET = ((0.45,) * 3, (0.225,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NODES = 16  # of 8 GPUs: the papers' 128 GPUs
@@ -130,7 +131,6 @@ CLASSES = {
     "kinetics": 400, "k600": 600, "k700": 700, "imagenet": 1000, "in21k": 19168, "ssv2": 174,
     "charades": 157,
 }  # fmt: skip
-FILES = ("kinetics", "imagenet", "ssv2", "charades")
 
 
 @lru_cache
@@ -160,10 +160,8 @@ def test_a_recipe_has_the_papers_values(name):
     assert c.data.repeats == repeats
     assert (c.optim.weight_decay, c.optim.clip_norm, c.optim.layer_decay) == (decay, clip, layers)
     assert (c.augment.mixup, c.augment.cutmix) == ((0.8, 1.0) if mix else (0, 0))
-    sgd = name.startswith(("ssv2", "charades"))
-    assert (c.optim.name, c.optim.momentum, c.optim.b1, c.optim.b2, c.optim.ema) == (
-        "sgd" if sgd else "adamw", 0.9, 0.9, 0.999, 0,
-    )  # fmt: skip
+    assert c.optim.name == ("sgd" if name.startswith(("ssv2", "charades")) else "adamw")
+    assert (c.optim.momentum, c.optim.b1, c.optim.b2, c.optim.ema) == (0.9, 0.9, 0.999, 0)
     model = build.model_config(c, c.data.classes)
     assert (f"{model.frames}x{c.data.stride}", model.size) == (sampling, size)
     assert model.drop_path == drop_path
@@ -205,14 +203,12 @@ def test_a_recipe_has_the_papers_values(name):
         assert a.short_side is None
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ["kinetics", "imagenet", "ssv2", "charades"])
 def test_every_recipe_that_a_file_names_is_in_the_table(file):
     with pytest.raises(ValueError, match=f"configs/{file}.py has .*, not 'no_such'") as error:
         tiny.load_config_file(file).get_config("no_such")
     named = str(error.value).partition(" has ")[2].partition(", not ")[0].split(", ")
-    assert sorted(f"{file}:{arg}" for arg in named) == sorted(
-        name for name in ROWS if name.startswith(file)
-    )
+    assert {f"{file}:{arg}" for arg in named} == {name for name in ROWS if name.startswith(file)}
 
 
 def test_the_papers_gpus_share_a_mixing_weight():
@@ -242,9 +238,7 @@ def test_where_weights_come_from():
 
 
 def test_images_may_lie_in_folders():
-    plain, folders = (
-        tiny.load_config_file("imagenet").get_config(f"mvitv2_s{end}") for end in ("", ",folders")
-    )
+    plain, folders = (recipe(f"imagenet:mvitv2_s{end}") for end in ("", ",folders"))
     assert (plain.data.tfds, plain.data.val_list) == ("imagenet2012:5.1.0", "validation")
     assert (folders.data.tfds, folders.data.source) == (None, "folders")
     assert (folders.data.train_list, folders.data.val_list) == ("train", "val")
@@ -258,9 +252,8 @@ def test_the_24_blocks_of_the_released_config_have_its_pools():
     """53.1 M parameters and 235.8 G multiply-adds by that config; the paper's have 3x3x3."""
     config = recipe("kinetics:mvit_b24_32x3")
     found = cost(build.model_config(config, 400))
-    assert (found.parameters / 1e6, found.multiply_adds / 1e9) == pytest.approx(
-        (53.1, 235.8), rel=1e-3
-    )
+    assert found.parameters / 1e6 == pytest.approx(53.1, rel=1e-3)
+    assert found.multiply_adds / 1e9 == pytest.approx(235.8, rel=1e-3)
     assert recipe("kinetics:k600_mvit_b24_32x3").model.pool_kernel is None
 
 
@@ -268,9 +261,8 @@ def small_model(name, **changes):
     """The architecture of a recipe, of one narrow block a stage; tokens as many as there."""
     c = recipe(name)
     model = build.model_config(c, c.data.classes)
-    return dataclasses.replace(
-        model, width=16 * model.heads, depths=(1,) * len(model.depths), **changes
-    )
+    narrow = {"width": 16 * model.heads, "depths": (1,) * len(model.depths)}
+    return dataclasses.replace(model, **narrow, **changes)
 
 
 def source_of(name):
@@ -322,12 +314,9 @@ def distinct(key, names):
 def test_the_weights_that_a_recipe_names_fit_it(name):
     source, target, inflate = transfer(name)
     source = dataclasses.replace(source, num_classes=3)
-    params = {
-        path: np.ones(shape, np.float32) for path, shape in functional(source).shapes().items()
-    }
-    fitted, report = adapt.carry_over(
-        unflatten_dict(params, sep="/"), functional(source), functional(target), inflate
-    )
+    shapes = jax.eval_shape(functional(source).init, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    fitted, report = adapt.carry_over(params, functional(source), functional(target), inflate)
     assert report.ok
     new = {line.path for line in report.lines if line.done == "new"}
     allowed = {"head/classifier/kernel", "head/classifier/bias"}
@@ -343,8 +332,8 @@ def test_the_weights_that_a_recipe_names_fit_it(name):
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [
-        *(pytest.param(n, shallow, marks=pytest.mark.slow) for n in distinct(shallow, ROWS)),
-        *(pytest.param(n, whole, marks=pytest.mark.nightly) for n in distinct(whole, ROWS)),
+        *(slow(name, shallow) for name in distinct(shallow, ROWS)),
+        *(nightly(name, whole) for name in distinct(whole, ROWS)),
     ],
 )
 def test_the_architecture_of_a_recipe_can_be_built(name, architecture):
@@ -353,16 +342,8 @@ def test_the_architecture_of_a_recipe_can_be_built(name, architecture):
 
 def test_every_published_row_of_the_variants_has_a_recipe():
     """mvit_b_32x2 stands in an ablation alone."""
-    files = {
-        "Kinetics-400": "kinetics:",
-        "Kinetics-600": "kinetics:k600_",
-        "ImageNet-1k": "imagenet",
-    }
+    files = {"Kinetics-400": "kinetics:", "Kinetics-600": "kinetics:k6", "ImageNet-1k": "imagenet"}
     for model, row in PUBLISHED.items():
-        figures = [
-            recipe(name).published
-            for name in ROWS
-            if name.startswith(files[row.data]) and model[:8] in name
-        ]
-        found = any(f"{row.top1}" in figure for figure in figures)
+        names = [n for n in ROWS if n.startswith(files[row.data]) and model[:8] in n]
+        found = any(f"{row.top1}" in recipe(name).published for name in names)
         assert found or model == "mvit_b_32x2", model

@@ -47,10 +47,8 @@ def test_the_plan_of_kinetics_without_the_data():
     parameters = re.findall(r"^  0\S*  .*  ([\d,]+)$", text, re.MULTILINE)
     assert len(parameters) == 6
     assert sum(int(n.replace(",", "")) for n in parameters) == 36_610_672
-    assert (
-        row(text, "Tests", "views")[1]
-        == "5 clips x 1 crop: short side to 256, centre square of 224"
-    )
+    views = row(text, "Tests", "views")[1]
+    assert views == "5 clips x 1 crop: short side to 256, centre square of 224"
     assert row(text, "Tests", "while training")[1].startswith("every 9,392 steps")
 
 
@@ -75,10 +73,8 @@ def test_the_plan_of_a_recipe_that_starts_from_weights(tmp_path):
     assert row(text, "Optimiser", "kind")[1].startswith("SGD, Nesterov's momentum 0.9")
     assert row(text, "Optimiser", "clipping")[1] == "of gradients to a norm of 2"
     assert "mixup" not in text and "flip" not in text
-    assert (
-        row(text, "Tests", "views")[1]
-        == "1 clip x 3 crops: short side to 312, three squares of 312"
-    )
+    views = row(text, "Tests", "views")[1]
+    assert views == "1 clip x 3 crops: short side to 312, three squares of 312"
     given = described("kinetics", "mvitv2_s_16x4_in1k", **{"init.checkpoint": str(tmp_path)})
     assert f"weights    of {tmp_path} (should be weights of mvitv2_s" in given
     assert "image to video: centre" in given
