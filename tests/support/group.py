@@ -40,6 +40,7 @@ def start(
     """Starts `processes` of a program with `devices` each; `each` has flags for one alone."""
     env = of_process(devices) | environment
     port = free_port()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = []
     for i in range(processes):
         flags = list(each[i]) if each else []
@@ -49,12 +50,7 @@ def start(
                 f"--process_id={i}",
             ]  # fmt: skip
         command = [sys.executable, *program, *flags]
-        started.append(
-            subprocess.Popen(
-                command, cwd=tiny.ROOT, env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
+        started.append(subprocess.Popen(command, cwd=tiny.ROOT, env=env, text=True, **pipes))
     return started
 
 
@@ -83,10 +79,7 @@ def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 600) -> li
     finally:
         for process in started:
             process.kill()
-    return [
-        Done(process.returncode, out, err)
-        for process, (out, err) in zip(started, outputs, strict=True)
-    ]
+    return [Done(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
 
 
 def free_port() -> int:
