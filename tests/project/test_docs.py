@@ -8,8 +8,7 @@ that cannot run here has the line `% not run: why` before it.
 
 Commands run on a small scale: the first `python` on the path adds `SMALL` to the programs' flags.
 It then runs a fork of a process that has imported the package (`warm.py`). The check leaves some
-trainings to the nightly tests (`NIGHTLY`). Sybil and pytest-markdown-docs run Python blocks alone,
-in the process of the tests: they would take the place of `blocks`, and of nothing else here.
+trainings to the nightly tests (`NIGHTLY`).
 """
 
 import ast
@@ -33,6 +32,7 @@ from mvit_jax.config import KEYS
 from mvit_jax.training import in_memory
 from tests.support import commands, tiny, warm
 from tests.support.environment import COMPILER
+from tests.support.marks import nightly, slow
 
 DOCS = tiny.ROOT / "docs"
 # Pages whose commands need a cluster: `test_launch.py` runs them with stand-ins.
@@ -161,11 +161,9 @@ def run_in_empty_folder(page: Path, folder: Path, *, nightly: bool) -> int:
     shutil.copytree(tiny.ROOT / "configs", folder / "configs")
     shim = folder / "bin" / "python"
     shim.parent.mkdir()
-    text = SHIM.format(
-        python=sys.executable, executable=str(commands.python()), small=SMALL, compiler=COMPILER,
-        nightly={} if nightly else NIGHTLY,
-    )  # fmt: skip
-    shim.write_text(text)
+    values = {"python": sys.executable, "executable": str(commands.python()), "small": SMALL}
+    values |= {"compiler": COMPILER, "nightly": {} if nightly else NIGHTLY}
+    shim.write_text(SHIM.format(**values))
     shim.chmod(0o755)
     env = warm.environment()
     env["PATH"] = f"{shim.parent}{os.pathsep}{env['PATH']}"
@@ -186,13 +184,7 @@ def make_trials_small() -> None:
     in_memory.read_config = lambda name, **changes: read(name, **small | changes)
 
 
-SCALES = [
-    pytest.param(False, id="check", marks=pytest.mark.slow),
-    pytest.param(True, id="whole", marks=pytest.mark.nightly),
-]
-
-
-@pytest.mark.parametrize("nightly", SCALES)
+@pytest.mark.parametrize("nightly", [slow(False, id="check"), nightly(True, id="whole")])
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
 def test_every_code_block_runs_and_says_what_is_true(page, nightly, tmp_path):
     held = run_in_empty_folder(page, tmp_path, nightly=nightly)
@@ -236,18 +228,13 @@ def test_what_is_made_from_the_code_is_in_the_site(site):
     for name in KEYS:
         assert f">{name}<" in keys, f"{name} is not in the config reference"
     programs = (site / "api" / "programs.html").read_text()
-    assert all(
-        f">--{flag}<" in programs for flag in ("workdir", "shuffle_frames", "serve", "inflate")
-    )
+    for flag in ("workdir", "shuffle_frames", "serve", "inflate"):
+        assert f">--{flag}<" in programs
     assert programs.count(">--coordinator<") == 2  # of training and test
     how = (site / "model.html").read_text()
     assert how.count("<svg role=") == 5 and "8×14×14" in how
     assert "currentColor" in how and "#010203" not in how
-
-
-@pytest.mark.slow
-def test_commands_in_docstrings_are_code(site):
-    """An indented command line stands in a block of its own, and backticks are code."""
+    # In docstrings an indented command line is a block of its own, and backticks are code.
     page = (site / "api" / "data.html").read_text()
     assert "`" not in re.sub(r"<script.*?</script>|<pre>.*?</pre>", "", page, flags=re.DOTALL)
     assert "highlight-python" in page
