@@ -35,12 +35,6 @@ def run(digits):
 
 
 @pytest.fixture(scope="module")
-def here(reference, tmp_path_factory):
-    """The same run without a bucket."""
-    return shutil.copytree(reference, tmp_path_factory.mktemp("here") / "run")
-
-
-@pytest.fixture(scope="module")
 def storage(tmp_path_factory):
     with bucket.serve(tmp_path_factory.mktemp("keys"), "a-bucket") as storage:
         yield storage
@@ -70,16 +64,16 @@ def copied(storage, prefix, folder):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_ends_with_the_same_parameters(here, there, storage, tmp_path):
+def test_a_run_in_a_bucket_ends_with_the_same_parameters(reference, there, storage, tmp_path):
     folder = copied(storage, "runs/b", tmp_path)
-    group.assert_same_state(folder, here)
+    group.assert_same_state(folder, reference)
     assert not [path for path in tiny.ROOT.iterdir() if path.name.startswith("gs:")]
 
 
 @pytest.mark.slow
-def test_all_that_a_run_tells_is_in_the_bucket(here, there, storage, tmp_path):
+def test_all_that_a_run_tells_is_in_the_bucket(reference, there, storage, tmp_path):
     folder = copied(storage, "runs/b", tmp_path)
-    ours, theirs = history.read(folder), history.read(here)
+    ours, theirs = history.read(folder), history.read(reference)
     first, again = (start["step"] for start in ours.starts)
     assert first == 0 and 2 <= again < 9
     assert [t["step"] for t in ours.train] == [t["step"] for t in theirs.train] == [2, 4, 6, 8, 9]
@@ -89,8 +83,8 @@ def test_all_that_a_run_tells_is_in_the_bucket(here, there, storage, tmp_path):
             assert mine["loss"] == other["loss"]
     assert [v["top1"] for v in ours.val] == [v["top1"] for v in theirs.val]
     assert ours.spent["step"] > 0
-    assert (folder / "labels.txt").read_bytes() == (here / "labels.txt").read_bytes()
-    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (folder, here))
+    assert (folder / "labels.txt").read_bytes() == (reference / "labels.txt").read_bytes()
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (folder, reference))
     theirs["checkpoint"]["every"] = 4
     assert ours == theirs
     assert "train/loss" in events.read_scalars(folder)
@@ -99,7 +93,7 @@ def test_all_that_a_run_tells_is_in_the_bucket(here, there, storage, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_set_aside(here, there, storage, run, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside(reference, there, storage, run, tmp_path):
     names = [n for n in storage.names("a-bucket", "runs/b/checkpoints/9/params/") if "/d/" in n]
     assert names
     for name in names:
@@ -110,7 +104,7 @@ def test_a_damaged_checkpoint_is_set_aside(here, there, storage, run, tmp_path):
     assert f"is now {there}/damaged/9, and training goes on from 8" in done.out
     folder = copied(storage, "runs/b", tmp_path)
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["9"]
-    group.assert_same_state(folder, here)
+    group.assert_same_state(folder, reference)
 
 
 @pytest.mark.slow
@@ -128,7 +122,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, d
 
 
 @pytest.mark.nightly
-def test_a_checkpoint_that_is_not_complete_is_none(here, there, storage, run, tmp_path):
+def test_a_checkpoint_that_is_not_complete_is_none(reference, there, storage, run, tmp_path):
     """As after a kill in the middle of a save, in the first of a run and in a later one."""
     objects = dict(storage.buckets["a-bucket"])
     for name in storage.names("a-bucket", "runs/b/"):
@@ -138,11 +132,11 @@ def test_a_checkpoint_that_is_not_complete_is_none(here, there, storage, run, tm
             storage.put("a-bucket", new, objects[name])
     done = run("train", "--workdir=gs://a-bucket/runs/killed", storage=storage)
     assert "from step 8 to 9 (resumed)" in done.out and "damaged" not in done.out
-    group.assert_same_state(copied(storage, "runs/killed", tmp_path), here)
+    group.assert_same_state(copied(storage, "runs/killed", tmp_path), reference)
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_tested_there(here, there, storage, run, tmp_path):
+def test_a_run_in_a_bucket_is_tested_there(reference, there, storage, run, tmp_path):
     run("evaluate", f"--workdir={there}", "--batch=4", storage=storage)
     folder = copied(storage, "runs/b", tmp_path)
     assert {path.name for path in folder.iterdir()} >= EVALUATED
@@ -151,8 +145,8 @@ def test_a_run_in_a_bucket_is_tested_there(here, there, storage, run, tmp_path):
 
 
 @pytest.mark.nightly
-def test_programs_read_a_run_in_a_bucket(here, there, storage, run, digits, tmp_path):
-    found = {}
+def test_programs_read_a_run_in_a_bucket(reference, there, storage, run, digits, tmp_path):
+    found, here = {}, shutil.copytree(reference, tmp_path / "here")
     for name, folder, where in (("here", here, None), ("there", there, storage)):
         run("evaluate", f"--workdir={folder}", "--batch=4", storage=where)
         video = next(iter(sorted(digits.rglob("*.mp4"))))
@@ -168,7 +162,7 @@ def test_programs_read_a_run_in_a_bucket(here, there, storage, run, digits, tmp_
 
 
 @pytest.mark.nightly
-def test_a_run_goes_on_from_one_in_a_bucket(here, there, storage, run, tmp_path):
+def test_a_run_goes_on_from_one_in_a_bucket(reference, there, storage, run, tmp_path):
     done = run(
         "train", f"--workdir={tmp_path / 'on'}", f"--config.resume={there}", "--config.epochs=4",
         storage=storage,
