@@ -151,7 +151,7 @@ def experiment_of(case: Case) -> Any:
     with config.unlocked():
         config.batch = case.clips
         config.dtype = "bfloat16"
-        config.augment.group = math.gcd(config.augment.group, case.clips)
+        config.augment.mixup_group_size = math.gcd(config.augment.mixup_group_size, case.clips)
         config.remat = case.remat
     return config
 

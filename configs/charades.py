@@ -55,7 +55,7 @@ def recipe(variant: str, kinetics: str, published: str) -> Any:  # a ConfigDict
     c.data.std = expected.std
     c.augment.short_side = 256
     c.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
-    c.augment.erase = 0.25
+    c.augment.random_erase_prob = 0.25
     c.augment.mixup = 0.0
     c.augment.cutmix = 0.0
     c.augment.label_smoothing = 0.0

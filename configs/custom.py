@@ -50,7 +50,7 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
     if not image:  # RandAugment works on whole frames, which may be large
         c.augment.short_side = c.data.short_side
     c.augment.randaugment = f"rand-m7-n{2 if image else 4}-mstd0.5-inc1"
-    c.augment.erase = 0.25
+    c.augment.random_erase_prob = 0.25
     c.eval.clips = 1 if image else 5
     c.eval.every_epochs = 1.0
 

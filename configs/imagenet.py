@@ -68,7 +68,7 @@ def mvit(c: Any) -> None:
     c.optim.weight_decay = 0.05
     c.augment.mixup = 0.8
     c.augment.cutmix = 1.0
-    c.augment.group = 32  # images of one of the papers' GPUs
+    c.augment.mixup_group_size = 32  # images of one of the papers' GPUs
     c.eval.every_epochs = 10.0
 
 
@@ -95,7 +95,7 @@ def at_384(c: Any) -> None:
     c.optim.end_lr = 4e-7
     c.optim.warmup_epochs = 0.0
     c.optim.weight_decay = 1e-8
-    c.augment.group = 8
+    c.augment.mixup_group_size = 8
     c.eval.every_epochs = 10.0
 
 
@@ -122,7 +122,7 @@ def on_21k(c: Any) -> None:
     c.optim.end_lr = 1e-6
     c.optim.warmup_epochs = 13.5
     c.optim.weight_decay = 0.01
-    c.augment.group = 32
+    c.augment.mixup_group_size = 32
     c.eval.every_epochs = 10.0
 
 
@@ -149,7 +149,7 @@ def from_21k(c: Any) -> None:
     c.optim.weight_decay = 0.05
     c.augment.mixup = 0.0
     c.augment.cutmix = 0.0
-    c.augment.group = 8
+    c.augment.mixup_group_size = 8
     c.eval.every_epochs = 10.0
 
 
@@ -201,7 +201,7 @@ def recipe(
     c.data.mean = expected.mean
     c.data.std = expected.std
     c.augment.randaugment = f"rand-m9-n{4 if max_pooling else 6}-mstd0.5-inc1"
-    c.augment.erase = 0.25
+    c.augment.random_erase_prob = 0.25
     c.checkpoint.every = 1000
     c.eval.clips = 1
     c.eval.batch = 256

@@ -84,7 +84,7 @@ def from_scratch(c: Any) -> None:
     c.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
     c.augment.mixup = 0.8
     c.augment.cutmix = 1.0
-    c.augment.group = 4  # clips of one of the papers' GPUs
+    c.augment.mixup_group_size = 4  # clips of one of the papers' GPUs
     c.eval.every_epochs = 10.0
 
 
@@ -154,7 +154,7 @@ def from_maskfeat_l(c: Any) -> None:
     c.optim.end_lr = 1.6e-4
     c.optim.warmup_epochs = 5.0
     c.optim.layer_decay = 0.875
-    c.augment.group = 2
+    c.augment.mixup_group_size = 2
 
 
 def recipe(
@@ -182,7 +182,7 @@ def recipe(
     c.data.mean = expected.mean
     c.data.std = expected.std
     c.augment.short_side = expected.short_side
-    c.augment.erase = 0.25
+    c.augment.random_erase_prob = 0.25
     c.checkpoint.every = 1000
     c.eval.clips = clips
     c.eval.crops = crops

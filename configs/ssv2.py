@@ -48,14 +48,14 @@ def mvit(c: Any) -> None:
     c.optim.clip_norm = 0.0
     c.model.drop_path = 0.4
     c.augment.jitter = (256, 320)
-    c.augment.group = 8  # clips of one of the papers' GPUs
+    c.augment.mixup_group_size = 8  # clips of one of the papers' GPUs
 
 
 def mvitv2_s(c: Any) -> None:
     mvit(c)
     c.batch = 128
     c.optim.lr_batch = 128
-    c.augment.group = 2
+    c.augment.mixup_group_size = 2
 
 
 def mvitv2_b(c: Any) -> None:
@@ -94,7 +94,7 @@ def recipe(variant: str, train: Callable[[Any], None], kinetics: str, published:
     c.data.mean = expected.mean
     c.data.std = expected.std
     c.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
-    c.augment.erase = 0.25
+    c.augment.random_erase_prob = 0.25
     c.augment.flip = 0.0
     c.augment.crop_area = None
     c.optim.name = "sgd"

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import UserError, renamed_keys
 from mvit_jax.models.plan import MViTConfig
 
 Config = Any  # a ConfigDict: no type checker knows its keys
@@ -181,14 +181,15 @@ KEYS: dict[str, Key] = {
                           "before a square is cut at random; instead of crop_area",
                           unit="pixels", kind=tuple),
     "augment.flip": Key(0.5, "probability of a left-right flip", low=0, high=1),
-    "augment.erase": Key(0.0, "probability that a box is erased (random erasing)", low=0, high=1),
-    "augment.erase_mode": Key("pixel", 'by normal noise, or "const": by the mean colour',
-                              choices=("pixel", "const")),
+    "augment.random_erase_prob": Key(0.0, "probability that a box is erased (random erasing)",
+                                     low=0, high=1),
+    "augment.random_erase_mode": Key("pixel", 'by normal noise, or "const": by the mean colour',
+                                     choices=("pixel", "const")),
     "augment.mixup": Key(0.8, "alpha of mixup's Beta distribution; 0 for none", low=0),
     "augment.cutmix": Key(1.0, "alpha of cutmix's; 0 for none", low=0),
-    "augment.switch": Key(0.5, "probability of cutmix where both are on", low=0, high=1),
-    "augment.group": Key(4, "mixup group size: clips that share one mixing weight; divides a "
-                         "device's clips", low=1),
+    "augment.mixup_switch_prob": Key(0.5, "probability of cutmix where both are on", low=0, high=1),
+    "augment.mixup_group_size": Key(4, "clips that share one mixing weight; divides a device's "
+                                    "clips", low=1),
     "augment.label_smoothing": Key(0.1, "share of the target that is spread over all classes",
                                    low=0, high=1),
 
@@ -229,6 +230,14 @@ KEYS: dict[str, Key] = {
 }
 # fmt: on
 
+RENAMED = {
+    "augment.erase": "augment.random_erase_prob",
+    "augment.erase_mode": "augment.random_erase_mode",
+    "augment.switch": "augment.mixup_switch_prob",
+    "augment.group": "augment.mixup_group_size",
+}
+"""New names of keys by their old ones, which `config.json` of older runs has."""
+
 SECTIONS = {
     "": "the run",
     "init": "weights to start from; a workdir that has checkpoints goes on with these instead",
@@ -262,6 +271,15 @@ def base() -> Config:
         if key.default is not None:
             holder[field] = key.default
     return config.lock()
+
+
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested values of a config with the new names of its keys."""
+    for old, new in RENAMED.items():
+        section, _, field = old.rpartition(".")
+        if field in values.get(section, {}):
+            values[section][new.rpartition(".")[2]] = values[section].pop(field)
+    return values
 
 
 def value(config: Config, name: str) -> Any:
@@ -365,6 +383,7 @@ def define_flag() -> Any:
     from ml_collections import config_flags
     from ml_collections.config_flags.tuple_parser import TupleParser
 
+    renamed_keys.update({old.rpartition(".")[2]: new for old, new in RENAMED.items()})
     flags.disclaim_key_flags()  # --help shows the flag as one of the program
 
     class OrNone(flags.ArgumentParser):

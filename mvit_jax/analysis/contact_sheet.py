@@ -31,7 +31,7 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
     check(config)
     videos = build.videos(config, "train")
     settings = build.settings(config, len(videos.class_names))
-    share = np.lcm(config.data.repeats, config.augment.group)
+    share = np.lcm(config.data.repeats, config.augment.mixup_group_size)
     rows = range(min(-(-CLIPS // share) * share, config.batch))
     [batch] = pipeline.train_batches(
         videos,

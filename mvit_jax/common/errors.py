@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+renamed_keys: dict[str, str] = {}
+"""New names of config keys by the last part of their old ones (`config.RENAMED`)."""
+
 
 class UserError(ValueError):
     """Something that the user can mend: says what is wrong, where, and what to do."""
@@ -68,9 +71,12 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = str(error.args[0] if error.args else error)
         meant = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)
+        unknown = re.fullmatch(r"""["']+(\w+)["']+""", message)
+        key = meant[2] if meant else unknown[1] if unknown else ""
+        if key in renamed_keys:
+            _end(f"the config key {key!r} is now called {renamed_keys[key]}")
         if meant:
             _end(f"there is no config key {meant[2]!r}; did you mean {meant[1]!r}?")
-        unknown = re.fullmatch(r"""["']+(\w+)["']+""", message)
         if unknown:
             _end(f"there is no config key {unknown[1]!r}; mvit_jax/config.py lists them all")
         _end(message.replace("\n", " "))

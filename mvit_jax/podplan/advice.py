@@ -123,10 +123,10 @@ def unit(config: Config) -> int:
 
 
 def group_of(config: Config, clips: int) -> int:
-    """`augment.group` of so many clips of a chip: a divisor of theirs, and of the one given."""
+    """Returns the mixup group size for so many clips of a chip: a divisor of both."""
     if config.augment.mixup <= 0 and config.augment.cutmix <= 0:
-        return config.augment.group
-    return math.gcd(config.augment.group, clips)
+        return config.augment.mixup_group_size
+    return math.gcd(config.augment.mixup_group_size, clips)
 
 
 def fitted(config: Config, chips: int) -> tuple[Config, str]:
@@ -144,12 +144,12 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
             f"(of each chip a multiple of data.repeats={config.data.repeats} and accumulate="
             f"{config.accumulate}): take fewer chips, or {batch_flags(config, batch, chips)}"
         )
-    clips, group = config.batch // chips, config.augment.group
+    clips, group = config.batch // chips, config.augment.mixup_group_size
     own = group_of(config, clips)
     if own == group:
         return config, ""
     changed = copy.deepcopy(config)
-    changed.augment.group = own
+    changed.augment.mixup_group_size = own
     build.check_batch(changed, chips)
     warning = ""
     if own == 1:
@@ -158,8 +158,9 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
             "fewer chips or a larger batch keep them"
         )
     return changed, (
-        f"augment.group={group} does not divide {plural(clips, what)} of a chip, and training "
-        f"would refuse it: this plan, and training, take --config.augment.group={own}{warning}"
+        f"augment.mixup_group_size={group} does not divide {plural(clips, what)} of a chip, and "
+        "training would refuse it: this plan, and training, take "
+        f"--config.augment.mixup_group_size={own}{warning}"
     )
 
 
@@ -172,8 +173,8 @@ def batch_flags(config: Config, batch: int, chips: int) -> str:
     else:
         rates = {name: c[name] * batch / config.batch for name in ("lr", "start_lr", "end_lr")}
         flags += [f"--config.optim.{name}={rate:.4g}" for name, rate in rates.items()]
-    if own != config.augment.group:
-        flags.append(f"--config.augment.group={own}")
+    if own != config.augment.mixup_group_size:
+        flags.append(f"--config.augment.mixup_group_size={own}")
     return " ".join(flags) + note
 
 
@@ -206,7 +207,7 @@ def largest_batch(plan: Plan, most: int | None = None) -> int:
             most = plan.clips // 2
     step, config = unit(plan.config), plan.config
     mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
-    whole = math.lcm(step, config.augment.group) if mixed else step
+    whole = math.lcm(step, config.augment.mixup_group_size) if mixed else step
     return most - most % (whole if most >= whole else step)
 
 

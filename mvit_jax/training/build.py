@@ -201,10 +201,11 @@ def check_batch(config: Config, devices: int) -> None:
             f"accumulate={config.accumulate}; set a multiple of {share}"
         )
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
-    if mixes and (config.batch // devices) % config.augment.group:
+    clips, group = config.batch // devices, config.augment.mixup_group_size
+    if mixes and clips % group:
         raise UserError(
-            f"augment.group={config.augment.group} does not divide the {config.batch // devices} "
-            "clips of a device; set a divisor of it"
+            f"augment.mixup_group_size={group} does not divide the {clips} clips of a device; set "
+            "a divisor of it"
         )
 
 

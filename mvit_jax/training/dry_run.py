@@ -180,7 +180,9 @@ def _augmentation(config: Config, model: MViTConfig) -> list[str]:
         *before,
         f"left-right flip with probability {a.flip:g}" if a.flip else "",
         f"(value / 255 - {_rgb(config.data.mean)}) / {_rgb(config.data.std)}",
-        f"random erasing with probability {a.erase:g} ({a.erase_mode})" if a.erase else "",
+        f"random erasing with probability {a.random_erase_prob:g} ({a.random_erase_mode})"
+        if a.random_erase_prob
+        else "",
         _mixing(config),
         f"label smoothing {a.label_smoothing:g}" if a.label_smoothing else "",
     ]
@@ -189,11 +191,11 @@ def _augmentation(config: Config, model: MViTConfig) -> list[str]:
 
 def _mixing(config: Config) -> str:
     a = config.augment
-    shared = f", one weight for every {a.group} clips"
+    shared = f", one weight for every {a.mixup_group_size} clips"
     if a.mixup and a.cutmix:
         return (
-            f"cutmix (alpha {a.cutmix:g}) with probability {a.switch:g}, else mixup (alpha "
-            f"{a.mixup:g}){shared}"
+            f"cutmix (alpha {a.cutmix:g}) with probability {a.mixup_switch_prob:g}, else mixup "
+            f"(alpha {a.mixup:g}){shared}"
         )
     for name in ("mixup", "cutmix"):
         if a[name]:

@@ -24,12 +24,12 @@ class StepConfig:
     std: tuple[float, ...]
     multi_label: bool
     flip: float
-    erase: float
-    erase_mode: str
+    random_erase_prob: float
+    random_erase_mode: str
     mixup: float
     cutmix: float
-    switch: float
-    group: int
+    mixup_switch_prob: float
+    mixup_group_size: int
     label_smoothing: float
     ema: float
     accumulate: int
@@ -127,16 +127,18 @@ def augmented(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[
         targets = soft_targets(batch["label"], recipe.num_classes, recipe.label_smoothing)
     if recipe.flip > 0:
         clip = device_augment.flip(clip, key_flip, recipe.flip)
-    if recipe.erase > 0:
-        clip = device_augment.erase(clip, key_erase, recipe.erase, recipe.erase_mode)
+    if recipe.random_erase_prob > 0:
+        clip = device_augment.erase(
+            clip, key_erase, recipe.random_erase_prob, recipe.random_erase_mode
+        )
     return device_augment.mix(
         clip,
         targets,
         key_mix,
         mixup=recipe.mixup,
         cutmix=recipe.cutmix,
-        switch=recipe.switch,
-        group=recipe.group,
+        switch=recipe.mixup_switch_prob,
+        group=recipe.mixup_group_size,
     )
 
 

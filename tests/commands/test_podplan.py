@@ -122,7 +122,7 @@ def test_a_sweep_compares_all_combinations(told):
 def test_a_sweep_says_what_training_has_to_be_told(told):
     status, out, err = told[1]["sweep of pairs"]
     assert status == 0, err
-    assert out.count("training, take --config.augment.group=2") == 1
+    assert out.count("training, take --config.augment.mixup_group_size=2") == 1
 
 
 def test_the_most_clips_come_in_whole_repeats(told):
@@ -147,7 +147,9 @@ def test_a_search_may_find_none(told):
 def test_mixing_that_is_off_is_said_of_images(told):
     status, out, err = told[1]["images"]
     assert status == 0, err
-    assert re.search(r"augment.group=1; .* image with itself, so mixup and cutmix DO NOTHING", out)
+    assert re.search(
+        r"augment.mixup_group_size=1; .* image with itself, so mixup and cutmix DO NOTHING", out
+    )
     assert "256 images on 256 chips are 1 a chip" in out
     assert "compiling (1 image a chip" in out and not re.search(r"\bclip|video", out)
 

@@ -263,6 +263,8 @@ TRAIN = "--config=configs/moving_digits.py"
     [
         ([TRAIN, "--config.optim.lrr=1"], "no config key 'lrr'; did you mean 'lr'?"),
         ([TRAIN, "--config.foo=1"], "there is no config key 'foo'"),
+        ([TRAIN, "--config.augment.group=2"], "'group' is now called augment.mixup_group_size"),
+        ([TRAIN, "--config.augment.erase=0.1"], "now called augment.random_erase_prob"),
         ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
         ([TRAIN + ":resnet"], "has the models mvit and vit, not 'resnet'"),
         (["--config=configs/no.py"], "there is no config file configs/no.py"),
@@ -318,7 +320,11 @@ def change_list(data, old, new):
         ),
         (lambda d: None, {"epochs": 0.0}, "epochs must be above 0"),
         (lambda d: None, {"accumulate": 3}, "accumulate=3"),
-        (lambda d: None, {"augment.mixup": 1.0, "augment.group": 3}, "augment.group=3"),
+        (
+            lambda d: None,
+            {"augment.mixup": 1.0, "augment.mixup_group_size": 3},
+            "augment.mixup_group_size=3",
+        ),
     ],
 )
 def test_bad_data_and_values_end_before_anything_is_written(

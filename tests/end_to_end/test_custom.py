@@ -27,7 +27,7 @@ def test_a_folder_brings_its_architecture_and_what_its_weights_expect(digits, tm
     # It trains, on other classes, from those weights.
     c.data.folder = str(digits)
     c.update_from_flattened_dict({"batch": 8, **short})
-    c.augment.group = 1  # of eight devices each has a clip
+    c.augment.mixup_group_size = 1  # of eight devices each has a clip
     c.optim.lr = 0.0
     assert train.train(c.lock(), str(tmp_path / "tuned")) == 0
     (before, _), (after, _) = (run_folder.read_params(tmp_path / n) for n in ("run", "tuned"))

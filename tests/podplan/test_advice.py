@@ -111,8 +111,8 @@ def test_the_mixing_group_must_be_on_one_chip_and_only_then_changes():
     same, said = advice.fitted(RECIPE, 128)  # 4 clips a chip
     assert same is RECIPE and said == ""
     config, said = advice.fitted(RECIPE, 256)
-    assert config.augment.group == 2 and RECIPE.augment.group == 4
-    assert "--config.augment.group=2" in said and "NOTHING" not in said
+    assert config.augment.mixup_group_size == 2 and RECIPE.augment.mixup_group_size == 4
+    assert "--config.augment.mixup_group_size=2" in said and "NOTHING" not in said
     with pytest.raises(UserError, match="group=4 does not divide the 2 clips"):
         build.check_batch(RECIPE, 256)
     build.check_batch(config, 256)
@@ -185,7 +185,7 @@ def test_what_does_not_fit_gets_what_may_help():
     made = plan(too_large(24.75), topology="v5e:8x16")
     smaller, remat, parts, split, half = advice.advice(made)
     assert smaller.startswith("2 a chip should fit, by this step's memory: --config.batch=256 ")
-    assert "--config.augment.group=2" in smaller and "--config.remat=blocks" in remat
+    assert "--config.augment.mixup_group_size=2" in smaller and "--config.remat=blocks" in remat
     assert parts.startswith("--config.accumulate=2 ") and "--config.dtype=bfloat16" in half
     assert split.startswith("--config.mesh.fsdp=128 splits 1.50 GiB of parameters")
     assert not any("batch=" in line for line in advice.advice(made, 0))

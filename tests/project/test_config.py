@@ -41,7 +41,7 @@ def test_choices_are_those_of_the_code():
         "data.source": SOURCES,
         "data.sampling": get_args(Sampling),
         "data.interpolation": get_args(Interpolation),
-        "augment.erase_mode": ("pixel", "const"),
+        "augment.random_erase_mode": ("pixel", "const"),
         "optim.name": ("adamw", "sgd"),
         "eval.crops": (1, 3),
         "eval.ensemble": get_args(Ensemble),
@@ -103,6 +103,20 @@ def test_a_run_older_than_a_key_has_its_default(tmp_path):
         workdir.freeze(c, tmp_path)
 
 
+def test_a_run_older_than_a_renamed_key_goes_on(tmp_path):
+    old = json.loads(config.base().to_json())
+    new = old["augment"].pop("mixup_group_size"), old["augment"].pop("random_erase_prob")
+    old["augment"] |= {"group": 2, "erase": 0.25}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    c = workdir.frozen(tmp_path)
+    assert (c.augment.mixup_group_size, c.augment.random_erase_prob) == (2, 0.25) != new
+    workdir.freeze(c, tmp_path)  # goes on
+    with pytest.raises(UserError, match=r"augment\.mixup_group_size was 2 and is now 4"):
+        workdir.freeze(config.base(), tmp_path)
+    keys = set(config.KEYS)
+    assert set(config.RENAMED.values()) <= keys and not keys & set(config.RENAMED)
+
+
 def test_config_files_load_without_jax_within_a_second():
     code = (
         "import sys, time; from mvit_jax import config\n"
@@ -143,7 +157,7 @@ def test_describe_prints_an_experiment(tmp_path):
     namespace = {}
     exec(said, namespace)
     c = namespace["get_config"]()
-    assert (c.optim.lr, c.augment.crop_area, c.augment.erase) == (1e-4, None, 0.25)
+    assert (c.optim.lr, c.augment.crop_area, c.augment.random_erase_prob) == (1e-4, None, 0.25)
     assert all(f"c.{name} = " in said for name in config.KEYS)
     status, said = commands.run("describe", flags[0], "--config.batch=None", cwd=tmp_path)
     assert status == 1 and said == "error: batch cannot be None: its default is 512\n"

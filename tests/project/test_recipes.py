@@ -177,7 +177,7 @@ def test_a_recipe_has_the_papers_values(name):
     assert plan(model)
 
     a, data = c.augment, c.data
-    assert (a.erase, a.erase_mode, a.switch) == (0.25, "pixel", 0.5)
+    assert (a.random_erase_prob, a.random_erase_mode, a.mixup_switch_prob) == (0.25, "pixel", 0.5)
     file = name.partition(":")[0]
     operations = "m7-n4"
     if file == "imagenet":
@@ -212,7 +212,7 @@ def test_every_recipe_that_a_file_names_is_in_the_table(file):
 
 
 def test_the_papers_gpus_share_a_mixing_weight():
-    groups = {name: recipe(name).augment.group for name in ROWS}
+    groups = {name: recipe(name).augment.mixup_group_size for name in ROWS}
     assert groups["kinetics:mvit_b_16x4"] == groups["kinetics:mvitv2_b_32x3"] == 4
     assert groups["imagenet:mvitv2_s"] == 256 // 8
     assert groups["ssv2:mvitv2_s_16x4"] == 16 // 8

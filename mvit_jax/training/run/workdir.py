@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, faults, is_local, to_path, why, write_whole
-from mvit_jax.config import Config, base
+from mvit_jax.config import Config, base, with_new_names
 
 LOCK_SECONDS = 60
 _VALIDATED = "validated.txt"
@@ -63,7 +63,7 @@ def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
         write_whole(path, json.dumps(now, indent=2) + "\n")
         return
     older = _flat(json.loads(base().to_json()))
-    before, now = older | _flat(read(path)), _flat(now)
+    before, now = older | _flat(with_new_names(read(path))), _flat(now)
     differing = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -137,7 +137,7 @@ def frozen(workdir: str | AnyPath) -> Config:
     path = to_path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
-    started_with = ConfigDict(_tuples(read(path)))
+    started_with = ConfigDict(_tuples(with_new_names(read(path))))
     config = ConfigDict(base().to_dict())  # of plain values, which take any others
     config.update(started_with)
     return config.lock()

@@ -38,7 +38,7 @@ def small_leaves_are_sharded_too(monkeypatch):
 def setup(shape, dtype=jnp.float32, config=MODELS["mvit"]):
     data, fsdp = shape
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-    changes = {"flip": 0.5, "mixup": 0.8, "cutmix": 1.0, "group": 11, "ema": 0.9}
+    changes = {"flip": 0.5, "mixup": 0.8, "cutmix": 1.0, "mixup_group_size": 11, "ema": 0.9}
     # Not AdamW: it would blow up the rounding of gradients that are zero in theory, the key biases.
     sgd = optax.sgd(0.1, momentum=0.9)
     run, state = make(config, dtype=dtype, transform=sgd, jit=lambda run: run, **changes)
