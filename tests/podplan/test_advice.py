@@ -113,7 +113,7 @@ def test_the_mixing_group_must_be_on_one_chip_and_only_then_changes():
     config, said = advice.fitted(RECIPE, 256)
     assert config.augment.mixup_group_size == 2 and RECIPE.augment.mixup_group_size == 4
     assert "--config.augment.mixup_group_size=2" in said and "NOTHING" not in said
-    with pytest.raises(UserError, match="group=4 does not divide the 2 clips"):
+    with pytest.raises(UserError, match="mixup_group_size=4 does not divide the 2"):
         build.check_batch(RECIPE, 256)
     build.check_batch(config, 256)
     unmixed = changed(**{"augment.mixup": 0.0, "augment.cutmix": 0.0})
