@@ -6,9 +6,9 @@
     c.optim.lr = 1e-3
     config.check(c)
 
-An experiment is a file with a function `get_config()` that does so. Keys that are not in `KEYS` do
-not exist, and setting one is an error. From the command line:
-`--config=configs/moving_digits.py --config.optim.lr=1e-3`; `None` can be given too.
+An experiment is a file with a function `get_config()` that does so. Setting a key that is not in
+`KEYS` is an error. From the command line:
+`--config=configs/moving_digits.py --config.optim.lr=1e-3`; None is written `None`.
 
 Loads without JAX.
 """
@@ -35,11 +35,10 @@ RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the config: its default, and the values that it can have.
+    """A key of the config: its default and valid values.
 
-    `low` and `high` are the smallest and the largest value, `above` is a limit that is no value
-    itself. A key whose default is None, and one that is `optional`, can be None. `kind`, the
-    type, is given only where the default does not show it.
+    `low` and `high` are inclusive bounds, `above` is an exclusive lower bound. A key whose default
+    is None, or that is `optional`, can be None. `kind` is the type where the default has another.
     """
 
     default: Any
@@ -72,7 +71,7 @@ class Key:
         return "" if self.low is None else f"at least {self.low}"
 
     def allows(self, value: Any) -> bool:
-        """Returns whether a value other than None is within range or choices."""
+        """Returns True if a value other than None is within range or choices."""
         if self.choices:
             return value in self.choices
         if self.above is not None:
@@ -92,141 +91,149 @@ def _model_key(annotation: Any) -> Key:
 
 # fmt: off
 KEYS: dict[str, Key] = {
-    "published": Key(None, "figure that a paper reports of this experiment, and its table; for "
-                     "plans (--dry_run)", kind=str),
-    "seed": Key(0, "of weights, data order, augmentation, drop path", low=0, high=2**31 - 1),
+    "published": Key(None, "result that a paper reports for this experiment, with its table; "
+                     "printed by --dry_run", kind=str),
+    "seed": Key(0, "seed of initial weights, data order, augmentation and drop path", low=0,
+                high=2**31 - 1),
     "epochs": Key(200.0, "passes over the training list; may be a fraction", above=0),
-    "batch": Key(512, "clips a step, over all devices, repeats included", low=1),
+    "batch": Key(512, "clips in a step, over all devices, repeats included", low=1),
     "accumulate": Key(1, "micro-batches that a step's batch is cut into, to save memory", low=1),
     "remat": Key("none", "activations that are rematerialised in the backward pass, to save "
                  "memory: none; cheap (norms, activation functions); first_stage (the blocks on "
                  "its grid, which hold the most); blocks (all)",
                  choices=("none", "cheap", "first_stage", "blocks")),
-    "dtype": Key("float32", "dtype that the model computes in; parameters are float32",
+    "dtype": Key("float32", "dtype of the computation; parameters are float32",
                  choices=("float32", "bfloat16")),
-    "precision": Key("default", 'of matrix products; "default" multiplies float32 in bfloat16 on '
-                     "TPUs, in TF32 on GPUs", choices=("default", "high", "highest")),
-    "ops": Key("auto", "implementation of the model's operations: auto, each platform's own; "
-               "reference, their definitions, slow, to find faults",
+    "precision": Key("default", 'precision of matrix products; "default" multiplies float32 in '
+                     'bfloat16 on TPUs, in TF32 on GPUs', choices=("default", "high", "highest")),
+    "ops": Key("auto", "implementation of the model's operations: auto, the fastest of the "
+               "platform; reference, the definitions, slow, for debugging",
                choices=("auto", "reference")),
-    "on_nan": Key("stop", "policy for a loss or gradient that is not finite, whose update is never "
-                  "made: stop ends the run; skip goes on with the next batch; rollback too, from "
-                  "the last checkpoint's weights", choices=("stop", "skip", "rollback")),
-    "resume": Key(None, "folder of a run to go on from, in another workdir; a workdir that has "
-                  "checkpoints goes on with its own", kind=str),
-    "log_every": Key(20, "between two lines of the log", unit="steps", low=1),
+    "on_nan": Key("stop", "policy for a loss or gradient that is not finite, whose update is "
+                  "always left out: stop ends the run; skip continues with the next batch; "
+                  "rollback also restores the last checkpoint",
+                  choices=("stop", "skip", "rollback")),
+    "resume": Key(None, "folder of another run whose last checkpoint this run resumes from; a "
+                  "workdir that has checkpoints resumes from its own", kind=str),
+    "log_every": Key(20, "interval of log lines", unit="steps", low=1),
 
-    "init.checkpoint": Key(None, "folder of a run or a converted one: initial weights", kind=str),
-    "init.inflate": Key(None, "image weights for a video model: into the centre frame, or every "
-                        "frame, divided by their number (mean) or not (repeat)",
+    "init.checkpoint": Key(None, "folder of a run, or of converted weights, to start from",
+                           kind=str),
+    "init.inflate": Key(None, "inflation of an image model's patch kernel: into the centre "
+                        "frame, or into every frame, divided by their number (mean) or not "
+                        "(repeat)",
                         kind=str, choices=("centre", "mean", "repeat")),
-    "init.needed": Key(None, "weights that a recipe cannot do without, in words", kind=str),
+    "init.needed": Key(None, "description of the weights that the recipe must start from",
+                       kind=str),
 
-    "model.variant": Key("mvit_b_16x4", "name of `python -m mvit_jax.describe --all`"),
+    "model.variant": Key("mvit_b_16x4", "variant by name, see `python -m mvit_jax.describe --all`"),
     **{f"model.{field.name}": _model_key(field.type) for field in fields(MViTConfig)
        if field.name != "num_classes"},  # which follows from the data
     "model.block": Key(None, "custom block, MODULE:CLASS (docs/variants.md)", kind=str),
     "model.attention": Key(None, "custom attention, likewise", kind=str),
     "model.pooling": Key(None, "custom pooling of Q, K and V, likewise", kind=str),
 
-    "data.folder": Key(None, "must be given: has the lists and labels.txt; of `data.tfds` its "
-                       "data_dir", kind=str),
-    "data.source": Key("list", "layout of the folder. list: files of videos or images, named by "
-                       "lists; folders: CLASS/FILE in a folder for each list; shards: written by "
+    "data.folder": Key(None, "required: folder with the lists and labels.txt; for `data.tfds` "
+                       "its data_dir", kind=str),
+    "data.source": Key("list", "format of the folder. list: video or image files, named in lists; "
+                       "folders: CLASS/FILE in a folder for each list; shards: written by "
                        "`prepare videos`; ssv2, charades: frames, with the lists of those sets; "
-                       "synthetic: nothing, clips are made up, for benchmarks",
+                       "synthetic: random clips, no files, for benchmarks",
                        choices=("list", "folders", "shards", "ssv2", "charades", "synthetic")),
-    "data.tfds": Key(None, "images that TensorFlow Datasets has prepared, like imagenet2012:5.1.0, "
-                     "in place of a source; lists are then splits, like train[:90%]", kind=str),
-    "data.prefix": Key("", "set before each path of the lists"),
-    "data.separator": Key(None, "of path and label in the lists; None: white space", kind=str),
-    "data.train_videos": Key(None, "number of videos to train on, for plans that are made where "
-                             "the data is not", low=1, kind=int),
-    "data.classes": Key(None, "number of their classes, likewise", low=1, kind=int),
+    "data.tfds": Key(None, "images prepared by TensorFlow Datasets, like imagenet2012:5.1.0, "
+                     "instead of a source; lists are then splits, like train[:90%]", kind=str),
+    "data.prefix": Key("", "prefix of each path in the lists"),
+    "data.separator": Key(None, "separator of path and label in the lists; None: white space",
+                          kind=str),
+    "data.train_videos": Key(None, "number of training videos, for plans made without the data",
+                             low=1, kind=int),
+    "data.classes": Key(None, "number of classes, likewise", low=1, kind=int),
     "data.train_list": Key("train.csv", 'lines "path label"'),
-    "data.val_list": Key("val.csv", 'watched while training; "" for none'),
-    "data.test_list": Key("test.csv", "of the test program"),
-    "data.sampling": Key("span", "frames of a clip. span: evenly over frames * stride / 30 seconds "
-                         "(Kinetics); segments: one of each of as many equal parts (SSv2); stride: "
-                         "each stride-th (Charades)", choices=("span", "segments", "stride")),
-    "data.stride": Key(4, "between two sampled frames; of a span at 30 frames a second",
+    "data.val_list": Key("val.csv", 'validated on during training; "" for none'),
+    "data.test_list": Key("test.csv", "list for `evaluate`"),
+    "data.sampling": Key("span", "sampling of a clip's frames. span: evenly over frames * stride "
+                         "/ 30 seconds (Kinetics); segments: one from each of as many equal parts "
+                         "(SSv2); stride: each stride-th (Charades)",
+                         choices=("span", "segments", "stride")),
+    "data.stride": Key(4, "distance of two sampled frames; for a span, at 30 frames a second",
                        unit="frames", low=1),
-    "data.repeats": Key(1, "augmented clips of each one that is decoded; batch counts them all",
+    "data.repeats": Key(1, "augmented copies of each decoded clip (repeated augmentation)",
                         low=1),
-    "data.multi_label": Key(False, "a video has any number of classes (Charades): sigmoids, binary "
+    "data.multi_label": Key(False, "videos with any number of classes (Charades): sigmoids, binary "
                             "cross-entropy, mAP"),
-    "data.short_side": Key(256, "of test videos, before the centre crop",
+    "data.short_side": Key(256, "short side of test videos before the crop",
                            unit="pixels", low=1),
-    "data.interpolation": Key("bilinear", "of scaling; bicubic has antialias, as for ImageNet",
-                              choices=("bilinear", "bicubic")),
-    "data.mean": Key((0.45, 0.45, 0.45), "of red, green, blue in [0, 1]; clips are "
+    "data.interpolation": Key("bilinear", "interpolation of scaling; bicubic has antialias, as "
+                              "for ImageNet", choices=("bilinear", "bicubic")),
+    "data.mean": Key((0.45, 0.45, 0.45), "mean of red, green, blue in [0, 1]; clips are "
                      "(value - mean) / std"),
-    "data.std": Key((0.225, 0.225, 0.225), "likewise"),
-    "data.threads": Key(4, "decoding threads of each host; 0 to decode between the steps", low=0),
-    "data.processes": Key(0, "decoding processes of each host, each with the threads above; 0 for "
+    "data.std": Key((0.225, 0.225, 0.225), "standard deviation, likewise"),
+    "data.threads": Key(4, "decoding threads per host; 0 decodes in the main thread", low=0),
+    "data.processes": Key(0, "decoding processes per host, each with the threads above; 0 for "
                           "none", low=0),
     # The operating system takes few more.
-    "data.timeout": Key(600.0, "longest time to load a batch, after which the run saves and ends; "
-                        "0 to wait for ever", unit="seconds", low=0, high=10**6),
-    "data.max_broken": Key(0.2, "share of broken videos above which a run ends: of a test's list, "
-                           "or of the clips drawn since training was started (of at least 200)",
+    "data.timeout": Key(600.0, "time limit to load a batch, after which the run saves and ends; "
+                        "0 for no limit", unit="seconds", low=0, high=10**6),
+    "data.max_broken": Key(0.2, "share of decode failures above which a run ends: of a test's "
+                           "list, or of the clips drawn since the start (of at least 200)",
                            low=0, high=1),
 
-    "augment.short_side": Key(None, "of training frames; None: as they are", unit="pixels", low=1,
-                              kind=int),
+    "augment.short_side": Key(None, "short side of training frames; None: not resized",
+                              unit="pixels", low=1, kind=int),
     "augment.randaugment": Key("", 'like rand-m7-n4-mstd0.5-inc1, as timm has it; "" for none'),
-    "augment.crop_area": Key((0.08, 1.0), "share of the frame that a random crop takes, lowest and "
-                             "highest; None: no random crop", optional=True),
-    "augment.jitter": Key(None, "lowest and highest short side, drawn (its inverse uniformly) "
-                          "before a square is cut at random; instead of crop_area",
+    "augment.crop_area": Key((0.08, 1.0), "lowest and highest share of the frame's area in a "
+                             "random resized crop; None: no random crop", optional=True),
+    "augment.jitter": Key(None, "lowest and highest short side, drawn uniformly in its inverse "
+                          "before a random square crop; instead of crop_area",
                           unit="pixels", kind=tuple),
     "augment.flip": Key(0.5, "probability of a left-right flip", low=0, high=1),
-    "augment.random_erase_prob": Key(0.0, "probability that a box is erased (random erasing)",
+    "augment.random_erase_prob": Key(0.0, "probability of random erasing",
                                      low=0, high=1),
-    "augment.random_erase_mode": Key("pixel", 'by normal noise, or "const": by the mean colour',
+    "augment.random_erase_mode": Key("pixel", 'fill: normal noise, or "const", the mean colour',
                                      choices=("pixel", "const")),
     "augment.mixup": Key(0.8, "alpha of mixup's Beta distribution; 0 for none", low=0),
-    "augment.cutmix": Key(1.0, "alpha of cutmix's; 0 for none", low=0),
+    "augment.cutmix": Key(1.0, "alpha of cutmix's Beta distribution; 0 for none", low=0),
     "augment.mixup_switch_prob": Key(0.5, "probability of cutmix where both are on", low=0, high=1),
     "augment.mixup_group_size": Key(4, "clips that share one mixing weight; divides a device's "
                                     "clips", low=1),
-    "augment.label_smoothing": Key(0.1, "share of the target that is spread over all classes",
+    "augment.label_smoothing": Key(0.1, "share of the target spread over all classes",
                                    low=0, high=1),
 
     "optim.name": Key("adamw", "sgd has Nesterov's momentum", choices=("adamw", "sgd")),
-    "optim.lr_batch": Key(None, "clips for which the three rates below are meant: they are "
-                          "multiplied by batch / lr_batch, so that another batch needs no other "
-                          "rates. None: they are taken as they are", low=1, kind=int),
-    "optim.lr": Key(1.6e-3, "at the end of the warm-up", low=0),
-    "optim.start_lr": Key(1.6e-5, "at step 0", low=0),
-    "optim.end_lr": Key(1.6e-5, "at the last step of the half cosine", low=0),
-    "optim.warmup_epochs": Key(30.0, "over which the rate rises linearly", unit="epochs", low=0),
-    "optim.weight_decay": Key(0.05, "not of biases, norms and other one-dimensional tensors",
+    "optim.lr_batch": Key(None, "batch size of the three learning rates below, which are "
+                          "multiplied by batch / lr_batch (linear scaling). None: no scaling",
+                          low=1, kind=int),
+    "optim.lr": Key(1.6e-3, "learning rate after the warm-up", low=0),
+    "optim.start_lr": Key(1.6e-5, "learning rate at step 0", low=0),
+    "optim.end_lr": Key(1.6e-5, "learning rate at the end of the half cosine", low=0),
+    "optim.warmup_epochs": Key(30.0, "linear warm-up of the learning rate", unit="epochs", low=0),
+    "optim.weight_decay": Key(0.05, "weight decay; not of biases, norms and other 1-D tensors",
                               low=0),
-    "optim.layer_decay": Key(1.0, "factor by which rates fall from each block to the one before "
-                             "it", low=0, high=1),
+    "optim.layer_decay": Key(1.0, "layer decay: factor of the learning rate from each block to the "
+                             "one before", low=0, high=1),
     "optim.b1": Key(0.9, "decay of AdamW's mean of gradients", low=0, high=1),
     "optim.b2": Key(0.999, "decay of AdamW's mean of squared gradients", low=0, high=1),
-    "optim.momentum": Key(0.9, "of SGD", low=0, high=1),
-    "optim.clip_norm": Key(1.0, "largest global norm of a gradient; 0 for no limit", low=0),
-    "optim.ema": Key(0.0, "decay of the averaged weights, which are then tested; 0 for none",
+    "optim.momentum": Key(0.9, "momentum of SGD", low=0, high=1),
+    "optim.clip_norm": Key(1.0, "gradient clipping by global norm; 0 for none", low=0),
+    "optim.ema": Key(0.0, "decay of averaged weights (EMA), which are then tested; 0 for none",
                      low=0, high=1),
 
-    "mesh.data": Key(-1, "devices that hold copies of the weights; -1 for all that are left"),
-    "mesh.fsdp": Key(1, "devices that share one copy"),
+    "mesh.data": Key(-1, "axis of the mesh along which weights are replicated; -1 for all other "
+                     "devices"),
+    "mesh.fsdp": Key(1, "axis of the mesh along which weights are sharded"),
 
-    "checkpoint.every": Key(500, "between two checkpoints", unit="steps", low=1),
-    "checkpoint.keep": Key(2, "the last ones; the best one is kept besides", low=1),
+    "checkpoint.every": Key(500, "interval of checkpoints", unit="steps", low=1),
+    "checkpoint.keep": Key(2, "last checkpoints to keep, besides the best one", low=1),
 
-    "eval.every_epochs": Key(5.0, "between two validations of 1 clip x 1 crop; 0 for none",
+    "eval.every_epochs": Key(5.0, "interval of validations, 1 clip x 1 crop; 0 for none",
                              unit="epochs", low=0),
-    "eval.batch": Key(8, "videos at a time; rounded up to a multiple of the devices", low=1),
-    "eval.clips": Key(5, "evenly spread over a test video", low=1),
-    "eval.crops": Key(1, "1 is the centre", choices=(1, 3)),
-    "eval.ensemble": Key("mean", 'of the scores of a video\'s views, or "max" (Charades)',
+    "eval.batch": Key(8, "videos in a batch; rounded up to a multiple of the devices", low=1),
+    "eval.clips": Key(5, "clips of a test video, evenly spread", low=1),
+    "eval.crops": Key(1, "crops of a clip; 1 is the centre", choices=(1, 3)),
+    "eval.ensemble": Key("mean", 'aggregation of scores over a video\'s views; "max" for Charades',
                          choices=("mean", "max")),
-    "eval.whole_image": Key(False, 'squash all of an image to the crop: the papers\' column '
-                            '"resize"'),
+    "eval.whole_image": Key(False, 'resize the whole image to the crop, ignoring its aspect ratio: '
+                            'the papers\' column "resize"'),
 }
 # fmt: on
 
@@ -240,15 +247,15 @@ RENAMED = {
 
 SECTIONS = {
     "": "the run",
-    "init": "weights to start from; a workdir that has checkpoints goes on with these instead",
-    "model": "the architecture; what is None or left out is as in the variant. "
+    "init": "initial weights; a workdir that has checkpoints resumes from them instead",
+    "model": "the architecture; None takes the value of the variant. "
     "Kernels and strides are (time, height, width)",
     "data": "the training, validation and test lists, and how clips are read",
-    "augment": "of training clips, in this order: short_side, RandAugment, random crop, flip, "
-    "erasing, mixing (images are cropped before RandAugment)",
+    "augment": "augmentation of training clips, in this order: short_side, RandAugment, random "
+    "crop, flip, random erasing, mixup or cutmix (images are cropped before RandAugment)",
     "optim": "the optimiser and its learning rates",
     "mesh": "the devices",
-    "checkpoint": "states to go on from",
+    "checkpoint": "saved training states",
     "eval": "validation and test",
 }
 
@@ -295,7 +302,11 @@ def nearest(name: str) -> str:
 
 
 def check(config: Config) -> None:
-    """Raises `UserError`, one sentence, at the first value that no part of the program allows."""
+    """Checks every value, and rules about several keys.
+
+    Raises:
+      UserError: the first value that is not valid.
+    """
     for name, key in KEYS.items():
         _check_key(name, key, value(config, name))
     area, jitter = config.augment.crop_area, config.augment.jitter
@@ -315,21 +326,21 @@ def check(config: Config) -> None:
         raise UserError("sets of classes (data.multi_label) are not mixed: set mixup and cutmix 0")
 
 
-def _check_key(name: str, key: Key, found: Any) -> None:
-    if found is None:
+def _check_key(name: str, key: Key, value: Any) -> None:
+    if value is None:
         if not key.can_be_none:
             raise UserError(f"{name} cannot be None: its default is {key.default!r}")
         return
     kinds = {float: (int, float), tuple: (tuple, list)}.get(key.kind, key.kind)
-    if not isinstance(found, kinds) or (isinstance(found, bool) and key.kind in (int, float)):
-        raise UserError(f"{name} must be {_WORDS[key.kind]}, not {found!r}")
-    if not key.allows(found):
-        shown = repr(found) if key.choices else found
+    if not isinstance(value, kinds) or (isinstance(value, bool) and key.kind in (int, float)):
+        raise UserError(f"{name} must be {_WORDS[key.kind]}, not {value!r}")
+    if not key.allows(value):
+        shown = repr(value) if key.choices else value
         raise UserError(f"{name} must be {key.limits}, not {shown}")
 
 
 def check_start(config: Config) -> None:
-    """Raises `UserError` where a recipe that starts from weights has none."""
+    """Raises `UserError` if a recipe that starts from weights has none."""
     if missing_weights(config):
         raise UserError(
             f"this experiment starts from {config.init.needed}: give them with "
@@ -339,18 +350,18 @@ def check_start(config: Config) -> None:
 
 
 def missing_weights(config: Config) -> bool:
-    """Returns whether a recipe starts from weights and none are given."""
-    given = config.init.checkpoint is not None or config.resume is not None
-    return bool(config.init.needed) and not given
+    """Returns True if a recipe starts from weights and the config names none."""
+    has_weights = config.init.checkpoint is not None or config.resume is not None
+    return bool(config.init.needed) and not has_weights
 
 
 def find(path: str) -> Path:
     """Returns the file of an experiment: `path`, or configs/NAME.py that came with the package."""
-    given = Path(path)
-    installed = RECIPES / given.name
-    if given.parent == Path("configs") and not given.exists() and installed.exists():
+    local = Path(path)
+    installed = RECIPES / local.name
+    if local.parent == Path("configs") and not local.exists() and installed.exists():
         return installed
-    return given
+    return local
 
 
 def load(name: str, arg: str | None = None) -> Config:
@@ -366,8 +377,8 @@ def load(name: str, arg: str | None = None) -> Config:
     path = find(name if name.endswith(".py") else f"configs/{name}.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.exists():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py")))
-        raise UserError(f"there is no config {name!r}: {RECIPES} has {known}")
+        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py")))
+        raise UserError(f"there is no config {name!r}: {RECIPES} has {names}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config() if arg is None else module.get_config(arg)
@@ -376,8 +387,8 @@ def load(name: str, arg: str | None = None) -> Config:
 def define_flag() -> Any:
     """Defines the flag --config=FILE[:ARG] with its keys; returns its holder.
 
-    As `config_flags.DEFINE_config_file`, but finds files as `load` does, and takes None for every
-    key (`check` then says where None is no value).
+    Like `config_flags.DEFINE_config_file`, but finds files as `load` does, and accepts None for
+    every key (`check` rejects it where it is not valid).
     """
     from absl import flags
     from ml_collections import config_flags
@@ -387,7 +398,7 @@ def define_flag() -> Any:
     flags.disclaim_key_flags()  # --help shows the flag as one of the program
 
     class OrNone(flags.ArgumentParser):
-        """Parses the word None as None, and all else by another parser."""
+        """A parser of the word None as None, and of all else by another parser."""
 
         def __init__(self, parse: Callable[[Any], Any]) -> None:
             self._parse = parse
@@ -407,9 +418,9 @@ def define_flag() -> Any:
     parser: Any = flags.FLAGS["config"].parser
     read = parser.parse
 
-    def found(text: str) -> Any:
+    def parse(text: str) -> Any:
         path, colon, arg = text.partition(":")
         return read(f"{find(path)}{colon}{arg}")
 
-    parser.parse = found
+    parser.parse = parse
     return holder
