@@ -1,4 +1,4 @@
-"""Silence of libtpu on machines without a TPU."""
+"""Suppression of libtpu on machines without a TPU."""
 
 import importlib.metadata
 import importlib.util
@@ -6,22 +6,22 @@ import os
 import sys
 from pathlib import Path
 
-# Environment variables by which a user or a TPU machine chooses the platform.
+# Environment variables with which a user or a TPU machine selects the platform.
 _CHOICES = (
     "JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES",
     "TPU_ACCELERATOR_TYPE", "TPU_PROCESS_ADDRESSES", "TPU_VISIBLE_CHIPS",
 )  # fmt: skip
 _TPUS = ("dev/accel[0-9]*", "dev/vfio/[0-9]*")
 _GPUS = ("dev/nvidia[0-9]*", "dev/nvidiactl", "dev/dxg", "dev/kfd")
-_GOOGLE = "0x1ae0"  # the PCI vendor of TPUs, and of virtual disks and network cards
+_GOOGLE = "0x1ae0"  # PCI vendor of TPUs and of virtual disks and network cards
 _DISKS_AND_NETWORK = ("0x01", "0x02")  # PCI classes
 
 
 def skip() -> None:
-    """Keeps JAX from looking for a TPU where libtpu is installed and no TPU is attached.
+    """Prevents JAX from loading libtpu if no TPU is attached.
 
-    JAX would load libtpu (700 MB), lose seconds and print lines of errors. Compilation for TPUs
-    ahead of time (`podplan.compile`) still loads it.
+    JAX would load 700 MB, which takes seconds and prints errors. Ahead-of-time compilation for TPUs
+    (`podplan.compile`) still loads libtpu.
     """
     if importlib.util.find_spec("libtpu") is None or any(name in os.environ for name in _CHOICES):
         return
@@ -31,11 +31,11 @@ def skip() -> None:
         _any_exists(_GPUS)
         or importlib.util.find_spec("jax_plugins") is not None
         or importlib.metadata.entry_points(group="jax_plugins")
-    ):  # JAX chooses among other platforms, and libtpu prints nothing where it has these names
+    ):  # JAX chooses among the other platforms; with these variables set, libtpu prints nothing
         os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
-    jax = sys.modules.get("jax")  # has read the variable already
+    jax = sys.modules.get("jax")  # if imported, JAX has read the variable already
     if jax is not None and jax.config.jax_platforms is None:
         jax.config.update("jax_platforms", "cpu")
 
@@ -49,5 +49,5 @@ def _is_tpu(device: Path) -> bool:
         if (device / "vendor").read_text().strip() != _GOOGLE:
             return False
         return not (device / "class").read_text().startswith(_DISKS_AND_NETWORK)
-    except OSError:  # containers may hide it
+    except OSError:  # containers may hide these files
         return False

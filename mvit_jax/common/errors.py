@@ -1,4 +1,4 @@
-"""The one exception that is meant for people, and how programs start and end."""
+"""User-facing errors, and the entry and exit of the command-line programs."""
 
 import multiprocessing
 import os
@@ -14,20 +14,20 @@ renamed_keys: dict[str, str] = {}
 
 
 class UserError(ValueError):
-    """Something that the user can mend: says what is wrong, where, and what to do."""
+    """An error that the user can fix; its message states what is wrong, where, and what to do."""
 
 
 class HungError(UserError):
-    """Something in this process hangs, and Python would wait for its threads at exit."""
+    """A `UserError` raised while threads hang, which would block the interpreter's exit."""
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Runs an absl program; a `UserError` ends it with one sentence and exit status 1."""
+    """Runs an absl program; prints a `UserError` as one sentence and exits with status 1."""
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 
 def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
-    # Orbax tells of every file that it renames; --verbosity=0 brings that back.
+    # Orbax logs every file that it renames; --verbosity=0 shows these lines.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
@@ -43,18 +43,18 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
 
 
 def lock(config: Any) -> None:
-    """Has the value of --config take no new keys; one sentence where its file cannot be loaded."""
+    """Locks the config; raises `UserError` if its file could not be loaded."""
     from ml_collections import config_flags
 
     try:
         config.lock()
-    except OSError:  # what config_flags keeps of a file that it could not load
+    except OSError:  # raised by config_flags' placeholder for the config
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(f"there is no config file {path}: check --config") from None
 
 
 def leave(status: int) -> NoReturn:
-    """Ends without waiting for threads, and ends the processes that nothing else would end then."""
+    """Kills child processes and exits at once, without joining threads or running exit handlers."""
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -62,21 +62,21 @@ def leave(status: int) -> NoReturn:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; what is wrong with one, or with a config, is one sentence too."""
+    """Parses flags; prints errors in flags and configs as one sentence and exits."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        # An exception inside a config file arrives as a printed traceback: its last line says it.
+        # An exception in a config file arrives as a traceback; its last line is the message.
         _end(re.sub(r"^[\w.]*(Error|Exception): ", "", str(error).strip().splitlines()[-1].strip()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = str(error.args[0] if error.args else error)
-        meant = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)
+        suggestion = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)
         unknown = re.fullmatch(r"""["']+(\w+)["']+""", message)
-        key = meant[2] if meant else unknown[1] if unknown else ""
+        key = suggestion[2] if suggestion else unknown[1] if unknown else ""
         if key in renamed_keys:
             _end(f"the config key {key!r} is now called {renamed_keys[key]}")
-        if meant:
-            _end(f"there is no config key {meant[2]!r}; did you mean {meant[1]!r}?")
+        if suggestion:
+            _end(f"there is no config key {suggestion[2]!r}; did you mean {suggestion[1]!r}?")
         if unknown:
             _end(f"there is no config key {unknown[1]!r}; mvit_jax/config.py lists them all")
         _end(message.replace("\n", " "))

@@ -1,10 +1,10 @@
-"""Paths that people name, here or in a bucket; and files, which are written whole or not at all.
+"""Local paths, paths in Google Cloud Storage, and atomic writes.
 
-A path in a bucket, gs://BUCKET/FOLDER, is one of etils' `epath`. It has those of pathlib's methods
-that are used on a run's folder; its files are objects, each of which appears when all of it has
-arrived, and to which nothing can be appended. Four libraries go there, with one account,
-Google's application default credentials: TensorFlow for files, TensorStore for arrays, and of
-Google's clients that of storage, with which Orbax asks what kind of bucket it is.
+A path in a bucket, gs://BUCKET/FOLDER, is an `etils.epath.Path`. It has the pathlib methods that
+the package uses on a workdir. A file in a bucket is an object: it appears once its upload is
+complete, and nothing can be appended to it. All access uses one account, Google's application
+default credentials. TensorFlow accesses files, TensorStore arrays. Orbax queries the bucket's type
+through Google's storage clients.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from mvit_jax.common.errors import UserError
 
-# What `to_path` gives: to a type checker a path like any other; `epath`, which takes a while to
-# import, derives from pathlib's pure paths.
+# The type of `to_path`'s result. `epath` derives from pathlib's pure paths and is slow to import,
+# so type checkers see a plain `Path`.
 if TYPE_CHECKING:
     AnyPath = Path
 else:
@@ -27,38 +27,40 @@ else:
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
-_SECONDS = 60  # in which a bucket must answer
+_TIMEOUT = 60  # seconds, of a request to a bucket
 
 
-def to_path(named: str | os.PathLike[str]) -> AnyPath:
-    """What somebody has named: a path here, or, where it begins with gs://, one in a bucket.
+def to_path(path: str | os.PathLike[str]) -> AnyPath:
+    """Returns a local path, or a path in a bucket if `path` begins with gs://.
 
     Raises:
-      UserError: it is another kind of address, or the bucket cannot be reached or used.
+      UserError: `path` is another kind of address, or its bucket cannot be reached or used.
     """
-    if isinstance(named, PurePath) and not isinstance(named, Path):
-        return named  # pyright: ignore[reportReturnType]  # it comes from here
-    text = os.fspath(named)
+    if isinstance(path, PurePath) and not isinstance(path, Path):
+        return path  # pyright: ignore[reportReturnType]  # an earlier result of this function
+    text = os.fspath(path)
     if not _ADDRESS.match(text):
-        return Path(named)
+        return Path(path)
     bucket = text.removeprefix("gs://").partition("/")[0]
     if not text.startswith("gs://") or not bucket:
         raise UserError(f"{text} is neither a folder nor in a bucket: name DIR or gs://BUCKET/DIR")
-    _reach(bucket)
+    _check_bucket(bucket)
     from etils import epath
 
     return epath.Path(text)  # pyright: ignore[reportReturnType]
 
 
-def local_path(named: str) -> Path:
-    """A path here.
+def local_path(path: str) -> Path:
+    """Returns a path on this machine.
 
     Raises:
-      UserError: it is an address, of which pathlib would make a folder of that name.
+      UserError: `path` is an address; pathlib would create a folder of this name.
     """
-    if _ADDRESS.match(named):
-        raise UserError(f"{named} is written here alone: name a folder or a file, and copy it then")
-    return Path(named)
+    if _ADDRESS.match(path):
+        raise UserError(
+            f"{path} is not a local path: name a folder or file on this machine, and copy it later"
+        )
+    return Path(path)
 
 
 def is_local(path: AnyPath) -> bool:
@@ -66,23 +68,25 @@ def is_local(path: AnyPath) -> bool:
 
 
 def faults() -> tuple[type[Exception], ...]:
-    """What a path's methods raise where it cannot be read or written: for `except`."""
-    tensorflow = sys.modules.get("tensorflow")  # whose errors are no `OSError`s
+    """Returns the exception types that failed reads and writes of paths raise, for `except`."""
+    tensorflow = sys.modules.get("tensorflow")  # its errors do not derive from `OSError`
     return (OSError,) if tensorflow is None else (OSError, tensorflow.errors.OpError)
 
 
 def why(fault: Exception) -> str:
-    """What one of the `faults` says, in a few words."""
-    words = getattr(fault, "strerror", None) or str(fault).partition(" with body '")[0].strip()
-    words = re.sub(r"^\{\{function_node .*?\}\} ", "", words)  # TensorFlow's, of its own
-    return words.partition("\n")[0] or type(fault).__name__
+    """Returns the reason of one of the `faults` in a few words."""
+    reason = getattr(fault, "strerror", None) or str(fault).partition(" with body '")[0].strip()
+    reason = re.sub(r"^\{\{function_node .*?\}\} ", "", reason)  # TensorFlow's prefix
+    return reason.partition("\n")[0] or type(fault).__name__
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes under another name in the same folder, then renames; text as UTF-8.
+    """Writes a file atomically, text as UTF-8.
+
+    A local file is written under a temporary name in the same folder, then renamed.
 
     Raises:
-      UserError: the file cannot be written; whatever was there before is still there.
+      UserError: the file cannot be written; an earlier file at `path` stays unchanged.
     """
     path = to_path(path)
     content = content.encode() if isinstance(content, str) else content
@@ -97,37 +101,37 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # it may not be there, nor its folder
+        with contextlib.suppress(OSError):  # the file or its folder may not exist
             temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """For programs that write after hours of work: what `write_whole` would complain of at the end.
+    """Raises early if a local `path` is not writable, before hours of work.
 
     Raises:
-      UserError: there is no folder for the file, or it cannot be written.
+      UserError: the folder of the file does not exist, or the file cannot be written.
     """
     path = local_path(os.fspath(path))
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: make the folder {path.parent} first")
     if path.is_dir():
-        raise UserError(f"{path} cannot be written: it is a folder, give a file")
+        raise UserError(f"{path} cannot be written: it is a folder, name a file")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written: {path.parent} is not writable")
 
 
-@functools.cache  # what was raised is not kept
-def _reach(bucket: str) -> None:
-    """Returns where a bucket can be read: else each library would fail in its own words."""
-    # TensorFlow prints lines about processors and oneDNN otherwise.
+@functools.cache  # exceptions are not cached
+def _check_bucket(bucket: str) -> None:
+    """Raises `UserError` if a bucket cannot be read, in place of each library's own error."""
+    # Silences TensorFlow's lines about CPU features and oneDNN.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, Unauthorized
         from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 
-        # Orbax wants the second one in buckets with a hierarchical namespace.
+        # Orbax needs storage_control_v2 for buckets with a hierarchical namespace.
         from google.cloud import storage, storage_control_v2  # noqa: F401
         from google.cloud.storage.retry import DEFAULT_RETRY
 
@@ -137,10 +141,10 @@ def _reach(bucket: str) -> None:
         raise UserError(
             f"gs://{bucket} needs Google's clients and TensorFlow: pip install -e '.[gcs]'"
         ) from None
-    mend = "check the network, and GOOGLE_CLOUD_PROJECT"
+    advice = "check the network, and GOOGLE_CLOUD_PROJECT"
     try:
         client = storage.Client()
-        retry = DEFAULT_RETRY.with_timeout(_SECONDS)
+        retry = DEFAULT_RETRY.with_timeout(_TIMEOUT)
         client.get_bucket(bucket, retry=retry)  # as Orbax does
         next(iter(client.list_blobs(bucket, max_results=1, retry=retry)), None)
         return
@@ -150,10 +154,10 @@ def _reach(bucket: str) -> None:
             f"create gs://{bucket})"
         ) from None
     except (Forbidden, Unauthorized) as error:
-        problem, mend = error.message, f"give this account {_ROLES} on it"
+        problem, advice = error.message, f"give this account {_ROLES} on it"
     except DefaultCredentialsError as error:
-        problem, mend = str(error), "gcloud auth application-default login"
+        problem, advice = str(error), "gcloud auth application-default login"
     except (GoogleAPIError, GoogleAuthError, OSError) as error:
         problem = str(error)
     problem = " ".join(problem.split())[:300].rstrip(". ")
-    raise UserError(f"the bucket gs://{bucket} cannot be used ({problem}): {mend}")
+    raise UserError(f"the bucket gs://{bucket} cannot be used ({problem}): {advice}")

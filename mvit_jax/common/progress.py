@@ -1,4 +1,4 @@
-"""Progress of work on many videos: a bar on a terminal; elsewhere a line for every tenth."""
+"""Progress over videos: a bar on a terminal, elsewhere a line for every tenth of them."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Tells how many videos of `total` are done; `done` were before it began."""
+    """Display of the videos done out of `total`; `done` were finished before its start."""
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._done = title, total, done
@@ -31,7 +31,7 @@ class Progress:
 
 
 def shown(title: str, results: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
-    """Yields the results, each of a video, and tells how far it has come."""
+    """Yields results, one per video, and displays the progress."""
     with closing(Progress(title, total, done)) as progress:
         for number, result in enumerate(results, done + 1):
             yield result

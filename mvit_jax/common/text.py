@@ -1,8 +1,8 @@
-"""Plain text for terminals and logs: tables, sections, counts, the first line of an error."""
+"""Plain text for terminals and logs: tables, sections, counts and first lines of errors."""
 
 from collections.abc import Iterable, Sequence
 
-Lines = list[tuple[str, str]]  # what, and what of it
+Lines = list[tuple[str, str]]  # name and text of each line
 
 _NUMBER = set("0123456789+-")
 
@@ -10,10 +10,10 @@ _NUMBER = set("0123456789+-")
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_right: bool = True
 ) -> str:
-    """Rows in aligned columns under a ruled header.
+    """Returns rows in aligned columns under a ruled header.
 
     Args:
-      numbers_right: align numbers, but for those of the first column, to the right.
+      numbers_right: right-align numbers in all columns but the first.
     """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
@@ -31,7 +31,7 @@ def table(
 
 
 def section(title: str, lines: Lines) -> str:
-    """A title, and under it what stands beside what."""
+    """Returns a title and, indented under it, the lines in two aligned columns."""
     return f"{title}\n{indented(aligned(lines))}"
 
 
@@ -45,15 +45,15 @@ def indented(text: str) -> str:
 
 
 def by(sizes: Iterable[int]) -> str:
-    """ "16x224x224"."""
+    """Joins sizes by "x", as in "16x224x224"."""
     return "x".join(map(str, sizes))
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 chip", "2 chips"."""
+    """Formats a count and its noun, as in "1 chip" or "2 chips"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name where it says nothing."""
+    """Returns the first line of an error's message, or the error's type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

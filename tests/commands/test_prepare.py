@@ -75,7 +75,7 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
         (["moving_digits", "twice", "--out=there"], "'moving_digits twice' is not the name"),
         (["moving_digits"], "give --out=DIR"),
         (["moving_digits", "--out="], "give --out=DIR"),
-        (["moving_digits", "--out=gs://bucket/x"], "gs://bucket/x is written here alone"),
+        (["moving_digits", "--out=gs://bucket/x"], "gs://bucket/x is not a local path"),
         (["fashion_mnist"], "give --out=DIR"),
         (["fashion_mnist", "--out=there", "--files=nowhere"], "there is no file nowhere/train-"),
         (["fashion_mnist", "--out=there", "--seed=1"], "--seed is for moving_digits and lists"),

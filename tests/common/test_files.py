@@ -24,7 +24,7 @@ def test_other_addresses_are_refused_in_one_sentence(named, tmp_path, monkeypatc
         files.to_path(named)
     with pytest.raises(UserError, match="is neither a folder nor in a bucket"):
         files.write_whole(named, "")
-    with pytest.raises(UserError, match="is written here alone"):
+    with pytest.raises(UserError, match="is not a local path"):
         files.local_path(named)
     assert not list(tmp_path.iterdir())
 
@@ -57,9 +57,9 @@ def storage(tmp_path, monkeypatch):
     with bucket.serve(tmp_path, "a-bucket") as storage:
         for name, value in storage.environment.items():
             monkeypatch.setenv(name, value)
-        files._reach.cache_clear()
+        files._check_bucket.cache_clear()
         yield storage
-        files._reach.cache_clear()
+        files._check_bucket.cache_clear()
 
 
 def test_a_bucket_is_looked_at_once(storage):
@@ -88,7 +88,7 @@ def test_a_bucket_that_cannot_be_used_is_one_sentence(storage):
 
 
 def test_without_googles_clients_the_pip_line_is_told(monkeypatch):
-    files._reach.cache_clear()
+    files._check_bucket.cache_clear()
     monkeypatch.setitem(sys.modules, "google.cloud", None)
     with pytest.raises(UserError, match=r"gs://some needs .*: pip install -e '.\[gcs\]'"):
         files.to_path("gs://some/runs")
