@@ -1,4 +1,4 @@
-"""Charades (Sigurdsson et al. 2016): lists of frames, each with any number of actions."""
+"""Charades (Sigurdsson et al. 2016): frame lists with any number of actions per frame."""
 
 import os
 from collections.abc import Sequence
@@ -21,27 +21,27 @@ CLASSES = 157
 def read_charades(
     folder: str | os.PathLike[str], list_name: str, *, prefix: str = ""
 ) -> ListedFrames:
-    """Opens a split: a list of frames with their labels (`frame_lists`).
+    """Opens a split: a frame list with multi-hot labels (`frame_lists`).
 
-    A frame, and a video, may have no label at all. Names of the classes are the lines of
-    `folder/labels.txt`; without that file they are "c000" to "c156", as the data set has them.
-    Paths of frames start at `folder/prefix`.
+    Frames and videos may have no label. The class names are the lines of `folder/labels.txt`;
+    without this file they are the data set's "c000" to "c156". Paths of frames are relative to
+    `folder/prefix`.
 
     Raises:
-      UserError: no such list, one of another form, or a label that is no number of a class.
+      UserError: the list does not exist or has another format, or a label is no class number.
     """
     root = Path(folder).expanduser().absolute()
     frames, texts = read_frame_list(root / list_name)
     file = root / "labels.txt"
-    own = tuple(f"c{number:03d}" for number in range(CLASSES))
-    names = read_class_names(file) if file.is_file() else own
-    labels = _of_videos(frames, texts, len(names))
+    default = tuple(f"c{number:03d}" for number in range(CLASSES))
+    names = read_class_names(file) if file.is_file() else default
+    labels = _multi_hot(frames, texts, len(names))
     base = str(root / Path(prefix).expanduser())
     return ListedFrames(frames, base, labels, names)
 
 
-def _of_videos(frames: FrameList, texts: Sequence[set[bytes]], classes: int) -> np.ndarray:
-    """The labels that any frame of a video has, uint8 `[videos, classes]`."""
+def _multi_hot(frames: FrameList, texts: Sequence[set[bytes]], classes: int) -> np.ndarray:
+    """Returns the union of each video's frame labels, uint8 `[videos, classes]`."""
     labels = np.zeros((len(frames), classes), np.uint8)
     for video, distinct in enumerate(texts):
         for text in distinct:
@@ -50,8 +50,8 @@ def _of_videos(frames: FrameList, texts: Sequence[set[bytes]], classes: int) -> 
             except ValueError:
                 raise UserError(
                     f"{frames.file}: video {frames.videos[video]} has a frame with the labels "
-                    f"{text.decode(errors='replace')[:50]!r}, which should be numbers with commas "
-                    'between them, like "4,17", or "" for none'
+                    f"{text.decode(errors='replace')[:50]!r}, which should be comma-separated "
+                    'numbers, like "4,17", or "" for none'
                 ) from None
             for number in numbers:
                 if not 0 <= number < classes:

@@ -1,7 +1,7 @@
-"""Videos whose frames are files of images, one folder each; and PySlowFast's lists of frames.
+"""Videos stored as folders of image files, and PySlowFast's frame lists.
 
-A list has a line for each frame, after a header: `original_vido_id video_id frame_id path labels`,
-where labels are numbers with commas between them, in quotes, or `""`.
+A frame list has the header `original_vido_id video_id frame_id path labels` and one line per frame.
+The labels are comma-separated numbers in quotes, or `""`.
 """
 
 import contextlib
@@ -22,21 +22,20 @@ from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.images import DecodeError, Footage, distinct, is_image, read_image
 
 FRAME_RATE = 30.0
-"""Frames a second at which frames are written (PySlowFast's way: `ffmpeg -r 30`); files of images
-do not say."""
+"""Assumed frames per second of image files, which do not record it (PySlowFast: `ffmpeg -r 30`)."""
 
-# Endings of the video itself, where it lies in place of a folder of its frames.
+# Suffixes of a video file that replaces the folder of its frames.
 _VIDEO_SUFFIXES = (".webm", ".mp4")
 
 
 @dataclass(frozen=True)
 class FrameFiles:
-    """An opened video whose frames are files; an `images.Footage`.
+    """An opened video whose frames are image files; an `images.Footage`.
 
     Attributes:
-      name: what messages call the video.
-      paths: the file of each frame.
-      fps: frames a second.
+      name: name of the video in messages.
+      paths: file of each frame.
+      fps: frames per second.
     """
 
     name: str
@@ -50,22 +49,22 @@ class FrameFiles:
     def frames(
         self, indices: Sequence[int] | Int[np.ndarray, " frames"]
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """Decodes frames as `images.read_image` does; each distinct one once.
+        """Decodes frames with `images.read_image`, each distinct frame once.
 
         Raises:
-          DecodeError: a frame is missing or broken, or these frames differ in size.
-          IndexError: a frame number out of range.
+          DecodeError: a frame is missing or broken, or the frames differ in size.
+          IndexError: an index is out of range.
         """
-        wanted, places = distinct(indices, self.num_frames)
-        images = [self._image(self.paths[number]) for number in wanted]
-        for number, image in zip(wanted, images, strict=True):
+        numbers, positions = distinct(indices, self.num_frames)
+        images = [self._image(self.paths[number]) for number in numbers]
+        for number, image in zip(numbers, images, strict=True):
             if image.shape != images[0].shape:
                 raise DecodeError(
                     self.name,
-                    f"its frames differ in size: {Path(self.paths[wanted[0]]).name} has "
+                    f"its frames differ in size: {Path(self.paths[numbers[0]]).name} has "
                     f"{_size(images[0])} pixels, {Path(self.paths[number]).name} {_size(image)}",
                 )
-        return np.concatenate(images)[places]
+        return np.concatenate(images)[positions]
 
     def _image(self, path: str) -> np.ndarray:
         try:
@@ -76,11 +75,11 @@ class FrameFiles:
 
 
 class FrameFolders(VideoList):
-    """The videos of one split, where `paths` are folders of their frames; a `sources.Source`.
+    """Videos of one split, where `paths` are folders of frames; a `data.source.Source`.
 
-    Folders are looked into when a video is opened, as there are hundreds of thousands. Frames are
-    the images of a folder by their names, numbers in them by value. Where there is no such folder,
-    the video itself may lie there, under the name of the folder and `.webm` or `.mp4`.
+    A folder is listed when its video is opened, since there are hundreds of thousands of folders.
+    The frames are the images of a folder in natural order: numbers in names are compared by value.
+    If the folder does not exist, the video file `FOLDER.webm` or `FOLDER.mp4` is read instead.
     """
 
     @contextlib.contextmanager
@@ -98,21 +97,21 @@ class FrameFolders(VideoList):
             reason = (
                 "there is no such folder of frames, nor a video "
                 + " or ".join(Path(folder + suffix).name for suffix in _VIDEO_SUFFIXES)
-                + " (data.prefix is set before the paths of lists)"
+                + " (data.prefix is the folder of the paths in lists)"
                 if isinstance(error, FileNotFoundError)
                 else str(error.strerror).lower()
             )
             raise DecodeError(folder, reason) from error
         if not names:
             raise DecodeError(folder, "the folder holds no images")
-        names.sort(key=_in_order)
+        names.sort(key=_natural_order)
         yield FrameFiles(folder, tuple(f"{folder}/{name}" for name in names))
 
 
-def _in_order(name: str) -> tuple[list[str | int], str]:
-    # Text and numbers take turns, so that numbers meet numbers; the name itself tells 1 from 01.
+def _natural_order(name: str) -> tuple[list[str | int], str]:
+    # Text and numbers alternate, so numbers are compared with numbers; the name orders 1 and 01.
     parts = re.split(r"(\d+)", name)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def _size(image: np.ndarray) -> str:
@@ -122,32 +121,31 @@ def _size(image: np.ndarray) -> str:
 _HEADER = b"original_vido_id video_id frame_id path labels"
 
 
-# eq=False, repr=False: as of `lists.VideoList`.
+# eq=False, repr=False: as in `VideoList`.
 @dataclass(frozen=True, eq=False, repr=False)
 class FrameList:
-    """Where each video's lines are in a list of frames.
+    """Byte offsets of each video's lines in a frame list.
 
-    A list has a line for each of millions of frames, so the lines of a video are read when it is
-    asked for.
+    A list has millions of lines, so the lines of a video are read on demand.
 
     Attributes:
-      file: the list.
+      file: path of the list.
       videos: name of each video, in the order of the list.
-      starts: place in the file, in bytes, of each video's first line, and the file's end.
+      starts: byte offset of each video's first line, and of the file's end.
     """
 
     file: str
     videos: tuple[str, ...]
-    starts: Int64[np.ndarray, " places"]
+    starts: Int64[np.ndarray, " offsets"]
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def rows(self, index: int) -> "Rows":
-        """The frames of video `index`.
+        """Reads the lines of video `index`.
 
         Raises:
-          DecodeError: the file cannot be read, or has changed since it was first read.
+          DecodeError: the list cannot be read, or has changed since it was first read.
         """
         start, end = self.starts[index : index + 2].tolist()
         try:
@@ -169,18 +167,18 @@ class FrameList:
 
 
 class Rows(NamedTuple):
-    """The frames of a video: their paths, as they are listed, and the texts of their labels."""
+    """Paths of a video's frames, as listed, and the unparsed labels of each."""
 
     paths: tuple[str, ...]
     labels: tuple[bytes, ...]
 
 
 def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
-    """Reads where each video's lines are, and the distinct texts of the labels of its frames.
+    """Indexes a frame list; returns it and each video's distinct, unparsed frame labels.
 
     Raises:
-      UserError: no such file, one without the header, without videos, with a line of other fields,
-        or with the frames of a video in two places.
+      UserError: the file does not exist, lacks the header, has no frames, has a line of other
+        fields, or has the frames of a video in two places.
     """
     if not list_file.is_file():
         raise UserError(
@@ -198,27 +196,27 @@ def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
             try:
                 starts, texts = _index(content, len(header))
             except _WrongLineError as wrong:
-                number = content[: wrong.place].count(b"\n") + 1
+                number = content[: wrong.offset].count(b"\n") + 1
                 raise UserError(f"{list_file}, line {number}: {wrong.reason}") from None
-            places = np.array([*starts.values(), len(content)], np.int64)
+            offsets = np.array([*starts.values(), len(content)], np.int64)
     if not starts:
         raise UserError(f"{list_file} lists no frames: it should hold a line for each")
-    return FrameList(str(list_file), tuple(map(os.fsdecode, starts)), places), texts
+    return FrameList(str(list_file), tuple(map(os.fsdecode, starts)), offsets), texts
 
 
 class _WrongLineError(Exception):
-    def __init__(self, place: int, reason: str):
-        super().__init__(place, reason)
-        self.place, self.reason = place, reason
+    def __init__(self, offset: int, reason: str):
+        super().__init__(offset, reason)
+        self.offset, self.reason = offset, reason
 
 
-# Lines that begin with the same name, and blank ones. There are millions of lines: a loop over them
-# takes as long without looking at all of their fields.
+# Lines that begin with the same name, and blank lines. A Python loop over millions of lines would
+# take as long even without checking all of their fields.
 _LINES_OF_A_VIDEO = re.compile(rb"\s*(\S+)[ \t][^\n]*\n?(?:[ \t]*\1[ \t][^\n]*\n?|[ \t\r]*\n)*")
 
 
 def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[bytes]]]:
-    """Gives the place of each video's first line, from `begin` on, and the texts of its labels."""
+    """Returns the offset of each video's first line, from `begin` on, and its unparsed labels."""
     starts: dict[bytes, int] = {}
     texts: list[set[bytes]] = []
     for match in _LINES_OF_A_VIDEO.finditer(content, begin):
@@ -229,7 +227,7 @@ def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[b
             raise _WrongLineError(
                 match.start(1),
                 f"the frames of {os.fsdecode(name)} are in two places: sort the list, so that they "
-                "stand together",
+                "are contiguous",
             )
         starts[name] = begin
         texts.append(set(fields[4::5]))
@@ -240,29 +238,29 @@ def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[b
 
 
 def _wrong_line(content: mmap.mmap, begin: int) -> _WrongLineError:
-    """The error of the first line from `begin` on that does not have five fields."""
+    """Returns the error for the first line from `begin` on that does not have five fields."""
     lines = content[begin:].splitlines(keepends=True)
-    place = next((i for i, line in enumerate(lines) if len(line.split()) not in (0, 5)), 0)
-    said = lines[place][:80].decode(errors="replace").strip()
-    where = begin + sum(map(len, lines[:place]))
-    return _WrongLineError(where, f"{said!r} has other fields than the header")
+    index = next((i for i, line in enumerate(lines) if len(line.split()) not in (0, 5)), 0)
+    excerpt = lines[index][:80].decode(errors="replace").strip()
+    offset = begin + sum(map(len, lines[:index]))
+    return _WrongLineError(offset, f"{excerpt!r} has other fields than the header")
 
 
 def label_numbers(text: bytes) -> list[int]:
-    """The numbers of a text of labels; raises `ValueError` where it is none."""
+    """Parses the labels of a frame; raises `ValueError` if `text` is malformed."""
     inside = text.strip(b'"')
     return [int(number) for number in inside.split(b",")] if inside else []
 
 
-# eq=False, repr=False: as of `lists.VideoList`.
+# eq=False, repr=False: as in `VideoList`.
 @dataclass(frozen=True, eq=False, repr=False)
 class ListedFrames:
-    """The videos of a list of frames; a `sources.Source`.
+    """Videos of a frame list; a `data.source.Source`.
 
     Attributes:
-      frame_list: the list.
-      base: folder that the list's paths start at.
-      labels: class of each video, or 0 and 1 of each class where it may have several.
+      frame_list: the indexed list.
+      base: folder of the list's relative paths.
+      labels: class of each video, or a multi-hot vector for multi-label data.
       class_names: name of each class.
     """
 
@@ -281,8 +279,11 @@ class ListedFrames:
     def label(
         self, index: int, frames: Int[np.ndarray, " frames"] | None = None
     ) -> int | UInt8[np.ndarray, " classes"]:
-        """Where a video may have several labels: those of any frame from the clip's first to its
-        last, or without `frames` those of the whole video."""
+        """Returns the class, or for multi-label data a multi-hot vector.
+
+        The vector has the labels of all frames from the clip's first to its last, or without
+        `frames` those of the whole video.
+        """
         if self.labels.ndim == 1:
             return int(self.labels[index])
         if frames is None:

@@ -1,9 +1,9 @@
-"""Videos packed into ArrayRecord shards: their format, and reading them in any order.
+"""Videos packed into ArrayRecord shards: their format, and random access.
 
-A split NAME in a folder is `NAME.manifest.json` and `NAME-00000-of-00016.array_record` and so on,
-one record for each video in the order of the list that was packed. A record is a msgpack map:
-"id" (str), "label" (int), "video" (bytes of an mp4 file, H.264) and the fields of `decoding.Index`,
-which save reading the container. The manifest holds all that is known without decoding.
+A split NAME consists of `NAME.manifest.json` and the shards `NAME-00000-of-00016.array_record` and
+so on, with one record per video in the order of the packed list. A record is a msgpack map of "id"
+(str), "label" (int), "video" (bytes of an mp4 file, H.264) and the fields of `video.Index`, which
+make parsing the container unnecessary. The manifest has all metadata that needs no decoding.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from mvit_jax.data.images import DecodeError
 from mvit_jax.data.video import Index, Video
 
 FORMAT = 1
-"""What manifests say: goes up when older shards cannot be read any more."""
+"""Format version in manifests; increases when older shards become unreadable."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of one shard. Videos are in the order of its records.
+    """A shard's entry in the manifest; videos are in the order of the records.
 
     Attributes:
-      file: name in the folder.
-      size: bytes of the file.
+      file: file name of the shard.
+      size: file size in bytes.
       sha256: digest of the file.
       ids: name of each video.
-      labels: class of each.
-      frames: number of frames of each.
-      seconds: duration of each.
+      labels: class of each video.
+      frames: number of frames of each video.
+      seconds: duration of each video.
       failed: id, label and reason of each listed video that could not be packed.
     """
 
@@ -54,13 +54,13 @@ class Shard:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Manifest:
-    """What a split was made of, and what became of it.
+    """The settings, classes and shards of a split.
 
     Attributes:
-      complete: whether all shards were written.
-      settings: what the split was made with.
+      complete: True if all shards were written.
+      settings: settings with which the split was packed.
       classes: name of each class.
-      shards: in order; none before all were written.
+      shards: the shards in order; empty until all were written.
     """
 
     complete: bool
@@ -69,7 +69,7 @@ class Manifest:
     shards: Sequence[Shard]
 
     def encoded(self) -> str:
-        """JSON, one shard a line, with totals for people."""
+        """Returns the manifest as JSON, one shard per line, with totals for readers."""
         totals = {
             "listed": sum(len(shard.ids) + len(shard.failed) for shard in self.shards),
             "videos": sum(len(shard.ids) for shard in self.shards),
@@ -92,15 +92,15 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ShardedVideos:
-    """The packed videos of one split; a `sources.Source`.
+    """Packed videos of one split; a `data.source.Source`.
 
     Attributes:
       ids: name of each video.
-      labels: class of each, in `range(len(class_names))`.
+      labels: class of each video, in `range(len(class_names))`.
       class_names: name of each class.
-      list_file: the manifest, for messages.
-      records: the record of each, by index; opens shards when they are first read, in any thread
-        and anew in each process.
+      list_file: path of the manifest, for messages.
+      records: record of each video by index. Shards are opened on first use, in any thread, and
+        again in each process.
     """
 
     ids: tuple[str, ...]
@@ -127,41 +127,41 @@ class ShardedVideos:
         name = self.item(index)
         try:
             record = decode_record(self.records[index])
-        except Exception as error:  # the reader of damaged or missing files raises RuntimeError
+        except Exception as error:  # for damaged or missing files the reader raises RuntimeError
             reason = str(error).strip().split("\n")[0].partition(" [")[0]
             raise DecodeError(name, f"its record cannot be read ({reason})") from error
-        found = (record["id"], record["label"])
-        if found != (self.ids[index], self.labels[index]):
-            reason = "its record is that of {} with the label {}".format(*found)
+        entry = (record["id"], record["label"])
+        if entry != (self.ids[index], self.labels[index]):
+            reason = "its record is that of {} with the label {}".format(*entry)
             raise DecodeError(name, f"{reason}: the manifest and the shards do not match")
         return Video(record["video"], name, record["index"])
 
 
 def encode_record(name: str, label: int, video: bytes, index: Index) -> bytes:
-    """The record of a video."""
+    """Encodes the record of a video."""
     fields_of = {"id": name, "label": label, "video": video} | asdict(index)
     return msgpack.packb(fields_of) or b""
 
 
 def decode_record(record: bytes) -> dict[str, Any]:
-    """Gives "id", "label", "video" and "index" of a record; raises ValueError or KeyError."""
-    found = msgpack.unpackb(record)
-    index = Index(**{field.name: found[field.name] for field in fields(Index)})
-    return {"id": found["id"], "label": found["label"], "video": found["video"], "index": index}
+    """Decodes "id", "label", "video" and "index"; raises ValueError or KeyError."""
+    values = msgpack.unpackb(record)
+    index = Index(**{field.name: values[field.name] for field in fields(Index)})
+    return {"id": values["id"], "label": values["label"], "video": values["video"], "index": index}
 
 
 def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     """Opens a split that `python -m mvit_jax.prepare videos` wrote.
 
     Args:
-      folder: where manifest and shards are; `~` is the user's home.
-      split: name of the split; that of the list from which it was made (train.csv) does too.
+      folder: folder of the manifest and the shards; `~` is the user's home.
+      split: name of the split, or of the packed list (train.csv).
 
     Raises:
-      UserError: no such folder or split, one that is not finished, a manifest that cannot be read
-        or that contradicts itself or the files beside it.
+      UserError: the folder or split does not exist or is incomplete; the manifest cannot be read,
+        or is inconsistent in itself or with the shards.
     """
-    from array_record.python import array_record_data_source as sources  # half a second
+    from array_record.python import array_record_data_source as sources  # takes half a second
 
     root = Path(folder).expanduser().absolute()
     path = manifest_path(root, split)
@@ -172,7 +172,7 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     shards = manifest.shards
     ids = tuple(name for shard in shards for name in shard.ids)
     labels = np.array([label for shard in shards for label in shard.labels], np.int32)
-    # With the numbers of records, so that shards need not be opened to count them.
+    # With record counts, so that ArrayRecordDataSource does not open shards to count records.
     parts: list[Any] = [
         SimpleNamespace(filename=str(root / file), skip=0, take=count, examples_in_shard=count)
         for file, count in ((shard.file, len(shard.ids)) for shard in shards)
@@ -183,7 +183,7 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
 
 
 def count_records(file: Path) -> int:
-    """How many records a shard holds."""
+    """Counts the records of a shard."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     with contextlib.closing(ArrayRecordReader(str(file))) as reader:
@@ -191,12 +191,12 @@ def count_records(file: Path) -> int:
 
 
 def manifest_path(root: Path, split: str) -> Path:
-    """Where the manifest of a split is."""
+    """Returns the path of a split's manifest."""
     return root / f"{split.removesuffix('.csv')}.manifest.json"
 
 
 def splits(root: Path) -> list[str]:
-    """Names of the splits that have a manifest."""
+    """Lists the splits that have a manifest."""
     return sorted(path.name.removesuffix(".manifest.json") for path in root.glob("*.manifest.json"))
 
 
@@ -204,11 +204,11 @@ def read_manifest(path: Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the manifest does not exist or is damaged.
     """
     if not path.is_file():
-        found = ", ".join(splits(path.parent)) if path.parent.is_dir() else ""
-        advice = f"name one of its splits ({found})" if found else "name the folder of the shards"
+        names = ", ".join(splits(path.parent)) if path.parent.is_dir() else ""
+        advice = f"name one of its splits ({names})" if names else "name the folder of the shards"
         raise UserError(
             f"there is no manifest {path}: {advice}, or make it with `python -m mvit_jax.prepare "
             f"videos --csv={path.name.removesuffix('.manifest.json')}.csv --out={path.parent}`"
@@ -217,8 +217,8 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise UserError(
-                f"{path} is of format {content['format']}, and this version reads format {FORMAT}: "
-                "prepare the videos anew"
+                f"{path} has format {content['format']}, but this version reads format {FORMAT}: "
+                "prepare the videos again"
             )
         shards = [_shard(shard) for shard in content["shards"]]
         return Manifest(
@@ -234,45 +234,42 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _shard(content: dict[str, Any]) -> Shard:
-    """A shard as the manifest has it, if each value is of its kind."""
+    """Parses a shard of the manifest; raises TypeError or ValueError for wrong values."""
     kinds = {"ids": str, "labels": int, "frames": int, "seconds": (int, float), "failed": list}
     for name, kind in kinds.items():
         if not all(isinstance(value, kind) for value in content[name]):
-            raise TypeError(f"{name} of {content['file']} are something else than they should be")
+            raise TypeError(f"{name} of {content['file']} have the wrong type")
     if not isinstance(content["size"], int) or "/" in content["file"]:
         raise ValueError(f"{content['file']} has no size, or is in another folder")
     return Shard(**content)
 
 
 def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with a split as far as can be told without reading shards, a sentence each."""
+    """Yields a sentence for each fault of a split that shows without reading shards."""
     if not manifest.complete:
-        yield (
-            f"{path} is of a split that is not finished: give the command that was interrupted "
-            "once more"
-        )
+        yield (f"{path} is of a split that is not finished: repeat the interrupted command")
         return
     classes = len(manifest.classes)
     for shard in manifest.shards:
         lengths = {len(column) for column in (shard.ids, shard.labels, shard.frames, shard.seconds)}
         if len(lengths) != 1:
-            yield f"{path} contradicts itself: the columns of {shard.file} differ in length"
+            yield f"{path} is inconsistent: the columns of {shard.file} differ in length"
         wrong = [label for label in shard.labels if not 0 <= label < classes]
         if wrong:
             yield (
-                f"{path} contradicts itself: {shard.file} has the label {wrong[0]}, and there are "
+                f"{path} is inconsistent: {shard.file} has the label {wrong[0]}, and there are "
                 f"{classes} classes"
             )
     if not any(shard.ids for shard in manifest.shards):
-        yield f"{path} is of a split without videos: see there why all of them failed"
+        yield f"{path} is of a split without videos: see its `failed` entries for the reasons"
     with os.scandir(root) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     for shard in manifest.shards:
-        advice = "copy it again, or prepare the videos again, which makes it alone"
+        advice = "copy it again, or prepare the videos again, which writes only this shard"
         if shard.file not in sizes:
             yield f"the shard {root / shard.file}, which {path.name} lists, is missing: {advice}"
         elif sizes[shard.file] != shard.size:
             yield (
                 f"the shard {root / shard.file} has {sizes[shard.file]:,} bytes, and {path.name} "
-                f"says {shard.size:,}: {advice}"
+                f"records {shard.size:,}: {advice}"
             )

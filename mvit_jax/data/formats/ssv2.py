@@ -1,4 +1,4 @@
-"""Something-Something v2 (Goyal et al. 2017): its own lists, or PySlowFast's lists of frames."""
+"""Something-Something v2 (Goyal et al. 2017): its own lists, or PySlowFast's frame lists."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.frame_lists import FrameFolders, ListedFrames, read_frame_list
 
-# Names of the files as they were first published, and as they are in the later archive.
+# File names of the first publication and of the later archive.
 _LABELS = ("something-something-v2-labels.json", "labels.json")
 _VIDEOS = (
     "something-something-v2-train.json", "something-something-v2-validation.json",
@@ -23,15 +23,15 @@ def read_ssv2(
 ) -> FrameFolders | ListedFrames:
     """Opens a split of the data set.
 
-    The labels file lies beside the list. A list that ends in `.json` is the data set's own, like
-    `something-something-v2-validation.json`: the frames of video ID are the images in
-    `folder/prefix/ID/`, or the video itself is `folder/prefix/ID.webm`. Any other is a list of
-    frames (`frame_lists`), whose paths start at `folder/prefix`; then the data set's own lists,
-    which have the labels, lie beside it.
+    The labels file must be beside the list. A list with the suffix `.json` is one of the data
+    set's own, like `something-something-v2-validation.json`. Its video ID is the folder of images
+    `folder/prefix/ID/` or the file `folder/prefix/ID.webm` (or `.mp4`). Any other list is a frame
+    list (`frame_lists`) with paths relative to `folder/prefix`. Beside a frame list must be the
+    data set's own lists, which have the labels.
 
     Raises:
-      UserError: a file is missing or is not what it should be, a video has no label, or one that
-        is not in the labels file.
+      UserError: a file is missing or malformed, or a video's label is missing or not in the labels
+        file.
     """
     root = Path(folder).expanduser().absolute()
     list_file = root / list_name
@@ -60,7 +60,7 @@ def read_ssv2(
 
 
 def _read_classes(folder: Path) -> dict[str, int]:
-    """Label of each template, of all numbers from 0 on."""
+    """Reads the label of each template; labels are contiguous from 0."""
     file = next((folder / name for name in _LABELS if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
@@ -81,7 +81,7 @@ def _read_classes(folder: Path) -> dict[str, int]:
 
 
 def _read_labels(file: Path, classes: dict[str, int]) -> dict[str, int]:
-    """Label of each video, in the order of the file."""
+    """Reads the label of each video, in the order of the file."""
     labels = {}
     content = _read_json(file)
     if not isinstance(content, list) or not content:
@@ -89,20 +89,20 @@ def _read_labels(file: Path, classes: dict[str, int]) -> dict[str, int]:
             f'{file} should be a list of videos, like [{{"id": "1", "template": "Holding '
             '[something]"}]: fetch it again'
         )
-    for place, video in enumerate(content):
+    for index, video in enumerate(content):
         if not isinstance(video, dict) or "id" not in video:
-            raise UserError(f"{file}: entry {place} of its list has no `id`: fetch it again")
+            raise UserError(f"{file}: entry {index} of its list has no `id`: fetch it again")
         if "template" not in video:
             raise UserError(
-                f"{file}: entry {place} of its list, video {video['id']}, has no template: videos "
+                f"{file}: entry {index} of its list, video {video['id']}, has no template: videos "
                 "of the data set's test split have no labels, so name another list"
             )
-        # In brackets stand the places that the person who filmed filled in.
+        # The labels file has the templates without the brackets around placeholders.
         template = str(video["template"]).replace("[", "").replace("]", "")
         if template not in classes:
             raise UserError(
                 f"{file}: the template {template!r} of video {video['id']} is not in the labels "
-                f"file {_LABELS[0]}: fetch both anew, of the same version"
+                f"file {_LABELS[0]}: fetch both again, in the same version"
             )
         labels[str(video["id"])] = classes[template]
     return labels
@@ -113,8 +113,8 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_bytes())
     except FileNotFoundError:
         raise UserError(
-            f"there is no list {file}: it should be a list of the data set's own, like "
-            "something-something-v2-validation.json, or a list of frames"
+            f"there is no list {file}: name one of the data set's own lists, like "
+            "something-something-v2-validation.json, or a frame list"
         ) from None
     except ValueError as error:  # of JSON and of UTF-8
         raise UserError(f"{file} is not JSON ({error}): fetch it again") from None

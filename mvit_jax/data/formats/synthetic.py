@@ -1,4 +1,4 @@
-"""Videos made up without files, to measure everything but reading and decoding them."""
+"""Synthetic videos without files, to benchmark everything but reading and decoding."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ class SyntheticVideo:
     """An opened video of noise; an `images.Footage`.
 
     Attributes:
-      seed: what the noise is drawn from.
+      seed: random seed of the noise.
       num_frames: number of frames.
-      height, width: of a frame, pixels.
-      fps: frames a second.
+      height, width: size of a frame in pixels.
+      fps: frames per second.
     """
 
     seed: int
@@ -28,10 +28,10 @@ class SyntheticVideo:
     def frames(
         self, indices: Sequence[int] | Int[np.ndarray, " frames"]
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """Noise, brighter by 1 from frame to frame, and after 255 again 0.
+        """Returns noise, brighter by 1 from frame to frame, modulo 256.
 
         Raises:
-          IndexError: a frame number out of range.
+          IndexError: an index is out of range.
         """
         numbers = np.asarray(indices, np.int64)
         if numbers.min() < 0 or numbers.max() >= self.num_frames:
@@ -44,14 +44,14 @@ class SyntheticVideo:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A data set of noise; a `sources.Source`. By default of the form of Kinetics-400.
+    """A data set of noise, by default in the size of Kinetics-400; a `data.source.Source`.
 
     Attributes:
       videos: number of videos.
-      classes: number of classes, which videos take turns in.
+      classes: number of classes; video `i` has class `i` modulo `classes`.
       num_frames: frames of a video; 1 for images.
-      height, width: of a frame, pixels.
-      multi_label: whether a video has two neighbouring classes, given as 0 and 1 of each class.
+      height, width: size of a frame in pixels.
+      multi_label: multi-hot labels with two neighbouring classes per video.
     """
 
     videos: int = 240_000

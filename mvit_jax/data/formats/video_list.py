@@ -1,4 +1,4 @@
-"""Lists of video and image files, and names of classes."""
+"""Lists of video and image files, and class names."""
 
 import os
 import sys
@@ -17,17 +17,17 @@ from mvit_jax.data import video
 from mvit_jax.data.images import Footage
 
 
-# eq=False: dataclass equality would compare the label arrays elementwise and raise. repr=False:
-# hundreds of thousands of paths are no message.
+# eq=False: dataclass equality would compare the label arrays elementwise and raise.
+# repr=False: the repr would print hundreds of thousands of paths.
 @dataclass(frozen=True, eq=False, repr=False)
 class VideoList:
-    """The videos or images of one split, files in the order of their list; a `sources.Source`.
+    """Video or image files of one split, in the order of their list; a `data.source.Source`.
 
     Attributes:
       paths: absolute path of each file.
       labels: class of each file, in `range(len(class_names))`.
       class_names: name of each class.
-      list_file: the list that was read, for messages.
+      list_file: path of the list, for messages.
     """
 
     paths: tuple[str, ...]
@@ -57,24 +57,25 @@ def read_video_list(
     separator: str | None = None,
     max_missing: float = 0.0,
 ) -> VideoList:
-    """Reads a list of lines `path label`, the format of the Kinetics csv files of PySlowFast.
+    """Reads a list of lines `path label`, the format of PySlowFast's csv files of Kinetics.
 
-    The label is the last field, so a path may hold spaces; blank lines are skipped. Class names
-    are the lines of `folder/labels.txt`; without that file they are "0", "1", ...
+    The label is the last field, so paths may contain spaces. Blank lines are skipped. The class
+    names are the lines of `folder/labels.txt`; without this file they are "0", "1", ...
 
     Args:
-      folder: where the list is; `~` is the user's home.
+      folder: folder of the list; `~` is the user's home.
       list_name: file name of the list, for example `train.csv`.
-      num_classes: number of classes; by default what `labels.txt` holds, or without that file
-        one more than the largest label of the list.
-      prefix: folder that relative paths start at, itself relative to `folder`.
-      separator: what stands between path and label, like ","; None for white space.
-      max_missing: share of the files at which missing ones are an error. Fewer are told on
-        stderr, and remain in the list, where they cannot be decoded.
+      num_classes: number of classes; by default the number of lines of `labels.txt`, or without
+        this file the largest label of the list plus one.
+      prefix: folder of relative paths, itself relative to `folder`.
+      separator: separator of path and label, for example ","; None for white space.
+      max_missing: share of missing files from which an error is raised. Below this share, the
+        number of missing files is printed on stderr. These files stay in the list and fail to
+        decode.
 
     Raises:
-      UserError: no such folder, list or video file, a line that is not `path label`, a label
-        outside of the classes, or an empty list. Names the file and line.
+      UserError: the folder, the list or a video file does not exist, a line is not `path label`,
+        a label is outside of the classes, or the list is empty. Names the file and line.
     """
     root = Path(folder).expanduser().absolute()
     if not root.is_dir():
@@ -93,7 +94,7 @@ def read_video_list(
     try:
         paths, labels = _parse(lines, base, separator)
     except _BadLineError as bad:
-        reason = _explained(bad, lines, separator)
+        reason = _explain(bad, lines, separator)
         raise UserError(f"{list_file}, line {bad.number}{reason}") from None
     if not paths:
         raise UserError(f"{list_file} lists no videos: it should hold lines `path label`")
@@ -104,22 +105,22 @@ def read_video_list(
 
 
 def read_class_names(file: AnyPath) -> tuple[str, ...]:
-    """The lines of a `labels.txt`, that of label 0 first.
+    """Reads the class names from a `labels.txt`, in the order of the labels.
 
     Raises:
-      UserError: the file is not UTF-8 text, or holds no names.
+      UserError: the file is not UTF-8 text, or has no names.
     """
     names = tuple(name.strip() for name in read_lines(file) if name.strip())
     if not names:
-        raise UserError(f"{file} is empty: write the names of the classes there, one a line")
+        raise UserError(f"{file} is empty: write the names of the classes there, one per line")
     return names
 
 
 def read_lines(file: AnyPath) -> list[str]:
-    """The lines of a text file; raises `UserError` where it is not UTF-8 or cannot be read."""
+    """Reads the lines of a text file; raises `UserError` if it is not UTF-8 or not readable."""
     try:
-        # utf-8-sig, as spreadsheets put a byte order mark before what would be the first path.
-        # Not splitlines, which cuts at characters that names of files may hold.
+        # utf-8-sig, because spreadsheets write a byte order mark before the first path.
+        # Not splitlines, which also splits at characters that file names may contain.
         return file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
@@ -128,7 +129,7 @@ def read_lines(file: AnyPath) -> list[str]:
 
 
 def names_in(folders: Iterable[str], chosen: Callable[[os.DirEntry[str]], bool]) -> list[list[str]]:
-    """Names of the chosen entries of each folder, sorted; none of a folder that cannot be read."""
+    """Returns the sorted names of each folder's chosen entries; none for an unreadable folder."""
 
     def names(folder: str) -> list[str]:
         try:
@@ -137,9 +138,9 @@ def names_in(folders: Iterable[str], chosen: Callable[[os.DirEntry[str]], bool])
         except OSError:
             return []
 
-    # Folders are listed instead of asking for each file: the 240,000 files of Kinetics lie in 400
-    # folders, and on a network disk every question takes about a millisecond, whatever the number
-    # of others that are under way.
+    # Lists folders instead of testing each file: Kinetics has 240,000 files in 400 folders. On a
+    # network disk each request takes about a millisecond, regardless of the number of concurrent
+    # requests.
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(names, folders))
 
@@ -151,7 +152,7 @@ class _BadLineError(Exception):
 
 
 def _parse(lines: Sequence[str], base: str, separator: str | None) -> tuple[list[str], list[int]]:
-    """Gives absolute path and label of each line that is not blank."""
+    """Returns absolute path and label of each line that is not blank."""
     paths, labels = [], []
     for number, line in enumerate(lines, start=1):
         line = line.strip()
@@ -162,7 +163,7 @@ def _parse(lines: Sequence[str], base: str, separator: str | None) -> tuple[list
             labels.append(int(label))
         except ValueError:
             raise _BadLineError(number, line) from None
-        # os.path.join would take twice as long for all of it.
+        # os.path.join would double the time of this loop.
         path = path.rstrip()
         paths.append(path if path.startswith("/") else base + path)
     return paths, labels
@@ -171,17 +172,17 @@ def _parse(lines: Sequence[str], base: str, separator: str | None) -> tuple[list
 _SEPARATORS = (None, ",", ";", "\t", "|")
 
 
-def _explained(bad: _BadLineError, lines: Sequence[str], separator: str | None) -> str:
-    """What is wrong with the line: a header, another separator, or something of its own."""
-    told = [line for line in lines if line.strip()][:20]
-    if told[0].strip() == bad.line:
-        for other in (separator, *_SEPARATORS):
+def _explain(bad: _BadLineError, lines: Sequence[str], separator: str | None) -> str:
+    """Explains a bad line: it is a header, has another separator, or is wrong by itself."""
+    sample = [line for line in lines if line.strip()][:20]
+    if sample[0].strip() == bad.line:
+        for candidate in (separator, *_SEPARATORS):
             for header in (0, 1):
-                if not _fits(told[header:], other):
+                if not _fits(sample[header:], candidate):
                     continue
-                problems = [" looks like a header: take it out"] * header
-                if other != separator:
-                    problems.append(_other_separator(other))
+                problems = [" looks like a header: remove it"] * header
+                if candidate != separator:
+                    problems.append(_suggest_separator(candidate))
                 return ", and ".join(problems) if header else f": {problems[0]}"
     between = "white space" if separator is None else repr(separator)
     fields = bad.line.rsplit(separator, 1)
@@ -197,21 +198,21 @@ def _fits(lines: Sequence[str], separator: str | None) -> bool:
         return False
 
 
-def _other_separator(separator: str | None) -> str:
+def _suggest_separator(separator: str | None) -> str:
     if separator is None:
         return "the separator seems to be white space: leave data.separator unset"
     return f"the separator seems to be {separator!r}: set data.separator to it"
 
 
-_MOST_CLASSES = 1_000_000  # that are believed without a list of their names
+_MAX_CLASSES = 1_000_000  # without a list of their names
 
 
 def _class_names(root: Path, num_classes: int | None, labels_seen: int) -> tuple[str, ...]:
     file = root / "labels.txt"
     if not file.is_file():
-        if labels_seen > _MOST_CLASSES:
+        if labels_seen > _MAX_CLASSES:
             raise UserError(
-                f"labels go up to {labels_seen - 1}, which is no number of a class: see that the "
+                f"labels go up to {labels_seen - 1}, too many for class numbers: check that the "
                 f"last field of each line is the label, or name the classes in {file}"
             )
         count = labels_seen if num_classes is None else num_classes
@@ -219,7 +220,7 @@ def _class_names(root: Path, num_classes: int | None, labels_seen: int) -> tuple
     names = read_class_names(file)
     if num_classes is not None and len(names) != num_classes:
         raise UserError(
-            f"{file} names {len(names)} classes, but {num_classes} classes were asked for"
+            f"{file} names {len(names)} classes, but {num_classes} classes are expected"
         )
     return names
 
@@ -229,9 +230,9 @@ def _check_labels(
 ) -> None:
     if min(labels) >= 0 and max(labels) < classes:
         return
-    place = next(place for place, label in enumerate(labels) if not 0 <= label < classes)
+    index = next(index for index, label in enumerate(labels) if not 0 <= label < classes)
     raise UserError(
-        f"{list_file}, line {_line_number(lines, place)}: the label {labels[place]} should be from "
+        f"{list_file}, line {_line_number(lines, index)}: the label {labels[index]} should be from "
         f"0 to {classes - 1}, as there are {classes} classes"
     )
 
@@ -241,29 +242,30 @@ def _check_files(
 ) -> None:
     by_folder: dict[str, list[int]] = {}
     names = []
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         folder, _, name = path.rpartition("/")
-        by_folder.setdefault(folder or "/", []).append(place)
+        by_folder.setdefault(folder or "/", []).append(index)
         names.append(name)
     missing: list[int] = []
-    for places, found in zip(by_folder.values(), names_in(by_folder, lambda _: True), strict=True):
-        there = set(found)
-        missing += [place for place in places if names[place] not in there]
+    listings = names_in(by_folder, lambda _: True)
+    for indices, listing in zip(by_folder.values(), listings, strict=True):
+        existing = set(listing)
+        missing += [index for index in indices if names[index] not in existing]
     if not missing:
         return
-    place = min(missing)
-    said = (
-        f"{list_file}, line {_line_number(lines, place)}: there is no file {paths[place]} "
+    first = min(missing)
+    problem = (
+        f"{list_file}, line {_line_number(lines, first)}: there is no file {paths[first]} "
         f"({len(missing)} of the {len(paths)} listed files are missing)"
     )
     if len(missing) >= max_missing * len(paths):
-        end = paths[place][-1:]
-        hint = f"; {_other_separator(end)}" if end in _SEPARATORS else ""
-        raise UserError(said + hint)
-    print(f"note: {said}", file=sys.stderr, flush=True)
+        end = paths[first][-1:]
+        hint = f"; {_suggest_separator(end)}" if end in _SEPARATORS else ""
+        raise UserError(problem + hint)
+    print(f"note: {problem}", file=sys.stderr, flush=True)
 
 
-def _line_number(lines: Sequence[str], place: int) -> int:
-    """The number of the line that element `place` comes from."""
-    told = (number for number, line in enumerate(lines, start=1) if line.strip())
-    return next(number for found, number in enumerate(told) if found == place)
+def _line_number(lines: Sequence[str], index: int) -> int:
+    """Returns the line number, from 1, of element `index` of the list."""
+    numbers = (number for number, line in enumerate(lines, start=1) if line.strip())
+    return next(number for element, number in enumerate(numbers) if element == index)

@@ -71,7 +71,7 @@ def test_names_of_the_classes(folder):
     [
         ("157", "video YSKX3 has a frame with the label 157, which should be from 0 to 156"),
         ("-1", "the label -1, which should be from 0 to 156, as there are 157 classes"),
-        ("c004", "video YSKX3 has a frame with the labels '\"c004\"', which should be numbers"),
+        ("c004", "video YSKX3 has a frame with the labels '\"c004\"', which should be comma"),
     ],
 )
 def test_wrong_labels_are_said_in_one_sentence(tmp_path, labels, expected):

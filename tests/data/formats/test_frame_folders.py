@@ -60,7 +60,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     reasons = {
         "gone": "there is no such folder of frames, nor a video gone.webm or gone.mp4 "
-        "(data.prefix is set before the paths of lists)",
+        "(data.prefix is the folder of the paths in lists)",
         "empty": "the folder holds no images",
         "sizes": "its frames differ in size: sizes_000001.png has 8x6 pixels, sizes_000002.png 8x9",
         "damaged": "of its frame damaged_000003.png, the file is empty",

@@ -199,7 +199,7 @@ def test_a_list_without_a_single_video_is_an_error(videos, made, tmp_path):
         ("a.mp4\n", {}, "train.csv, line 1: "),
         # Each split would have as many classes as labels happen to occur in it.
         ("a.mp4 0\nb.mp4 1\n", {}, "there is no labels.txt in {0}: write the names of the classes"),
-        ("a.mp4 1600000000\n", {}, "labels go up to 1600000000, which is no number of a class"),
+        ("a.mp4 1600000000\n", {}, "labels go up to 1600000000, too many for class numbers"),
         ("", {"out": "gs://bucket/out"}, "gs://bucket/out is not on this machine: mount it"),
         ("", {"workers": 0}, "workers=0"),
     ],

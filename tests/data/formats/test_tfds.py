@@ -57,7 +57,7 @@ def test_elements_are_those_of_the_files(folder, monkeypatch, name, part, in_mem
     assert split.item(3) == f"fashion_mnist/3.0.1/{name}/3"
     again = [pixels(split, index) for index in (5, 5)]
     assert np.array_equal(*again)
-    assert (split.kept is not None) == in_memory
+    assert (split.decoded is not None) == in_memory
 
 
 def test_parts_of_a_split_make_up_the_whole(folder):
@@ -107,7 +107,7 @@ def test_a_damaged_record_costs_its_images_alone(folder, tmp_path, monkeypatch, 
     content[place : place + 20] = bytes(20)
     path.write_bytes(content)
     if in_memory:  # the set is read as a whole or not at all
-        with refused("hash mismatch ", "prepare the set anew"):
+        with refused("hash mismatch ", "prepare the set again"):
             read_split("fashion_mnist", str(copy), "test")
         return
     monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
@@ -140,7 +140,7 @@ def test_what_is_not_there_is_said_in_one_sentence(folder, name, split, message)
         ("mnist", "mnist is not prepared in {0}: "),
         ("mnist", "tfds.builder('mnist', data_dir='{0}'"),
         ("fashion_mnist:3.0.1", "`python -m mvit_jax.prepare fashion_mnist --out={0}`"),
-        ("imagenet2012", "with the files that TFDS asks for in {0}/downloads/manual"),
+        ("imagenet2012", "from the files that TFDS requires in {0}/downloads/manual"),
     ],
 )
 def test_a_set_that_is_not_prepared_names_what_does_that(tmp_path, name, message):
@@ -160,7 +160,7 @@ def test_sets_of_other_formats_and_features_are_refused(tmp_path):
     store(tmp_path, "floats", floats, {"image": grey, "label": 1})
     store(tmp_path, "texts", {"text": features.Text()}, {"text": "hello"})
     for name, parts in (
-        ("records", ["as tfrecord, which cannot be read in any order: `python"]),
+        ("records", ["as tfrecord, which has no random access: `python"]),
         ("floats", ["other features ", "float32"]),
         ("texts", ["other features ", "'text': Text"]),
     ):
@@ -168,7 +168,7 @@ def test_sets_of_other_formats_and_features_are_refused(tmp_path):
             read_split(name, str(tmp_path), "train")
     # A set that TFDS has no code for, whose images may be of any size, in colour.
     split = read_split("sizes", str(tmp_path), "train")
-    assert split.kept is None and split.class_names == ("a", "b")
+    assert split.decoded is None and split.class_names == ("a", "b")
     assert np.array_equal(pixels(split, 2), image) and split.label(2) == 1
 
 
@@ -219,7 +219,7 @@ def test_a_split_without_labels_is_refused(imagenet):
 def test_the_command_that_a_tfrecord_set_asks_for_prepares_it_anew(imagenet, tmp_path):
     with pytest.raises(UserError) as error:
         read_split("imagenet2012:5.1.0", str(imagenet / "tfrecord"), "train")
-    (command,) = re.findall(r"as tfrecord, which cannot .*: `(.*)` prepares it", str(error.value))
+    (command,) = re.findall(r"as tfrecord, which has .*: `(.*)` prepares it", str(error.value))
     program, *arguments = shlex.split(command.replace("DIR", str(tmp_path / "anew")))
     assert program == "python" and "\n" not in str(error.value)
     # Where TFDS asks for the tars.
