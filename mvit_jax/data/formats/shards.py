@@ -247,7 +247,7 @@ def _shard(content: dict[str, Any]) -> Shard:
 def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
     """Yields a sentence for each fault of a split that shows without reading shards."""
     if not manifest.complete:
-        yield (f"{path} is of a split that is not finished: repeat the interrupted command")
+        yield f"{path} is of a split that is not finished: repeat the interrupted command"
         return
     classes = len(manifest.classes)
     for shard in manifest.shards:

@@ -1,7 +1,7 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) in TFDS's format, with a network or not.
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) in TFDS's format, downloaded or from files.
 
-70,000 grey images of 28x28 pixels of ten kinds of clothing. Needs no TensorFlow, which TFDS's own
-code for downloads, for the published files and for PNG would import.
+70,000 grey images of 28x28 pixels of ten kinds of clothing. Does not need TensorFlow, which TFDS's
+own code for downloads, for the published files and for PNG imports.
 """
 
 import gzip
@@ -24,8 +24,8 @@ from mvit_jax.data.formats.tfds import read_split
 
 NAME = "fashion_mnist"
 
-# SHA-256 of what the four published files hold, unpacked. MNIST's digits have the same names and
-# sizes, and packages compress the files anew, so neither names nor the sums of the .gz files tell.
+# SHA-256 of the four published files, unpacked. MNIST's files have the same names and sizes, and
+# packages recompress the files, so neither names nor digests of the .gz files identify the set.
 CONTENTS = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -35,17 +35,17 @@ CONTENTS = {
 
 
 def prepare(folder: str, files: str | None = None) -> None:
-    """Writes the set into TFDS's data folder as array_record, whole or not at all.
+    """Writes the set into TFDS's data folder as array_record, atomically.
 
-    A set that is there already is left as it is.
+    An existing set stays unchanged.
 
     Args:
       folder: TFDS's `data_dir`.
-      files: the folder of the four .gz files; without it they are downloaded.
+      files: folder of the four .gz files; None to download them.
 
     Raises:
       UserError: a file is missing, damaged or of another set; the download fails; the folder
-        cannot be written; the set that is there cannot be read, as `read_split` says.
+        cannot be written; or `read_split` cannot read the existing set.
     """
     import tensorflow_datasets as tfds
 
@@ -53,17 +53,17 @@ def prepare(folder: str, files: str | None = None) -> None:
         tfds.disable_progress_bar()
     builder: Any = tfds.builder(NAME, data_dir=folder)
     if builder.data_path.exists():
-        read_split(NAME, folder, "test")  # says what is wrong with one that does not do
+        read_split(NAME, folder, "test")  # raises if the existing set is not usable
         return
-    for left in builder.data_path.parent.glob("incomplete.*"):  # by a run that was killed
-        left.rmtree()
-    config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has tfrecord alone
+    for incomplete in builder.data_path.parent.glob("incomplete.*"):  # left by killed runs
+        incomplete.rmtree()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # GCS has tfrecord only
     with tempfile.TemporaryDirectory() as temporary:
         unpacked = Path(temporary)
         try:
             source = _download(builder.URL, unpacked) if files is None else Path(files).expanduser()
             paths = _unpack(source, unpacked)
-            # Stands in for TFDS's download manager: files that are here instead of those of URLs.
+            # Replaces TFDS's download manager: maps its URLs to the unpacked local files.
             local = SimpleNamespace(
                 download_and_extract=lambda urls: {key: paths[Path(urls[key]).stem] for key in urls}
             )
@@ -95,7 +95,7 @@ def _download(address: str, folder: Path) -> Path:
 def examples(
     num_examples: int, data_path: str, label_path: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields numbered images, encoded as PNG, with labels; in place of TFDS's function."""
+    """Yields index, PNG image and label of each example; replaces TFDS's function."""
     pixels = np.frombuffer(Path(data_path).read_bytes(), np.uint8, offset=16)
     labels = np.frombuffer(Path(label_path).read_bytes(), np.uint8, offset=8)
     images = pixels.reshape(num_examples, 28, 28)
@@ -120,8 +120,8 @@ def _unpack(folder: Path, to: Path) -> dict[str, str]:
             ) from None
         if hashlib.sha256(content).hexdigest() != expected:
             raise UserError(
-                f"{file} does not hold what Fashion-MNIST's file of this name does (MNIST's digits "
-                "have the same names): fetch it again"
+                f"{file} is not Fashion-MNIST's file of this name (MNIST's digits have the same "
+                "names): fetch it again"
             )
         (to / name).write_bytes(content)
         paths[name] = str(to / name)
@@ -129,6 +129,6 @@ def _unpack(folder: Path, to: Path) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    cause = getattr(error, "reason", error)  # of a URLError
+    cause = getattr(error, "reason", error)  # URLError has one
     text = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
     return text.strip().splitlines()[0].rstrip(".").lower()

@@ -1,14 +1,14 @@
-"""Moving digits: real handwriting, real H.264 files, and labels that only motion gives.
+"""Moving digits: handwritten digits in H.264 files, with labels that depend on motion alone.
 
-Eight classes in four pairs, each pair the other played backwards: left and right, up and down,
-clockwise and counter_clockwise, growing and shrinking. A motion is a phase that turns at a
-constant velocity: a position on the torus of the frame, an angle, or the logarithm of a size that
-jumps back at its end. The phase of the first frame is uniform and the classes of a pair differ in
-the velocity's sign alone, so every single frame has the same distribution in both, and a clip
-whose frames are shuffled tells at best the pair. Mirroring a clip left to right turns left into
-right and clockwise into counter_clockwise: flips do not keep the labels.
+The eight classes form four pairs, each class of a pair being the other played backwards: left and
+right, up and down, clockwise and counter_clockwise, growing and shrinking. A motion is a phase of
+constant velocity. The phase is a position on the frame as a torus, an angle, or the logarithm of a
+size that jumps back at its end. The phase of the first frame is uniform, and the classes of a pair
+differ only in the velocity's sign. So single frames have the same distribution in both classes of a
+pair, and shuffled frames reveal at best the pair. A horizontal flip turns left into right and
+clockwise into counter_clockwise, so flips do not preserve the labels.
 
-The handwriting is scikit-learn's: 1,797 digits of 8x8 pixels, of which each split has its own.
+The handwriting is scikit-learn's: 1,797 digits of 8x8 pixels, disjoint between the splits.
 """
 
 import concurrent.futures
@@ -28,17 +28,17 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import write_whole
 from mvit_jax.common.progress import shown
 
-# Part of what `prepare.json` records: goes up whenever the same seed gives other videos.
+# Recorded in `prepare.json`; increases whenever the same seed gives other videos.
 VERSION = 1
 
 SIZE = 64  # px, both sides of a frame
 FRAME_RATE = 30  # frames per second
-# A clip of 8 frames with stride 4 spans 32 frames, so that several views of a video differ.
+# A clip of 8 frames with stride 4 spans 32 frames, so the views of a video differ.
 LENGTHS = (40, 56)  # frames, both ends included
-SIDES = (16.0, 44.0)  # px, between which growing and shrinking digits jump
+SIDES = (16.0, 44.0)  # px, range of growing and shrinking digits
 
-# What the phase drives, and the sign of its velocity. Rows grow downwards, so a positive angle
-# turns clockwise as seen.
+# The quantity that follows the phase, and the sign of the velocity. The y axis points down, so
+# positive angles turn clockwise.
 CLASSES = {
     "left": ("x", -1),
     "right": ("x", 1),
@@ -50,9 +50,9 @@ CLASSES = {
     "shrinking": ("side", -1),
 }
 
-# Cycles per frame, fast enough for a span of 32 frames and slow enough for a stride of 4: over
-# 4 frames 2.4 to 6 px or 10 to 24 degrees; sizes change 1.65 to 2.2 fold in 32 frames, with at
-# most one jump.
+# Cycles per frame, fast enough for a span of 32 frames and slow enough for a stride of 4. Digits
+# move 2.4 to 6 px or 10 to 24 degrees in 4 frames. Sizes change by a factor of 1.65 to 2.2 in 32
+# frames, with at most one jump.
 SPEEDS = {
     "x": (0.6 / SIZE, 1.5 / SIZE),
     "y": (0.6 / SIZE, 1.5 / SIZE),
@@ -60,20 +60,20 @@ SPEEDS = {
     "side": (1 / 64, 1 / 41),
 }
 
-# Digits that each split has for itself, out of 1,797.
+# Number of digits of each split, 1,797 in total.
 HANDWRITING = {"train": 1297, "val": 200, "test": 300}
 
 _CELL = 8  # px of the enlarged digit per px of the handwriting
-_MARGIN = 2  # px of empty paper around the handwriting, into which its edges fade
+_MARGIN = 2  # px of padding around the handwriting, for the interpolation at its edges
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """All that is drawn at random of one video; `render` makes its frames.
+    """The random parameters of one video, from which `render` makes the frames.
 
-    `x`, `y` (px right of and below the frame's centre), `angle` (degrees clockwise) and `side`
-    (px that the 8 px of handwriting take) hold where they stand still; `driven` names the one of
-    them that follows the phase instead.
+    `driven` names the parameter among `x`, `y`, `angle` and `side` that follows the phase. The
+    other three are constant: `x`, `y` in px right of and below the frame's centre, `angle` in
+    degrees clockwise, `side` in px for the 8 px of handwriting.
     """
 
     driven: str
@@ -91,12 +91,12 @@ class Scene:
 
 @functools.cache
 def handwriting(seed: int) -> dict[str, Float[np.ndarray, "digits 8 8"]]:
-    """The digits of each split, ink 0 to 1, by a permutation that `seed` gives; none twice."""
-    # Takes a second, which a folder that is finished already should not cost.
+    """Splits the digits, ink 0 to 1, by a permutation from `seed`; the splits are disjoint."""
+    # Imported here since it takes a second, which a finished folder does not need.
     from sklearn.datasets import load_digits
 
     images = np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8) / 16
-    # Entropy is padded with zeros, so (seed, 0) is apart from all (seed, split from 1, index).
+    # NumPy pads entropy with zeros, so (seed, 0) differs from all (seed, split from 1, index).
     order = np.random.default_rng((seed, 0)).permutation(len(images))
     parts = np.split(images[order], np.cumsum(list(HANDWRITING.values()))[:-1])
     return dict(zip(HANDWRITING, parts, strict=True))
@@ -105,7 +105,7 @@ def handwriting(seed: int) -> dict[str, Float[np.ndarray, "digits 8 8"]]:
 def draw(label: int, digits: Float[np.ndarray, "digits 8 8"], rng: np.random.Generator) -> Scene:
     """Draws a scene of class `label` (0 to 7, as in `CLASSES`) with one of `digits`.
 
-    Classes of a pair take the same numbers from `rng`, and differ in the velocity's sign alone.
+    For equal `rng`, the classes of a pair differ only in the velocity's sign.
     """
     driven, sign = list(CLASSES.values())[label]
     length = int(rng.integers(LENGTHS[0], LENGTHS[1] + 1))
@@ -128,7 +128,7 @@ def draw(label: int, digits: Float[np.ndarray, "digits 8 8"], rng: np.random.Gen
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "time height width"]:
-    """The frames of a scene, grey levels 0 to 255, one for each frame of its noise."""
+    """Renders the frames of a scene in grey levels 0 to 255, one per frame of its noise."""
     time = np.arange(len(scene.noise))
     phase = (scene.start + scene.velocity * time) % 1
     poses = {name: np.full(len(time), getattr(scene, name)) for name in SPEEDS}
@@ -149,25 +149,25 @@ def render(scene: Scene) -> UInt8[np.ndarray, "time height width"]:
 def _place(
     large: Float32[np.ndarray, "rows columns"], x: float, y: float, angle: float, side: float
 ) -> Float32[np.ndarray, "height width"]:
-    """An enlarged digit turned, scaled and moved in a frame whose opposite edges are joined."""
+    """Rotates, scales and moves an enlarged digit in a frame with wrap-around edges."""
     middle = (len(large) - 1) / 2
     matrix = cv2.getRotationMatrix2D((middle, middle), -angle, side / (8 * _CELL))
     column, row = np.floor(x), np.floor(y)
     matrix[:, 2] += (SIZE - 1) / 2 - middle + np.array([x - column, y - row])
-    # In the frame's middle the whole digit is inside, so that rolling wraps it exactly.
+    # The centred digit lies inside the frame, so rolling wraps it exactly.
     centred = cv2.warpAffine(large, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR)
     return np.roll(centred, (int(row), int(column)), axis=(0, 1))
 
 
 def encode(frames: UInt8[np.ndarray, "time height width"]) -> bytes:
-    """An mp4 file of grey frames: H.264, yuv420p, 30 frames per second, each frame intra-coded.
+    """Encodes grey frames as an mp4 file: H.264, yuv420p, 30 frames per second, intra-coded only.
 
-    Backwards frames decode to exactly the backwards video. The same frames give the same bytes
-    wherever PyAV brings the same x264.
+    Reversed frames decode to exactly the reversed video. The same frames give the same bytes with
+    the same x264 in PyAV.
     """
-    # Frames predicted from their neighbours keep traces of them: of files with x264's defaults,
-    # one decoded frame told left from right to a forest of trees in 76 % of videos; of these
-    # files in 49 %. Rate control, too, looks at the frames before; a constant quantiser does not.
+    # Inter-predicted frames have traces of their neighbours. From one decoded frame, a random
+    # forest separated left from right in 76 % of videos with x264's defaults, and in 49 % with
+    # these options. Rate control also depends on earlier frames; a constant quantiser does not.
     options = {"g": "1", "qp": "30"}
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -183,7 +183,7 @@ def encode(frames: UInt8[np.ndarray, "time height width"]) -> bytes:
 
 
 def video(seed: int, split: str, index: int) -> bytes:
-    """The mp4 file of one video, a function of its arguments; its label is `index` modulo 8."""
+    """Makes the mp4 file of one video from its arguments alone; its label is `index` modulo 8."""
     rng = np.random.default_rng((seed, 1 + list(HANDWRITING).index(split), index))
     return encode(render(draw(index % len(CLASSES), handwriting(seed)[split], rng)))
 
@@ -196,17 +196,16 @@ def prepare(
     val_videos: int = 200,
     test_videos: int = 400,
 ) -> None:
-    """Writes the data set into the folder `out`, or what an interrupted run has left to write.
+    """Writes the data set into the folder `out`, or resumes an interrupted run.
 
-    `videos/SPLIT/00000.mp4` and so on; `train.csv`, `val.csv` and `test.csv` with a line
-    "path label" for each video, the path relative to `out`; `labels.txt` with the name of class n
-    in line n, counted from 0; `prepare.json`, what the folder was made with. The lists are
-    written last, every file under its final name is whole, and each video depends on nothing but
-    the seed, its split and its number.
+    The folder has `videos/SPLIT/00000.mp4` and so on; `train.csv`, `val.csv` and `test.csv` with a
+    line "path label" per video, the path relative to `out`; `labels.txt` with the name of class n
+    in line n, counted from 0; and `prepare.json` with the settings. The lists are written last.
+    Every file is written atomically. A video depends only on the seed, its split and its index.
 
     Raises:
-        UserError: a split of fewer videos than classes, a negative seed, an `out` that cannot be
-            a folder, holds other files, or was prepared with other values.
+      UserError: a split has fewer videos than classes, `seed` is negative, or `out` cannot be a
+        folder, has other files, or was prepared with other settings.
     """
     out = pathlib.Path(out).expanduser()
     counts = {"train": train_videos, "val": val_videos, "test": test_videos}
@@ -223,8 +222,8 @@ def prepare(
         {"name": "moving_digits", "version": VERSION, "seed": seed}
         | {f"{split}_videos": count for split, count in counts.items()},
     )
-    for left in out.rglob(".*.[0-9]*"):  # by a run that was killed: see `write_whole`
-        left.unlink()
+    for temporary in out.rglob(".*.[0-9]*"):  # left by a killed run's `write_whole`
+        temporary.unlink()
     paths = {
         (split, index): f"videos/{split}/{index:05d}.mp4"
         for split, count in counts.items()
@@ -247,41 +246,41 @@ def prepare(
             write_whole(out / name, content)
 
 
-def _claim(out: pathlib.Path, wanted: dict[str, str | int]) -> None:
-    """Makes `out` this data set's folder, or checks that it is the one that is `wanted`."""
+def _claim(out: pathlib.Path, settings: dict[str, str | int]) -> None:
+    """Records the settings in `out`, or checks that `out` was prepared with equal settings."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        found = sorted(path.name for path in out.iterdir())
+        names = sorted(path.name for path in out.iterdir())
     except OSError as error:
         raise UserError(
             f"{out} cannot be used as a folder ({error}): give another folder"
         ) from None
     record = out / "prepare.json"
-    if record.name not in found:
-        others = [name for name in found if not name.startswith(f".{record.name}.")]
-        if others:
+    if record.name not in names:
+        foreign = [name for name in names if not name.startswith(f".{record.name}.")]
+        if foreign:
             raise UserError(
-                f"{out} holds other files ({', '.join(others[:3])}): give a new or empty folder"
+                f"{out} holds other files ({', '.join(foreign[:3])}): give a new or empty folder"
             )
-        write_whole(record, json.dumps(wanted, indent=2) + "\n")
+        write_whole(record, json.dumps(settings, indent=2) + "\n")
         return
     try:
-        made_with = dict(json.loads(record.read_text()))
+        recorded = dict(json.loads(record.read_text()))
     except (ValueError, TypeError):
         raise UserError(
             f"{record} is not a record of a prepared data set: delete {out} or give another folder"
         ) from None
-    for key, value in wanted.items():
-        if made_with.get(key) != value:
+    for key, value in settings.items():
+        if recorded.get(key) != value:
             raise UserError(
-                f"{out} was prepared with {key}={made_with.get(key)}, not {key}={value}: ask for "
-                f"the former, delete the folder, or give another folder"
+                f"{out} was prepared with {key}={recorded.get(key)}, not {key}={value}: use the "
+                f"same value, delete the folder, or give another folder"
             )
 
 
 def _write_videos(missing: dict[tuple[str, int], pathlib.Path], seed: int, total: int) -> None:
-    """Writes videos in two threads, for numpy, OpenCV and x264 work outside Python's lock."""
-    handwriting(seed)  # once, before threads ask for it together
+    """Writes videos in two threads, as NumPy, OpenCV and x264 release Python's lock."""
+    handwriting(seed)  # fills the cache before the threads need it
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
             pool.submit(lambda key=key, path=path: write_whole(path, video(seed, *key)))
@@ -292,6 +291,6 @@ def _write_videos(missing: dict[tuple[str, int], pathlib.Path], seed: int, total
             for job in shown("moving_digits", concurrent.futures.as_completed(jobs), total, done):
                 job.result()
         except BaseException:
-            # Else leaving the pool would wait for every video that is still queued.
+            # Otherwise leaving the pool would block until all queued videos are written.
             pool.shutdown(cancel_futures=True)
             raise

@@ -1,9 +1,9 @@
-"""Videos of a list, encoded anew and packed into shards, on Apache Beam.
+"""Re-encodes the videos of a list and packs them into shards, on Apache Beam.
 
-A shard is one element of the pipeline: a worker encodes its videos, writes it under another name,
-renames it, and leaves a note beside it with what it holds. The notes make the manifest at the end.
-So nothing is passed between workers, a shard that is there with its note is not made again, and its
-bytes depend on nothing but its videos and the settings.
+A shard is one element of the pipeline. A worker encodes the shard's videos, writes the shard
+atomically, and writes a note file with its manifest entry. The notes are merged into the manifest
+at the end. So workers exchange no data, a finished shard with a note is not written again, and the
+bytes of a shard depend only on its videos and the settings.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ from mvit_jax.data.formats.video_list import VideoList, read_class_names, read_v
 from mvit_jax.data.images import DecodeError
 from mvit_jax.data.making.transcoding import Encoding, encode
 
-# Some 100 MB of videos of ten seconds: large enough for any file system, and small enough that
-# little is lost when a run ends early. Small sets have more shards, so that all cores have some.
+# About 100 MB for videos of ten seconds: large enough for any file system, and small enough that an
+# interrupted run loses little. Small sets are split into more shards, so that all cores have work.
 VIDEOS_A_SHARD = 256
 LEAST_SHARDS = 16
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to make.
+    """A shard to be packed.
 
     Attributes:
-      folder: where to.
-      file: its name there.
-      videos: id, path and label of each.
-      encoding: how they are encoded.
+      folder: folder of the shard.
+      file: file name of the shard.
+      videos: id, path and label of each video.
+      encoding: settings of the video encoder.
     """
 
     folder: str
@@ -62,12 +62,12 @@ class Job:
 
     @property
     def note(self) -> Path:
-        """The file that says what the shard holds; the shard is finished when it is there."""
+        """File with the shard's manifest entry; it exists once the shard is finished."""
         return self.path.with_name(f".{self.file}.json")
 
     @property
     def progress(self) -> Path:
-        """A file that grows by one byte with every video."""
+        """File that grows by one byte per video."""
         return self.path.with_name(f".{self.file}.progress")
 
 
@@ -82,45 +82,45 @@ def prepare(
     workers: int | None = None,
     beam_flags: Sequence[str] = (),
 ) -> Manifest:
-    """Packs the videos of a list into shards, or what an interrupted run has left to be packed.
+    """Packs the videos of a list into shards, or resumes an interrupted run.
 
-    The split is named after the list. Videos keep its order, and each shard takes a contiguous part
-    of it. What cannot be packed is left out, and stands with its reason in the manifest.
+    The split is named after the list and has its order; each shard is a contiguous part. Videos
+    that cannot be packed are skipped and recorded with their reasons in the manifest.
 
     Args:
-      csv: the list of lines `path label`; class names are in `labels.txt` beside it, which is
-        copied.
-      out: folder of the shards; all workers must see it, and the videos, under the same paths.
-      prefix: folder that relative paths start at.
-      separator: what stands between path and label; None for white space.
-      encoding: how; None for the defaults.
-      shards: how many; None for one for every 256 videos, and at least 16.
-      workers: processes on this machine; None for one for each core.
-      beam_flags: flags of Apache Beam; where they name a runner, that one does the work.
+      csv: list of lines `path label`. The class names are in `labels.txt` beside it, which is
+        copied to `out`.
+      out: folder of the shards; all workers must see `out` and the videos under the same paths.
+      prefix: folder of relative paths, itself relative to the folder of `csv`.
+      separator: separator of path and label; None for white space.
+      encoding: settings of the video encoder; None for the defaults.
+      shards: number of shards; None for one per 256 videos, at least 16.
+      workers: processes on this machine; None for one per core.
+      beam_flags: flags of Apache Beam; a `--runner` replaces the processes on this machine.
 
     Returns:
-      The manifest that was written, or found where all was done.
+      The manifest, new or from an earlier complete run.
 
     Raises:
-      UserError: a list that cannot be read, values out of range, an `out` that was prepared with
-        other ones, no video that can be packed, or a worker that died.
+      UserError: the list cannot be read, a value is out of range, `out` was prepared with other
+        settings, no video can be packed, or a worker died.
     """
     encoding = encoding or Encoding()
     for name, value in (("shards", shards), ("workers", workers)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} should be a whole number from 1 on")
-    for place in (csv, out):
-        if "://" in os.fspath(place):
-            raise UserError(f"{place} is not on this machine: mount it, and give its path there")
+    for location in (csv, out):
+        if "://" in os.fspath(location):
+            raise UserError(f"{location} is not on this machine: mount it, and give its local path")
     list_file = Path(csv).expanduser().absolute()
     videos = read_video_list(
         list_file.parent, list_file.name, prefix=prefix, separator=separator, max_missing=1.0
     )
     if not (list_file.parent / "labels.txt").is_file():
-        # Counted from one list, the number of classes could differ from another's.
+        # The number of classes in one list may differ from that in another list.
         raise UserError(
             f"there is no labels.txt in {list_file.parent}: write the names of the classes there, "
-            "one a line, label 0 first"
+            "one per line, label 0 first"
         )
     split = list_file.stem
     root = Path(out).expanduser().absolute()
@@ -128,22 +128,22 @@ def prepare(
     jobs, settings = _plan(videos, split, root, base, encoding, shards)
     path = manifest_path(root, split)
     manifest = _claim(path, Manifest(False, settings, videos.class_names, ()), list_file.parent)
-    known = {shard.file: shard for shard in manifest.shards}
-    open_jobs = [job for job in jobs if _finished(job, known) is None]
+    recorded = {shard.file: shard for shard in manifest.shards}
+    open_jobs = [job for job in jobs if _finished(job, recorded) is None]
     if manifest.complete and not open_jobs:
         return manifest
     if open_jobs:
-        for job in jobs:  # what killed workers left of shards
-            for left in root.glob(f".{job.file}.*.part"):
-                left.unlink(missing_ok=True)
+        for job in jobs:
+            for part in root.glob(f".{job.file}.*.part"):  # left by killed workers
+                part.unlink(missing_ok=True)
             job.progress.unlink(missing_ok=True)
         run_jobs(open_jobs, jobs, split, workers or os.cpu_count() or 1, beam_flags)
-    made = [_finished(job, known) for job in jobs]
+    made = [_finished(job, recorded) for job in jobs]
     missing = [job.file for job, shard in zip(jobs, made, strict=True) if shard is None]
     if missing:
         raise UserError(
-            f"{len(missing)} shards were not written, the first of them {root / missing[0]}: see "
-            "that all workers see this folder, and give the same command again"
+            f"{len(missing)} shards were not written, the first is {root / missing[0]}: check that "
+            "all workers see this folder, and repeat the command"
         )
     manifest = replace(manifest, complete=True, shards=[shard for shard in made if shard])
     if not any(shard.ids for shard in manifest.shards):
@@ -151,8 +151,8 @@ def prepare(
         for job in jobs:
             job.note.unlink(missing_ok=True)
         raise UserError(
-            f"none of the {len(videos)} videos of {list_file} can be packed, {name} because "
-            f"{reason}: check the paths"
+            f"none of the {len(videos)} videos of {list_file} can be packed ({name}: {reason}): "
+            "check the paths"
         )
     write_whole(path, manifest.encoded())
     _sync(root)
@@ -164,7 +164,7 @@ def prepare(
 def _plan(
     videos: VideoList, split: str, root: Path, base: Path, encoding: Encoding, shards: int | None
 ) -> tuple[list[Job], dict[str, Any]]:
-    """What each shard holds, a function of the list and the settings alone; and the settings."""
+    """Returns the jobs and the settings, both functions of the list and the arguments alone."""
     ids = [path.removeprefix(f"{base}/") for path in videos.paths]
     count = min(shards or max(LEAST_SHARDS, -(-len(ids) // VIDEOS_A_SHARD)), len(ids))
     rows = list(zip(ids, videos.paths, videos.labels.tolist(), strict=True))
@@ -182,8 +182,8 @@ def _plan(
     return jobs, asdict(encoding) | {"shards": count, "videos": len(ids), "list": digest}
 
 
-def _claim(path: Path, wanted: Manifest, lists: Path) -> Manifest:
-    """Makes this split's beginning in the folder, or gives that of an earlier run."""
+def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
+    """Writes labels.txt and the `new` manifest, or returns an earlier one of equal settings."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -193,28 +193,32 @@ def _claim(path: Path, wanted: Manifest, lists: Path) -> Manifest:
     names, copy = lists / "labels.txt", path.parent / "labels.txt"
     if names.is_file() and not copy.exists():
         write_whole(copy, names.read_bytes())
-    elif copy.is_file() and tuple(wanted.classes) != read_class_names(copy) and names.is_file():
+    elif copy.is_file() and tuple(new.classes) != read_class_names(copy) and names.is_file():
         raise UserError(
             f"{copy} names other classes than {names}: give another folder, or make them the same"
         )
     if not path.exists():
-        write_whole(path, wanted.encoded())
-        return wanted
-    found = read_manifest(path)
-    for key, value in wanted.settings.items():
-        if found.settings.get(key) != value:
-            what = f"{key}={found.settings.get(key)}, not {key}={value}"
+        write_whole(path, new.encoded())
+        return new
+    old = read_manifest(path)
+    for key, value in new.settings.items():
+        if old.settings.get(key) != value:
+            difference = f"{key}={old.settings.get(key)}, not {key}={value}"
             raise UserError(
                 f"{path} is of "
-                + ("another list of videos" if key == "list" else f"a run with {what}")
-                + ": ask for the same again, delete the split, or give another folder"
+                + ("another list of videos" if key == "list" else f"a run with {difference}")
+                + ": repeat the earlier command, delete the split, or give another folder"
             )
-    return found
+    return old
 
 
-def _finished(job: Job, known: dict[str, Shard]) -> Shard | None:
-    """What a finished shard holds, None if it is still to be made."""
-    shard = known.get(job.file)
+def _finished(job: Job, recorded: dict[str, Shard]) -> Shard | None:
+    """Returns the manifest entry of a finished shard, or None for an unfinished shard.
+
+    Args:
+      recorded: the manifest's entries by file name.
+    """
+    shard = recorded.get(job.file)
     if shard is None:
         try:
             shard = Shard(**json.loads(job.note.read_text()))
@@ -227,11 +231,11 @@ def _finished(job: Job, known: dict[str, Shard]) -> Shard | None:
 
 
 def pack(job: Job) -> None:
-    """Makes one shard and its note; runs in a worker."""
+    """Packs one shard and writes its note; runs in a worker."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     part = job.path.with_name(f".{job.file}.{os.uname().nodename}-{os.getpid()}.part")
-    # Videos are compressed already. Records of their own are quick to read in any order.
+    # Videos are compressed already. Groups of one record make random access fast.
     writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
     made: list[tuple[str, int, int, float]] = []
     failed: list[tuple[str, int, str]] = []
@@ -260,7 +264,7 @@ def pack(job: Job) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Sees that names of files outlive a loss of power."""
+    """Flushes a folder, so that renamed files survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -269,20 +273,30 @@ def _sync(folder: Path) -> None:
 
 
 class DeadWorkerError(UserError):
-    """A process that packs died. A program does best to end by `os._exit`: Python's own end would
-    wait for Beam's threads, and these for workers that may still be busy."""
+    """A `UserError` for a worker process that died.
+
+    Programs should then exit with `os._exit`: the interpreter's exit would block on Beam's threads,
+    and these on workers that may still be busy.
+    """
 
 
 def run_jobs(
     jobs: Sequence[Job], every: Sequence[Job], title: str, workers: int, flags: Sequence[str]
 ) -> None:
-    """Has Beam make shards, and shows progress among `every` one of the split.
+    """Packs shards with Beam, and displays the progress over all shards of the split.
+
+    Args:
+      jobs: shards to be packed.
+      every: all shards of the split.
+      title: title of the progress display.
+      workers: processes on this machine.
+      flags: flags of Apache Beam.
 
     Raises:
       UserError: Beam is not installed.
       DeadWorkerError: a worker died.
     """
-    logging.disable(logging.WARNING)  # on being imported it complains of what nobody needs here
+    logging.disable(logging.WARNING)  # importing Beam logs warnings of optional parts
     try:
         import apache_beam as beam
     except ImportError as error:
@@ -303,18 +317,18 @@ def run_jobs(
             if not died:
                 raise
     if died:
-        raise DeadWorkerError(_of_death(died[0]))
+        raise DeadWorkerError(_death_message(died[0]))
 
 
-def _of_death(code: str) -> str:
+def _death_message(code: str) -> str:
     return (
-        f"a worker died ({code}), perhaps for want of memory: give the same command again, "
-        "with fewer --workers; finished shards are kept"
+        f"a worker died ({code}), perhaps out of memory: repeat the command with fewer --workers; "
+        "finished shards are reused"
     )
 
 
 def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
-    """Beam's runner and options: processes of this machine where flags name no other runner."""
+    """Returns Beam's runner and options: local processes unless the flags name a runner."""
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
@@ -322,7 +336,7 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
     if any(flag.split("=")[0] == "--runner" for flag in flags):
         return None, PipelineOptions(list(flags))
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    # Not --direct_running_mode=multi_processing, whose workers tell of every connection they make.
+    # Not --direct_running_mode=multi_processing, whose workers log each of their connections.
     worker = "import logging, sys; logging.disable(logging.WARNING); "
     worker += "from apache_beam.runners.worker.sdk_worker_main import main; main(sys.argv)"
     environment = None
@@ -330,31 +344,34 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
         environment = SubprocessSDKEnvironment.from_command_string(  # pyright: ignore
             f"exec {shlex.quote(sys.executable)} -c {shlex.quote(worker)}"
         )
-    # By name, the local runner would be Prism, a program that Beam downloads.
+    # Beam's default local runner is Prism, a program that it downloads.
     runner = FnApiRunner(default_environment=environment)
     return runner, PipelineOptions([f"--direct_num_workers={workers}", *flags])
 
 
 @contextlib.contextmanager
 def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
-    """Interrupts the main thread when a worker process dies, for which Beam would wait for ever.
+    """Interrupts the main thread when a worker process dies; Beam would block forever.
 
-    Beam may also wait for it on its way out (once in some thirty deaths): after `patience` seconds
-    the process ends without it. The other workers follow when they lose their connection to it.
+    Beam may block again while it shuts down, in about one of thirty deaths. Then this process exits
+    after `patience` seconds. The other workers exit when they lose their connection to it.
+
+    Yields:
+      A list that receives the exit status of the first dead worker.
     """
     died: list[str] = []
     main = threading.get_ident()
     previous = threading.excepthook
-    # Not SIGINT, which the background jobs of a shell script ignore. SIGURG does nothing where it
-    # has no handler, so one that comes late does no harm. Only the main thread may set handlers.
+    # Not SIGINT, which background jobs of shell scripts ignore. SIGURG without a handler has no
+    # effect, so a late signal is harmless. Only the main thread may set handlers.
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGURG, signal.default_int_handler) if in_main else None
 
-    def give_up() -> None:
-        print(f"error: {_of_death(died[0])}", file=sys.stderr, flush=True)
+    def exit_now() -> None:
+        print(f"error: {_death_message(died[0])}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    timer = threading.Timer(patience, give_up)
+    timer = threading.Timer(patience, exit_now)
     timer.daemon = True
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -363,7 +380,7 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
         elif not died:
             died.append(str(args.exc_value).rpartition("with ")[2])
             timer.start()
-            # A true signal, to that thread: `_thread.interrupt_main` would not end a wait in it.
+            # An OS signal to the main thread: `_thread.interrupt_main` does not end its waits.
             signal.pthread_kill(main, signal.SIGURG)
 
     threading.excepthook = hook
@@ -373,13 +390,13 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
         threading.excepthook = previous
         timer.cancel()
         if in_main:
-            # None stands for a handler of a C library, which cannot be set from here.
+            # None stands for a handler set from C, which Python cannot restore.
             signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager
 def _progress(title: str, jobs: Sequence[Job], every: Sequence[Job]) -> Iterator[None]:
-    """Tells how many videos are done, by what the workers leave on the disk."""
+    """Displays the number of packed videos, read from the workers' files."""
     total = sum(len(job.videos) for job in every)
     before = total - sum(len(job.videos) for job in jobs)
     progress = Progress(title, total, before)
@@ -402,7 +419,7 @@ def _progress(title: str, jobs: Sequence[Job], every: Sequence[Job]) -> Iterator
 
 
 def _done(job: Job) -> int:
-    """How many of a shard's videos are done."""
+    """Counts the packed videos of a shard."""
     if job.note.exists():
         return len(job.videos)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Lists for a folder of one's own files: a folder per class, dealt to training and tests."""
+"""Train, validation and test lists for a folder of the user's own class folders."""
 
 import os
 from pathlib import Path
@@ -16,28 +16,28 @@ LISTS = ("train.csv", "val.csv", "test.csv")
 def write_lists(
     folder: str | os.PathLike[str], *, val: float, test: float, seed: int = 0
 ) -> dict[str, int]:
-    """Writes train.csv, val.csv, test.csv (lines "path label") and labels.txt into a folder that
-    holds a folder of videos or images for each class.
+    """Writes train.csv, val.csv, test.csv (lines "path label") and labels.txt into a folder.
 
-    Every class is dealt out on its own, so that each list has all classes in about the same shares.
-    The same files and seed give the same lists. Files of one source (one person, one film) belong
-    into one list only, which nothing here can know: then write the lists by hand.
+    `folder` must have a folder of videos or images for each class. The split is stratified: each
+    list has about the same share of every class. The same files and seed give the same lists.
+    Files of one source (one person, one film) should be in one list only. Sources are not detected,
+    so write the lists by hand for such data.
 
     Args:
-      val: share of each class to validate on.
-      test: share of each class to test on.
+      val: share of each class for validation.
+      test: share of each class for the test.
 
     Returns:
-      How many files each list has.
+      Number of files of each list.
 
     Raises:
-      UserError: shares that leave nothing to train on, no classes, a class with too few files, or
-        lists that are there and differ.
+      UserError: the shares leave no training data, there are no classes, a class has too few files,
+        or existing lists differ.
     """
     root = Path(folder).expanduser()
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         raise UserError(
-            f"val={val:g} and test={test:g} must be shares of 0 and more that leave some for "
+            f"val={val:g} and test={test:g} must be shares from 0 on that leave some for "
             "training, like 0.1 and 0.1"
         )
     classes = _classes(root)
@@ -59,8 +59,8 @@ def write_lists(
         path = root / name
         if path.exists() and path.read_text() != contents.get(name):
             raise UserError(
-                f"{path} is there and differs from what would be written: delete it, or keep your "
-                "own lists and labels.txt"
+                f"{path} exists and differs from the new list: delete it, or keep your own lists "
+                "and labels.txt"
             )
     for name, text in contents.items():
         write_whole(root / name, text)
@@ -70,8 +70,8 @@ def write_lists(
 def _classes(root: Path) -> dict[str, list[str]]:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: name the one that holds your classes' folders")
-    found = {child.name: _files(child) for child in sorted(root.iterdir()) if child.is_dir()}
-    classes = {name: files for name, files in found.items() if files}
+    contents = {child.name: _files(child) for child in sorted(root.iterdir()) if child.is_dir()}
+    classes = {name: files for name, files in contents.items() if files}
     if len(classes) < 2:
         raise UserError(
             f"{root} holds {len(classes)} folders with videos or images: there should be one for "

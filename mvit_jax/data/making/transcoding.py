@@ -1,4 +1,4 @@
-"""One video file made small and quick to take random clips from."""
+"""Re-encodes one video: small frames, and fast decoding of random clips."""
 
 import io
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ from mvit_jax.data.video import Index, Video
 
 @dataclass(frozen=True)
 class Encoding:
-    """How videos are encoded.
+    """Settings of the video encoder.
 
     Attributes:
-      short_side: pixels; larger frames are scaled down to it, smaller ones stay as they are.
-      gop: frames from one key frame to the next, so at most that many are decoded to get at one.
-      crf: x264's quantiser for constant quality, 0 (exact) to 51; lower is better and larger.
+      short_side: short side in pixels, even. Larger frames are scaled down to it; smaller frames
+        keep their size.
+      gop: distance of key frames in frames; random access decodes at most this many frames.
+      crf: x264's constant rate factor, 0 (exact) to 51; lower means better and larger.
 
     Raises:
-      UserError: a value out of range.
+      UserError: a value is out of range.
     """
 
     short_side: int = 256
@@ -48,8 +49,8 @@ class Encoded:
     """An encoded video.
 
     Attributes:
-      file: the bytes of an mp4 file, H.264, without sound.
-      index: where its frames are; frames a second are those of the original.
+      file: content of an mp4 file, H.264, without sound.
+      index: packet positions and times of the file; frames per second of the original.
     """
 
     file: bytes
@@ -57,18 +58,18 @@ class Encoded:
 
 
 def encode(file: str | bytes, encoding: Encoding, name: str | None = None) -> Encoded:
-    """Encodes a video anew: smaller frames, key frames at short distances, upright, no sound.
+    """Re-encodes a video with small frames, upright, frequent key frames and no sound.
 
-    Number of frames and their times of presentation stay as they are (where a file has no times
-    that can be trusted, frames follow each other at its average rate). The result is decoded once
-    to see that it holds them all.
+    The number of frames and their presentation times are preserved. If the times of a file are not
+    reliable, frames are spaced by its average rate. The result is decoded once to check that all
+    frames are present.
 
     Args:
       file: path or content of any file that `Video` reads.
-      name: what messages call the file; its path by default.
+      name: name of the file in messages; its path by default.
 
     Raises:
-      DecodeError: the file is broken, or cannot be encoded.
+      DecodeError: the file is broken or cannot be encoded.
     """
     with Video(file, name) as video:
         try:
@@ -77,7 +78,7 @@ def encode(file: str | bytes, encoding: Encoding, name: str | None = None) -> En
             raise DecodeError(video.path, f"it cannot be encoded ({error.strerror})") from error
         frames = _count(encoded)
         if frames != video.num_frames:
-            reason = f"of its {video.num_frames} frames {frames} are left after encoding"
+            reason = f"only {frames} of its {video.num_frames} frames are left after encoding"
             raise DecodeError(video.path, reason)
     return encoded
 
@@ -91,20 +92,20 @@ def _encode(video: Video, encoding: Encoding) -> Encoded:
         stream = None
         for number, picture in video.pictures(range(video.num_frames)):
             size = size if stream else _size(picture.width, picture.height, encoding.short_side)
-            turn = picture.rotation
+            degrees = picture.rotation
             picture = reformatter.reformat(
                 picture,
                 width=size[0],
                 height=size[1],
                 format="yuv420p",
-                # The matrix for pictures that are stored in RGB; others keep theirs.
+                # The conversion matrix for RGB pictures; others keep their own.
                 dst_colorspace=Colorspace.ITU601 if picture.format.is_rgb else None,
                 interpolation=Interpolation.BICUBIC,
                 threads=1,
             )
-            picture = _turned(picture, turn)
+            picture = _rotate(picture, degrees)
             picture.pts, picture.time_base = times[number], time_base
-            picture.pict_type = PictureType.NONE  # else that of the original would be kept
+            picture.pict_type = PictureType.NONE  # otherwise x264 keeps the original's type
             if stream is None:
                 stream = _stream(container, picture, encoding, video.fps)
                 stream.codec_context.time_base = time_base
@@ -123,7 +124,7 @@ def _index(file: bytes, fps: float) -> Index:
             offsets=[packet.pos or 0 for packet in packets],
             sizes=[packet.size for packet in packets],
             times=[packet.pts or 0 for packet in packets],
-            keys=[place for place, packet in enumerate(packets) if packet.is_keyframe],
+            keys=[number for number, packet in enumerate(packets) if packet.is_keyframe],
             extradata=stream.codec_context.extradata or b"",
             time_base=(base.numerator, base.denominator),
             fps=fps,
@@ -131,42 +132,42 @@ def _index(file: bytes, fps: float) -> Index:
 
 
 def _stream(container, picture: av.VideoFrame, encoding: Encoding, fps: float):
-    """The stream that takes pictures like this one."""
+    """Adds a video stream with the size and the colours of `picture`."""
     rate = Fraction(fps).limit_denominator(1001)
     options = {
-        "preset": "veryfast",  # medium takes three times as long for files as large
-        # Neither arithmetic coding nor loop filter: 8 % larger, decoded in half of the time.
+        "preset": "veryfast",  # medium takes three times as long and saves no bytes
+        # No arithmetic coding and no loop filter: 8 % larger, decoded in half of the time.
         "tune": "fastdecode",
         "crf": str(encoding.crf),
         "g": str(encoding.gop),
         "keyint_min": str(encoding.gop),
-        "sc_threshold": "0",  # no other key frames: they cost size, and clips gain nothing
-        # Frames to which no other refers need not be decoded unless they are wanted: three of
-        # four. (At key frames alone there are none.)
+        "sc_threshold": "0",  # no key frames at scene cuts, which cost bytes without use for clips
+        # Three of four frames are B-frames that no other frame refers to. They are not decoded
+        # unless a clip contains them. (With gop=1 there are none.)
         "bf": "3",
         "b_strategy": "0",
-        # Of its AVX-512 code for mbtree, equal frames come out as different bytes now and then.
+        # x264's AVX-512 code for mbtree sometimes gives different bytes for equal frames.
         "x264-params": "b-pyramid=none:mbtree=0",
     }
     stream = container.add_stream("libx264", rate=rate, options=options)
     stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
     codec = stream.codec_context
-    # One thread, as many videos are encoded at a time; and more would change the bytes.
+    # One thread: many videos are encoded in parallel, and more threads would change the bytes.
     codec.thread_count = 1
-    # Readers turn YUV into RGB by these, so that colours stay those of the original.
+    # Readers convert YUV to RGB by these properties, so the colours stay those of the original.
     codec.colorspace, codec.color_range = picture.colorspace, picture.color_range
     codec.color_primaries, codec.color_trc = picture.color_primaries, picture.color_trc
     return stream
 
 
 def _size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height after scaling, even, as the format wants; never enlarged."""
+    """Returns the scaled width and height, even as yuv420p requires, never enlarged."""
     scale = min(1.0, short_side / min(width, height))
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def _turned(picture: av.VideoFrame, degrees: int) -> av.VideoFrame:
-    """A picture in yuv420p turned counter-clockwise by a multiple of 90 degrees."""
+def _rotate(picture: av.VideoFrame, degrees: int) -> av.VideoFrame:
+    """Rotates a yuv420p picture counter-clockwise by a multiple of 90 degrees."""
     turns = round(degrees / 90) % 4
     if turns == 0:
         return picture
@@ -184,8 +185,8 @@ def _turned(picture: av.VideoFrame, degrees: int) -> av.VideoFrame:
 
 
 def _count(encoded: Encoded) -> int:
-    """How many frames a decoder gives, each at its time."""
+    """Counts the decoded frames with distinct presentation times."""
     with Video(encoded.file, index=encoded.index) as video:
         pictures = video.pictures(range(video.num_frames))
-        shown = {picture.pts for _, picture in pictures}
-    return len(shown)
+        times = {picture.pts for _, picture in pictures}
+    return len(times)

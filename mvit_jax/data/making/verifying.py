@@ -1,4 +1,4 @@
-"""Reading a data set end to end: what is broken in it, and whether its manifests tell the truth."""
+"""End-to-end checks of a data set: decode failures and wrong manifests."""
 
 import hashlib
 import os
@@ -18,12 +18,12 @@ from mvit_jax.data.video import why_broken
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in a split.
+    """Result of a split's check.
 
     Attributes:
-      split: its name.
-      videos: how many it lists.
-      problems: what is wrong, a sentence each.
+      split: name of the split.
+      videos: number of listed videos.
+      problems: one sentence per problem.
     """
 
     split: str
@@ -41,17 +41,17 @@ def check(
 ) -> list[Report]:
     """Decodes all of a data set of shards or of lists of files.
 
-    Of shards it also compares number, size, digest and content with the manifest.
+    For shards, also compares number, size, digest and content with the manifest.
 
     Args:
-      folder: holds manifests, or else lists, `*.csv`.
-      split: name of one split; None for all.
-      prefix: folder that relative paths of lists start at.
-      separator: what stands between path and label in lists; None for white space.
-      workers: threads that decode; None for one for each core.
+      folder: folder of manifests, or of lists (`*.csv`) if it has no manifests.
+      split: name of a split; None for all.
+      prefix: folder of the lists' relative paths, itself relative to `folder`.
+      separator: separator of path and label in lists; None for white space.
+      workers: decoding threads; None for one per core.
 
     Raises:
-      UserError: nothing to check there, or a list or manifest that cannot be read at all.
+      UserError: `folder` has no data set, or a list or manifest cannot be read.
     """
     root = Path(folder).expanduser().absolute()
     if not root.is_dir():
@@ -69,7 +69,7 @@ def check(
     for each in lists if name is None else [f"{name}.csv"]:
         videos = read_video_list(root, each, prefix=prefix, separator=separator, max_missing=2.0)
         title = each.removesuffix(".csv")
-        reports.append(Report(title, len(videos), tuple(_broken(title, videos, threads))))
+        reports.append(Report(title, len(videos), tuple(_decode_failures(title, videos, threads))))
     return reports
 
 
@@ -77,38 +77,40 @@ def _check_shards(root: Path, split: str, threads: int) -> Report:
     path = shards.manifest_path(root, split)
     manifest = shards.read_manifest(path)
     videos = sum(len(shard.ids) for shard in manifest.shards)
-    found = list(shards.problems(root, path, manifest))
-    found += _files(root, path, manifest)
-    if not found:  # else nothing can be opened, or each of its videos would be told
+    problems = list(shards.problems(root, path, manifest))
+    problems += _digest_mismatches(root, path, manifest)
+    if not problems:  # otherwise the split cannot be opened, or each video would be reported
         opened = shards.read_shards(root, split)
-        found += _broken(split, opened, threads)
-        found += _lies(path, manifest, opened)
-    return Report(split, videos, tuple(found))
+        problems += _decode_failures(split, opened, threads)
+        problems += _manifest_mismatches(path, manifest, opened)
+    return Report(split, videos, tuple(problems))
 
 
-def _files(root: Path, path: Path, manifest: shards.Manifest) -> Iterator[str]:
-    """What is wrong with the bytes of shards whose size is right, or with their count."""
+def _digest_mismatches(root: Path, path: Path, manifest: shards.Manifest) -> Iterator[str]:
+    """Yields a sentence for each shard of the right size whose digest is wrong."""
     for shard in manifest.shards:
         file = root / shard.file
         if not file.is_file() or file.stat().st_size != shard.size:
-            continue  # told already
+            continue  # reported by `shards.problems`
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != shard.sha256:
             yield (
                 f"the shard {file} was changed or damaged after {path.name} was written: copy it "
-                "again, or delete it and prepare the videos again, which makes it alone"
+                "again, or delete it and prepare the videos again, which writes only this shard"
             )
 
 
-def _lies(path: Path, manifest: shards.Manifest, opened: shards.ShardedVideos) -> Iterator[str]:
-    """Where the manifest says something else of a video than its record."""
+def _manifest_mismatches(
+    path: Path, manifest: shards.Manifest, opened: shards.ShardedVideos
+) -> Iterator[str]:
+    """Yields a sentence for each mismatch of the manifest and the records."""
     index = 0
     for shard in manifest.shards:
         records = shards.count_records(path.parent / shard.file) if shard.ids else 0
         if records != len(shard.ids):
             yield (
-                f"{path} says that {shard.file} has {len(shard.ids)} videos, and it has {records}: "
+                f"{path} records {len(shard.ids)} videos in {shard.file}, which has {records}: "
                 "delete both and prepare the videos again"
             )
         for frames in shard.frames:
@@ -116,18 +118,18 @@ def _lies(path: Path, manifest: shards.Manifest, opened: shards.ShardedVideos) -
                 with opened.opened(index, 1) as video:
                     if video.num_frames != frames:
                         yield (
-                            f"{path} says that {opened.ids[index]} has {frames} frames, and it has "
-                            f"{video.num_frames}: delete it and prepare the videos again"
+                            f"{path} records {frames} frames in {opened.ids[index]}, which has "
+                            f"{video.num_frames}: delete {path.name} and prepare the videos again"
                         )
             except DecodeError:
-                pass  # told already
+                pass  # reported by `_decode_failures`
             index += 1
 
 
-def _broken(title: str, videos: Source, threads: int) -> Iterator[str]:
-    def why(index: int) -> str | None:
+def _decode_failures(title: str, videos: Source, threads: int) -> Iterator[str]:
+    def problem(index: int) -> str | None:
         reason = why_broken(videos.opened(index, 1))
         return reason and f"{videos.item(index)} cannot be decoded: {reason}"
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from filter(None, shown(title, pool.map(why, range(len(videos))), len(videos)))
+        yield from filter(None, shown(title, pool.map(problem, range(len(videos))), len(videos)))

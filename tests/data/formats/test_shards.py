@@ -295,10 +295,10 @@ def test_check_finds_nothing_where_all_is_well(packed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["shards"][0]["frames"].__setitem__(0, 99), "has 99 frames, and it has 20"),
+        (lambda c: c["shards"][0]["frames"].__setitem__(0, 99), "records 99 frames in 0 a.mp4"),
         (lambda c: c["shards"][0].update(sha256="0"), "changed or damaged"),
         (lambda c: c["shards"][1].update(ids=c["shards"][1]["ids"][:1], labels=[2], frames=[22],
-                                         seconds=[1.0]), "has 1 videos, and it has 2"),
+                                         seconds=[1.0]), "of-00004.array_record, which has 2:"),
     ],
 )  # fmt: skip
 def test_check_finds_lies(change, message, copied):

@@ -87,7 +87,7 @@ def flipped(content, place):
         (lambda packed: flipped(packed, len(packed) // 2), "cannot be unpacked ("),
         (
             lambda packed: gzip.compress(flipped(gzip.decompress(packed), 20)),
-            "does not hold what Fashion-MNIST's file of this name does",
+            "is not Fashion-MNIST's file of this name",
         ),
         (gzip.decompress, "cannot be unpacked (not a gzipped file"),
     ],

@@ -41,7 +41,7 @@ def test_the_same_files_give_the_same_lists_and_others_are_kept(folder):
     before = (folder / "train.csv").read_text()
     write_lists(folder, val=0.1, test=0.2)
     assert (folder / "train.csv").read_text() == before
-    with pytest.raises(UserError, match=r"train\.csv is there and differs"):
+    with pytest.raises(UserError, match=r"train\.csv exists and differs"):
         write_lists(folder, val=0.1, test=0.2, seed=1)
     assert (folder / "train.csv").read_text() == before
     for list_file in folder.glob("*.csv"):
