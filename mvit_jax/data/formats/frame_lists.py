@@ -189,8 +189,8 @@ def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
         header = file.readline()
         if header.removeprefix(b"\xef\xbb\xbf").split() != _HEADER.split():
             raise UserError(
-                f"{list_file}, line 1 should be the header `{_HEADER.decode()}` of a list of "
-                f"frames, but is {header.decode(errors='replace').strip()[:80]!r}"
+                f"{list_file}, line 1 should be the header `{_HEADER.decode()}` of a "
+                f"frame list, but is {header.decode(errors='replace').strip()[:80]!r}"
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:

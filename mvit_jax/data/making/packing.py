@@ -213,11 +213,7 @@ def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
 
 
 def _finished(job: Job, recorded: dict[str, Shard]) -> Shard | None:
-    """Returns the manifest entry of a finished shard, or None for an unfinished shard.
-
-    Args:
-      recorded: the manifest's entries by file name.
-    """
+    """Returns a finished shard's manifest entry, from `recorded` or its note; None if unfinished."""
     shard = recorded.get(job.file)
     if shard is None:
         try:
