@@ -1,4 +1,4 @@
-"""Makes, packs, lists and checks data sets.
+"""Command-line program that makes, packs, lists and checks data sets.
 
     python -m mvit_jax.prepare moving_digits --out=DIR
 

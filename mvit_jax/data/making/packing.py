@@ -1,4 +1,4 @@
-"""Re-encodes the videos of a list and packs them into shards, on Apache Beam.
+"""Packing of a list's videos into shards, re-encoded, on Apache Beam.
 
 A shard is one element of the pipeline. A worker encodes the shard's videos, writes the shard
 atomically, and writes a note file with its manifest entry. The notes are merged into the manifest
@@ -213,7 +213,7 @@ def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
 
 
 def _finished(job: Job, recorded: dict[str, Shard]) -> Shard | None:
-    """Returns a finished shard's manifest entry, from `recorded` or its note; None if unfinished."""
+    """Returns a finished shard's entry, from `recorded` or its note; None if unfinished."""
     shard = recorded.get(job.file)
     if shard is None:
         try:

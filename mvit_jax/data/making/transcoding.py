@@ -1,4 +1,4 @@
-"""Re-encodes one video: small frames, and fast decoding of random clips."""
+"""Re-encoding of a video with small frames, for fast decoding of random clips."""
 
 import io
 from dataclasses import dataclass
