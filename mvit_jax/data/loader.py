@@ -1,4 +1,4 @@
-"""Loads the elements of batches in threads and worker processes (Grain), in their order."""
+"""Batches loaded in threads and worker processes by Grain, in order."""
 
 import multiprocessing
 import os
@@ -20,13 +20,13 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """Speed of the loading on one host; no batch depends on it.
+    """Threads, processes and timeout of the loading on one host; batches do not depend on them.
 
     Attributes:
-      threads: that load, in each process; 0 loads without prefetching.
-      processes: that load; 0 for this one alone. They are worth starting where Python's part of
-        the work, which threads do in turns, is large: small images, or many cores.
-      timeout: seconds that a batch may take; 0 for any time.
+      threads: loading threads of each process; 0 loads without prefetching.
+      processes: worker processes; 0 loads in this process. Worker processes help where threads
+        contend for Python's interpreter lock: with small images, or many cores.
+      timeout: seconds that a batch may take; 0 for no limit.
     """
 
     threads: int = 2
@@ -43,9 +43,9 @@ def batched(
     """Yields `batches` batches of `rows` elements each; closing the generator stops loading.
 
     Args:
-      load: a frozen dataclass, called with the number of an element, that returns a dictionary of
-        arrays. Its field `board` is a `watchdog.Board` or None, its field `videos` a `Source`.
-      prefetch: batches loaded ahead.
+      load: callable frozen dataclass that maps the number of an element to a dictionary of arrays.
+        Its field `reads` is a `watchdog.ActiveReads` or None, its field `videos` a `Source`.
+      prefetch: number of prefetched batches.
 
     Raises:
       HungError: while iterating, a batch takes longer than `options.timeout`.
@@ -53,45 +53,45 @@ def batched(
     if batches == 0:
         return
     processes, threads = options.processes, options.threads
-    others = frozenset(multiprocessing.active_children())
-    board = None
+    earlier_processes = frozenset(multiprocessing.active_children())
+    reads = None
     if options.timeout > 0:
-        # In each process as many elements are under way as its two buffers hold and its threads
-        # load; those of the processes take turns.
+        # Each process has at most the elements in its two buffers and in its threads under way.
+        # Elements are dealt to the processes in turn.
         slots = 4 * max(processes, 1) * (threads + prefetch * rows + 1)
-        board = watchdog.Board(slots, shared=processes > 0)
-        load = replace(load, board=board)
+        reads = watchdog.ActiveReads(slots, shared=processes > 0)
+        load = replace(load, reads=reads)
     iterator = iter(_dataset(load, batches, rows, options, prefetch))
-    batches_in_time, hangs = iterator, False
-    if board is not None:
-        batches_in_time = watchdog.within(
-            iterator, watchdog.Hung(options.timeout, board, load.videos.item, others)
+    limited, hangs = iterator, False
+    if reads is not None:
+        limited = watchdog.with_timeout(
+            iterator,
+            watchdog.Timeout(options.timeout, reads, load.videos.item, earlier_processes),
         )
     try:
-        yield from batches_in_time
+        yield from limited
     except HungError:
         hangs = True
         raise
     finally:
-        # Workers that were killed may have held locks that closing waits for.
+        # Closing may block for ever on a lock that a killed worker held.
         if not (hangs and processes > 0):
             iterator.close()
-        if board is not None:
-            board.close()
+        if reads is not None:
+            reads.close()
 
 
 def _dataset(load: Any, batches: int, rows: int, options: LoaderOptions, prefetch: int) -> Any:
-    # Elements, not batches, are spread over the threads, so that the first batch comes as early
-    # as can be. Stacking is left to the caller's thread: 0.8 ms for a clip of 16x224x224, which
-    # took 45 ms to decode.
+    # Threads load single elements, not batches, to minimise the time to the first batch. The
+    # caller's thread stacks them: 0.8 ms for a clip of 16x224x224, which took 45 ms to decode.
     reading = grain.ReadOptions(
         num_threads=options.threads, prefetch_buffer_size=max(options.threads, prefetch * rows)
     )
     dataset = grain.MapDataset.range(batches * rows).map(load).to_iter_dataset(reading)
     if options.processes > 0:
-        if not flags.FLAGS.is_parsed():  # as in a notebook or a plain script: workers read them
+        if not flags.FLAGS.is_parsed():  # in notebooks and plain scripts; Grain's workers read them
             flags.FLAGS.mark_as_parsed()
-        # What a worker has prefetched at the end is freed, but reported as if it were lost.
+        # Python warns of leaked shared memory at exit, although prefetched elements are freed.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         ahead = max(prefetch * rows // options.processes, 1)
         dataset = dataset.mp_prefetch(

@@ -1,10 +1,10 @@
 """Batches of clips for training and testing.
 
-The data of a run is a pure function of (seed, step). A step of `batch` clips decodes batch /
-repeats videos; video v of step s has the global index s * batch / repeats + v, which decides the
-file, the frames and every draw of their augmentation. So neither the number of hosts nor of
-processes and threads changes what a step sees, and a run resumes by starting at another step; there
-is no iterator state to store.
+The data of a run is a pure function of (seed, step). A training step of `batch` clips decodes batch
+/ repeats videos. Video v of step s has the global index s * batch / repeats + v. This index
+determines the file, the frames and all random draws of the augmentation. Hence the batches do not
+depend on the numbers of hosts, processes and threads. A run resumes by starting at another step; no
+iterator state is stored.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, batched
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import Source
 
-# What random numbers are drawn for: the first word of their seed, so that no two share a stream.
+# The purpose of random numbers is the first word of their seed, so that no two share a stream.
 _ORDER, _CLIP, _SHUFFLE = range(3)
 
 _ATTEMPTS = 10
@@ -32,23 +32,23 @@ _ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What a clip is.
+    """Frame sampling, size and augmentation of clips.
 
     Attributes:
-      frames: T, frames of a clip; 1 for images, which may be files of images or of videos.
+      frames: T, frames of a clip; 1 for images, from image files or video files.
       stride: tau, distance of neighbouring frames, see `sampling`.
       size: side of the square clip in pixels.
-      short_side: short side of the frames in pixels from which one test crop is cut; three
-        crops are cut from frames whose short side is `size`, as in the released code.
-      sampling: which frames of a video make a clip, see `sampling.train_indices`.
-      interpolation: how test frames are scaled, "bilinear" as for video or "bicubic" as for
+      short_side: short side in pixels to which test frames are scaled for a single crop. For three
+        crops the short side is `size`, as in the released code.
+      sampling: sampling of a clip's frames, see `sampling.train_indices`.
+      interpolation: interpolation of test frames, "bilinear" as for video or "bicubic" as for
         ImageNet; see `augmentation.resize`.
-      whole: whether test frames are squashed to the square, so that nothing is cut off: the
-        "resize" column of MViTv2's tables.
-      augmentation: what makes a training clip of decoded frames.
+      whole: scales whole test frames to the square instead of cropping; the "resize" column of
+        MViTv2's tables.
+      augmentation: augmentation of training clips.
 
     Raises:
-      UserError: `short_side` smaller than `size`.
+      UserError: `short_side` or the lower bound of `augmentation.jitter` is smaller than `size`.
     """
 
     frames: int
@@ -69,12 +69,12 @@ class ClipSettings:
         jitter = self.augmentation.jitter
         if jitter is not None and jitter[0] < self.size:
             raise UserError(
-                f"crops of {self.size} pixels cannot be cut from frames whose short side is drawn "
-                f"from {jitter[0]} on: raise the lower bound of the jitter, or lower the size"
+                f"crops of {self.size} pixels cannot be cut from frames whose short side may be "
+                f"{jitter[0]}: raise the lower bound of the jitter or lower the size"
             )
 
     def view_indices(self, video: Footage, clips: int) -> Int64[np.ndarray, "clips frames"]:
-        """Gives the frames of the test protocol's clips, see `sampling.view_indices`."""
+        """Returns the frame numbers of the test protocol's clips, see `sampling.view_indices`."""
         return sampling.view_indices(
             video.num_frames,
             video.fps,
@@ -98,36 +98,36 @@ def train_batches(
     loader: LoaderOptions = DEFAULT,
     prefetch: int = 2,
 ) -> Generator[Batch, None, None]:
-    """Gives the batches of steps `start` to `steps - 1`; closing the generator stops loading.
+    """Yields the batches of steps `start` to `steps - 1`; closing the generator stops loading.
 
-    Every epoch is a permutation of its own; an epoch may end within a batch. A video that cannot
-    be decoded is replaced by another one, drawn from (seed, global index), with its own label.
-    With repeats (Hoffer et al. 2020) the clips of a video are neighbours in the batch.
+    Each epoch has its own permutation of the videos and may end within a batch. A video that cannot
+    be decoded is replaced by another video and its label, drawn from (seed, global index). With
+    repeated augmentation (Hoffer et al. 2020) the clips of a video are neighbours in the batch.
 
     Args:
-      videos: the data set.
-      settings: what a clip is.
-      seed: of the run, not negative.
-      batch: clips per step, all hosts together.
-      steps: the step before which to end.
-      start: the step to begin with.
-      rows: the rows of the global batch that this host loads, contiguous; None for all. Like the
-        batch a multiple of `repeats`.
-      repeats: clips that are augmented out of the same decoded frames.
-      loader: threads, processes and time-out of the loading; the batches do not depend on it.
-      prefetch: batches loaded ahead.
+      videos: data set.
+      settings: frame sampling, size and augmentation of the clips.
+      seed: seed of the run, not negative.
+      batch: clips per step over all hosts, a multiple of `repeats`.
+      steps: first step that is not yielded.
+      start: first step.
+      rows: contiguous rows of the global batch that this host loads; None for all. Start and
+        length are multiples of `repeats`.
+      repeats: clips augmented from the same decoded frames.
+      loader: threads, processes and timeout of the loading; the batches do not depend on them.
+      prefetch: number of prefetched batches.
 
     Yields:
       "clip", uint8 `[rows, T, size, size, 3]`, RGB; "label", int32 `[rows]`, or uint8 `[rows,
-      classes]` where a video has any number of classes; "broken", int32 `[rows]`, place in
-      `videos` of the video that was asked for but could not be decoded (`decoding.why_broken`
-      tells the reason), or -1.
+      classes]`, multi-hot; "broken", int32 `[rows]`, index of the video that was drawn first and
+      could not be decoded, or -1. `video.why_broken` returns the reason of a decode failure.
 
     Raises:
-      UserError: while iterating, ten videos in a row cannot be decoded.
-      HungError: while iterating, a batch does not come in time.
+      UserError: `repeats` does not divide the batch or the rows; while iterating, ten videos in a
+        row cannot be decoded.
+      HungError: while iterating, a batch takes longer than `loader.timeout`.
     """
-    rows = _checked(rows, batch)
+    rows = _check_rows(rows, batch)
     if batch % repeats or rows.start % repeats or len(rows) % repeats:
         raise UserError(
             f"a batch of {batch} clips, {len(rows)} of them on this host, does not divide into "
@@ -135,7 +135,8 @@ def train_batches(
         )
     decoded = range(rows.start // repeats, rows.stop // repeats)
     load = _TrainElements(videos, settings, seed, batch // repeats, start, decoded, repeats)
-    return _merged(batched(load, max(steps - start, 0), len(decoded), loader, prefetch))
+    batches = batched(load, max(steps - start, 0), len(decoded), loader, prefetch)
+    return _flatten_repeats(batches)
 
 
 def test_batches(
@@ -150,27 +151,29 @@ def test_batches(
     loader: LoaderOptions = DEFAULT,
     prefetch: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Gives the views of every video, each video once, in order, in batches of one shape.
+    """Yields batches of the views of every video, each video once, in order.
 
-    Arguments that are not named here are as for `train_batches`.
+    All batches have the same shape. Other arguments are as for `train_batches`.
 
     Args:
-      clips: K, clips spread evenly over a video; of several numbers, the clips of each in turn.
-      crops: squares cut from each clip, 1 or 3.
-      batch: videos per batch, all hosts together; the last batch is padded.
-      shuffle_seed: if given, the frames of each clip are permuted, by draws from
-        (shuffle_seed, place of the video): the test of Fan et al. 2021, table 9.
+      clips: K, clips spread evenly over a video. For several numbers, the clips of each number
+        follow each other.
+      crops: crops of each clip, 1 or 3.
+      batch: videos per batch over all hosts; the last batch is padded.
+      shuffle_seed: permutes the frames of each clip, drawn from (shuffle_seed, index of the video),
+        as the test of Fan et al. 2021, table 9; None to keep their order.
 
     Yields:
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
-      first; "label", int32 `[rows]`, or uint8 `[rows, classes]`; "video", int32 `[rows]`, place
-      in `videos`, or -1 for padding; "valid", bool `[rows]`, False for padding and for videos that
-      cannot be decoded (`decoding.why_broken` tells the reason), whose clips are black.
+      first; "label", int32 `[rows]`, or uint8 `[rows, classes]`; "video", int32 `[rows]`, index of
+      the video, or -1 for padding; "valid", bool `[rows]`, False for padding and for videos that
+      cannot be decoded, whose clips are black. `video.why_broken` returns the reason of a decode
+      failure.
 
     Raises:
-      HungError: while iterating, a batch does not come in time.
+      HungError: while iterating, a batch takes longer than `loader.timeout`.
     """
-    rows = _checked(rows, batch)
+    rows = _check_rows(rows, batch)
     counts = (clips,) if isinstance(clips, int) else tuple(clips)
     load = _TestElements(videos, settings, counts, crops, batch, rows, shuffle_seed)
     return batched(load, -(-len(videos) // batch), len(rows), loader, prefetch)
@@ -179,13 +182,13 @@ def test_batches(
 def load_train_clips(
     videos: Source, index: int, settings: ClipSettings, rng: np.random.Generator, repeats: int = 1
 ) -> tuple[UInt8[np.ndarray, "repeats frames size size 3"], Any]:
-    """Decodes the frames of one random clip of element `index`, augments them `repeats` times.
+    """Decodes one random clip of element `index` and augments it `repeats` times.
 
     Returns:
-      The clips, and the label, see `Source.label`.
+      The clips, and their label, see `Source.label`.
 
     Raises:
-      DecodeError: the file is broken.
+      DecodeError: the element cannot be decoded.
     """
     with videos.opened(index, settings.frames) as video:
         indices = sampling.train_indices(
@@ -215,10 +218,10 @@ def load_views(
     crops: int,
     shuffle: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "views frames size size 3"]:
-    """Decodes the views of the test protocol: `views` of element `index`.
+    """Returns the test protocol's views of element `index`, see `views`.
 
     Raises:
-      DecodeError: it cannot be decoded, or is an image where a clip has several frames.
+      DecodeError: the element cannot be decoded, or is an image although clips have several frames.
     """
     with videos.opened(index, settings.frames) as video:
         return views(video, settings, clips=clips, crops=crops, shuffle=shuffle)
@@ -232,9 +235,14 @@ def views(
     crops: int,
     shuffle: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "views frames size size 3"]:
-    """Gives the views of the test protocol, the crops of the first clip first.
+    """Returns the test protocol's views of a video, the crops of the first clip first.
 
-    `clips` and `crops` are as for `test_batches`; `shuffle` permutes the frames of each clip.
+    Args:
+      video: opened video, image or frames.
+      settings: frame sampling and size of the clips.
+      clips: clips of the video, as for `test_batches`.
+      crops: crops of each clip, 1 or 3.
+      shuffle: generator that permutes the frames of each clip; None to keep their order.
 
     Raises:
       DecodeError: the file is broken.
@@ -244,16 +252,16 @@ def views(
     if shuffle is not None:
         indices = shuffle.permuted(indices, axis=1)
     # Clips of a short video share frames: each is decoded and resized once.
-    wanted, places = np.unique(indices, return_inverse=True)
-    cropped = crops_of(video.frames(wanted), settings, crops)
-    by_clip = np.moveaxis(cropped[:, places.reshape(indices.shape)], 1, 0)
+    distinct, inverse = np.unique(indices, return_inverse=True)
+    cropped = crops_of(video.frames(distinct), settings, crops)
+    by_clip = np.moveaxis(cropped[:, inverse.reshape(indices.shape)], 1, 0)
     return by_clip.reshape(len(indices) * crops, *by_clip.shape[2:])
 
 
 def crops_of(
     frames: UInt8[np.ndarray, "frames height width 3"], settings: ClipSettings, crops: int
 ) -> UInt8[np.ndarray, "{crops} frames size size 3"]:
-    """Frames scaled and cropped as the test protocol has it."""
+    """Returns the test protocol's crops of the scaled frames."""
     size = settings.size
     if settings.whole:
         return augmentation.resize(frames, size, size, settings.interpolation)[None]
@@ -264,15 +272,14 @@ def crops_of(
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(videos: int, seed: int, epoch: int) -> Int64[np.ndarray, " videos"]:
-    """Gives the order of an epoch: a permutation of `range(videos)`, from (seed, epoch)."""
-    order = _generator(_ORDER, seed, epoch).permutation(videos)
-    order.flags.writeable = False  # it is shared by all who ask
+    """Returns the video order of an epoch: a permutation of `range(videos)` from (seed, epoch)."""
+    order = _make_rng(_ORDER, seed, epoch).permutation(videos)
+    order.flags.writeable = False  # the cache returns the same array to all callers
     return order
 
 
-# These are objects rather than closures, so that they can be sent to other processes. repr=False:
-# Grain prints them when an iterator is made, and with them all of the data set, 13 s for 55,000
-# images in memory.
+# Dataclasses rather than closures, so that they can be pickled for worker processes. repr=False:
+# Grain formats them when it makes an iterator, which took 13 s for 55,000 images in memory.
 @dataclass(frozen=True, eq=False, repr=False)
 class _TrainElements:
     videos: Source
@@ -282,20 +289,20 @@ class _TrainElements:
     start: int
     rows: range
     repeats: int
-    board: watchdog.Board | None = None
+    reads: watchdog.ActiveReads | None = None
 
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
         index = (self.start + step) * self.batch + self.rows[row]
-        epoch, place = divmod(index, len(self.videos))
-        asked = video = int(epoch_order(len(self.videos), self.seed, epoch)[place])
+        epoch, position = divmod(index, len(self.videos))
+        drawn = video = int(epoch_order(len(self.videos), self.seed, epoch)[position])
         failure = None
         for attempt in range(_ATTEMPTS):
-            rng = _generator(_CLIP, self.seed, index, attempt)
+            rng = _make_rng(_CLIP, self.seed, index, attempt)
             if attempt > 0:
                 video = int(rng.integers(len(self.videos)))
             try:
-                with watchdog.noted(self.board, element, video):
+                with watchdog.record_read(self.reads, element, video):
                     clips, label = load_train_clips(
                         self.videos, video, self.settings, rng, self.repeats
                     )
@@ -303,11 +310,11 @@ class _TrainElements:
                 failure = error
                 continue
             label = np.asarray(label, np.int32 if np.ndim(label) == 0 else np.uint8)
-            broken = np.full(self.repeats, -1 if failure is None else asked, np.int32)
+            broken = np.full(self.repeats, -1 if failure is None else drawn, np.int32)
             return {"clip": clips, "label": np.stack([label] * self.repeats), "broken": broken}
         raise UserError(
-            f"{_ATTEMPTS} videos drawn from {self.videos.list_file} one after the other cannot be "
-            f"decoded, so check what it holds; the last failure: {failure}"
+            f"{_ATTEMPTS} videos drawn from {self.videos.list_file} in a row cannot be decoded: "
+            f"check its files; the last failure: {failure}"
         )
 
 
@@ -320,7 +327,7 @@ class _TestElements:
     batch: int
     rows: range
     shuffle_seed: int | None
-    board: watchdog.Board | None = None
+    reads: watchdog.ActiveReads | None = None
 
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
@@ -330,8 +337,8 @@ class _TestElements:
             video = -1  # padding
         else:
             seed = self.shuffle_seed
-            rng = None if seed is None else _generator(_SHUFFLE, seed, video)
-            with contextlib.suppress(DecodeError), watchdog.noted(self.board, element, video):
+            rng = None if seed is None else _make_rng(_SHUFFLE, seed, video)
+            with contextlib.suppress(DecodeError), watchdog.record_read(self.reads, element, video):
                 label = self.videos.label(video)
                 views = load_views(
                     self.videos, video, settings, clips=self.clips, crops=self.crops, shuffle=rng
@@ -351,20 +358,20 @@ class _TestElements:
         }
 
     def _blank_label(self) -> Any:
-        """Zeros in the shape of a label; those of a source are all of one kind."""
+        """Returns zeros in the shape of the first label; all labels of a source have one shape."""
         with contextlib.suppress(DecodeError):
             return np.zeros_like(self.videos.label(0))
         return 0
 
 
-def _merged(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    """Repeats of videos `[videos, repeats, ...]` as clips one after the other."""
+def _flatten_repeats(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """Reshapes `[videos, repeats, ...]` to `[videos * repeats, ...]`."""
     with contextlib.closing(batches):
         for batch in batches:
             yield {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
 
 
-def _checked(rows: range | None, batch: int) -> range:
+def _check_rows(rows: range | None, batch: int) -> range:
     if rows is None:
         return range(batch)
     if len(rows) == 0 or rows.step != 1 or rows.start < 0 or rows.stop > batch:
@@ -372,7 +379,7 @@ def _checked(rows: range | None, batch: int) -> range:
     return rows
 
 
-def _generator(purpose: int, seed: int, index: int, attempt: int = 0) -> np.random.Generator:
-    # Always four words: NumPy fills shorter seeds up with zeros, so (a, b) and (a, b, 0) would
-    # give the same numbers.
+def _make_rng(purpose: int, seed: int, index: int, attempt: int = 0) -> np.random.Generator:
+    # Always four words: NumPy pads shorter seeds with zeros, so (a, b) and (a, b, 0) would have
+    # the same stream.
     return np.random.default_rng((purpose, seed, index, attempt))

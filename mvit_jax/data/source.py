@@ -1,4 +1,4 @@
-"""What a data set is before anything is decoded, and which of its readers opens it."""
+"""The interface of data sets, and the choice of the reader that opens one."""
 
 import os
 import zlib
@@ -19,16 +19,16 @@ from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.images import Footage
 
 SOURCES = ("list", "folders", "shards", "ssv2", "charades", "synthetic")
-"""What `open_source` reads besides TFDS's sets."""
+"""Values of `data.source`, besides which `open_source` reads TFDS data sets."""
 
 
 @runtime_checkable  # for beartype, in the tests
 class Source(Protocol):
-    """One split of a data set: all that training and testing need to know of where it lies.
+    """One split of a data set, before decoding: its labels, class names and elements.
 
-    Elements may be asked for in any order, from several threads at a time, and from other
-    processes, which a source can be sent to; new ones, as a fork leaves behind the threads of
-    array_record's readers, and may hang. The same index means the same element on every machine.
+    Elements may be read in any order and from several threads at once. A source can be pickled and
+    sent to spawned processes. Forked processes lack the threads of array_record's readers and may
+    hang. An index refers to the same element on every machine.
     """
 
     @property
@@ -38,7 +38,7 @@ class Source(Protocol):
 
     @property
     def list_file(self) -> str:
-        """What messages call the split, for example the path of its list."""
+        """Name of the split in messages, for example the path of its list."""
         ...
 
     def __len__(self) -> int: ...
@@ -46,35 +46,35 @@ class Source(Protocol):
     def label(
         self, index: int, frames: Int[np.ndarray, " frames"] | None = None
     ) -> int | UInt8[np.ndarray, " classes"]:
-        """What element `index` shows.
+        """Returns the label of element `index`.
 
         Args:
-          index: the element.
-          frames: the frame numbers of a clip, where its own labels are asked for rather than those
-            of the whole video. They differ only where frames have labels (Charades): a clip's are
-            those of any frame from its first to its last.
+          index: number of the element.
+          frames: frame numbers of a clip; the label is then that of the clip. It differs from the
+            video's only where frames have labels (Charades): a clip has the classes of all frames
+            from its first to its last.
 
         Returns:
-          The class, in `range(len(class_names))`; where an element may have any number of classes,
-          and none, 1 for each that it has and 0 for the rest. All labels of a source are of one
+          The class, in `range(len(class_names))`. In multi-label data sets a multi-hot vector, 1
+          for each class of the element, which may have none. All labels of a source are of one
           kind.
 
         Raises:
           DecodeError: the label cannot be read.
         """
-        # Of one element, as a set that knows its labels only by reading its images may be large.
+        # One label at a time: some data sets store labels with the images, and may be large.
         ...
 
     def item(self, index: int) -> str:
-        """What messages call element `index`: something that a user can find, like its path."""
+        """Returns the name of element `index` for messages, by which a user can locate it."""
         ...
 
     def opened(self, index: int, clip_frames: int) -> AbstractContextManager[Footage]:
         """Opens element `index` for clips of `clip_frames` frames.
 
         Raises:
-          DecodeError: on entering, it is missing or broken, or an image where a clip has several
-            frames.
+          DecodeError: on entering, the element is missing or broken, or is an image although
+            `clip_frames` is above 1.
         """
         ...
 
@@ -91,47 +91,47 @@ def open_source(
     multi_label: bool = False,
     max_missing: float = 0.0,
 ) -> Source:
-    """Opens a split of a data set by the config's keys of these names (`data.*`).
+    """Opens a split of a data set; most arguments are config keys of the same name (`data.*`).
 
     Args:
-      folder: where the data set lies; None does for synthetic videos alone.
-      list_name: the list, folder or split in it, of train, val or test.
+      folder: folder of the data set; None only for synthetic videos.
+      list_name: name of the training, validation or test list in `folder`, or of such a folder or
+        split.
       source: one of `SOURCES`.
-      tfds: a set that TFDS has prepared, instead of a source.
-      train_list: the list of training, whose folders number the classes.
-      prefix: set before each path of a list.
-      separator: of path and label in a list; None for white space.
-      multi_label: whether an element may have any number of classes.
-      max_missing: share of a list's files at which missing ones are an error.
+      tfds: name of a data set prepared by TFDS; replaces `source`.
+      train_list: name of the training list, whose subfolders define the classes of class folders.
+      prefix: folder of the relative paths of a list.
+      separator: separator of path and label in a list; None for white space.
+      multi_label: True if an element may have any number of classes.
+      max_missing: share of missing files from which on a list is an error.
 
     Raises:
-      UserError: no such source, a folder or a file that is missing or is not what it should be,
-        or a source that has one label for each video where there may be several, and vice versa.
+      UserError: unknown source, a missing or malformed folder or file, or a source that does not
+        match `multi_label`.
     """
     if source not in SOURCES:
         raise UserError(
-            f"data.source is {source!r}, which is none of {', '.join(SOURCES)}: name one of them"
+            f"data.source is {source!r}, which is none of {', '.join(SOURCES)}: set one of them"
         )
     kind = source if tfds is None else f"data.tfds={tfds}"
     if source == "synthetic" and tfds is None:
         return Synthetic(multi_label=multi_label)
     if multi_label and kind != "charades":
         raise UserError(
-            f"data.multi_label is on, but of the source {kind} each video has one label: turn it "
-            "off, or name another data.source"
+            f"data.multi_label is on, but each video of the source {kind} has one label: turn it "
+            "off, or set another data.source"
         )
     if kind == "charades" and not multi_label:
         raise UserError(
-            "a video of Charades has any number of labels: set data.multi_label=True, or name "
+            "a video of Charades has any number of labels: set data.multi_label=True, or set "
             "another data.source"
         )
     if folder is None:
         raise UserError(
-            "the config names no data folder: give --config.data.folder=DIR, or to evaluate "
-            "--data=DIR"
+            "data.folder is not set: pass --config.data.folder=DIR, or --data=DIR to the evaluation"
         )
     if not list_name:
-        raise UserError("the name of the list is empty: name one, like train.csv")
+        raise UserError("the name of the list is empty: set one, like train.csv")
     folder = Path(folder).expanduser()
     if tfds is not None:
         return read_split(tfds, str(folder), list_name)
@@ -146,9 +146,9 @@ def open_source(
     if source == "charades":
         return read_charades(folder, list_name, prefix=prefix)
     if folder.is_dir() and not (folder / "labels.txt").exists():
-        # Counted from one list, the number of classes could differ from another's.
+        # Without names, the classes would be counted, and the splits' counts could differ.
         raise UserError(
-            f"there is no labels.txt in {folder}: write the names of the classes there, one a "
+            f"there is no labels.txt in {folder}: write the names of the classes there, one per "
             "line, label 0 first"
         )
     return read_video_list(
@@ -157,13 +157,15 @@ def open_source(
 
 
 def fingerprint(videos: Source) -> dict[str, int]:
-    """What tells whether two hosts have the same split, wherever each has its folder.
+    """Returns counts and a checksum, equal on hosts that have the same split.
+
+    The checksum does not depend on the folder of the data set.
 
     Returns:
-      The numbers of "videos" and of "classes", and a checksum of all their "names in order".
+      "videos" and "classes", their numbers; "names in order", the CRC-32 of all their names.
     """
     items = [videos.item(i).removesuffix(f" of {videos.list_file}") for i in range(len(videos))]
-    folder = len(os.path.commonprefix(items))  # noqa: RUF071, of ids too
+    folder = len(os.path.commonprefix(items))  # noqa: RUF071, names may be ids
     names = [*videos.class_names, *(item[folder:] for item in items)]
     return {
         "videos": len(videos),

@@ -1,7 +1,7 @@
-"""Ends a wait for clips that never come: a disk, a network file system or a worker that hangs.
+"""Timeouts for loading batches, for disks, network file systems and workers that hang.
 
-Nothing can interrupt a thread that hangs in a read, so batches are asked for in a thread of their
-own, and the caller stops waiting for it.
+A thread that hangs in a read cannot be interrupted. Therefore a separate thread loads the batches,
+and the caller stops blocking on this thread after the timeout.
 """
 
 import multiprocessing
@@ -18,18 +18,18 @@ from typing import Any
 
 from mvit_jax.common.errors import HungError
 
-_SLOT = struct.Struct("qq")  # number of the element plus 1, or 0 for none; index of its video
+_SLOT = struct.Struct("qq")  # number of the element plus 1, or 0 if free; index of its video
 
 
-class Board:
-    """What is being read now, by all threads of all processes that load.
+class ActiveReads:
+    """A table of the videos being read by all threads of all loading processes.
 
-    Worker processes may be stopped at any moment, so each element that is under way has a place of
-    its own, which is overwritten and never locked.
+    Each element under way has its own slot, which is overwritten without a lock: a worker process
+    that is stopped could hold a lock for ever.
 
     Args:
-      slots: more than elements are ever under way.
-      shared: whether other processes write on it; this board is then sent to them.
+      slots: number of slots, above the number of elements ever under way.
+      shared: True if worker processes write to the table, which is then pickled for them.
     """
 
     def __init__(self, slots: int, shared: bool) -> None:
@@ -38,17 +38,17 @@ class Board:
         self._memory = SharedMemory(create=True, size=size) if shared else bytearray(size)
 
     @contextmanager
-    def note(self, element: int, video: int) -> Iterator[None]:
-        """Says that `video` is read, for `element` of the batches."""
-        place = element % self._slots * _SLOT.size
-        _SLOT.pack_into(self._bytes, place, element + 1, video)
+    def record(self, element: int, video: int) -> Iterator[None]:
+        """Records that `video` is being read for `element` while the context is open."""
+        offset = element % self._slots * _SLOT.size
+        _SLOT.pack_into(self._bytes, offset, element + 1, video)
         try:
             yield
         finally:
-            _SLOT.pack_into(self._bytes, place, 0, 0)
+            _SLOT.pack_into(self._bytes, offset, 0, 0)
 
     def oldest(self) -> int | None:
-        """The video of the first element that is being read: the one that its batch waits for."""
+        """Returns the video of the first element being read, which blocks the next batch."""
         slots = (_SLOT.unpack_from(self._bytes, i * _SLOT.size) for i in range(self._slots))
         return min((slot for slot in slots if slot[0] > 0), default=(0, None))[1]
 
@@ -62,74 +62,77 @@ class Board:
         return self._memory.buf if isinstance(self._memory, SharedMemory) else self._memory
 
 
-def noted(board: Board | None, element: int, video: int) -> AbstractContextManager[None]:
-    return nullcontext() if board is None else board.note(element, video)
+def record_read(
+    reads: ActiveReads | None, element: int, video: int
+) -> AbstractContextManager[None]:
+    return nullcontext() if reads is None else reads.record(element, video)
 
 
 @dataclass(frozen=True)
-class Hung:
-    """What to say when nothing comes, and which worker processes to end.
+class Timeout:
+    """A time limit of batches, and the error raised after it.
 
     Attributes:
-      timeout: seconds.
-      board: what is being read.
-      name: of a video, given its index.
-      others: processes that were there before those that load.
+      seconds: time limit of a batch.
+      reads: videos being read.
+      name: returns the name of a video for messages from its index.
+      earlier_processes: child processes older than the workers.
     """
 
-    timeout: float
-    board: Board
+    seconds: float
+    reads: ActiveReads
     name: Callable[[int], str]
-    others: frozenset[BaseProcess]
+    earlier_processes: frozenset[BaseProcess]
 
     def error(self) -> HungError:
-        video = self.board.oldest()
-        workers = set(multiprocessing.active_children()) - self.others
+        """Kills the worker processes and returns the error that names the blocking video."""
+        video = self.reads.oldest()
+        workers = set(multiprocessing.active_children()) - self.earlier_processes
         for worker in workers:
-            worker.kill()  # it may be stopped, and then takes no other signal
+            worker.kill()  # a stopped process reacts to no other signal
         if video is not None:
-            doing = f"{self.name(video)} is still being read (is its file system there?)"
+            cause = f"{self.name(video)} is still being read (is its file system reachable?)"
         elif workers:
-            doing = f"a process of the {len(workers)} that load is stopped or stuck"
+            cause = f"one of {len(workers)} loading processes is stopped or stuck"
         else:
-            doing = "what is being read is not known"
+            cause = "no video is being read, so the cause is unknown"
         return HungError(
-            f"host {socket.gethostname()} has waited data.timeout={self.timeout:g} s for a batch "
-            f"of clips, and {doing}: mend that and give the same command again, or raise "
-            "data.timeout where loading is merely slow"
+            f"no batch of clips arrived on host {socket.gethostname()} within "
+            f"data.timeout={self.seconds:g} s: {cause}; repair this and repeat the command, or "
+            "raise data.timeout if loading is merely slow"
         )
 
 
-def within(iterator: Iterator[Any], hung: Hung) -> Iterator[Any]:
-    """Gives what `iterator` gives, each element asked for when it is wanted.
+def with_timeout(iterator: Iterator[Any], timeout: Timeout) -> Iterator[Any]:
+    """Yields the elements of `iterator`, each requested only when the caller needs it.
 
     Raises:
-      HungError: an element takes longer than `hung.timeout`. The iterator then still hangs.
+      HungError: an element takes longer than `timeout.seconds`. The iterator then still hangs.
     """
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-    def answer() -> None:
-        while wanted.get():
+    def serve() -> None:
+        while requests.get():
             try:
-                answers.put((next(iterator), None))
-            except BaseException as error:  # whatever it is, it belongs to the caller
-                answers.put((None, error))
+                results.put((next(iterator), None))
+            except BaseException as error:  # re-raised in the caller's thread
+                results.put((None, error))
                 return
 
-    # A daemon: Python does not wait for it at the end.
-    threading.Thread(target=answer, name="batches", daemon=True).start()
+    # A daemon thread does not block the interpreter's exit.
+    threading.Thread(target=serve, name="batches", daemon=True).start()
     try:
         while True:
-            wanted.put(True)
+            requests.put(True)
             try:
-                element, error = answers.get(timeout=hung.timeout)
+                element, error = results.get(timeout=timeout.seconds)
             except queue.Empty:
-                raise hung.error() from None
+                raise timeout.error() from None
             if isinstance(error, StopIteration):
                 return
             if error is not None:
                 raise error
             yield element
     finally:
-        wanted.put(False)
+        requests.put(False)

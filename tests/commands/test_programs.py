@@ -268,7 +268,7 @@ TRAIN = "--config=configs/moving_digits.py"
         ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
         ([TRAIN + ":resnet"], "has the models mvit and vit, not 'resnet'"),
         (["--config=configs/no.py"], "there is no config file configs/no.py"),
-        (["--config=configs/kinetics.py"], "give --config.data.folder=DIR"),
+        (["--config=configs/kinetics.py"], "pass --config.data.folder=DIR"),
         ([], "give --config=configs/moving_digits.py and --workdir=DIR"),
         ([TRAIN, "--config.data.folder=/nowhere"], "no data folder /nowhere"),
         ([TRAIN, "--confg=1"], "Unknown command line flag 'confg'"),
@@ -316,7 +316,7 @@ def change_list(data, old, new):
         (
             lambda d: None,
             {"augment.jitter": (20, 40)},
-            "short side is drawn from 20 on: raise the lower bound",
+            "short side may be 20: raise the lower bound",
         ),
         (lambda d: None, {"epochs": 0.0}, "epochs must be above 0"),
         (lambda d: None, {"accumulate": 3}, "accumulate=3"),

@@ -195,7 +195,8 @@ def test_broken_videos_are_replaced_and_reported(mixed):
 def test_nothing_but_broken_videos_ends_in_one_sentence(tmp_path, options):
     for index in range(3):
         (tmp_path / f"{index}.mp4").write_text("hello")
-    listed, failure = f"10 videos drawn from {tmp_path}/list.csv one", f"last failure: {tmp_path}/"
+    listed = f"10 videos drawn from {tmp_path}/list.csv in a row"
+    failure = f"last failure: {tmp_path}/"
     with refused(listed, failure, ".mp4 cannot be decoded: it is not a video"):
         train(write_list(tmp_path, 3), **options)
 

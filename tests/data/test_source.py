@@ -144,10 +144,10 @@ def test_arguments_reach_their_reader(root, tmp_path, monkeypatch):
     ("arguments", "expected"),
     [
         ({"source": "lists"}, "data.source is 'lists', which is none of list, folders, shards, ss"),
-        ({"multi_label": True}, "data.multi_label is on, but of the source list each video has"),
-        ({"multi_label": True, "tfds": "x"}, "but of the source data.tfds=x each video has one"),
+        ({"multi_label": True}, "data.multi_label is on, but each video of the source list has"),
+        ({"multi_label": True, "tfds": "x"}, "each video of the source data.tfds=x has one label"),
         ({"source": "charades"}, "any number of labels: set data.multi_label=True"),
-        ({"folder": None}, "the config names no data folder: give --config.data.folder=DIR"),
+        ({"folder": None}, "data.folder is not set: pass --config.data.folder=DIR"),
         ({"list_name": ""}, "the name of the list is empty"),
         ({}, "there is no labels.txt in {0}: write the names of the classes there"),
         ({"folder": "{0}/gone"}, "`python -m mvit_jax.prepare moving_digits --out={0}/gone`"),

@@ -84,11 +84,12 @@ def test_a_batch_that_comes_in_time_is_the_same_and_so_are_errors():
         yield 1
         raise KeyError("two")
 
-    hung = watchdog.Hung(30.0, watchdog.Board(1, shared=False), str, frozenset())
-    given = watchdog.within(fails(), hung)
-    assert next(given) == 1
+    reads = watchdog.ActiveReads(1, shared=False)
+    timeout = watchdog.Timeout(30.0, reads, str, frozenset())
+    elements = watchdog.with_timeout(fails(), timeout)
+    assert next(elements) == 1
     with pytest.raises(KeyError, match="two"):
-        next(given)
+        next(elements)
 
 
 def test_the_thread_that_asks_ends_with_the_iterator():
@@ -102,18 +103,18 @@ def test_the_thread_that_asks_ends_with_the_iterator():
     until(lambda: not asking())
 
 
-def test_a_board_tells_the_oldest_of_what_is_read_in_all_processes():
-    board = watchdog.Board(16, shared=True)
-    assert board.oldest() is None
-    with board.note(21, 5), board.note(19, 7):
-        assert board.oldest() == 7
+def test_the_oldest_read_of_all_processes_is_returned():
+    reads = watchdog.ActiveReads(16, shared=True)
+    assert reads.oldest() is None
+    with reads.record(21, 5), reads.record(19, 7):
+        assert reads.oldest() == 7
         context = multiprocessing.get_context("spawn")
         with context.Pool(1) as pool:
-            assert pool.apply(watchdog.Board.oldest, [board]) == 7
-    with pytest.raises(ValueError), board.note(3, 1):
-        raise ValueError  # a broken video
-    assert board.oldest() is None
-    board.close()
+            assert pool.apply(watchdog.ActiveReads.oldest, [reads]) == 7
+    with pytest.raises(ValueError), reads.record(3, 1):
+        raise ValueError  # a decode failure
+    assert reads.oldest() is None
+    reads.close()
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_a_folder_removed_in_mid_run_ends_it_and_costs_no_step(digits, tmp_path,
     folder = str(tmp_path / "run")
     changes = {"epochs": 6.0, "data.processes": processes, "data.threads": 1}  # 18 steps
     config = tiny.config(data, **(tiny.RECIPE | changes))
-    told = pytest.raises(UserError, match=r"cannot be decoded, so check what it holds")
+    told = pytest.raises(UserError, match=r"cannot be decoded: check its files")
     with group.at_step(3, lambda: videos.rename(elsewhere)), told:
         train.train(config, folder)
     step = Checkpoints(folder).step()
