@@ -1,4 +1,4 @@
-"""Still images, with Pillow's values, and the frames that they and arrays give."""
+"""Still images with the pixel values of Pillow, and the interface of opened videos and images."""
 
 import io
 import os
@@ -15,19 +15,19 @@ from PIL import Image, UnidentifiedImageError
 from mvit_jax.common.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Endings, in capitals or not, of the files that are read as images."""
+"""Suffixes of image files, in lower case; upper case is read too."""
 
 
 class DecodeError(UserError):
-    """A file that is no video and no image, or a broken one, or one that a clip cannot come from.
+    """A file that is not a video or image, is broken, or does not suit the clip.
 
     Attributes:
-      path: the file.
-      reason: what is wrong with it, without the path.
+      path: path of the file, or its name in messages.
+      reason: reason of the failure, without the path.
     """
 
     def __init__(self, path: str, reason: str):
-        # Both are arguments of the base class so that the error survives pickling.
+        # The base class gets both arguments so that the error can be pickled.
         super().__init__(path, reason)
         self.path = path
         self.reason = reason
@@ -38,7 +38,7 @@ class DecodeError(UserError):
 
 @runtime_checkable  # for beartype, in the tests
 class Footage(Protocol):
-    """Something opened that clips come from: a video file, an image, a folder of frames."""
+    """An opened source of frames: a video file, an image or a folder of frames."""
 
     @property
     def num_frames(self) -> int:
@@ -47,23 +47,23 @@ class Footage(Protocol):
 
     @property
     def fps(self) -> float:
-        """Frames a second."""
+        """Frames per second."""
         ...
 
     def frames(
         self, indices: Sequence[int] | Int[np.ndarray, " frames"]
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """RGB frames of these numbers in `range(num_frames)`, in any order.
+        """Returns RGB frames by their numbers in `range(num_frames)`, in any order.
 
         Raises:
-          DecodeError: what holds them is broken.
+          DecodeError: the file is broken where these frames are.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Frames:
-    """Frames in memory, which are sampled in the same way as those of a `decoding.Video`."""
+    """Frames in memory, with the interface of `Footage`."""
 
     pixels: UInt8[np.ndarray, "time height width 3"]
     fps: float = 30.0
@@ -75,38 +75,41 @@ class Frames:
     def frames(
         self, indices: Sequence[int] | Int[np.ndarray, " frames"]
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """A copy of the frames of these numbers."""
+        """Returns a copy of the frames with these numbers."""
         return self.pixels[np.asarray(indices)]
 
 
 def distinct(
     indices: Sequence[int] | Int[np.ndarray, " frames"], num_frames: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct ones of these frame numbers, rising, and the place of each number among them.
+    """Returns the sorted distinct frame numbers, and for each given number its index among them.
 
     Raises:
-      IndexError: a frame number out of range.
+      IndexError: a frame number is out of range.
     """
-    wanted, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-    if wanted[0] < 0 or wanted[-1] >= num_frames:
-        raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of a video of {num_frames} frames")
-    return wanted, places
+    numbers, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+    if numbers[0] < 0 or numbers[-1] >= num_frames:
+        raise IndexError(
+            f"frames {numbers[0]} to {numbers[-1]} are out of range of a video of {num_frames} "
+            "frames"
+        )
+    return numbers, inverse
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-    """Whether the name ends like an image's; every other file is taken for a video."""
+    """Returns True if the path has an image's suffix; any other file is read as a video."""
     return os.fspath(path).lower().endswith(SUFFIXES)
 
 
 def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height width 3"]:
     """Reads an image as a clip of one frame, RGB.
 
-    Greyscale, palettes and CMYK become RGB and transparency is dropped, by Pillow's
-    `convert("RGB")`. An orientation in the EXIF data is not applied, since the evaluations by
-    which the published accuracies were measured do not apply it either.
+    Greyscale, palette and CMYK images are converted to RGB and transparency is dropped, as by
+    Pillow's `convert("RGB")`. The EXIF orientation is ignored, as in the evaluations that measured
+    the published accuracies.
 
     Raises:
-      DecodeError: no such file, no image, a broken one, or one of far too many pixels.
+      DecodeError: the file is missing, is not an image, is broken, or has far too many pixels.
     """
     path = os.fspath(path)
     try:
@@ -116,7 +119,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height widt
 
 
 def decode_image(encoded: bytes, name: str) -> UInt8[np.ndarray, "1 height width 3"]:
-    """Reads an image from the bytes of its file; as `read_image`, and errors call it `name`."""
+    """Reads an image from the bytes of its file, as `read_image`; errors contain `name`."""
     try:
         return _rgb(encoded)
     except _UNREADABLE as error:
@@ -124,7 +127,7 @@ def decode_image(encoded: bytes, name: str) -> UInt8[np.ndarray, "1 height width
 
 
 def check_still(name: str, clip_frames: int) -> None:
-    """Raises `DecodeError` where the image `name` is to be a clip of several frames."""
+    """Raises `DecodeError` unless clips have one frame; `name` is the image in the message."""
     if clip_frames != 1:
         reason = f"it is an image, and the model takes clips of {clip_frames} frames"
         raise DecodeError(name, reason)
@@ -137,16 +140,15 @@ _UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, E
 
 def _rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded)) as image:
-        # OpenCV decodes the JPEGs of cameras and data sets to the same values in less
-        # time; but it takes what is missing of a file that was cut off for grey, and CMYK for
-        # something else.
+        # OpenCV decodes the JPEGs of cameras and data sets to the same values in less time. But
+        # it fills the missing part of truncated files with grey, and converts CMYK differently.
         if image.format == "JPEG" and image.mode == "RGB" and encoded.endswith(_END_OF_JPEG):
             flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
             pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
             if pixels is not None:
                 return np.asarray(pixels)[None]
         if image.mode.startswith("I;16"):
-            # Pillow would cut off all above 255; of 16-bit colours it takes the high byte too.
+            # Pillow would clip 16-bit greyscale at 255; of 16-bit colours it takes the high byte.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.array(image.convert("RGB"))[None]
 
@@ -162,7 +164,7 @@ def _reason_of_file(file: Path, error: Exception) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"it has more than {limit:,} pixels: make it smaller first"
+        return f"it has more than {limit:,} pixels: scale it down first"
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image, or its beginning is damaged"
     strerror = getattr(error, "strerror", None)

@@ -1,4 +1,4 @@
-"""Frames of video files, by PyAV, and of any file."""
+"""Frames of video files, decoded by PyAV, and the opening of video and image files."""
 
 import contextlib
 import io
@@ -30,18 +30,18 @@ from mvit_jax.data.images import (
     read_image,
 )
 
-# Headers often count a frame or two more than there are, which PySlowFast bridges by repeating
-# the last frame. A file that was cut off by a broken download lacks far more.
-_LEAST_SHARE_OF_STATED_FRAMES = 0.9
+# Headers often state a frame or two too many; PySlowFast then repeats the last frame. A file
+# truncated by a broken download lacks far more.
+_MIN_SHARE_OF_STATED_FRAMES = 0.9
 
-# Decoders that can be told for each frame not to decode it if no other refers to it. Doing so
-# for frames that are not wanted saves a fifth to a half of the time at stride 4 with B-frames
-# and leaves the pixels of the others as they are. (The AV1 decoder drops wanted ones too.)
-_CODECS_THAT_SKIP = ("h264", "hevc")
+# Codecs whose decoders can skip single frames that no other frame refers to. Skipping those that
+# are not requested saves a fifth to a half of the time at stride 4 with B-frames. The pixels of
+# the other frames stay the same. (The AV1 decoder drops requested frames too.)
+_SKIPPING_CODECS = ("h264", "hevc")
 
 
-class _Start(NamedTuple):
-    """A compressed frame from which on decoding can start."""
+class _KeyFrame(NamedTuple):
+    """A packet at which decoding can start, and its position in the file."""
 
     pts: int
     dts: int | None
@@ -49,10 +49,10 @@ class _Start(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Compressed frames that are decoded without a gap, by their places in the file.
+    """Packets that are decoded without a gap, from position `start` to position `end`.
 
-    `first` is the place of the first wanted frame among all that are wanted, `last` the number of
-    the last one.
+    `first` is the index of the run's first frame in the list of requested frame numbers. `last` is
+    the number of the run's last requested frame.
     """
 
     start: int
@@ -63,16 +63,16 @@ class _Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """What opening an mp4 file of H.264 finds out, for files of which it is known already.
+    """Packet index of an H.264 mp4 file, from which it is opened without reading its container.
 
     Attributes:
-      offsets: where each compressed frame begins in the file, in order of decoding, bytes.
-      sizes: bytes of each.
-      times: time of presentation of each, in units of `time_base`, no two the same.
-      keys: places of those from which on decoding can start.
-      extradata: what the decoder must know before the first.
-      time_base: numerator and denominator of seconds.
-      fps: average frames a second.
+      offsets: byte offset of each packet in the file, in decoding order.
+      sizes: size of each packet in bytes.
+      times: presentation time of each packet, in units of `time_base`, all distinct.
+      keys: positions of the key frames in this order.
+      extradata: codec parameters, which the decoder requires before the first packet.
+      time_base: numerator and denominator of the time unit, in seconds.
+      fps: average frames per second.
     """
 
     offsets: Sequence[int]
@@ -87,18 +87,23 @@ class Index:
 class Video:
     """An open video file, or the bytes of one; a context manager.
 
-    Opening reads all compressed frames once (3 % of the time of decoding them), for the number
-    of frames that a container states may be missing or wrong, and the time stamps make every
-    frame's number exact, whatever the frame rate does and wherever decoding starts. With an index
-    the container is left alone: 0.1 ms instead of 2 for 300 frames of 340x256.
+    Opening reads all packets once (3 % of the time of decoding them), as the frame count of a
+    container may be missing or wrong. The packets' presentation times make frame numbers exact at
+    variable frame rates and from any key frame. With an index the container is not read: opening
+    takes 0.1 ms instead of 2 for 300 frames of 340x256.
+
+    Args:
+      file: path of a video file, or its bytes.
+      name: name of the video in messages; the path by default.
+      index: packet index of `file`, which is then bytes; None to read the container.
 
     Attributes:
-      path: the file, or what messages call the bytes of one.
-      num_frames: number of frames; frames are numbered by time of presentation.
-      fps: average frames a second; 30 where the file does not say.
+      path: path of the file, or its name in messages.
+      num_frames: number of frames, which are numbered by presentation time.
+      fps: average frames per second; 30 if the file does not state it.
 
     Raises:
-      DecodeError: no such file, no video, a broken or a cut off one.
+      DecodeError: the file is missing, is not a video, is broken or is truncated.
     """
 
     def __init__(
@@ -108,18 +113,17 @@ class Video:
         index: Index | None = None,
     ):
         self._bytes = file if isinstance(file, bytes) else None
-        given = "a video" if isinstance(file, bytes) else os.fspath(file)
-        self.path = name or given
-        self._file = given
+        self._file = "a video" if isinstance(file, bytes) else os.fspath(file)
+        self.path = name or self._file
         self._reformatter = VideoReformatter()
         self._size: tuple[int, int] | None = None
-        self._starts: list[_Start] = []
-        self._start_times: list[int] = []
+        self._key_frames: list[_KeyFrame] = []
+        self._key_times: list[int] = []
         self._position: dict[int | None, int] = {}
         self._index = index
         self._container: InputContainer | None = None
         if index is not None:
-            self._use(index)
+            self._open_index(index)
             return
         self._open()
         try:
@@ -127,7 +131,7 @@ class Video:
         except BaseException as error:
             self.close()
             if isinstance(error, FFmpegError):
-                raise self._broken(error) from error
+                raise self._decode_error(error) from error
             raise
 
     def __enter__(self) -> "Video":
@@ -144,169 +148,169 @@ class Video:
     def frames(
         self, indices: Sequence[int] | Int[np.ndarray, " frames"]
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """Decodes frames; each distinct one is decoded and converted once.
+        """Returns frames by number; each distinct frame is decoded and converted once.
 
-        A frame that the decoder leaves out (a few do at a damaged end or start) is replaced by
-        the nearest one that comes out.
+        The decoder may drop frames at a damaged start or end. Such a frame is replaced by the next
+        decoded frame, or at the end by the last one.
 
         Args:
           indices: frame numbers in `range(num_frames)`, at least one, in any order.
 
         Returns:
-          RGB frames, upright if the file says that it was filmed with the camera turned.
+          RGB frames, turned upright if the file states a rotation of the camera.
 
         Raises:
           DecodeError: the file is broken where these frames are.
-          IndexError: a frame number out of range.
+          IndexError: a frame number is out of range.
         """
-        wanted, places = distinct(indices, self.num_frames)
+        numbers, inverse = distinct(indices, self.num_frames)
         images = np.empty(0, np.uint8)
-        for row, (_, image) in enumerate(self.in_order(wanted.tolist())):
+        for row, (_, image) in enumerate(self.in_order(numbers.tolist())):
             if row == 0:
-                images = np.empty((len(wanted), *image.shape), np.uint8)
+                images = np.empty((len(numbers), *image.shape), np.uint8)
             images[row] = image
-        return images if np.array_equal(places, np.arange(len(images))) else images[places]
+        return images if np.array_equal(inverse, np.arange(len(images))) else images[inverse]
 
-    def _use(self, index: Index) -> None:
-        """Sets up decoding without the container."""
+    def _open_index(self, index: Index) -> None:
+        """Sets up the decoder without the container."""
         codec = av.CodecContext.create("h264", "r")
         codec.extradata = index.extradata
         codec.thread_type, codec.thread_count = "NONE", 1
         self._codec, self._time_base = codec, Fraction(*index.time_base)
         self._times = sorted(index.times)
-        self._position = {time: place for place, time in enumerate(index.times)}
-        self._starts = sorted(_Start(index.times[key], None, key) for key in index.keys)
-        self._start_times = [start.pts for start in self._starts]
+        self._position = {time: position for position, time in enumerate(index.times)}
+        self._key_frames = sorted(_KeyFrame(index.times[key], None, key) for key in index.keys)
+        self._key_times = [key.pts for key in self._key_frames]
         self.num_frames, self.fps = len(self._times), index.fps
 
     def _open(self) -> None:
         try:
-            # Titles in unknown encodings must not make a video unreadable.
+            # Metadata in an unknown encoding must not make a video unreadable.
             file = self._file if self._bytes is None else io.BytesIO(self._bytes)
             container = av.open(file, "r", metadata_errors="replace")
         except (FFmpegError, OSError) as error:
-            raise self._broken(error) from error
-        if container.format.name == "tty":  # which draws any text as a film of letters
+            raise self._decode_error(error) from error
+        if container.format.name == "tty":  # FFmpeg renders any text as a video
             container.close()
             raise DecodeError(self.path, "it is text, not a video")
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             container.close()
             raise DecodeError(self.path, "it holds no video, only other streams")
-        # Clips are loaded in many threads at a time; a decoder's own threads would slow down the
-        # others (single thread 1.6 ms, automatic 2.8 ms for 48 frames of 64x64).
+        # Clips are loaded in many threads at once, which a decoder's own threads would slow down
+        # (1.6 ms with one thread, 2.8 ms with automatic threads, for 48 frames of 64x64).
         stream.thread_type = "NONE"
         stream.thread_count = 1
         self._container, self._stream = container, stream
         self._codec, self._time_base = stream.codec_context, stream.time_base
 
     def _read_times(self) -> None:
-        """Sets num_frames and fps, times of presentation, and where decoding can start."""
+        """Sets the frame count, the frame rate, the presentation times and the key frames."""
         times: list[int | None] = []
-        found = 0
+        position = 0
         assert self._container
         for packet in self._container.demux(self._stream):
             if packet.size == 0 or packet.is_corrupt:
                 continue
-            self._position[packet.pts] = found
-            if packet.pts is not None and (packet.is_keyframe or not self._starts):
-                self._starts.append(_Start(packet.pts, packet.dts, found))
-            # What an edit list hides is decoded but not shown.
+            self._position[packet.pts] = position
+            if packet.pts is not None and (packet.is_keyframe or not self._key_frames):
+                self._key_frames.append(_KeyFrame(packet.pts, packet.dts, position))
+            # Packets that an edit list hides are decoded but not presented.
             if not packet.is_discard:
                 times.append(packet.pts)
-            found += 1
+            position += 1
         stated = self._stream.frames
-        if found < _LEAST_SHARE_OF_STATED_FRAMES * stated:
-            raise DecodeError(self.path, f"it is cut off, with {found} of its {stated} frames")
+        if position < _MIN_SHARE_OF_STATED_FRAMES * stated:
+            raise DecodeError(self.path, f"it is cut off, with {position} of its {stated} frames")
         if not times:
             raise DecodeError(self.path, "it holds no frames")
         self.num_frames = len(times)
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 30)
-        self._times = self._usable(times)
+        self._times = self._reliable_times(times)
         if self._times:
-            self._starts.sort(key=lambda start: start.pts)
-            self._start_times = [start.pts for start in self._starts]
+            self._key_frames.sort(key=lambda key: key.pts)
+            self._key_times = [key.pts for key in self._key_frames]
 
-    def _usable(self, times: list[int | None]) -> list[int]:
-        """Gives the sorted times of presentation; none at all where they cannot be trusted."""
-        # AVI stores no times of presentation, and what FFmpeg makes up for B-frames is wrong.
-        # Without times, frames are counted from the first one on.
+    def _reliable_times(self, times: list[int | None]) -> list[int]:
+        """Returns the sorted presentation times, or none if they are unreliable."""
+        # AVI stores no presentation times, and those that FFmpeg derives are wrong with B-frames.
+        # Without times, frames are counted from the first frame on.
         assert self._container
         if self._container.format.name == "avi" and self._codec.has_b_frames:
             return []
-        known = [time for time in times if time is not None]
-        return sorted(known) if len(set(known)) == len(times) else []
+        present = [time for time in times if time is not None]
+        return sorted(present) if len(set(present)) == len(times) else []
 
     def in_order(
-        self, wanted: Sequence[int]
+        self, numbers: Sequence[int]
     ) -> Iterator[tuple[int, UInt8[np.ndarray, "height width 3"]]]:
-        """Gives frames by their numbers, which rise, as `frames` does, but one at a time.
+        """Yields pairs of frame number and RGB frame, for ascending numbers.
 
-        For long stretches: `frames` holds all of them, and called for one stretch after the other
-        begins each at the key frame before it, which takes the square of the length of a file that
-        has but one.
+        The frames are those of `frames`, but only one is in memory. `frames` called for
+        consecutive parts of a video would decode each part from the key frame before it: a time
+        quadratic in the length of a file with a single key frame.
 
         Raises:
           DecodeError: while iterating, the file is broken.
         """
-        shown, image = None, np.empty(0)
-        for number, picture in self.pictures(wanted):
-            if picture is not shown:
-                shown, image = picture, self._rgb(picture)
+        last, image = None, np.empty(0)
+        for number, picture in self.pictures(numbers):
+            if picture is not last:
+                last, image = picture, self._rgb(picture)
             yield number, image
 
     def times(self) -> tuple[Fraction, list[int]]:
-        """Gives a time base in seconds, and the time of each frame in it, the first one's zero.
+        """Returns a time base in seconds, and the frames' presentation times in it, from 0 on.
 
-        Frames follow each other at the average rate where the file has no times to be trusted.
+        Frames have the average rate if the file has no reliable presentation times.
         """
         if not self._times or self._time_base is None:
             return 1 / Fraction(self.fps).limit_denominator(1001), list(range(self.num_frames))
         return self._time_base, [time - self._times[0] for time in self._times]
 
-    def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Gives frames as `in_order` does, as they come from the decoder: not RGB, not upright."""
-        wanted = list(wanted)
+    def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yields frames as `in_order`, but as decoded: neither RGB nor turned upright."""
+        numbers = list(numbers)
         try:
-            yield from self._pictures(wanted)
+            yield from self._pictures(numbers)
         except FFmpegError as error:
-            raise self._broken(error) from error
+            raise self._decode_error(error) from error
 
     def _pictures(
-        self, wanted: list[int], jumping: bool = True
+        self, numbers: list[int], jumping: bool = True
     ) -> Iterator[tuple[int, av.VideoFrame]]:
         done, number, frame = 0, -1, None
-        for number, frame in self._decoded(wanted, jumping):
-            if number < wanted[done]:
+        for number, frame in self._decoded(numbers, jumping):
+            if number < numbers[done]:
                 continue
-            ready = bisect_right(wanted, number)
-            yield from ((name, frame) for name in wanted[done:ready])
+            ready = bisect_right(numbers, number)
+            yield from ((requested, frame) for requested in numbers[done:ready])
             done = ready
-            if done == len(wanted):
+            if done == len(numbers):
                 return
-        if frame is None and wanted[0] > 0:
-            # The frame to repeat may be one before the last key frame.
-            yield from itertools.islice(self._pictures([0, *wanted], jumping=False), 1, None)
+        if frame is None and numbers[0] > 0:
+            # The last decodable frame may lie before the last key frame.
+            yield from itertools.islice(self._pictures([0, *numbers], jumping=False), 1, None)
             return
-        if frame is None or number + 1 < _LEAST_SHARE_OF_STATED_FRAMES * self.num_frames:
+        if frame is None or number + 1 < _MIN_SHARE_OF_STATED_FRAMES * self.num_frames:
             raise DecodeError(
                 self.path, f"decoding ends after {number + 1} of its {self.num_frames} frames"
             )
-        yield from ((name, frame) for name in wanted[done:])
+        yield from ((requested, frame) for requested in numbers[done:])
 
-    def _decoded(self, wanted: list[int], jumping: bool) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decodes what the wanted frames need, from the key frame before the first of them on.
+    def _decoded(self, numbers: list[int], jumping: bool) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Decodes the requested frames, from the key frame before the first of them on.
 
-        Frames come with their numbers, rising, and others may be among them. Where `jumping`, what
-        lies between the last wanted frame before a key frame and the first one after it is left
-        out.
+        Yields pairs of frame number and frame, in ascending order, also of frames that were not
+        requested. With `jumping`, packets that no requested frame refers to are skipped: those
+        after a requested frame, up to the key frame before the next one.
         """
         codec = self._codec
-        packets = self._packets(wanted[0])
-        shown = {self._times[number] for number in wanted} if self._times else set()
-        skipping = bool(shown) and codec.name in _CODECS_THAT_SKIP
-        everything = [_Run(0, sys.maxsize, 0, wanted[-1])]
-        runs = self._runs(wanted) if self._times and jumping else everything
+        packets = self._packets(numbers[0])
+        requested = {self._times[number] for number in numbers} if self._times else set()
+        skipping = bool(requested) and codec.name in _SKIPPING_CODECS
+        everything = [_Run(0, sys.maxsize, 0, numbers[-1])]
+        runs = self._runs(numbers) if self._times and jumping else everything
         number = -1
         for run in runs:
             if run is not runs[0]:
@@ -316,7 +320,7 @@ class Video:
                 )
             for packet in itertools.chain(self._until(packets, run.end), [None]):
                 if packet is not None and skipping:
-                    codec.skip_frame = "DEFAULT" if packet.pts in shown else "NONREF"
+                    codec.skip_frame = "DEFAULT" if packet.pts in requested else "NONREF"
                 for frame in codec.decode(packet):
                     if self._times and frame.pts is not None:
                         number = bisect_right(self._times, frame.pts) - 1
@@ -324,50 +328,50 @@ class Video:
                         number += 1
                     yield number, frame
             if number < run.last and run.end < sys.maxsize:
-                # The decoder leaves frames out: those that replace them may lie in the gaps.
-                yield from self._decoded(wanted[max(run.first - 1, 0) :], jumping=False)
+                # The decoder dropped frames; their replacements may lie in the skipped packets.
+                yield from self._decoded(numbers[max(run.first - 1, 0) :], jumping=False)
                 return
 
     def _until(self, packets: Iterator[av.Packet], end: int) -> Iterator[av.Packet]:
-        """Gives compressed frames up to that at place `end`, without what a cut left of one."""
+        """Yields the packets up to position `end`, except truncated ones."""
         for packet in packets:
-            if packet.size == 0:  # what PyAV ends with
+            if packet.size == 0:  # PyAV's end of stream
                 return
             if not packet.is_corrupt:
                 yield packet
             if self._position.get(packet.pts) == end:
                 return
 
-    def _runs(self, wanted: list[int]) -> list[_Run]:
-        """What must be decoded for these frames, in order."""
+    def _runs(self, numbers: list[int]) -> list[_Run]:
+        """Returns the runs of packets to decode for these frames, in order."""
         runs: list[_Run] = []
-        for index, number in enumerate(wanted):
+        for index, number in enumerate(numbers):
             time = self._times[number]
-            start, place = self._start(time).position, self._position[time]
-            if runs and start <= runs[-1].end + 1:  # nothing lies between
+            start, position = self._key_frame(time).position, self._position[time]
+            if runs and start <= runs[-1].end + 1:  # no packets to skip
                 last = runs[-1]
-                runs[-1] = last._replace(end=max(last.end, place), last=number)
+                runs[-1] = last._replace(end=max(last.end, position), last=number)
             else:
-                runs.append(_Run(start, place, index, number))
+                runs.append(_Run(start, position, index, number))
         return runs
 
-    def _start(self, time: int) -> _Start:
-        """The last key frame that is shown at this time or before."""
-        found = bisect_right(self._start_times, time) - 1
-        if found < 0:
-            return min(self._starts, key=lambda start: start.position)
-        return self._starts[found]
+    def _key_frame(self, time: int) -> _KeyFrame:
+        """Returns the last key frame presented at `time` or before, else the file's first."""
+        index = bisect_right(self._key_times, time) - 1
+        if index < 0:
+            return min(self._key_frames, key=lambda key: key.position)
+        return self._key_frames[index]
 
     def _packets(self, first: int) -> Iterator[av.Packet]:
-        """Gives compressed frames in order of decoding, all that frame `first` needs."""
+        """Returns packets in decoding order, from the key frame of frame `first` or before."""
         if self._index is not None:
             self._codec.flush_buffers()
-            return self._indexed(self._index, self._start(self._times[first]).position)
+            return self._indexed(self._index, self._key_frame(self._times[first]).position)
         assert self._container
         if self._times:
-            start = self._start(self._times[first])
-            # The index of mp4 files has times of decoding, that of Matroska times of
-            # presentation, and some lie: so see where one lands.
+            start = self._key_frame(self._times[first])
+            # The index of mp4 files has decoding times, that of Matroska presentation times, and
+            # some indexes are wrong: so the position reached is checked.
             for stamp in (start.pts, start.dts):
                 if stamp is None:
                     continue
@@ -382,23 +386,23 @@ class Video:
         return self._container.demux(self._stream)
 
     def _indexed(self, index: Index, start: int) -> Iterator[av.Packet]:
-        whole = self._bytes or b""
-        for place in range(start, len(index.offsets)):
-            offset = index.offsets[place]
-            packet = av.Packet(whole[offset : offset + index.sizes[place]])
-            packet.pts = index.times[place]
+        data = self._bytes or b""
+        for position in range(start, len(index.offsets)):
+            offset = index.offsets[position]
+            packet = av.Packet(data[offset : offset + index.sizes[position]])
+            packet.pts = index.times[position]
             yield packet
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        # One size for all frames, as a stream may change its resolution on the way. One thread,
-        # as for decoding: by default the conversion takes as many as there are cores.
+        # One size for all frames, as a stream may change its resolution. One thread, as for
+        # decoding: by default the conversion uses one thread per core.
         self._size = width, height = self._size or (frame.width, frame.height)
         image = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", threads=1
         ).to_ndarray()
         return np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
 
-    def _broken(self, error: Exception) -> DecodeError:
+    def _decode_error(self, error: Exception) -> DecodeError:
         file = None if self._bytes is not None else Path(self._file)
         if file and not file.exists():
             reason = "there is no such file"
@@ -416,7 +420,7 @@ def opened(path: str | os.PathLike[str], clip_frames: int) -> Iterator[Video | F
     """Opens a video or image file for clips of `clip_frames` frames.
 
     Raises:
-      DecodeError: as `Video` and `read_image`; and an image where a clip has several frames.
+      DecodeError: the file cannot be decoded, or is an image although `clip_frames` is above 1.
     """
     if is_image(path):
         check_still(os.fspath(path), clip_frames)
@@ -427,10 +431,13 @@ def opened(path: str | os.PathLike[str], clip_frames: int) -> Iterator[Video | F
 
 
 def why_broken(opened: contextlib.AbstractContextManager[Footage]) -> str | None:
-    """Decodes all of what `opened(path, clip_frames)`, or that of a `sources.Source`, gives.
+    """Decodes all frames of a video or image and returns the reason of a failure.
+
+    Args:
+      opened: context of `opened` or of `Source.opened`, not yet entered.
 
     Returns:
-      The reason if that fails, None if all is well.
+      The reason of a decode failure, or None without failure.
     """
     step = 64
     try:
