@@ -1,9 +1,9 @@
-"""RandAugment, cropping and resizing of clips on the host, in uint8, one draw for all frames.
+"""Augmentation of clips on the host: RandAugment, cropping and resizing, in uint8.
 
-Flipping, normalising, erasing and mixing happen on the device, after this. For videos that is the
-recipes' order. Images are flipped before RandAugment there, which gives the same distribution: its
-operations are symmetric, or go left as often as right; but for ShearY, which holds the left edge
-there and either edge here.
+All frames of a clip share the random draws. Flipping, normalisation, random erasing and mixing
+follow on the device. For videos this is the recipes' order. The recipes flip images before
+RandAugment, which has the same distribution: its operations are symmetric, or go left as often as
+right. The exception is ShearY, which fixes the left edge in the recipes and either edge here.
 """
 
 import math
@@ -25,21 +25,23 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to decoded frames of training clips.
+    """Settings of the augmentation of training clips on the host.
 
     Attributes:
-      crop_area: bounds of the random resized crop's share of the frame; None for no such crop.
-      jitter: instead, bounds of the short side in pixels, whose inverse is drawn uniformly; then a
-        square is cut out at a random place. Where both are None: short side to the square's, then
-        its centre.
-      short_side: to which frames are scaled before all else, pixels; None to leave them.
-      randaugment: how RandAugment draws; None for none.
-      fill: red, green and blue of what RandAugment brings in from outside of frames: grey for
-        videos, the mean colour for images, in the recipes.
-      interpolation: of all scaling, see `resize`. RandAugment's own is bicubic, as in the recipes.
+      crop_area: bounds of the random resized crop's area, as a share of the frame; None for no
+        random resized crop.
+      jitter: bounds of the short side in pixels, instead of `crop_area`. The inverse of the short
+        side is drawn uniformly; then a square is cut at a random position. If both are None, the
+        short side is scaled to the square's, and the centre is cut.
+      short_side: short side in pixels to which frames are scaled first; None to keep their size.
+      randaugment: settings of RandAugment; None for no RandAugment.
+      fill: RGB colour outside of frames in RandAugment. In the recipes it is grey for videos and
+        the mean colour for images.
+      interpolation: interpolation of all resizing, see `resize`. RandAugment itself is always
+        bicubic, as in the recipes.
 
     Raises:
-      UserError: bounds that are none, or two ways to crop.
+      UserError: invalid bounds, or both `crop_area` and `jitter`.
     """
 
     crop_area: tuple[float, float] | None = (0.08, 1.0)
@@ -52,18 +54,18 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.crop_area is not None and self.jitter is not None:
             raise UserError(
-                f"crops of a random area {self.crop_area} and of a random short side {self.jitter} "
-                "cannot both be cut: set one of crop_area and jitter to None"
+                f"crop_area={self.crop_area} and jitter={self.jitter} cannot both be set: set one "
+                "of them to None"
             )
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise UserError(
-                f"a crop's share of the frame goes from above 0 to 1, not from "
-                f"{self.crop_area[0]} to {self.crop_area[1]}: mend crop_area"
+                f"crop_area={self.crop_area} is invalid: set shares of the frame with "
+                "0 < lower <= upper <= 1"
             )
         if self.jitter is not None and not 0 < self.jitter[0] <= self.jitter[1]:
             raise UserError(
-                f"a short side cannot be drawn from {self.jitter[0]} to {self.jitter[1]} pixels: "
-                "mend jitter"
+                f"jitter={self.jitter} is invalid: set short sides in pixels with "
+                "0 < lower <= upper"
             )
 
 
@@ -75,13 +77,19 @@ def augment(
     rng: np.random.Generator,
     image: bool,
 ) -> UInt8[np.ndarray, "time {size} {size} 3"]:
-    """Makes a training clip out of decoded frames (the recipes' section: Fan et al. 2021, D.1).
+    """Returns a training clip made of decoded frames (Fan et al. 2021, appendix D.1).
 
-    Videos go through RandAugment as whole frames and are then cropped; images the other way round.
-    `rng` gives all draws.
+    RandAugment precedes the crop for videos, and follows it for images.
+
+    Args:
+      clip: decoded frames.
+      settings: augmentation of the clip.
+      size: side of the square in pixels.
+      rng: generator of all draws.
+      image: True for images, which are cropped first.
 
     Raises:
-      UserError: squares that do not fit into frames with the smallest short side.
+      UserError: the smallest short side of `settings.jitter` is below `size`.
     """
     if settings.short_side is not None:
         clip = resize_short_side(clip, settings.short_side, settings.interpolation)
@@ -93,7 +101,7 @@ def augment(
     if settings.crop_area is None:
         clip = randaugment.apply(clip, operations, fill=settings.fill)
         return _crop(clip, settings, size, rng, image)
-    # The crop is drawn first: what it leaves out need not be computed.
+    # The crop is drawn first, so that RandAugment computes only the pixels inside of it.
     box = random_box(clip.shape[1], clip.shape[2], rng, settings.crop_area)
     clip = randaugment.apply(clip, operations, fill=settings.fill, box=box)
     return resize(clip, size, size, settings.interpolation)
@@ -102,7 +110,7 @@ def augment(
 def _crop(
     clip: np.ndarray, settings: Augmentation, size: int, rng: np.random.Generator, image: bool
 ) -> np.ndarray:
-    """Cuts a square, in the way that the settings have."""
+    """Cuts a square by random resized crop, by jitter or at the centre, by the settings."""
     if settings.crop_area is not None:
         return random_resized_crop(
             clip, size, rng=rng, area=settings.crop_area, interpolation=settings.interpolation
@@ -128,18 +136,18 @@ def resize(
     width: int,
     interpolation: Interpolation = "bilinear",
 ) -> UInt8[np.ndarray, "time {height} {width} 3"]:
-    """Resizes every frame, pixel centres at half-integers, as the reference recipes do.
+    """Resizes every frame, with pixel centres at half-integers, as the reference recipes do.
 
-    "bilinear" is without antialias, for video: values are as in PyTorch's
-    `interpolate(mode="bilinear", align_corners=False)`, to within one level of rounding. "bicubic"
-    is with antialias, for images: Pillow's.
+    "bilinear" is without antialiasing, for video. The values are those of PyTorch's
+    `interpolate(mode="bilinear", align_corners=False)`, up to one level of rounding. "bicubic" is
+    Pillow's, with antialiasing, for images.
     """
     if interpolation == "bicubic":
         frames = (Image.fromarray(np.ascontiguousarray(frame)) for frame in clip)
         bicubic = Image.Resampling.BICUBIC
         return np.stack([np.asarray(frame.resize((width, height), bicubic)) for frame in frames])
-    # A loop over frames takes a tenth of the time of one call on frames merged into channels
-    # (1.4 against 16 ms for 16 frames of 340x256), and OpenCV 5 ends at 128 channels.
+    # A loop over frames takes a tenth of the time of one call with the frames as channels (1.4 ms
+    # instead of 16 for 16 frames of 340x256), and OpenCV 5 has at most 128 channels.
     resized = np.empty((len(clip), height, width, 3), np.uint8)
     for frame, target in zip(clip, resized, strict=True):
         cv2.resize(frame, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
@@ -149,7 +157,7 @@ def resize(
 def resize_short_side(
     clip: UInt8[np.ndarray, "time _ _ 3"], side: int, interpolation: Interpolation = "bilinear"
 ) -> UInt8[np.ndarray, "time _ _ 3"]:
-    """Resizes so that the short side has `side` pixels; the long one is rounded down."""
+    """Resizes the short side to `side` pixels and the long side in proportion, rounded down."""
     height, width = clip.shape[1:3]
     if min(height, width) == side:
         return clip
@@ -168,8 +176,8 @@ def random_resized_crop(
 ) -> UInt8[np.ndarray, "time {size} {size} 3"]:
     """Cuts the same `random_box` out of all frames and resizes it to a square.
 
-    The "Inception crop" of the papers' training recipes (Fan et al. 2021, appendix D.1). `resize`
-    sees nothing outside of the rectangle.
+    This is the "Inception crop" of the papers' training recipes (Fan et al. 2021, appendix D.1).
+    The interpolation reads no pixels outside of the box.
     """
     top, left, height, width = random_box(clip.shape[1], clip.shape[2], rng, area)
     return resize(clip[:, top : top + height, left : left + width], size, size, interpolation)
@@ -182,11 +190,14 @@ def random_box(
     area: tuple[float, float],
     aspect: tuple[float, float] = (0.75, 1.3333),
 ) -> Box:
-    """Draws a box; the largest centred one if ten draws do not fit.
+    """Draws a box; returns the largest centred box if ten draws do not fit into the frame.
 
     Args:
-      area: bounds of its share of the frame, drawn uniformly.
-      aspect: bounds of its width divided by its height, drawn log-uniformly.
+      height: height of the frame in pixels.
+      width: width of the frame in pixels.
+      rng: generator of the draws.
+      area: bounds of the box's share of the frame, drawn uniformly.
+      aspect: bounds of the box's width / height, drawn log-uniformly.
     """
     for _ in range(10):
         pixels = rng.uniform(*area) * height * width
@@ -206,12 +217,14 @@ def random_box(
 def crop_views(
     clip: UInt8[np.ndarray, "time height width 3"], size: int, crops: int, *, image: bool = False
 ) -> UInt8[np.ndarray, "{crops} time {size} {size} 3"]:
-    """Cuts the test protocol's squares: the centre, or three along the longer side.
+    """Cuts the test protocol's squares: the centre, or three along the long side.
 
     Args:
+      clip: frames, at least `size` high and wide.
+      size: side of the squares in pixels.
       crops: 1 for the centre; 3 for left, centre, right (top, centre, bottom of tall frames).
-      image: whether the centre is that of images. Where an odd number of pixels is left over, the
-        reference protocol of video rounds up, and torchvision's CenterCrop to the even one.
+      image: True to centre as for images. If an odd number of pixels is left over, the reference
+        protocol of video rounds the offset up, and torchvision's CenterCrop rounds it to even.
 
     Raises:
       ValueError: frames smaller than the squares, or another number of crops.

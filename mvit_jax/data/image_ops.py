@@ -1,9 +1,9 @@
 """The image operations of RandAugment, on all frames of a clip at once.
 
-Each gives, byte for byte, what Pillow gives frame by frame; `benchmarks/augmentation.py` measures
-how much sooner. A "window" is the part of the frames that is held: most operations need no more of
-a frame than what becomes of it later. In the arguments `frame` is all of a frame, `held` where the
-window `clip` is, `wanted` the part to give, and `fill` the colour that comes in from outside.
+Each result equals that of Pillow frame by frame, byte for byte; `benchmarks/augmentation.py`
+measures the speedup. Most operations compute only the part of the frames that a later crop needs.
+Their arguments are boxes: `frame` is the whole frame, `window` the part that `clip` holds, and
+`region` the part to compute. `fill` is the RGB colour of pixels from outside of the frame.
 """
 
 import math
@@ -19,26 +19,26 @@ Table = UInt8[np.ndarray, "256"] | UInt8[np.ndarray, "time 256 3"]
 Colour = tuple[int, int, int]
 Bounds = tuple[int | float, int | float]
 
-# Values that are interpolated at a time: a clip of 16x256x340 takes 16.5 ms so, 20 with half or
-# twice as many, and 60 when they outgrow the processor's cache.
+# Values interpolated at a time. A clip of 16x256x340 takes 16.5 ms, 20 ms with half or twice as
+# many, and 60 ms when the values exceed the processor's cache.
 _BLOCK = 1 << 17
 
 
 class Box(NamedTuple):
-    """A part of a frame, in its pixels."""
+    """A rectangular part of a frame, in pixels."""
 
     top: int
     left: int
     height: int
     width: int
 
-    def cut(self, clip: np.ndarray, of: "Box") -> np.ndarray:
-        """This part of frames of which `clip` holds the part `of`; shares memory with it."""
-        top, left = self.top - of.top, self.left - of.left
+    def cut(self, clip: np.ndarray, window: "Box") -> np.ndarray:
+        """Returns a view of this part of the frames, of which `clip` holds the part `window`."""
+        top, left = self.top - window.top, self.left - window.left
         return clip[:, top : top + self.height, left : left + self.width]
 
 
-# Tables: new values by old ones, one for all frames and colours.
+# Lookup tables that are the same for all frames and colours.
 
 
 def invert() -> UInt8[np.ndarray, "256"]:
@@ -46,44 +46,44 @@ def invert() -> UInt8[np.ndarray, "256"]:
 
 
 def posterize(bits: int) -> UInt8[np.ndarray, "256"]:
-    """Keeps the `bits` highest bits of each value, 0 to 8."""
+    """Returns the table that keeps the `bits` highest bits of each value, 0 to 8."""
     return np.arange(256, dtype=np.uint8) & np.uint8(256 - (1 << (8 - bits)))
 
 
 def solarize(threshold: int) -> UInt8[np.ndarray, "256"]:
-    """Inverts values from `threshold` on."""
+    """Returns the table that inverts values from `threshold` on."""
     values = np.arange(256)
     return np.where(values < threshold, values, 255 - values).astype(np.uint8)
 
 
 def solarize_add(add: int) -> UInt8[np.ndarray, "256"]:
-    """Adds to values below 128."""
+    """Returns the table that adds `add` to values below 128."""
     values = np.arange(256)
     return np.where(values < 128, np.minimum(values + add, 255), values).astype(np.uint8)
 
 
 def brightness(factor: float) -> UInt8[np.ndarray, "256"]:
-    """Blends with black; 1 changes nothing."""
+    """Returns the table that blends values with black; factor 1 is the identity."""
     return _blend(np.zeros((1, 256), np.uint8), np.arange(256, dtype=np.uint8)[None], factor)[0]
 
 
-# Tables that depend on all of a frame: one for each frame and colour.
+# Lookup tables of each frame and colour, which depend on the whole frame.
 
 
 def autocontrast(clip: Clip) -> UInt8[np.ndarray, "time 256 3"]:
-    """Stretches each colour of each frame to 0..255."""
-    seen = _histograms(clip) > 0
-    low, high = seen.argmax(-1), 255 - seen[..., ::-1].argmax(-1)
+    """Returns the tables that stretch each colour of each frame to 0..255."""
+    present = _histograms(clip) > 0
+    low, high = present.argmax(-1), 255 - present[..., ::-1].argmax(-1)
     scale = 255.0 / np.maximum(high - low, 1)
     offset = -low * scale
-    # Truncated before it is clipped, as Pillow does.
+    # Truncated before clipping, as in Pillow.
     values = (np.arange(256) * scale[..., None] + offset[..., None]).astype(np.int64)
     table = np.where((high > low)[..., None], np.clip(values, 0, 255), np.arange(256))
     return _by_frame(table)
 
 
 def equalize(clip: Clip) -> UInt8[np.ndarray, "time 256 3"]:
-    """Spreads the values of each colour of each frame evenly."""
+    """Returns the tables that equalise the histogram of each colour of each frame."""
     counts = _histograms(clip)
     last = 255 - (counts > 0)[..., ::-1].argmax(-1)
     of_last = np.take_along_axis(counts, last[..., None], -1)
@@ -94,7 +94,7 @@ def equalize(clip: Clip) -> UInt8[np.ndarray, "time 256 3"]:
 
 
 def contrast(clip: Clip, factor: float) -> UInt8[np.ndarray, "time 256 3"]:
-    """Blends each frame with its mean grey; 1 changes nothing."""
+    """Returns the tables that blend each frame with its mean grey; factor 1 is the identity."""
     values = np.arange(256, dtype=np.uint8)[None]
     means = [int(cv2.mean(_grey(frame))[0] + 0.5) for frame in clip]
     tables = [_blend(np.full((1, 256), mean, np.uint8), values, factor) for mean in means]
@@ -102,7 +102,7 @@ def contrast(clip: Clip, factor: float) -> UInt8[np.ndarray, "time 256 3"]:
 
 
 def look_up(clip: Clip, table: Table) -> Clip:
-    """Replaces values by a table's."""
+    """Replaces each value by its entry in the table."""
     out = np.empty(clip.shape, np.uint8)
     for i, frame in enumerate(clip):
         cv2.LUT(frame, table if table.ndim == 1 else table[i][None], dst=out[i])
@@ -121,39 +121,41 @@ def _by_frame(table: Int64[np.ndarray, "time 3 256"]) -> UInt8[np.ndarray, "time
     return np.ascontiguousarray(table.transpose(0, 2, 1).astype(np.uint8))
 
 
-# Pixels and their neighbours.
+# Operations on pixels and their neighbours.
 
 
 def color(clip: Clip, factor: float) -> Clip:
-    """Blends each pixel with its grey; 1 changes nothing."""
+    """Blends each pixel with its grey; factor 1 is the identity."""
     out = np.empty(clip.shape, np.uint8)
     for frame, target in zip(clip, out, strict=True):
         target[:] = _blend(cv2.cvtColor(_grey(frame), cv2.COLOR_GRAY2RGB), frame, factor)
     return out
 
 
-def sharpness(clip: Clip, factor: float, held: Box, wanted: Box) -> Clip:
-    """Blends with the smoothed frame; 1 changes nothing, and so does any factor at the edges.
+def sharpness(clip: Clip, factor: float, window: Box, region: Box) -> Clip:
+    """Blends each frame with its smoothed version, except at the frame's edges.
 
     Args:
-      clip: has one pixel more on all sides than `wanted`, but for those where the frame ends.
-      factor: 0 for smooth, 2 for sharper.
+      clip: one pixel larger than `region` on all sides, except where the frame ends.
+      factor: 0 smooths, 1 is the identity, 2 sharpens.
+      window: part of the frames that `clip` holds.
+      region: part to compute.
     """
-    # Multiples of 1/13 are never halfway between two values, so all ways to round agree.
+    # Multiples of 1/13 are never halfway between two values, so all rounding modes agree.
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
-    out = np.empty((len(clip), wanted.height, wanted.width, 3), np.uint8)
+    out = np.empty((len(clip), region.height, region.width, 3), np.uint8)
     for frame, target in zip(clip, out, strict=True):
         smooth = cv2.filter2D(frame, -1, kernel)
         for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
             smooth[edge] = frame[edge]
         blended = _blend(smooth, frame, factor)
-        target[:] = wanted.cut(blended[None], held)[0]
+        target[:] = region.cut(blended[None], window)[0]
     return out
 
 
 def _grey(frame: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "height width"]:
-    # Pillow rounds the sum of multiples of 2^-16 half up, which has 24 bits at most: float32 holds
-    # all of them exactly. OpenCV's own grey has other weights.
+    # Pillow rounds a sum of multiples of 2^-16 half up. The sum has at most 24 bits, which float32
+    # represents exactly. OpenCV's own grey has other weights.
     weights = np.array([[19595, 38470, 7471, 32768]], np.float32) / 65536
     return cv2.transform(frame.astype(np.float32), weights).astype(np.uint8)
 
@@ -161,65 +163,65 @@ def _grey(frame: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "heig
 def _blend(
     first: UInt8[np.ndarray, "*shape"], second: UInt8[np.ndarray, "*shape"], share: float
 ) -> UInt8[np.ndarray, "*shape"]:
-    """first + share * (second - first), in float32 and truncated, as Pillow does."""
+    """Returns first + share * (second - first), in float32 and truncated, as in Pillow."""
     blended = cv2.subtract(second, first, dtype=cv2.CV_32F)
     blended *= np.float32(share)
     blended += first
     return np.clip(blended, 0, 255, out=blended).astype(np.uint8)
 
 
-# Geometry: bicubic, and `fill` where there is nothing.
+# Geometric operations, with bicubic interpolation and `fill` outside of the frame.
 
 
-def rotate(clip: Clip, degrees: float, frame: Box, held: Box, wanted: Box, fill: Colour) -> Clip:
-    """Turns counterclockwise about the frame's centre.
+def rotate(clip: Clip, degrees: float, frame: Box, window: Box, region: Box, fill: Colour) -> Clip:
+    """Rotates counterclockwise about the frame's centre.
 
-    `degrees` are between -90 and 90, both excluded. The window has what `rotate_source` says.
+    `degrees` is between -90 and 90, both excluded. `window` contains the box of `rotate_source`.
     """
     if degrees == 0:
-        return wanted.cut(clip, held)
-    if _pixel_in_the_centre(frame) and wanted != frame:
-        return wanted.cut(rotate(clip, degrees, frame, held, frame, fill), frame)
+        return region.cut(clip, window)
+    if _has_centre_pixel(frame) and region != frame:
+        return region.cut(rotate(clip, degrees, frame, window, frame, fill), frame)
     a, b, c, d, e, f = _rotation(degrees, frame)
-    # The same map between the parts of the frames.
-    c += a * wanted.left + b * wanted.top - held.left
-    f += d * wanted.left + e * wanted.top - held.top
-    out = np.empty((len(clip), wanted.height, wanted.width, 3), np.uint8)
+    # The same map in the coordinates of `region` and `window`.
+    c += a * region.left + b * region.top - window.left
+    f += d * region.left + e * region.top - window.top
+    out = np.empty((len(clip), region.height, region.width, 3), np.uint8)
     for source, target in zip(clip, out, strict=True):
-        turned = Image.fromarray(source).transform(
-            (wanted.width, wanted.height),
+        rotated = Image.fromarray(source).transform(
+            (region.width, region.height),
             Image.Transform.AFFINE,
             (a, b, c, d, e, f),
             Image.Resampling.BICUBIC,
             fillcolor=fill,
         )
-        target[:] = np.asarray(turned)
+        target[:] = np.asarray(rotated)
     return out
 
 
-def rotate_source(degrees: float, frame: Box, wanted: Box) -> Box:
-    """The part of the frames that `rotate` needs for `wanted`."""
-    if _pixel_in_the_centre(frame):
+def rotate_source(degrees: float, frame: Box, region: Box) -> Box:
+    """Returns the part of the frames that `rotate` reads to compute `region`."""
+    if _has_centre_pixel(frame):
         return frame
     a, b, c, d, e, f = _rotation(degrees, frame)
     corners = [
         (a * x + b * y + c, d * x + e * y + f)
-        for x in (wanted.left, wanted.left + wanted.width)
-        for y in (wanted.top, wanted.top + wanted.height)
+        for x in (region.left, region.left + region.width)
+        for y in (region.top, region.top + region.height)
     ]
     across, down = zip(*corners, strict=True)
-    return _source(frame, (min(down), max(down)), (min(across), max(across)))
+    return _source_box(frame, (min(down), max(down)), (min(across), max(across)))
 
 
-def _pixel_in_the_centre(frame: Box) -> bool:
-    # Such a pixel stays where it is, but for rounding, which then decides on its value. So it has
-    # to be Pillow's rounding: nothing is cut.
+def _has_centre_pixel(frame: Box) -> bool:
+    # A rotation maps the centre pixel to itself up to rounding, and the rounding then determines
+    # its value. It must be Pillow's rounding, so the whole frame is rotated.
     return frame.height % 2 == 1 and frame.width % 2 == 1
 
 
 def _rotation(degrees: float, frame: Box) -> tuple[float, ...]:
-    """Where in a frame the pixels of the turned one are: x' = ax + by + c, y' = dx + ey + f."""
-    # Pillow's own arithmetic, so that every bit is the same.
+    """Returns a to f of the source x' = ax + by + c, y' = dx + ey + f of rotated pixels (x, y)."""
+    # Pillow's arithmetic, for the same bits.
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = frame.width / 2, frame.height / 2
@@ -227,26 +229,32 @@ def _rotation(degrees: float, frame: Box) -> tuple[float, ...]:
 
 
 def shift_rows(
-    clip: Clip, shifts: Float[np.ndarray, " rows"], frame: Box, held: Box, wanted: Box, fill: Colour
+    clip: Clip,
+    shifts: Float[np.ndarray, " rows"],
+    frame: Box,
+    window: Box,
+    region: Box,
+    fill: Colour,
 ) -> Clip:
-    """Gives pixel x of row y what is at x + shifts[y], of the same row.
+    """Shifts rows: pixel x of row y gets the value at x + shifts[y] of the same row.
 
-    This is shearing and translating, for which Pillow reads 16 pixels although 4 matter. `shifts`
-    are of the rows of `wanted`, in pixels; the window has what `shift_source` says.
+    This implements shearing and translation, for which Pillow reads 16 pixels although only 4
+    matter. `shifts` has the rows of `region`, in pixels. `window` contains the box of
+    `shift_source`.
     """
-    clip = clip[:, wanted.top - held.top :]
-    out = np.empty((len(clip), wanted.height, wanted.width, 3), np.uint8)
-    x = np.arange(wanted.left, wanted.left + wanted.width) + 0.5
-    rows = max(1, _BLOCK // (3 * len(clip) * wanted.width))
-    for start in range(0, wanted.height, rows):
-        stop = min(start + rows, wanted.height)
+    clip = clip[:, region.top - window.top :]
+    out = np.empty((len(clip), region.height, region.width, 3), np.uint8)
+    x = np.arange(region.left, region.left + region.width) + 0.5
+    rows = max(1, _BLOCK // (3 * len(clip) * region.width))
+    for start in range(0, region.height, rows):
+        stop = min(start + rows, region.height)
         source = x + shifts[start:stop, None]
         outside = (source < 0) | (source >= frame.width)
         source -= 0.5
         first = np.floor(source[:, 0]).astype(int)
-        fraction = source - (first[:, None] + np.arange(wanted.width))
-        taps = np.empty((len(clip), stop - start, wanted.width + 3, 3), np.int16)
-        for i, column in enumerate((first - 1 - held.left).tolist()):
+        fraction = source - (first[:, None] + np.arange(region.width))
+        taps = np.empty((len(clip), stop - start, region.width + 3, 3), np.int16)
+        for i, column in enumerate((first - 1 - window.left).tolist()):
             _copy_row(clip[:, start + i], column, taps[:, i])
         rows_out = out[:, start:stop]
         flat = (len(clip), stop - start, -1)
@@ -256,13 +264,13 @@ def shift_rows(
     return out
 
 
-def shift_source(shifts: Float[np.ndarray, " rows"], frame: Box, wanted: Box) -> Box:
-    """The part of the frames that `shift_rows` needs for `wanted`."""
-    across = (wanted.left + shifts.min(), wanted.left + wanted.width + shifts.max())
-    return _source(frame, (wanted.top, wanted.top + wanted.height), across)
+def shift_source(shifts: Float[np.ndarray, " rows"], frame: Box, region: Box) -> Box:
+    """Returns the part of the frames that `shift_rows` reads to compute `region`."""
+    across = (region.left + shifts.min(), region.left + region.width + shifts.max())
+    return _source_box(frame, (region.top, region.top + region.height), across)
 
 
-def transposed(clip: Clip) -> Clip:
+def transpose(clip: Clip) -> Clip:
     """Swaps rows and columns of all frames."""
     out = np.empty((len(clip), clip.shape[2], clip.shape[1], 3), np.uint8)
     for source, target in zip(clip, out, strict=True):
@@ -270,9 +278,9 @@ def transposed(clip: Clip) -> Clip:
     return out
 
 
-def _source(frame: Box, rows: Bounds, columns: Bounds) -> Box:
-    # Two pixels on either side meet the bicubic kernel; one more for rounding. Where nothing of the
-    # frame is needed, a pixel of its edge stays.
+def _source_box(frame: Box, rows: Bounds, columns: Bounds) -> Box:
+    # The bicubic kernel reads two pixels on either side; one more is for rounding. If no pixel of
+    # the frame is read, the box is a pixel of its edge.
     bounds = []
     for (low, high), size in ((rows, frame.height), (columns, frame.width)):
         start = min(max(math.floor(low) - 3, 0), size - 1)
@@ -282,9 +290,9 @@ def _source(frame: Box, rows: Bounds, columns: Bounds) -> Box:
 
 
 def _copy_row(row: np.ndarray, start: int, target: np.ndarray) -> None:
-    """Copies pixels of `row` from `start` on, which may be outside, where the edges go on."""
-    size, wanted = row.shape[1], target.shape[1]
-    low, high = max(start, 0), min(start + wanted, size)
+    """Copies pixels of `row` from `start` on; outside of the row its edge pixels are repeated."""
+    size, length = row.shape[1], target.shape[1]
+    low, high = max(start, 0), min(start + length, size)
     if low >= high:
         target[:] = row[:, :1] if start < 0 else row[:, -1:]
         return
@@ -294,11 +302,12 @@ def _copy_row(row: np.ndarray, start: int, target: np.ndarray) -> None:
 
 
 def _cubic(taps: np.ndarray, fraction: np.ndarray, out: np.ndarray) -> None:
-    """Interpolates between the second and third of four neighbouring pixels, which are three apart.
+    """Interpolates between the second and third of four neighbouring pixels of three values each.
 
-    Pillow's kernel (a = -1) and its order of operations, without which what should be a whole
-    number is now and then truncated to the one before it:
+    The kernel (a = -1) and the order of operations are Pillow's:
     v2 + d (v3 - v1 + d (2 v1 - 2 v2 + v3 - v4 + d (v2 - v1 + v4 - v3))).
+    In another order, some whole numbers would be rounded down slightly and truncated to the next
+    lower one.
     """
     n = out.shape[-1]
     step = taps[..., 3:] - taps[..., :-3]

@@ -40,11 +40,14 @@ DEFAULT = LoaderOptions()
 def batched(
     load: Any, batches: int, rows: int, options: LoaderOptions, prefetch: int
 ) -> Generator[Batch, None, None]:
-    """Yields `batches` batches of `rows` elements each; closing the generator stops loading.
+    """Yields batches of stacked elements; closing the generator stops loading.
 
     Args:
       load: callable frozen dataclass that maps the number of an element to a dictionary of arrays.
         Its field `reads` is a `watchdog.ActiveReads` or None, its field `videos` a `Source`.
+      batches: number of batches.
+      rows: elements per batch.
+      options: threads, processes and timeout of the loading.
       prefetch: number of prefetched batches.
 
     Raises:

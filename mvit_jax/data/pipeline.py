@@ -153,15 +153,20 @@ def test_batches(
 ) -> Generator[Batch, None, None]:
     """Yields batches of the views of every video, each video once, in order.
 
-    All batches have the same shape. Other arguments are as for `train_batches`.
+    All batches have the same shape.
 
     Args:
+      videos: data set.
+      settings: frame sampling and size of the clips.
       clips: K, clips spread evenly over a video. For several numbers, the clips of each number
         follow each other.
       crops: crops of each clip, 1 or 3.
       batch: videos per batch over all hosts; the last batch is padded.
+      rows: contiguous rows of the global batch that this host loads; None for all.
       shuffle_seed: permutes the frames of each clip, drawn from (shuffle_seed, index of the video),
         as the test of Fan et al. 2021, table 9; None to keep their order.
+      loader: threads, processes and timeout of the loading; the batches do not depend on them.
+      prefetch: number of prefetched batches.
 
     Yields:
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip

@@ -1,10 +1,11 @@
 """RandAugment (Cubuk et al. 2020) of clips: a few random operations, the same for all frames.
 
-The strings, operations and ranges are timm's, which the papers' recipes use: fifteen operations
-that do more the larger the magnitude, drawn with replacement and then applied half the time.
+The strings, operations and ranges are timm's, which the papers' recipes use. The fifteen operations
+are stronger at larger magnitudes. They are drawn with replacement, and each drawn operation is
+applied with probability 0.5.
 
-Of videos only the part that the random crop leaves over is computed, which makes RandAugment and
-the crop of a clip 1.6 to 1.7 times as fast as whole frames do: 18.8 ms instead of 31.7 in
+For videos, only the pixels inside of the random crop are computed. RandAugment and crop of a clip
+are thus 1.6 to 1.7 times as fast as on whole frames: 18.8 ms instead of 31.7 in
 `python -m benchmarks.augmentation` (three runs, 2026-11-30).
 """
 
@@ -23,20 +24,20 @@ OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
     "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
 )  # fmt: skip
-"""By timm's names, without "Increasing" and "Rel"."""
+"""Names of the operations: timm's, without "Increasing" and "Rel"."""
 
 GREY = (128, 128, 128)
-"""What fills the outside of frames of videos."""
+"""Fill colour outside of video frames."""
 
-_CHANCE = 0.5  # that an operation that was drawn is applied
+_APPLY_PROBABILITY = 0.5  # of an operation that was drawn
 
 
 class Operation(NamedTuple):
-    """One of `OPERATIONS` and its argument, as Pillow takes it.
+    """One of `OPERATIONS` and its argument, in Pillow's units.
 
-    Rotate: degrees counterclockwise. Posterize: bits that are kept. Solarize: threshold.
-    SolarizeAdd: what is added. Color, Contrast, Brightness, Sharpness: factor. ShearX, ShearY:
-    pixels per pixel. TranslateX, TranslateY: part of the width or height. Others: 0.
+    Rotate: degrees counterclockwise. Posterize: number of bits left. Solarize: threshold.
+    SolarizeAdd: summand. Color, Contrast, Brightness, Sharpness: factor. ShearX, ShearY: pixels per
+    pixel. TranslateX, TranslateY: fraction of the width or height. Others: 0.
     """
 
     name: str
@@ -45,12 +46,12 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class RandAugment:
-    """How operations are drawn.
+    """Distribution of the operations of a clip.
 
     Attributes:
       magnitude: mean of the magnitudes, 0 to 10.
-      layers: operations that are drawn for a clip.
-      std: standard deviation of the magnitudes, which are normal and then clipped to 0..10.
+      layers: number of operations drawn per clip.
+      std: standard deviation of the magnitudes. They are normal, then clipped to 0..10.
     """
 
     magnitude: int
@@ -58,11 +59,11 @@ class RandAugment:
     std: float
 
     def draw(self, rng: np.random.Generator) -> tuple[Operation, ...]:
-        """Draws the operations of one clip, those alone that are to be applied."""
+        """Draws the operations of one clip and returns those to apply."""
         drawn = []
         for _ in range(self.layers):
             name = OPERATIONS[rng.integers(len(OPERATIONS))]
-            applied = rng.random() < _CHANCE
+            applied = rng.random() < _APPLY_PROBABILITY
             magnitude = min(max(rng.normal(self.magnitude, self.std), 0.0), 10.0)
             sign = rng.choice((-1, 1))
             if applied:
@@ -71,36 +72,36 @@ class RandAugment:
 
 
 def parse(text: str) -> RandAugment:
-    """Reads a string of timm's, like "rand-m7-n4-mstd0.5-inc1".
+    """Parses timm's RandAugment string, like "rand-m7-n4-mstd0.5-inc1".
 
-    m is the magnitude (10 if left out), n the layers (2), mstd the standard deviation (0); inc1 is
-    the set of operations that do more the larger the magnitude, and the only one that exists here.
+    m is the magnitude (10 by default), n the layers (2), mstd the standard deviation (0). inc1
+    selects the operations that are stronger at larger magnitudes; no other set is supported.
 
     Raises:
-      UserError: another part, a part twice, a value out of range, or no inc1.
+      UserError: an unknown or repeated part, a value out of range, or no inc1.
     """
     name, *parts = text.split("-")
     if name != "rand":
         raise UserError(
             f"RandAugment's string {text!r} must start with 'rand', like rand-m7-n4-mstd0.5-inc1"
         )
-    # What a part may hold: pattern, and bounds.
-    known = {"m": (r"\d+", 0, 10), "n": (r"\d+", 1, 100), "mstd": (r"\d+(?:\.\d+)?", 0, 100)}
-    known["inc"] = (r"\d+", 1, 1)
+    # Supported parts: pattern and bounds of the number.
+    supported = {"m": (r"\d+", 0, 10), "n": (r"\d+", 1, 100), "mstd": (r"\d+(?:\.\d+)?", 0, 100)}
+    supported["inc"] = (r"\d+", 1, 1)
     values: dict[str, float] = {"m": 10, "n": 2, "mstd": 0.0, "inc": 0}
     seen = set()
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(.*)", part)
         key = match[1] if match else ""
-        if not match or key not in known:
+        if not match or key not in supported:
             raise UserError(
-                f"part {part!r} of RandAugment's string {text!r} is not known: m, n, mstd and inc "
-                "are, like rand-m7-n4-mstd0.5-inc1"
+                f"part {part!r} of RandAugment's string {text!r} is unknown: use m, n, mstd and "
+                "inc, like rand-m7-n4-mstd0.5-inc1"
             )
-        pattern, low, high = known[key]
+        pattern, low, high = supported[key]
         if key in seen or not re.fullmatch(pattern, match[2]):
             raise UserError(
-                f"part {part!r} of RandAugment's string {text!r} must stand there once and have a "
+                f"part {part!r} of RandAugment's string {text!r} must appear once and have a "
                 "number, like rand-m7-n4-mstd0.5-inc1"
             )
         seen.add(key)
@@ -112,14 +113,14 @@ def parse(text: str) -> RandAugment:
             )
     if values["inc"] != 1:
         raise UserError(
-            f"RandAugment's string {text!r} asks for operations that do not grow with the "
-            "magnitude, which do not exist here: end it with -inc1"
+            f"RandAugment's string {text!r} selects operations that do not grow with the "
+            "magnitude, which are not supported: end it with -inc1"
         )
     return RandAugment(int(values["m"]), int(values["n"]), values["mstd"])
 
 
 def operation(name: str, magnitude: int | float, sign: int) -> Operation:
-    """Gives an operation at a magnitude of 0 to 10; some go both ways, by the sign 1 or -1."""
+    """Returns an operation at a magnitude of 0 to 10; `sign`, 1 or -1, is its direction if any."""
     level = magnitude / 10
     match name:
         case "Rotate":
@@ -148,73 +149,75 @@ def apply(
     fill: Colour = GREY,
     box: Box | None = None,
 ) -> UInt8[np.ndarray, "time _ _ 3"]:
-    """Applies operations one after the other to all frames.
+    """Applies operations in order to all frames.
 
-    The values are Pillow's. Where a rotated frame is cut, coordinates are rounded otherwise in
+    The values are Pillow's. For rotated frames of which a part is computed, coordinates differ in
     their thirteenth decimal, which changed none of 1.6 * 10^8 values.
 
     Args:
-      fill: colour of what comes in from outside.
-      box: the part of the frames to give, for what is cropped later; None for all. Only what
-        becomes of it, or decides on its colours, is computed.
+      clip: frames.
+      operations: operations of the clip.
+      fill: RGB colour of pixels from outside of the frame.
+      box: part of the frames to return, for a later crop; None for all. Only pixels that affect
+        this part are computed.
 
     Returns:
-      The frames in `box`; may share memory with `clip`.
+      The part `box` of the frames; may share memory with `clip`.
     """
     frame = Box(0, 0, *clip.shape[1:3])
-    # What each operation has to give, known from the last one back to the first.
-    wanted = [box or frame]
-    for one in reversed(operations):
-        wanted.append(_source(one, frame, wanted[-1]))
-    held = wanted.pop()
-    clip = held.cut(clip, frame)
-    for one in operations:
-        target = wanted.pop()
-        clip = _apply(one, clip, frame, held, target, fill)
-        held = target
+    # The part that each operation must return, computed from the last operation to the first.
+    regions = [box or frame]
+    for op in reversed(operations):
+        regions.append(_source_box(op, frame, regions[-1]))
+    window = regions.pop()
+    clip = window.cut(clip, frame)
+    for op in operations:
+        region = regions.pop()
+        clip = _apply(op, clip, frame, window, region, fill)
+        window = region
     return clip
 
 
-def _source(one: Operation, frame: Box, wanted: Box) -> Box:
-    """The part of the frames that an operation needs to give the part `wanted`."""
-    match one.name:
+def _source_box(op: Operation, frame: Box, region: Box) -> Box:
+    """Returns the part of the frames that an operation reads to compute the part `region`."""
+    match op.name:
         case "AutoContrast" | "Equalize" | "Contrast":
             return frame
         case "Sharpness":
-            top, left = max(wanted.top - 1, 0), max(wanted.left - 1, 0)
-            bottom = min(wanted.top + wanted.height + 1, frame.height)
-            right = min(wanted.left + wanted.width + 1, frame.width)
+            top, left = max(region.top - 1, 0), max(region.left - 1, 0)
+            bottom = min(region.top + region.height + 1, frame.height)
+            right = min(region.left + region.width + 1, frame.width)
             return Box(top, left, bottom - top, right - left)
         case "Rotate":
-            return image_ops.rotate_source(one.argument, frame, wanted)
+            return image_ops.rotate_source(op.argument, frame, region)
         case "ShearX" | "TranslateX":
-            return image_ops.shift_source(_shifts(one, frame, wanted), frame, wanted)
+            return image_ops.shift_source(_shifts(op, frame, region), frame, region)
         case "ShearY" | "TranslateY":
-            turned, lying = _turn(frame), _turn(wanted)
-            return _turn(image_ops.shift_source(_shifts(one, turned, lying), turned, lying))
-    return wanted
+            frame, region = _transpose(frame), _transpose(region)
+            return _transpose(image_ops.shift_source(_shifts(op, frame, region), frame, region))
+    return region
 
 
-def _apply(one: Operation, clip: Clip, frame: Box, held: Box, wanted: Box, fill: Colour) -> Clip:
-    """Gives the part `wanted` of the frames of whose last state `clip` has the part `held`."""
-    name, argument = one
+def _apply(op: Operation, clip: Clip, frame: Box, window: Box, region: Box, fill: Colour) -> Clip:
+    """Applies an operation to `clip`, the part `window` of frames; returns the part `region`."""
+    name, argument = op
     match name:
         case "Rotate":
-            return image_ops.rotate(clip, argument, frame, held, wanted, fill)
+            return image_ops.rotate(clip, argument, frame, window, region, fill)
         case "ShearX" | "TranslateX":
-            shifts = _shifts(one, frame, wanted)
-            return image_ops.shift_rows(clip, shifts, frame, held, wanted, fill)
+            shifts = _shifts(op, frame, region)
+            return image_ops.shift_rows(clip, shifts, frame, window, region, fill)
         case "ShearY" | "TranslateY":
-            frame, held, wanted = _turn(frame), _turn(held), _turn(wanted)
-            shifts = _shifts(one, frame, wanted)
-            clip = image_ops.transposed(clip)
-            clip = image_ops.shift_rows(clip, shifts, frame, held, wanted, fill)
-            return image_ops.transposed(clip)
+            frame, window, region = _transpose(frame), _transpose(window), _transpose(region)
+            shifts = _shifts(op, frame, region)
+            clip = image_ops.transpose(clip)
+            clip = image_ops.shift_rows(clip, shifts, frame, window, region, fill)
+            return image_ops.transpose(clip)
         case "Color":
             return image_ops.color(clip, argument)
         case "Sharpness":
-            return image_ops.sharpness(clip, argument, held, wanted)
-    return image_ops.look_up(wanted.cut(clip, held), _table(name, argument, clip))
+            return image_ops.sharpness(clip, argument, window, region)
+    return image_ops.look_up(region.cut(clip, window), _table(name, argument, clip))
 
 
 def _table(name: str, argument: float, clip: Clip) -> image_ops.Table:
@@ -238,13 +241,13 @@ def _table(name: str, argument: float, clip: Clip) -> image_ops.Table:
     raise ValueError(f"there is no operation {name!r}: they are {', '.join(OPERATIONS)}")
 
 
-def _shifts(one: Operation, frame: Box, wanted: Box) -> np.ndarray:
-    """By how many pixels the rows of `wanted` are moved; columns lie as rows of turned boxes."""
-    if one.name.startswith("Shear"):
-        return one.argument * (np.arange(wanted.top, wanted.top + wanted.height) + 0.5)
-    return np.full(wanted.height, one.argument * frame.width)
+def _shifts(op: Operation, frame: Box, region: Box) -> np.ndarray:
+    """Returns the row shifts of `region` in pixels; for column shifts, boxes are transposed."""
+    if op.name.startswith("Shear"):
+        return op.argument * (np.arange(region.top, region.top + region.height) + 0.5)
+    return np.full(region.height, op.argument * frame.width)
 
 
-def _turn(box: Box) -> Box:
-    """The box in transposed frames."""
+def _transpose(box: Box) -> Box:
+    """Returns the box in transposed frames."""
     return Box(box.left, box.top, box.width, box.height)

@@ -124,7 +124,7 @@ def test_settings_can_be_read_and_changed():
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (np.zeros((4, 40, 40, 3), np.float32), "frames of float32 are not understood: pass a path"),
+        (np.zeros((4, 40, 40, 3), np.float32), "dtype float32 are not supported: pass a path"),
         (np.zeros((3, 4, 40, 40), np.uint8), "shape [3, 4, 40, 40]"),
         (np.zeros((40, 40), np.uint8), "shape [40, 40]"),
         (np.zeros((0, 40, 40, 3), np.uint8), "shape [0, 40, 40, 3]"),
