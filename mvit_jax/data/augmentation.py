@@ -2,7 +2,7 @@
 
 All frames of a clip share the random draws. Flipping, normalisation, random erasing and mixing
 follow on the device. For videos this is the recipes' order. The recipes flip images before
-RandAugment, which has the same distribution: its operations are symmetric, or go left as often as
+RandAugment. The distribution is the same: its operations are symmetric, or go left as often as
 right. The exception is ShearY, which fixes the left edge in the recipes and either edge here.
 """
 
@@ -110,7 +110,7 @@ def augment(
 def _crop(
     clip: np.ndarray, settings: Augmentation, size: int, rng: np.random.Generator, image: bool
 ) -> np.ndarray:
-    """Cuts a square by random resized crop, by jitter or at the centre, by the settings."""
+    """Cuts a square by random resized crop, jitter or centre crop, depending on the settings."""
     if settings.crop_area is not None:
         return random_resized_crop(
             clip, size, rng=rng, area=settings.crop_area, interpolation=settings.interpolation

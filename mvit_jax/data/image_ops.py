@@ -220,7 +220,7 @@ def _has_centre_pixel(frame: Box) -> bool:
 
 
 def _rotation(degrees: float, frame: Box) -> tuple[float, ...]:
-    """Returns a to f of the source x' = ax + by + c, y' = dx + ey + f of rotated pixels (x, y)."""
+    """Returns a to f of the map x' = ax + by + c, y' = dx + ey + f to source pixels."""
     # Pillow's arithmetic, for the same bits.
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
@@ -239,7 +239,7 @@ def shift_rows(
     """Shifts rows: pixel x of row y gets the value at x + shifts[y] of the same row.
 
     This implements shearing and translation, for which Pillow reads 16 pixels although only 4
-    matter. `shifts` has the rows of `region`, in pixels. `window` contains the box of
+    matter. `shifts` are in pixels, one per row of `region`. `window` contains the box of
     `shift_source`.
     """
     clip = clip[:, region.top - window.top :]

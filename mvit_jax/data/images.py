@@ -19,7 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 class DecodeError(UserError):
-    """A file that is not a video or image, is broken, or does not suit the clip.
+    """Decode failure: the file is no video or image, is broken, or does not suit the clip.
 
     Attributes:
       path: path of the file, or its name in messages.

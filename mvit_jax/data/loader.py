@@ -59,8 +59,8 @@ def batched(
     earlier_processes = frozenset(multiprocessing.active_children())
     reads = None
     if options.timeout > 0:
-        # Each process has at most the elements in its two buffers and in its threads under way.
-        # Elements are dealt to the processes in turn.
+        # The elements under way in a process are those in its two buffers and in its threads.
+        # The processes load elements in turn.
         slots = 4 * max(processes, 1) * (threads + prefetch * rows + 1)
         reads = watchdog.ActiveReads(slots, shared=processes > 0)
         load = replace(load, reads=reads)
@@ -92,7 +92,7 @@ def _dataset(load: Any, batches: int, rows: int, options: LoaderOptions, prefetc
     )
     dataset = grain.MapDataset.range(batches * rows).map(load).to_iter_dataset(reading)
     if options.processes > 0:
-        if not flags.FLAGS.is_parsed():  # in notebooks and plain scripts; Grain's workers read them
+        if not flags.FLAGS.is_parsed():  # in notebooks and scripts; Grain's workers read the flags
             flags.FLAGS.mark_as_parsed()
         # Python warns of leaked shared memory at exit, although prefetched elements are freed.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")

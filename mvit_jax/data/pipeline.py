@@ -24,7 +24,7 @@ from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, batched
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import Source
 
-# The purpose of random numbers is the first word of their seed, so that no two share a stream.
+# First word of the seeds of random numbers: one per purpose, so that no two share a stream.
 _ORDER, _CLIP, _SHUFFLE = range(3)
 
 _ATTEMPTS = 10

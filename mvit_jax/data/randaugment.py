@@ -151,8 +151,8 @@ def apply(
 ) -> UInt8[np.ndarray, "time _ _ 3"]:
     """Applies operations in order to all frames.
 
-    The values are Pillow's. For rotated frames of which a part is computed, coordinates differ in
-    their thirteenth decimal, which changed none of 1.6 * 10^8 values.
+    The values are Pillow's. If only a part of a rotated frame is computed, the coordinates differ
+    in their thirteenth decimal, which changed none of 1.6 * 10^8 values.
 
     Args:
       clip: frames.

@@ -1,4 +1,4 @@
-"""The interface of data sets, and the choice of the reader that opens one."""
+"""The interface of data sets, and `open_source`, which opens the data set of a config."""
 
 import os
 import zlib
@@ -62,7 +62,7 @@ class Source(Protocol):
         Raises:
           DecodeError: the label cannot be read.
         """
-        # One label at a time: some data sets store labels with the images, and may be large.
+        # One label at a time: reading all is slow if they are stored with the images.
         ...
 
     def item(self, index: int) -> str:
@@ -95,15 +95,14 @@ def open_source(
 
     Args:
       folder: folder of the data set; None only for synthetic videos.
-      list_name: name of the training, validation or test list in `folder`, or of such a folder or
-        split.
+      list_name: name of the list, folder or split of training, validation or test in `folder`.
       source: one of `SOURCES`.
       tfds: name of a data set prepared by TFDS; replaces `source`.
       train_list: name of the training list, whose subfolders define the classes of class folders.
-      prefix: folder of the relative paths of a list.
+      prefix: folder that the paths of a list are relative to.
       separator: separator of path and label in a list; None for white space.
       multi_label: True if an element may have any number of classes.
-      max_missing: share of missing files from which on a list is an error.
+      max_missing: share of missing files at which a list raises an error.
 
     Raises:
       UserError: unknown source, a missing or malformed folder or file, or a source that does not
@@ -146,7 +145,7 @@ def open_source(
     if source == "charades":
         return read_charades(folder, list_name, prefix=prefix)
     if folder.is_dir() and not (folder / "labels.txt").exists():
-        # Without names, the classes would be counted, and the splits' counts could differ.
+        # Without labels.txt, each list would define its own number of classes.
         raise UserError(
             f"there is no labels.txt in {folder}: write the names of the classes there, one per "
             "line, label 0 first"

@@ -302,7 +302,7 @@ class Video:
         """Decodes the requested frames, from the key frame before the first of them on.
 
         Yields pairs of frame number and frame, in ascending order, also of frames that were not
-        requested. With `jumping`, packets that no requested frame refers to are skipped: those
+        requested. With `jumping`, packets that no requested frame depends on are skipped: those
         after a requested frame, up to the key frame before the next one.
         """
         codec = self._codec
@@ -333,7 +333,7 @@ class Video:
                 return
 
     def _until(self, packets: Iterator[av.Packet], end: int) -> Iterator[av.Packet]:
-        """Yields the packets up to position `end`, except truncated ones."""
+        """Yields the packets up to position `end`, except corrupt ones."""
         for packet in packets:
             if packet.size == 0:  # PyAV's end of stream
                 return
@@ -437,7 +437,7 @@ def why_broken(opened: contextlib.AbstractContextManager[Footage]) -> str | None
       opened: context of `opened` or of `Source.opened`, not yet entered.
 
     Returns:
-      The reason of a decode failure, or None without failure.
+      The reason of a decode failure, or None if all frames can be decoded.
     """
     step = 64
     try:

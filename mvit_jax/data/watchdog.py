@@ -75,7 +75,7 @@ class Timeout:
     Attributes:
       seconds: time limit of a batch.
       reads: videos being read.
-      name: returns the name of a video for messages from its index.
+      name: function from the index of a video to its name in messages.
       earlier_processes: child processes older than the workers.
     """
 
