@@ -1,4 +1,4 @@
-"""Models as files that PySlowFast, torchvision, PyTorchVideo and timm load with strict matching."""
+"""Export of models to files that PySlowFast, torchvision, PyTorchVideo and timm load strictly."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from mvit_jax.weights.tensor_files import write_safetensors, write_torch
 
 TARGETS = (*key_tables.FAMILIES, "safetensors")
 
-# What each family's code cannot be, besides having no place for a tensor.
+# Config values that each project's code supports, if it does not support all of them.
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "slowfast": {"skip": ("normalised",), "growth": (2,)},
     "torchvision": {
@@ -43,11 +43,11 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what the other side computes differently with it."""
+    """The result of an export."""
 
-    family: str
-    tensors: int
-    notes: tuple[str, ...]
+    family: str  # checkpoint format of the file
+    tensors: int  # number of tensors
+    notes: tuple[str, ...]  # differences in the other project's computation
 
 
 def save_torch(
@@ -58,13 +58,20 @@ def save_torch(
     *,
     origin: key_tables.Origin | None = None,
 ) -> Exported:
-    """Writes parameters as `to` ("slowfast", "torchvision", "pytorchvideo", "timm") has them.
+    """Writes parameters to a file that another project loads with strict matching.
 
-    "safetensors" writes the layout of `origin`, or PySlowFast's, in that format. With an `origin`
-    of the same family the tensors are those that were read, bit for bit.
+    Args:
+      params: nested as in the model.
+      config: the model's architecture.
+      path: the file to write.
+      to: "slowfast", "torchvision", "pytorchvideo", "timm" or "safetensors". The last one writes
+        the tensors as in `origin`, by default as PySlowFast, to a safetensors file.
+      origin: format of the file that the parameters were loaded from. If `to` is the same format,
+        unchanged parameters are written bit for bit as they were read.
 
     Raises:
-      UserError: the family has no such model (all reasons at once), or the file cannot be written.
+      UserError: the format cannot hold the model (lists all reasons), or the file cannot be
+        written.
     """
     if to not in TARGETS:
         raise UserError(f"weights can go to {', '.join(TARGETS)}, not to {to!r}")
@@ -84,10 +91,10 @@ def save_torch(
 def state_dict(
     params: Params, config: MViTConfig, family: str, origin: key_tables.Origin | None = None
 ) -> dict[str, np.ndarray]:
-    """Parameters by a family's names, in its shapes and order of channels."""
+    """Returns parameters by a checkpoint format's names, in its shapes and axis order."""
     flat = {path: np.asarray(values) for path, values in flatten_dict(params, sep="/").items()}
     if family in ("torchvision", "timm") and config.separate_qkv and not config.pool_first:
-        flat = _joined(flat)
+        flat = _join_qkv(flat)
     names = {path: key_tables.foreign_name(path, family, config) for path in flat}
     problems = [
         f"{field} is {getattr(config, field)}, {family} has {' or '.join(map(str, allowed))}"
@@ -103,24 +110,27 @@ def state_dict(
         name = str(names[path])
         rank = ranks["patch" if path.startswith("patch_embed") else "pool"]
         theirs = key_tables.to_theirs(path, values, family, config, rank)
-        # The class token's position is the first row of a joint table.
+        # The class token's embedding is the first row of joint positional embeddings.
         first = key_tables.joint_with_class_token(path, config)
         if name in tensors:
             pair = (theirs, tensors[name]) if first else (tensors[name], theirs)
             theirs = np.concatenate(pair, axis=1)
         tensors[name] = theirs
     if family == "pytorchvideo" and config.pool_norm_eps == 1e-6:
-        tensors |= _second_names(tensors)
+        tensors |= _duplicate_pools(tensors)
     if config.positions == "sincos" and family == "slowfast":
         tensors["pos_embed"] = _sincos(config)
     if origin is not None and origin.family == family and origin.dtype in ("float16", "bfloat16"):
-        # Exact: float32 held them as they were.
+        # Exact: unchanged values were read from this dtype.
         tensors = {name: values.astype(origin.dtype) for name, values in tensors.items()}
     return tensors
 
 
-def _second_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """After version 0.1, which also changed the eps, PyTorchVideo keeps its pools twice."""
+def _duplicate_pools(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the pooling weights by the second names of PyTorchVideo after version 0.1.
+
+    The same change set the eps of the pooling norms to 1e-6.
+    """
     pattern, second = r"\.attn\.(pool|norm)_([qkv])\.", r".attn._attention_pool_\2.\1."
     return {
         re.sub(pattern, second, name): values
@@ -129,8 +139,8 @@ def _second_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _joined(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One linear layer for Q, K and V instead of three."""
+def _join_qkv(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins the separate linear layers for Q, K and V into one."""
     out = {}
     for path, values in flat.items():
         part = re.fullmatch(r"(.*/attn/)([qkv])/(kernel|bias)", path)
@@ -147,21 +157,24 @@ def _notes(config: MViTConfig, family: str) -> list[str]:
     conv = config.pool_mode.startswith("conv")
     if config.pool_norm_eps != 1e-6 and conv and family != "pytorchvideo":
         notes.append(
-            f"the norms after pools have eps {config.pool_norm_eps} here and 1e-06 there: logits "
-            "differ by rounding's size and more where pooled channels hardly vary"
+            f"the pooling norms have eps {config.pool_norm_eps} here and 1e-06 there: logits "
+            "differ by rounding errors, and more if the pooled channels hardly vary"
         )
     adds = "all" if family in ("timm", "pytorchvideo") else "grid"
     if config.class_token and config.residual_pool not in ("none", adds):
         notes.append(
-            f"residual pooling takes {config.residual_pool!r} tokens here and {adds!r} there: "
+            f"residual pooling adds {config.residual_pool!r} tokens here and {adds!r} there: "
             "logits will differ"
         )
     return notes
 
 
 def _ranks(config: MViTConfig, family: str, origin: key_tables.Origin | None) -> dict[str, int]:
-    """Axes of the kernels: PySlowFast convolves images in three dimensions but for their cubes;
-    the repository of MViTv2's image models, and timm, in two."""
+    """Returns the number of axes of the patch and pooling kernels.
+
+    PySlowFast pools images in three dimensions, but embeds patches in two. The repository of
+    MViTv2's image models, and timm, do both in two.
+    """
     if family == "timm":
         return {"patch": 4, "pool": 4}
     ranks = {"patch": 5, "pool": 5}
@@ -172,7 +185,7 @@ def _ranks(config: MViTConfig, family: str, origin: key_tables.Origin | None) ->
 
 
 def _sincos(config: MViTConfig) -> np.ndarray:
-    """PySlowFast keeps fixed positions among its tensors."""
+    """Returns the fixed positional embeddings, which PySlowFast stores among its tensors."""
     grid = tuple(
         n // s
         for n, s in zip((config.frames, config.size, config.size), config.patch_stride, strict=True)

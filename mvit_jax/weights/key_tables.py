@@ -1,7 +1,7 @@
-"""Where each of our tensors stands in the files of other projects, and in which shape.
+"""Key table between this project's parameters and the checkpoint formats of other projects.
 
-One table, read in both directions: to find a tensor in a file, and to write one that the other side
-loads with strict matching. Our parameters are named by paths, `blocks/3/attn/qkv/kernel`.
+The same table serves reading and writing. Parameters of this project are named by paths, such as
+`blocks/3/attn/qkv/kernel`.
 """
 
 import math
@@ -17,9 +17,9 @@ from mvit_jax.models.variants import VARIANTS
 
 FAMILIES: tuple[str, ...] = ("slowfast", "torchvision", "pytorchvideo", "timm")
 
-# Modules and single tensors: ours, then as in FAMILIES; None where a family has none. {} is the
-# block, "{stage}.blocks.{place}" in timm.
-_B, _T = "blocks.{}.", "stages.{stage}.blocks.{place}."
+# Modules and single tensors: the path here, then the names in the order of FAMILIES; None if a
+# format has no such tensor. {} is the block's number; timm has "{stage}.blocks.{index}" instead.
+_B, _T = "blocks.{}.", "stages.{stage}.blocks.{index}."
 _CLS = "cls_positional_encoding."
 
 
@@ -27,12 +27,12 @@ def _block(
     ours: str, slowfast: str, torchvision: str | None = "", pytorchvideo: str | None = "",
     timm: str | None = "",
 ) -> tuple:  # fmt: skip
-    """A row for something in a block; "" is PySlowFast's name."""
-    others = [
+    """Returns a row for a module of a block; "" means the same name as in PySlowFast."""
+    names = [
         None if name is None else prefix + (name or slowfast)
         for prefix, name in ((_B, torchvision), (_B, pytorchvideo), (_T, timm))
     ]
-    return ("blocks/{}/" + ours, _B + slowfast, *others)
+    return ("blocks/{}/" + ours, _B + slowfast, *names)
 
 
 _ROWS = [
@@ -73,7 +73,7 @@ _GROWS = {"attention": "attn", "mlp": "mlp"}
 
 
 def foreign_name(path: str, family: str, config: MViTConfig) -> str | None:
-    """What a family calls our tensor `path`; None where it cannot hold it."""
+    """Returns the name of the tensor `path` in a checkpoint format; None if it has none."""
     if joint_with_class_token(path, config):
         path = "positions/joint"
     number = re.match(r"blocks/(\d+)/", path)
@@ -87,9 +87,9 @@ def foreign_name(path: str, family: str, config: MViTConfig) -> str | None:
     return name + _LEAVES.get(leaf, "")
 
 
-def known_names(family: str, config: MViTConfig) -> dict[str, list[str]]:
-    """Our paths for every name that a family could give to tensors of a model of these depths."""
-    known: dict[str, list[str]] = {}
+def paths_by_name(family: str, config: MViTConfig) -> dict[str, list[str]]:
+    """Returns the paths for every tensor name that a checkpoint format may have for `config`."""
+    paths: dict[str, list[str]] = {}
     for module, names in TABLE.items():
         name, in_block = names[family], "{}" in module
         if name is None:
@@ -100,10 +100,10 @@ def known_names(family: str, config: MViTConfig) -> dict[str, list[str]]:
                 for leaf in _leaves(module):
                     suffix = _LEAVES.get(leaf, "")
                     path = module.format(i) + (leaf and "/" + leaf)
-                    known.setdefault(theirs + suffix, []).append(path)
+                    paths.setdefault(theirs + suffix, []).append(path)
     if TABLE["positions/joint"][family] and config.positions == "joint" and config.class_token:
-        known[str(TABLE["positions/joint"][family])].append("positions/class_position")
-    return known
+        paths[str(TABLE["positions/joint"][family])].append("positions/class_position")
+    return paths
 
 
 def _leaves(module: str) -> tuple[str, ...]:
@@ -115,46 +115,63 @@ def _leaves(module: str) -> tuple[str, ...]:
 
 
 def _in_block(name: str, block: int, depths: tuple[int, ...], expand: str) -> str:
-    stage, place = 0, block
-    while stage < len(depths) and place >= depths[stage]:
-        stage, place = stage + 1, place - depths[stage]
-    return name.format(block, stage=stage, place=place, expand=_GROWS[expand])
+    stage, index = 0, block
+    while stage < len(depths) and index >= depths[stage]:
+        stage, index = stage + 1, index - depths[stage]
+    return name.format(block, stage=stage, index=index, expand=_GROWS[expand])
 
 
 def joint_with_class_token(path: str, config: MViTConfig) -> bool:
-    """The class token's position is the first row of a joint table, where there is one."""
+    """Returns True if `path` is stored as the first row of the joint positional embeddings."""
     return path == "positions/class_position" and config.positions == "joint"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file was like whose weights came in, so that they can go back the same."""
+    """Format of a loaded checkpoint, for writing its weights back unchanged."""
 
-    family: str
-    ranks: Mapping[str, int]  # of its "patch" and "pool" kernels: 4 or 5
-    dtype: str = "float32"  # of all its tensors
+    family: str  # checkpoint format, one of FAMILIES
+    ranks: Mapping[str, int]  # number of axes of the "patch" and "pool" kernels: 4 or 5
+    dtype: str = "float32"  # dtype of all tensors; "float32" if they differ
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """A tensor in our shape, and what was done to it."""
+    """A tensor in the shape that it has here, and the conversion."""
 
     values: np.ndarray
     done: str
 
 
 def to_ours(path: str, values: np.ndarray, config: MViTConfig) -> Shaped:
-    """A tensor of any family in our shape; a `ValueError` of a few words where it cannot be."""
+    """Converts a tensor of any checkpoint format to the shape that it has here.
+
+    Raises:
+      ValueError: the shape is not convertible; the message continues the tensor's name.
+    """
     return _RULES[_rule(path, config)].to_ours(values, config)
 
 
 def to_theirs(path: str, values: np.ndarray, family: str, config: MViTConfig, rank: int):
-    """Our tensor in a family's shape. `rank` is that of pooling and patch kernels: 4 or 5."""
+    """Converts a tensor to the shape of a checkpoint format.
+
+    Args:
+      path: path of the tensor here.
+      values: the tensor.
+      family: checkpoint format.
+      config: architecture of the model.
+      rank: number of axes of patch and pooling kernels in the file: 4 or 5.
+
+    Raises:
+      UserError: the kernel spans several frames and `rank` is 4.
+    """
     rule = _RULES[_rule(path, config)]
     theirs = rule.to_theirs(values, family)
     if rule.convolution and rank == 4:
         if theirs.shape[2] != 1:
-            raise UserError(f"{path} spans {theirs.shape[2]} frames: {family} holds image models")
+            raise UserError(
+                f"{path} spans {theirs.shape[2]} frames, and {family} holds image models only"
+            )
         return np.ascontiguousarray(theirs[:, :, 0])
     return np.ascontiguousarray(theirs)
 
@@ -181,7 +198,7 @@ def _rule(path: str, config: MViTConfig) -> str:
 
 
 def _5d(values: np.ndarray) -> tuple[np.ndarray, str]:
-    """Image models have kernels [out, in, h, w], or with a time axis of 1 before those two."""
+    """Adds a time axis to kernels [out, in, h, w] of image models."""
     if values.ndim == 4:
         return values[:, :, None], "given a time axis, "
     _expect(values, 5)
@@ -211,9 +228,9 @@ def _linear(values: np.ndarray, config: MViTConfig) -> Shaped:
 
 
 def _rows(values: np.ndarray) -> np.ndarray:
-    """Positions are [1, 1, channels], [1, rows, channels], [rows, channels] or [channels]."""
+    """Reshapes positional embeddings [1, rows, channels] or [channels] to [rows, channels]."""
     if values.ndim == 0 or values.ndim > 3 or (values.ndim == 3 and values.shape[0] != 1):
-        raise ValueError("is no table of positions")
+        raise ValueError("is not of a shape of positional embeddings")
     return values.reshape(-1, values.shape[-1])
 
 
@@ -235,30 +252,32 @@ def _joint(values: np.ndarray, config: MViTConfig) -> Shaped:
     return Shaped(rows.reshape(t, h, w, -1), "split")
 
 
-def _joint_grid(places: int, config: MViTConfig) -> tuple[int, int, int]:
-    """Time, height and width of a joint table, which its length alone does not say: those of the
-    model, else of a variant that has as many; of images, the square."""
-    for known in (config, *VARIANTS.values()):
-        grid = patch_grid(known, known.frames, known.size, known.size)
-        if math.prod(grid) == places:
+def _joint_grid(positions: int, config: MViTConfig) -> tuple[int, int, int]:
+    """Returns time, height and width of joint positional embeddings, which have one flat axis.
+
+    The grid is the model's or that of a variant with as many positions; for images, a square.
+    """
+    for candidate in (config, *VARIANTS.values()):
+        grid = patch_grid(candidate, candidate.frames, candidate.size, candidate.size)
+        if math.prod(grid) == positions:
             return grid
     if config.frames == 1:
-        return (1, *_square(places))
+        return (1, *_square(positions))
     raise ValueError(
-        f"is made for {places} places in space-time, which do not say how many frames these are: "
-        "give the frames and size that it was made for (fine-tuning from there can change them)"
+        f"has {positions} positions in space-time, which do not determine the number of frames: "
+        "give the frames and size that it was trained with (fine-tuning can change them)"
     )
 
 
-def _square(places: int) -> tuple[int, int]:
-    side = math.isqrt(places)
-    if side * side != places:
-        raise ValueError(f"is made for {places} places, which are no square")
+def _square(positions: int) -> tuple[int, int]:
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise ValueError(f"has {positions} positions, which form no square grid")
     return side, side
 
 
 def _flat(values: np.ndarray, family: str) -> np.ndarray:
-    """Tables have a leading axis of 1 everywhere but in torchvision."""
+    """Flattens positional embeddings; all formats but torchvision's have a leading axis of 1."""
     rows = values.reshape(-1, values.shape[-1])
     return rows if family == "torchvision" else rows[None]
 

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints of MViT into models: PySlowFast, torchvision, PyTorchVideo, timm."""
+"""Loading of PyTorch checkpoints of PySlowFast, torchvision, PyTorchVideo and timm."""
 
 import os
 import re
@@ -18,19 +18,19 @@ from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant as variant_config
 from mvit_jax.weights import adapt, key_tables
 from mvit_jax.weights.adapt import Inflation
-from mvit_jax.weights.detect import PREFIXES, Structure, structure, without_prefix
+from mvit_jax.weights.detect import PREFIXES, Structure, strip_prefixes, structure
 from mvit_jax.weights.report import Line, Report, WeightsError
 from mvit_jax.weights.tensor_files import Tensors, read_tensors, state_dict
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Parameters from a checkpoint: nested as in the model, float32; and how they came."""
+    """Parameters of a checkpoint with their config, report and origin."""
 
-    params: Params
+    params: Params  # nested as in the model, float32
     config: MViTConfig
     report: Report
-    origin: key_tables.Origin
+    origin: key_tables.Origin  # checkpoint format, for writing the weights back
 
 
 def load_torch(
@@ -42,23 +42,25 @@ def load_torch(
     dtype=jnp.float32,
     **overrides: Any,
 ) -> tuple[MViT, Report]:
-    """A model with the weights of a PyTorch checkpoint, in inference mode; and the report.
+    """Returns a model with the weights of a PyTorch checkpoint in inference mode, and a report.
 
-    `load_torch("k400.pyth", "mvit_b_16x4", num_classes=10)`: whose file it is and which pools it
-    has is read off its names and shapes; strides come from the variant. Pickles are never run.
+        model, report = load_torch("k400.pyth", "mvit_b_16x4", num_classes=10)
+
+    The checkpoint format and the pooling layers are detected from tensor names and shapes. Strides
+    come from the variant. Pickles are read without executing them.
 
     Args:
-      source: a file of PySlowFast, torchvision, PyTorchVideo, timm or safetensors, or a mapping of
-        names to arrays.
-      variant: a name of `python -m mvit_jax.describe --all`.
-      inflate: how an image model becomes a video model or back: "centre", "mean" or "repeat".
-      dtype: what the model computes in; its parameters are float32.
-      overrides: fields of `MViTConfig`. Another `num_classes` than the file's gives a new
-        classifier; other `frames` or `size` resize the positions.
+      source: a file of PySlowFast, torchvision, PyTorchVideo or timm, in PyTorch's file format or
+        as safetensors; or a mapping of names to arrays.
+      variant: a name listed by `python -m mvit_jax.describe --all`.
+      inflate: conversion of an image model to a video model or back: "centre", "mean" or "repeat".
+      dtype: dtype of the computation; parameters are float32.
+      overrides: fields of `MViTConfig`. If `num_classes` differs from the file's, the classifier
+        is initialised; other `frames` or `size` resize the positional embeddings.
 
     Raises:
-      UserError: a file that cannot be read. `WeightsError`, with the whole report, where something
-        that should have been loaded was not.
+      UserError: the file cannot be read.
+      WeightsError: the checkpoint does not fit; the error's `report` lists every tensor.
     """
     loaded = load(source, variant, inflate=inflate, **overrides)
     params = jax.tree.map(jnp.asarray, loaded.params)
@@ -73,82 +75,82 @@ def load(
     inflate: Inflation | None = None,
     **overrides: Any,
 ) -> Loaded:
-    """`load_torch`, but parameters and config instead of a module."""
+    """Loads a checkpoint as `load_torch` does, but returns parameters and config, no module."""
     if inflate not in (None, *get_args(Inflation)):
         raise UserError(f"inflate must be centre, mean or repeat, not {inflate!r}")
     config = variant_config(variant, **overrides)
     tensors, name = _open(source)
-    state, prefix = without_prefix(tensors.tensors)
+    state, prefix = strip_prefixes(tensors.tensors)
     try:
-        found = structure(state, variant, config, set(overrides), inflate is not None)
+        arch = structure(state, variant, config, set(overrides), inflate is not None)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    report = Report(f"{name}: {found.family} -> {variant}, {len(state)} tensors")
+    report = Report(f"{name}: {arch.family} -> {variant}, {len(state)} tensors")
     if tensors.wrapper:
         report.notes.append(f"read from its entry {tensors.wrapper!r}")
     if prefix:
-        report.notes.append(f"{prefix!r} was taken off all names")
-    report.problems += found.problems
-    if found.problems:
+        report.notes.append(f"the prefix {prefix!r} was removed from the names")
+    report.problems += arch.problems
+    if arch.problems:
         raise WeightsError(report)
-    meant = set(overrides)
-    if found.crosses:
-        meant |= {"positions", "class_token", "relative_positions", "num_classes"}
-    changed = {f for f in meant if found.shown.get(f) != getattr(found.config, f)}
-    sources = _read(state, found, report)
-    params = _fit_all(sources, found, changed, inflate, report)
-    report.notes += _sizes(report, sources, found)
+    may_differ = set(overrides)
+    if arch.crosses:
+        may_differ |= {"positions", "class_token", "relative_positions", "num_classes"}
+    changed = {f for f in may_differ if arch.fields.get(f) != getattr(arch.config, f)}
+    sources = _read(state, arch, report)
+    params = _fit_all(sources, arch, changed, inflate, report)
+    report.notes += _note_resized(report, sources, arch)
     if not report.ok:
         raise WeightsError(report)
-    return Loaded(params, found.config, report, _origin(state, found))
+    return Loaded(params, arch.config, report, _origin(state, arch))
 
 
 def _open(source: Any) -> tuple[Tensors, str]:
-    """The tensors of a file or of a mapping, and what to call it."""
+    """Returns the tensors of a file or a mapping, and its name for messages."""
     if isinstance(source, Mapping):
         return state_dict(source), "these tensors"
     if isinstance(source, str | os.PathLike):
         return read_tensors(source), os.fspath(source)
     raise UserError(
-        f"weights come from a file's path or a state dict, not from a {type(source).__name__}: of "
-        "a PyTorch module pass module.state_dict()"
+        f"weights come from a file's path or a state dict, not from a {type(source).__name__}: "
+        "for a PyTorch module, pass module.state_dict()"
     )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor in our shape, and where it came from."""
+    """A tensor of the file, converted to the shape that it has here."""
 
-    name: str
+    name: str  # in the file
     shape: tuple[int, ...]  # in the file
     values: np.ndarray
-    done: str
+    done: str  # the conversion
 
 
 def _read(
-    state: Mapping[str, np.ndarray], found: Structure, report: Report
+    state: Mapping[str, np.ndarray], arch: Structure, report: Report
 ) -> dict[str, _Source | None]:
-    """The file's tensors by our paths, None for those that are of no use; the report has why."""
-    known = key_tables.known_names(found.family, found.source)
+    """Returns the file's tensors by path; unusable tensors are None and get a line in `report`."""
+    paths_by_name = key_tables.paths_by_name(arch.family, arch.source)
     sources: dict[str, _Source | None] = {}
     for name, values in state.items():
         shape = tuple(values.shape)
-        if name not in known:
-            report.lines.append(_unknown(name, values, state))
+        if name not in paths_by_name:
+            report.lines.append(_describe_unknown(name, values, state))
             continue
-        useless = _useless(values)
-        for path in known[name]:
+        defect = _defect(values)
+        for path in paths_by_name[name]:
             if path in sources:
                 other = sources[path]
                 done = f"collides with {other.name if other else 'another'}: both are {path}"
                 report.lines.append(Line(name, shape, path, None, done, True))
                 continue
             sources[path] = None
-            if useless:
-                report.lines.append(Line(name, shape, path, None, useless, True))
+            if defect:
+                report.lines.append(Line(name, shape, path, None, defect, True))
                 continue
             try:
-                ours = key_tables.to_ours(path, np.asarray(values, np.float32), found.source)
+                ours = key_tables.to_ours(path, np.asarray(values, np.float32), arch.source)
             except ValueError as error:
                 report.lines.append(Line(name, shape, path, None, str(error), True))
                 continue
@@ -157,19 +159,19 @@ def _read(
     return sources
 
 
-def _useless(values: np.ndarray) -> str:
-    """Why a tensor is no weight, or ""."""
+def _defect(values: np.ndarray) -> str:
+    """Returns the reason why a tensor cannot be a weight, or ""."""
     real = np.issubdtype(values.dtype, np.number) and not np.iscomplexobj(values)
     if not real and values.dtype.name != "bfloat16":
         return f"is {values.dtype}"
     if values.size == 0:
         return "is empty"
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is told
+    with np.errstate(over="ignore"):  # float64 beyond float32's range becomes infinite
         finite = np.isfinite(np.asarray(values, np.float32)).all()
-    return "" if finite else "holds values not finite"
+    return "" if finite else "has values that are not finite"
 
 
-def _unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> Line:
+def _describe_unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> Line:
     shape = tuple(values.shape)
     second = re.sub(r"\._attention_pool_([qkv])\.(pool|norm)\.", r".\2_\1.", name)
     if second != name and second in state:  # PyTorchVideo stores pools under two names
@@ -184,56 +186,58 @@ def _unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> 
 
 
 def _fit_all(
-    sources: dict[str, _Source | None], found: Structure, changed: set[str], inflate, report: Report
+    sources: dict[str, _Source | None], arch: Structure, changed: set[str], inflate, report: Report
 ) -> Params:
     use = {path: source for path, source in sources.items() if source is not None}
     values = {path: source.values for path, source in use.items()}
-    fitted, left = adapt.adapt(values, functional(found.config), changed=changed, inflate=inflate)
-    shapes = functional(found.config).shapes()
-    for path, one in fitted.items():
-        if one.values is None and path in sources and path not in use:
-            continue  # the report has said why
-        origin = [use[p] for p in one.used]
+    fitted, unused = adapt.adapt(values, functional(arch.config), changed=changed, inflate=inflate)
+    shapes = functional(arch.config).shapes()
+    for path, tensor in fitted.items():
+        if tensor.values is None and path in sources and path not in use:
+            continue  # the report already has the reason
+        origin = [use[p] for p in tensor.used]
         steps = [origin[0].done] if origin else []
-        steps += [one.done] if one.done != "copied" or not steps else []
+        steps += [tensor.done] if tensor.done != "copied" or not steps else []
         steps = [step for step in steps if step != "copied"] or ["copied"]
-        if one.values is None and not origin:
-            name = key_tables.foreign_name(path, found.family, found.config)
-            advice = ": give num_classes for a new classifier" if path.startswith("head/") else ""
+        if tensor.values is None and not origin:
+            name = key_tables.foreign_name(path, arch.family, arch.config)
+            advice = ": add num_classes for a new classifier" if path.startswith("head/") else ""
             steps = [f"{name} is missing from the file{advice}"]
         names = " + ".join(dict.fromkeys(o.name for o in origin))
         shape = origin[0].shape if origin else None
         done = ", ".join(steps)
-        report.lines.append(Line(names, shape, path, shapes[path], done, one.values is None))
-    for path, may_be in left.items():
+        report.lines.append(Line(names, shape, path, shapes[path], done, tensor.values is None))
+    for path, allowed in unused.items():
         name, shape = use[path].name, use[path].shape
-        done = "unused" if may_be else "unused: the model has no such tensor"
-        report.lines.append(Line(name, shape, "", None, done, not may_be))
-    return unflatten_dict({path: one.values for path, one in fitted.items()}, sep="/")
+        done = "unused" if allowed else "unused: the model has no such tensor"
+        report.lines.append(Line(name, shape, "", None, done, not allowed))
+    return unflatten_dict({path: t.values for path, t in fitted.items()}, sep="/")
 
 
-def _sizes(report: Report, sources: Mapping[str, _Source | None], found: Structure) -> list[str]:
+def _note_resized(
+    report: Report, sources: Mapping[str, _Source | None], arch: Structure
+) -> list[str]:
     resized = [line for line in report.lines if line.done.endswith("resized")]
     if not resized:
         return []
-    config, fields = found.config, []
-    time, space = (_places(sources, axis) for axis in ("time", "space"))
-    if time and found.source.frames > 1:
+    config, fields = arch.config, []
+    time, space = (_grid_length(sources, axis) for axis in ("time", "space"))
+    if time and arch.source.frames > 1:
         fields.append(f"frames={time * config.patch_stride[0]}")
     if space:
         fields.append(f"size={space * config.patch_stride[1]}")
-    made = f": they were made for {' '.join(fields)}, which keeps them" if fields else ""
+    trained = f"; the file's were made for {' '.join(fields)}" if fields else ""
     return [
-        f"{len(resized)} tables of positions were interpolated to frames={config.frames} "
-        f"size={config.size}{made}"
+        f"{len(resized)} positional embeddings were interpolated to frames={config.frames} "
+        f"size={config.size}{trained}"
     ]
 
 
-def _places(sources: Mapping[str, _Source | None], axis: str) -> int | None:
-    """Places along time, or along a side, that the file's tables were made for."""
-    own = sources.get(f"positions/{axis}")
-    if own is not None:
-        return len(own.values)
+def _grid_length(sources: Mapping[str, _Source | None], axis: str) -> int | None:
+    """Returns the grid's length along time or one side, from the file's positional embeddings."""
+    separate = sources.get(f"positions/{axis}")
+    if separate is not None:
+        return len(separate.values)
     joint = sources.get("positions/joint")
     if joint is not None:
         return joint.values.shape[0 if axis == "time" else 1]
@@ -242,7 +246,7 @@ def _places(sources: Mapping[str, _Source | None], axis: str) -> int | None:
     return None if relative is None else (len(relative.values) + 1) // 2
 
 
-def _origin(state: Mapping[str, np.ndarray], found: Structure) -> key_tables.Origin:
+def _origin(state: Mapping[str, np.ndarray], arch: Structure) -> key_tables.Origin:
     ranks = {}
     for name, values in state.items():
         if re.search(r"pool_[qkv]\.(pool\.)?weight$", name):
@@ -251,5 +255,5 @@ def _origin(state: Mapping[str, np.ndarray], found: Structure) -> key_tables.Ori
             ranks["patch"] = values.ndim
     dtypes = {values.dtype.name for values in state.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    # A video model that was made of an image model does not go back into that one's shapes.
-    return key_tables.Origin(found.family, {} if found.crosses else ranks, dtype)
+    # An inflated model cannot be written back in the image model's shapes, nor vice versa.
+    return key_tables.Origin(arch.family, {} if arch.crosses else ranks, dtype)

@@ -1,4 +1,4 @@
-"""What became of every tensor of a checkpoint, for people to read."""
+"""Report of a weight conversion: one line per tensor."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,37 +11,37 @@ Shape = tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Line:
-    """One tensor: what it is called there and here, and what was done to it."""
+    """One tensor: its name and shape in the file and in the model, and the conversion."""
 
-    source: str  # its name in the file; "" where there is none
+    source: str  # name in the file; "" if the file has no such tensor
     source_shape: Shape
-    path: str  # ours; "" where there is none
+    path: str  # path in the model; "" if the model has no such tensor
     shape: Shape
     done: str  # copied, transposed, split, joined, resized, inflated, new, unused, ...
-    problem: bool = False  # it should have been loaded and was not
+    problem: bool = False  # True if the tensor was expected to load and did not
 
 
 @dataclass
 class Report:
-    """One line per tensor, and all problems together."""
+    """One line per tensor, with notes and problems."""
 
     title: str
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)  # of the file as a whole
+    problems: list[str] = field(default_factory=list)  # of the whole file, not of one tensor
 
     @property
     def ok(self) -> bool:
-        """Whether all that should have been loaded was."""
+        """True if there is no problem, neither of the file nor of a tensor."""
         return not self.problems and not any(line.problem for line in self.lines)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many tensors each thing was done to."""
+        """The number of tensors by conversion; problems count as "problem"."""
         return dict(Counter("problem" if line.problem else line.done for line in self.lines))
 
     def summary(self) -> str:
-        """A few lines: what was done how often, notes, problems."""
+        """Returns a few lines: the counts, the notes and the problems."""
         parts = [self.title]
         parts += ["; ".join(f"{count} {done}" for done, count in self.counts.items())]
         parts += self.notes
@@ -60,7 +60,7 @@ class Report:
 
 
 class WeightsError(UserError):
-    """A checkpoint that is not loaded; `report` has every tensor."""
+    """The error for a checkpoint that does not fit the model; `report` lists every tensor."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(report.summary())

@@ -1,4 +1,4 @@
-"""A trained model as one file that JAX runs without this package: StableHLO, by `jax.export`."""
+"""Export of a trained model to a StableHLO file, which JAX runs without this package."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from mvit_jax.models.ops.dispatch import without_kernels
 from mvit_jax.models.plan import MViTConfig
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-LARGEST = 2**31 - 2**24  # bytes: the format counts in 32 bits with a sign
+LARGEST = 2**31 - 2**24  # bytes: the format has signed 32-bit offsets
 
 
 def save_stablehlo(
@@ -32,42 +32,43 @@ def save_stablehlo(
     platforms: Sequence[str] | None = None,
     **options: Any,
 ) -> export.Exported:
-    """Writes a model, weights and all, as one file. To run it needs JAX and nothing else:
+    """Writes a model with its weights to a StableHLO file, which needs only JAX to run.
 
         from jax import export
         model = jax.jit(export.deserialize(open(path, "rb").read()).call)
         logits = model(clips)  # float32 [batch, num_classes]
 
-    With `mean` and `std` it takes uint8 clips, RGB from 0 to 255, and normalises them; without, it
-    takes float32 ones that are normalised already, (value / 255 - mean) / std. Clips are `[batch,
-    T, H, W, 3]`, for models of images `[batch, H, W, 3]`, of the config's frames and size.
+    The program takes clips `[batch, T, H, W, 3]` of the config's frames and size, and image models
+    take `[batch, H, W, 3]`. With `mean` and `std` these are uint8, RGB from 0 to 255, and the
+    program normalises them. Without, they are float32, already normalised: (value / 255 - mean) /
+    std.
 
     Args:
-      model: the handle; it computes in `model.dtype`, which most of its weights are kept in.
-      params: of `model.init`, `params_of` or a checkpoint.
-      path: the file.
-      mean: of the colours, from 0 to 1.
-      std: their standard deviation.
-      batch: clips at a time; any number where not given.
-      platforms: some of "cpu", "cuda", "rocm" and "tpu"; the one that JAX runs on where not given.
+      model: the model; it computes in `model.dtype`, and most of its weights are stored in it.
+      params: parameters of `model.init`, `params_of` or a checkpoint.
+      path: the file to write.
+      mean: mean of the colours, in the range from 0 to 1.
+      std: standard deviation of the colours, in the same range.
+      batch: batch size; None leaves it open.
+      platforms: some of "cpu", "cuda", "rocm" and "tpu"; None means JAX's present platform.
       **options: more arguments of `model.apply`.
 
     Returns:
-      What was written; `in_avals`, `out_avals` and `platforms` describe it.
+      The exported program; `in_avals`, `out_avals` and `platforms` describe it.
 
     Raises:
-      UserError: the model is too large for the format, there is no such platform, or the file
-        cannot be written.
+      UserError: the model is too large for the format, a platform is unknown, or the file cannot
+        be written.
     """
     platforms = tuple(platforms or [export.default_export_platform()])
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown:
         raise UserError(f"platforms are {', '.join(PLATFORMS)}, not {', '.join(unknown)}")
-    weights = with_dtype(jax.device_get(params), model.dtype)  # wherever they were
+    weights = with_dtype(jax.device_get(params), model.dtype)  # from any device
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     if size > LARGEST:
         raise UserError(
-            f"{path} would hold {size / 1e9:.1f} GB of weights, and the format ends at "
+            f"{path} would hold {size / 1e9:.1f} GB of weights, and the format's limit is "
             f"{LARGEST / 1e9:.1f} GB: use bfloat16"
         )
     forward = forward_function(model, mean=mean, std=std, **options)
@@ -78,13 +79,13 @@ def save_stablehlo(
 
 
 def exported(function: Callable[..., Any], platforms: tuple[str, ...], *shapes: Any) -> Any:
-    """A function for some platforms, of arguments of these shapes; with kernels for TPUs alone."""
+    """Exports a function for platforms and argument shapes; custom kernels only for TPU alone."""
     with contextlib.nullcontext() if platforms == ("tpu",) else without_kernels():
         return export.export(jax.jit(function), platforms=platforms)(*shapes)
 
 
 def clip_shape(config: MViTConfig, dtype: Any, batch: int | None = None) -> jax.ShapeDtypeStruct:
-    """Of the clips or images that a model takes; `batch` None stands for any number."""
+    """Returns the shape of a model's input clips or images; `batch` None leaves that axis open."""
     rows = export.symbolic_shape("batch")[0] if batch is None else batch
     time = () if config.frames == 1 else (config.frames,)
     return jax.ShapeDtypeStruct((rows, *time, config.size, config.size, 3), dtype)

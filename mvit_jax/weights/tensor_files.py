@@ -1,7 +1,7 @@
-"""Files of tensors: PyTorch's (read without running anything, see torch_pickle.py) and safetensors.
+"""Reading and writing of tensor files: PyTorch's two formats and safetensors.
 
-Which of the formats a file has is decided by its first bytes. safetensors is described at
-https://huggingface.co/docs/safetensors.
+Reading runs no code of a file (see torch_pickle.py). The first bytes determine the format.
+safetensors is specified at https://huggingface.co/docs/safetensors.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.weights import torch_pickle, torch_zip
 from mvit_jax.weights.torch_pickle import shown
 
-# Where checkpoints keep the state dict: PySlowFast, timm and most others, DeiT, averages, wrappers.
+# Entries that hold the state dict: PySlowFast; timm and most others; DeiT; EMA; DDP wrappers.
 WRAPPERS = ("model_state", "state_dict", "model", "model_ema", "state_dict_ema", "module")
 
-# What reading a file that breaks its format's rules raises, from here, zipfile and pickle.
+# Exceptions that a malformed file causes here, in zipfile and in pickle.
 _BROKEN = (
     *(zipfile.BadZipFile, struct.error, safetensors.SafetensorError, EOFError, NotImplementedError),
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
@@ -35,19 +35,23 @@ _BROKEN = (
 
 @dataclass(frozen=True)
 class Tensors:
-    """A state dict, and where in its container it was."""
+    """A state dict and its position in a checkpoint."""
 
-    tensors: dict[str, np.ndarray]  # in the file's order; contiguous, native, each its own memory
-    wrapper: str  # "" or, say, "model_state"; "state_dict.model" if it was wrapped twice
-    dropped: tuple[str, ...]  # names of the entries beside it, such as "epoch"
+    # In the file's order; contiguous, in native byte order, sharing no memory.
+    tensors: dict[str, np.ndarray]
+    wrapper: str  # entry of the state dict: "", "model_state", nested as "state_dict.model"
+    dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
     format: Literal["torch", "safetensors", "memory"]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """The state dict in a file of torch's (both formats) or safetensors'.
+    """Reads the state dict in a PyTorch file (either format) or a safetensors file.
 
-    Arrays are bool, integers, floats or `ml_dtypes.bfloat16`, bit for bit the file's. Raises
-    `UserError`: no such file, another format, damage, names of code in it, no state dict in it.
+    Arrays have the file's bits and are bool, integers, floats or `ml_dtypes.bfloat16`.
+
+    Raises:
+      UserError: the file is missing, damaged, of another format, refers to code or has no state
+        dict.
     """
     path = Path(path)
     try:
@@ -63,7 +67,9 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
     except MemoryError:
-        raise UserError(f"{path} needs more memory than there is: read it elsewhere") from None
+        raise UserError(
+            f"{path} needs more memory than there is: read it on a larger machine"
+        ) from None
     except _BROKEN as error:
         raise UserError(
             f"{path} is cut off or damaged ({shown(error)}): download or copy it again"
@@ -74,7 +80,8 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
     head = file.read(512)
     file.seek(0)
     length = int.from_bytes(head[:8], "little")
-    # First, as a header of 640 bytes begins like a pickle. 100 MB is the format's limit.
+    # Checked first: a safetensors header of 640 bytes begins like a pickle. The format limits
+    # headers to 100 MB.
     if head[8:9] == b"{" and length <= 100_000_000:
         return Tensors(_read_safetensors(path), "", (), "safetensors")
     if head.startswith(b"PK\x03\x04"):
@@ -85,7 +92,7 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
     if not head:
         what = "is empty: download or copy it again"
     elif begins.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        what = "is a web page, not a file of weights: download the file that the page speaks of"
+        what = "is a web page, not a file of weights: download the file that the page links to"
     elif head.startswith(b"version https://git-lfs"):
         what = "is a pointer of git-lfs, not the file itself: run `git lfs pull`"
     else:
@@ -95,8 +102,8 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
 
 def _read_torch(saved: torch_zip.Saved, path: Path) -> Tensors:
     kinds = torch_pickle.Tensor | torch_pickle.NumpyArray
-    found, wrapper, dropped = _unwrap(saved.value, lambda x: isinstance(x, kinds), str(path))
-    return Tensors(torch_zip.arrays(found, saved, path), wrapper, dropped, "torch")
+    tensors, wrapper, dropped = _unwrap(saved.value, lambda x: isinstance(x, kinds), str(path))
+    return Tensors(torch_zip.arrays(tensors, saved, path), wrapper, dropped, "torch")
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -106,8 +113,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             dtype = file.get_slice(name).get_dtype()
             if dtype not in ("BOOL", "F16", "BF16", "F32", "F64") and dtype[:1] not in ("I", "U"):
                 raise UserError(
-                    f"{path} holds {shown(name)} as {dtype}, which nothing here computes with: "
-                    "convert it to float32"
+                    f"{path} holds {shown(name)} as {dtype}, which is not supported: convert it "
+                    "to float32"
                 )
             tensors[name] = torch_zip.true_bools(file.get_tensor(name))
     if not tensors:
@@ -116,21 +123,24 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def state_dict(mapping: Mapping[Any, Any]) -> Tensors:
-    """A state dict in memory, its wrapper removed as `read_tensors` does; the arrays are copies.
+    """Copies a state dict in memory and removes its wrapper as `read_tensors` does.
 
-    Its values are arrays of NumPy's or JAX's, or tensors of torch's. Raises `UserError` for others.
+    Values are NumPy or JAX arrays or torch tensors.
+
+    Raises:
+      UserError: the mapping has no state dict, or a value is no dense array of numbers.
     """
-    found, wrapper, dropped = _unwrap(mapping, _is_array, "the state dict")
-    arrays = {name: _copied(name, value) for name, value in found.items()}
+    tensors, wrapper, dropped = _unwrap(mapping, _is_array, "the state dict")
+    arrays = {name: _copy(name, value) for name, value in tensors.items()}
     return Tensors(arrays, wrapper, dropped, "memory")
 
 
-def _copied(name: str, value: Any) -> np.ndarray:
+def _copy(name: str, value: Any) -> np.ndarray:
     try:
         if hasattr(value, "detach"):
             value = value.detach().cpu()
             if str(value.dtype) == "torch.bfloat16":
-                # NumPy's bridge knows no bfloat16; its bits are float32's first half.
+                # NumPy cannot convert torch's bfloat16, whose bits are the upper half of float32.
                 bits = np.asarray(value.float()).view(np.uint32) >> 16
                 return bits.astype(np.uint16, order="C").view(ml_dtypes.bfloat16)
         array = np.asarray(value)
@@ -150,18 +160,18 @@ def _is_array(value: Any) -> bool:
 def _unwrap(
     top: Any, is_tensor: Callable[[Any], bool], where: str
 ) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """The state dict in a container of containers, its wrapper, the names of the rest."""
+    """Returns the state dict in nested mappings, its wrapper and the names of other entries."""
     if not isinstance(top, Mapping):
         raise UserError(f"{where} holds a {shown(type(top).__name__)}: save a state_dict()")
     keys = _find(top, is_tensor, depth=2)
     if keys is None:
-        raise UserError(_without(top, is_tensor, where))
-    found, dropped = top, []
+        raise UserError(_explain_missing(top, is_tensor, where))
+    state, dropped = top, []
     for depth, key in enumerate(keys):
         before = "".join(f"{outer}." for outer in keys[:depth])
-        dropped += [before + str(name) for name in found if name != key]
-        found = found[key]
-    return dict(found), ".".join(keys), tuple(dropped)
+        dropped += [before + str(name) for name in state if name != key]
+        state = state[key]
+    return dict(state), ".".join(keys), tuple(dropped)
 
 
 def _find(
@@ -178,8 +188,8 @@ def _find(
     return None
 
 
-def _without(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], where: str) -> str:
-    """Why a container has no state dict, in one sentence."""
+def _explain_missing(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], where: str) -> str:
+    """Returns the error message for a checkpoint without a state dict."""
     here = top
     for _ in range(2):
         inner = (here.get(name) for name in WRAPPERS)
@@ -199,30 +209,38 @@ def write_torch(
     wrapper: str = "",
     extra: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Writes what `torch.load(path, weights_only=True)` reads as an OrderedDict of tensors.
+    """Writes a file that `torch.load(path, weights_only=True)` reads as an OrderedDict of tensors.
 
-    With a wrapper, as `{wrapper: OrderedDict, **extra}`. Equal input gives equal bytes. Raises
-    `UserError` if the file cannot be written, which then is as it was before, or for a dtype that
-    older versions of torch lack.
+    Writes atomically. Equal input gives equal bytes.
+
+    Args:
+      path: the file to write.
+      tensors: arrays by name.
+      wrapper: if not empty, the file holds `{wrapper: OrderedDict, **extra}`.
+      extra: further entries beside `wrapper`.
+
+    Raises:
+      UserError: the file cannot be written (an existing file is unchanged), or older versions of
+        torch lack the dtype of a tensor.
     """
     if extra and (not wrapper or wrapper in extra):
         raise UserError(
-            f"what stands beside the state dict ({', '.join(extra)}) needs another name than the "
-            f"wrapper's, {wrapper!r}: choose one"
+            f"entries beside the state dict ({', '.join(extra)}) require a wrapper of another "
+            f"name, not {wrapper!r}: choose one"
         )
     arrays = _writable(tensors)
-    with _whole(Path(path)) as temporary:
+    with _atomic(Path(path)) as temporary:
         torch_zip.write(temporary, arrays, wrapper, extra or {})
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file; raises `UserError` as `write_torch` does."""
+    """Writes a safetensors file atomically; raises `UserError` as `write_torch` does."""
     arrays = _writable(tensors)
-    with _whole(Path(path)) as temporary:
-        # The library's files are its owner's alone to read (0.8.0): as other files are, instead.
+    with _atomic(Path(path)) as temporary:
+        # safetensors 0.8.0 makes files that only the owner can read: restore the usual mode.
         temporary.touch()
         mode = temporary.stat().st_mode
-        # Readers of torch's tensors ask whose layout it is: names and layout are PyTorch's.
+        # Readers check the metadata: names and layout are PyTorch's.
         safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
 
@@ -238,8 +256,8 @@ def _writable(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` if all goes well and else is removed."""
+def _atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `path` on success and is removed on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

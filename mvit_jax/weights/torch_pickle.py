@@ -1,11 +1,11 @@
-"""Reads the pickles inside PyTorch's files without running them, and writes such pickles.
+"""Safe reading and writing of the pickles in PyTorch's files.
 
-A pickle is a program that calls what it names. Python's own machine in Python interprets it here,
-but with another table of opcodes: a name becomes a `Global`, which nothing imports and which cannot
-be called, and "calling" one looks it up in a table of functions of this module, which make plain
-containers and descriptions of tensors. What is not in the table is refused by its name.
+A pickle is a program that imports and calls functions by name. This reader is Python's unpickler
+with a restricted opcode table. A name becomes a `Global`, which is neither imported nor callable. A
+call looks the name up in a table of functions of this module, which build plain containers and
+descriptions of tensors. Names outside the table raise an error.
 
-Opcodes: Python's `pickletools`. What is called: torch/_utils.py, numpy/_core/multiarray.
+Opcodes: Python's `pickletools`. Called functions: torch/_utils.py, numpy/_core/multiarray.
 """
 
 import io
@@ -18,14 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  NumPy learns "bfloat16" from it
+import ml_dtypes  # noqa: F401  registers "bfloat16" with NumPy
 import numpy as np
 
 from mvit_jax.common.errors import UserError
 
-# The largest real ones have some hundred KB: tensors lie outside. One byte can cost 200 in memory.
+# Bytes. Real pickles have at most some hundred KB, as tensors are stored outside. One byte of a
+# pickle can take 200 bytes of memory.
 LARGEST = 16 * 2**20
-# What calls may copy in all, in items: a list that is named once can be copied many times.
+# Limit of copied items over all calls: a pickle can copy one list many times.
 MOST_COPIED = 2**24
 
 STORAGES = {
@@ -51,29 +52,29 @@ _DTYPES = {f"torch.{name}": name for name in (*STORAGES.values(), "uint16", "uin
 
 
 class Damaged(ValueError):
-    """A file that breaks its own format's rules."""
+    """A file that violates its format."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Global:
-    """A name in a pickle, such as "torch.FloatStorage"; nothing is behind it."""
+    """A name in a pickle, such as "torch.FloatStorage", that is never imported."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Storage:
-    """Where tensors' bytes lie: its name in the file, what it claims to hold."""
+    """A block of bytes that holds tensors, as the pickle declares it."""
 
-    key: str
-    dtype: str | None
+    key: str  # name in the file
+    dtype: str | None  # None: untyped
     nbytes: int
-    offset: int = 0  # of the part that is meant, in elements
+    offset: int = 0  # start of a view, in elements
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
-    """A view into a storage, strides and offset in elements; not yet checked against it."""
+    """A view of a storage, strides and offset in elements; not yet checked against its size."""
 
     storage: Storage
     dtype: str
@@ -88,14 +89,14 @@ class Tensor:
 
 @dataclass(eq=False, slots=True)
 class NumpyDtype:
-    """A dtype of numbers; a pickle gives its byte order in a second step."""
+    """A numeric dtype; the pickle sets its byte order after its construction."""
 
     code: str
     order: str = "<"
 
     def build(self, state: Any) -> None:
         self.order = state[1]
-        _need(self.order in ("<", ">", "|", "="))
+        _check(self.order in ("<", ">", "|", "="))
 
     def numpy(self) -> np.dtype:
         return np.dtype(self.order + self.code)
@@ -103,7 +104,7 @@ class NumpyDtype:
 
 @dataclass(eq=False, slots=True)
 class NumpyArray:
-    """A NumPy array inside the pickle; its values come in a second step."""
+    """A NumPy array inside the pickle, which sets the values after its construction."""
 
     values: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))
 
@@ -117,11 +118,21 @@ class NumpyArray:
 
 
 def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
-    """The value that one pickle describes, and its storages; `stream` then stands behind it.
+    """Reads one pickle and leaves `stream` at its end.
 
-    Tensors are `Tensor`s and `NumpyArray`s, OrderedDicts and their like are dicts, NumPy's numbers
-    are Python's, dtypes are `Global`s. Raises `UserError` for a name that is not in the table, and
-    `Damaged`, or what Python raises for a wrong index, type or value, for a broken pickle.
+    Tensors become `Tensor` or `NumpyArray`, OrderedDict, Counter and defaultdict become dict,
+    NumPy scalars become Python numbers, and dtypes become `Global`.
+
+    Args:
+      stream: the pickle's bytes.
+      where: path of the file, for messages.
+
+    Returns:
+      The value and its storages by key.
+
+    Raises:
+      UserError: the pickle refers to a name outside the table, or has a forbidden opcode.
+      Damaged: the pickle is malformed. Index, type and value errors of Python mean the same.
     """
     reader = _Reader(stream, where)
     try:
@@ -130,12 +141,12 @@ def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
         raise Damaged(str(error) or "a pickle without an end") from None
 
 
-# Private, but the same in Python 3.11 to 3.13. The public one, in C, has no table to replace, and
-# grows its memo to any index that a file claims (64 GiB for five bytes).
+# The base class is private, but the same in Python 3.11 to 3.13. The public one, in C, has no
+# replaceable opcode table and grows its memo to any index in a file (64 GiB for five bytes).
 class _Reader(pickle._Unpickler):
-    """Python's machine with `_OPCODES` for its table, where nothing calls what a file names."""
+    """Python's unpickler with the opcode table `_OPCODES`; it calls no function of a file."""
 
-    stack: list[Any]  # Python's own
+    stack: list[Any]  # an attribute of the base class
 
     def __init__(self, stream: io.BytesIO, where: Path):
         super().__init__(stream, encoding="latin1")
@@ -144,13 +155,13 @@ class _Reader(pickle._Unpickler):
         self.copied = 0
 
     def find_class(self, module: str, name: str) -> Any:
-        # Python's takes a name that is cut off for a whole one.
-        _need(self.stream.tell() < len(self.stream.getbuffer()), "a pickle without an end")
+        # The base class accepts a truncated name.
+        _check(self.stream.tell() < len(self.stream.getbuffer()), "a pickle without an end")
         name = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        if name not in _KNOWN:
+        if name not in _ALLOWED:
             raise UserError(
-                f"{self.where} asks for {shown(name)}, which is neither a plain tensor nor a "
-                "plain container: nothing of it was run; load it with torch where you trust it, "
+                f"{self.where} refers to {shown(name)}, which is neither a plain tensor nor a "
+                "plain container: no code of it was run; if you trust the file, load it with torch "
                 "and save only its state dict"
             )
         return Global(name)
@@ -164,40 +175,40 @@ class _Reader(pickle._Unpickler):
         self.stack.append(value)
 
     def update(self, kind: type, items: Any) -> None:
-        _need(type(self.stack[-1]) is kind)
+        _check(type(self.stack[-1]) is kind)
         self.stack[-1].update(items)
 
     def call(self, keywords: Any = None) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        _need(type(function) is Global and type(args) is tuple and len(args) <= 64)
-        _need(keywords is None or (type(keywords) is dict and not keywords))
+        _check(type(function) is Global and type(args) is tuple and len(args) <= 64)
+        _check(keywords is None or (type(keywords) is dict and not keywords))
         if function.name not in _CALLS:
             raise Damaged(f"it calls {function.name}")
         sized = (dict, list, tuple, set, frozenset, str, bytes)
         self.copied += sum(len(arg) for arg in args if isinstance(arg, sized))
-        _need(self.copied <= MOST_COPIED, "its pickle copies without end")
+        _check(self.copied <= MOST_COPIED, "its pickle copies without end")
         self.push(_CALLS[function.name](*args))
 
     def _instantiate(self, klass: Any, args: list[Any]) -> None:
-        # Python's INST and OBJ end here.
+        # INST and OBJ of the base class call this method.
         self.stack += [klass, tuple(args)]
         self.call()
 
     def build(self) -> None:
         state = self.stack.pop()
-        # Any other state is attributes, such as a state dict's `_metadata`: not needed.
+        # Other states are attributes, such as a state dict's `_metadata`, and are ignored.
         if isinstance(self.stack[-1], NumpyDtype | NumpyArray):
             self.stack[-1].build(state)
 
     def refuse(self, opcode: str) -> None:
-        # Names by number (EXT1), buffers outside the file: nothing that torch.save writes.
+        # Such as names by number (EXT1) and buffers outside the file.
         raise UserError(
             f"{self.where} holds the pickle opcode {opcode}, which torch.save never writes: "
-            "nothing of it was run; save only its state dict, with torch.save"
+            "no code of it was run; save only its state dict, with torch.save"
         )
 
 
-# Python's own that neither call, import nor hash anything, nor reserve memory.
+# Opcodes whose implementation in Python neither calls, imports, hashes nor reserves memory.
 _HARMLESS = {
     *("STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE"),
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
@@ -206,20 +217,20 @@ _HARMLESS = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_DICT", "EMPTY_SET"),
     *("EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
-    # These only go through the methods above.
+    # These call only the methods above.
     *("GLOBAL", "STACK_GLOBAL", "BINPERSID", "INST", "OBJ"),
 }
 _NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-_PYTHONS = pickle._Unpickler.dispatch
+_ORIGINAL = pickle._Unpickler.dispatch
 _OPCODES: dict[int, Callable[[Any], Any]] = {
-    **dict.fromkeys(range(256), lambda _: _need(False, "its pickle has an unknown opcode")),
+    **dict.fromkeys(range(256), lambda _: _check(False, "its pickle has an unknown opcode")),
     **{code: lambda reader, name=name: reader.refuse(name) for code, name in _NAMES.items()},
-    **{code: _PYTHONS[code] for code, name in _NAMES.items() if name in _HARMLESS},
-    # Python's would read ahead, for a frame, or reserve what a file claims.
+    **{code: _ORIGINAL[code] for code, name in _NAMES.items() if name in _HARMLESS},
+    # The originals read ahead (FRAME) or reserve as many bytes as the file claims (BYTEARRAY8).
     pickle.PROTO[0]: lambda reader: reader.read(1),
     pickle.FRAME[0]: lambda reader: reader.read(8),
-    pickle.BYTEARRAY8[0]: _PYTHONS[pickle.BINBYTES8[0]],
-    # Python's would hash any key.
+    pickle.BYTEARRAY8[0]: _ORIGINAL[pickle.BINBYTES8[0]],
+    # The originals hash any key.
     pickle.DICT[0]: lambda reader: reader.push(_paired(reader.pop_mark())),
     pickle.FROZENSET[0]: lambda reader: reader.push(_frozenset(reader.pop_mark())),
     pickle.SETITEM[0]: lambda reader: reader.update(
@@ -227,7 +238,7 @@ _OPCODES: dict[int, Callable[[Any], Any]] = {
     ),
     pickle.SETITEMS[0]: lambda reader: reader.update(dict, _paired(reader.pop_mark())),
     pickle.ADDITEMS[0]: lambda reader: reader.update(set, _frozenset(reader.pop_mark())),
-    # Python's would call anything.
+    # The originals call anything.
     pickle.REDUCE[0]: _Reader.call,
     pickle.NEWOBJ[0]: _Reader.call,
     pickle.NEWOBJ_EX[0]: lambda reader: reader.call(reader.stack.pop()),
@@ -236,13 +247,13 @@ _OPCODES: dict[int, Callable[[Any], Any]] = {
 _Reader.dispatch = _OPCODES
 
 
-def _need(true: bool, otherwise: str = "its pickle breaks the rules") -> None:
-    if not true:
-        raise Damaged(otherwise)
+def _check(condition: bool, message: str = "its pickle is malformed") -> None:
+    if not condition:
+        raise Damaged(message)
 
 
 def shown(name: object) -> str:
-    """A name from a file, fit for one line of text."""
+    """Returns text from a file in printable ASCII of at most 80 characters."""
     text = ascii(str(name))[1:-1]
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -251,12 +262,12 @@ _PLAIN = (str, int, float, bool, bytes, type(None), Global)
 
 
 def _key(key: Any) -> Any:
-    # Python hashes nested tuples by recursion in C, which a deep one would crash, and a long tuple
-    # or int anew each time that a pickle of few bytes names it.
+    # Python hashes nested tuples by recursion in C, which overflows the stack. It hashes a long
+    # tuple or int anew at each of its uses, which take few bytes in a pickle.
     items = key if type(key) is tuple else (key,)
     flat = len(items) <= 64 and all(type(item) in _PLAIN for item in items)
     short = flat and all(type(item) is not int or item.bit_length() <= 4096 for item in items)
-    _need(short, f"a key in it is a {type(key).__name__}")
+    _check(short, f"a key in it is a {type(key).__name__}")
     return key
 
 
@@ -276,14 +287,14 @@ def _dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _size(values: Any) -> tuple[int, ...]:
-    _need(type(values) in (tuple, list) and len(values) <= 64)
-    _need(all(type(value) is int and 0 <= value < 2**63 for value in values))
+    _check(type(values) in (tuple, list) and len(values) <= 64)
+    _check(all(type(value) is int and 0 <= value < 2**63 for value in values))
     return tuple(values)
 
 
 def _storage(saved: Any) -> Storage:
     no_storage = "it refers to something that is no storage"
-    _need(type(saved) in (tuple, list) and len(saved) <= 6, no_storage)
+    _check(type(saved) in (tuple, list) and len(saved) <= 6, no_storage)
     tag, kind, key, _, numel, *view = saved
     if tag != "storage" or not isinstance(kind, Global) or not isinstance(key, str | int):
         raise Damaged(no_storage)
@@ -294,10 +305,10 @@ def _storage(saved: Any) -> Storage:
     if dtype is None:
         raise Damaged(f"it takes {kind.name} for a storage")
     offset = 0
-    if view and view[0] is not None:  # files before torch 0.4: (its key, offset, length)
+    if view and view[0] is not None:  # files before torch 0.4: (view's key, offset, length)
         _, offset, length = view[0]
         offset, length = _size([offset, length])
-        _need(offset + length <= numel, "a tensor lies outside its storage")
+        _check(offset + length <= numel, "a tensor lies outside its storage")
     return Storage(str(key), dtype, numel * np.dtype(dtype).itemsize, offset)
 
 
@@ -309,7 +320,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
 
 def _view(storage: Storage, dtype: str, offset: Any, size: Any, stride: Any) -> Tensor:
     size, stride, (offset,) = _size(size), _size(stride), _size([offset])
-    _need(len(size) == len(stride))
+    _check(len(size) == len(stride))
     return Tensor(storage, dtype, storage.offset + offset, size, stride)
 
 
@@ -319,25 +330,25 @@ def _tensor_v3(
     if not isinstance(storage, Storage) or not isinstance(dtype, Global):
         raise Damaged("a tensor without a storage or dtype")
     name = _DTYPES[dtype.name]
-    _need(storage.dtype in (None, name))
+    _check(storage.dtype in (None, name))
     return _view(storage, name, offset, size, stride)
 
 
 def _same(tensor: Any, *_: Any) -> Tensor:
-    _need(type(tensor) is Tensor)
+    _check(type(tensor) is Tensor)
     return tensor
 
 
 def _numpy_dtype(code: Any, *_: Any) -> NumpyDtype:
-    known = type(code) is str and re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", code)
-    _need(bool(known), f"NumPy's dtype {shown(code)} holds no plain numbers")
+    numeric = type(code) is str and re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", code)
+    _check(bool(numeric), f"NumPy's dtype {shown(code)} holds no plain numbers")
     return NumpyDtype(code.lstrip("<>|="))
 
 
 def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
-    _need(type(raw) is bytes and type(dtype) is NumpyDtype and order in ("C", "F"))
+    _check(type(raw) is bytes and type(dtype) is NumpyDtype and order in ("C", "F"))
     kind, shape = dtype.numpy(), _size(shape)
-    _need(math.prod(shape) * kind.itemsize == len(raw), "a NumPy array has the wrong size")
+    _check(math.prod(shape) * kind.itemsize == len(raw), "a NumPy array has the wrong size")
     return NumpyArray(np.frombuffer(raw, kind).reshape(shape, order=order))
 
 
@@ -346,8 +357,8 @@ def _numpy_scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    # How protocol 2 writes bytes.
-    _need(type(text) is str and encoding == "latin1")
+    # Protocol 2 stores bytes as latin1 text.
+    _check(type(text) is str and encoding == "latin1")
     return text.encode("latin1")
 
 
@@ -380,8 +391,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     },
     **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
 }
-# Names that stand for themselves: as a storage's type, a dtype, a defaultdict's factory.
-_KNOWN = {
+# Callable names, and names of storage types, dtypes and a defaultdict's factories.
+_ALLOWED = {
     *_CALLS,
     *(f"torch.{name}" for name in STORAGES),
     *_UNTYPED,
@@ -394,19 +405,24 @@ _KNOWN = {
 def dump(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], wrapper: str, extra: Mapping[str, str | int]
 ) -> bytes:
-    """The pickle of `torch.save` for an OrderedDict of contiguous tensors on the CPU.
+    """Writes the pickle of `torch.save` for an OrderedDict of contiguous tensors on the CPU.
 
-    tensors: names to (dtype, shape), in the order of their storages, whose keys are "0", "1", ...
-    With a wrapper, the pickle is of `{wrapper: tensors, **extra}`. Protocol 2, as torch's.
+    Args:
+      tensors: (dtype, shape) by name, in the order of their storages, whose keys are "0", "1", ...
+      wrapper: if not empty, the pickle holds `{wrapper: tensors, **extra}`.
+      extra: further entries beside `wrapper`.
+
+    Returns:
+      The pickle in protocol 2, which torch uses.
     """
     state = _ORDERED_DICT + b"("
     for key, (name, (dtype, shape)) in enumerate(tensors.items()):
         state += _plain(name) + _contiguous(str(key), dtype, shape)
     state += b"u"
     if wrapper:
-        others = b"".join(_plain(name) + _plain(value) for name, value in extra.items())
-        state = b"}(" + _plain(wrapper) + state + others + b"u"
-    # `_plain` writes to a memo that nothing reads.
+        entries = b"".join(_plain(name) + _plain(value) for name, value in extra.items())
+        state = b"}(" + _plain(wrapper) + state + entries + b"u"
+    # Removes the memo entries of `_plain`, which are never read.
     return pickletools.optimize(b"\x80\x02" + state + b".")
 
 
@@ -414,18 +430,18 @@ _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 def _contiguous(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    storage = next(name for name, known in STORAGES.items() if known == dtype)
+    storage = next(name for name, stored in STORAGES.items() if stored == dtype)
     numel = math.prod(shape)
-    # As torch counts: an empty dimension is as long as one of 1.
+    # As in torch: a dimension of 0 counts as 1.
     stride = tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
     where = b"(" + _plain("storage") + b"ctorch\n" + storage.encode() + b"\n"
     where += _plain(key) + _plain("cpu") + _plain(numel) + b"tQ"
     sizes = _plain(0) + _plain(shape) + _plain(stride)
-    without = b"\x89" + _ORDERED_DICT  # requires_grad, backward_hooks
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + where + sizes + without + b"tR"
+    flags = b"\x89" + _ORDERED_DICT  # requires_grad, backward_hooks
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + where + sizes + flags + b"tR"
 
 
 def _plain(value: str | int | tuple[int, ...]) -> bytes:
-    # A subclass, such as `np.str_`, would be pickled with its class's name.
+    # A subclass, such as `np.str_`, would be pickled with the name of its class.
     plain: Any = next(kind for kind in (bool, int, str, tuple) if isinstance(value, kind))
     return pickle.dumps(plain(value), 2)[2:-1]

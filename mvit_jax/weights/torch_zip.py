@@ -1,9 +1,10 @@
-"""The two formats of `torch.save`, without torch.
+"""Reading and writing of the two file formats of `torch.save`, without torch.
 
-torch >= 1.6 writes an uncompressed zip: NAME/data.pkl, NAME/byteorder, NAME/data/0, ... Before that
-(and with `_use_new_zipfile_serialization=False`) it wrote five pickles (a magic number, a version,
-the system, the value, the storages' keys) and then each storage behind its length. Source:
-torch/serialization.py.
+torch >= 1.6 writes an uncompressed zip: NAME/data.pkl, NAME/byteorder, NAME/data/0, ...
+
+The legacy format, also `_use_new_zipfile_serialization=False`, has five pickles: a magic number, a
+version, the system, the value and the keys of the storages. Each storage follows, preceded by its
+length. Source: torch/serialization.py.
 """
 
 import io
@@ -24,28 +25,30 @@ from mvit_jax.weights.torch_pickle import Damaged, shown
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 CHUNK = 16 * 2**20
-# Tensors can share bytes; more than this many times the file's size, they can only be a bomb.
+# Tensors can share bytes. If their sizes exceed this multiple of the file's, it is an attack.
 MOST_SHARED = 16
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was saved, its tensors described but not yet read."""
+    """An opened file: the unpickled value, and access to the storages, which are not yet read."""
 
     value: Any
-    storage: Callable[[str], np.ndarray]  # reads the bytes of a storage, by its key
-    order: str  # of those bytes: "little" or "big"
+    storage: Callable[[str], np.ndarray]  # reads the bytes of a storage by its key
+    order: str  # byte order of the storages: "little" or "big"
 
 
 def open_zip(file: io.BufferedReader, path: Path) -> Saved:
-    """What torch >= 1.6 wrote; `file` must stay open."""
+    """Opens a file in the zip format of torch >= 1.6; `file` must stay open."""
     archive = zipfile.ZipFile(file)
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) < len(archive.infolist()):
         raise Damaged("two entries of one name")
     pickled = [n for n in entries if n.count("/") <= 1 and n.split("/")[-1] == "data.pkl"]
     if len(pickled) != 1:
-        raise UserError(f"{path} is a zip file, but none that torch.save wrote: give that one")
+        raise UserError(
+            f"{path} is a zip file, but none that torch.save wrote: give a file of torch.save"
+        )
     prefix = pickled[0].removesuffix("data.pkl")
     if any(name.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in entries):
         raise UserError(
@@ -68,10 +71,10 @@ def open_zip(file: io.BufferedReader, path: Path) -> Saved:
 
 
 def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> np.ndarray:
-    """The bytes of one entry, its check sum compared."""
+    """Reads the bytes of one entry and checks its checksum."""
     if entry.flag_bits & 1:
         raise UserError(f"{path} is encrypted: unpack it and save it again with torch.save")
-    # torch compresses nothing; and so no entry can be larger than the file.
+    # torch does not compress, so no entry is larger than the file.
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise UserError(f"{path} is a compressed zip: load it with torch and save it again")
     if entry.file_size > path.stat().st_size:
@@ -84,31 +87,34 @@ def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> np.n
 
 
 def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
-    """What torch wrote before; `file` must stay open."""
+    """Opens a file in the legacy format of torch < 1.6; `file` must stay open."""
     total = path.stat().st_size
     beginning = io.BytesIO(file.read(torch_pickle.LARGEST))
     if torch_pickle.load(beginning, path)[0] != MAGIC:
-        raise UserError(f"{path} is a pickle, but none that torch.save wrote: give that one")
+        raise UserError(
+            f"{path} is a pickle, but none that torch.save wrote: give a file of torch.save"
+        )
     if torch_pickle.load(beginning, path)[0] != PROTOCOL:
         raise Damaged("another version of the format")
-    torch_pickle.load(beginning, path)  # byte order and sizes of types; all is little endian anyway
+    # Byte order and sizes of types; the format is always little endian.
+    torch_pickle.load(beginning, path)
     value, storages = torch_pickle.load(beginning, path)
     keys, _ = torch_pickle.load(beginning, path)
     file.seek(beginning.tell())
-    places: dict[str, tuple[int, int]] = {}
+    extents: dict[str, tuple[int, int]] = {}  # start and size in bytes
     for key in map(str, keys):
         numel = file.read(8)
         itemsize = np.dtype(storages[key].dtype or "uint8").itemsize
         start, nbytes = file.tell(), int.from_bytes(numel, "little") * itemsize
         if len(numel) < 8 or start + nbytes > total:
             raise Damaged("its storages end too early")
-        places[key] = (start, nbytes)
+        extents[key] = (start, nbytes)
         file.seek(start + nbytes)
 
     def storage(key: str) -> np.ndarray:
-        if key not in places:
+        if key not in extents:
             raise Damaged(f"it has no storage {shown(key)}")
-        start, nbytes = places[key]
+        start, nbytes = extents[key]
         file.seek(start)
         raw = np.empty(nbytes, np.uint8)
         if file.readinto(raw.data) < nbytes:
@@ -119,27 +125,27 @@ def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
 
 
 def arrays(
-    found: Mapping[str, torch_pickle.Tensor | torch_pickle.NumpyArray], saved: Saved, path: Path
+    tensors: Mapping[str, torch_pickle.Tensor | torch_pickle.NumpyArray], saved: Saved, path: Path
 ) -> dict[str, np.ndarray]:
-    """Reads the tensors `found` in `saved.value`, each into memory of its own."""
-    claimed = sum(tensor.nbytes for tensor in found.values())
+    """Reads the described `tensors` of a file into separate arrays."""
+    claimed = sum(tensor.nbytes for tensor in tensors.values())
     if claimed > MOST_SHARED * path.stat().st_size:
         raise Damaged(f"its tensors claim {claimed} bytes")
-    made: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     by_storage: dict[str, dict[str, torch_pickle.Tensor]] = {}
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if isinstance(tensor, torch_pickle.NumpyArray):
             dtype = tensor.values.dtype.newbyteorder("=")
-            made[name] = true_bools(np.array(tensor.values, dtype, order="C"))
+            result[name] = true_bools(np.array(tensor.values, dtype, order="C"))
         else:
             by_storage.setdefault(tensor.storage.key, {})[name] = tensor
-    for key, tensors in by_storage.items():
+    for key, views in by_storage.items():
         raw = saved.storage(key)
-        for name, tensor in tensors.items():
+        for name, tensor in views.items():
             if raw.nbytes < tensor.storage.nbytes:
                 raise Damaged(f"the storage of {shown(name)} is cut off")
-            made[name] = _array(tensor, raw, saved.order, name, alone=len(tensors) == 1)
-    return {name: made[name] for name in found}
+            result[name] = _array(tensor, raw, saved.order, name, alone=len(views) == 1)
+    return {name: result[name] for name in tensors}
 
 
 def _array(
@@ -154,7 +160,7 @@ def _array(
         raise Damaged(f"{shown(name)} lies outside its storage")
     strides = [stride * dtype.itemsize for stride in tensor.stride]
     view = np.lib.stride_tricks.as_strided(whole[tensor.offset :], tensor.shape, strides)
-    # What is a whole storage already need not be copied: it may have GBs.
+    # A tensor that is a whole storage, possibly of several GB, is not copied.
     if not (alone and view.flags.c_contiguous and view.size == len(whole)):
         view = view.copy(order="C")
     if order != sys.byteorder:
@@ -163,14 +169,14 @@ def _array(
 
 
 def true_bools(array: np.ndarray) -> np.ndarray:
-    """A file can hold other bytes than 0 and 1, with which NumPy computes nonsense."""
+    """Sets bool bytes other than 0 to 1; NumPy computes wrong results with other values."""
     return np.asarray(array.view(np.uint8) != 0) if array.dtype == np.bool_ else array
 
 
 def write(
     path: Path, tensors: Mapping[str, np.ndarray], wrapper: str, extra: Mapping[str, str | int]
 ) -> None:
-    """Writes as `torch.save` does; arrays are contiguous and of the dtypes of `STORAGES`."""
+    """Writes a file as `torch.save` does; arrays are contiguous, with dtypes of `STORAGES`."""
     described = {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, file, "data.pkl", torch_pickle.dump(described, wrapper, extra))
@@ -186,7 +192,7 @@ def _add(
     archive: zipfile.ZipFile, file: io.BufferedWriter, name: str, data: bytes | memoryview
 ) -> None:
     entry = zipfile.ZipInfo(f"archive/{name}")
-    # torch can map a file into memory if its tensors begin at multiples of 64 bytes.
+    # torch can memory-map a file if its tensors begin at multiples of 64 bytes.
     start = file.tell() + 30 + len(entry.filename) + 4
     entry.extra = struct.pack("<2sH", b"FB", -start % 64) + bytes(-start % 64)
     archive.writestr(entry, data)

@@ -205,7 +205,7 @@ BAD = {  # what is done to the file, what is said
     "cut off": (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
                 ["{source} is cut off or damaged"]),
     "runs code": (lambda p: zipped(p, attacks(p.parent / "ran")["REDUCE"][0]),
-                  ["{source} asks for ", ".system"]),
+                  ["{source} refers to ", ".system"]),
     "missing": (missing, ["norm/bias", "blocks/3/mlp/fc2/bias"]),
     "another model": (lambda p: write_torch(p, {"conv1.weight": np.ones((2, 3, 7, 7), "f4")}),
                       ["{source}: this is no MViT", "conv1.weight"]),

@@ -475,14 +475,14 @@ def test_a_wrong_variant_is_answered_with_the_right_one(fits, asked):
 
 
 def test_a_joint_table_is_never_cut_by_the_wrong_number_of_frames():
-    """128 places are 8 x 4 x 4, and could be 2 x 8 x 8."""
+    """128 positions are 8 x 4 x 4, and could be 2 x 8 x 8."""
     small = {"width": 16, "heads": 2, "depths": (2,), "size": 64}
     config = variant("vit_b_8x8", frames=8, **small)
     params = unflatten_dict(foreign.filled(functional(config).shapes()), sep="/")
     state = export.state_dict(params, config, "slowfast")
     back = load(state, "vit_b_8x8", frames=8, **small).params["positions"]
     np.testing.assert_array_equal(back["joint"], params["positions"]["joint"])
-    with pytest.raises(WeightsError, match=r"128 places .* give the frames and size"):
+    with pytest.raises(WeightsError, match=r"128 positions .* give the frames and size"):
         load(state, "vit_b_8x8", frames=2, **small)
 
 

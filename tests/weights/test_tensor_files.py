@@ -298,7 +298,7 @@ def test_no_code_in_a_file_is_run(tmp_path, form, container):
         mark.unlink()
     value = b"}(" + text("model_state") + b"}(" + text("a") + tensor() + b"u" + text("x")
     path = container(tmp_path / "file", value + attack + b"u")
-    says = re.escape(f"{path} asks for {asked}, which is neither a plain tensor nor a plain")
+    says = re.escape(f"{path} refers to {asked}, which is neither a plain tensor nor a plain")
     with pytest.raises(UserError, match=says):
         read_tensors(path)
     assert not mark.exists()
@@ -326,7 +326,7 @@ def test_what_the_attacks_hide_in_would_be_read(tmp_path):
 )
 def test_other_names_are_refused_by_name(tmp_path, module, name):
     value = b"}" + text("args") + f"c{module}\n{name}\n".encode() + b")Rs"
-    with pytest.raises(UserError, match=rf"asks for {module}\.{name}, which"):
+    with pytest.raises(UserError, match=rf"refers to {module}\.{name}, which"):
         read_tensors(zipped(tmp_path / "x", value))
 
 
@@ -387,7 +387,7 @@ SAYS = {
     "deep list as key": "a key in it is a tuple",
     "endless copies": "copies without end",
     "endless copies of bytes": "copies without end",
-    "many arguments": "breaks the rules",
+    "many arguments": "is malformed",
     "many parts of a storage": "something that is no storage",
     "long key": "a key in it is a tuple",
     "large key": "a key in it is a int",
