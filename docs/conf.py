@@ -1,7 +1,7 @@
-"""The documentation site: `sphinx-build -W -n docs docs/_build`.
+"""Configuration of the documentation site: `sphinx-build -W -n docs docs/_build`.
 
-Tables and figures are made from the code when the site is built (`directives.py`, `figures.py`),
-the reference from the docstrings (`docstrings.py`); nothing that the code says is pasted here.
+The build generates tables and figures from the code (`directives.py`, `figures.py`) and the
+reference from docstrings (`docstrings.py`). No page has copies of them.
 """
 
 import os
@@ -28,7 +28,7 @@ extensions = [
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 nitpicky = True
-# Other projects' sites are not asked for their indices: the site builds without a network.
+# No intersphinx: the site builds without a network.
 nitpick_ignore_regex = [
     ("py:class", r"(fractions|io|multiprocessing|posix)\..*|mvit_jax\..*\.T"),
     ("py:.*", r"(jax|jaxlib|jaxtyping|flax|optax|orbax|grain|numpy|av|PIL|matplotlib)\b.*"),
@@ -36,8 +36,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(np|nnx|contextlib|ml_collections|typing|collections|os|pathlib|absl)\b.*"),
 ]
 
-smartquotes = False  # it would make a dash of a flag's two hyphens
-# Parts of the pages link to their own headings.
+smartquotes = False  # True turns the two hyphens of a flag into a dash
+# Pages link to their own headings.
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -46,7 +46,7 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-napoleon_attr_annotations = False  # the signature has them
+napoleon_attr_annotations = False  # signatures have the annotations
 python_maximum_signature_line_length = 80
 add_module_names = False
 toc_object_entries_show_parents = "hide"

@@ -1,8 +1,8 @@
-"""What the pages show of the code: made anew whenever the site is built.
+"""Directives that generate page content from the code at build time.
 
-`{drawing}` a figure of `figures.py`; `{variants}` and `{ablations}` the papers' tables;
-`{architecture}` what `describe` prints; `{keys}` the config; `{programs}` docstrings and flags;
-`{modules}` the names of a room's modules; `{names}` the public names. The rest is Markdown.
+`{drawing}`: a figure of `figures.py`; `{variants}` and `{ablations}`: the papers' tables;
+`{architecture}`: the output of `describe`; `{keys}`: the config; `{programs}`: docstrings and
+flags; `{modules}`: the reference of a subpackage; `{names}`: the public names.
 """
 
 import ast
@@ -30,7 +30,7 @@ COUNTS = ("parameters", "multiply-adds", "published", "top-1", "on", "source")
 
 
 class Drawing(SphinxDirective):
-    """A figure by name; its text is the caption, `:alt:` is for readers who cannot see it."""
+    """A figure by name; the content is the caption, `:alt:` the text alternative."""
 
     required_arguments = 1
     has_content = True
@@ -48,17 +48,17 @@ class Drawing(SphinxDirective):
 
 
 class Generated(SphinxDirective):
-    """Markdown made by `text`, in place of the directive; its tables get the class `table`."""
+    """Markdown of the method `text`; its tables get the CSS class `table`."""
 
     table = ""
 
     def run(self) -> list[nodes.Node]:
-        made = nodes.container(
+        content = nodes.container(
             "", *self.parse_text_to_nodes(self.text(), allow_section_headings=True)
         )
-        for table in made.findall(nodes.table):
+        for table in content.findall(nodes.table):
             table["classes"] += [self.table] if self.table else []
-        return made.children
+        return content.children
 
     def text(self) -> str:
         raise NotImplementedError
@@ -98,24 +98,24 @@ class Architecture(Generated):
 
 
 class Keys(Generated):
-    """Every key of the config, section by section."""
+    """Tables of all config keys, one per section."""
 
     def text(self) -> str:
         meaning, parts = config_file.meanings(), []
-        for section, about in SECTIONS.items():
+        for section, topic in SECTIONS.items():
             rows = [
                 (f"`{name}`", _default(key), _values(key), meaning[name])
                 for name, key in KEYS.items()
                 if name.rpartition(".")[0] == section
             ]
-            title = section or about
-            parts += [f"## {title}", f"{about[0].upper()}{about[1:]}." if section else ""]
+            title = section or topic
+            parts += [f"## {title}", f"{topic[0].upper()}{topic[1:]}." if section else ""]
             parts += [_table(("key", "default", "values", "meaning"), rows)]
         return "\n\n".join(parts)
 
 
 class Programs(Generated):
-    """The docstrings of the programs, and their flags, without running them: flags are global."""
+    """Docstrings and flags of the programs, parsed and not imported, as flags are global."""
 
     def text(self) -> str:
         return "\n\n".join(f"## {name}\n\n{self._help(name)}" for name in PROGRAMS)
@@ -125,7 +125,7 @@ class Programs(Generated):
         package = program / "__main__.py"
         source = (package if package.exists() else program.with_suffix(".py")).read_text()
         tree = ast.parse(source)
-        # Programs that run as several processes share the flags that bring these together.
+        # Programs that run as several processes share the flags of launch.py.
         shared = (ROOT / "mvit_jax/training/distributed/launch.py").read_text()
         configs = (ROOT / "mvit_jax/config.py").read_text()
         parsed = [
@@ -144,7 +144,7 @@ class Programs(Generated):
 
 
 class Modules(Generated):
-    """The public names of every module of a room, such as `data`, in the order of the folder."""
+    """The public names of all modules of a subpackage, such as `data`, sorted by file name."""
 
     required_arguments = 1
 
@@ -160,7 +160,7 @@ class Modules(Generated):
 
 
 class Names(Generated):
-    """The public names, where they lead, and the first sentence of each docstring."""
+    """A table of the public names with links and the first paragraph of each docstring."""
 
     def text(self) -> str:
         rows = []
@@ -171,16 +171,16 @@ class Names(Generated):
                 first = "Every published variant by its name."
             kind = "data" if isinstance(value, dict) else "obj"
             rows.append((f"{{py:{kind}}}`~{mvit_jax._HOME[name]}.{name}`", first))
-        return _table(("name", "what it is"), rows)
+        return _table(("name", "description"), rows)
 
 
 def _flag(node: ast.AST) -> tuple[str, str, str]:
-    """Name, default and help of a flag's definition, or empty strings."""
+    """Returns name, default and help of a flag's definition, or empty strings."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return "", "", ""
     if not node.func.attr.startswith("DEFINE"):
         return "", "", ""
-    name, default, *_ = node.args[node.func.attr == "DEFINE" :]  # a parser of one's own before them
+    name, default, *_ = node.args[node.func.attr == "DEFINE" :]  # `DEFINE` has a parser first
     texts = [a for a in node.args[2:] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     assert isinstance(name, ast.Constant)
     meaning = str(texts[-1].value) if texts else ""
@@ -188,7 +188,7 @@ def _flag(node: ast.AST) -> tuple[str, str, str]:
 
 
 def _fenced(docstring: str) -> str:
-    """Indented commands in fences, as Markdown pages have them."""
+    """Converts indented commands to fenced Markdown code."""
     out, code = [], False
     for line in docstring.splitlines():
         indented = line.startswith("    ")
@@ -218,7 +218,7 @@ def _default(key: Key) -> str:
 
 
 def _values(key: Key) -> str:
-    none = "None" if key.optional else ""  # of a key without a default that goes without saying
+    none = "None" if key.optional else ""
     return "; ".join(part for part in (key.unit, key.limits.removeprefix("one of "), none) if part)
 
 

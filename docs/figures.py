@@ -1,9 +1,7 @@
-"""The figures of the pages, drawn from the plans that the models are built by.
+"""Figures of the pages, drawn at build time from the plans that the models are built from.
 
-None goes out of date when a plan changes, as a picture in a file would.
-
-Lines and letters are in the colour of the page's text, so that they can be read on light and on
-dark; tints are chosen to do on both.
+Lines and letters have the text colour of the page, so that light and dark themes show them. The
+tints are legible on both.
 """
 
 import io
@@ -24,10 +22,10 @@ from mvit_jax.models.plan import grids, patch_grid, plan
 from mvit_jax.models.positions import distances
 from mvit_jax.models.variants import variant
 
-TEXT = "#010203"  # stands for the page's own colour of text
+TEXT = "#010203"  # placeholder of the page's text colour
 QUERIES, KEYS, GRID = "#3b82c4", "#d9822b", "#7a9e5f"
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # letters stay letters
+    "svg.fonttype": "none",  # keeps text as text
     "font.size": 10,
     "text.color": TEXT,
     "axes.labelcolor": TEXT,
@@ -43,7 +41,7 @@ STYLE: dict[Any, Any] = {
 
 
 def svg(name: str, alt: str) -> str:
-    """A figure of this module as an `<svg>` element; `alt` is its description."""
+    """Draws a figure of this module as an `<svg>` element; `alt` is its text alternative."""
     draw: Callable[[], Figure] = globals()[name]
     file = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name, "svg.id": name}):
@@ -51,7 +49,7 @@ def svg(name: str, alt: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Several figures stand in one page, and ids are the page's.
+    # Ids must be unique in a page, which may have several figures.
     text = re.sub(r'id="', f'id="{name}-', text)
     text = re.sub(r"(url\(#|href=\"#)", rf"\1{name}-", text)
     text = text.replace(TEXT, "currentColor")
@@ -60,7 +58,7 @@ def svg(name: str, alt: str) -> str:
 
 
 def cubes() -> Figure:
-    """Windows of the cube embedding along one side of a frame."""
+    """Draws the kernels of the patch embedding along one side of a frame."""
     config = variant("mvit_b_16x4")
     kernel, stride, padding = (
         values[2] for values in (config.patch_kernel, config.patch_stride, config.patch_padding)
@@ -88,7 +86,7 @@ def cubes() -> Figure:
 
 
 def stages() -> Figure:
-    """Token grid and channels of each stage of MViT-B."""
+    """Draws the token grid and the channels of each stage of MViT-B."""
     config = variant("mvit_b_16x4")
     sizes = grids(config, config.frames, config.size, config.size)
     t, h, w = patch_grid(config, config.frames, config.size, config.size)
@@ -117,18 +115,18 @@ def stages() -> Figure:
 
 
 def tokens() -> Figure:
-    """Queries and keys of every block of MViT-B, and what pools them."""
+    """Draws the numbers of queries and keys of each block of MViT-B, and the pooling strides."""
     config = variant("mvit_b_16x4")
     sizes = grids(config, config.frames, config.size, config.size)
     queries = [np.prod(g.output) for g in sizes]
     keys = [np.prod(g.keys) for g in sizes]
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
-    place = np.arange(len(sizes))
-    axes.bar(place - 0.2, queries, 0.4, color=QUERIES, label="queries")
-    axes.bar(place + 0.2, keys, 0.4, color=KEYS, label="keys and values")
+    position = np.arange(len(sizes))
+    axes.bar(position - 0.2, queries, 0.4, color=QUERIES, label="queries")
+    axes.bar(position + 0.2, keys, 0.4, color=KEYS, label="keys and values")
     axes.set_yscale("log")
-    axes.set_xticks(place)
+    axes.set_xticks(position)
     axes.set(xlabel="block", ylabel="tokens", ylim=(100, 60000))
     axes.legend(frameon=False, ncols=2, loc="upper right")
     for i, block in enumerate(plan(config)):
@@ -138,7 +136,7 @@ def tokens() -> Figure:
 
 
 def block() -> Figure:
-    """The data flow of the block where MViT-B goes from stage 2 to stage 3."""
+    """Draws the data flow of the first block of stage 3 of MViT-B."""
     config = variant("mvit_b_16x4")
     first = sum(config.depths[:2])
     p = plan(config)[first]
@@ -185,7 +183,7 @@ def block() -> Figure:
 
 
 def relative() -> Figure:
-    """The row of the table of relative positions that each pair of a query and a key reads."""
+    """Draws the index of the relative positional embedding of each pair of query and key."""
     config = variant("mvitv2_s_16x4")
     blocks, sizes = plan(config), grids(config, config.frames, config.size, config.size)
     chosen = [sum(config.depths[:2]), sum(config.depths[:2]) + 1]
@@ -195,15 +193,15 @@ def relative() -> Figure:
         rows = distances(q, k, blocks[i].relative_distances)
         image = axes.imshow(rows, cmap="viridis", aspect="equal", vmin=0)
         axes.set(xlabel="row of the key", ylabel="row of the query")
-        axes.set_title(f"block {i}: {q} × {k}, table of {blocks[i].relative_space}", fontsize=10)
+        axes.set_title(f"block {i}: {q} × {k}, {blocks[i].relative_space} embeddings", fontsize=10)
         axes.set_xticks(range(0, k, 3))
         axes.set_yticks(range(0, q, 3))
-        figure.colorbar(image, ax=axes, shrink=0.8, label="row of the table")
+        figure.colorbar(image, ax=axes, shrink=0.8, label="index of the embedding")
     return figure
 
 
 def clips() -> Figure:
-    """The frames of training clips and of the test protocol's clips."""
+    """Draws the frame indices of training clips and of the test protocol's clips."""
     frames, fps = 300, 30.0
     settings: dict[str, Any] = {"frames": 16, "stride": 4}
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Weights in and out: checkpoints of PySlowFast, torchvision, PyTorchVideo and timm.
+"""Conversion of checkpoints from and to PySlowFast, torchvision, PyTorchVideo and timm.
 
     python -m mvit_jax.convert SOURCE --variant=mvit_b_16x4 --out=DIR
     python -m mvit_jax.convert SOURCE --variant=mvitv2_s_16x4 --out=DIR --inflate=centre
@@ -6,15 +6,15 @@
     python -m mvit_jax.convert DIR --to=torchvision --out=FILE
     python -m mvit_jax.convert DIR --to=stablehlo --out=FILE [--platforms=cpu,cuda,tpu] [--batch=N]
 
-SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read, never run. DIR is a folder that
-`evaluate`, `predict` and `--config.init.checkpoint` take: parameters, architecture, preprocessing,
-labels.txt where --labels gives the names of the classes, and report.txt with a line per tensor. A
-tensor that should have been loaded and was not is an error, and then nothing is written.
+SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read without executing them. DIR is a
+folder for `evaluate`, `predict` and `--config.init.checkpoint`. It has parameters, architecture,
+preprocessing, report.txt with a line per tensor and, with --labels, labels.txt. If an expected
+tensor cannot be loaded, the program ends with an error and writes nothing.
 
---to=stablehlo writes the whole model, to be run by JAX without this package. It takes uint8 clips
-[batch, T, H, W, 3] (images [batch, H, W, 3]), RGB from 0 to 255, scaled and cut to the model's
-size, normalises them, computes in the run's dtype and precision, and gives float32 logits [batch,
-classes].
+--to=stablehlo writes the whole model, which JAX runs without this package. Its input is uint8 clips
+[batch, T, H, W, 3] (images [batch, H, W, 3]), RGB from 0 to 255, resized and cropped to the model's
+size. It normalises them, computes in the run's dtype and precision, and returns float32 logits
+[batch, classes].
 """
 
 import dataclasses
@@ -44,27 +44,31 @@ from mvit_jax.weights.load import Loaded, load
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.stablehlo import save_stablehlo
 
-_VARIANT = flags.DEFINE_string("variant", None, "The variant that SOURCE is of: describe --all.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write; with --to, the file.")
+_VARIANT = flags.DEFINE_string("variant", None, "Variant of SOURCE; `describe --all` lists them.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write; with --to, the file to write.")
 _TO = flags.DEFINE_enum(
-    "to", None, (*TARGETS, "stablehlo"), "Write a run's or a converted folder's weights so."
+    "to", None, (*TARGETS, "stablehlo"), "Format to export a run or a converted folder to."
 )
-_LABELS = flags.DEFINE_string("labels", None, "Names of the classes, one a line, label 0 first.")
+_LABELS = flags.DEFINE_string("labels", None, "File with class names, one per line, label 0 first.")
 _INFLATE = flags.DEFINE_enum(
-    "inflate", None, INFLATIONS, "How an image model becomes a video model, or back."
+    "inflate", None, INFLATIONS, "Conversion of an image model to a video model, or back."
 )
 _WHICH = flags.DEFINE_enum(
-    "which", "last", ["last", "best"], "Which state of a run, with --to.", allow_override=True
+    "which",
+    "last",
+    ["last", "best"],
+    "With --to: the checkpoint of a run.",
+    allow_override=True,
 )
 _PLATFORMS = flags.DEFINE_list(
     "platforms",
     None,
-    "Of stablehlo: cpu, cuda, rocm, tpu or several; where none are given this one.",
+    "With --to=stablehlo: some of cpu, cuda, rocm, tpu; by default the present one.",
 )
 _BATCH = flags.DEFINE_integer(
     "batch",
     None,
-    "Of stablehlo: clips at a time; any number where not given.",
+    "With --to=stablehlo: the batch size; by default any.",
     lower_bound=1,
     allow_override=True,
 )
@@ -82,33 +86,35 @@ def main(argv: list[str]) -> None:
     if _TO.value is not None:
         if overrides or _VARIANT.value or _LABELS.value or _INFLATE.value:
             raise errors.UserError(
-                "--to takes a folder as it is: leave out --variant, --labels, --inflate and fields"
+                "--to exports a folder unchanged: leave out --variant, --labels, --inflate, fields"
             )
         if out.exists():
-            raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
+            raise errors.UserError(f"{out} already exists: choose another --out, or move it away")
         if _TO.value == "stablehlo":
-            give_program(to_path(source), out, _WHICH.value, _BATCH.value, _PLATFORMS.value)
+            export_program(to_path(source), out, _WHICH.value, _BATCH.value, _PLATFORMS.value)
         else:
-            give(to_path(source), out, _TO.value, _WHICH.value)
+            export_checkpoint(to_path(source), out, _TO.value, _WHICH.value)
         return
     if _WHICH.value != "last":
         raise errors.UserError("--which=best goes with --to: SOURCE is a file")
     if _VARIANT.value is None:
-        raise errors.UserError("say which variant SOURCE is of: --variant=NAME (describe --all)")
+        raise errors.UserError(
+            "name the variant of SOURCE: --variant=NAME (`describe --all` lists them)"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise errors.UserError(f"{out} is there already: choose another --out, or move it away")
+        raise errors.UserError(f"{out} already exists: choose another --out, or move it away")
     labels = None if _LABELS.value is None else read_class_names(Path(_LABELS.value))
-    take(source, _VARIANT.value, out, labels, _INFLATE.value, **overrides)
+    import_checkpoint(source, _VARIANT.value, out, labels, _INFLATE.value, **overrides)
 
 
-def take(
+def import_checkpoint(
     source: str, variant: str, out: Path, labels: tuple[str, ...] | None, inflate, **overrides
 ) -> None:
-    """A foreign checkpoint becomes the folder `out`, whole or not at all."""
+    """Converts a checkpoint of another project to the folder `out`, atomically."""
     try:
         loaded = load(source, variant, inflate=inflate, **overrides)
     except WeightsError as error:
-        print(error.report)  # every tensor; the problems follow once more
+        print(error.report)  # has every tensor; the error repeats the problems
         raise
     if labels is not None and len(labels) != loaded.config.num_classes:
         raise errors.UserError(
@@ -132,11 +138,11 @@ def take(
             Path(building).replace(out)
     except errors.UserError:
         raise
-    except Exception as error:  # Orbax has its own for a full disk and the like
-        words = getattr(error, "strerror", None) or first_line(error)
-        raise errors.UserError(f"{out} cannot be written ({words})") from None
+    except Exception as error:  # Orbax raises its own classes, such as for a full disk
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise errors.UserError(f"{out} cannot be written ({reason})") from None
     print(loaded.report.summary())
-    print(f"wrote {out}; report.txt in it has a line for each tensor")
+    print(f"wrote {out}; its report.txt has a line per tensor")
 
 
 def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:
@@ -146,7 +152,7 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
     for field in ("stride", "short_side", "mean", "std", "interpolation"):
         config.data[field] = getattr(expected, field)
     if expected.frames == 1:
-        config.eval.clips = 1  # every clip of an image is the same
+        config.eval.clips = 1  # all clips of an image are equal
     workdir.freeze(config, folder)
     write_whole(folder / ORIGIN, json.dumps(dataclasses.asdict(loaded.origin)) + "\n")
     write_whole(folder / "report.txt", f"{loaded.report}\n")
@@ -156,8 +162,8 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
         checkpoints.save_params(loaded.params)
 
 
-def give(folder: AnyPath, out: Path, to: str, which: str) -> None:
-    """The weights of a run's or a converted folder become a foreign file."""
+def export_checkpoint(folder: AnyPath, out: Path, to: str, which: str) -> None:
+    """Exports the weights of a run or a converted folder to another project's format."""
     with RunFolder(folder) as run:
         params, model = run.params(which), run.settings(which).model
     if model.is_custom:
@@ -165,16 +171,16 @@ def give(folder: AnyPath, out: Path, to: str, which: str) -> None:
             f"{folder} has custom modules, which no other project's format can hold: use "
             "--to=stablehlo, or the folder itself"
         )
-    done = save_torch(params, model.config, out, to, origin=_origin(folder))
-    print(f"wrote {out}: {done.tensors} tensors as {done.family} has them")
-    for note in done.notes:
+    exported = save_torch(params, model.config, out, to, origin=_origin(folder))
+    print(f"wrote {out}: {exported.tensors} tensors in the format of {exported.family}")
+    for note in exported.notes:
         print(f"note: {note}")
 
 
-def give_program(
+def export_program(
     folder: AnyPath, out: Path, which: str, batch: int | None, platforms: list[str] | None
 ) -> None:
-    """The model of a run's or a converted folder becomes a file that JAX alone can run."""
+    """Exports the model of a run or a converted folder to a StableHLO file."""
     with RunFolder(folder) as run:
         params, config, settings = run.params(which), run.config, run.settings(which)
     mean, std = settings.step.mean, settings.step.std

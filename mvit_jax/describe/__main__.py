@@ -1,14 +1,14 @@
-"""A variant's architecture, cost and published figures, as the papers' table; or an experiment.
+"""Tables of a variant's architecture and cost beside published figures; or a config file.
 
     python -m mvit_jax.describe mvit_b_16x4
     python -m mvit_jax.describe mvit_b_16x4 frames=8 size=160 pool_mode=max
-    python -m mvit_jax.describe --all          every variant, beside what its paper reports
+    python -m mvit_jax.describe --all          all variants beside their published figures
     python -m mvit_jax.describe --ablations    the papers' ablations, as overrides
     python -m mvit_jax.describe --config=configs/kinetics.py:mvit_b_16x4 > configs/mine.py
 
-The last line writes an experiment as a config file with every key, to start from.
+The last line writes an experiment as a config file with every key, as a starting point.
 
-"Multiply-adds" are what the papers call FLOPs; XLA counts two operations for each.
+The papers call multiply-adds FLOPs; XLA counts two operations for each.
 """
 
 from absl import flags
@@ -24,8 +24,10 @@ from mvit_jax.models.summary import Row, describe
 from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, override, variant
 
 _CONFIG = define_flag()
-_ALL = flags.DEFINE_bool("all", False, "All variants, beside what their papers report.")
-_ABLATIONS = flags.DEFINE_bool("ablations", False, "The papers' ablations, likewise.")
+_ALL = flags.DEFINE_bool("all", False, "Print all variants beside their published figures.")
+_ABLATIONS = flags.DEFINE_bool(
+    "ablations", False, "Print the papers' ablations beside their published figures."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
     elif _ABLATIONS.value:
         print(all_ablations())
     elif len(argv) < 2:
-        raise errors.UserError(f"name a variant: {', '.join(VARIANTS)}; or give --all")
+        raise errors.UserError(f"name a variant: {', '.join(VARIANTS)}; or add --all")
     else:
         overrides = dict(override(text) for text in argv[2:])
         print(describe(argv[1], variant(argv[1], **overrides)))
@@ -52,7 +54,7 @@ _PUBLISHED_HEADER = (
 
 
 def all_variants() -> str:
-    """Every variant beside its paper's row, with a note where they differ by more than 1 %."""
+    """Returns a table of all variants and their published figures, with notes on differences."""
     rows, notes = [], []
     for name in VARIANTS:
         p = PUBLISHED.get(name)
@@ -62,7 +64,7 @@ def all_variants() -> str:
 
 
 def all_ablations() -> str:
-    """The papers' ablations: the overrides that make them, and their rows."""
+    """Returns a table of the papers' ablations, with the overrides that reproduce them."""
     rows, notes = [], []
     for a in ABLATIONS:
         classes = CLASSES[a.published.data]
@@ -77,7 +79,7 @@ def all_ablations() -> str:
 
 
 def _beside(ours: Cost, p: Published | None, notes: list[str]) -> Row:
-    """Our counts beside a published row's; a reason for a difference goes to `notes`."""
+    """Returns computed and published counts; appends the reason for a difference to `notes`."""
     millions, billions = ours.parameters / 1e6, ours.multiply_adds / 1e9
     if p is None:
         return (f"{ours.parameters:,}", "", "", f"{billions:.2f}G", "", "", "", "", "")

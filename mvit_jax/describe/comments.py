@@ -8,24 +8,24 @@ import tokenize
 
 
 def of_class(cls: type) -> dict[str, str]:
-    """Returns the comments of each annotated field: those above it, then the one beside it."""
+    """Returns the comments of each annotated field: first those above, then that beside it."""
     source = textwrap.dedent(inspect.getsource(cls))
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
     whole_line, beside = _comments(source)
-    found = {}
+    result = {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and node.end_lineno is not None:
             parts, line = [beside.get(node.end_lineno, "")], node.lineno - 1
             while line in whole_line:
                 parts.insert(0, whole_line[line])
                 line -= 1
-            found[ast.unparse(node.target)] = " ".join(parts).strip()
-    return found
+            result[ast.unparse(node.target)] = " ".join(parts).strip()
+    return result
 
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns comments by line, without "#": those that have the line to themselves, and others."""
+    """Returns comments by line, without "#": whole-line comments, and those after code."""
     whole_line, beside = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

@@ -1,4 +1,4 @@
-"""An experiment as a config file with every key, to copy and change. Loads without JAX."""
+"""Generation of a config file with every key of an experiment. Imports no JAX."""
 
 import json
 import textwrap
@@ -24,26 +24,26 @@ def get_config():
 
 
 def text(config: Config, source: str) -> str:
-    """Returns Python whose `get_config()` gives `config`; `source` names the experiment."""
+    """Returns Python code whose `get_config()` returns `config`; `source` names the experiment."""
     meaning = meanings()
-    own = variant(config.model.variant)
+    defaults = variant(config.model.variant)
     lines, last = [_HEAD.format(source=source).rstrip()], None
     for name, key in KEYS.items():
         section, _, field = name.rpartition(".")
         if section != last:
             lines += ["", *_comment(f"-- {section}: {SECTIONS[section]}".replace("-- :", "--"))]
             last = section
-        found = value(config, name)
-        if section == "model" and found is None:  # a comment with the variant's own value
-            assignment = f"# c.{name} = {_literal(getattr(own, field, None))}"
+        setting = value(config, name)
+        if section == "model" and setting is None:  # a comment with the variant's value
+            assignment = f"# c.{name} = {_literal(getattr(defaults, field, None))}"
         else:
-            assignment = f"c.{name} = {_literal(found)}"
+            assignment = f"c.{name} = {_literal(setting)}"
         lines += _with_comment(assignment, f"{meaning[name]}{_limits(key, meaning[name])}")
     return "\n".join(lines) + "\n    return c\n"
 
 
 def meanings() -> dict[str, str]:
-    """Returns the meaning of every key; of the architecture's, the comments in `MViTConfig`."""
+    """Returns the meaning of every key; for architecture keys, from comments in `MViTConfig`."""
     of_field = comments.of_class(MViTConfig)
     return {
         name: key.meaning or of_field[name.removeprefix("model.")] for name, key in KEYS.items()
@@ -51,26 +51,26 @@ def meanings() -> dict[str, str]:
 
 
 def _limits(key: Key, meaning: str) -> str:
-    """Returns unit and range in brackets; of choices those that the meaning does not name."""
+    """Returns unit and range in brackets, without choices that the meaning already lists."""
     explained = key.choices and all(str(choice) in meaning for choice in key.choices)
-    words = ", ".join(part for part in (key.unit, "" if explained else key.limits) if part)
-    return f" [{words}]" if words else ""
+    limits = ", ".join(part for part in (key.unit, "" if explained else key.limits) if part)
+    return f" [{limits}]" if limits else ""
 
 
-def _literal(found: Any) -> str:
-    """Returns a value as Python, text in double quotes."""
-    if isinstance(found, str):
-        return json.dumps(found, ensure_ascii=False)
-    return repr(tuple(found) if isinstance(found, list) else found)
+def _literal(setting: Any) -> str:
+    """Returns a value as a Python literal, strings in double quotes."""
+    if isinstance(setting, str):
+        return json.dumps(setting, ensure_ascii=False)
+    return repr(tuple(setting) if isinstance(setting, list) else setting)
 
 
 def _with_comment(assignment: str, meaning: str) -> list[str]:
-    """Returns an assignment with a comment beside it, or above it where the line is too short."""
+    """Returns an assignment with a comment beside it, or above it if the line were too long."""
     line = f"    {assignment}  # {meaning}".removesuffix("  # ")
     return [line] if len(line) <= _WIDTH else [*_comment(meaning), f"    {assignment}"]
 
 
-def _comment(words: str) -> list[str]:
+def _comment(text: str) -> list[str]:
     return textwrap.wrap(
-        words, _WIDTH, initial_indent="    # ", subsequent_indent="    # ", break_on_hyphens=False
+        text, _WIDTH, initial_indent="    # ", subsequent_indent="    # ", break_on_hyphens=False
     )

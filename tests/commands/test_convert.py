@@ -163,7 +163,9 @@ def test_what_came_in_goes_out_bit_for_bit(to, converted, tmp_path, capsys):
     read = read_tensors(tmp_path / "out")
     assert read.format == ("torch" if to == "slowfast" else "safetensors")
     foreign.same(read.tensors, tensors_of())
-    assert f"wrote {tmp_path / 'out'}: 92 tensors as slowfast has them" in capsys.readouterr().out
+    assert (
+        f"wrote {tmp_path / 'out'}: 92 tensors in the format of slowfast" in capsys.readouterr().out
+    )
 
 
 def test_the_origin_decides_how_many_axes_kernels_have(tmp_path):
@@ -231,12 +233,12 @@ def test_a_bad_file_is_one_report_and_nothing_is_written(what, source, tmp_path)
     [
         ([], "give SOURCE, and --variant=NAME --out=DIR"),
         (["{source}"], "give SOURCE, and --variant=NAME --out=DIR"),
-        (["{source}", "--out={out}"], "which variant SOURCE is of: --variant=NAME"),
+        (["{source}", "--out={out}"], "name the variant of SOURCE: --variant=NAME"),
         (["{source}", "--out={out}", "--variant=mvit_c"], "no variant 'mvit_c'"),
         (["{source}", "--out={out}", *VIDEO, "frame=8"], "'frame' is no field"),
         (["{source}", "--out={out}", *VIDEO, "frames"], "write field=value"),
-        (["{source}", "--out={full}", *VIDEO], "is there already"),
-        (["{source}", "--out={source}", *VIDEO], "is there already"),
+        (["{source}", "--out={full}", *VIDEO], "already exists"),
+        (["{source}", "--out={source}", *VIDEO], "already exists"),
         (["{source}", "--out={source}/deeper", *VIDEO], "cannot be made"),
         (["{source}", "--out={out}", "--labels={few}", *VIDEO],
          "--labels names 2 classes and the model has 8"),

@@ -131,9 +131,9 @@ def test_a_run_of_custom_modules_goes_through_every_program(
     predicted = Predictor(folder).predict(videos.item(0))
     np.testing.assert_allclose(predicted.probabilities, scores.probabilities[0], atol=1e-5)
 
-    convert.give_program(folder, tmp_path / "program", "last", 1, None)
+    convert.export_program(folder, tmp_path / "program", "last", 1, None)
     with pytest.raises(UserError, match="has custom modules, which no other project's format"):
-        convert.give(folder, tmp_path / "x.pyth", "slowfast", "last")
+        convert.export_checkpoint(folder, tmp_path / "x.pyth", "slowfast", "last")
     plain = build.settings(tiny.config(digits, **tiny.RECIPE), 8).model
     params, words = initial_params(folder, plain, None)
     assert "new" in words and "scale" not in params["blocks"]["0"]

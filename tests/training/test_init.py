@@ -74,7 +74,9 @@ def converted(tmp_path_factory):
     here = tmp_path_factory.mktemp("converted")
     write_torch(here / "in.pyth", foreign.slowfast(KIND), wrapper="model_state")
     folder = here / "out"
-    convert.take(str(here / "in.pyth"), "mvit_b_16x4", folder, None, None, **foreign.fields(KIND))
+    convert.import_checkpoint(
+        str(here / "in.pyth"), "mvit_b_16x4", folder, None, None, **foreign.fields(KIND)
+    )
     params, _ = run_folder.read_params(folder)
     return folder, flatten_dict(params, sep="/")
 
