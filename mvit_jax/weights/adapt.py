@@ -182,7 +182,7 @@ def _order(path: str) -> tuple:
 
 
 def inflated(kernel: np.ndarray, frames: int, how: Inflation) -> np.ndarray:
-    """Inflates `[1, kh, kw, ...]` to `[frames, kh, kw, ...]`, or deflates a video kernel to 1."""
+    """Inflates `[1, kh, kw, ...]` to `[frames, kh, kw, ...]`, or deflates a kernel to one frame."""
     old = len(kernel)
     if frames == 1:
         image = {"centre": lambda: kernel[old // 2], "mean": lambda: kernel.sum(0),

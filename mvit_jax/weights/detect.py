@@ -30,7 +30,7 @@ _IMAGE_VIDEO_FIELDS = (
 )  # fmt: skip
 
 
-# Tensor names that occur in one checkpoint format only; the first match counts.
+# Patterns of tensor names by checkpoint format, the most specific first.
 _SIGNS = {
     "torchvision": r"conv_proj\.|pos_encoding\.|blocks\.\d+\.attn\.project\.",
     "pytorchvideo": r"patch_embed\.patch_model\.|cls_positional_encoding\.|norm_embed\.",
@@ -178,7 +178,7 @@ def _detect_fields(state: State, family: str, config: MViTConfig) -> dict[str, A
         fields["relative_distances"] = "torchvision"
     adds_all = family in ("timm", "pytorchvideo") and config.residual_pool != "none"
     if adds_all and fields["class_token"]:
-        fields["residual_pool"] = "all"  # both add the class token's query too
+        fields["residual_pool"] = "all"  # timm and PyTorchVideo add the class token's query too
     return fields
 
 
@@ -231,7 +231,7 @@ class _Lookup:
         else:
             kind = "joint" if self.has("positions/joint") else "none"
         if kind == "joint" and self.config.positions == "sincos":
-            kind = "sincos"  # PySlowFast stores them although they are fixed
+            kind = "sincos"  # PySlowFast stores the fixed embeddings too
         time, space = (self.has(f"blocks/0/attn/relative/{axis}") for axis in ("time", "height"))
         relative = {(True, True): "both", (True, False): "time", (False, True): "space"}
         return {"positions": kind, "relative_positions": relative.get((time, space), "none")}

@@ -17,7 +17,7 @@ from mvit_jax.weights.tensor_files import write_safetensors, write_torch
 
 TARGETS = (*key_tables.FAMILIES, "safetensors")
 
-# Config values that each project's code supports, if it does not support all of them.
+# Fields that a project's code supports for some values only.
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "slowfast": {"skip": ("normalised",), "growth": (2,)},
     "torchvision": {
@@ -101,7 +101,7 @@ def state_dict(
         for field, allowed in _ONLY[family].items()
         if getattr(config, field) not in allowed
     ]
-    problems += [f"there is no place for {path}" for path, name in names.items() if name is None]
+    problems += [f"it has no tensor for {path}" for path, name in names.items() if name is None]
     if problems:
         raise UserError(f"{family} cannot hold this model: {'; '.join(problems)}")
     ranks = _ranks(config, family, origin)

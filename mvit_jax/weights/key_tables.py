@@ -137,14 +137,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Shaped:
-    """A tensor in the shape that it has here, and the conversion."""
+    """A tensor in this project's shape, and the conversion."""
 
     values: np.ndarray
     done: str
 
 
 def to_ours(path: str, values: np.ndarray, config: MViTConfig) -> Shaped:
-    """Converts a tensor of any checkpoint format to the shape that it has here.
+    """Converts a tensor of any checkpoint format to this project's shape.
 
     Raises:
       ValueError: the shape is not convertible; the message continues the tensor's name.
@@ -156,7 +156,7 @@ def to_theirs(path: str, values: np.ndarray, family: str, config: MViTConfig, ra
     """Converts a tensor to the shape of a checkpoint format.
 
     Args:
-      path: path of the tensor here.
+      path: path of the tensor in this project.
       values: the tensor.
       family: checkpoint format.
       config: architecture of the model.

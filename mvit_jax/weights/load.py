@@ -87,7 +87,7 @@ def load(
         raise UserError(f"{name}: {error}") from None
     report = Report(f"{name}: {arch.family} -> {variant}, {len(state)} tensors")
     if tensors.wrapper:
-        report.notes.append(f"read from its entry {tensors.wrapper!r}")
+        report.notes.append(f"read from the entry {tensors.wrapper!r}")
     if prefix:
         report.notes.append(f"the prefix {prefix!r} was removed from the names")
     report.problems += arch.problems
@@ -119,7 +119,7 @@ def _open(source: Any) -> tuple[Tensors, str]:
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor of the file, converted to the shape that it has here."""
+    """A tensor of the file, converted to this project's shape."""
 
     name: str  # in the file
     shape: tuple[int, ...]  # in the file
@@ -182,7 +182,7 @@ def _describe_unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndar
     if prefix and name.removeprefix(prefix) in state:
         done = f"collides with {name.removeprefix(prefix)}"
         return Line(name, shape, "", None, done, True)
-    return Line(name, shape, "", None, "has no place in this model", True)
+    return Line(name, shape, "", None, "has no counterpart in this model", True)
 
 
 def _fit_all(

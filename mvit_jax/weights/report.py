@@ -60,7 +60,7 @@ class Report:
 
 
 class WeightsError(UserError):
-    """The error for a checkpoint that does not fit the model; `report` lists every tensor."""
+    """Error for a checkpoint that does not fit the model; `report` lists every tensor."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(report.summary())

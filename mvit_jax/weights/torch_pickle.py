@@ -303,7 +303,7 @@ def _storage(saved: Any) -> Storage:
         return Storage(str(key), None, numel)
     dtype = STORAGES.get(kind.name.removeprefix("torch."))
     if dtype is None:
-        raise Damaged(f"it takes {kind.name} for a storage")
+        raise Damaged(f"it uses {kind.name} as a storage")
     offset = 0
     if view and view[0] is not None:  # files before torch 0.4: (view's key, offset, length)
         _, offset, length = view[0]

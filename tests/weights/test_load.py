@@ -305,8 +305,8 @@ def test_everything_that_is_missing_or_left_over_is_listed():
     for path in ("blocks/0/mlp/fc2/bias 16", "blocks/3/attn/proj/kernel 32x32", "norm/scale 32",
                  f"head/classifier/bias {foreign.CLASSES}"):  # fmt: skip
         assert sum(line.startswith(path) and "missing" in line for line in found) == 1, path
-    assert "blocks.0.attn.ls 3: has no place in this model" in found
-    assert "decoder.weight 2x2: has no place in this model" in found
+    assert "blocks.0.attn.ls 3: has no counterpart in this model" in found
+    assert "decoder.weight 2x2: has no counterpart in this model" in found
 
 
 def some(tensors) -> list[str]:
@@ -490,7 +490,7 @@ def test_a_prefix_before_most_names_is_taken_off_and_the_rest_is_named():
     tensors = {f"model.{name}": values for name, values in foreign.slowfast(KIND).items()}
     tensors["criterion.weight"] = np.ones(3, np.float32)
     found = problems({"state_dict": tensors})
-    assert found == ["criterion.weight 3: has no place in this model"]
+    assert found == ["criterion.weight 3: has no counterpart in this model"]
 
 
 @pytest.mark.parametrize("thing", [None, 3, object()])
