@@ -1,4 +1,4 @@
-"""Multiscale Vision Transformers (MViT) in JAX. Names are imported when they are first used."""
+"""Multiscale Vision Transformers (MViT) in JAX; public names are imported on first use."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -54,7 +54,7 @@ _HOME = {
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
-absent_tpu.skip()  # before anything asks JAX for its devices
+absent_tpu.skip()  # before JAX initialises its backends
 
 
 def __getattr__(name: str):

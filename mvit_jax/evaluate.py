@@ -1,4 +1,4 @@
-"""The test program: K clips x C crops of every video, whose scores are averaged over the views.
+"""The test command: K clips x C crops of every video, with probabilities averaged over the views.
 
     python -m mvit_jax.evaluate --workdir=DIR
     python -m mvit_jax.evaluate --workdir=DIR --shuffle_frames     (MViT, Table 9)
@@ -9,18 +9,18 @@
 Writes into DIR
 
     evaluation.json                 accuracies in percent
-    confusion.png, per_class.png    the same as pictures
-    scores.npz                      what the model said of each video: "probabilities" [videos,
-                                    classes], "labels", "tested", "videos", "classes"
-    videos.csv                      the videos that were tested, since copies of a data set differ,
-                                    each with its label and the most probable class
-    clips.json                      the clips of the page
-    report.html                     the page of all that the folder holds; it opens from disk
+    confusion.png, per_class.png    confusion matrix and per-class accuracy as figures
+    scores.npz                      per-video results: "probabilities" [videos, classes], "labels",
+                                    "tested", "videos", "classes"
+    videos.csv                      the tested videos (copies of a data set differ), each with its
+                                    label and most probable class
+    clips.json                      the example clips of the report
+    report.html                     the HTML report of the run; it opens from disk
 
-with `_shuffled` in the names for --shuffle_frames (which has no clips), likewise for another list
-or checkpoint. Several numbers of clips are tested in one pass over the list: the largest is the
-evaluation, and views.json and views.png have all of them. --compare tests nothing: it puts what the
-folders hold side by side, as a table here and as a page.
+File names get the suffix `_shuffled` for --shuffle_frames, which writes no clips.json, and likewise
+a suffix for another list or checkpoint. Several values of --clips are tested in one pass over the
+list. The largest value is the evaluation; views.json and views.png hold all of them. --compare
+tests nothing: it prints a table of the runs and writes it as an HTML page.
 """
 
 import csv
@@ -45,20 +45,20 @@ from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.run import runtime, workdir
 from mvit_jax.training.run_folder import RunFolder, score
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
-_WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "Which of its checkpoints.")
-_LIST = flags.DEFINE_enum("list", "test", ["test", "val", "train"], "Which list of videos.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", allow_override=True)
+_WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "The checkpoint to test.")
+_LIST = flags.DEFINE_enum("list", "test", ["test", "val", "train"], "The list of videos.")
 _CLIPS = flags.DEFINE_list(
-    "clips", None, "Clips per video, one number or several; the config's where not given."
+    "clips", None, "Clips per video, one or more numbers; by default the config's eval.clips."
 )
-_CROPS = flags.DEFINE_integer("crops", None, "Crops per clip, 1 or 3; the config's likewise.")
+_CROPS = flags.DEFINE_integer("crops", None, "Crops per clip, 1 or 3; by default eval.crops.")
 _BATCH = flags.DEFINE_integer(
-    "batch", None, "Videos at a time; the config's likewise.", allow_override=True
+    "batch", None, "Videos at a time; by default eval.batch.", allow_override=True
 )
-_DATA = flags.DEFINE_string("data", None, "The data folder, where it is not the config's.")
+_DATA = flags.DEFINE_string("data", None, "The data folder; by default data.folder.")
 _SHUFFLE = flags.DEFINE_bool("shuffle_frames", False, "Shuffle the frames of each clip.")
-_COMPARE = flags.DEFINE_bool("compare", False, "Put the runs in the named folders side by side.")
-_OUT = flags.DEFINE_string("out", "comparison.html", "The page that --compare writes.")
+_COMPARE = flags.DEFINE_bool("compare", False, "Compare the runs in the folders that follow.")
+_OUT = flags.DEFINE_string("out", "comparison.html", "The HTML page that --compare writes.")
 
 
 def main(argv: list[str]) -> None:
@@ -67,14 +67,14 @@ def main(argv: list[str]) -> None:
         return
     if len(argv) > 1:
         raise errors.UserError(
-            f"unknown argument {argv[1]!r}: flags look like --workdir=DIR; folders go with "
+            f"unknown argument {argv[1]!r}: flags look like --workdir=DIR, and folders need "
             "--compare"
         )
     if _WORKDIR.value is None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
     runtime.run_in_calling_thread()
     launch.start()
-    # Of several processes JAX takes it, for a loop that asks; here is nothing to save.
+    # With several processes JAX handles SIGTERM for training loops; here nothing is to be saved.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     runtime.cache_compiled_programs()
     with failure.together():
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
 
 
 def test(folder: AnyPath) -> None:
-    """Tests as the flags say; of many processes the first one writes and prints."""
+    """Tests the run in `folder` according to the flags; only process 0 writes and prints."""
     counts = numbers(_CLIPS.value)
     changes = {
         "eval.clips": max(counts, default=None),
@@ -94,8 +94,8 @@ def test(folder: AnyPath) -> None:
     }
     with RunFolder(folder, changes) as run:
         config, counts = run.config, counts or [run.config.eval.clips]
-        asked = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
-        coordination.same_everywhere("test", workdir.decisive(config) | asked | {"clips": counts})
+        options = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
+        coordination.same_everywhere("test", workdir.decisive(config) | options | {"clips": counts})
         videos = build.videos(config, _LIST.value)
         coordination.same_everywhere("list of videos", fingerprint(videos))
         by_count, params = score(
@@ -116,7 +116,7 @@ def test(folder: AnyPath) -> None:
         "classes": list(videos.class_names),
     } | scores.metrics()
     end = suffix(results, _LIST.value)
-    # Before clips are drawn, which could fail.
+    # Results are written before the example clips are rendered, which can fail.
     written = write(folder, results, end) + write_scores(folder, scores, videos, end)
     print(summary(folder), flush=True)
     if len(counts) > 1:
@@ -124,10 +124,10 @@ def test(folder: AnyPath) -> None:
         written += write_views(folder, dict(zip(counts, metrics, strict=True)), results, end)
     if not _SHUFFLE.value:
         written.append(folder / f"clips{end}.json")
-        here = jax.device_get(params)  # on every device whole, whichever process has it
+        local_params = jax.device_get(params)  # replicated, so process 0 holds them all
         with jax.default_matmul_precision(config.precision):
             pictures = example_clips.make(
-                scores, videos, settings.clips, here, settings.model, settings.step
+                scores, videos, settings.clips, local_params, settings.model, settings.step
             )
         run_data.keep_sheet(written[-1], pictures, results)
     written.append(run_data.write_report(folder))
@@ -137,28 +137,32 @@ def test(folder: AnyPath) -> None:
 
 
 def numbers(texts: list[str] | None) -> list[int]:
-    """Numbers of clips from the command line, each once, in rising order."""
+    """Parses --clips to distinct numbers in ascending order.
+
+    Raises:
+      UserError: a text is no integer of at least 1.
+    """
     try:
-        found = sorted({int(text) for text in texts or []})
-        if found and found[0] < 1:
+        counts = sorted({int(text) for text in texts or []})
+        if counts and counts[0] < 1:
             raise ValueError
     except ValueError:
         raise errors.UserError(
             f"--clips={','.join(texts or [])} must be numbers of at least 1, like 5 or 1,5,10"
         ) from None
-    return found
+    return counts
 
 
 def compare(folders: list[str], out: str) -> None:
-    """Several runs side by side, on the terminal and as a page."""
+    """Prints a comparison of the runs in `folders` and writes it as the HTML page `out`."""
     if not folders:
-        raise errors.UserError("name the folders of runs: --compare DIR1 DIR2")
+        raise errors.UserError("--compare needs the folders of runs: --compare DIR1 DIR2")
     print(run_data.write_comparison(folders, out))
     print(f"wrote {out}")
 
 
 def suffix(results: dict[str, Any], which: str) -> str:
-    """What is not the default, for the names of files."""
+    """Returns the suffix of file names for a list, checkpoint or frame order off the default."""
     checkpoint = results["checkpoint"]
     parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
     parts.append("shuffled" if results["shuffled_frames"] else "")
@@ -166,7 +170,7 @@ def suffix(results: dict[str, Any], which: str) -> str:
 
 
 def write(folder: AnyPath, results: dict[str, Any], end: str) -> list[AnyPath]:
-    """The results as JSON and as pictures."""
+    """Writes the results as JSON and as figures, and returns the paths."""
     names = (f"evaluation{end}.json", f"confusion{end}.png", f"per_class{end}.png")
     paths = [folder / name for name in names]
     title = f"top-1 {results['top1']:.1f} % of {results['videos']} videos"
@@ -178,7 +182,7 @@ def write(folder: AnyPath, results: dict[str, Any], end: str) -> list[AnyPath]:
 
 
 def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> list[AnyPath]:
-    """What the model said of each video, as arrays; and which videos were tested, as a table."""
+    """Writes per-video scores (.npz) and the table of tested videos (.csv); returns the paths."""
     paths = [folder / f"scores{end}.npz", folder / f"videos{end}.csv"]
     items = [videos.item(i) for i in range(len(videos))]
     arrays, table = io.BytesIO(), io.StringIO()
@@ -190,8 +194,8 @@ def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> l
     rows.writerow(["video", "label", "predicted", "probability"])
     for i in np.flatnonzero(scores.tested).tolist():
         label, predicted = scores.labels[i], int(scores.predicted[i])
-        named = label if label.ndim == 0 else " ".join(map(str, np.flatnonzero(label)))
-        rows.writerow([items[i], named, predicted, f"{scores.probabilities[i, predicted]:.4f}"])
+        classes = label if label.ndim == 0 else " ".join(map(str, np.flatnonzero(label)))
+        rows.writerow([items[i], classes, predicted, f"{scores.probabilities[i, predicted]:.4f}"])
     write_whole(paths[0], arrays.getvalue())
     write_whole(paths[1], table.getvalue())
     return paths
@@ -200,15 +204,16 @@ def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> l
 def write_views(
     folder: AnyPath, by_count: dict[int, dict[str, Any]], results: dict[str, Any], end: str
 ) -> list[AnyPath]:
-    """Accuracy over the number of clips, as a table here, as JSON and as a picture."""
+    """Prints accuracy against the number of clips, writes it as JSON and figure; returns paths."""
     measures = [name for name in ("top1", "top5", "map") if name in results]
-    rows = [{"clips": n} | {m: found[m] for m in measures} for n, found in by_count.items()]
+    rows = [{"clips": n} | {m: metrics[m] for m in measures} for n, metrics in by_count.items()]
     print("clips  " + "  ".join(f"{m:>6}" for m in measures))
     for row in rows:
         print(f"{row['clips']:5d}  " + "  ".join(f"{row[m]:6.2f}" for m in measures))
-    told = {k: results[k] for k in ("list", "checkpoint", "step", "crops", "ensemble", "videos")}
+    keys = ("list", "checkpoint", "step", "crops", "ensemble", "videos")
+    common = {k: results[k] for k in keys}
     paths = [folder / f"views{end}.json", folder / f"views{end}.png"]
-    write_whole(paths[0], json.dumps(told | {"views": rows}, indent=1) + "\n")
+    write_whole(paths[0], json.dumps(common | {"views": rows}, indent=1) + "\n")
     shown = "map" if "map" in measures else "top1"
     line = plots.Curve(shown, [row["clips"] for row in rows], [row[shown] for row in rows], True)
     name = "mAP, %" if shown == "map" else "top-1, %"
@@ -221,7 +226,7 @@ def write_views(
 
 
 def summary(folder: AnyPath) -> str:
-    """All evaluations that a run's folder holds, as a short table."""
+    """Returns a text table of all evaluations in a run's folder."""
     rows: list[tuple[str, ...]] = [
         ("list", "frames", "checkpoint", "top-1", "top-5", "mAP", "videos", "left out", "views")
     ]
@@ -233,7 +238,7 @@ def summary(folder: AnyPath) -> str:
             f"{r['map']:.2f}" if "map" in r else "", str(r["videos"]), str(len(r["left_out"])),
             f"{r['clips']} x {r['crops']}",
         ))  # fmt: skip
-    if not any(row[5] for row in rows[1:]):  # mAP is of sets of classes
+    if not any(row[5] for row in rows[1:]):  # no multi-label evaluation
         rows = [row[:5] + row[6:] for row in rows]
     return table(rows[0], rows[1:], numbers_right=False)
 

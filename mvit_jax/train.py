@@ -1,23 +1,25 @@
-"""The training program, top to bottom; its steps are `training.loop`.
+r"""The training command: flags, setup and the call of the training loop (`training.loop`).
 
     python -m mvit_jax.train --config=configs/moving_digits.py --workdir=DIR
-    python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=DIR \\
+    python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=DIR \
         --config.optim.lr=1e-3
     python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --dry_run
     python -m mvit_jax.train --config=configs/moving_digits.py --contact_sheet=FILE.png
     python -m mvit_jax.train --config=configs/moving_digits.py --workdir=DIR --profile
 
-Started again with the same command after any stop, it goes on where it was and ends with the same
-parameters as if never stopped. Ctrl-C or SIGTERM finishes the step, saves, and exits with status
-128 + the signal's number. --contact_sheet trains nothing: it draws the first clips as the model
-would get them. --profile traces steps 10 to 15 after the start, --profile=FIRST:LAST others, into
-DIR/profile, for TensorBoard or xprof.
+The same command resumes a stopped run and ends with the parameters of an uninterrupted run.
+On Ctrl-C or SIGTERM the program finishes the step, saves a checkpoint and exits with status
+128 + the signal's number.
 
-Compiled programs are cached (`training.run.runtime`): a second start need not compile again.
+--contact_sheet draws the first clips as the model would get them, without training. --profile
+traces steps 10 to 15 after the start into DIR/profile, for TensorBoard or xprof;
+--profile=FIRST:LAST traces those steps instead.
 
-On several hosts the same command runs in every process; they find each other on Cloud TPUs, under
-SLURM and Kubernetes, or by --coordinator, --num_processes and --process_id. Ctrl-C or SIGTERM to
-one of them stops all after the same step; an error in one ends all, with its reason.
+Compiled programs are cached on disk (`training.run.runtime`): a second start need not recompile.
+
+On several hosts the same command runs in every process. Cloud TPUs, SLURM and Kubernetes are
+detected; elsewhere pass --coordinator, --num_processes and --process_id. A signal to one process
+stops all processes after the same step; an error in one process ends all of them with its message.
 """
 
 import functools
@@ -54,28 +56,28 @@ from mvit_jax.training.state import State, with_params
 
 _CONFIG = define_flag()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's folder; made where it is missing.", allow_override=True
+    "workdir", None, "The folder of the run; created if missing.", allow_override=True
 )
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the whole plan and start nothing.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan of the experiment and exit.")
 _SHEET = flags.DEFINE_string(
-    "contact_sheet", None, "Draw the first training clips into this picture, and stop."
+    "contact_sheet", None, "Draw the first training clips into this image file and exit."
 )
 
 
-class _Steps(flags.ArgumentParser):
-    """Of a flag that is given alone, or as --profile=FIRST:LAST."""
+class _ProfileParser(flags.ArgumentParser):
+    """Parser of --profile, with or without =FIRST:LAST."""
 
     def parse(self, argument: str) -> tuple[int, int] | None:
-        alone = {"true": (profiling.FIRST, profiling.LAST), "false": None}
-        word = argument.lower()
-        return alone[word] if word in alone else profiling.window(argument)
+        switches = {"true": (profiling.FIRST, profiling.LAST), "false": None}
+        value = argument.lower()
+        return switches[value] if value in switches else profiling.window(argument)
 
 
 _PROFILE = flags.DEFINE(
-    _Steps(),
+    _ProfileParser(),
     "profile",
     None,
-    "Trace these steps of this start, FIRST:LAST, into DIR/profile; alone, steps 10 to 15.",
+    "Trace steps FIRST:LAST, counted from this start, into DIR/profile; 10:15 without a value.",
     boolean=True,
 )
 
@@ -108,22 +110,32 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def memory_explained(batch: int) -> Generator[None, None, None]:
-    """Says in one sentence that the batch does not fit into memory."""
+    """Turns XLA's out-of-memory error into a `UserError` that names the batch."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise errors.UserError(
-            f"batch={batch} does not fit into memory: lower batch (rates follow it "
-            "where optim.lr_batch is set, else lower optim.lr with it), or raise accumulate"
+            f"batch={batch} does not fit into memory: raise accumulate, or lower batch (learning "
+            "rates scale with it if optim.lr_batch is set; otherwise lower optim.lr as well)"
         ) from error
 
 
 def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -> int:
-    """Trains as `config` says in the workdir `folder`; returns the exit status.
+    """Trains the experiment `config` in the workdir `folder`.
 
-    Of this start, the steps from the first to the last of `profile` are traced.
+    Args:
+      config: the experiment.
+      folder: the workdir, new or of the same run.
+      profile: first and last step to trace, counted from 1 at this start; None for no trace.
+
+    Returns:
+      The exit status: 0 after the last step, 128 + the signal's number if stopped by a signal.
+
+    Raises:
+      UserError: the config, the data or the workdir is invalid, the batch does not fit into
+        memory, too many videos are broken, or the loss is not finite.
     """
     spans = goodput.Spans()
     check(config)
@@ -132,9 +144,9 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     videos, validation = lists(config)
     run = build.training(config, videos)
     settings, mesh, program = run.settings, run.mesh, run.program
-    when = Intervals(run.steps, config.checkpoint.every, run.validation_steps)
+    intervals = Intervals(run.steps, config.checkpoint.every, run.validation_steps)
     started = workdir.has_checkpoint(folder)
-    initial = None if started else initial_weights(config, settings.model)  # before any write
+    initial = None if started else initial_weights(config, settings.model)  # read before any write
     with coordination.first_then_others("workdir", files.to_path(folder) / "config.json"):
         workdir.enter(folder, config, videos.class_names, custom.digests(config))
     with (
@@ -142,37 +154,39 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
         jax.default_matmul_precision(config.precision),
         workdir.locked(folder) if coordination.first() else nullcontext(),
         closing(Checkpoints(folder, config.checkpoint.keep, tidy=True)) as checkpoints,
-        # Within what is closed, for closing may wait for other processes.
+        # Inside `closing`, because closing the checkpoints may block on other processes.
         failure.together(),
         memory_explained(config.batch),
     ):
         state, origin = first_state(config, program.first_state(), checkpoints, initial)
         start = int(state.step)
-        owed = when.owes_validation(folder, start)
-        if start >= when.steps and not owed:
+        unvalidated = intervals.owes_validation(folder, start)
+        if start >= intervals.steps and not unvalidated:
             coordination.say(
-                f"the run in {folder} is complete ({start} of {when.steps} steps): test it with "
-                f"python -m mvit_jax.evaluate --workdir={folder}, or train anew in another workdir"
+                f"the run in {folder} is complete ({start} of {intervals.steps} steps): test it "
+                f"with python -m mvit_jax.evaluate --workdir={folder}, or use another --workdir"
             )
             return 0
         with (
-            closing(logbook(config, folder, start, when.steps, spans)) as log,
+            closing(logbook(config, folder, start, intervals.steps, spans)) as log,
             StopRequest(start) as stop,
-            profiling.Profile(folder, profile, start=start, steps=when.steps, say=log.say) as trace,
+            profiling.Profile(
+                folder, profile, start=start, steps=intervals.steps, say=log.say
+            ) as trace,
         ):
-            introduce(log, config, settings.model, state, videos, mesh, start, when.steps)
+            log_start(log, config, settings.model, state, videos, mesh, start, intervals.steps)
             log.say(origin)
             evaluate = functools.partial(
                 validate,
                 predict=program.predict,
-                videos=validation or videos,  # without a list it is not called
+                videos=validation or videos,  # not called without a validation list
                 settings=settings.clips,
                 protocol=settings.validation,
                 mesh=mesh,
                 loader=settings.loader,
             )
-            upkeep = Upkeep(when, start, checkpoints, log, evaluate)
-            if owed:
+            upkeep = Upkeep(intervals, start, checkpoints, log, evaluate)
+            if unvalidated:
                 upkeep.validate(state, start)
             status = loop.train(
                 state, program.step, spans.waiting(run.batches(start)), upkeep,
@@ -181,13 +195,19 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             )  # fmt: skip
             if status:
                 return status
-            log.say(f"trained {when.steps} steps; the last checkpoint is in {folder}/checkpoints")
-    report(folder)  # when all else is on disk
+            log.say(
+                f"trained {intervals.steps} steps; the last checkpoint is in {folder}/checkpoints"
+            )
+    report(folder)  # after the history and the checkpoints are on disk
     return 0
 
 
 def lists(config: Config) -> tuple[Source, Source | None]:
-    """Opens the videos to train on, and those to validate on where the config has any."""
+    """Opens the training list and the validation list; None for no validation.
+
+    Raises:
+      UserError: a list cannot be read, the lists differ in their classes, or processes differ.
+    """
     videos = build.videos(config, "train")
     coordination.same_everywhere("list of videos", fingerprint(videos))
     if not config.data.val_list or config.eval.every_epochs <= 0:
@@ -195,16 +215,20 @@ def lists(config: Config) -> tuple[Source, Source | None]:
     validation = build.videos(config, "val")
     if validation.class_names != videos.class_names:
         raise errors.UserError(
-            f"{validation.list_file} has {len(validation.class_names)} classes and "
-            f"{videos.list_file} {len(videos.class_names)}, or they have other names: make both of "
-            "the same labels.txt"
+            f"{validation.list_file} ({len(validation.class_names)} classes) and "
+            f"{videos.list_file} ({len(videos.class_names)} classes) differ in their classes: use "
+            "the same labels.txt for both"
         )
     coordination.same_everywhere("list of validation videos", fingerprint(validation))
     return videos, validation
 
 
 def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None:
-    """Reads the weights that a new run starts from, where the config names some, made to fit."""
+    """Reads the initial weights of `config.init`, adapted to `model`, and checks `config.resume`.
+
+    Returns:
+      Parameters and a summary for the log; None if the config names no initial weights.
+    """
     if config.resume is not None:
         check_resume(config.resume, model, config)
         return None
@@ -216,24 +240,33 @@ def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None
 def first_state(
     config: Config, fresh: State, checkpoints: Checkpoints, initial: tuple[Any, str] | None
 ) -> tuple[State, str]:
-    """Returns the state to start from, and its origin: this workdir's own, else that of the run
-    `config.resume`, else fresh with the weights of `config.init`, else fresh."""
+    """Returns the state to start from and a sentence for the log about its origin.
+
+    The first that exists of: the workdir's last checkpoint, the last checkpoint of the run
+    `config.resume`, the initial weights of `config.init`, newly initialised parameters.
+
+    Args:
+      config: the experiment.
+      fresh: the newly initialised state.
+      checkpoints: of the workdir.
+      initial: of `initial_weights`.
+    """
     state = checkpoints.resume(fresh, coordination.say)
     if state is not None:
-        return state, "goes on with this workdir's last checkpoint"
+        return state, "resumes from this workdir's last checkpoint"
     if config.resume is not None:
-        with closing(Checkpoints(config.resume)) as others:
-            state = others.restore(fresh)
-        assert state is not None  # `check_resume` has seen it
-        return state, f"goes on with the last checkpoint of {config.resume}"
+        with closing(Checkpoints(config.resume)) as previous:
+            state = previous.restore(fresh)
+        assert state is not None  # guaranteed by `check_resume`
+        return state, f"resumes from the last checkpoint of {config.resume}"
     if initial is None:
         return fresh, "starts from fresh weights"
-    params, words = initial
-    return with_params(fresh, params), words
+    params, origin = initial
+    return with_params(fresh, params), origin
 
 
 def logbook(config: Config, folder: str, start: int, steps: int, spans: goodput.Spans) -> Logbook:
-    """Opens the log, which also names the setting to change where clips come too slowly."""
+    """Opens the log of a run, with the input settings from which it advises on slow loading."""
     watch = goodput.InputWatch(
         threads=config.data.threads,
         processes=config.data.processes,
@@ -246,8 +279,8 @@ def logbook(config: Config, folder: str, start: int, steps: int, spans: goodput.
     )  # fmt: skip
 
 
-def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) -> None:
-    """Says once what is about to run."""
+def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) -> None:
+    """Logs config, parameters, data, devices and versions at the start of a run."""
     from clu import parameter_overview
 
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -279,21 +312,24 @@ def introduce(log: Logbook, config, model, state, videos, mesh, start, steps) ->
 
 
 def command() -> str | None:
-    """What was typed to start this program; None where another one called `train`."""
+    """Returns the command line of this program; None if `train` was called from another."""
     if Path(sys.argv[0]).name != Path(__file__).name:
         return None
     return shlex.join(["python", "-m", "mvit_jax.train", *sys.argv[1:]])
 
 
 def report(folder: str) -> None:
-    """Writes the run's page, as far as there is something to tell before a test."""
+    """Prints the goodput and writes the run's HTML report; only process 0 does.
+
+    A failure is printed and does not change the exit status of the training.
+    """
     if jax.process_index() > 0:
         return
     try:
         if sentence := history.goodput_sentence(history.read(folder)):
             print(sentence)
         print(f"wrote {run_data.write_report(folder)}")
-    except Exception as error:  # whatever it is: the training is done, and its status is its own
+    except Exception as error:  # the training itself has succeeded
         print(f"the report {folder}/{run_data.REPORT} could not be written: {first_line(error)}")
 
 

@@ -24,12 +24,12 @@ Step = Callable[[State, Any, np.float32], tuple[State, Metrics]]
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps of a run, and steps between its checkpoints and validations.
+    """The number of steps of a run, and its checkpoint and validation intervals.
 
     Attributes:
-      steps: of the whole run.
-      checkpoint: a checkpoint is saved every so many steps, and after the last.
-      validation: likewise; 0 for no validation.
+      steps: total number of steps of the run.
+      checkpoint: steps between checkpoints; the last step is always saved.
+      validation: steps between validations; the last step is always validated. 0: no validation.
     """
 
     steps: int
@@ -37,11 +37,11 @@ class Intervals:
     validation: int
 
     def validates(self, step: int) -> bool:
-        """Returns True if the state after `step` is validated."""
+        """Returns True if the state after `step` is to be validated."""
         return self.validation > 0 and (step == self.steps or step % self.validation == 0)
 
     def owes_validation(self, folder: str, start: int) -> bool:
-        """Returns True if an earlier start saved step `start` and was stopped before validating."""
+        """Returns True if an earlier start saved step `start` but stopped before its validation."""
         if self.validation == 0:
             return False
         validated = coordination.from_first("validated", workdir.validated(folder))
@@ -62,26 +62,27 @@ def train(
     stop: StopRequest,
     profile: profiling.Profile,
 ) -> int:
-    """Trains from step `start` to the last one.
+    """Trains from step `start` to the last step.
 
     Args:
-      state: after step `start`.
+      state: the state after step `start`.
       step: the jitted training step.
-      batches: of the steps that follow, this process's rows of each.
-      upkeep: saves and validates between steps.
-      start: steps done before.
-      videos: that the batches are of, to name those that cannot be decoded.
+      batches: this process's rows of the batches after step `start`.
+      upkeep: saves, validates and rolls back between steps.
+      start: number of finished steps.
+      videos: the training list, to name videos that cannot be decoded.
       clip_frames: frames of a clip.
-      mesh: of devices.
-      learning_rate: as a function of the steps done.
+      mesh: of the devices.
+      learning_rate: function from the number of finished steps to the learning rate.
       stop: set by SIGINT and SIGTERM.
       profile: traces some of the steps.
 
     Returns:
-      The exit status: 0 after the last step, 128 + the signal's number when stopped.
+      The exit status: 0 after the last step, 128 + the signal's number if stopped by a signal.
 
     Raises:
-      UserError: no batch comes, too many videos are broken, or the loss is not finite.
+      UserError: loading a batch fails or times out, too many videos are broken, or the loss or the
+        gradient is not finite.
     """
     done, log, steps = start, upkeep.log, upkeep.intervals.steps
     broken: set[int] = set()
@@ -97,9 +98,9 @@ def train(
         try:
             log.step(done, metrics, rate)
             stop.agree(done)
-            signal = stop.signal  # read once: a later signal is for the next step
+            signal = stop.signal  # read once; a later signal takes effect after the next step
             state = upkeep.after_step(state, done, stopping=signal > 0)
-        except BrokenDataError:  # in all processes at the same step
+        except BrokenDataError:  # raised by all processes at the same step, so all can save
             upkeep.save_at_once(state, done)
             raise
         if signal and done < steps:
@@ -108,20 +109,20 @@ def train(
     if broken:
         log.say(
             f"{len(broken)} of the {len(videos)} videos could not be decoded and were "
-            f"replaced: {', '.join(videos.item(i) for i in sorted(broken))}"
+            f"replaced by others: {', '.join(videos.item(i) for i in sorted(broken))}"
         )
     return 0
 
 
 @dataclass(frozen=True)
 class Upkeep:
-    """Saves, validates and rolls back between steps.
+    """The work between steps: checkpoints, validations and rollbacks.
 
     Attributes:
-      intervals: when.
-      start: steps done before this start of the run.
+      intervals: between checkpoints and validations.
+      start: number of steps before this start of the run.
       checkpoints: of the run.
-      log: of the run, whose policy decides on states that are not finite.
+      log: of the run; its `on_nan` policy handles states that are not finite.
       evaluate: returns the metrics of a state on the validation list.
     """
 
@@ -132,14 +133,19 @@ class Upkeep:
     evaluate: Callable[[State], dict[str, float]]
 
     def after_step(self, state: State, done: int, stopping: bool) -> State:
-        """Saves the state after step `done`, and validates it, where that is due; returns the state
-        to go on from. What is saved comes first, as a validation may take longer than a scheduler
-        waits."""
+        """Saves, validates or rolls back the state after step `done`, as the intervals require.
+
+        The checkpoint comes before the validation, because a validation may outlast the grace
+        period of a scheduler.
+
+        Returns:
+          The state to continue from.
+        """
         intervals, end = self.intervals, done == self.intervals.steps
         validates = intervals.validates(done)
         saves = done % intervals.checkpoint == 0 or end or stopping or validates
         if saves:
-            self.log.flush()  # a state that is not finite is never kept
+            self.log.flush()  # detects a state that is not finite, which is never saved
         if self.log.not_finite.found:
             with self.log.spans.measure("checkpoint"):
                 state, origin = self.log.not_finite.roll_back(self.checkpoints, state, done)
@@ -152,7 +158,7 @@ class Upkeep:
         return state
 
     def validate(self, state: State, done: int) -> None:
-        """Validates the state after step `done`, and keeps it where it is the best."""
+        """Validates the state after step `done` and saves it if it is the best so far."""
         with self.log.spans.measure("validation"):
             results = self.evaluate(state)
         self.log.validation(done, results)
@@ -163,15 +169,15 @@ class Upkeep:
         if coordination.first():
             try:
                 workdir.keep_validated(self.checkpoints.folder, done)
-            except errors.UserError as error:  # a full disk, say
-                self.log.say(f"{error}: the next start may validate step {done} once more")
+            except errors.UserError as error:  # for example a full disk
+                self.log.say(f"{error}: the next start may validate step {done} again")
 
     def save_at_once(self, state: State, done: int) -> None:
-        """Saves the state after step `done`, where something else ends the run."""
+        """Saves the state after step `done` before an error or a signal ends the run."""
         if done == self.start:
             return
         self.log.flush()
-        if not self.log.not_finite.found:  # a state that is not finite is never kept
+        if not self.log.not_finite.found:  # a state that is not finite is never saved
             self.checkpoints.save(state, done, end=True, say=self.log.say)
 
     def finish(self) -> None:
@@ -181,35 +187,37 @@ class Upkeep:
 
 
 def _next(batches: Iterator[Batch], stop: StopRequest, save: Callable[[], None]) -> Batch | None:
-    """Returns the next batch; None where a signal has ended the workers that load. Calls `save`
-    before a failure ends the run."""
+    """Returns the next batch, or None if a signal has ended the loader's worker processes.
+
+    Calls `save` before it returns None or raises.
+    """
     try:
         return next(batches)
-    except RuntimeError:  # workers that Ctrl-C ended while they started
+    except RuntimeError:  # raised if Ctrl-C ends worker processes during their start
         if not stop.signal:
             raise
         save()
         return None
     except errors.UserError:
-        if jax.process_count() == 1:  # one alone of many would wait for the others
+        if jax.process_count() == 1:  # saving is a collective, which would block here
             save()
         raise
 
 
 def _stopped(log: Logbook, done: int, steps: int, signal: int) -> int:
-    log.say(f"stopped at step {done} of {steps}; the same command goes on")
+    log.say(f"stopped at step {done} of {steps}; the same command resumes the run")
     return 128 + signal
 
 
 def report_broken(
     log: Logbook, videos: Source, broken: np.ndarray, reported: set[int], clip_frames: int
 ) -> None:
-    """Logs once for each video that it could not be decoded and was replaced."""
+    """Logs each broken video once, with the reason; adds its index to `reported`."""
     for index in {int(i) for i in broken if i >= 0} - reported:
         reported.add(index)
         reason = why_broken(videos.opened(index, clip_frames))
         log.say(
             f"{videos.item(index)} cannot be decoded ({reason}) and is replaced by another video; "
-            f"mend it or take it out of {videos.list_file} ({len(reported)} such so far)",
+            f"repair it or remove it from {videos.list_file} ({len(reported)} broken so far)",
             everywhere=True,
         )

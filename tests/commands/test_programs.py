@@ -220,7 +220,7 @@ def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
     assert "leaked" not in err
     if after == "from step 0":  # workers that are starting may still say what ended them
         return
-    assert "stopped at step" in out and "the same command goes on" in out
+    assert "stopped at step" in out and "the same command resumes" in out
     assert "Traceback" not in err
     saved = [child.name for child in (tmp_path / "run" / "checkpoints").iterdir()]
     assert any(name.isdigit() for name in saved)

@@ -45,7 +45,7 @@ def there(run, storage):
     """A run in the bucket, stopped and continued."""
     folder = "gs://a-bucket/runs/b"
     done = run("train", f"--workdir={folder}", storage=storage, stop="step 2/", status=143)
-    assert "the same command goes on" in done.out
+    assert "the same command resumes" in done.out
     done = run("train", f"--workdir={folder}", "--profile=2:3", storage=storage)
     assert "(resumed)" in done.out and f"wrote {folder}/report.html" in done.out
     return folder
@@ -167,7 +167,7 @@ def test_a_run_goes_on_from_one_in_a_bucket(reference, there, storage, run, tmp_
         "train", f"--workdir={tmp_path / 'on'}", f"--config.resume={there}", "--config.epochs=4",
         storage=storage,
     )  # fmt: skip
-    assert f"goes on with the last checkpoint of {there}" in done.out
+    assert f"resumes from the last checkpoint of {there}" in done.out
     done = run(
         "train", f"--workdir={tmp_path / 'new'}", f"--config.init.checkpoint={there}",
         "--config.epochs=0.4", storage=storage,

@@ -117,7 +117,7 @@ def test_a_run_of_custom_modules_goes_through_every_program(
     with group.at_step(5, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
         train.train(config, str(again))
     assert train.train(config, str(again)) == 0
-    assert "goes on with this workdir's last checkpoint" in capsys.readouterr().out
+    assert "resumes from this workdir's last checkpoint" in capsys.readouterr().out
     group.assert_same_state(again, folder)
 
     videos = build.videos(config, "test")

@@ -258,7 +258,7 @@ def test_another_workdir_goes_on_from_a_run_and_ends_as_if_never_stopped(
     before = group.final_state(stopped)
     capsys.readouterr()
     assert train.train(tiny.config(digits, **tiny.RECIPE, resume=str(stopped)), str(resumed)) == 0
-    assert f"goes on with the last checkpoint of {stopped}" in capsys.readouterr().out
+    assert f"resumes from the last checkpoint of {stopped}" in capsys.readouterr().out
     group.assert_same_state(resumed, reference)
     again = group.final_state(stopped)  # only read from
     assert all((again[name] == values).all() for name, values in before.items())
