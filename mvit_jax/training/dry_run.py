@@ -1,7 +1,7 @@
-"""The plan of an experiment as text, before anything is started: `train --dry_run`.
+"""The plan of an experiment as text (`train --dry_run`).
 
-Numbers come from the functions that training itself uses. Where the data is not there, its size is
-what the config says (`data.train_videos`, `data.classes`).
+All numbers are computed by the functions that training uses. Without the data, its size is taken
+from `data.train_videos` and `data.classes`.
 """
 
 import math
@@ -25,29 +25,29 @@ from mvit_jax.training import build, custom, optimizer
 
 
 def describe(config: Config, devices: int) -> str:
-    """All that training with `config` on so many devices would do, as readable text.
+    """Returns the plan of training `config` on `devices` devices, as text.
 
-    Reads the lists of the data where they are there, and nothing else; writes nothing.
+    Reads only the lists of videos, if they exist; writes nothing.
 
     Raises:
-      UserError: a value that no part of the program could work with, or neither lists nor
-        `data.train_videos` say how many videos there are.
+      UserError: a value of the config is invalid, or there is neither a training list nor
+        `data.train_videos`.
     """
     check(config)
-    found = {name: _read(config, name) for name in ("train", "val", "test")}
-    videos, model = _size(config, found["train"])
-    handle = build.settings(config, model.num_classes).model  # checks that clips can be cut
+    lists = {name: _read(config, name) for name in ("train", "val", "test")}
+    videos, model = _size(config, lists["train"])
+    handle = build.settings(config, model.num_classes).model  # also checks the clip settings
     custom.check(handle)
     params = jax.eval_shape(handle.init, jax.random.key(0))
     parts = [
         aligned(
             [
-                ("published", config.published or "nothing of this experiment"),
+                ("published", config.published or "no result of this experiment"),
                 *_model_lines(config, handle),
                 ("weights", _weights(config)),
             ]
         ),
-        section("Data", [*_data(config, found, videos), ("clips", _clips(config, model))]),
+        section("Data", [*_data(config, lists, videos), ("clips", _clips(config, model))]),
         _numbered("Augmentation, in this order", _augmentation(config, model)),
         section("Steps", _steps(config, videos, devices)),
         "Learning rate\n" + indented(_rates(config, videos)),
@@ -61,10 +61,10 @@ def describe(config: Config, devices: int) -> str:
 
 
 def data_and_model(config: Config) -> tuple[int, MViTConfig]:
-    """How many videos there are to train on, and the architecture with a class for each of theirs.
+    """Returns the number of training videos, and the architecture with the data's classes.
 
     Raises:
-      UserError: neither lists nor `data.train_videos` say how many videos there are.
+      UserError: there is neither a training list nor `data.train_videos`.
     """
     return _size(config, _read(config, "train"))
 
@@ -73,13 +73,13 @@ def _size(config: Config, train: Source | str) -> tuple[int, MViTConfig]:
     videos = config.data.train_videos if isinstance(train, str) else len(train)
     if videos is None:
         raise UserError(
-            f"how many videos there are is not known ({train}): give --config.data.train_videos=N"
+            f"the number of training videos is unknown ({train}): give --config.data.train_videos=N"
         )
     return videos, _model(config, train)
 
 
 def _read(config: Config, which: str) -> Source | str:
-    """A list of videos, or why there is none."""
+    """Opens a list of videos, or returns the reason why it cannot be opened."""
     if config.data.folder is None:
         return "give --config.data.folder=DIR"
     if not config.data[f"{which}_list"]:
@@ -112,40 +112,40 @@ def _model_lines(config: Config, handle: Functional) -> Lines:
 
 def _weights(config: Config) -> str:
     if config.resume is not None:
-        return f"go on with the state of {config.resume}{_there(config.resume)}"
+        return f"resumed from the last checkpoint of {config.resume}{_if_missing(config.resume)}"
     if missing_weights(config):
         return f"MISSING: {config.init.needed}; give --config.init.checkpoint=DIR"
     inflate = config.init.inflate
-    how = f", image to video: {inflate}" if inflate is not None else ""
+    inflation = f", image to video: {inflate}" if inflate is not None else ""
     if config.init.checkpoint is None:
         return "fresh"
     folder = config.init.checkpoint
     needed = f" (should be {config.init.needed})" if config.init.get("needed") else ""
-    return f"of {folder}{_there(folder)}{needed}{how}"
+    return f"of {folder}{_if_missing(folder)}{needed}{inflation}"
 
 
-def _there(path: str) -> str:
-    return "" if Path(path).expanduser().exists() else " (not there)"
+def _if_missing(path: str) -> str:
+    return "" if Path(path).expanduser().exists() else " (missing)"
 
 
-def _data(config: Config, found: dict[str, Source | str], videos: int) -> Lines:
+def _data(config: Config, lists: dict[str, Source | str], videos: int) -> Lines:
     d = config.data
     name = d.tfds and f"{d.tfds} of TensorFlow Datasets"
     lines = [
         ("source", name or d.source),
-        ("folder", f"{d.folder}{_there(d.folder)}" if d.folder else "not given"),
+        ("folder", f"{d.folder}{_if_missing(d.folder)}" if d.folder else "not given"),
     ]
     if d.prefix:
         lines.append(("prefix", f"{d.prefix}, before each path of the lists"))
-    for which, source in found.items():
+    for which, source in lists.items():
         if isinstance(source, str):
             taken = f"; taken as {videos:,} (data.train_videos)" if which == "train" else ""
             lines.append((which, f"{d[f'{which}_list'] or 'no list'}: {source}{taken}"))
         else:
             lines.append((which, f"{source.list_file}: {len(source):,}"))
-    lines.append(("labels", "any number for each" if d.multi_label else "one for each"))
+    lines.append(("labels", "any number per video" if d.multi_label else "one per video"))
     workers = f"{d.processes} processes x " if d.processes else ""
-    lines.append(("decoded", f"by {workers}{d.threads} threads a host"))
+    lines.append(("decoded", f"by {workers}{d.threads} threads per host"))
     lines.append(("broken", f"replaced, up to {100 * d.max_broken:g} % of all videos"))
     return lines
 
@@ -154,12 +154,12 @@ def _clips(config: Config, model: MViTConfig) -> str:
     d, size = config.data, f"{model.size} x {model.size}"
     if model.frames == 1:
         return f"images of {size}"
-    how = {
+    sampling = {
         "span": f"spread evenly over {model.frames * d.stride / 30:.2f} s, from a random start",
         "segments": f"a random one of each of {model.frames} equal parts of the video",
         "stride": f"{d.stride} frames apart, from a random start",
     }.get(d.sampling, d.sampling)
-    return f"{model.frames} frames of {size}, {how}"
+    return f"{model.frames} frames of {size}, {sampling}"
 
 
 def _augmentation(config: Config, model: MViTConfig) -> list[str]:
@@ -207,17 +207,16 @@ def _steps(config: Config, videos: int, devices: int) -> Lines:
     repeats, batch = config.data.repeats, config.batch
     steps = build.count_steps(config, config.epochs, videos)
     per_epoch = videos * repeats / batch
-    each = f"{batch / repeats:g} videos x {repeats} clips" if repeats > 1 else f"{batch} videos"
-    share = f"{batch / devices:g} clips a device, of which there are {devices}"
-    share += f" ({jax.default_backend()})"
+    content = f"{batch / repeats:g} videos x {repeats} clips" if repeats > 1 else f"{batch} videos"
+    share = f"{batch / devices:g} clips per device, on {devices} devices ({jax.default_backend()})"
     if config.accumulate > 1:
-        share += f", in {config.accumulate} parts one after the other"
+        share += f", in {config.accumulate} micro-batches"
     try:
         build.check_batch(config, devices)
     except UserError as error:
         share += f": {error}"
     return [
-        ("batch", f"{batch} clips = {each}"),
+        ("batch", f"{batch} clips = {content}"),
         ("share", share),
         ("steps", f"{steps:,} = {config.epochs:g} epochs x {per_epoch:,.2f}"),
         ("warm-up", f"{config.optim.warmup_epochs * per_epoch:,.2f} of them = "
@@ -227,33 +226,34 @@ def _steps(config: Config, videos: int, devices: int) -> Lines:
 
 
 def _rates(config: Config, videos: int) -> str:
-    """The rate at the start, at the end of the warm-up, at quarters of what follows, at the end."""
+    """Returns a table of learning rates at the ends and in the middle of warm-up and cosine."""
     schedule = build.schedule(config, videos)
     steps = build.count_steps(config, config.epochs, videos)
     per_epoch = videos * config.data.repeats / config.batch
     warm = min(config.optim.warmup_epochs, config.epochs)
     epochs = [0.0, warm / 2, *(warm + (config.epochs - warm) * i / 4 for i in range(4))]
-    places = sorted({*(min(math.ceil(e * per_epoch), steps - 1) for e in epochs), steps - 1})
-    rows = [(f"{step:,}", f"{step / per_epoch:.2f}", f"{schedule(step):.4g}") for step in places]
+    chosen = sorted({*(min(math.ceil(e * per_epoch), steps - 1) for e in epochs), steps - 1})
+    rows = [(f"{step:,}", f"{step / per_epoch:.2f}", f"{schedule(step):.4g}") for step in chosen]
     return table(("step", "epoch", "rate"), rows)
 
 
 def _optimizer(config: Config) -> Lines:
     c = config.optim
-    given = f"{c.lr:g}, from {c.start_lr:g}, to {c.end_lr:g}"
-    scaled = f" at {c.lr_batch} clips: times {config.batch / c.lr_batch:g}" if c.lr_batch else ""
-    sgd = f"SGD, Nesterov's momentum {c.momentum:g}, decay as a part of the gradient"
-    kind = sgd if c.name == "sgd" else f"AdamW, b1 {c.b1:g}, b2 {c.b2:g}, decoupled decay"
+    rates = f"{c.lr:g}, from {c.start_lr:g}, to {c.end_lr:g}"
+    if c.lr_batch:
+        rates += f", for {c.lr_batch} clips; scaled by {config.batch / c.lr_batch:g}"
+    sgd = f"SGD, Nesterov momentum {c.momentum:g}, L2 weight decay"
+    kind = sgd if c.name == "sgd" else f"AdamW, b1 {c.b1:g}, b2 {c.b2:g}, decoupled weight decay"
     return [
         ("kind", kind),
-        ("rates", given + scaled),
-        ("clipping", f"of gradients to a norm of {c.clip_norm:g}" if c.clip_norm else "none"),
-        ("average", f"of weights, decay {c.ema:g}; it is tested" if c.ema else "of weights: none"),
+        ("rates", rates),
+        ("clipping", f"gradients to a global norm of {c.clip_norm:g}" if c.clip_norm else "none"),
+        ("EMA", f"decay {c.ema:g}; the averaged parameters are tested" if c.ema else "none"),
     ]
 
 
 def _decay(config: Config, params: Any) -> str:
-    """Tensors and parameters that are decayed, and those that are not, by why."""
+    """Returns a table of tensors and parameters with and without weight decay, by kind."""
     groups: dict[tuple[float, str], list[int]] = {}
     decays = flatten_dict(optimizer.decayed(params), sep="/")
     shapes: dict[str, Any] = flatten_dict(params, sep="/")
@@ -266,20 +266,20 @@ def _decay(config: Config, params: Any) -> str:
             key = (0.0, reason)
         groups.setdefault(key, []).append(size)
     rows = [
-        (f"{decay:g}", what, f"{len(sizes):,}", f"{sum(sizes):,}")
-        for (decay, what), sizes in sorted(groups.items(), key=lambda g: (-g[0][0], -sum(g[1])))
+        (f"{decay:g}", kind, f"{len(sizes):,}", f"{sum(sizes):,}")
+        for (decay, kind), sizes in sorted(groups.items(), key=lambda g: (-g[0][0], -sum(g[1])))
     ]
-    return table(("decay", "of", "tensors", "parameters"), rows)
+    return table(("decay", "kind", "tensors", "parameters"), rows)
 
 
 def _kind(path: str) -> str:
     if "/relative/" in path:
-        return "relative positions"
+        return "relative positional embeddings"
     if path == "positions/class_token":
         return "class token"
     if path.startswith("positions/"):
-        return "positions"
-    return "kernels of pools" if "/pool_" in path else "kernels"
+        return "positional embeddings"
+    return "pooling kernels" if "/pool_" in path else "kernels"
 
 
 def _layers(config: Config, params: Any) -> str:
@@ -291,13 +291,13 @@ def _layers(config: Config, params: Any) -> str:
         sizes.setdefault(layers[path], []).append(int(np.prod(shape.shape)))
     factor = {layers[path]: rate for path, rate in rates.items()}
     last = max(sizes)
-    names = {0: "cubes, positions", last: "norm, head"}
+    names = {0: "patch and positional embeddings", last: "norm, head"}
     rows = [
         (str(layer), names.get(layer, f"block {layer - 1}"), f"{factor[layer]:.4g}",
          f"{config.optim.lr * _scale(config) * factor[layer]:.4g}", f"{sum(sizes[layer]):,}")
         for layer in sorted(sizes)
     ]  # fmt: skip
-    return table(("layer", "what", "factor", "highest rate", "parameters"), rows)
+    return table(("layer", "module", "factor", "highest rate", "parameters"), rows)
 
 
 def _scale(config: Config) -> float:
@@ -316,11 +316,11 @@ def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
     lines = [
         ("views", f"{views}: {square}"),
         ("scores", f"{scores}, {ensemble or e.ensemble}"),
-        ("figures", "mean average precision" if config.data.multi_label else "top-1, top-5"),
+        ("metrics", "mean average precision" if config.data.multi_label else "top-1, top-5"),
     ]
     if e.every_epochs > 0 and config.data.val_list:
         every = build.count_steps(config, e.every_epochs, videos)
-        lines.append(("while training", f"every {every:,} steps, of one centre view"))
+        lines.append(("validation", f"every {every:,} steps, one centre view"))
     return lines
 
 
