@@ -1,6 +1,6 @@
-"""Builds model, data, optimiser and the jitted step from a config, which is spent here.
+"""Builds model, data, optimiser and the jitted step from a config.
 
-What these functions return reads no key of the config.
+The returned objects read no key of the config; no lower module does.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of an experiment, one for each part that takes them.
+    """The settings of an experiment, one object per component.
 
     Attributes:
-      model: architecture, custom modules, dtype and form of the operations.
+      model: architecture, custom modules, dtype and implementation of the operations.
       clips: frames, size and augmentation of a clip.
-      step: augmentation on the device and loss, and the dtype of the computation.
-      loader: threads and processes that decode.
+      step: augmentation on the device, loss, and dtype of the computation.
+      loader: decoding threads and processes.
       test: the test protocol.
-      validation: one centre clip of every video.
+      validation: the validation protocol, one centre clip of every video.
     """
 
     model: Functional
@@ -58,17 +58,17 @@ class Settings:
 class Program:
     """The jitted functions of an experiment and its abstract state.
 
-    Its devices need not be attached, as long as the functions are only lowered and compiled.
+    The functions can be lowered and compiled for devices that are not attached.
 
     Attributes:
       step: `(state, batch, learning_rate) -> (state, metrics)`; the state is donated.
       predict: `(params, clips [batch, views, T, H, W, 3]) -> probabilities`.
-      first_state: makes the state that training starts from, in place on the mesh: no device ever
-        holds all of it.
-      state: its shapes, dtypes and shardings.
+      first_state: returns the newly initialised state, created sharded over the mesh: no device
+        holds all of it at any time.
+      state: shapes, dtypes and shardings of the state.
     """
 
-    step: Any  # of jax.jit, whose type has no name
+    step: Any  # returned by jax.jit, whose type is private
     predict: Any
     first_state: Callable[[], State]
     state: State
@@ -76,15 +76,15 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """An experiment on its training list: what a loop over steps takes.
+    """An experiment with its training list: the inputs of a training loop.
 
     Attributes:
-      settings: of every part.
+      settings: of all components.
       mesh: of the devices.
       program: the jitted functions.
-      steps: of the whole run.
+      steps: total number of steps of the run.
       validation_steps: steps between validations; 0 for no validation.
-      learning_rate: as a function of the steps done.
+      learning_rate: function from the number of finished steps to the learning rate.
       batches: `(start=0)` yields this host's rows of the batches from step `start` on.
     """
 
@@ -103,30 +103,30 @@ def training(config: Config, videos: Source, **modules: Any) -> Training:
     Raises:
       UserError: values of the config contradict each other, or a custom module fails.
     """
-    made = settings(config, len(videos.class_names), **modules)
-    custom.check(made.model)
+    built = settings(config, len(videos.class_names), **modules)
+    custom.check(built.model)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config, mesh.size)
     steps = count_steps(config, config.epochs, len(videos))
     validates = bool(config.data.val_list) and config.eval.every_epochs > 0
     return Training(
-        settings=made,
+        settings=built,
         mesh=mesh,
-        program=program(config, made, mesh),
+        program=program(config, built, mesh),
         steps=steps,
         validation_steps=validates * count_steps(config, config.eval.every_epochs, len(videos)),
         learning_rate=schedule(config, len(videos)),
-        batches=functools.partial(batches, config, made, videos, mesh, steps),
+        batches=functools.partial(batches, config, built, videos, mesh, steps),
     )
 
 
 def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
-    """Returns the settings of every part.
+    """Returns the settings of all components.
 
     Args:
-      config: an experiment.
-      num_classes: of the data, or of the checkpoint.
-      modules: `block`, `attention` and `pooling` of `functional`, before those of the config.
+      config: the experiment.
+      num_classes: number of classes of the data or of the checkpoint.
+      modules: `block`, `attention` and `pooling` of `functional`; they override the config's.
 
     Raises:
       UserError: values of the config contradict each other, or a custom module is missing.
@@ -151,29 +151,36 @@ def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
 
 
 def model_config(config: Config, num_classes: int) -> MViTConfig:
-    """Returns the architecture that `config.model` describes."""
+    """Returns the architecture of `config.model`: the variant with the section's changes."""
     fields = {field.name for field in dataclasses.fields(MViTConfig)}
     values = {k: _plain(v) for k, v in config.model.items() if k in fields and v is not None}
     return variant(config.model.variant, num_classes=num_classes, **values)
 
 
 def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
-    """Returns the section `model` of a config that gives this architecture: the variant's name, and
-    the fields that differ from it. The number of classes follows from the data."""
-    plain = variant(name)
+    """Returns the config section `model` of an architecture: the inverse of `model_config`.
+
+    The section has the variant's name and the fields that differ from the variant. It has no
+    number of classes, which follows from the data.
+    """
+    base = variant(name)
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(MViTConfig)}
     return {"variant": name} | {
-        k: v for k, v in fields.items() if v != getattr(plain, k) and k != "num_classes"
+        k: v for k, v in fields.items() if v != getattr(base, k) and k != "num_classes"
     }
 
 
 def videos(config: Config, which: str) -> Source:
-    """Opens the list `which`: "train", "val" or "test"."""
+    """Opens the "train", "val" or "test" list.
+
+    Raises:
+      UserError: the config names no such list, or the list cannot be read.
+    """
     c = config.data
     name = c[f"{which}_list"]
     if not name:
-        raise UserError(f"data.{which}_list is empty: name a list of videos, like {which}.csv")
-    # Folder is not a required_placeholder: ml_collections 1.1 cannot lock a config that has one.
+        raise UserError(f"data.{which}_list is empty: set it to a list of videos, like {which}.csv")
+    # `folder` is no required_placeholder, because ml_collections 1.1 cannot lock a config with one.
     return open_source(
         c.folder,
         name,
@@ -188,7 +195,11 @@ def videos(config: Config, which: str) -> Source:
 
 
 def check_batch(config: Config, devices: int) -> None:
-    """Checks that the batch divides into devices, micro-batches and groups that mix."""
+    """Checks that the batch is divisible over devices, micro-batches and mixup groups.
+
+    Raises:
+      UserError: the batch is not divisible; the message names a valid multiple or divisor.
+    """
     share = devices * config.accumulate
     if config.batch % (devices * config.data.repeats):
         raise UserError(
@@ -205,14 +216,14 @@ def check_batch(config: Config, devices: int) -> None:
     if mixes and clips % group:
         raise UserError(
             f"augment.mixup_group_size={group} does not divide the {clips} clips of a device; set "
-            "a divisor of it"
+            f"a divisor of {clips}"
         )
 
 
 def batches(
     config: Config, settings: Settings, videos: Source, mesh: Mesh, steps: int, start: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yields the training batches of steps `start` to `steps - 1`, this host's rows of each."""
+    """Yields this host's rows of the training batches of steps `start` to `steps - 1`."""
     return pipeline.train_batches(
         videos,
         settings.clips,
@@ -227,13 +238,15 @@ def batches(
 
 
 def count_steps(config: Config, epochs: float, videos: int) -> int:
-    """Returns the steps of so many passes over `videos`, rounded down. Batches run on from one
-    epoch into the next, where the reference code drops what is left of each."""
+    """Returns the steps of `epochs` passes over `videos` videos, rounded down, at least 1.
+
+    A batch may span two epochs; the reference code drops the incomplete batch of each epoch.
+    """
     return max(int(epochs * videos * config.data.repeats / config.batch), 1)
 
 
 def schedule(config: Config, videos: int) -> Callable[[int], float]:
-    """Returns the learning rate of each step, for a training list of `videos`."""
+    """Returns the learning rate as a function of the step, for `videos` training videos."""
     c = config.optim
     factor = 1 if c.lr_batch is None else config.batch / c.lr_batch
     return optimizer.learning_rate(
@@ -259,10 +272,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 
 def model_apply(config: Config, model: Functional, mesh: Mesh) -> Callable[..., Any]:
-    """Returns `model.apply` as the devices of `mesh` run it. Loops over equal blocks compile in
-    half the time, but on CPUs run slowly backwards."""
-    loops = mesh.devices.flat[0].platform != "cpu"
-    return functools.partial(model.apply, remat=config.remat, scan=loops)
+    """Returns `model.apply` with rematerialisation and scanning set for the devices of `mesh`.
+
+    Scanning over identical blocks halves the compile time, but its backward pass is slow on CPUs.
+    """
+    scan = mesh.devices.flat[0].platform != "cpu"
+    return functools.partial(model.apply, remat=config.remat, scan=scan)
 
 
 def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
@@ -276,11 +291,11 @@ def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
 
     shapes = jax.eval_shape(first_state)
     shardings = sharding.state_shardings(mesh, shapes)
-    rows, copied = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = jax.jit(
         functools.partial(train_step, apply=apply, optimizer=optimizer, recipe=settings.step),
-        in_shardings=(shardings, rows, copied),
-        out_shardings=(shardings, copied),
+        in_shardings=(shardings, rows, replicated),
+        out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
     return Program(
@@ -292,13 +307,13 @@ def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
 
 
 def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any]:
-    """Returns shapes, dtypes and shardings of a step's batch (see `train_step`), to compile for."""
+    """Returns the abstract batch of `train_step` (shapes, dtypes, shardings), for compilation."""
     clip = (config.batch, model.frames, model.size, model.size, 3)
-    several = (model.num_classes,) if config.data.multi_label else ()
+    classes = (model.num_classes,) if config.data.multi_label else ()
     batch = {
         "clip": jax.ShapeDtypeStruct(clip, np.uint8),
         "label": jax.ShapeDtypeStruct(
-            (config.batch, *several), jnp.uint8 if several else jnp.int32
+            (config.batch, *classes), jnp.uint8 if classes else jnp.int32
         ),
         "broken": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
     }
@@ -306,10 +321,10 @@ def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any
 
 
 def _step_config(config: Config, num_classes: int) -> StepConfig:
-    known = {**config, **config.data, **config.augment, "ema": config.optim.ema}
-    known |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
+    values = {**config, **config.data, **config.augment, "ema": config.optim.ema}
+    values |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
     names = [field.name for field in dataclasses.fields(StepConfig)]
-    return StepConfig(**{name: _plain(known[name]) for name in names})
+    return StepConfig(**{name: _plain(values[name]) for name in names})
 
 
 def _clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
@@ -335,7 +350,7 @@ def _clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
 
 
 def _fill(config: Config, model: MViTConfig) -> tuple[int, int, int]:
-    """RandAugment fills corners with grey in the recipes of videos, with the mean in timm's."""
+    """Returns RandAugment's fill colour: grey for videos; for images the mean, as in timm."""
     if model.frames > 1:
         return (128, 128, 128)
     red, green, blue = (min(255, round(255 * mean)) for mean in config.data.mean)

@@ -1,7 +1,7 @@
-"""What happens to a batch on the device before the model sees it: flip, erase, mix.
+"""Augmentation of batches on the device: flip, random erasing, then mixup or cutmix.
 
-In this order, the recipes'. Draws are of the whole batch, so that the number of devices that hold
-it changes nothing.
+The order is that of the recipes. Random numbers are drawn for the whole batch, so the result does
+not depend on the number of devices.
 """
 
 import math
@@ -17,30 +17,30 @@ Targets = Float[Array, "batch num_classes"]
 
 
 def flip(clip: Clips, key: Array, rate: float) -> Clips:
-    """Mirrors whole clips left to right with probability `rate`."""
+    """Flips each clip left to right with probability `rate`, all frames alike."""
     chosen = jax.random.bernoulli(key, rate, (clip.shape[0], 1, 1, 1, 1))
     return jnp.where(chosen, clip[..., ::-1, :], clip)
 
 
 def erase(clip: Clips, key: Array, rate: float, mode: str) -> Clips:
-    """Random erasing (Zhong et al. 2020): with probability `rate`, overwrites a box of a clip.
+    """Applies random erasing (Zhong et al. 2020): overwrites one box per clip.
 
-    The box is the same in all frames. As in timm: its share of the frame is uniform in 0.02..1/3,
-    its height divided by its width log-uniform in 0.3..10/3; a box that does not fit is drawn
-    again, ten times at most. A rate of 0 turns it off.
+    The box is the same in all frames. Its distribution is timm's: area uniform in 0.02 to 1/3 of
+    the frame, height / width log-uniform in 0.3 to 10/3. A box that does not fit is drawn again,
+    up to ten draws; if none fits, nothing is erased.
 
     Args:
       clip: normalised clips.
-      key: gives the draws.
-      rate: probability for each clip.
-      mode: "pixel" for standard normal noise, for every pixel and frame its own; "const" for 0,
-        which is the mean colour of normalised clips.
+      key: PRNG key.
+      rate: probability for each clip; 0 turns erasing off.
+      mode: "pixel" fills with standard normal noise, drawn for every pixel and frame; "const" fills
+        with 0, the mean colour of normalised clips.
 
     Raises:
-      UserError: another mode.
+      UserError: unknown mode.
     """
     if mode not in ("pixel", "const"):
-        raise UserError(f"random erasing is by 'pixel' or 'const', not by {mode!r}")
+        raise UserError(f"the mode of random erasing must be 'pixel' or 'const', not {mode!r}")
     if rate <= 0:
         return clip
     draw_chosen, draw_box, draw_noise = jax.random.split(key, 3)
@@ -48,14 +48,14 @@ def erase(clip: Clips, key: Array, rate: float, mode: str) -> Clips:
     box = chosen & _erased(draw_box, clip.shape[0], clip.shape[2], clip.shape[3])
     filling = jnp.zeros((), clip.dtype)
     if mode == "pixel":
-        # In float32, as bfloat16 would leave few values to draw.
+        # Drawn in float32, because bfloat16 noise has few distinct values.
         filling = jax.random.normal(draw_noise, clip.shape, jnp.float32).astype(clip.dtype)
     return jnp.where(box[:, None, :, :, None], filling, clip)
 
 
 def _erased(key: Array, clips: int, height: int, width: int) -> Array:
-    """Boxes [clips, height, width] of True; nowhere True where ten draws do not fit."""
-    draw_area, draw_aspect, draw_place = jax.random.split(key, 3)
+    """Draws a box per clip as a mask [clips, height, width]; empty if none of ten draws fits."""
+    draw_area, draw_aspect, draw_corner = jax.random.split(key, 3)
     shape = (clips, 10)
     area = jax.random.uniform(draw_area, shape, minval=0.02, maxval=1 / 3) * (height * width)
     bound = math.log(0.3)
@@ -65,15 +65,15 @@ def _erased(key: Array, clips: int, height: int, width: int) -> Array:
     fits = (sides < frame[None]).all(-1)
     first = fits.argmax(-1)[:, None, None]
     size = jnp.take_along_axis(sides, first, 1)[:, 0]
-    # Whole numbers from 0 to what is left over; a draw next to 1 may be rounded up to 1.
-    left_over = frame - size
-    corner = jnp.floor(jax.random.uniform(draw_place, (clips, 2)) * (left_over + 1))
-    corner = jnp.minimum(corner, left_over)
+    # Uniform integers from 0 to `margin`; the minimum handles draws that round up to 1.
+    margin = frame - size
+    corner = jnp.floor(jax.random.uniform(draw_corner, (clips, 2)) * (margin + 1))
+    corner = jnp.minimum(corner, margin)
 
     def inside(axis: int, length: int) -> Array:
-        place = jnp.arange(length, dtype=corner.dtype)[None]
+        index = jnp.arange(length, dtype=corner.dtype)[None]
         start = corner[:, axis, None]
-        return (place >= start) & (place < start + size[:, axis, None])
+        return (index >= start) & (index < start + size[:, axis, None])
 
     box = inside(0, height)[:, :, None] & inside(1, width)[:, None, :]
     return box & fits.any(-1)[:, None, None]
@@ -89,32 +89,40 @@ def mix(
     switch: float,
     group: int,
 ) -> tuple[Clips, Targets]:
-    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of clips with their targets.
+    """Applies mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) to clips and targets.
 
-    Each group of `group` neighbouring clips draws one weight and one of the two ways ("switch" is
-    the chance of cutmix where both are on), and pairs its clips first with last, second with last
-    but one, ...: groups never cross a device, so the number of devices changes nothing. An alpha of
-    0 turns a way off.
+    Each mixup group draws one method and one weight. It pairs its first clip with its last, the
+    second with the last but one, and so on. No group crosses a device, so the result does not
+    depend on the number of devices.
+
+    Args:
+      clip: clips of the batch.
+      targets: soft targets of the batch.
+      key: PRNG key.
+      mixup: alpha of mixup's Beta distribution; 0 turns mixup off.
+      cutmix: alpha of cutmix's Beta distribution; 0 turns cutmix off.
+      switch: probability of cutmix if both are on.
+      group: mixup group size, in neighbouring clips; divides the batch.
     """
     if mixup <= 0 and cutmix <= 0:
         return clip, targets
     groups = clip.shape[0] // group
     if mixup > 0 and cutmix > 0:
-        chance = switch
+        cutmix_prob = switch
     else:
-        chance = 1.0 if cutmix > 0 else 0.0
+        cutmix_prob = 1.0 if cutmix > 0 else 0.0
 
     def mix_group(index, clip, targets):
-        use_cutmix, draw_up, draw_cut, draw_box = jax.random.split(
+        draw_method, draw_mixup, draw_cutmix, draw_box = jax.random.split(
             jax.random.fold_in(key, index), 4
         )
-        weight_up = jax.random.beta(draw_up, mixup, mixup) if mixup > 0 else 1.0
-        weight_cut = jax.random.beta(draw_cut, cutmix, cutmix) if cutmix > 0 else 1.0
-        box, kept = _box(draw_box, weight_cut, clip.shape[2], clip.shape[3])
-        cut = jax.random.bernoulli(use_cutmix, chance)
-        # Share of the first clip, place by place; the box is the same in all frames.
-        share = jnp.where(cut, 1.0 - box, weight_up).astype(clip.dtype)[None, None, :, :, None]
-        weight = jnp.where(cut, kept, weight_up).astype(targets.dtype)
+        mixup_weight = jax.random.beta(draw_mixup, mixup, mixup) if mixup > 0 else 1.0
+        box_weight = jax.random.beta(draw_cutmix, cutmix, cutmix) if cutmix > 0 else 1.0
+        box, cutmix_weight = _box(draw_box, box_weight, clip.shape[2], clip.shape[3])
+        cut = jax.random.bernoulli(draw_method, cutmix_prob)
+        # The first clip's share of each pixel; the box is the same in all frames.
+        share = jnp.where(cut, 1.0 - box, mixup_weight).astype(clip.dtype)[None, None, :, :, None]
+        weight = jnp.where(cut, cutmix_weight, mixup_weight).astype(targets.dtype)
         return (
             clip * share + clip[::-1] * (1 - share),
             targets * weight + targets[::-1] * (1 - weight),
@@ -126,16 +134,20 @@ def mix(
 
 
 def _box(key: Array, weight, height: int, width: int):
-    """A box [height, width] of ones that covers about 1 - weight of a frame, and the share that it
-    leaves: it is cut off at the frame's edges, and the weight of the targets follows."""
+    """Draws cutmix's box, which covers 1 - `weight` of a frame before it is clipped to the frame.
+
+    Returns:
+      The box as float32 ones in [height, width], and the share of the frame outside of the clipped
+      box, the weight of the targets.
+    """
     side = jnp.sqrt(1.0 - weight)
     cy, cx = jax.random.uniform(key, (2,)) * jnp.array([height, width])
 
     def inside(n: int, centre) -> Array:
         half = jnp.floor(n * side) / 2
         low, high = jnp.floor(centre - half), jnp.floor(centre + half)
-        place = jnp.arange(n)
-        return (place >= low) & (place < high)
+        index = jnp.arange(n)
+        return (index >= low) & (index < high)
 
     box = (inside(height, cy)[:, None] & inside(width, cx)[None, :]).astype(jnp.float32)
     return box, 1.0 - box.mean()

@@ -1,4 +1,4 @@
-"""The test protocol: every video exactly once, several views each, scores averaged over views."""
+"""The test protocol: scores every video once from several views, and the metrics of the scores."""
 
 import time
 from collections.abc import Callable
@@ -32,16 +32,16 @@ Ensemble = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """The test protocol: views of a video, and how their scores become one.
+    """The test protocol: the views of a video and the ensemble of their probabilities.
 
     Attributes:
-      clips: numbers of clips spread evenly over a video; for each number, the scores of a video
-        are found from so many x `crops` views.
-      crops: squares cut from each clip, 1 or 3.
-      batch: videos at a time; rounded up to a multiple of the devices.
-      ensemble: "mean" of the views' probabilities (the sum of the reference code), or "max"
-        (Charades).
-      max_broken: share of the videos that may be broken. One that cannot be decoded is left out
+      clips: numbers of clips, spread evenly over a video. Each number n is a test of its own, with
+        n x `crops` views.
+      crops: square crops per clip, 1 or 3.
+      batch: videos at a time; rounded up to a multiple of the number of devices.
+      ensemble: "mean" of the views' probabilities (equivalent to the sum in the reference code), or
+        "max" (Charades).
+      max_broken: largest share of broken videos, 0 to 1. Broken videos are left out of the metrics
         and listed in the result.
     """
 
@@ -54,54 +54,58 @@ class Protocol:
 
 @dataclass
 class Scores:
-    """What a model said of each video of a list."""
+    """Per-video probabilities, labels and decode failures of a test."""
 
-    probabilities: Float[np.ndarray, "videos classes"]  # float64, over views by mean or maximum
-    labels: Integer[
-        np.ndarray, "videos *classes"
-    ]  # a class, or which of the classes (1) or not (0)
-    tested: Bool[np.ndarray, " videos"]  # False where the video could not be decoded
-    failures: list[str] = field(default_factory=list)  # one sentence for each of those
+    probabilities: Float[np.ndarray, "videos classes"]  # float64, mean or maximum over the views
+    labels: Integer[np.ndarray, "videos *classes"]  # class indices, or 0 and 1 if multi-label
+    tested: Bool[np.ndarray, " videos"]  # False for videos that could not be decoded
+    failures: list[str] = field(default_factory=list)  # one sentence per undecodable video
 
     @property
     def predicted(self) -> Int[np.ndarray, " videos"]:
-        """The most probable class."""
+        """The most probable class of each video."""
         return self.probabilities.argmax(1)
 
     @property
     def hit(self) -> Bool[np.ndarray, " videos"]:
-        """Whether the most probable class is (one of) the video's."""
+        """True for videos whose most probable class is one of their labels."""
         return self._truth()[np.arange(len(self.labels)), self.predicted]
 
     @property
     def first_label(self) -> Integer[np.ndarray, " videos"]:
-        """The video's class, or the first of them; 0 where it has none."""
+        """The first class of each video; 0 for a multi-label video without classes."""
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
 
     def metrics(self) -> dict[str, Any]:
-        """top1 and top5 in percent of the tested videos, per-class accuracy, confusion matrix.
+        """Computes accuracies and the confusion matrix over the tested videos.
 
-        `confusion[i][j]` counts videos of class i that were taken for class j. A class without
-        tested videos has an accuracy of None.
+        Returns:
+          A JSON-serialisable dictionary. All accuracies are in percent.
 
-        Where a video has any number of classes, it counts as right in top1 and top5 if one of them
-        is among the most probable, `confusion[i][j]` counts it for each of its classes i,
-        "per_class" is the average precision, and "map" their mean over the classes that occur
-        (Charades; Sigurdsson et al. 2016).
+          * "top1", "top5": share of the videos with one of their classes among the most probable.
+          * "per_class": accuracy of each class; for multi-label data its average precision. None
+            for classes without tested videos.
+          * "confusion": `confusion[i][j]` counts videos of class i predicted as class j. A
+            multi-label video counts for each of its classes i.
+          * "map", for multi-label data: mean average precision over the classes that occur
+            (Charades; Sigurdsson et al. 2016).
+          * "videos": number of tested videos.
+          * "left_out": one sentence per undecodable video.
 
         Raises:
           UserError: no video was tested.
         """
         if not self.tested.any():
             raise UserError(
-                f"none of the {len(self.tested)} videos can be decoded: {self.failures[0]}"
+                f"none of the {len(self.tested)} videos can be decoded; the first: "
+                f"{self.failures[0]}"
             )
         scores, truth = self.probabilities[self.tested], self._truth()[self.tested]
-        # A stable order, so that equal scores give the same answer everywhere.
+        # Stable sorting gives the same result on every platform for equal scores.
         order = np.argsort(-scores, axis=1, kind="stable")
         hits = np.take_along_axis(truth, order, axis=1)
-        taken_for = np.eye(scores.shape[1], dtype=np.int64)[order[:, 0]]
-        confusion = truth.T.astype(np.int64) @ taken_for
+        predictions = np.eye(scores.shape[1], dtype=np.int64)[order[:, 0]]
+        confusion = truth.T.astype(np.int64) @ predictions
         metrics = {
             "top1": 100 * float(hits[:, :1].any(1).mean()),
             "top5": 100 * float(hits[:, :5].any(1).mean()),
@@ -114,7 +118,7 @@ class Scores:
                 for i, n in enumerate(truth.sum(0).tolist())
             ]
         else:
-            from sklearn.metrics import average_precision_score  # takes a second
+            from sklearn.metrics import average_precision_score  # importing takes a second
 
             per_class = [
                 100 * float(average_precision_score(t, s)) if t.any() else None
@@ -141,32 +145,32 @@ def evaluate(
     shuffle_seed: int | None = None,
     progress: Callable[[int], object] = lambda videos_done: None,
 ) -> list[Scores]:
-    """Scores every video of a list, about `protocol.batch` videos at a time.
+    """Scores every video of a list in one pass.
 
     Args:
       predict: of `predictor`.
       params: of the model.
       videos: the list.
-      settings: what a clip is.
-      protocol: the views, and how their scores are averaged.
-      mesh: of devices.
-      loader: threads and processes that decode.
-      shuffle_seed: if given, the frames of each clip are shuffled (MViT, Table 9).
-      progress: is told how many videos are done.
+      settings: frames and size of a clip.
+      protocol: the views, the ensemble and the batch size.
+      mesh: of the devices.
+      loader: decoding threads and processes.
+      shuffle_seed: seed to shuffle the frames of each clip (MViT, Table 9); None for no shuffling.
+      progress: called with the number of finished videos after each batch.
 
     Returns:
-      Scores for each of `protocol.clips`, all from one pass over the list.
+      Scores for each of `protocol.clips`.
 
     Raises:
-      UserError: too large a share of the videos is broken.
-      HungError: a batch does not come in time.
+      UserError: the share of broken videos exceeds `protocol.max_broken`.
+      HungError: loading a batch exceeds `loader.timeout`.
     """
     count, clips, crops = len(videos), protocol.clips, protocol.crops
     scores = np.zeros((len(clips), count, len(videos.class_names)))
     labels = np.zeros(0, np.int32)
     seen, tested = np.zeros(count, bool), np.zeros(count, bool)
     views = np.split(np.arange(sum(clips) * crops), np.cumsum(clips)[:-1] * crops)
-    batch = -(-protocol.batch // mesh.size) * mesh.size  # at least one for each device
+    batch = -(-protocol.batch // mesh.size) * mesh.size  # a multiple of the devices
     rows = local_rows(batch, mesh)
     for loaded in pipeline.test_batches(
         videos, settings, clips=clips, crops=crops, batch=batch, rows=rows,
@@ -175,12 +179,12 @@ def evaluate(
         on_devices = to_devices(loaded, mesh)
         probabilities = _everywhere(predict(params, on_devices["clip"]))
         index, valid, label = (_everywhere(on_devices[k]) for k in ("video", "valid", "label"))
-        real = index >= 0  # the last batch is filled up
+        real = index >= 0  # the last batch is padded
         if len(labels) == 0:
             labels = np.zeros((count, *label.shape[1:]), label.dtype)
-        for row, chosen in enumerate(views):
+        for row, columns in enumerate(views):
             scores[row, index[real]] = over_views(
-                probabilities[real][:, chosen], protocol.ensemble, axis=1
+                probabilities[real][:, columns], protocol.ensemble, axis=1
             )
         labels[index[real]] = label[real]
         tested[index[real]] = valid[real]
@@ -193,11 +197,11 @@ def evaluate(
     ]
     if tested.any() and len(failures) > protocol.max_broken * count:
         raise UserError(
-            f"{len(failures)} of the {count} videos of {videos.list_file} cannot be decoded, more "
-            f"than data.max_broken={protocol.max_broken:g} of them: mend them or take them out, or "
-            f"raise it; the first is {failures[0]}"
+            f"{len(failures)} of the {count} videos of {videos.list_file} cannot be decoded, a "
+            f"larger share than data.max_broken={protocol.max_broken:g}: repair or remove them, or "
+            f"raise data.max_broken; the first: {failures[0]}"
         )
-    return [Scores(one, labels, tested, failures) for one in scores]
+    return [Scores(p, labels, tested, failures) for p in scores]
 
 
 def validate(
@@ -210,8 +214,12 @@ def validate(
     mesh: Mesh,
     loader: LoaderOptions,
 ) -> dict[str, float]:
-    """Returns accuracies in percent, the number of videos and the seconds of a validation, with the
-    averaged parameters where the state has them. Arguments are those of `evaluate`."""
+    """Validates a state, by its averaged parameters if it has them; arguments as in `evaluate`.
+
+    Returns:
+      "top1", "top5" and, for multi-label data, "map", in percent; "videos", the number of tested
+      videos; "seconds", the duration.
+    """
     began = time.monotonic()
     [scores] = evaluate(predict, state.tested, videos, settings, protocol, mesh=mesh, loader=loader)
     metrics = scores.metrics()
@@ -224,16 +232,24 @@ def validate(
 def over_views(
     probabilities: Float[np.ndarray, "..."], ensemble: Ensemble, axis: int
 ) -> Float[np.ndarray, "..."]:
-    """What the views along `axis` say together."""
-    # In float64: the maximum is the same, the mean does not depend on how many views came together.
+    """Reduces the probabilities of the views along `axis` to their mean or maximum, in float64."""
+    # In float64 the mean does not depend on how the views were batched; the maximum never does.
     return (np.mean if ensemble == "mean" else np.max)(probabilities.astype(np.float64), axis=axis)
 
 
 def predictor(
     apply: Callable[..., Any], recipe: StepConfig, params: Any, mesh: Mesh
 ) -> Callable[[Any, jax.Array], jax.Array]:
-    """`predict(params, clip)`: probabilities of each uint8 view, see `step.predict_step`; `params`
-    may be shapes. Split by video over the mesh; the answer is on every device."""
+    """Returns the jitted `predict(params, clip)`, see `step.predict_step`.
+
+    The clips are sharded by video over the mesh; the probabilities are replicated.
+
+    Args:
+      apply: `Functional.apply`.
+      recipe: normalisation, dtype and `multi_label`.
+      params: of the model, arrays or shapes.
+      mesh: of the devices.
+    """
     return jax.jit(
         partial(predict_step, apply=apply, recipe=recipe),
         in_shardings=(state_shardings(mesh, params), batch_sharding(mesh)),
@@ -242,7 +258,7 @@ def predictor(
 
 
 def _everywhere(x: jax.Array) -> np.ndarray:
-    """The whole array on this process, whichever process holds its rows."""
+    """Gathers an array that is sharded over processes."""
     if x.is_fully_addressable:
         return np.asarray(x)
     from jax.experimental import multihost_utils

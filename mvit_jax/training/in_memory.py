@@ -1,4 +1,4 @@
-"""A short training run in memory, for notebooks: the data, step and test of the programs, no files.
+"""Short training runs for notebooks, with the data, step and test of the commands; no files.
 
 In a notebook:
 
@@ -30,15 +30,16 @@ from mvit_jax.training.state import with_params
 
 @dataclass(frozen=True)
 class Trial:
-    """What a run gave.
+    """The result of an in-memory run.
 
     Attributes:
-      params: after the last step (the averaged ones, where the config has them).
+      params: parameters after the last step, averaged if the config has `optim.ema`.
       model: the architecture.
-      history: for each step done: "loss", "accuracy" (percent, of the augmented clips),
-        "grad_norm".
-      scores: of the test videos; `scores.metrics()` gives top1, confusion and so on.
-      seconds_per_step: median, without the first steps, which compile.
+      history: arrays with one value per step: "loss", "accuracy" (percent, on the augmented
+        clips), "grad_norm".
+      scores: of the test videos; `scores.metrics()` returns "top1", "confusion" and others.
+      seconds_per_step: median time of the steps after the first, which compiles; NaN for a run of
+        one step.
     """
 
     params: Any
@@ -49,46 +50,52 @@ class Trial:
 
 
 def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
-    """The experiment `configs/NAME.py` (with `arg` as after the colon), without flags.
+    """Returns the locked config of the experiment `configs/NAME.py`.
 
-    `changes` are keys with dots: `read_config("moving_digits", **{"optim.lr": 1e-3})`.
+    Args:
+      name: of the experiment's file.
+      arg: the argument of `get_config`, after the colon on the command line.
+      changes: values by dotted keys: `read_config("moving_digits", **{"optim.lr": 1e-3})`.
 
     Raises:
       UserError: there is no such experiment or key, or a value is not of the key's type.
     """
     try:
         config = load(name, arg)
-    except ValueError as error:  # of the experiment's own file
+    except ValueError as error:  # raised by `get_config`
         raise UserError(str(error)) from None
     for key, value in changes.items():
         try:
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError) as error:
-            why = f"there is no such key{nearest(key)}" if isinstance(error, KeyError) else error
-            raise UserError(f"{key}={value!r}: {why}") from None
+            reason = f"there is no such key{nearest(key)}" if isinstance(error, KeyError) else error
+            raise UserError(f"{key}={value!r}: {reason}") from None
     return config.lock()
 
 
-def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
-    """Trains as `config` says, and tests; writes no files, checkpoints or logs.
+def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
+    """Trains and tests the experiment `config` without files, checkpoints or logs.
 
-    Compiled programs are cached, so that a second run in another process starts at once.
+    Compiled programs are cached on disk, so that a run in another process need not recompile.
 
     Args:
-      config: of `read_config`; `epochs` says how long.
-      params: to start from, in place of fresh or other weights (see `weights.adapt.carry_over`).
-      plugs: `block`, `attention` and `pooling` of `functional`.
+      config: of `read_config`; `config.epochs` sets the length of the run.
+      params: initial parameters (see `weights.adapt.carry_over`); None initialises new ones.
+      modules: custom modules, `block`, `attention` and `pooling` of `functional`.
 
     Raises:
-      UserError: as the training program; also where `config` names weights to start from.
+      UserError: as in the training command; the loss is not finite; or `config` names initial
+        weights.
     """
     check(config)
     runtime.cache_compiled_programs()
     for name, value in (("resume", config.resume), ("init.checkpoint", config.init.checkpoint)):
         if value is not None:
-            raise UserError(f"a trial starts from no file: read {name}={value} and pass `params`")
+            raise UserError(
+                f"in-memory runs read no checkpoint: unset {name}={value} and pass `params`"
+            )
     videos = build.videos(config, "train")
-    training = build.training(config, videos, **plugs)
+    training = build.training(config, videos, **modules)
     settings, mesh, program = training.settings, training.mesh, training.program
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         state = program.first_state()
@@ -98,7 +105,7 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
         batches, steps = training.batches(), training.steps
         bar = tqdm(batches, "training", total=steps, unit="step", file=sys.stdout)
         for batch in bar:
-            _warn_of_broken(videos, batch["broken"])
+            _warn_broken(videos, batch["broken"])
             rate = np.float32(training.learning_rate(len(history)))
             state, metrics = program.step(state, sharding.to_devices(batch, mesh), rate)
             history.append({k: float(total / count) for k, (total, count) in metrics.items()})
@@ -120,7 +127,7 @@ def run(config: Config, *, params: Any = None, **plugs: Any) -> Trial:
     return Trial(jax.device_get(state.tested), settings.model.config, columns, scores, seconds)
 
 
-def _warn_of_broken(videos: Source, broken: np.ndarray) -> None:
+def _warn_broken(videos: Source, broken: np.ndarray) -> None:
     for index in broken[broken >= 0]:
         text = f"{videos.item(int(index))} cannot be decoded and is replaced by another video"
         warnings.warn(text, stacklevel=3)

@@ -1,10 +1,11 @@
-"""AdamW and SGD as the papers' recipes use them (MViT, appendix D; MViTv2, appendix B).
+"""AdamW, SGD and learning rate schedule of the papers' recipes (MViT, app. D; MViTv2, app. B).
 
-The arithmetic is PyTorch's, in which the published models were trained, and the learning rate is
-that of the reference code, at fractions of epochs. A step does, in this order: gradients are
-clipped to a global norm; SGD adds the decay to the gradient (L2), AdamW takes it from the weights
-besides (decoupled); everything is multiplied by the learning rate, with layer decay by that of the
-tensor's layer.
+The arithmetic is PyTorch's, with which the published models were trained. The schedule is that of
+the reference code, a function of fractional epochs. The order of a step:
+
+1. Gradients are clipped to a global norm.
+2. SGD adds weight decay to the gradient (L2); AdamW's weight decay is decoupled.
+3. Updates are multiplied by the learning rate, with layer decay by the rate of the tensor's layer.
 """
 
 import math
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-CLIP_EPS = 1e-6  # added to the norm, as PyTorch's clip_grad_norm_ does
+CLIP_EPS = 1e-6  # added to the norm, as in PyTorch's clip_grad_norm_
 
 
 def learning_rate(
@@ -26,31 +27,39 @@ def learning_rate(
     epochs: float,
     steps_per_epoch: float,
 ) -> Callable[[int], float]:
-    """Returns the rate as a function of the step: linear from `start_lr` to `lr`, then half a
-    cosine towards `end_lr`.
+    """Returns the learning rate as a function of the step: linear warm-up, then half a cosine.
 
-    Step s, from 0, stands at epoch e = s / `steps_per_epoch`, which may be any positive number;
-    the cosine's argument is pi (e - warm-up) / (epochs - warm-up). So the last step is one short of
-    `end_lr`. Computed on the host, in float64 as in the reference code: a rate is an argument of
-    the compiled step, which other rates do not compile anew.
+    The warm-up goes from `start_lr` to `lr`, the cosine from `lr` towards `end_lr`. Step s, from 0,
+    is at epoch e = s / `steps_per_epoch`; the cosine's argument is
+    pi (e - warmup_epochs) / (epochs - warmup_epochs). The last step therefore has slightly more
+    than `end_lr`. Rates are computed on the host, in float64 as in the reference code. They are an
+    argument of the compiled step, so that other rates need no recompilation.
+
+    Args:
+      lr: at the end of the warm-up.
+      start_lr: at step 0.
+      end_lr: at epoch `epochs`.
+      warmup_epochs: length of the warm-up.
+      epochs: length of the run.
+      steps_per_epoch: any positive number, also a fraction.
     """
 
     def schedule(step: int) -> float:
         epoch = step / steps_per_epoch
         if epoch < warmup_epochs:
             return start_lr + (lr - start_lr) * epoch / max(warmup_epochs, 1 / steps_per_epoch)
-        # Where all is warm-up there is no cosine to divide by.
-        share = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1 / steps_per_epoch)
-        return end_lr + (lr - end_lr) * (1 + math.cos(math.pi * min(share, 1))) / 2
+        # The maximum avoids division by 0 in runs that are all warm-up.
+        progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1 / steps_per_epoch)
+        return end_lr + (lr - end_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
     return schedule
 
 
 def decayed(params):
-    """True for the tensors that weight decay shrinks: all but biases and one-dimensional ones.
+    """Returns the mask of weight decay: True for all but biases and one-dimensional tensors.
 
-    Positions (relative ones too), the class token and pooling kernels are decayed, as in every
-    published MViT recipe; each of them has two dimensions or more here.
+    As in every published MViT recipe, positional embeddings (also relative ones), the class token
+    and pooling kernels are decayed; each has at least two dimensions here.
     """
 
     def rule(path, leaf) -> bool:
@@ -60,21 +69,24 @@ def decayed(params):
 
 
 def layers(params):
-    """The layer of each tensor for layer decay: 0 for cubes, class token and positions, i + 1 for
-    block i, and one above the last block's for everything else (the final norm, the head)."""
+    """Returns the layer of each tensor for layer decay.
+
+    Layer 0 has the patch embedding, class token and positional embeddings, layer i + 1 block i, and
+    layer depth + 1 all other tensors (final norm, head).
+    """
     depth = len(params["blocks"])
 
     def rule(path, leaf) -> int:
-        room = path[0].key
-        if room == "blocks":
+        module = path[0].key
+        if module == "blocks":
             return int(path[1].key) + 1
-        return 0 if room in ("patch_embed", "positions") else depth + 1
+        return 0 if module in ("patch_embed", "positions") else depth + 1
 
     return jax.tree_util.tree_map_with_path(rule, params)
 
 
 def layer_rates(params, layer_decay: float):
-    """What each tensor's learning rate is multiplied by: `layer_decay` ^ (depth + 1 - layer)."""
+    """Returns each tensor's learning rate factor, `layer_decay` ^ (depth + 1 - layer)."""
     last = len(params["blocks"]) + 1
     return jax.tree.map(lambda layer: layer_decay ** (last - layer), layers(params))
 
@@ -87,7 +99,7 @@ def adamw(
     layer_decay: float = 1.0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with decoupled decay; gradients are first clipped to a global norm, where above 0."""
+    """Returns AdamW with decoupled weight decay; `clip_norm` 0 turns gradient clipping off."""
     return optax.chain(
         *_clipped(clip_norm),
         optax.chain(
@@ -106,7 +118,7 @@ def sgd(
     layer_decay: float = 1.0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with Nesterov's momentum, no dampening, and decay as a part of the gradient (L2)."""
+    """Returns SGD with Nesterov momentum, no dampening, and L2 weight decay in the gradient."""
     return optax.chain(
         *_clipped(clip_norm),
         optax.add_decayed_weights(weight_decay, mask=decayed),
@@ -116,9 +128,9 @@ def sgd(
 
 
 def _by_rate() -> optax.GradientTransformationExtraArgs:
-    """Scales by minus the rate, which `update` takes as the argument `learning_rate`.
+    """Scales by minus the learning rate, the extra argument `learning_rate` of `update`.
 
-    Its state is that of optax's schedules, a count of steps, as older checkpoints have it.
+    The state is `optax.ScaleByScheduleState`, for compatibility with older checkpoints.
     """
 
     def init(params):
@@ -133,7 +145,7 @@ def _by_rate() -> optax.GradientTransformationExtraArgs:
 
 
 def _clipped(clip_norm: float) -> list[optax.GradientTransformation]:
-    """Not optax's clip_by_global_norm, which divides by the bare norm."""
+    """Returns PyTorch's gradient clipping; optax's clip_by_global_norm has no epsilon."""
 
     def clip(gradients, params):
         factor = jnp.minimum(1, clip_norm / (optax.tree.norm(gradients) + CLIP_EPS))
@@ -143,7 +155,7 @@ def _clipped(clip_norm: float) -> list[optax.GradientTransformation]:
 
 
 def _by_layer(layer_decay: float) -> list[optax.GradientTransformation]:
-    """Last, where the updates are already negative steps: the decay's share is scaled with them."""
+    """Returns layer decay, the last transformation, so that it scales the weight decay too."""
 
     def scale(updates, params):
         rates = layer_rates(updates, layer_decay)

@@ -1,4 +1,4 @@
-"""A run's folder, opened once: its config and checkpoints, and scores of these."""
+"""Access to a workdir: its config, checkpoints, parameters and test scores."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,22 +27,26 @@ from mvit_jax.weights import adapt
 
 
 class RunFolder:
-    """The folder of a run, or of weights that `convert` wrote.
+    """The workdir of a run, or a folder of converted weights (`convert`).
 
-    A context manager, which closes the checkpoints.
+    A context manager that closes the checkpoints.
 
     Attributes:
       path: of the folder.
-      config: that the run was started with, and the changes; keys newer than the run have their
-        defaults.
+      config: of the run, with the changes; keys that the run does not have are at their defaults.
 
     Raises:
-      UserError: the folder holds no run, or the changes are no values of their keys.
+      UserError: the folder holds no run, or a change is invalid.
     """
 
     def __init__(self, folder: str | AnyPath, changes: Mapping[str, Any] | None = None) -> None:
-        """Opens `folder`. `changes` of the config, like {"eval.crops": 1}, are for this opening
-        alone; those to None are none."""
+        """Opens a folder.
+
+        Args:
+          folder: the workdir.
+          changes: values by dotted keys, like {"eval.crops": 1}, which override the config in
+            memory; None values are ignored.
+        """
         self.path = to_path(folder)
         if self.path.is_file():
             raise UserError(
@@ -55,7 +59,7 @@ class RunFolder:
             self.config.update_from_flattened_dict(changes)
             check(self.config)
         self._checkpoints: Checkpoints | None = None
-        self._settings: dict[str, Settings] = {}  # by `which`
+        self._settings: dict[str, Settings] = {}  # by checkpoint, "last" or "best"
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -71,7 +75,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints, opened when they are first used; all processes of a run must do so."""
+        """The checkpoints, opened on first use, which is a collective of all processes."""
         if self._checkpoints is None:
             self._checkpoints = Checkpoints(self.path)
         return self._checkpoints
@@ -79,16 +83,17 @@ class RunFolder:
     def step(self, which: str = "last") -> int:
         """Returns the step of the "last" or "best" checkpoint."""
         step = self.checkpoints.step(which)
-        assert step is not None  # `shapes` or `params` have raised
+        assert step is not None  # otherwise `shapes` or `params` has raised before
         return step
 
     def num_classes(self, which: str = "last") -> int:
-        """Returns the classes of the checkpoint's classifier."""
+        """Returns the number of classes of the checkpoint's classifier."""
         return self.checkpoints.shapes(which)["head"]["classifier"]["bias"].shape[0]
 
     def settings(self, which: str = "last") -> Settings:
-        """Returns the run's settings, with the classes of the checkpoint's classifier. Warns once
-        where the source of a custom module has changed.
+        """Returns the run's settings, with the number of classes of the checkpoint's classifier.
+
+        Prints a warning if the source of a custom module has changed since the run.
 
         Raises:
           UserError: a custom module cannot be imported.
@@ -96,39 +101,40 @@ class RunFolder:
         if which not in self._settings:
             digests = custom.digests(self.config)
             if changed := workdir.changed_modules(self.path, self.config, digests):
-                print(f"warning: {changed}: this may be another model", file=sys.stderr)
+                print(f"warning: {changed}: the model may differ from the run's", file=sys.stderr)
             self._settings[which] = build.settings(self.config, self.num_classes(which))
         return self._settings[which]
 
     def params(self, which: str = "last") -> Any:
-        """Reads parameters (the averaged ones, where the run has them) as NumPy arrays."""
+        """Reads parameters as NumPy arrays; the averaged parameters if the run has them."""
         return self.checkpoints.read_params(which, self._item)
 
     def params_on(self, mesh: Mesh, which: str = "last") -> Any:
-        """Reads the same in float32 onto `mesh`, which need not be the run's own."""
+        """Reads the same parameters in float32, sharded over any `mesh`."""
         shapes = jax.eval_shape(self.settings(which).model.init, jax.random.key(0))
         like = sharding.placed(shapes, sharding.state_shardings(mesh, shapes))
         return self.checkpoints.restore_params(like, which, self._item)
 
     def check_classes(self, names: tuple[str, ...], which: str = "last") -> None:
-        """Checks the classes of a data set against the model's.
+        """Checks that the class names of a data set match the model's.
 
         Raises:
-          UserError: their number or, as far as the folder's labels.txt tells, order differs.
+          UserError: the number of classes differs, or the folder's labels.txt has the same names in
+            another order.
         """
         count = self.num_classes(which)
         if count != len(names):
             raise UserError(
                 f"the data's labels.txt names {len(names)} classes, and the model has {count}: use "
-                "the list that it was trained with"
+                "the labels.txt of the training data"
             )
-        own = self.path / "labels.txt"
-        if own.exists():
-            ours = read_class_names(own)
-            if ours != names and sorted(ours) == sorted(names):
+        file = self.path / "labels.txt"
+        if file.exists():
+            trained = read_class_names(file)
+            if trained != names and sorted(trained) == sorted(names):
                 raise UserError(
-                    f"the data's labels.txt has the classes of {own} in another order: labels "
-                    "would mean other classes; bring them into the same order"
+                    f"the data's labels.txt has the classes of {file} in another order, so labels "
+                    "would mean other classes: use the same order"
                 )
 
     @property
@@ -137,8 +143,10 @@ class RunFolder:
 
 
 def read_params(folder: str | AnyPath, which: str = "last") -> tuple[Any, Functional]:
-    """Reads parameters of a run's or a converted folder as NumPy arrays, and their model, which
-    computes in float32.
+    """Reads the parameters of a workdir or a folder of converted weights, and their model.
+
+    Returns:
+      Parameters as NumPy arrays, averaged if the run averages them, and the model in float32.
 
     Raises:
       UserError: the folder holds no run or no such checkpoint.
@@ -155,26 +163,29 @@ def score(
     shuffle: bool = False,
     clips: Sequence[int] | None = None,
 ) -> tuple[list[Scores], Any]:
-    """Scores a run's "last" or "best" checkpoint on a list of videos by the test protocol.
+    """Scores a checkpoint on a list of videos by the test protocol of its config.
 
     Args:
-      run: the folder, opened with the changes of this test.
+      run: the workdir, opened with the changes of this test.
       videos: the list.
-      which: the checkpoint.
+      which: the "last" or "best" checkpoint.
       shuffle: shuffles the frames of each clip.
-      clips: numbers of clips; by default one, the config's.
+      clips: numbers of clips per video, each a test of its own; by default `eval.clips`.
 
     Returns:
-      Scores for each number of clips, and the parameters, float32.
+      Scores for each number of clips, and the float32 parameters on the devices.
+
+    Raises:
+      UserError: the classes do not match the model's, or too many videos are broken.
     """
     run.check_classes(videos.class_names, which)
     config, settings = run.config, run.settings(which)
-    shown = jax.process_index() == 0 and sys.stderr.isatty()
-    mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
+    show_bar = jax.process_index() == 0 and sys.stderr.isatty()
+    mesh = sharding.make_mesh()  # the run's mesh may need more devices than are attached
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision(config.precision),
-        tqdm(total=len(videos), unit="video", disable=not shown) as bar,
+        tqdm(total=len(videos), unit="video", disable=not show_bar) as bar,
     ):
         params = run.params_on(mesh, which)
         apply = build.model_apply(config, settings.model, mesh)
@@ -195,41 +206,40 @@ def score(
 def initial_params(
     folder: str | AnyPath, model: Functional, inflate: adapt.Inflation | None
 ) -> tuple[Any, str]:
-    """Returns the weights in `folder`, made to fit `model`, and a summary of what was done.
+    """Returns the weights in `folder`, adapted to `model`, and a summary for the log.
 
-    Positions are resized, and what the model does not share with them, like a classifier of another
-    number of classes, is new.
+    Positional embeddings are resized. Tensors that do not match, like a classifier of another
+    number of classes, are newly initialised.
     """
-    params, was = read_params(folder)
-    params, report = adapt.carry_over(params, was, model, inflate)
+    params, source = read_params(folder)
+    params, report = adapt.carry_over(params, source, model, inflate)
     new = [line.path for line in report.lines if line.done.startswith("new")]
-    what = "; ".join(f"{count} {done}" for done, count in report.counts.items())
-    return params, f"weights from {folder}: {what}" + (f"; new: {', '.join(new)}" if new else "")
+    summary = "; ".join(f"{count} {done}" for done, count in report.counts.items())
+    return params, f"weights from {folder}: {summary}" + (f"; new: {', '.join(new)}" if new else "")
 
 
 def check_resume(folder: str | AnyPath, model: Functional, config: Config) -> None:
-    """Checks that `folder` (`config.resume`) holds a training state of this model, `config`'s.
+    """Checks that a run can resume from the workdir `folder` (`config.resume`).
 
     Raises:
-      UserError: it does not.
+      UserError: the folder has no checkpoint or no optimiser state, or its model differs.
     """
     path = to_path(folder)
     if not (path / "checkpoints").is_dir():
         raise UserError(f"resume={path} holds no checkpoint: check the folder")
     with RunFolder(path) as run:
-        shapes, whole = run.checkpoints.shapes(), run.checkpoints.has_training()
-    if not whole:
+        shapes, resumable = run.checkpoints.shapes(), run.checkpoints.has_training()
+    if not resumable:
         raise UserError(
-            f"resume={path} holds weights alone, no state of training: start from them with "
+            f"resume={path} holds weights without a training state: start from the weights with "
             f"--config.init.checkpoint={path}"
         )
-    ours = jax.eval_shape(model.init, jax.random.key(0))
-    difference = first_difference(ours, shapes)
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    difference = first_difference(expected, shapes)
     if difference:
         raise UserError(f"resume={path} is of another architecture: {difference}")
-    ours, theirs = custom.digests(config), workdir.custom_digests(path)
-    if ours != theirs:
+    if custom.digests(config) != workdir.custom_digests(path):
         raise UserError(
-            f"resume={path} has other custom modules, or their source has changed: name the same "
-            "(model.block, model.attention, model.pooling)"
+            f"resume={path} has other custom modules, or their source has changed: set "
+            "model.block, model.attention and model.pooling as in that run, with the same source"
         )

@@ -1,4 +1,4 @@
-"""The training step, the prediction step and their losses, as pure functions."""
+"""The training step, the prediction step and the losses, as pure functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,15 +45,27 @@ def train_step(
     optimizer: optax.GradientTransformation,
     recipe: StepConfig,
 ) -> tuple[State, Metrics]:
-    """One update from one batch: "clip" uint8 [batch, T, H, W, 3]; "label" int32 [batch], or where
-    a clip has any number of classes uint8 [batch, num_classes] of 0 and 1; "broken" int32 [batch],
-    not negative where the clip stands for one that could not be decoded.
+    """Updates the state from one batch and returns it with the metrics of the step.
 
-    `apply` is `Functional.apply`, of a model that computes in `recipe.dtype`. Nothing random is
-    stored: every draw follows from the seed and the step. Where the loss or the gradient is not
-    finite, nothing is updated but the step; what then happens to the run see
-    `training.run.nan_policy`. The scopes name what a profile shows (`train --profile`).
+    All random draws are functions of the seed and the step; the state holds no PRNG key. If the
+    loss or the gradient norm is not finite, only the step counters change (see
+    `training.run.nan_policy` for the policies).
+
+    Args:
+      state: the training state.
+      batch: "clip", uint8 [batch, T, H, W, 3]; "label", int32 [batch], or 0 and 1 as uint8
+        [batch, num_classes] for multi-label data; "broken", int32 [batch], the index of the
+        undecodable video that a clip replaces, or a negative number.
+      learning_rate: of this step.
+      apply: `Functional.apply` of a model that computes in `recipe.dtype`.
+      optimizer: of `training.optimizer`.
+      recipe: augmentation and loss settings.
+
+    Returns:
+      The new state, and (sum, count) of "loss", "accuracy" (percent, on the augmented clips),
+      "grad_norm", "param_norm" (after the update) and "broken".
     """
+    # Named scopes appear in profiles (`train --profile`).
     key_batch, key_model = keys(recipe.seed, state.step)
     with jax.named_scope("augment"):
         clip, targets = augmented(batch, key_batch, recipe)
@@ -100,8 +112,17 @@ def train_step(
 def predict_step(
     params: Any, clip: Array, *, apply: Callable[..., Any], recipe: StepConfig
 ) -> Array:
-    """Class probabilities [batch, views, num_classes] of uint8 views [batch, views, T, H, W, 3]: of
-    each view by softmax, or by a sigmoid for each class where a clip has any number of classes."""
+    """Returns the class probabilities of each view.
+
+    Args:
+      params: of the model.
+      clip: uint8 views [batch, views, T, H, W, 3].
+      apply: `Functional.apply`.
+      recipe: mean, deviation and dtype of the input; `multi_label` selects sigmoids over softmax.
+
+    Returns:
+      Probabilities [batch, views, num_classes].
+    """
     batch, views = clip.shape[:2]
     flat = clip.reshape(batch * views, *clip.shape[2:])
     flat = normalise(flat, recipe.mean, recipe.std, recipe.dtype)
@@ -111,14 +132,17 @@ def predict_step(
 
 
 def keys(seed: int, step: Any) -> tuple[Array, Array]:
-    """Of the batch's augmentation and of the model, at one step."""
+    """Returns the PRNG keys of a step, for the augmentation of the batch and for the model."""
     key_batch, key_model = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     return key_batch, key_model
 
 
 def augmented(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[Array, Array]:
-    """What is done to a batch on the device: normalised, flipped, erased and mixed clips [batch, T,
-    H, W, 3], and their targets [batch, num_classes]."""
+    """Normalises, flips, erases and mixes a batch on the device.
+
+    Returns:
+      Clips [batch, T, H, W, 3] in `recipe.dtype`, and targets [batch, num_classes].
+    """
     key_flip, key_mix, key_erase = jax.random.split(key, 3)
     clip = normalise(batch["clip"], recipe.mean, recipe.std, recipe.dtype)
     if recipe.multi_label:
@@ -143,57 +167,57 @@ def augmented(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[
 
 
 def _where(finite: Array, after: State, before: State) -> State:
-    """The state after an update where that is `finite`, else the one before, its steps counted.
+    """Selects the updated state if the update is `finite`, else the previous state.
 
-    The optimiser's counts are whole numbers and go on with the step: rates are a function of it.
+    Integer leaves always advance: the step, and the optimiser's step counts, which follow it.
     """
 
-    def chosen(new: Array, old: Array) -> Array:
+    def select(new: Array, old: Array) -> Array:
         return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
-    return jax.tree.map(chosen, after, before)
+    return jax.tree.map(select, after, before)
 
 
 def _accumulated(value_and_grad, parts: int, params, batch: tuple, key: Array):
-    """Mean of loss and gradients over `parts` of the batch, one after the other.
+    """Returns mean loss and gradients over `parts` micro-batches (gradient accumulation).
 
-    Part p takes rows p, p + parts, ...: each device's rows are cut, none move to another device.
+    Micro-batch p has rows p, p + parts, ..., so that no row moves to another device.
     """
     if parts == 1:
         return value_and_grad(params, *batch, key)
-    cut = [jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for x in batch]
+    micro_batches = [jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for x in batch]
 
-    def add(total, part):
-        index, *rows = part
+    def add(total, micro_batch):
+        index, *rows = micro_batch
         out = value_and_grad(params, *rows, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, out), None
 
-    shapes = jax.eval_shape(value_and_grad, params, *(x[0] for x in cut), key)
+    shapes = jax.eval_shape(value_and_grad, params, *(x[0] for x in micro_batches), key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    ((value, correct), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), *cut))
+    ((value, correct), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), *micro_batches))
     return (value / parts, correct), jax.tree.map(lambda g: g / parts, grads)
 
 
 def soft_targets(
     labels: Int[Array, " batch"], num_classes: int, smoothing: float
 ) -> Float[Array, "batch num_classes"]:
-    """One-hot targets with `smoothing` spread evenly over all classes (label smoothing)."""
+    """Returns one-hot targets with label smoothing: `smoothing` is spread over all classes."""
     return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 def cross_entropy(
     logits: Float[Array, "batch num_classes"], targets: Float[Array, "batch num_classes"]
 ) -> Float[Array, " batch"]:
-    """Soft-target cross-entropy per clip, in nats; targets are not renormalised."""
+    """Returns each clip's soft-target cross-entropy, in nats; targets are not renormalised."""
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 
 def binary_cross_entropy(
     logits: Float[Array, "batch num_classes"], targets: Float[Array, "batch num_classes"]
 ) -> Float[Array, " batch"]:
-    """Mean over the classes of each class's own yes or no (a sigmoid), per clip, in nats.
+    """Returns the sigmoid cross-entropy of each clip, averaged over the classes, in nats.
 
-    For videos of any number of classes. Its mean over clips is PyTorch's BCEWithLogitsLoss.
+    For multi-label data. The mean over clips equals PyTorch's BCEWithLogitsLoss.
     """
     yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     return -jnp.mean(targets * yes + (1 - targets) * no, axis=-1)
