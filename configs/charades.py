@@ -1,29 +1,29 @@
-"""Charades (MViT, Table 7): videos of several actions at a time, fine-tuned from Kinetics.
+r"""Charades (MViT, Table 7): multi-label action recognition, fine-tuned from Kinetics.
 
-    python -m mvit_jax.train --config=configs/charades.py:mvit_b_16x4 --workdir=runs/charades \\
+    python -m mvit_jax.train --config=configs/charades.py:mvit_b_16x4 --workdir=runs/charades \
         --config.data.folder=DIR --config.data.prefix=frames --config.init.checkpoint=RUN
     python -m mvit_jax.evaluate --workdir=runs/charades
 
-The word after the colon is VARIANT[_k600]: RUN is that of configs/kinetics.py, trained on
-Kinetics-400 or Kinetics-600 (`_k600`), or a folder that `python -m mvit_jax.convert` made of
-released weights. `--dry_run` prints the plan, figure included.
+The argument after the colon is VARIANT[_k600]. RUN is the workdir of configs/kinetics.py, trained
+on Kinetics-400 or Kinetics-600 (`_k600`), or a folder of released weights, converted by
+`python -m mvit_jax.convert`. `--dry_run` prints the plan with the published result.
 
-DIR holds PySlowFast's lists of frames, `train.csv` and `val.csv`, whose paths start at
-DIR/frames. Figures are mean average precision on the validation list, over 157 classes, by the
-highest score of 10 clips x 3 crops.
+DIR holds PySlowFast's lists of frames, `train.csv` and `val.csv`, with paths relative to
+DIR/frames. Results are mean average precision on the validation list over 157 classes. The score
+of a class is its maximum over 10 clips x 3 crops.
 
-No config was ever released; the recipe is MViT's appendix D.3 (SGD, 200 epochs, batch of 256, rate
-0.6, decay 1e-7, drop path 0.45, augmentation of Kinetics-400 without mixup, sigmoids). Assumed,
-where it says nothing or the released code something else:
+No config was released. The recipe is MViT's appendix D.3: SGD, 200 epochs, batch 256, learning rate
+0.6, weight decay 1e-7, drop path rate 0.45, augmentation of Kinetics-400 without mixup, sigmoids.
+Assumed where the appendix is silent or differs from the released code:
 
-* 15 % of the epochs are warm-up; first and last rate are the shares of MViTv2's SGD recipe for
-  Something-Something v2 (0.04 and 0.0004 of the highest). Gradients are not clipped.
-* Augmentation of Kinetics includes RandAugment, random erasing, the Inception crop and flips; the
-  released code has no RandAugment for this data set, and draws the short side from 256 to 340.
-* Without mixup means also without cutmix. Labels are not smoothed: each class is a yes or no.
-* A clip takes each stride-th frame, and is labelled by what happens in its span.
-* MViT-B-24 from Kinetics-400 stands on a web page alone (46.3, which the paper gives to 64x3) and
-  has no recipe here.
+* Warm-up is 15 % of the epochs. First and last learning rate are 0.04 and 0.0004 of the highest, as
+  in MViTv2's SGD recipe for Something-Something v2. Gradients are not clipped.
+* The augmentation of Kinetics includes RandAugment, random erasing, the Inception crop and flips.
+  The released code has no RandAugment for Charades and draws the short side from 256 to 340.
+* "Without mixup" includes cutmix. There is no label smoothing, because each class is binary.
+* A clip takes every stride-th frame; its labels are the actions within its span.
+* MViT-B-24 from Kinetics-400 has no recipe here: its result is only on a web page (46.3, which the
+  paper reports for 64x3).
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ from mvit_jax.models.variants import preprocessing
 
 
 def recipe(variant: str, kinetics: str, published: str) -> Any:  # a ConfigDict
-    """Returns a recipe that starts from the weights of another, `kinetics`."""
+    """Returns the recipe of `variant` with initial weights of the Kinetics recipe `kinetics`."""
     c = config.base()
     c.published = published
     c.epochs = 200.0
@@ -75,7 +75,7 @@ def recipe(variant: str, kinetics: str, published: str) -> Any:  # a ConfigDict
     return c
 
 
-# What can be trained, the recipe of Kinetics that it starts from, and what was published (mAP).
+# Name: variant, Kinetics recipe of the initial weights, published mAP.
 RECIPES = {
     "mvit_b_16x4": partial(
         recipe, "mvit_b_16x4", "mvit_b_16x4", "40.0 mAP (MViT, Table 7)"),

@@ -1,19 +1,19 @@
-"""Your own videos or images: fine-tuning a model on a folder per class.
+r"""Custom data: fine-tuning on videos or images in one folder per class.
 
     python -m mvit_jax.prepare lists --out=DIR
-    python -m mvit_jax.train --config=configs/custom.py:WEIGHTS --config.data.folder=DIR \\
+    python -m mvit_jax.train --config=configs/custom.py:WEIGHTS --config.data.folder=DIR \
         --workdir=runs/mine
     python -m mvit_jax.evaluate --workdir=runs/mine
 
-DIR holds a folder of files for each class; the first line writes the lists and labels.txt into it.
-WEIGHTS is the folder of a run, or what `python -m mvit_jax.convert` made of others' weights:
-architecture, frames, scaling, mean and deviation are those of the weights. The name of a variant in
-its place, like mvitv2_s_16x4, starts from nothing, which takes many more videos and epochs.
+DIR holds one folder of files per class; the first command writes the lists and labels.txt into DIR.
+WEIGHTS is a workdir, or a folder of released weights converted by `python -m mvit_jax.convert`.
+Architecture, frames, scaling, mean and deviation are those of the weights. The name of a variant in
+place of WEIGHTS, like mvitv2_s_16x4, trains from scratch, which takes many more videos and epochs.
 
-No paper has this recipe. It is that of fine-tuning a masked model on Kinetics (layer decay;
-MaskFeat, Wei et al. 2022) with a small batch: what the weights know changes slowly near the input,
-and mixing and RandAugment keep a small set from being learned by heart. A class that a mirror turns
-into another one (left and right) needs --config.augment.flip=0 and no mixing (mixup=0, cutmix=0).
+The recipe is from no paper. It follows MaskFeat's fine-tuning on Kinetics (Wei et al. 2022) with a
+small batch. Layer decay lets layers near the input change slowly; mixup, cutmix and RandAugment
+reduce overfitting to a small data set. If a flip turns one class into another (left and right), set
+--config.augment.flip=0 --config.augment.mixup=0 --config.augment.cutmix=0.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from mvit_jax import config
 from mvit_jax.models.variants import VARIANTS, nearest, preprocessing
 from mvit_jax.training.run import workdir
 
-_OF_WEIGHTS = ("stride", "short_side", "sampling", "mean", "std", "interpolation")
+_FROM_WEIGHTS = ("stride", "short_side", "sampling", "mean", "std", "interpolation")
 
 
 def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
@@ -37,17 +37,17 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
         c.data.update(mean=expected.mean, std=expected.std, interpolation=expected.interpolation)
     elif not (Path(name) / "config.json").is_file():
         raise ValueError(
-            "configs/custom.py takes a folder that training or `convert` made, or the name of a "
-            f"variant, and {name!r} is none of them{nearest(name, VARIANTS)}"
+            "configs/custom.py needs a workdir, a folder written by `convert`, or the name of a "
+            f"variant; {name!r} is none of them{nearest(name, VARIANTS)}"
         )
     else:
         trained = workdir.frozen(name)
         c.init.checkpoint = name
         c.model.update(trained.model.to_dict())
-        c.data.update({key: trained.data[key] for key in _OF_WEIGHTS})
+        c.data.update({key: trained.data[key] for key in _FROM_WEIGHTS})
     image = (c.model.frames or VARIANTS[c.model.variant].frames) == 1
 
-    if not image:  # RandAugment works on whole frames, which may be large
+    if not image:  # RandAugment processes whole frames, which may be large
         c.augment.short_side = c.data.short_side
     c.augment.randaugment = f"rand-m7-n{2 if image else 4}-mstd0.5-inc1"
     c.augment.random_erase_prob = 0.25

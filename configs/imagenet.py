@@ -1,52 +1,57 @@
-"""ImageNet-1k and ImageNet-21k (MViT, Table 17; MViTv2, Tables 2 and 3).
+r"""ImageNet-1k and ImageNet-21k (MViT, Table 17; MViTv2, Tables 2 and 3).
 
-    python -m mvit_jax.train --config=configs/imagenet.py:mvitv2_s --workdir=runs/mvitv2_s \\
+    python -m mvit_jax.train --config=configs/imagenet.py:mvitv2_s --workdir=runs/mvitv2_s \
         --config.data.folder=DIR
     python -m mvit_jax.evaluate --workdir=runs/mvitv2_s
 
-The word after the colon is VARIANT[_max][_384|_512][_in21k|_from_21k]: `_in21k` trains on
-ImageNet-21k, `_from_21k` fine-tunes from that on ImageNet-1k. `--dry_run` prints the plan, figure
-included.
+The argument after the colon is VARIANT[_max][_384|_512][_in21k|_from_21k]: `_in21k` trains on
+ImageNet-21k, `_from_21k` fine-tunes those weights on ImageNet-1k. `--dry_run` prints the plan with
+the published result.
 
 DIR is the `data_dir` of TensorFlow Datasets, which prepares imagenet2012:5.1.0 from the official
-tars. Images in folders (DIR/train/CLASS/FILE, DIR/val/CLASS/FILE) are read with `,folders` after
-the word, as in `configs/imagenet.py:mvitv2_s,folders`; those of ImageNet-21k always are.
+tars. Append `,folders` to read images from DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, as in
+`configs/imagenet.py:mvitv2_s,folders`. ImageNet-21k is always read from folders.
 
-What starts from weights needs `--config.init.checkpoint=RUN`, a run's folder or one of
-`python -m mvit_jax.convert`: `_384` that of the same word without it, `_512_from_21k` that of
-`_384_from_21k`, every other `_from_21k` that of `_in21k`.
+Recipes with initial weights need `--config.init.checkpoint=RUN`, a workdir or a folder written by
+`python -m mvit_jax.convert`. `_384` needs the weights of the same name without `_384`,
+`_512_from_21k` those of `_384_from_21k`, every other `_from_21k` those of `_in21k`.
 
-Figures are of a centre crop of 224 out of 256 (size / 0.875); with `--config.eval.whole_image=True`
-the whole image is squashed to the crop: the papers' column "resize", given here as (... resized).
+Results are for a centre crop of 224 out of 256 pixels (size / 0.875). With
+`--config.eval.whole_image=True` the whole image is squashed to the crop, as in the papers' column
+"resize"; these results are listed here as (... resized).
 
-Batches are global, and rates follow them (`optim.lr_batch`). The reference code states rates for a
-node of 256 images: 2.5e-4, from 1e-8, to 1e-6. MViT has batches of 4096 (16 nodes), MViTv2 of 2048.
+Batches are global, and learning rates scale with them (`optim.lr_batch`). The reference code states
+learning rates for a node of 256 images: 1e-8 at the start, 2.5e-4 after warm-up, 1e-6 at the end.
+MViT uses batches of 4096 (16 nodes), MViTv2 of 2048.
 
-Assumed, where papers and released code say different things or nothing:
+Assumed where papers and released code differ or are silent:
 
-* MViT trains 100 epochs with 3 repeats, its released config 300 epochs without: the latter, with
-  its 70 epochs of warm-up and clipping to 1. Both have 9.8e-7 an image as rate.
-* RandAugment: MViT has 4 operations with max pooling and 6 with convolutions; the released config
-  for max pooling, which clips no gradients, has 5. Here 4 and 6, and all are clipped.
-* MViT's larger models are trained like mvit_b16, but for a drop path of 0.3. mvit_b24 with
-  convolutions stands in MViTv2's Table 2 only.
-* The released config of mvitv2_b is broken where it sets a drop path of 0.3; here it is 0.3.
-* mvitv2_l: released weights and the paper's 218 M parameters grow in the MLP, the paper's 42.1 G
-  multiply-adds in the attention. Here in the MLP; from ImageNet-21k in the attention, like the
-  released weights. Its decay is 0.1, and 0.05 with the smaller ones (B.2).
-* MViTv2's image models have no class token in the paper. The released weights of ImageNet-21k have
-  one, and so have the models for it here and those that start from it.
-* 384 pixels from 224 (B.2: 30 epochs, 4e-5 at 256 images; for L 5e-4 at 64 and no mixup): the batch
-  is the one that the rate is stated for; no warm-up; decay 1e-8, as where it is stated (H at 512).
-* ImageNet-21k (B.2: 90 epochs, 60 for H; 6.75e-5, for L and H 1e-4, at 256; decay 0.01, for L and H
-  0.1): batches of 2048, 15 % of the epochs as warm-up, rates from 1e-8 to 1e-6 a node as on
-  ImageNet-1k. It is winter 2021's, joined with ImageNet-1k: 19,168 classes, about 13 million
-  images; no accuracy on it was published.
-* From ImageNet-21k (B.2: 30 epochs, 7e-5 at 64, decay 0.05, no mixup), at 384 pixels as at 224:
-  15 % of the epochs as warm-up, first and last rate a hundredth of the highest. H at 512 (3 epochs,
-  mixup, decay 1e-8) has the same rate, which is not stated, and no warm-up.
-* Label smoothing and random erasing stay where there is no mixup.
-* Reversible models (Rev-ViT, Rev-MViT) are not built here.
+* MViT's paper trains 100 epochs with 3 repeats. Its released config, used here, trains 300 epochs
+  without repeats, with 70 epochs of warm-up and clipping to 1. Both have a learning rate of 9.8e-7
+  per image.
+* RandAugment: the paper has 4 operations with max pooling and 6 with convolutions, as here. The
+  released config for max pooling has 5 and does not clip gradients; here all recipes clip.
+* MViT's larger models are trained like mvit_b16, with a drop path rate of 0.3. mvit_b24 with
+  convolutions is only in MViTv2's Table 2.
+* The drop path rate of mvitv2_b is 0.3; the released config intends 0.3 but is broken there.
+* mvitv2_l widens in the MLP here. The released weights and the paper's 218 M parameters agree; the
+  paper's 42.1 G multiply-adds are those of widening in the attention. From ImageNet-21k the model
+  widens in the attention, like the released weights. Its weight decay is 0.1, that of smaller
+  models 0.05 (B.2).
+* MViTv2's image models have no class token in the paper. The released ImageNet-21k weights have a
+  class token, and so have the recipes on and from ImageNet-21k here.
+* 384 pixels from 224 (B.2: 30 epochs, rate 4e-5 at 256 images; L: 5e-4 at 64, no mixup). The
+  batches are those 256 and 64 images. There is no warm-up. Weight decay is 1e-8, as stated for H at
+  512.
+* ImageNet-21k (B.2: 90 epochs, H: 60; rate 6.75e-5 at 256, L and H: 1e-4; weight decay 0.01, L and
+  H: 0.1). Batches are 2048, warm-up is 15 % of the epochs, first and last rate are 1e-8 and
+  1e-6 per node as on ImageNet-1k. The data set is that of winter 2021, joined with ImageNet-1k:
+  19,168 classes, about 13 million images. No accuracy on it was published.
+* From ImageNet-21k, at 224 and 384 pixels (B.2: 30 epochs, 7e-5 at 64, weight decay 0.05, no
+  mixup). Warm-up is 15 % of the epochs; first and last rate are a hundredth of the highest. H at
+  512 (3 epochs, mixup, weight decay 1e-8) has the same rate, which is not stated, and no warm-up.
+* Recipes without mixup keep label smoothing and random erasing.
+* Reversible models (Rev-ViT, Rev-MViT) are not implemented.
 """
 
 from collections.abc import Callable
@@ -68,7 +73,7 @@ def mvit(c: Any) -> None:
     c.optim.weight_decay = 0.05
     c.augment.mixup = 0.8
     c.augment.cutmix = 1.0
-    c.augment.mixup_group_size = 32  # images of one of the papers' GPUs
+    c.augment.mixup_group_size = 32  # images per GPU in the papers
     c.eval.every_epochs = 10.0
 
 
@@ -164,7 +169,7 @@ def at_512(c: Any) -> None:
 
 
 def folders(c: Any) -> None:
-    """Images in folders of classes, in place of TensorFlow Datasets."""
+    """Reads images from one folder per class instead of TensorFlow Datasets."""
     c.data.tfds = None
     c.data.source = "folders"
     c.data.train_list = "train"
@@ -181,7 +186,7 @@ def recipe(
     size: int | None = None,
     max_pooling: bool = False,
 ) -> Any:  # a ConfigDict
-    """Returns a recipe: `train` is the schedule, `size` another crop than the variant's."""
+    """Returns the recipe of `variant`: schedule `train`; `size` overrides the variant's crop."""
     c = config.base()
     c.published = published
     c.init.needed = needed
@@ -209,7 +214,7 @@ def recipe(
     return c
 
 
-# What can be trained, and what was published (top-1 of a centre crop).
+# Name: variant, schedule, published top-1 of a centre crop.
 RECIPES = {
     "mvit_b16": partial(recipe, "mvit_b16", mvit,
         "83.0 (MViT, Table 17; 82.9 / 96.3 in PySlowFast's zoo)"),
@@ -229,11 +234,11 @@ RECIPES = {
     "mvitv2_l_384": partial(recipe, "mvitv2_l_384", at_384_large,
         "86.0 (86.3 resized; MViTv2, Table 2)",
         needed="weights of mvitv2_l trained on ImageNet-1k"),
-    "mvitv2_s_in21k": partial(recipe, "mvitv2_s_in21k", on_21k, "weights alone"),
-    "mvitv2_b_in21k": partial(recipe, "mvitv2_b_in21k", on_21k, "weights alone"),
-    "mvitv2_l_in21k": partial(recipe, "mvitv2_l_in21k", on_21k_large, "weights alone"),
-    "mvitv2_h_in21k": partial(recipe, "mvitv2_h_in21k", on_21k_huge, "weights alone"),
-    # The networks of ImageNet-21k, with its class token.
+    "mvitv2_s_in21k": partial(recipe, "mvitv2_s_in21k", on_21k, "weights only, no accuracy"),
+    "mvitv2_b_in21k": partial(recipe, "mvitv2_b_in21k", on_21k, "weights only, no accuracy"),
+    "mvitv2_l_in21k": partial(recipe, "mvitv2_l_in21k", on_21k_large, "weights only, no accuracy"),
+    "mvitv2_h_in21k": partial(recipe, "mvitv2_h_in21k", on_21k_huge, "weights only, no accuracy"),
+    # The architectures of ImageNet-21k, with class token.
     "mvitv2_l_from_21k": partial(recipe, "mvitv2_l_in21k", from_21k, "87.5 (MViTv2, Table 3)",
         needed="weights of mvitv2_l_in21k trained on ImageNet-21k"),
     "mvitv2_h_from_21k": partial(recipe, "mvitv2_h_in21k", from_21k, "88.0 (MViTv2, Table 3)",

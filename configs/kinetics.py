@@ -1,60 +1,64 @@
-"""Kinetics-400, 600 and 700 (MViT, Tables 4 and 5; MViTv2, Tables 10 to 12 and 14; MaskFeat).
+r"""Kinetics-400, 600 and 700 (MViT, Tables 4 and 5; MViTv2, Tables 10 to 12 and 14; MaskFeat).
 
-    python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --workdir=runs/mvit_b_16x4 \\
+    python -m mvit_jax.train --config=configs/kinetics.py:mvit_b_16x4 --workdir=runs/mvit_b_16x4 \
         --config.data.folder=DIR
     python -m mvit_jax.evaluate --workdir=runs/mvit_b_16x4
 
-The word after the colon is [k600_|k700_]VARIANT[_max][_in1k|_in21k]; Kinetics-400 where none is
-said. `--dry_run` prints the plan, figure included. DIR holds `train.csv`, `val.csv` and `test.csv`,
-lines "path label", and `labels.txt`; public copies lack videos, and the lists used for the papers
-are not known (K400's validation copies of 19,761 to 19,881 videos move top-1 by up to 0.7).
+The argument after the colon is [k600_|k700_]VARIANT[_max][_in1k|_in21k]; without a prefix the data
+set is Kinetics-400. `--dry_run` prints the plan with the published result. DIR holds `train.csv`,
+`val.csv` and `test.csv` (lines "path label") and `labels.txt`. Public copies lack videos, and the
+papers' lists are not published. Copies of K400's validation set have 19,761 to 19,881 videos, which
+changes top-1 by up to 0.7.
 
-What starts from weights needs `--config.init.checkpoint=RUN`, a run's folder or one of
+Recipes with initial weights need `--config.init.checkpoint=RUN`, a workdir or a folder written by
 `python -m mvit_jax.convert`:
 
-    long models (64x3, 40x3, 32x3_312)  the run of ..._32x3 (MViT) or ..._l_16x4[_in..] (MViTv2)
-                                        on the same data
-    _in1k, _in21k                       configs/imagenet.py:mvitv2_s or :mvitv2_s_in21k, and so on;
-                                        for mvitv2_l_16x4_in1k train that with
-                                        --config.model.expand=attention, as released ones grow in
-                                        the MLP and fit no video model
-    maskfeat_...                        weights pretrained by MaskFeat, which this project reads
+    long models (64x3, 40x3, 32x3_312)  ..._32x3 (MViT) or ..._l_16x4[_in..] (MViTv2), trained on
+                                        the same data
+    _in1k, _in21k                       configs/imagenet.py:mvitv2_s or :mvitv2_s_in21k, and so on.
+                                        For mvitv2_l_16x4_in1k train mvitv2_l with
+                                        --config.model.expand=attention: the released weights widen
+                                        in the MLP and fit no video model
+    maskfeat_...                        weights pretrained by MaskFeat, which this project converts
                                         but does not train
 
-Batches count clips, 256 videos x 2 repeats = 512, and the rates follow them (`optim.lr_batch`). The
-reference code states rates for a node of 32 clips; the papers' 128 GPUs are 16 of these.
+Batches count clips, 256 videos x 2 repeats = 512, and learning rates scale with them
+(`optim.lr_batch`). The reference code states learning rates for a node of 32 clips; the papers'
+128 GPUs are 16 nodes.
 
-Assumed, where papers and released code say different things or nothing:
+Assumed where papers and released code differ or are silent:
 
-* Warm-up of fine-tuning: 15 % of the epochs, as from scratch; none where every weight has learned
-  from this data already. Its first and last rate: a hundredth of the highest, as from scratch.
-* 64x3: 5 epochs (MViT, 4.1); rate and batch, not stated, are those of MViTv2's long models.
-* Long models of MViTv2 (B.4: 30 epochs, 1.6e-5 at 128 clips, decay 1e-8, no mixup): one repeat, as
-  in the released test config; label smoothing stays. mvitv2_l_16x4..., their beginning, has no
-  published figure. No training config of L was released.
-* L from ImageNet-1k: as S and B (100 epochs, 4.8e-4), for which alone this is stated.
+* Fine-tuning has a warm-up of 15 % of the epochs, as from scratch, but no warm-up from weights
+  trained on the same data. First and last rate are a hundredth of the highest, as from scratch.
+* 64x3: 5 epochs (MViT, 4.1). Rate and batch are not stated; they are those of MViTv2's long models.
+* Long models of MViTv2 (B.4: 30 epochs, 1.6e-5 at 128 clips, weight decay 1e-8, no mixup) have one
+  repeat, as in the released test config, and label smoothing. mvitv2_l_16x4..., which provides
+  their initial weights, has no published result. No training config of L was released.
+* L from ImageNet-1k is trained like S and B (100 epochs, 4.8e-4), for which alone this is stated.
 * Image weights are inflated into the centre frame (MViTv2, 4.3). The released code repeats the
-  kernel for every frame and does not divide: `--config.init.inflate=repeat`.
-* mvit_b_32x3 has 16 blocks, as in the paper; the released config of that name has 24 and names no
-  kernels for its pools, so that these are of stride + 1 (keys by 1x9x9, 1x5x5, 1x3x3): that is
-  mvit_b24_32x3 on Kinetics-400. On Kinetics-600, for which there is no config, they are of 3x3x3.
-  Drop path is 0.2 with 16 blocks and 0.3 with 24.
-* vit_b_8x8_in21k: MViTv2's recipe from ImageNet-21k; MViT does not give its own, only that from
-  scratch it comes to 34.3.
-* mvit_s: never released; see `python -m mvit_jax.describe mvit_s_16x4`.
-* mvitv2_b_32x3 on Kinetics-600 and 700: published with 206 G multiply-adds, built it has 225.
-* L has 213 M parameters as published configs build it; the papers' 217.6 M grow in the MLP. Its
-  pixels are normalised by ImageNet's mean and deviation, all others' by 0.45 and 0.225.
-* Frames come in with a short side of 256, or size / 0.875 above 224 pixels (where this is not
-  stated); MaskFeat's with 320.
-* One centre crop is cut from a short side of 256, as the papers say; for 3 crops the reference code
-  scales the short side to the crop, though the papers say 256.
-* MViT's released configs leave 10 x 1 views, the paper has 5 x 1. Views of MViTv2's Table 14 are
-  not stated: 5 x 1, and 5 x 3 where Table 10 has the model (86.1; Table 14 has 85.7).
-* MaskFeat: the config for S (100 epochs, 20 of warm-up; the paper has 200 and 5). Its classifier
-  starts 1000 times smaller, which no key here says. L's config has one repeat.
-* PyTorchVideo's trainer has this recipe, and came to 78.85 / 93.85 (16x4) and 80.30 / 94.69 (32x3).
-* Reversible models (Rev-MViT) are not built here.
+  kernel for every frame without dividing: `--config.init.inflate=repeat`.
+* mvit_b_32x3 has 16 blocks, as in the paper, and a drop path rate of 0.2. The released config of
+  that name has 24 blocks and no pooling kernels, which default to stride + 1 (keys: 1x9x9, 1x5x5,
+  1x3x3). It is mvit_b24_32x3 on Kinetics-400 here, with a drop path rate of 0.3. On Kinetics-600,
+  without a released config, its pooling kernels are 3x3x3.
+* vit_b_8x8_in21k has MViTv2's recipe from ImageNet-21k. MViT does not state its recipe, only that
+  the recipe reaches 34.3 from scratch.
+* mvit_s was never released; see `python -m mvit_jax.describe mvit_s_16x4`.
+* mvitv2_b_32x3 on Kinetics-600 and 700 is published with 206 G multiply-adds; it has 225 G here.
+* L has 213 M parameters here, as in the published configs; the papers' 217.6 M are those of
+  widening in the MLP. L's pixels are normalised by ImageNet's mean and deviation, all others by
+  0.45 and 0.225.
+* Training frames have a short side of 256, or size / 0.875 above 224 pixels, where this is not
+  stated; for MaskFeat 320.
+* A single centre crop is cut from a short side of 256, as in the papers. For 3 crops the short side
+  is scaled to the crop size, as in the reference code; the papers state 256.
+* MViT's released configs have 10 x 1 views, the paper 5 x 1. The views of MViTv2's Table 14 are not
+  stated; they are 5 x 1, and 5 x 3 for the model of Table 10 (86.1; Table 14 has 85.7).
+* MaskFeat S follows its config: 100 epochs, 20 of warm-up (the paper: 200 and 5). There the
+  classifier is initialised 1000 times smaller, for which there is no key here. L's config has one
+  repeat.
+* PyTorchVideo's trainer reaches 78.85 / 93.85 (16x4) and 80.30 / 94.69 (32x3) with this recipe.
+* Reversible models (Rev-MViT) are not implemented.
 """
 
 from collections.abc import Callable
@@ -64,7 +68,7 @@ from typing import Any
 from mvit_jax import config
 from mvit_jax.models.variants import preprocessing
 
-# Videos are counts of the papers' time; they vanish from the web.
+# Numbers of videos at the time of the papers; videos disappear from the web.
 KINETICS_400 = {"train_videos": 240_436, "classes": 400}
 KINETICS_600 = {"train_videos": 366_000, "classes": 600}
 KINETICS_700 = {"train_videos": 535_000, "classes": 700}
@@ -84,7 +88,7 @@ def from_scratch(c: Any) -> None:
     c.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
     c.augment.mixup = 0.8
     c.augment.cutmix = 1.0
-    c.augment.mixup_group_size = 4  # clips of one of the papers' GPUs
+    c.augment.mixup_group_size = 4  # clips per GPU in the papers
     c.eval.every_epochs = 10.0
 
 
@@ -109,7 +113,7 @@ def from_imagenet_21k(c: Any) -> None:
 
 
 def from_shorter_clips(c: Any) -> None:
-    """MViT-B 64x3."""
+    """Sets the schedule of MViT-B 64x3."""
     from_scratch(c)
     c.epochs = 5.0
     c.batch = 128
@@ -122,7 +126,7 @@ def from_shorter_clips(c: Any) -> None:
 
 
 def from_shorter_clips_v2(c: Any) -> None:
-    """MViTv2-L of 32 or 40 frames."""
+    """Sets the schedule of MViTv2-L with 32 or 40 frames."""
     from_shorter_clips(c)
     c.epochs = 30.0
     c.data.repeats = 1
@@ -168,7 +172,7 @@ def recipe(
     crops: int = 1,
     model: dict[str, Any] | None = None,
 ) -> Any:  # a ConfigDict
-    """Returns a recipe: `train` is the schedule, `model` has fields other than the variant's."""
+    """Returns the recipe of `variant`: schedule `train`; `model` overrides architecture fields."""
     c = config.base()
     c.published = published
     c.init.needed = needed
@@ -190,8 +194,8 @@ def recipe(
     return c
 
 
-BEGINNING = "nothing: the long models begin with it"
-# What can be trained, and what was published (top-1 / top-5).
+UNPUBLISHED = "nothing; provides initial weights for the long models"
+# Name: variant, schedule, published top-1 / top-5.
 RECIPES = {
     "vit_b_8x8": partial(recipe, "vit_b_8x8", from_scratch, "68.5 / 86.9 (MViT, Table 4)"),
     "vit_b_8x8_in21k": partial(recipe, "vit_b_8x8", from_imagenet_21k,
@@ -219,10 +223,10 @@ RECIPES = {
         "83.3 (MViTv2, Table 14)", needed="weights of mvitv2_b trained on ImageNet-1k"),
     "mvitv2_b_32x3_in21k": partial(recipe, "mvitv2_b_32x3", from_imagenet_21k,
         "84.3 (MViTv2, Table 14)", needed="weights of mvitv2_b trained on ImageNet-21k"),
-    "mvitv2_l_16x4": partial(recipe, "mvitv2_l_16x4", from_scratch, BEGINNING),
-    "mvitv2_l_16x4_in1k": partial(recipe, "mvitv2_l_16x4", from_imagenet_1k, BEGINNING,
+    "mvitv2_l_16x4": partial(recipe, "mvitv2_l_16x4", from_scratch, UNPUBLISHED),
+    "mvitv2_l_16x4_in1k": partial(recipe, "mvitv2_l_16x4", from_imagenet_1k, UNPUBLISHED,
         needed="weights of mvitv2_l trained on ImageNet-1k with model.expand=attention"),
-    "mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, BEGINNING,
+    "mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, UNPUBLISHED,
         needed="weights of mvitv2_l trained on ImageNet-21k"),
     "mvitv2_l_40x3": partial(recipe, "mvitv2_l_40x3", from_shorter_clips_v2,
         "81.4 (MViTv2, Table 14)", needed="weights of mvitv2_l_16x4 trained on Kinetics-400"),
@@ -251,7 +255,7 @@ RECIPES = {
         "83.8 / 96.3 (MViT, Table 5; 84.1 / 96.5 in MViTv2, Table 11)", data=KINETICS_600),
     "k600_mvitv2_b_32x3": partial(recipe, "mvitv2_b_32x3", from_scratch,
         "85.5 / 97.2 (MViTv2, Table 11)", data=KINETICS_600),
-    "k600_mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, BEGINNING,
+    "k600_mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, UNPUBLISHED,
         data=KINETICS_600, needed="weights of mvitv2_l trained on ImageNet-21k"),
     "k600_mvitv2_l_32x3_312_in21k": partial(recipe, "mvitv2_l_32x3_312", from_shorter_clips_v2,
         "87.2 / 97.6 (MViTv2, Table 11)", data=KINETICS_600,
@@ -264,7 +268,7 @@ RECIPES = {
         needed="weights of mvitv2_l_16x4_in21k trained on Kinetics-600", clips=4, crops=3),
     "k700_mvitv2_b_32x3": partial(recipe, "mvitv2_b_32x3", from_scratch,
         "76.6 / 93.2 (MViTv2, Table 12)", data=KINETICS_700, clips=3, crops=3),
-    "k700_mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, BEGINNING,
+    "k700_mvitv2_l_16x4_in21k": partial(recipe, "mvitv2_l_16x4", from_imagenet_21k, UNPUBLISHED,
         data=KINETICS_700, needed="weights of mvitv2_l trained on ImageNet-21k", clips=3, crops=3),
     "k700_mvitv2_l_40x3_312_in21k": partial(recipe, "mvitv2_l_40x3_312", from_shorter_clips_v2,
         "79.4 / 94.9 (MViTv2, Table 12)", data=KINETICS_700,

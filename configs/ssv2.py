@@ -1,33 +1,36 @@
-"""Something-Something v2 (MViT, Table 6; MViTv2, Table 13), fine-tuned from Kinetics.
+r"""Something-Something v2 (MViT, Table 6; MViTv2, Table 13), fine-tuned from Kinetics.
 
-    python -m mvit_jax.train --config=configs/ssv2.py:mvitv2_s_16x4 --workdir=runs/ssv2 \\
+    python -m mvit_jax.train --config=configs/ssv2.py:mvitv2_s_16x4 --workdir=runs/ssv2 \
         --config.data.folder=DIR --config.data.prefix=frames --config.init.checkpoint=RUN
     python -m mvit_jax.evaluate --workdir=runs/ssv2
 
-The word after the colon is VARIANT[_k600|_in21k]: RUN is that of configs/kinetics.py, trained on
-Kinetics-400, Kinetics-600 (`_k600`), or Kinetics-400 from ImageNet-21k (`_in21k`), or a folder that
-`python -m mvit_jax.convert` made of released weights. `--dry_run` prints the plan, figure included.
+The argument after the colon is VARIANT[_k600|_in21k]. RUN is the workdir of configs/kinetics.py,
+trained on Kinetics-400, on Kinetics-600 (`_k600`), or on Kinetics-400 from ImageNet-21k (`_in21k`).
+RUN may also be a folder of released weights, converted by `python -m mvit_jax.convert`. `--dry_run`
+prints the plan with the published result.
 
-DIR holds the data set's own lists (something-something-v2-train.json and so on) and the frames of
-video ID in DIR/frames/ID. Lists of frames as PySlowFast has them are named by data.train_list,
-val_list and test_list. Labels of the test list are not public: figures are of the validation list.
+DIR holds the lists of the data set (something-something-v2-train.json and so on) and the frames of
+video ID in DIR/frames/ID. For PySlowFast's lists of frames, set data.train_list, val_list and
+test_list. Labels of the test list are not public, so results are on the validation list.
 
-A clip has one frame of each of as many equal parts as it has frames: a random one in training, the
-middle one in tests. Nothing is flipped, as left and right change labels.
+The video is divided into as many equal segments as a clip has frames. Each segment contributes one
+frame, at random in training and the middle frame in tests. There are no flips, because left and
+right change labels.
 
-Assumed, where papers and released code say different things or nothing:
+Assumed where papers and released code differ or are silent:
 
-* Rates of MViTv2 are those of the released configs, for 128 clips: 0.0025 and 0.0015 for a node of
-  16 (S, B), 0.00125 for one of 8 (L), so 0.02, 0.012 and 0.02. The papers state 0.02 at 512 clips
-  (MViT, D.4; MViTv2, B.5), a quarter of that a clip: here it is MViT's, which has no config.
-* MViT's warm-up, first and last rate, which are not stated: those of MViTv2-S, 3 epochs and the
-  same shares of the rate. Its gradients are not clipped.
-* Frames are scaled to a short side drawn from 256 to 320 (its inverse evenly) and a square is cut,
-  as the released configs come out, which lack the keys of the Inception crop; also for MViT, whose
-  paper says "as Kinetics". L: 356 to 446.
-* vit_b_8x8_in21k goes from ImageNet-21k over Kinetics-400, and is trained as MViT is.
-* Labels of mvitv2_l_40x3_312_in21k are smoothed, and clips not mixed, as in its config.
-* A test scales the short side to the crop, not to 256, for its 3 crops, as the reference code.
+* Learning rates of MViTv2 are those of the released configs: 0.0025 (S) and 0.0015 (B) for a node
+  of 16 clips, 0.00125 (L) for a node of 8. At 128 clips they are 0.02, 0.012 and 0.02. The papers
+  state 0.02 at 512 clips (MViT, D.4; MViTv2, B.5), a quarter of the rate per clip. MViT, which has
+  no released config, is trained with the rate of the papers.
+* MViT's warm-up (3 epochs) and ratios of first and last learning rate are not stated; they are
+  those of MViTv2-S. MViT's gradients are not clipped.
+* Frames are scaled to a short side from 256 to 320 (its inverse is drawn uniformly) and cropped at
+  random; for L, 356 to 446. This is the behaviour of the released configs, which lack the keys of
+  the Inception crop. It is also used for MViT, whose paper says "as Kinetics".
+* vit_b_8x8_in21k is trained on ImageNet-21k, then Kinetics-400, then here like MViT.
+* mvitv2_l_40x3_312_in21k has label smoothing but no mixup or cutmix, as in its config.
+* Tests with 3 crops scale the short side to the crop size, not to 256, as in the reference code.
 """
 
 from collections.abc import Callable
@@ -48,7 +51,7 @@ def mvit(c: Any) -> None:
     c.optim.clip_norm = 0.0
     c.model.drop_path = 0.4
     c.augment.jitter = (256, 320)
-    c.augment.mixup_group_size = 8  # clips of one of the papers' GPUs
+    c.augment.mixup_group_size = 8  # clips per GPU in the papers
 
 
 def mvitv2_s(c: Any) -> None:
@@ -76,7 +79,7 @@ def mvitv2_l(c: Any) -> None:
 
 
 def recipe(variant: str, train: Callable[[Any], None], kinetics: str, published: str) -> Any:
-    """Returns a recipe: `train` is the schedule, `kinetics` the recipe whose weights it needs."""
+    """Returns the recipe of `variant` with schedule `train` and weights of recipe `kinetics`."""
     c = config.base()
     c.published = published
     c.init.needed = f"weights of configs/kinetics.py:{kinetics}"
@@ -108,8 +111,8 @@ def recipe(variant: str, train: Callable[[Any], None], kinetics: str, published:
     return c
 
 
-# What can be trained, the recipe of Kinetics that it starts from, and what was published (top-1 /
-# top-5 of 1 clip x 3 crops).
+# Name: variant, schedule, Kinetics recipe of the initial weights, published top-1 / top-5 with
+# 1 clip x 3 crops.
 RECIPES = {
     "mvit_b_16x4": partial(
         recipe, "mvit_b_16x4", mvit, "mvit_b_16x4", "64.7 / 89.2 (MViT, Table 6)"),
