@@ -153,7 +153,7 @@ def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
 def model_config(config: Config, num_classes: int) -> MViTConfig:
     """Returns the architecture of `config.model`: the variant with the section's changes."""
     fields = {field.name for field in dataclasses.fields(MViTConfig)}
-    values = {k: _plain(v) for k, v in config.model.items() if k in fields and v is not None}
+    values = {k: _as_tuple(v) for k, v in config.model.items() if k in fields and v is not None}
     return variant(config.model.variant, num_classes=num_classes, **values)
 
 
@@ -324,7 +324,7 @@ def _step_config(config: Config, num_classes: int) -> StepConfig:
     values = {**config, **config.data, **config.augment, "ema": config.optim.ema}
     values |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
     names = [field.name for field in dataclasses.fields(StepConfig)]
-    return StepConfig(**{name: _plain(values[name]) for name in names})
+    return StepConfig(**{name: _as_tuple(values[name]) for name in names})
 
 
 def _clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
@@ -339,17 +339,17 @@ def _clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
         interpolation=config.data.interpolation,
         whole=config.eval.whole_image,
         augmentation=Augmentation(
-            crop_area=None if c.crop_area is None else _plain(c.crop_area),
-            jitter=None if c.jitter is None else _plain(c.jitter),
+            crop_area=None if c.crop_area is None else _as_tuple(c.crop_area),
+            jitter=None if c.jitter is None else _as_tuple(c.jitter),
             short_side=c.short_side,
             randaugment=policy,
-            fill=_fill(config, model),
+            fill=_fill_colour(config, model),
             interpolation=config.data.interpolation,
         ),
     )
 
 
-def _fill(config: Config, model: MViTConfig) -> tuple[int, int, int]:
+def _fill_colour(config: Config, model: MViTConfig) -> tuple[int, int, int]:
     """Returns RandAugment's fill colour: grey for videos; for images the mean, as in timm."""
     if model.frames > 1:
         return (128, 128, 128)
@@ -357,5 +357,5 @@ def _fill(config: Config, model: MViTConfig) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _plain(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value

@@ -45,7 +45,7 @@ def erase(clip: Clips, key: Array, rate: float, mode: str) -> Clips:
         return clip
     draw_chosen, draw_box, draw_noise = jax.random.split(key, 3)
     chosen = jax.random.bernoulli(draw_chosen, rate, (clip.shape[0], 1, 1))
-    box = chosen & _erased(draw_box, clip.shape[0], clip.shape[2], clip.shape[3])
+    box = chosen & _erase_boxes(draw_box, clip.shape[0], clip.shape[2], clip.shape[3])
     filling = jnp.zeros((), clip.dtype)
     if mode == "pixel":
         # Drawn in float32, because bfloat16 noise has few distinct values.
@@ -53,7 +53,7 @@ def erase(clip: Clips, key: Array, rate: float, mode: str) -> Clips:
     return jnp.where(box[:, None, :, :, None], filling, clip)
 
 
-def _erased(key: Array, clips: int, height: int, width: int) -> Array:
+def _erase_boxes(key: Array, clips: int, height: int, width: int) -> Array:
     """Draws a box per clip as a mask [clips, height, width]; empty if none of ten draws fits."""
     draw_area, draw_aspect, draw_corner = jax.random.split(key, 3)
     shape = (clips, 10)
@@ -118,7 +118,7 @@ def mix(
         )
         mixup_weight = jax.random.beta(draw_mixup, mixup, mixup) if mixup > 0 else 1.0
         box_weight = jax.random.beta(draw_cutmix, cutmix, cutmix) if cutmix > 0 else 1.0
-        box, cutmix_weight = _box(draw_box, box_weight, clip.shape[2], clip.shape[3])
+        box, cutmix_weight = _cutmix_box(draw_box, box_weight, clip.shape[2], clip.shape[3])
         cut = jax.random.bernoulli(draw_method, cutmix_prob)
         # The first clip's share of each pixel; the box is the same in all frames.
         share = jnp.where(cut, 1.0 - box, mixup_weight).astype(clip.dtype)[None, None, :, :, None]
@@ -133,7 +133,7 @@ def mix(
     return mixed[0].reshape(clip.shape), mixed[1].reshape(targets.shape)
 
 
-def _box(key: Array, weight, height: int, width: int):
+def _cutmix_box(key: Array, weight, height: int, width: int):
     """Draws cutmix's box, which covers 1 - `weight` of a frame before it is clipped to the frame.
 
     Returns:

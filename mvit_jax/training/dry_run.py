@@ -34,8 +34,8 @@ def describe(config: Config, devices: int) -> str:
         `data.train_videos`.
     """
     check(config)
-    lists = {name: _read(config, name) for name in ("train", "val", "test")}
-    videos, model = _size(config, lists["train"])
+    lists = {name: _open_list(config, name) for name in ("train", "val", "test")}
+    videos, model = _videos_and_model(config, lists["train"])
     handle = build.settings(config, model.num_classes).model  # also checks the clip settings
     custom.check(handle)
     params = jax.eval_shape(handle.init, jax.random.key(0))
@@ -66,19 +66,19 @@ def data_and_model(config: Config) -> tuple[int, MViTConfig]:
     Raises:
       UserError: there is neither a training list nor `data.train_videos`.
     """
-    return _size(config, _read(config, "train"))
+    return _videos_and_model(config, _open_list(config, "train"))
 
 
-def _size(config: Config, train: Source | str) -> tuple[int, MViTConfig]:
+def _videos_and_model(config: Config, train: Source | str) -> tuple[int, MViTConfig]:
     videos = config.data.train_videos if isinstance(train, str) else len(train)
     if videos is None:
         raise UserError(
             f"the number of training videos is unknown ({train}): give --config.data.train_videos=N"
         )
-    return videos, _model(config, train)
+    return videos, _model_config(config, train)
 
 
-def _read(config: Config, which: str) -> Source | str:
+def _open_list(config: Config, which: str) -> Source | str:
     """Opens a list of videos, or returns the reason why it cannot be opened."""
     if config.data.folder is None:
         return "give --config.data.folder=DIR"
@@ -90,7 +90,7 @@ def _read(config: Config, which: str) -> Source | str:
         return str(error)
 
 
-def _model(config: Config, train: Source | str) -> MViTConfig:
+def _model_config(config: Config, train: Source | str) -> MViTConfig:
     classes = config.data.classes if isinstance(train, str) else len(train.class_names)
     if classes is not None:
         return build.model_config(config, classes)

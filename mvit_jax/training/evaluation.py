@@ -69,7 +69,7 @@ class Scores:
     @property
     def hit(self) -> Bool[np.ndarray, " videos"]:
         """True for videos whose most probable class is one of their labels."""
-        return self._truth()[np.arange(len(self.labels)), self.predicted]
+        return self._label_mask()[np.arange(len(self.labels)), self.predicted]
 
     @property
     def first_label(self) -> Integer[np.ndarray, " videos"]:
@@ -100,7 +100,7 @@ class Scores:
                 f"none of the {len(self.tested)} videos can be decoded; the first: "
                 f"{self.failures[0]}"
             )
-        scores, truth = self.probabilities[self.tested], self._truth()[self.tested]
+        scores, truth = self.probabilities[self.tested], self._label_mask()[self.tested]
         # Stable sorting gives the same result on every platform for equal scores.
         order = np.argsort(-scores, axis=1, kind="stable")
         hits = np.take_along_axis(truth, order, axis=1)
@@ -127,7 +127,7 @@ class Scores:
             metrics["map"] = float(np.mean([a for a in per_class if a is not None] or [np.nan]))
         return metrics | {"per_class": per_class, "confusion": confusion.tolist()}
 
-    def _truth(self) -> Bool[np.ndarray, "videos classes"]:
+    def _label_mask(self) -> Bool[np.ndarray, "videos classes"]:
         if self.labels.ndim == 2:
             return self.labels.astype(bool)
         return self.labels[:, None] == np.arange(self.probabilities.shape[1])
@@ -177,8 +177,8 @@ def evaluate(
         shuffle_seed=shuffle_seed, loader=loader,
     ):  # fmt: skip
         on_devices = to_devices(loaded, mesh)
-        probabilities = _everywhere(predict(params, on_devices["clip"]))
-        index, valid, label = (_everywhere(on_devices[k]) for k in ("video", "valid", "label"))
+        probabilities = _gather(predict(params, on_devices["clip"]))
+        index, valid, label = (_gather(on_devices[k]) for k in ("video", "valid", "label"))
         real = index >= 0  # the last batch is padded
         if len(labels) == 0:
             labels = np.zeros((count, *label.shape[1:]), label.dtype)
@@ -257,7 +257,7 @@ def predictor(
     )
 
 
-def _everywhere(x: jax.Array) -> np.ndarray:
+def _gather(x: jax.Array) -> np.ndarray:
     """Gathers an array that is sharded over processes."""
     if x.is_fully_addressable:
         return np.asarray(x)

@@ -87,9 +87,9 @@ def train(
     done, log, steps = start, upkeep.log, upkeep.intervals.steps
     broken: set[int] = set()
     while done < steps:
-        batch = _next(batches, stop, partial(upkeep.save_at_once, state, done))
+        batch = _next_batch(batches, stop, partial(upkeep.save_at_once, state, done))
         if batch is None:
-            return _stopped(log, done, steps, stop.signal)
+            return _log_stop(log, done, steps, stop.signal)
         report_broken(log, videos, batch["broken"], broken, clip_frames)
         with log.spans.measure("step" if done > start else "compile"), profile.step(done + 1):
             rate = np.float32(learning_rate(done))
@@ -104,7 +104,7 @@ def train(
             upkeep.save_at_once(state, done)
             raise
         if signal and done < steps:
-            return _stopped(log, done, steps, signal)
+            return _log_stop(log, done, steps, signal)
     upkeep.finish()
     if broken:
         log.say(
@@ -186,7 +186,9 @@ class Upkeep:
             self.checkpoints.wait()
 
 
-def _next(batches: Iterator[Batch], stop: StopRequest, save: Callable[[], None]) -> Batch | None:
+def _next_batch(
+    batches: Iterator[Batch], stop: StopRequest, save: Callable[[], None]
+) -> Batch | None:
     """Returns the next batch, or None if a signal has ended the loader's worker processes.
 
     Calls `save` before it returns None or raises.
@@ -204,7 +206,7 @@ def _next(batches: Iterator[Batch], stop: StopRequest, save: Callable[[], None])
         raise
 
 
-def _stopped(log: Logbook, done: int, steps: int, signal: int) -> int:
+def _log_stop(log: Logbook, done: int, steps: int, signal: int) -> int:
     log.say(f"stopped at step {done} of {steps}; the same command resumes the run")
     return 128 + signal
 

@@ -101,13 +101,13 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW with decoupled weight decay; `clip_norm` 0 turns gradient clipping off."""
     return optax.chain(
-        *_clipped(clip_norm),
+        *_clip_by_global_norm(clip_norm),
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
             optax.add_decayed_weights(weight_decay, mask=decayed),
-            _by_rate(),
+            _scale_by_learning_rate(),
         ),
-        *_by_layer(layer_decay),
+        *_scale_by_layer(layer_decay),
     )
 
 
@@ -120,14 +120,14 @@ def sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns SGD with Nesterov momentum, no dampening, and L2 weight decay in the gradient."""
     return optax.chain(
-        *_clipped(clip_norm),
+        *_clip_by_global_norm(clip_norm),
         optax.add_decayed_weights(weight_decay, mask=decayed),
-        optax.chain(optax.trace(momentum, nesterov=True), _by_rate()),
-        *_by_layer(layer_decay),
+        optax.chain(optax.trace(momentum, nesterov=True), _scale_by_learning_rate()),
+        *_scale_by_layer(layer_decay),
     )
 
 
-def _by_rate() -> optax.GradientTransformationExtraArgs:
+def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
     """Scales by minus the learning rate, the extra argument `learning_rate` of `update`.
 
     The state is `optax.ScaleByScheduleState`, for compatibility with older checkpoints.
@@ -144,7 +144,7 @@ def _by_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _clipped(clip_norm: float) -> list[optax.GradientTransformation]:
+def _clip_by_global_norm(clip_norm: float) -> list[optax.GradientTransformation]:
     """Returns PyTorch's gradient clipping; optax's clip_by_global_norm has no epsilon."""
 
     def clip(gradients, params):
@@ -154,7 +154,7 @@ def _clipped(clip_norm: float) -> list[optax.GradientTransformation]:
     return [optax.stateless(clip)] if clip_norm > 0 else []
 
 
-def _by_layer(layer_decay: float) -> list[optax.GradientTransformation]:
+def _scale_by_layer(layer_decay: float) -> list[optax.GradientTransformation]:
     """Returns layer decay, the last transformation, so that it scales the weight decay too."""
 
     def scale(updates, params):

@@ -80,7 +80,7 @@ def train_step(
                 return jnp.mean(binary_cross_entropy(logits, targets)), correct
             return jnp.mean(cross_entropy(logits, targets)), jnp.sum(best == labels)
 
-    (value, correct), grads = _accumulated(
+    (value, correct), grads = _accumulate_gradients(
         jax.value_and_grad(loss, has_aux=True),
         recipe.accumulate,
         state.params,
@@ -97,7 +97,7 @@ def train_step(
             ema = optax.incremental_update(params, ema, 1 - recipe.ema)
         after = State(state.step + 1, params, opt_state, ema)
         norm = optax.tree.norm(grads)
-        state = _where(jnp.isfinite(value) & jnp.isfinite(norm), after, state)
+        state = _select_finite(jnp.isfinite(value) & jnp.isfinite(norm), after, state)
     clips = jnp.asarray(batch["label"].shape[0])
     metrics = {
         "loss": (value * clips, clips),
@@ -166,7 +166,7 @@ def augmented(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[
     )
 
 
-def _where(finite: Array, after: State, before: State) -> State:
+def _select_finite(finite: Array, after: State, before: State) -> State:
     """Selects the updated state if the update is `finite`, else the previous state.
 
     Integer leaves always advance: the step, and the optimiser's step counts, which follow it.
@@ -178,7 +178,7 @@ def _where(finite: Array, after: State, before: State) -> State:
     return jax.tree.map(select, after, before)
 
 
-def _accumulated(value_and_grad, parts: int, params, batch: tuple, key: Array):
+def _accumulate_gradients(value_and_grad, parts: int, params, batch: tuple, key: Array):
     """Returns mean loss and gradients over `parts` micro-batches (gradient accumulation).
 
     Micro-batch p has rows p, p + parts, ..., so that no row moves to another device.

@@ -128,7 +128,7 @@ def test_erasing_does_not_depend_on_the_devices_that_hold_the_batch():
 
 
 def test_another_mode_of_erasing_is_refused():
-    with pytest.raises(UserError, match="not by 'rand'"):
+    with pytest.raises(UserError, match="not 'rand'"):
         device_augment.erase(jnp.ones((1, 1, 8, 8, 3)), jax.random.key(0), 0.0, "rand")
 
 

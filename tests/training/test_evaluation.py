@@ -78,7 +78,7 @@ def test_broken_videos_are_left_out_up_to_a_share():
     assert scores.metrics()["videos"] == 8
     assert scores.failures == ["2.mp4: it is made so", "5.mp4: it is made so"]
     with pytest.raises(
-        UserError, match=r"2 of the 10 videos of memory\.csv .*max_broken=0\.1 .*2\.mp4"
+        UserError, match=r"2 of the 10 videos of memory\.csv .*max_broken=0\.1: .*2\.mp4"
     ):
         evaluate(Memory(10, broken=(2, 5)), clips=(2,), max_broken=0.1)
 
