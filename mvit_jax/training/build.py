@@ -1,6 +1,6 @@
 """Builds model, data, optimiser and the jitted step from a config.
 
-The returned objects read no key of the config; no lower module does.
+The returned objects read no key of the config, nor do `loop`, `step` and `evaluation`.
 """
 
 import dataclasses

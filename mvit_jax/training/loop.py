@@ -191,7 +191,7 @@ def _next_batch(
 ) -> Batch | None:
     """Returns the next batch, or None if a signal has ended the loader's worker processes.
 
-    Calls `save` before it returns None or raises.
+    Calls `save` before it returns None and, in a run of one process, before it raises `UserError`.
     """
     try:
         return next(batches)
