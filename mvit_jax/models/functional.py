@@ -1,8 +1,8 @@
-"""The pure form of a model: `model = functional(config)`, `model.init(key)`, `model.apply(...)`.
+"""The functional API: `model = functional(config)`, `model.init(key)`, `model.apply(...)`.
 
-Parameters are a nested dict with string keys, `params["blocks"]["3"]["attn"]`. The handle holds
-the architecture, custom modules, dtype and form of the operations. It is hashable, so it may be a
-static argument of `jax.jit`; equal handles share what is compiled.
+Parameters are a nested dict with string keys, `params["blocks"]["3"]["attn"]`. A `Functional` holds
+the architecture, custom modules, dtype and implementation of the operations. It is hashable and may
+be a static argument of `jax.jit`; equal instances share compiled programs.
 """
 
 import dataclasses
@@ -34,11 +34,12 @@ class Functional:
 
     Attributes:
       config: the architecture.
-      block: a class like `Block`, or None for it.
-      attention: a class like `PooledAttention`, or None for it.
-      pooling: a class like `ConvPool`, or None for those that the config names.
-      dtype: of all that is computed; parameters are float32.
-      ops: "auto", each platform's own forms of the operations, or "reference", their definitions.
+      block: a class with the signatures of `Block`, or None for `Block`.
+      attention: a class with the signatures of `PooledAttention`, or None for `PooledAttention`.
+      pooling: a class with the signatures of `ConvPool`, or None for the config's `pool_mode`.
+      dtype: of the computation; parameters are float32.
+      ops: "auto" for each platform's fastest implementations of the operations, or "reference" for
+        their reference implementations.
     """
 
     config: MViTConfig
@@ -50,13 +51,13 @@ class Functional:
 
     @property
     def is_custom(self) -> bool:
-        """True with a block, attention or pooling of one's own."""
+        """True with custom modules."""
         return (self.block, self.attention, self.pooling) != (None, None, None)
 
     def init(self, key: Array) -> Params:
-        """Returns fresh float32 parameters, drawn from `key`."""
-        # Without weak types (`jnp.full(shape, 0.1)` has one), which an update would take away: the
-        # training step would be compiled twice.
+        """Returns float32 parameters, initialised from `key`."""
+        # An optimizer's update removes weak types (`jnp.full(shape, 0.1)` has one), which would
+        # compile the training step twice.
         strong = lambda x: lax.convert_element_type(x, x.dtype)  # noqa: E731
         return jax.tree.map(strong, params_of(self._build(_Keys(key))))
 
@@ -72,17 +73,18 @@ class Functional:
     ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
         """Returns logits and features of normalised clips, see `MViT.forward`.
 
-        With a `key` the model is in training: drop path and dropout draw from it, block i from
-        `fold_in(key, i)`. Without one it is in inference.
+        A `key` selects training mode, with drop path and dropout: block i draws from
+        `fold_in(key, i)`. Without a key the model is in inference mode.
 
         Raises:
-          UserError: parameters of another architecture, or clips that the model does not take.
+          UserError: the parameters are of another architecture, or the clips have an unsupported
+            shape or dtype.
         """
         model = self.module(params)
         return model.forward(clip, key=key, capture=capture, scan=scan, remat=remat)
 
     def module(self, params: Params) -> MViT:
-        """Returns the module with these parameters, which it shares.
+        """Returns a module that shares the arrays of `params`.
 
         Raises:
           UserError: the parameters are of another architecture.
@@ -91,27 +93,28 @@ class Functional:
         difference = first_difference(nnx.to_pure_dict(abstract), params)
         if difference:
             raise UserError(f"these parameters are of another architecture: {difference}")
-        state = jax.tree.map(lambda x: x, abstract)  # a copy: replacing is in place
+        state = jax.tree.map(lambda x: x, abstract)  # a copy, since the next line mutates it
         nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params))
         return nnx.merge(graph, state)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every parameter by its path, "blocks/3/attn/qkv/kernel"."""
+        """Returns the shape of every parameter by its path, as "blocks/3/attn/qkv/kernel"."""
         _, abstract = _structure(self)
         leaves = _by_path(nnx.to_pure_dict(abstract))
         return {path: tuple(leaves[path].shape) for path in sorted(leaves)}
 
     def cost(self) -> cost.Cost:
-        """Returns parameters, and multiply-adds for one clip of the nominal size.
+        """Returns the parameters, and the multiply-adds of one clip of the configured size.
 
-        By formula, or with custom modules counted: parameters of the real ones, multiply-adds of
-        every product in the traced program (see `cost.products`).
+        Built-in modules are counted by formula. Custom modules are initialised and traced: every
+        product in the traced program counts (see `cost.products`).
         """
         if not self.is_custom:
             return cost.cost(self.config)
         c = self.config
         clip = jax.ShapeDtypeStruct((1, c.frames, c.size, c.size, 3), jnp.float32)
-        model = dataclasses.replace(self, ops="reference")  # of platforms' forms, not all run
+        # "auto" would trace the implementations of all platforms and count them all.
+        model = dataclasses.replace(self, ops="reference")
         params = jax.eval_shape(model.init, jax.random.key(0))
         program = jax.make_jaxpr(lambda params, clip: model.apply(params, clip)[0])(params, clip)
         return cost.Cost(sum(x.size for x in jax.tree.leaves(params)), cost.products(program))
@@ -130,12 +133,12 @@ def functional(
     dtype: Any = jnp.float32,
     ops: str = "auto",
 ) -> Functional:
-    """Returns the one handle of a model: architecture, custom modules, dtype and operations.
+    """Returns a model without its parameters: architecture, custom modules, dtype and operations.
 
-    `model = functional(config, attention=Mine)`, then `model.init(key)` makes parameters, a nested
-    dict, and `model.apply(params, clips)` gives logits and features. See `Functional` for the
-    arguments and `docs/variants.md` for classes of your own. With `ops="reference"` every operation
-    is computed by its definition, and `jax.jvp` and `jax.hessian` work.
+    With `model = functional(config, attention=Mine)`, `model.init(key)` returns parameters, a
+    nested dict, and `model.apply(params, clips)` returns logits and features. See `Functional` for
+    the arguments and `docs/variants.md` for custom modules. `ops="reference"` selects the reference
+    implementations, which `jax.jvp` and `jax.hessian` can differentiate.
     """
     return Functional(config, block, attention, pooling, jnp.dtype(dtype), ops)
 
@@ -151,10 +154,13 @@ def create_model(
     ops: str = "auto",
     **overrides: Any,
 ) -> MViT:
-    """Returns a published variant as a module with fresh weights, in inference mode.
+    """Returns a published variant as a module with random parameters, in inference mode.
 
-    `create_model("mvit_b_16x4", num_classes=10, rngs=nnx.Rngs(0))`; any field of `MViTConfig` can
-    be overridden, and modules replaced (see `MViT`).
+    Example: `create_model("mvit_b_16x4", num_classes=10, rngs=nnx.Rngs(0))`. `overrides` are fields
+    of `MViTConfig`; for custom modules see `MViT`.
+
+    Raises:
+      UserError: there is no such variant, or no such field.
     """
     config = variant(name, **overrides)
     model = functional(
@@ -164,33 +170,36 @@ def create_model(
 
 
 def params_of(module: nnx.Module) -> Params:
-    """Returns a module's parameters as a nested dict with string keys, sharing its arrays."""
+    """Returns a module's parameters as a nested dict with string keys; arrays are shared."""
     return _with_string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
 
 def first_difference(model: Any, other: Any) -> str | None:
-    """Names the first tensor in which two trees of arrays or shapes differ; None if none does."""
-    ours, theirs = (
+    """Returns a message on the first tensor whose shape differs between two trees, or None.
+
+    Leaves are arrays or abstract arrays; `model` is "this model" in the message.
+    """
+    shapes, other_shapes = (
         {path: list(leaf.shape) for path, leaf in _by_path(tree).items()} for tree in (model, other)
     )
-    for name in sorted({*ours, *theirs}):
-        mine, there = ours.get(name, "missing"), theirs.get(name, "missing")
-        if mine != there:
-            return f"{name} is {there} there and {mine} in this model"
+    for name in sorted({*shapes, *other_shapes}):
+        shape, other_shape = shapes.get(name, "missing"), other_shapes.get(name, "missing")
+        if shape != other_shape:
+            return f"{name} is {other_shape} there and {shape} in this model"
     return None
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    # Not flax's `flatten_dict`: a checkpoint's metadata is no dict, and its keys may be numbers.
+    # flax's `flatten_dict` requires dicts; a checkpoint's metadata is none, and has integer keys.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 class _Keys(nnx.Rngs):
-    """The keys of `nnx.Rngs(params=key)`, the same ones, counted in Python.
+    """A source of the same keys as `nnx.Rngs(params=key)`, with a Python counter.
 
-    The counter of `nnx.Rngs` is an array: under a trace each draw takes longer than the one before,
-    two minutes in all for the shapes of MViTv2-H (flax 0.12.8).
+    The counter of `nnx.Rngs` is an array. While tracing, each draw takes longer than the last: two
+    minutes in all for the shapes of MViTv2-H (flax 0.12.8).
     """
 
     def __init__(self, key: Array) -> None:

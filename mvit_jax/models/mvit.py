@@ -1,8 +1,8 @@
-"""MViT: the modules that people read and replace.
+"""The model as flax NNX modules.
 
-Top to bottom, as a clip goes: `MViT` -> `CubeEmbedding` -> `Positions` -> `Block`s (each a
-`PooledAttention` and an `Mlp`) -> norm -> `ClassificationHead`. Strides and widths come from each
-block's `BlockPlan`; nothing here decides on them. `functional.py` has the pure form.
+In the order of the forward pass: `MViT` -> `CubeEmbedding` -> `Positions` -> `Block`s (each a
+`PooledAttention` and an `Mlp`) -> norm -> `ClassificationHead`. Each block reads its strides and
+widths from its `BlockPlan`. `functional.py` has the model as pure functions of its parameters.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from mvit_jax.models import run_blocks
 from mvit_jax.models.layers import (
     ClassificationHead,
     LayerNorm,
+    apply_drop_path,
     conv_init,
-    draw_clips,
-    drop_clips,
-    fold,
+    drop_path_masks,
+    fold_keys,
     linear,
 )
 from mvit_jax.models.ops import dispatch
@@ -35,7 +35,7 @@ from mvit_jax.models.ops.attention import (
     Record,
     Tokens,
     attend,
-    keep,
+    mark_saved,
     relative_features,
     split_heads,
 )
@@ -49,10 +49,10 @@ from mvit_jax.models.positions import Positions, RelativePositions
 class MViT(nnx.Module):
     """A Multiscale Vision Transformer.
 
-    `block`, `attention` and `pooling` are the places for your own: classes (or any callables) with
-    the signatures of `Block`, `PooledAttention` and `ConvPool`; `None` stands for the built-in
-    ones. Parameters are float32; the model computes in `dtype`. With `ops="reference"` every
-    operation is computed by its definition, which forward-mode differentiation needs.
+    `block`, `attention` and `pooling` take custom modules: classes, or other callables, with the
+    signatures of `Block`, `PooledAttention` and `ConvPool`. `None` selects the built-in modules.
+    Parameters are float32; the model computes in `dtype`. `ops="reference"` selects the reference
+    implementation of every operation, which forward-mode differentiation needs.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class MViT(nnx.Module):
     def __call__(self, clip: Shaped[Array, "..."]) -> Float[Array, "batch num_classes"]:
         """Returns logits of normalised clips `[batch, T, H, W, 3]` or images `[batch, H, W, 3]`.
 
-        T, H and W may be any that leave a token; positions are interpolated.
+        T, H and W need not be the configured ones: positional embeddings are interpolated. Every
+        block must be left with at least one token (see `smallest_clip`).
         """
         return self.forward(clip)[0]
 
@@ -99,20 +100,29 @@ class MViT(nnx.Module):
         scan: bool = False,
         remat: str = "none",
     ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
-        """Returns logits and features; with a `key`, drop path and dropout are on, as in training.
+        """Returns logits and features.
 
-        Features: "stages", a list of the grids `[batch, T, H, W, channels]` after each stage, and
-        "tokens", the normalised tokens that the head reads. With `capture`, lists with an entry for
-        each block besides: "attention", the probabilities `[batch, heads, queries, keys]`, float32;
-        "queries", "keys" and "values", `[batch, tokens, heads, channels of a head]`, as they meet:
-        pooled and normalised, class token first where there is one, and not yet scaled. What is not
-        used is not computed under `jit`, so take only what you need out of the jitted function.
+        Args:
+          clip: normalised clips `[batch, T, H, W, 3]` or images `[batch, H, W, 3]`.
+          key: a PRNG key that turns drop path and dropout on, as in training.
+          capture: captures each block's intermediates; turns `scan` off.
+          scan: runs identical blocks as one loop, which compiles faster. Results stay the same.
+          remat: the rematerialisation policy, one of `run_blocks.REMAT`: trades arithmetic for
+            memory in training. Results stay the same.
 
-        `scan` makes equal blocks one loop, which compiles faster, and `remat` ("none", "cheap",
-        "first_stage", "blocks") trades arithmetic for memory in training, see
-        `models/run_blocks.py`; neither changes results. With `capture`, no block is looped over.
+        Returns:
+          The logits and a dict of features. "stages" is a list of the grids
+          `[batch, T, H, W, channels]` after each stage. "tokens" are the normalised tokens that
+          the head reads.
+
+          With `capture`, the dict also has lists with an entry per block. "attention" holds the
+          probabilities `[batch, heads, queries, keys]`, float32. "queries", "keys" and "values",
+          `[batch, tokens, heads, head dim]`, are pooled and normalised, but not scaled. A class
+          token comes first.
+
+          Under `jit`, features that the jitted function does not return are not computed.
         """
-        keys = fold(key, len(self.blocks) + 1)
+        keys = fold_keys(key, len(self.blocks) + 1)
         with self.operations():
             x, grid = self.embed(clip)
             x, after, records = run_blocks.run(
@@ -125,11 +135,11 @@ class MViT(nnx.Module):
         return logits, {"stages": after, "tokens": tokens} | captured
 
     def operations(self) -> contextlib.AbstractContextManager[None]:
-        """Returns the context that parts of the model, called one by one, are to be called in."""
+        """Returns the context for calling parts of the model, such as `embed`, directly."""
         return dispatch.operations(self.ops)
 
     def embed(self, clip: Shaped[Array, "..."]) -> tuple[Tokens, Triple]:
-        """Returns the tokens, with positions, that the first block takes, and their grid."""
+        """Returns the first block's input tokens, positional embeddings added, and their grid."""
         embedded = self.patch_embed(_as_video(clip, self.config))
         t, h, w = embedded.shape[1:4]
         x = self.positions(embedded)
@@ -140,19 +150,19 @@ class MViT(nnx.Module):
     def classify(
         self, x: Tokens, key: Array | None = None
     ) -> tuple[Float[Array, "batch num_classes"], Tokens]:
-        """Returns logits from the last block's tokens, and these tokens normalised."""
+        """Returns the logits of the last block's tokens, and the normalised tokens."""
         tokens = self.norm(x)
         return self.head(self._pooled(x, tokens), key), tokens
 
     def _pooled(self, x: Tokens, tokens: Tokens) -> Float[Array, "batch channels"]:
-        """Returns the class token, or the mean of all tokens where there is none."""
+        """Returns the vector that the head classifies: the class token or a mean of tokens."""
         if self.config.mean_pooling:
             return self.norm(x[:, int(self.config.class_token) :].mean(1))
         return tokens[:, 0] if self.config.class_token else tokens.mean(1)
 
 
 class CubeEmbedding(nnx.Module):
-    """A strided convolution turns cubes of pixels into tokens, overlapping in all but the ViT."""
+    """The patch embedding: a strided convolution of cubes, which overlap except in the ViT."""
 
     def __init__(self, config: MViTConfig, *, dtype, rngs: nnx.Rngs) -> None:
         self.stride, self.padding = config.patch_stride, config.patch_padding
@@ -182,9 +192,9 @@ class CubeEmbedding(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block whose attention, and with it the skip, may shrink the grid.
+    """A pre-norm transformer block; its attention and its skip connection may pool the grid.
 
-    A block of your own is made by `block(plan, drop_path, attention=, pooling=, dtype=, rngs=)`.
+    A custom block is built by `block(plan, drop_path, attention=, pooling=, dtype=, rngs=)`.
     """
 
     def __init__(
@@ -210,22 +220,25 @@ class Block(nnx.Module):
     ) -> Tokens:
         """Maps tokens on `grid` to tokens on `plan.output(grid)`; a `key` turns drop path on.
 
-        A `record` is passed on to the attention, which may be one that takes none.
+        The attention gets `record` only if not None: custom attentions may lack the argument.
         """
-        kept = draw_clips(key, self.drop_path, x.shape[0])
+        masks = drop_path_masks(key, self.drop_path, x.shape[0])
         y = self.norm1(x)
         attended = self.attn(y, grid) if record is None else self.attn(y, grid, record=record)
         skip = self._skip(x, y, self.plan.attention_width)
         if self.plan.skip_pool is not None:
             skip = MaxPool(self.plan.skip_pool)(skip, grid)
-        x = keep(skip + drop_clips(attended, self.drop_path, kept[0]))
+        x = mark_saved(skip + apply_drop_path(attended, self.drop_path, masks[0]))
         y = self.norm2(x)
-        mlp = drop_clips(self.mlp(y), self.drop_path, kept[1])
+        mlp = apply_drop_path(self.mlp(y), self.drop_path, masks[1])
         return self._skip(x, y, self.plan.width_out) + mlp
 
     def _skip(self, x: Tokens, normalised: Tokens, width: int) -> Tokens:
-        """Returns the skip at `width`; a change is a linear layer of the *normalised* tensor, 2.6
-        points better than one of the tensor itself (MViT, Table A.1)."""
+        """Returns the skip connection with `width` channels.
+
+        A change of width projects the *normalised* tensor by default: 2.6 points of top-1 more
+        than a projection of the tensor itself (MViT, Table A.1).
+        """
         if x.shape[-1] == width:
             return x
         if self.plan.skip == "none":
@@ -234,11 +247,11 @@ class Block(nnx.Module):
 
 
 class PooledAttention(nnx.Module):
-    """Q, K and V are projected, pooled on the grid, normalised, and attend (MViT, section 3.1).
+    """Pooled attention: Q, K and V are projected, pooled and normalised (MViT, section 3.1).
 
-    With `plan.pool_first` the input is pooled, each time anew, and then projected. An attention of
-    your own is made by `attention(plan, pooling=, dtype=, rngs=)`; `pooling` is a class as in
-    `models/pooling.py`, or `None` for the one that the plan names.
+    With `plan.pool_first` the input is pooled first, separately for Q, K and V, then projected. A
+    custom attention is built by `attention(plan, pooling=, dtype=, rngs=)`. `pooling` is a class
+    like those in `models/pooling.py`; `None` selects the one that the plan names.
     """
 
     def __init__(
@@ -265,11 +278,11 @@ class PooledAttention(nnx.Module):
     def __call__(self, x: Tokens, grid: Triple, record: Record | None = None) -> Tokens:
         """Maps tokens on `grid` to tokens on the grid of the pooled queries, `plan.output(grid)`.
 
-        A `record` gets what `MViT.forward` captures.
+        `record` is filled with the block's captured intermediates (see `MViT.forward`).
         """
         plan = self.plan
         query_grid, key_grid = plan.output(grid), plan.keys(grid)
-        q, k, v = (keep(x),) * 3 if plan.pool_first else self._project(x)
+        q, k, v = (mark_saved(x),) * 3 if plan.pool_first else self._project(x)
         q = pooled(self.pool_q, plan.q_pool, q, grid)
         k, v = pooled_pair(self.pool_k, self.pool_v, plan.kv_pool, k, v, grid)
         if plan.pool_first:
@@ -284,7 +297,7 @@ class PooledAttention(nnx.Module):
         y = self.attend(
             q, k, v, query_grid=query_grid, key_grid=key_grid, relative=relative, record=record
         )
-        y = keep(y)
+        y = mark_saved(y)
         if plan.residual_pool != "none":
             y = y + self._residual(q, query_grid)
         return self.proj(y)
@@ -300,33 +313,35 @@ class PooledAttention(nnx.Module):
         relative: "tuple[QueryFeatures, KeyFeatures] | None" = None,
         record: Record | None = None,
     ) -> Tokens:
-        """Lets pooled queries meet pooled keys and values: the place for another attention.
+        """Returns the attention output of pooled queries, keys and values.
+
+        Override this method to replace the attention operation alone.
 
         Args:
-          q: `[batch, queries, attention_width]`, head-major (`split_heads`), not scaled.
+          q: `[batch, queries, attention_width]`, head-major (see `split_heads`), not scaled.
           k: `[batch, keys, attention_width]`.
-          v: likewise.
-          query_grid: (T, H, W) of the queries; a class token stands before them where
-            `q.shape[1]` is one more than T * H * W.
-          key_grid: likewise of keys and values.
-          relative: of `relative_features`, in models that have relative positions.
-          record: where not None, takes `record["attention"]`, the probabilities `[batch, heads,
-            queries, keys]`.
+          v: shaped like `k`.
+          query_grid: (T, H, W) of the queries. If `q.shape[1]` is T * H * W + 1, the first query
+            is the class token.
+          key_grid: (T, H, W) of keys and values.
+          relative: the result of `relative_features`; None without relative positional embeddings.
+          record: if not None, the method sets `record["attention"]` to the probabilities
+            `[batch, heads, queries, keys]`.
         """
         return attend(q, k, v, self.plan.heads, relative, record)
 
     def _project(self, x: Tokens) -> tuple[Tokens, Tokens, Tokens]:
         if self.plan.separate_qkv:
-            return keep(self.q(x)), keep(self.k(x)), keep(self.v(x))
-        # Channels of the fused projection: all of Q, then all of K, then all of V. Its weights are
-        # cut, not its result, which would be copied; K and V stay together, to be pooled so.
+            return mark_saved(self.q(x)), mark_saved(self.k(x)), mark_saved(self.v(x))
+        # The fused projection's channels are all of Q, all of K, all of V. Slicing its weights
+        # avoids a copy of its result. K and V stay in one tensor, since `pooled_pair` pools both.
         width = self.plan.attention_width
         q, kv = (_columns(self.qkv, x, part) for part in (slice(width), slice(width, None)))
-        k, v = jnp.split(keep(kv), 2, axis=-1)
-        return keep(q), k, v
+        k, v = jnp.split(mark_saved(kv), 2, axis=-1)
+        return mark_saved(q), k, v
 
     def _residual(self, q: Tokens, grid: Triple) -> Tokens:
-        """Returns the queries to add, zeros for the class token where it takes no part."""
+        """Returns the queries that residual pooling adds, zero for a class token it excludes."""
         first = q.shape[1] - math.prod(grid)
         if first == 0 or self.plan.residual_pool == "all":
             return q
@@ -334,7 +349,7 @@ class PooledAttention(nnx.Module):
 
 
 def _columns(linear: nnx.Linear, x: Array, columns: slice) -> Array:
-    """Returns some of the channels that a linear layer gives."""
+    """Returns `columns` of a linear layer's output channels."""
     kernel = linear.kernel[...][:, columns].astype(linear.dtype)
     y = x @ kernel
     if linear.bias is None:
@@ -343,27 +358,27 @@ def _columns(linear: nnx.Linear, x: Array, columns: slice) -> Array:
 
 
 class Mlp(nnx.Module):
-    """Linear, exact GELU, linear; MViT's last one of a stage doubles the channels (section 3.2)."""
+    """Linear, exact GELU, linear; in MViT a stage's last MLP doubles the width (section 3.2)."""
 
     def __init__(self, plan: BlockPlan, *, dtype, rngs: nnx.Rngs) -> None:
         self.fc1 = linear(plan.attention_width, plan.mlp_width, dtype, rngs)
         self.fc2 = linear(plan.mlp_width, plan.width_out, dtype, rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
-        return self.fc2(gelu(keep(self.fc1(x))))
+        return self.fc2(gelu(mark_saved(self.fc1(x))))
 
 
 def _as_video(clip: Array, config: MViTConfig) -> Array:
-    given = list(clip.shape)
+    shape = list(clip.shape)
     if clip.ndim == 4 and config.frames == 1:
         clip = rearrange(clip, "batch height width rgb -> batch 1 height width rgb")
     if clip.ndim != 5 or clip.shape[-1] != 3:
-        what = "[batch, H, W, 3] images" if config.frames == 1 else "[batch, T, H, W, 3] clips"
-        raise UserError(f"the model takes {what}; this input has shape {given}")
+        expected = "[batch, H, W, 3] images" if config.frames == 1 else "[batch, T, H, W, 3] clips"
+        raise UserError(f"the model takes {expected}; this input has shape {shape}")
     grids(config, *clip.shape[1:4])
     if not jnp.issubdtype(clip.dtype, jnp.floating):
         raise UserError(
-            f"the model takes normalised floating-point clips; this input has {clip.dtype}: "
-            "divide by 255, then subtract the mean and divide by the deviation"
+            f"the model takes normalised floating-point clips; this input is {clip.dtype}: "
+            "divide by 255, subtract the mean, divide by the standard deviation"
         )
     return clip

@@ -1,12 +1,12 @@
-"""The architecture as data: what each block does, and on which grid of tokens.
+"""The architecture as data: the configuration of each block and the token grid it runs on.
 
-Pure Python, no JAX. What the papers say in prose about stages, channel expansion, pooled queries,
-adaptive key/value strides, skip connections and relative positions is decided here, once:
+Pure Python without JAX. `plan` implements the papers' rules for stages, channel expansion, pooled
+queries, adaptive key/value strides, skip connections and relative positional embeddings:
 
 * MViT, Fan et al. 2021 (arXiv 2104.11227), section 3;
 * MViTv2, Li et al. 2022 (arXiv 2112.01526), section 4 and appendix B.1.
 
-`cost.py` counts parameters and multiply-adds from it, `python -m mvit_jax.describe` prints it.
+`cost.py` counts parameters and multiply-adds of a plan; `python -m mvit_jax.describe` prints them.
 """
 
 import dataclasses
@@ -23,58 +23,59 @@ KernelRule = Literal["stride", "stride + 1", "2 stride + 1"]
 
 @dataclass(frozen=True)
 class MViTConfig:
-    """One architecture. Images are the case `frames=1` with kernels and strides of 1 along time.
+    """An architecture. Image models have `frames=1` and kernels and strides of 1 along time.
 
     Strides and kernels are (time, height, width). Rates are probabilities in [0, 1). `frames` and
-    `size` are what the tables of positions are made for: a model takes clips of other sizes too.
+    `size` set the sizes of the positional embeddings; a model runs on clips of other sizes too.
     """
 
     frames: int = 16  # of a clip
     size: int = 224  # side of the square crop, pixels
     num_classes: int = 400
-    patch_kernel: Triple = (3, 7, 7)  # of the cubes
-    patch_stride: Triple = (2, 4, 4)  # of the cubes
-    patch_padding: Triple = (1, 3, 3)  # of the clip, on either side
-    class_token: bool = True  # else the head reads the mean of the tokens
-    # Absolute positions (MViT, Table 11); "sincos" has no parameters (reference code).
+    patch_kernel: Triple = (3, 7, 7)  # of the patch embedding
+    patch_stride: Triple = (2, 4, 4)  # of the patch embedding
+    patch_padding: Triple = (1, 3, 3)  # zeros on either side of the clip
+    class_token: bool = True  # without one, the head reads the mean of the tokens
+    # Absolute positional embeddings (MViT, Table 11); "sincos" has no parameters (reference code).
     positions: Literal["none", "space", "separate", "joint", "sincos"] = "separate"
-    stem_norm: bool = False  # a norm after the positions
+    stem_norm: bool = False  # layer norm after the positional embeddings
     width: int = 96  # channels of the first stage
     heads: int = 1  # of the first stage
-    growth: int = 2  # factor of channels and heads from stage to stage
+    growth: int = 2  # factor of width and heads from stage to stage
     depths: tuple[int, ...] = (1, 2, 11, 2)  # blocks per stage
-    # Where channels grow: in the last MLP of a stage (MViT), or in the attention of a stage's first
+    # Growth of the width: in the last MLP of a stage (MViT), or in the attention of a stage's first
     # block (MViTv2, appendix B.1).
     expand: Literal["mlp", "attention"] = "mlp"
-    # The skip where channels grow: a linear layer of the normalised tensor, of the tensor itself,
-    # or none at all (MViT, Table A.1).
+    # Skip connection where the width grows: a projection of the normalised tensor, of the tensor
+    # itself, or no skip connection (MViT, Table A.1).
     skip: Literal["normalised", "plain", "none"] = "normalised"
-    mlp_ratio: int = 4  # hidden channels of the MLP, times the width
-    # "conv" shares its weights between heads; "conv_unshared", which needs pool_first, does not.
+    mlp_ratio: int = 4  # hidden channels of the MLP, as a multiple of the width
+    # "conv" shares its weights between heads; "conv_unshared" does not, and requires pool_first.
     pool_mode: Literal["conv", "conv_unshared", "max", "avg"] = "conv"
-    # None is the papers' choice for the mode: 3x3x3 for convolutions, stride + 1 for "max" and
-    # "avg" (MViT, Table 15). The rules in words hold for each axis that has a stride.
+    # None selects the papers' kernel: 3x3x3 for convolutions, stride + 1 for "max" and "avg" (MViT,
+    # Table 15). A rule such as "stride + 1" applies to each axis with a stride above 1.
     pool_kernel: Triple | KernelRule | None = None
-    q_kernels: tuple[Triple, ...] = ()  # of each block, where pool_kernel does not say it
-    kv_kernels: tuple[Triple, ...] = ()  # likewise; with stride 1, (1, 1, 1) is no pool at all
+    q_kernels: tuple[Triple, ...] = ()  # pooling kernels per block, in place of pool_kernel
+    kv_kernels: tuple[Triple, ...] = ()  # likewise; (1, 1, 1) with stride 1 means no pooling
     q_stride: Triple = (1, 2, 2)  # in the first block of stages 2, 3, ...
-    full_q_pool: bool = False  # pool queries in every block, not only by strides (MViTv2, 4.1)
+    full_q_pool: bool = False  # pool queries in every block, also with stride 1 (MViTv2, 4.1)
     kv_stride: Triple = (1, 8, 8)  # in the first stage
     kv_adaptive: bool = True  # each q_stride divides kv_stride (MViT, section 3.2 and Table 14)
-    pool_first: bool = False  # pool, then project
-    pool_norm_eps: float = 1e-6  # of the norms after pools; 1e-5 in PyTorchVideo 0.1
-    separate_qkv: bool = False  # three linear layers; with pool_first always
-    qkv_bias: bool = True  # of the projections to Q, K and V
-    # Decomposed (MViTv2, equation 4): tables for height and width, for time, or for all three.
+    pool_first: bool = False  # pool before the projections to Q, K and V
+    pool_norm_eps: float = 1e-6  # of the norms after pooling; 1e-5 in PyTorchVideo 0.1
+    separate_qkv: bool = False  # three linear layers for Q, K and V; implied by pool_first
+    qkv_bias: bool = True  # biases of the projections to Q, K and V
+    # Decomposed relative positional embeddings (MViTv2, equation 4): of height and width, time, or
+    # both.
     relative_positions: Literal["none", "space", "time", "both"] = "none"
-    # Whose order of float32 operations makes the distances that are then truncated; it matters
-    # where the grids of queries and keys are no multiples of each other.
+    # Library whose order of float32 operations computes the truncated distances; the two differ
+    # only if neither of the query and key grids is a multiple of the other.
     relative_distances: Literal["slowfast", "torchvision"] = "slowfast"
-    # Add the pooled queries to the attention's output (MViTv2, section 4.1): to that of the grid's
-    # tokens, or of all, class token included (timm).
+    # Residual pooling, adding the pooled queries to the attention's output (MViTv2, section 4.1):
+    # on the grid's tokens, or on all tokens, class token included (timm).
     residual_pool: Literal["none", "grid", "all"] = "none"
     mean_pooling: bool = False  # the head reads the norm of the grid's mean (MaskFeat)
-    drop_path: float = 0.2  # of the last block; rises linearly from 0 at the first
+    drop_path: float = 0.2  # rate of the last block; rises linearly from 0 at the first
     dropout: float = 0.5  # before the classifier
 
     def __post_init__(self) -> None:
@@ -83,34 +84,37 @@ class MViTConfig:
 
 @dataclass(frozen=True)
 class Pool:
-    """P(.; kernel, stride, padding) on a token grid (MViT, section 3.1).
+    """The pooling operator P(.; kernel, stride, padding) on a token grid (MViT, section 3.1).
 
-    Padding is kernel // 2, or none where windows lie side by side.
+    Padding is kernel // 2, or 0 with `padded=False`.
     """
 
     mode: str
     kernel: Triple
     stride: Triple
     padded: bool = True
-    heads: int = 1  # that share the weights of a convolution, and of the norm after it
-    norm_eps: float = 1e-6  # of that norm
+    heads: int = 1  # heads that share the weights of a convolution and of its norm
+    norm_eps: float = 1e-6  # of the norm after a convolution
 
     @property
     def padding(self) -> Triple:
         return _triple(k // 2 if self.padded else 0 for k in self.kernel)
 
     def output(self, grid: Triple) -> Triple:
-        """Returns the pooled grid of a grid of any size."""
+        """Returns the grid that pooling `grid` results in."""
         return conv_output(grid, self.kernel, self.stride, self.padding)
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block. Blocks that do the same compare equal. `None` for a pool means none at all."""
+    """The static description of a block; identical blocks compare equal.
+
+    A pool of `None` means no pooling.
+    """
 
     stage: int  # from 0
     width: int  # channels of the block's input
-    attention_width: int  # channels of Q, K, V and of the attention's output
+    attention_width: int  # channels of Q, K, V and the attention's output
     width_out: int  # channels of the block's output
     heads: int
     mlp_width: int
@@ -121,8 +125,8 @@ class BlockPlan:
     pool_first: bool = False
     separate_qkv: bool = False
     qkv_bias: bool = True
-    relative_time: int = 0  # rows of the table of relative positions; 0 for none
-    relative_space: int = 0  # likewise, of each of the two for height and width
+    relative_time: int = 0  # rows of the relative positional embedding along time; 0 for none
+    relative_space: int = 0  # likewise along height and along width
     relative_distances: str = "slowfast"
     residual_pool: str = "none"
 
@@ -132,11 +136,11 @@ class BlockPlan:
 
     @property
     def pooled_width(self) -> int:
-        """Channels of each of the three tensors that are pooled."""
+        """The width of each of the three tensors that are pooled."""
         return self.width if self.pool_first else self.attention_width
 
     def output(self, grid: Triple) -> Triple:
-        """Returns the grid of the block's output, and of its queries, for an input on `grid`."""
+        """Returns the grid of the block's output and of its queries for an input on `grid`."""
         return self.q_pool.output(grid) if self.q_pool else grid
 
     def keys(self, grid: Triple) -> Triple:
@@ -146,27 +150,27 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class BlockGrids:
-    """Token grids (time, height, width) of one block, class token not counted."""
+    """The token grids (time, height, width) of a block, without the class token."""
 
     input: Triple
     keys: Triple
-    output: Triple  # also the grid of the queries
+    output: Triple  # of the output and of the queries
 
 
 def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
-    """The blocks of an architecture, first to last (MViT, Table 2; MViTv2, Table 1)."""
+    """Returns the plans of all blocks, first to last (MViT, Table 2; MViTv2, Table 1)."""
     blocks = []
     kv_stride = config.kv_stride
-    # Tables of relative positions are made for the grid by whole-number division; what a padded
-    # convolution leaves of it may be one longer (39 -> 20, not 19), see `positions.relative`.
+    # The sizes of relative positional embeddings follow from integer division of the grid. A padded
+    # convolution may leave one position more (39 -> 20, not 19); `RelativePositions` interpolates.
     nominal = patch_grid(config, config.frames, config.size, config.size)
     for stage, depth in enumerate(config.depths):
         for i in range(depth):
             first = i == 0 and stage > 0
             q_stride = config.q_stride if first else (1, 1, 1)
             if config.kv_adaptive:
-                # What the queries' pooling shrinks, the keys' need not shrink any more, so that
-                # the number of keys stays about the same through the stages.
+                # The number of keys stays about the same through the stages: a grid that the
+                # queries' stride has shrunk needs a smaller stride for the keys.
                 kv_stride = _triple(
                     max(kv // q, 1) for kv, q in zip(kv_stride, q_stride, strict=True)
                 )
@@ -202,13 +206,20 @@ def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
 
 
 def drop_path_rates(config: MViTConfig) -> tuple[float, ...]:
-    """Stochastic depth per block, linear from 0 to `config.drop_path`; one rate, both branches."""
+    """Returns each block's drop path rate, linear from 0 to `config.drop_path`.
+
+    Both branches of a block have the same rate.
+    """
     depth = sum(config.depths)
     return tuple(config.drop_path * i / max(depth - 1, 1) for i in range(depth))
 
 
 def patch_grid(config: MViTConfig, frames: int, height: int, width: int) -> Triple:
-    """The token grid after the cube embedding of a clip; an axis without a token is an error."""
+    """Returns the token grid of a clip after the patch embedding.
+
+    Raises:
+      UserError: an axis has no token.
+    """
     size = (frames, height, width)
     grid = conv_output(size, config.patch_kernel, config.patch_stride, config.patch_padding)
     if min(grid) < 1:
@@ -217,7 +228,11 @@ def patch_grid(config: MViTConfig, frames: int, height: int, width: int) -> Trip
 
 
 def grids(config: MViTConfig, frames: int, height: int, width: int) -> tuple[BlockGrids, ...]:
-    """The token grids of every block for clips of `frames` x `height` x `width` pixels."""
+    """Returns the token grids of every block for clips of `frames` x `height` x `width` pixels.
+
+    Raises:
+      UserError: a block has no token.
+    """
     rows = _grids(config, (frames, height, width))
     if rows is None:
         raise _too_small(config, (frames, height, width))
@@ -225,7 +240,7 @@ def grids(config: MViTConfig, frames: int, height: int, width: int) -> tuple[Blo
 
 
 def smallest_clip(config: MViTConfig) -> Triple:
-    """The least (frames, height, width) that leaves a token in every block."""
+    """Returns the smallest (frames, height, width) that leaves a token in every block."""
     sides = []
     for axis in range(3):  # no axis depends on another
         start = [4096] * 3
@@ -238,7 +253,7 @@ def smallest_clip(config: MViTConfig) -> Triple:
 
 
 def conv_output(size: Triple, kernel: Triple, stride: Triple, padding: Triple) -> Triple:
-    """Output size of a convolution or pooling, rounded down."""
+    """Returns the output size of a convolution or pooling, rounded down."""
     return _triple(
         (n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)
     )
@@ -264,7 +279,7 @@ def _too_small(config: MViTConfig, size: Triple) -> UserError:
 
 
 def _widths(config: MViTConfig, stage: int, i: int) -> tuple[int, int, int, int]:
-    """Channels in, of the attention, and out; heads: of block `i` of a stage."""
+    """Returns the widths in, of the attention and out, and the heads, of block `i` of a stage."""
     width = config.width * config.growth**stage
     heads = config.heads * config.growth**stage
     if config.expand == "attention":
@@ -276,7 +291,7 @@ def _widths(config: MViTConfig, stage: int, i: int) -> tuple[int, int, int, int]
 def _relative_rows(
     config: MViTConfig, grid: Triple, q_stride: Triple, kv_stride: Triple
 ) -> tuple[int, int]:
-    """Rows of the tables of relative positions for time, and for height or width."""
+    """Returns the rows of the relative positional embeddings: along time, and height or width."""
     kind = config.relative_positions
     side = max(grid[1:])
     longest = max(side // q_stride[1], side // kv_stride[1], 1)
@@ -298,7 +313,7 @@ def _by_rule(rule: str, stride: Triple) -> Triple:
 
 
 def _pool(config: MViTConfig, kernel: Triple, stride: Triple, heads: int) -> Pool | None:
-    """A pool of kernel 1 and stride 1 does not exist: no weights, no norm (reference code)."""
+    """Returns a pool, or None for kernel 1 and stride 1: no weights, no norm (reference code)."""
     if math.prod(kernel) == math.prod(stride) == 1:
         return None
     padded, eps = config.pool_kernel != "stride", config.pool_norm_eps
@@ -307,12 +322,12 @@ def _pool(config: MViTConfig, kernel: Triple, stride: Triple, heads: int) -> Poo
 
 
 def _skip_pool(config: MViTConfig, q_stride: Triple) -> Pool | None:
-    """Skips are max pooled whatever the mode, by windows of stride + 1 (reference code)."""
+    """Returns the skip connection's pool: max in every mode, kernel stride + 1 (reference code)."""
     if math.prod(q_stride) == 1:
         return None
-    side_by_side = config.pool_kernel == "stride"
-    kernel = _by_rule("stride" if side_by_side else "stride + 1", q_stride)
-    return Pool("max", kernel, q_stride, padded=not side_by_side)
+    disjoint = config.pool_kernel == "stride"
+    kernel = _by_rule("stride" if disjoint else "stride + 1", q_stride)
+    return Pool("max", kernel, q_stride, padded=not disjoint)
 
 
 def _triple(values) -> Triple:
@@ -320,7 +335,7 @@ def _triple(values) -> Triple:
     return (t, h, w)
 
 
-# Checks: a wrong value would otherwise end somewhere in the arithmetic.
+# Checks of configured values, which would otherwise fail late, within the shape arithmetic.
 
 
 def _check(config: MViTConfig) -> None:
@@ -330,7 +345,9 @@ def _check(config: MViTConfig) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
     if not config.depths or min(config.depths) < 1:
-        raise UserError(f"depths must be blocks per stage, each at least 1, not {config.depths}")
+        raise UserError(
+            f"depths must be blocks per stage, at least 1 for each stage, not {config.depths}"
+        )
     for name in ("drop_path", "dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), not {getattr(config, name)}")
@@ -339,30 +356,32 @@ def _check(config: MViTConfig) -> None:
     if config.width % config.heads:
         raise UserError(f"width {config.width} is not divisible by {config.heads} heads")
     if config.positions == "sincos" and config.width % 16:
-        raise UserError(f"sin-cos positions need a width divisible by 16, not {config.width}")
+        raise UserError(f'positions="sincos" requires a width divisible by 16, not {config.width}')
     if config.pool_mode == "conv_unshared" and not config.pool_first:
-        raise UserError('pool_mode "conv_unshared" pools before the heads are there: it needs '
-                        "pool_first=True")  # fmt: skip
+        raise UserError('pool_mode "conv_unshared" requires pool_first=True')
     for name in ("q_kernels", "kv_kernels"):
-        given = len(getattr(config, name))
-        if given not in (0, sum(config.depths)):
+        count = len(getattr(config, name))
+        if count not in (0, sum(config.depths)):
             raise UserError(f"{name} must name a kernel for each of the {sum(config.depths)} "
-                            f"blocks, or for none, not {given}")  # fmt: skip
+                            f"blocks, or be empty, not {count} kernels")  # fmt: skip
     _check_skips(config)
 
 
 def _check_skips(config: MViTConfig) -> None:
-    # Padded by kernel // 2, an even kernel gives one place more than an odd one, on some grids.
+    # With padding kernel // 2, an even kernel yields one position more than an odd one on some
+    # grids.
     for i, block in enumerate(plan(config)):
         if block.skip_pool is None:
             if block.q_pool and any(k % 2 == 0 for k in block.q_pool.kernel):
                 raise UserError(
-                    f"block {i} pools its queries by {block.q_pool.kernel} with stride 1: an even "
-                    "kernel gives another grid than the skip's; use odd ones"
+                    f"block {i} pools its queries with an even kernel {block.q_pool.kernel} and "
+                    "stride 1, so their grid differs from the skip connection's: use an odd kernel"
                 )
             continue
         if block.q_pool is None:
-            raise UserError(f"block {i} pools its skip but not its queries: check q_kernels")
+            raise UserError(
+                f"block {i} pools its skip connection but not its queries: check q_kernels"
+            )
         kernels = zip(block.q_pool.kernel, block.skip_pool.kernel, strict=True)
         if any((q - s) % 2 for q, s in kernels):
             raise UserError(
@@ -375,9 +394,9 @@ def _check_field(name: str, kind: Any, value: object) -> None:
     literals = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
     choices = [option for part in literals for option in get_args(part)]
     if kind in (int, float, bool):
-        words = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        expected = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{name} must be {words}, not {value!r}")
+            raise UserError(f"{name} must be {expected}, not {value!r}")
     elif name == "pool_kernel":
         if value is not None and value not in choices:
             _check_triple(name, value)

@@ -1,7 +1,7 @@
-"""Runs the blocks, equal ones as a loop if asked, under a rematerialisation policy.
+"""Runs the blocks, optionally scanning over identical ones, under a rematerialisation policy.
 
-Saved activations dominate a training step's memory, equal blocks its compile time. Neither the loop
-nor the policy changes any result.
+Saved activations dominate the memory of a training step; identical blocks dominate its compile
+time. Neither the scan nor the policy changes results.
 """
 
 import functools
@@ -16,12 +16,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.models.ops.attention import KEPT, Record, Tokens
+from mvit_jax.models.ops.attention import SAVED, Record, Tokens
 from mvit_jax.models.ops.dispatch import keep_batch_sharded
 from mvit_jax.models.plan import BlockPlan, Triple
 
-# What is computed again in the backward pass, instead of being kept: nothing; norms, activations
-# and drop path ("cheap"); the blocks on the first stage's grid, which hold most of what is kept;
+# Rematerialisation policies. The backward pass rematerialises nothing; norms, activations and drop
+# path ("cheap"); the blocks on the first stage's grid, which have most of the saved activations; or
 # all blocks.
 REMAT = ("none", "cheap", "first_stage", "blocks")
 
@@ -39,16 +39,23 @@ def run(
 ) -> tuple[Tokens, list[Array], list[Record]]:
     """Runs tokens on `grid` through all blocks.
 
-    With `scan`, equal blocks that follow each other are one loop: a program with fewer operations,
-    which compiles faster. On CPUs, where loops run slowly backwards, it does not pay. Custom blocks
-    are looped over like ours; those that a loop cannot run (see `_loop_end`) follow one by one.
+    Args:
+      blocks: called with (tokens, grid, key), and `record=` with `capture`.
+      plans: the plan of each block.
+      x: the tokens, class token first.
+      grid: the grid of `x`.
+      keys: a PRNG key for each block, or Nones for inference.
+      capture: captures each block's intermediates; turns `scan` off.
+      scan: runs consecutive identical blocks as one loop, which compiles faster. CPUs run loops'
+        backward passes slowly. Blocks that a loop cannot run (see `_loop_end`) run one by one.
+      remat: a policy of `REMAT`.
 
     Returns:
-      The last block's tokens, the grids `[batch, T, H, W, channels]` after each stage, and with
-      `capture` a record of each block.
+      The last block's tokens, the grids `[batch, T, H, W, channels]` after each stage, and one
+      record of intermediates per block, empty without `capture`.
 
     Raises:
-      UserError: a block gives another number of tokens than the grid of its plan has.
+      UserError: a block returns another number of tokens than its plan's grid has.
     """
     if remat not in REMAT:
         raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")
@@ -57,14 +64,14 @@ def run(
     first_grid, start = grid, 0
     while start < len(blocks):
         plan = plans[start]
-        again = remat == "blocks" or (remat == "first_stage" and grid == first_grid)
-        call = functools.partial(_call, grid=grid, remat="blocks" if again else remat)
+        whole = remat == "blocks" or (remat == "first_stage" and grid == first_grid)
+        call = functools.partial(_call, grid=grid, remat="blocks" if whole else remat)
         stop = start + 1
         if scan and not capture:
             stop = _loop_end(blocks, plans, start, x, grid, keys[start], call)
         name = f"block{start}" if stop == start + 1 else f"blocks{start}-{stop - 1}"
         after = plan.output(grid)
-        due = x.shape[1] - math.prod(grid) + math.prod(after)
+        expected = x.shape[1] - math.prod(grid) + math.prod(after)
         with jax.named_scope(f"stage{plan.stage}/{name}"):
             if stop > start + 1:
                 x = _loop(blocks[start:stop], x, keys[start:stop], call)
@@ -73,13 +80,13 @@ def run(
                 extra: dict[str, Any] = {"record": record} if capture else {}
                 x = call(blocks[start], x, keys[start], **extra)
                 records.append(record)
-        if x.shape[1] != due:
+        if x.shape[1] != expected:
             raise UserError(
-                f"block {start} ({type(blocks[start]).__name__}) gives {x.shape[1]} tokens; the "
-                f"grid {after} that its plan has for {grid} needs {due}"
+                f"block {start} ({type(blocks[start]).__name__}) returns {x.shape[1]} tokens, but "
+                f"the output grid {after} of its plan requires {expected}"
             )
         x, grid = keep_batch_sharded(x), after
-        stages[plan.stage :] = [on_its_grid(x, grid)]
+        stages[plan.stage :] = [unflatten(x, grid)]
         start = stop
     return x, stages, records
 
@@ -95,9 +102,8 @@ def _loop_end(
 ) -> int:
     """Returns the end of the longest loop that begins with block `start`; `start + 1` for none.
 
-    Equal plans do not suffice, since a custom block may be anything. Its modules must be equal but
-    for the weights and the drop path rates. It must return tokens of the shape and dtype that it
-    takes where the rates are arrays.
+    Equal plans do not suffice for custom blocks. Their modules must be equal except for weights and
+    drop path rates. Called with array rates, a block must keep the shape and dtype of its tokens.
     """
     plan = plans[start]
     equal_plans = itertools.takewhile(lambda other: other == plan, plans[start:])
@@ -110,32 +116,32 @@ def _loop_end(
         rates = jnp.zeros(len(_with_rate(blocks[start])), jnp.float32)
         body = _loop_body(blocks[start], call)
         after = jax.eval_shape(body, x, (nnx.state(blocks[start]), rates, key))
-    except Exception:  # of the user's code: called as it is, the block raises what is really wrong
+    except Exception:  # from a custom block: its call outside of a loop raises the clearer error
         return start + 1
     same = (after.shape, after.dtype) == (x.shape, x.dtype)
     return start + max(len(equal), 1) if same else start + 1
 
 
 def _structure(block: Any) -> Any:
-    """Returns all of a block but its weights and drop path rates, to be compared.
+    """Returns a block's structure without weights and drop path rates, for comparison.
 
-    A block that is no module, or has state besides weights (statistics, counters), which a loop
-    would not update, equals no other.
+    Blocks that are no `nnx.Module`, or hold state besides weights, equal no other block: a loop
+    would not update such state (statistics, counters).
     """
     if not isinstance(block, nnx.Module):
         return object()
     copy = nnx.merge(*nnx.split(block))
     for module in _with_rate(copy):
         module.drop_path = 0.0
-    graph, weights, others = nnx.split(copy, nnx.Param, ...)
-    if jax.tree.leaves(others):
+    graph, weights, other_state = nnx.split(copy, nnx.Param, ...)
+    if jax.tree.leaves(other_state):
         return object()
     leaves, tree = jax.tree.flatten(weights)
     return graph, tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _with_rate(block: Any) -> list[Any]:
-    """Returns the modules in `block`, itself among them, that have a rate of drop path."""
+    """Returns the modules of `block`, itself included, that have a drop path rate."""
     modules = [module for _, module in nnx.iter_modules(block)]
     return [m for m in modules if isinstance(vars(m).get("drop_path"), float | int)]
 
@@ -144,21 +150,21 @@ def _call(block, x: Tokens, key: Array | None, *, grid: Triple, remat: str, **re
     if remat not in ("cheap", "blocks") or record:
         return block(x, grid, key, **record)
     policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(KEPT) if remat == "cheap" else None
+    policy = policies.save_only_these_names(SAVED) if remat == "cheap" else None
     return jax.checkpoint(lambda x, key: block(x, grid, key), policy=policy)(x, key)
 
 
 def _loop(blocks: Sequence[Any], x: Tokens, keys: Sequence[Array | None], call: Callable) -> Tokens:
-    """Runs equal blocks, none of which changes the grid, as one loop over stacked parameters."""
+    """Runs identical blocks, which leave the grid as it is, as one scan over stacked parameters."""
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(b) for b in blocks))
     rates = [[module.drop_path for module in _with_rate(block)] for block in blocks]
-    drawn = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
+    stacked = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
     run = _loop_body(blocks[0], call)
 
     def body(x, each):
         return keep_batch_sharded(run(x, each)), None
 
-    return jax.lax.scan(body, x, (weights, jnp.asarray(rates, jnp.float32), drawn))[0]
+    return jax.lax.scan(body, x, (weights, jnp.asarray(rates, jnp.float32), stacked))[0]
 
 
 def _loop_body(block: Any, call: Callable) -> Callable[..., Tokens]:
@@ -174,7 +180,7 @@ def _loop_body(block: Any, call: Callable) -> Callable[..., Tokens]:
     return run
 
 
-def on_its_grid(x: Tokens, grid: Triple) -> Float[Array, "batch time height width channels"]:
-    """Returns the tokens on their grid, without a class token."""
+def unflatten(x: Tokens, grid: Triple) -> Float[Array, "batch time height width channels"]:
+    """Returns the tokens reshaped to their grid, without the class token."""
     batch, tokens, channels = x.shape
     return x[:, tokens - math.prod(grid) :].reshape(batch, *grid, channels)

@@ -327,8 +327,11 @@ class Unpooled(nnx.Module):
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
-        ({"block": Losing}, r"block 0 \(Losing\) gives 4 tokens; the grid \(1, 2, 2\) .* needs 5"),
-        ({"pooling": Unpooled}, r"Unpooled gives 5 tokens, and the grid \(1, 1, 1\) .* needs 2"),
+        (
+            {"block": Losing},
+            r"block 0 \(Losing\) returns 4 tokens, .* grid \(1, 2, 2\) .* requires 5",
+        ),
+        ({"pooling": Unpooled}, r"Unpooled returns 5 tokens, .* grid \(1, 1, 1\) requires 2"),
     ],
 )
 def test_a_wrong_number_of_tokens_is_named(parts, sentence):

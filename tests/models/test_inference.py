@@ -133,7 +133,7 @@ def test_what_cannot_be_is_one_sentence(params):
         Inference(functional(CONFIG), params, buckets=(4, 0))
     with pytest.raises(UserError, match="mean and std go together"):
         Inference(functional(CONFIG), params, mean=MEAN)
-    with pytest.raises(UserError, match="give Inference the mean and std"):
+    with pytest.raises(UserError, match="pass mean and std to Inference"):
         Inference(functional(CONFIG), params)(np.zeros((1, 4, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match=r"takes \[batch, T, H, W, 3\] clips"):
         Inference(functional(CONFIG), params)(np.zeros((1, 32, 32, 3), np.float32))

@@ -11,7 +11,7 @@ from flax import nnx
 from mvit_jax.common.errors import UserError
 from mvit_jax.models import layers
 from mvit_jax.models.functional import functional
-from mvit_jax.models.layers import draw_clips
+from mvit_jax.models.layers import drop_path_masks
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
 from tests.support import drawn
@@ -28,7 +28,7 @@ IMAGES = variant("mvit_b16", size=16, width=4, depths=(1, 1))
         (SMALL, (2, 8, 8, 3), "float32", r"takes \[batch, T, H, W, 3\] .* shape \[2, 8, 8, 3\]"),
         (SMALL, (2, 3, 2, 8, 8), "float32", r"takes \[batch, T, H, W, 3\] clips"),
         (SMALL, (2, 2, 0, 8, 3), "float32", r"2x0x8 .* leaves no token; the smallest .* 1x1x1"),
-        (SMALL, (2, 2, 8, 8, 3), "uint8", r"normalised .* this input has uint8: divide by 255"),
+        (SMALL, (2, 2, 8, 8, 3), "uint8", r"normalised .* this input is uint8: divide by 255"),
         (IMAGES, (16, 16, 3), "float32", r"takes \[batch, H, W, 3\] images"),
     ],
 )
@@ -68,13 +68,13 @@ def test_drop_path_leaves_each_branch_out_for_some_clips():
 def test_what_is_drawn_at_once_is_what_each_key_gives():
     """Runs that were begun with one draw after the other go on with the same ones."""
     key = jax.random.key(3)
-    branches = draw_clips(key, 0.25, 50)
+    branches = drop_path_masks(key, 0.25, 50)
     for i, branch in enumerate(branches):
         alone = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - jnp.float32(0.25), (50, 1, 1))
         np.testing.assert_array_equal(branch, alone)
-    for i, folded in enumerate(layers.fold(key, 5)):
+    for i, folded in enumerate(layers.fold_keys(key, 5)):
         assert folded == jax.random.fold_in(key, i)
-    assert draw_clips(key, 0.0, 4) == draw_clips(None, 0.25, 4) == (None, None)
+    assert drop_path_masks(key, 0.0, 4) == drop_path_masks(None, 0.25, 4) == (None, None)
 
 
 def test_training_draws_from_the_key_alone():

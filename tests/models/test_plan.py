@@ -128,7 +128,7 @@ BAD = [
         r"pool_kernel \(3, 2, 2\) .* the queries and their skip to different",
     ),
     ({"q_stride": (1, 3, 3)}, r"q_stride \(1, 3, 3\) pools the queries and their skip"),
-    ({"pool_mode": "conv_unshared"}, "conv_unshared.* needs pool_first=True"),
+    ({"pool_mode": "conv_unshared"}, "conv_unshared.* requires pool_first=True"),
     ({"kv_kernels": ((3, 3, 3),)}, "kv_kernels must name a kernel for each of the 16 blocks"),
     ({"positions": "sincos", "width": 24}, "width divisible by 16, not 24"),
     ({"pool_norm_eps": 0.0}, "pool_norm_eps must be above 0"),

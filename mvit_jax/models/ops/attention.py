@@ -1,10 +1,11 @@
-"""Multi-head pooling attention (MViT, section 3.1), as plain functions on arrays.
+"""Multi-head pooling attention (MViT, section 3.1), as functions on arrays.
 
-Tokens travel as one sequence `[batch, 1 + THW, channels]`, class token first (or `[batch, THW,
-channels]` where a model has none), beside the grid (T, H, W) that they lie on; only pooling unfolds
-them. Keeping the class token apart from the grid instead moves 1 to 20 % more bytes in a training
-step on a TPU (41.8 GB for 4 clips of MViT-B 16x4 against 42.2 with a flat grid; compiled for v5e,
-2026-11-22, `benchmarks/token_layout.py`), and doubles the operations to compile.
+Tokens are one sequence `[batch, 1 + THW, channels]`, class token first, or `[batch, THW, channels]`
+in models without a class token. Functions get the grid (T, H, W) as a separate argument, and only
+pooling reshapes tokens to their grid. A class token in its own array would move 1 to 20 % more
+bytes in a TPU's training step: 42.2 GB with a flat grid against 41.8 GB, for 4 clips of MViT-B 16x4
+(compiled for v5e, 2026-11-22, `benchmarks/token_layout.py`). It would also double the operations to
+compile.
 """
 
 import functools
@@ -21,31 +22,37 @@ from jaxtyping import Array, Float
 
 from mvit_jax.models.ops import attention_cpu, attention_tpu
 from mvit_jax.models.ops.dispatch import (
-    by_definition,
-    each_device_has_clips,
+    batch_is_divisible,
     kernels_allowed,
     on_each_device,
+    uses_reference,
     with_gradient_of,
 )
 from mvit_jax.models.plan import Triple
 
-# Not bound to one number each, since what goes in and what comes out differ.
+# Leading underscores leave jaxtyping's sizes unbound: inputs and outputs of a function differ.
 Tokens = Float[Array, "batch _tokens _channels"]
-QueryFeatures = Float[Array, "batch _queries _heads _places"]
-KeyFeatures = Float[Array, "_keys _places"]
-KEPT = "kept"  # the name of what `keep` marks
-Record = dict[str, Array]  # what one block's attention lets out for inspection
+QueryFeatures = Float[Array, "batch _queries _heads _features"]
+KeyFeatures = Float[Array, "_keys _features"]
+SAVED = "saved"  # the name of activations marked by `mark_saved`
+Record = dict[str, Array]  # the captured intermediates of a block's attention
 
 
-def keep(x: Any) -> Any:
-    """Marks what costs much to compute, so that `remat="cheap"` keeps it."""
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEPT), x)
+def mark_saved(x: Any) -> Any:
+    """Marks activations that are expensive to compute: `remat="cheap"` saves them."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, SAVED), x)
 
 
 def on_grid(function: Callable[[Array], Array], x: Tokens, grid: Triple) -> Tokens:
-    """Applies `function`, from `[batch, T, H, W, channels]` to any grid, to tokens that lie on one.
+    """Returns tokens after applying `function` to them on their grid.
 
-    A class token before them passes by, so `function` must keep the channels where there is one.
+    The class token passes through unchanged; with a class token, `function` must not change the
+    number of channels.
+
+    Args:
+      function: maps `[batch, T, H, W, channels]` to an array of the same rank.
+      x: the tokens, class token first.
+      grid: (T, H, W) of the tokens.
     """
     batch, tokens, channels = x.shape
     first = tokens - math.prod(grid)  # 1 with a class token, else 0
@@ -55,7 +62,7 @@ def on_grid(function: Callable[[Array], Array], x: Tokens, grid: Triple) -> Toke
 
 
 def split_heads(x: Float[Array, "*rows channels"], heads: int) -> Float[Array, "*rows heads dim"]:
-    """Channels are head-major: all of the first head, then all of the second, ..."""
+    """Returns `x` with channels split into heads: the first `dim` channels are the first head."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
@@ -70,17 +77,21 @@ def relative_features(
     key_grid: Triple,
     heads: int,
 ) -> tuple[QueryFeatures, KeyFeatures]:
-    """Relative positions as features to append to queries and keys (MViTv2, equation 4).
+    """Returns relative positional embeddings as features of queries and keys (MViTv2, equation 4).
 
-    A score gets q.R for the distance along each axis. That is the product of appended features:
-    those of a query are its q.R for each place along an axis, those of a key are one-hot rows of
-    its own place. So no table of all pairs is made, and a fused attention kernel can be used. The
-    queries are the pooled, normalised ones, not scaled (unlike the paper's equation, the reference
-    code scales only Q K^T). The class token, as query and as key, gets zeros.
+    Equation 4 adds q.R to each score, for the distance along each axis. Features appended to
+    queries and keys have the same product: a query's features are its q.R for each key index along
+    each axis, a key's features are the one-hot vectors of its own indices. No array of all pairs is
+    needed, so fused attention kernels can be used. As in the reference code, and unlike the paper's
+    equation, the queries in q.R are not scaled. The class token's features are zeros.
 
     Args:
-      queries: all of the channels, class token first where there is one.
-      tables: for some of "time", "height", "width", the rows R of each pair of places.
+      queries: pooled and normalised queries, class token first.
+      tables: the rows R for each pair of query and key index, for some of the axes "time",
+        "height" and "width".
+      query_grid: (T, H, W) of the queries.
+      key_grid: (T, H, W) of the keys.
+      heads: number of heads.
     """
     first = queries.shape[1] - math.prod(query_grid)
     q = split_heads(queries[:, first:], heads)
@@ -92,8 +103,8 @@ def relative_features(
     }
     by_query = jnp.concatenate([jnp.einsum(products[a], q, tables[a]) for a in tables], axis=-1)
     by_query = by_query.reshape(q.shape[0], -1, *by_query.shape[4:])
-    places = zip(products, key_grid, np.indices(key_grid), strict=True)
-    by_key = np.concatenate([np.eye(n)[place.ravel()] for a, n, place in places if a in tables], 1)
+    axes = zip(products, key_grid, np.indices(key_grid), strict=True)
+    by_key = np.concatenate([np.eye(n)[index.ravel()] for a, n, index in axes if a in tables], 1)
     by_query = jnp.pad(by_query, [(0, 0), (first, 0), (0, 0), (0, 0)])
     return by_query, jnp.asarray(np.pad(by_key, [(first, 0), (0, 0)]), by_query.dtype)
 
@@ -106,15 +117,22 @@ def attend(
     relative: "tuple[QueryFeatures, KeyFeatures] | None" = None,
     record: Record | None = None,
 ) -> Float[Array, "batch queries channels"]:
-    """softmax(Q K^T / sqrt(dim) + relative positions) V for each head (section 3.1).
+    """Returns softmax(Q K^T / sqrt(dim) + relative embeddings) V for each head (section 3.1).
 
-    The softmax is taken in float32, or in float64 where the queries are. `relative` comes from
-    `relative_features`. A `record` gets the probabilities, which are made for it alone: where they
-    are not asked for, a platform that has a kernel for it never writes them.
+    The softmax is computed in float32, or in float64 for float64 queries.
+
+    Args:
+      queries: not scaled, head-major.
+      keys: head-major.
+      values: head-major.
+      heads: number of heads.
+      relative: the result of `relative_features`, or None.
+      record: if not None, `record["attention"]` is set to the probabilities. This materialises
+        them, which fused kernels avoid.
     """
     scaled = queries * (queries.shape[-1] // heads) ** -0.5
     by_query, by_key = (None, None) if relative is None else (join_heads(relative[0]), relative[1])
-    if record is not None or by_definition():
+    if record is not None or uses_reference():
         return materialised(scaled, keys, values, by_query, by_key, heads, record)
     return fused(scaled, keys, values, by_query, by_key, heads)
 
@@ -128,9 +146,10 @@ def materialised(
     heads: int,
     record: Record | None = None,
 ) -> Tokens:
-    """softmax(Q K^T + by_query by_key^T) V for each head, all scores written: the definition.
+    """Returns softmax(Q K^T + by_query by_key^T) V for each head: the reference implementation.
 
-    Queries come scaled; `by_query` [batch, queries, heads * places], `by_key` [keys, places].
+    All scores are materialised. Queries must be scaled; `by_query` is
+    `[batch, queries, heads * features]`, `by_key` is `[keys, features]`.
     """
     q, k, v = _by_head(queries, keys, values, by_query, by_key, heads)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
@@ -141,7 +160,7 @@ def materialised(
 
 
 def _by_head(queries, keys, values, by_query, by_key, heads: int) -> tuple[Array, Array, Array]:
-    """Splits heads; relative positions are appended to queries and keys."""
+    """Splits heads and appends relative positional features to queries and keys."""
     q, k, v = (split_heads(x, heads) for x in (queries, keys, values))
     if by_query is not None:
         by_key = jnp.broadcast_to(by_key[None, :, None], (*k.shape[:3], by_key.shape[-1]))
@@ -150,8 +169,8 @@ def _by_head(queries, keys, values, by_query, by_key, heads: int) -> tuple[Array
     return q, k, v
 
 
-# One operation, and the form that each platform runs: chosen when the step is lowered for it, in
-# the forward and the backward pass alike.
+# An operation whose implementation is chosen when a program is lowered for a platform, in the
+# forward and the backward pass alike.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -163,84 +182,92 @@ def fused(
     by_key: KeyFeatures | None,
     heads: int,
 ) -> Tokens:
-    """What `materialised` gives, without a gradient for `by_key`, in the platform's own form."""
+    """Returns the result of `materialised`, computed by the platform's fastest implementation.
+
+    The gradient of `by_key` is zero.
+    """
     return _fused_forward(queries, keys, values, by_query, by_key, heads)[0]
 
 
 def _fused_forward(queries, keys, values, by_query, by_key, heads: int):
     arrays = queries, keys, values, by_query, by_key
     on_cpu = functools.partial(attention_cpu.forward, heads=heads)
-    kept = jax.eval_shape(on_cpu, *arrays)[1]
+    softmax = jax.eval_shape(on_cpu, *arrays)[1]
 
-    def nothing_kept(function):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)  # of which XLA makes none
+    # `platform_dependent` requires equal outputs; only the CPU implementation saves the softmax.
+    def without_softmax(function):
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), softmax)  # XLA allocates none
         return lambda *arrays: (function(*arrays), zeros)
 
-    forms: dict[str, Callable] = {"cpu": on_cpu}
-    if _tpu_takes(queries, keys):
+    implementations: dict[str, Callable] = {"cpu": on_cpu}
+    if _tpu_supports(queries, keys):
         on_tpu = on_each_device(functools.partial(attention_tpu.forward, heads=heads))
         plain = functools.partial(materialised, heads=heads)
-        forms["tpu"] = nothing_kept(with_gradient_of(plain, on_tpu))
-    if _cudnn_takes(queries, by_key, heads):
-        forms["cuda"] = nothing_kept(functools.partial(_cudnn, heads=heads))
-    default = nothing_kept(functools.partial(materialised, heads=heads))
-    out, kept = lax.platform_dependent(*arrays, default=default, **forms)
-    out, kept = keep((out, kept))
-    return out, (*arrays, out, kept)
+        implementations["tpu"] = without_softmax(with_gradient_of(plain, on_tpu))
+    if _cudnn_supports(queries, by_key, heads):
+        implementations["cuda"] = without_softmax(functools.partial(_cudnn, heads=heads))
+    default = without_softmax(functools.partial(materialised, heads=heads))
+    out, softmax = lax.platform_dependent(*arrays, default=default, **implementations)
+    out, softmax = mark_saved((out, softmax))
+    return out, (*arrays, out, softmax)
 
 
 def _fused_backward(heads: int, saved: tuple, gradient: Tokens):
-    def default(queries, keys, values, by_query, by_key, out, kept, gradient):
-        form = functools.partial(materialised, by_key=by_key, heads=heads)
-        return jax.vjp(form, queries, keys, values, by_query)[1](gradient)
+    def default(queries, keys, values, by_query, by_key, out, softmax, gradient):
+        function = functools.partial(materialised, by_key=by_key, heads=heads)
+        return jax.vjp(function, queries, keys, values, by_query)[1](gradient)
 
-    def on_tpu(queries, keys, values, by_query, by_key, out, kept, gradient):
+    def on_tpu(queries, keys, values, by_query, by_key, out, softmax, gradient):
         kernel = on_each_device(functools.partial(attention_tpu.backward, heads=heads))
 
         def plain(queries, keys, values, by_query, by_key, gradient):
-            return default(queries, keys, values, by_query, by_key, out, kept, gradient)
+            return default(queries, keys, values, by_query, by_key, out, softmax, gradient)
 
         kernel = with_gradient_of(plain, kernel)
         return kernel(queries, keys, values, by_query, by_key, gradient)
 
-    def on_cuda(queries, keys, values, by_query, by_key, out, kept, gradient):
-        form = functools.partial(_cudnn, by_key=by_key, heads=heads)
-        return jax.vjp(form, queries, keys, values, by_query)[1](gradient)
+    def on_cuda(queries, keys, values, by_query, by_key, out, softmax, gradient):
+        function = functools.partial(_cudnn, by_key=by_key, heads=heads)
+        return jax.vjp(function, queries, keys, values, by_query)[1](gradient)
 
-    forms: dict[str, Callable] = {"cpu": functools.partial(attention_cpu.backward, heads=heads)}
-    if _tpu_takes(*saved[:2]):
-        forms["tpu"] = on_tpu
-    if _cudnn_takes(saved[0], saved[4], heads):
-        forms["cuda"] = on_cuda
-    gradients = lax.platform_dependent(*saved, gradient, default=default, **forms)
-    by_key = saved[4]  # the places of keys, which are fixed
+    implementations: dict[str, Callable] = {
+        "cpu": functools.partial(attention_cpu.backward, heads=heads)
+    }
+    if _tpu_supports(*saved[:2]):
+        implementations["tpu"] = on_tpu
+    if _cudnn_supports(saved[0], saved[4], heads):
+        implementations["cuda"] = on_cuda
+    gradients = lax.platform_dependent(*saved, gradient, default=default, **implementations)
+    by_key = saved[4]  # one-hot indices, which have no gradient
     return *gradients, None if by_key is None else jnp.zeros_like(by_key)
 
 
 fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _tpu_takes(queries: Tokens, keys: Tokens) -> bool:
-    return attention_tpu.fits(queries, keys) and each_device_has_clips(queries.shape[0])
+def _tpu_supports(queries: Tokens, keys: Tokens) -> bool:
+    return attention_tpu.fits(queries, keys) and batch_is_divisible(queries.shape[0])
 
 
-def _cudnn_takes(queries: Tokens, by_key: KeyFeatures | None, heads: int) -> bool:
-    """Whether cuDNN's fused attention, of 16-bit numbers on a GPU, takes heads of this width."""
+def _cudnn_supports(queries: Tokens, by_key: KeyFeatures | None, heads: int) -> bool:
+    """Returns True if cuDNN's fused attention supports the GPU, the dtype and the head width."""
     if jax.default_backend() != "gpu" or queries.dtype.itemsize != 2 or not kernels_allowed():
         return False
-    # "8.0" for Ampere, the first that it runs on; AMD's chips have names.
+    # "8.0" for Ampere, the first supported generation; on AMD GPUs the value is a name.
     generation = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
     if not generation.isdecimal() or int(generation) < 8:
         return False
-    places = 0 if by_key is None else by_key.shape[-1]
-    # Up to 256 from Hopper on.
-    return queries.shape[-1] // heads + places <= (256 if int(generation) >= 9 else 128)
+    features = 0 if by_key is None else by_key.shape[-1]
+    limit = 256 if int(generation) >= 9 else 128  # from Hopper on, 256
+    return queries.shape[-1] // heads + features <= limit
 
 
 def _cudnn(queries, keys, values, by_query, by_key, heads: int):
-    """cuDNN's kernel has no relative positions, so they become features of queries and keys. It
-    wants one width for all three, a multiple of 8, and for gradients even numbers of queries and
-    keys: zeros fill up, and lengths leave them out."""
+    """Computes attention by cuDNN, with relative positional features appended.
+
+    cuDNN requires one width for Q, K and V, a multiple of 8. Its gradients require even numbers of
+    queries and keys. Zeros pad all three, and sequence lengths mask padded tokens.
+    """
     q, k, v = _by_head(queries, keys, values, by_query, by_key, heads)
     width = -(-q.shape[-1] // 8) * 8
     lengths: dict[str, Any] = {}
@@ -250,10 +277,10 @@ def _cudnn(queries, keys, values, by_query, by_key, heads: int):
             "key_value_seq_lengths": jnp.full(len(k), k.shape[1], jnp.int32),
         }
 
-    def fill(x):
+    def pad(x):
         return jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, width - x.shape[-1])])
 
     out = jax.nn.dot_product_attention(
-        fill(q), fill(k), fill(v), scale=1.0, implementation="cudnn", **lengths
+        pad(q), pad(k), pad(v), scale=1.0, implementation="cudnn", **lengths
     )
     return join_heads(out[:, : q.shape[1], :, : v.shape[-1]])

@@ -1,14 +1,13 @@
-"""softmax(Q K^T) V on TPUs, as Pallas kernels that keep the scores on the chip.
+"""softmax(Q K^T) V on TPUs, as Pallas kernels that never write scores to HBM.
 
-Pooled keys are few (393 in every stage of MViT-B 16x4, 2,421 in the largest variant), so all keys
-and values of a clip stay in fast memory while blocks of queries pass. Each row of scores is then
-whole, and the softmax is the plain one. Of the forward pass nothing is kept but its arguments: the
-backward kernel takes the softmax again, which costs arithmetic where a TPU has plenty, and saves
-the memory traffic that bounds the step. Heads stay side by side in the channels, as the projections
-leave them: nothing is transposed.
+Pooled keys are few: 393 in every stage of MViT-B 16x4, 2,421 in the largest variant. All keys and
+values of a clip therefore stay in VMEM while the kernel visits blocks of queries. Each row of
+scores is complete, so no online softmax is needed. The forward pass saves only its inputs, and the
+backward kernel rematerialises the softmax: a TPU has arithmetic to spare, while memory traffic
+bounds the step. Heads stay side by side in the channels, as in the projections, without transposes.
 
-Relative positions are a second product of the kernel, of what `attention.relative_features` gives:
-the score matrix of their sum is not written either.
+Relative positional embeddings are a second product in the kernel, of the features from
+`attention.relative_features`.
 """
 
 import functools
@@ -20,34 +19,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-# Scores of one head and one block of queries that the kernels hold at a time: 1 MB in float32, of
-# which they need about five at once.
+# Scores of one head and one block of queries: 1 MB in float32. Kernels hold about five such arrays.
 BLOCK_SCORES = 2**18
 
 Queries = Float[Array, "batch queries channels"]
 Keys = Float[Array, "batch keys channels"]
 
 
-def memory() -> int:
-    """Bytes of fast memory that a kernel may take; what needs more goes another way."""
+def vmem_budget() -> int:
+    """Returns the bytes of VMEM that a kernel may use; larger cases run without kernels."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     large = kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3", "TPU v4")
-    return 2**20 * (48 if large else 14)  # of at least 64, or of 16 (and where nobody knows)
+    return 2**20 * (48 if large else 14)  # of at least 64 MiB, or of 16 MiB (also if unknown)
 
 
 def fits(queries: Queries, keys: Keys) -> bool:
-    """Whether the kernels' blocks find room on the chip, by a count of what the backward holds."""
+    """Returns True if the kernels support the dtype and their buffers fit into VMEM.
+
+    The backward kernel's buffers count, as they are larger than the forward kernel's.
+    """
     count, channels, itemsize = keys.shape[1], keys.shape[2], keys.dtype.itemsize
-    # Keys and values, each twice since the next ones are on their way, and their gradients.
+    # Keys and values, double-buffered, and their gradients.
     whole = count * channels * (4 * itemsize + 4 * 4)
     block = block_of(queries.shape[1], count)
-    known = keys.dtype in (jnp.float32, jnp.bfloat16)
-    return known and whole + block * (6 * channels * itemsize + 5 * 4 * count) < memory()
+    supported = keys.dtype in (jnp.float32, jnp.bfloat16)
+    return supported and whole + block * (6 * channels * itemsize + 5 * 4 * count) < vmem_budget()
 
 
 def block_of(queries: int, keys: int) -> int:
-    """Queries that go at a time: as many as fast memory takes, in blocks of about equal length."""
+    """Returns the number of queries in a block: the largest with `BLOCK_SCORES` scores.
+
+    Blocks have about equal length, a multiple of 16.
+    """
     most = max(16, BLOCK_SCORES // keys // 16 * 16)
     blocks = -(-queries // most)
     return -(-queries // blocks // 16) * 16
@@ -58,15 +62,18 @@ def forward(
     queries: Queries,
     keys: Keys,
     values: Keys,
-    by_query: Float[Array, "batch queries head_places"] | None,
-    by_key: Float[Array, "keys places"] | None,
+    by_query: Float[Array, "batch queries head_features"] | None,
+    by_key: Float[Array, "keys features"] | None,
     *,
     heads: int,
     interpret: bool = False,
 ) -> Queries:
-    """softmax(Q K^T + by_query by_key^T) V for each head; queries come scaled. Probabilities are
-    rounded to the values' dtype before they are normalised, not after."""
-    arrays = _given(queries, keys, values, by_query, by_key)
+    """Returns softmax(Q K^T + by_query by_key^T) V for each head.
+
+    Queries must be scaled. Unlike in the reference implementation, probabilities are rounded to the
+    values' dtype before normalisation.
+    """
+    arrays = _named(queries, keys, values, by_query, by_key)
     return _call(_forward, arrays, {"o": queries}, heads, interpret)[0]
 
 
@@ -75,16 +82,16 @@ def backward(
     queries: Queries,
     keys: Keys,
     values: Keys,
-    by_query: Float[Array, "batch queries head_places"] | None,
-    by_key: Float[Array, "keys places"] | None,
+    by_query: Float[Array, "batch queries head_features"] | None,
+    by_key: Float[Array, "keys features"] | None,
     gradient: Queries,
     *,
     heads: int,
     interpret: bool = False,
-) -> tuple[Queries, Keys, Keys, Float[Array, "batch queries head_places"] | None]:
-    """Gradients of queries, keys, values and by_query, from that of what `forward` gives."""
-    arrays = _given(queries, keys, values, by_query, by_key) | {"do": gradient}
-    # What is summed over blocks of queries is summed in float32.
+) -> tuple[Queries, Keys, Keys, Float[Array, "batch queries head_features"] | None]:
+    """Returns the gradients of queries, keys, values and by_query, from the output's gradient."""
+    arrays = _named(queries, keys, values, by_query, by_key) | {"do": gradient}
+    # Sums over blocks of queries are float32.
     wide = jax.ShapeDtypeStruct(keys.shape, jnp.float32)
     outputs = {"dq": queries, "dk": wide, "dv": wide}
     if by_query is not None:
@@ -93,13 +100,13 @@ def backward(
     return dq, dk.astype(keys.dtype), dv.astype(values.dtype), dr[0] if dr else None
 
 
-def _given(queries, keys, values, by_query, by_key) -> dict[str, Array]:
+def _named(queries, keys, values, by_query, by_key) -> dict[str, Array]:
     relative = {} if by_query is None else {"r": by_query, "e": by_key}
     return {"q": queries, "k": keys, "v": values} | relative
 
 
 def _call(kernel, arrays: dict, outputs: dict, heads: int, interpret: bool):
-    """Runs a kernel over clips and, within each, blocks of queries; it gets its blocks by name."""
+    """Runs a kernel for each clip and block of queries; it gets a dict of refs."""
     batch, queries, channels = arrays["q"].shape
     keys = arrays["k"].shape[1]
     block = block_of(queries, keys)
@@ -122,7 +129,7 @@ def _call(kernel, arrays: dict, outputs: dict, heads: int, interpret: bool):
         out_specs=[spec(*item) for item in outputs.items()],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory()
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_budget()
         ),
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * batch * queries * keys * channels,
@@ -143,7 +150,7 @@ def _forward(refs: dict, heads: int, queries: int, block: int) -> None:
 
 def _backward(refs: dict, heads: int, queries: int, block: int) -> None:
     index = pl.program_id(1)
-    # Beyond the last query a block holds anything, and keys would take it up.
+    # Rows beyond the last query hold arbitrary values, which must not reach the keys' gradients.
     row = index * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0)
     inside = row < queries
 
@@ -157,18 +164,18 @@ def _backward(refs: dict, heads: int, queries: int, block: int) -> None:
         weights = weights / total
         k, v = _head(refs["k"], head, heads), _head(refs["v"], head, heads)
         do = jnp.where(inside, _head(refs["do"], head, heads), 0)
-        by_weight = _dot(do, v, ((1,), (1,)))
-        of_scores = weights * (by_weight - jnp.sum(weights * by_weight, -1, keepdims=True))
-        of_scores = of_scores.astype(k.dtype)
-        _put(refs["dq"], head, heads, _dot(of_scores, k, ((1,), (0,))))
-        _put(refs["dk"], head, heads, _dot(of_scores, q, ((0,), (0,))), add=True)
+        dweights = _dot(do, v, ((1,), (1,)))
+        dscores = weights * (dweights - jnp.sum(weights * dweights, -1, keepdims=True))
+        dscores = dscores.astype(k.dtype)
+        _put(refs["dq"], head, heads, _dot(dscores, k, ((1,), (0,))))
+        _put(refs["dk"], head, heads, _dot(dscores, q, ((0,), (0,))), add=True)
         _put(refs["dv"], head, heads, _dot(weights.astype(v.dtype), do, ((0,), (0,))), add=True)
         if r is not None:
-            _put(refs["dr"], head, heads, _dot(of_scores, refs["e"][...], ((1,), (0,))))
+            _put(refs["dr"], head, heads, _dot(dscores, refs["e"][...], ((1,), (0,))))
 
 
 def _weights(refs: dict, head: int, heads: int, inside=None):
-    """Of one head: the softmax's numerators and their sums, and what of the queries made them."""
+    """Returns a head's softmax numerators, their sums, its queries and its query features."""
     q, r = _head(refs["q"], head, heads), None
     if inside is not None:
         q = jnp.where(inside, q, 0)
@@ -188,14 +195,14 @@ def _head(ref, head: int, heads: int):
 
 def _put(ref, head: int, heads: int, value, add: bool = False) -> None:
     width = ref.shape[-1] // heads
-    place = (0, slice(None), slice(head * width, (head + 1) * width))
-    ref[place] = ref[place] + value if add else value.astype(ref.dtype)
+    index = (0, slice(None), slice(head * width, (head + 1) * width))
+    ref[index] = ref[index] + value if add else value.astype(ref.dtype)
 
 
 def _dot(a, b, axes):
-    # Kernels know two precisions, and the higher one for float32 alone; "high" becomes "highest".
-    wanted = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    exact = a.dtype == jnp.float32 and wanted in ("high", "highest", "tensorfloat32", "float32")
+    # Pallas supports two precisions, HIGHEST for float32 alone; "high" is rounded up to it.
+    setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    exact = a.dtype == jnp.float32 and setting in ("high", "highest", "tensorfloat32", "float32")
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return lax.dot_general(
         a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32

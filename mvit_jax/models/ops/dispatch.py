@@ -1,7 +1,7 @@
-"""The form that each operation takes: its definition, or one for the devices that it runs on.
+"""Selection of the implementation of each operation, and sharding of batches and kernels.
 
-Also how clips, and kernels with them, are split over devices. The mesh is the one entered by
-`jax.set_mesh`; without one there is one device.
+An operation has a reference implementation and faster ones for some platforms. The mesh is the one
+entered by `jax.set_mesh`; without a mesh, a program runs on one device.
 """
 
 import contextlib
@@ -14,18 +14,21 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
-BATCH_AXES = ("data", "fsdp")  # of the mesh, over both of which clips are split
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which the batch is sharded
 OPS = ("auto", "reference")
 
 _OPS = contextvars.ContextVar("ops", default="auto")
-_PLAIN = contextvars.ContextVar("plain", default=False)
+_KERNELS = contextvars.ContextVar("kernels", default=True)
 
 
 @contextlib.contextmanager
 def operations(ops: str) -> Iterator[None]:
-    """Traces the operations inside in the platform's forms ("auto") or by definition ("reference").
+    """Selects the implementations that are traced inside this context.
 
-    A model enters this itself whenever it is called, so that no cached trace has another setting.
+    A model enters this context whenever it is called, so a cached trace always has its setting.
+
+    Args:
+      ops: "auto" for the platform's fastest implementations, "reference" for the reference ones.
     """
     token = _OPS.set(ops)
     try:
@@ -34,28 +37,34 @@ def operations(ops: str) -> Iterator[None]:
         _OPS.reset(token)
 
 
-def by_definition() -> bool:
-    """True inside `operations("reference")`: no kernels, no gradients written by hand."""
+def uses_reference() -> bool:
+    """Returns True inside `operations("reference")`: no kernels, no hand-written gradients."""
     return _OPS.get() == "reference"
 
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """What is traced in here has no kernels: a program for several platforms cannot hold those of
-    one, and cuDNN's calls are not kept compatible, so they cannot be written to files."""
-    token = _PLAIN.set(True)
+    """Disables Pallas and cuDNN kernels during tracing, for export.
+
+    A program for several platforms cannot contain the kernels of one of them. cuDNN calls are not
+    serialisable, since their format may change between versions.
+    """
+    token = _KERNELS.set(False)
     try:
         yield
     finally:
-        _PLAIN.reset(token)
+        _KERNELS.reset(token)
 
 
 def kernels_allowed() -> bool:
-    return not _PLAIN.get()
+    return _KERNELS.get()
 
 
 def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
-    """`kernel`, which has no gradient, with that of `plain`: for second derivatives."""
+    """Returns `kernel`, which has no gradient, with the gradient of `plain`.
+
+    Second derivatives need it: they differentiate the forward and backward kernels.
+    """
     function = jax.custom_vjp(kernel)
     function.defvjp(
         lambda *arrays: (kernel(*arrays), arrays),
@@ -64,57 +73,60 @@ def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
     return function
 
 
-def saving(function: Callable) -> Callable:
-    """The forward pass of a `jax.custom_vjp` of two arrays, which keeps these for the backward."""
+def saving_inputs(function: Callable) -> Callable:
+    """Returns the forward pass of a `jax.custom_vjp` of two arrays that saves both arrays."""
     return lambda x, weight, *fixed: (function(x, weight, *fixed), (x, weight))
 
 
 def batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh of `jax.set_mesh` that clips are split over; none without one."""
+    """Returns the mesh axes over which the batch is sharded; none without a mesh."""
     return tuple(a for a in BATCH_AXES if a in jax.sharding.get_abstract_mesh().axis_names)
 
 
-def each_device_has_clips(batch: Any) -> bool:
-    """Whether kernels can have a batch: it divides among the devices. Of one that an exported
-    program leaves open, that is not known."""
-    if not isinstance(batch, int) or _PLAIN.get():
+def batch_is_divisible(batch: Any) -> bool:
+    """Returns True if kernels can run on a batch: it is divisible over the mesh.
+
+    Returns False for the symbolic batch size of an exported program, for a mesh with axes that are
+    not automatic, and inside `without_kernels`.
+    """
+    if not isinstance(batch, int) or not kernels_allowed():
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         return False
-    return batch % _parts() == 0
+    return batch % _batch_shards() == 0
 
 
-def clips_are_split() -> bool:
-    """Whether there are several devices to split them over."""
-    return _parts() > 1
+def batch_is_sharded() -> bool:
+    """Returns True if the mesh has several devices along the batch."""
+    return _batch_shards() > 1
 
 
-def _parts() -> int:
+def _batch_shards() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in batch_axes())
 
 
 def on_each_device(function: Callable) -> Callable:
-    """Has each device call `function` on its own clips: XLA cannot cut a kernel by itself.
+    """Returns `function` mapped over the mesh's devices: XLA cannot partition a kernel.
 
-    Arrays of two dimensions, weights, go whole to every device.
+    Two-dimensional arrays, which are weights, are replicated; all others are sharded by batch.
     """
     if not batch_axes():
         return function
 
     def split(*arrays):
-        clips, copied = PartitionSpec(batch_axes()), PartitionSpec()
-        specs = tuple(jax.tree.map(lambda x: clips if x.ndim != 2 else copied, a) for a in arrays)
-        return jax.shard_map(function, in_specs=specs, out_specs=clips, check_vma=False)(*arrays)
+        by_batch, whole = PartitionSpec(batch_axes()), PartitionSpec()
+        specs = tuple(jax.tree.map(lambda x: by_batch if x.ndim != 2 else whole, a) for a in arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=by_batch, check_vma=False)(*arrays)
 
     return split
 
 
 def keep_batch_sharded(x: Array) -> Array:
-    """On a mesh, holds activations split by clip, so that weights are gathered and never these.
+    """Constrains activations to be sharded by batch, so that XLA gathers weights instead.
 
-    The mesh is the one entered by `jax.set_mesh`; without one this does nothing.
+    Returns `x` as is without a mesh.
     """
     axes = batch_axes()
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x

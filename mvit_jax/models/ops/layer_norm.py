@@ -1,34 +1,34 @@
-"""Layer norm whose gradient runs fast on CPUs."""
+"""Layer norm with a gradient that is fast on CPUs."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mvit_jax.models.ops.dispatch import by_definition
+from mvit_jax.models.ops.dispatch import uses_reference
 
 Rows = Float[Array, "*rows channels"]
 Channels = Float[Array, " channels"]
 
 
 def layer_norm(x: Rows, scale: Channels, bias: Channels, eps: float) -> Rows:
-    """Brings the last axis to mean 0 and variance 1, then scales and adds; in float32 at least."""
-    return (definition if by_definition() else _layer_norm)(x, scale, bias, eps)
+    """Returns the layer norm of `x` over its last axis, in float32 at least."""
+    return (reference if uses_reference() else _layer_norm)(x, scale, bias, eps)
 
 
-def definition(x: Rows, scale: Channels, bias: Channels, eps: float) -> Rows:
-    """Returns `layer_norm`, with the gradients of autodiff."""
+def reference(x: Rows, scale: Channels, bias: Channels, eps: float) -> Rows:
+    """Returns `layer_norm`; its gradients are derived by autodiff."""
     return _save(x, scale, bias, eps)[0]
 
 
-_layer_norm = jax.custom_vjp(definition, nondiff_argnums=(3,))
+_layer_norm = jax.custom_vjp(reference, nondiff_argnums=(3,))
 
 
 def _save(x, scale, bias, eps: float):
-    # Two numbers a row are kept: to take them again costs two passes over x.
+    # Two values per row are saved; rematerialising them would take two passes over x.
     x_wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = x_wide.mean(-1, keepdims=True)
-    # The fast variance E[x^2] - E[x]^2 cancels in float32: parity with the originals is lost.
+    # The faster E[x^2] - E[x]^2 cancels in float32, which loses parity with the original models.
     inverse = lax.rsqrt(jnp.square(x_wide - mean).mean(-1, keepdims=True) + eps)
     out = (x_wide - mean) * (inverse * _as_row(scale, x)) + _as_row(bias, x)
     return out, (x, scale, bias, mean, inverse)
@@ -56,10 +56,12 @@ def _gradients(x, scale, bias, mean, inverse, gradient) -> tuple[Array, Array, A
 
 
 def _gradients_cpu(x, scale, bias, mean, inverse, gradient) -> tuple[Array, Array, Array]:
-    """For CPUs, where XLA writes every broadcast operand of a sum to memory, and sums products of
-    rows slowly: sums over channels are written as products with the scale, and what is summed twice
-    is made once, behind a barrier. 0.1 to 0.3 of the processor time of XLA's own gradients
-    (float32, 1,569 tokens of 384 channels to 25,089 of 96, 2026-11-23).
+    """Returns the gradients by operations that are fast on CPUs.
+
+    There XLA writes every broadcast operand of a sum to memory, and sums products of rows slowly.
+    Here sums over channels are products with the scale, and a barrier makes XLA compute operands of
+    two sums once. Takes 0.1 to 0.3 of the processor time of XLA's gradients (float32, 1,569 tokens
+    of 384 channels to 25,089 of 96, 2026-11-23).
     """
     normal = lax.optimization_barrier((x - mean) * inverse)
     product = lax.optimization_barrier(gradient * normal)

@@ -1,4 +1,4 @@
-"""The convolution that turns cubes of pixels into tokens (MViT, section 3.2.1)."""
+"""The convolution of the patch embedding (MViT, section 3.2.1)."""
 
 import functools
 
@@ -9,7 +9,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-from mvit_jax.models.ops.dispatch import by_definition, saving
+from mvit_jax.models.ops.dispatch import saving_inputs, uses_reference
 from mvit_jax.models.plan import Triple, conv_output
 
 Clip = Float[Array, "batch T H W rgb"]
@@ -18,8 +18,8 @@ Grid = Float[Array, "batch time height width channels"]
 
 
 def convolve(clip: Clip, kernel: Kernel, stride: Triple, padding: Triple) -> Grid:
-    """Convolves with a stride and zeros around the clip; sizes are rounded down."""
-    return (_plain if by_definition() else _convolve)(clip, kernel, stride, padding)
+    """Returns the strided convolution of a zero-padded clip; sizes are rounded down."""
+    return (_plain if uses_reference() else _convolve)(clip, kernel, stride, padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -55,28 +55,33 @@ def _backward(stride: Triple, padding: Triple, saved: tuple, gradient):
         return default(clip, kernel, gradient)[0], by_kernel.reshape(kernel.shape)
 
     def tpu(clip, kernel, gradient):
-        form = functools.partial(_by_cubes, stride=stride, padding=padding)
-        return jax.vjp(form, clip, kernel)[1](gradient)
+        function = functools.partial(_by_cubes, stride=stride, padding=padding)
+        return jax.vjp(function, clip, kernel)[1](gradient)
 
     return lax.platform_dependent(*saved, gradient, cpu=cpu, tpu=tpu, default=default)
 
 
-_convolve.defvjp(saving(_convolve), _backward)
+_convolve.defvjp(saving_inputs(_convolve), _backward)
 
 
 def _by_columns(clip, kernel, stride: Triple, padding: Triple):
-    """For CPUs: one product of a matrix of windows, 0.4 to 0.7 of the processor time of XLA's
-    convolution forward, 0.3 to 0.5 with the kernel's gradient (one clip and 8 images of 224 pixels,
-    2026-11-23). The backward pass makes the windows anew: they are 5 times the clip's size."""
+    """Convolves on CPUs by one matrix product over all windows (im2col).
+
+    Processor time relative to XLA's convolution: 0.4 to 0.7 forward, 0.3 to 0.5 with the kernel's
+    gradient (one clip and 8 images of 224 pixels, 2026-11-23). The backward pass rematerialises the
+    windows, which have 5 times the clip's size.
+    """
     columns = _columns(clip, kernel.shape, stride, padding)
     return columns @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
-    """For TPUs, which spread 3 channels over 128 lanes: a clip of 19 MB became one of 822 MB. Cubes
-    of a stride's size become channels first (96 in MViT-B 16x4), the kernel is filled up with zeros
-    to whole cubes, and the convolution has stride 1. A number that is not finite spreads along its
-    row of pixels."""
+    """Convolves on TPUs with stride 1, after moving cubes of the stride's size into the channels.
+
+    TPUs pad 3 channels to 128 lanes: a clip of 19 MB became 822 MB. With cubes as channels there
+    are 96 (in MViT-B 16x4). Zeros pad the kernel to whole cubes. A value that is not finite spreads
+    along its row of pixels.
+    """
     size, taps = clip.shape[1:4], kernel.shape[:3]
     cubes = [-(-k // s) for k, s in zip(taps, stride, strict=True)]
     out = conv_output(size, taps, stride, padding)
@@ -84,21 +89,20 @@ def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     ends = [(p, m - n - p, 0) for p, m, n in zip(padding, whole, size, strict=True)]
     x = lax.pad(clip, jnp.zeros((), clip.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
     t, h, w = stride
-    # Columns are dealt to their cubes by a product with zeros and ones, since a TPU moves numbers
-    # along its lanes slowly.
-    deal = jnp.asarray(np.eye(x.shape[3]).reshape(-1, x.shape[3] // w, w), x.dtype)
+    # A product with zeros and ones assigns columns to cubes: a TPU moves data across lanes slowly.
+    assign = jnp.asarray(np.eye(x.shape[3]).reshape(-1, x.shape[3] // w, w), x.dtype)
     x = rearrange(x, "b (T t) (H h) W rgb -> b T t H h W rgb", t=t, h=h)
     exact = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    x = jnp.einsum("bTtHhvc,vWw->bTHWthwc", x, deal, precision=exact)
+    x = jnp.einsum("bTtHhvc,vWw->bTHWthwc", x, assign, precision=exact)
     x = rearrange(x, "b T H W t h w rgb -> b T H W (t h w rgb)")
-    filled = [(0, c * s - k) for c, s, k in zip(cubes, stride, taps, strict=True)]
-    kernel = jnp.pad(kernel, [*filled, (0, 0), (0, 0)])
+    padded = [(0, c * s - k) for c, s, k in zip(cubes, stride, taps, strict=True)]
+    kernel = jnp.pad(kernel, [*padded, (0, 0), (0, 0)])
     kernel = rearrange(kernel, "(T t) (H h) (W w) rgb c -> T H W (t h w rgb) c", t=t, h=h, w=w)
     return _plain(x, kernel, (1, 1, 1), (0, 0, 0))
 
 
 def _columns(clip, kernel: tuple[int, ...], stride: Triple, padding: Triple):
-    """Windows `[batch, time, height, width, kt * kh * kw * rgb]`, cut one axis after the other."""
+    """Returns the windows `[batch, time, height, width, kt * kh * kw * rgb]`, sliced by axis."""
     x = jnp.pad(clip, [(0, 0), *((p, p) for p in padding), (0, 0)])
     for axis in (3, 2, 1):
         size, step = kernel[axis - 1], stride[axis - 1]

@@ -1,8 +1,8 @@
-"""P(.; kernel, stride, padding): the pooling of token grids (MViT, section 3.1).
+"""The pooling operator P(.; kernel, stride, padding) on token grids (MViT, section 3.1).
 
-One contract for every form: `pool(grid, plan, weight)` takes a grid `[batch, T, H, W, channels]`
-and gives `[batch, T', H', W', channels]` in the grid's dtype, with padding = kernel // 2 and sizes
-rounded down. `models/pooling.py` has the modules that hold the weights.
+Every implementation maps a grid `[batch, T, H, W, channels]` to `[batch, T', H', W', channels]` in
+the grid's dtype, with `plan.padding` and sizes rounded down. `models/pooling.py` has the modules
+that hold the weights.
 """
 
 import functools
@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Shaped
 from mvit_jax.models.ops import pooling_tpu
 from mvit_jax.models.ops.attention import Tokens, on_grid
 from mvit_jax.models.ops.dispatch import (
-    by_definition,
-    clips_are_split,
-    each_device_has_clips,
+    batch_is_divisible,
+    batch_is_sharded,
     on_each_device,
-    saving,
+    saving_inputs,
+    uses_reference,
     with_gradient_of,
 )
 from mvit_jax.models.plan import Pool, Triple
@@ -33,26 +33,30 @@ Taps = Float[Array, "kt kh kw channels"]
 
 
 def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
-    """Pools a token grid as `plan` says; `weight` holds the taps of mode "conv", else None."""
+    """Returns the pooled grid; the convolution modes require `weight`, the depthwise kernel."""
     batch, t, h, w, channels = grid.shape
     tokens = pool_tokens(grid.reshape(batch, t * h * w, channels), (t, h, w), plan, weight)
     return tokens.reshape(batch, *plan.output((t, h, w)), channels)
 
 
 def pool_tokens(x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None) -> Tokens:
-    """Pools the tokens that lie on `grid` like `pool`; a class token stays as it is."""
+    """Returns tokens on `grid`, pooled like in `pool`; a class token passes through unchanged.
+
+    Raises:
+      ValueError: a convolution mode without `weight`.
+    """
     if plan.mode in ("max", "avg"):
         function = max_pool if plan.mode == "max" else average_pool
         return on_grid(functools.partial(function, plan=plan), x, grid)
     if weight is None:
-        raise ValueError('pooling by convolution needs its taps: pass weight, or mode="max"')
-    fits = pooling_tpu.fits(x, grid, plan) and each_device_has_clips(x.shape[0])
-    return (_pool_tokens if fits and not by_definition() else _pool_grid)(x, weight, grid, plan)
+        raise ValueError('pooling by convolution requires weight: pass it, or a plan of mode "max"')
+    fits = pooling_tpu.fits(x, grid, plan) and batch_is_divisible(x.shape[0])
+    return (_pool_tokens if fits and not uses_reference() else _pool_grid)(x, weight, grid, plan)
 
 
 def _convolve(grid: Grid, plan: Pool, weight: Taps) -> Pooled:
-    """Convolves each channel without a kernel that takes tokens."""
-    if by_definition():
+    """Returns the depthwise convolution of a grid, computed without Pallas kernels."""
+    if uses_reference():
         return depthwise_conv(grid, weight, plan)
     return lax.platform_dependent(
         grid,
@@ -86,16 +90,16 @@ def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], 
     x, weight = saved
 
     def on_tpu(x, taps, gradient):
-        def each(x, taps, gradient):
+        def on_device(x, taps, gradient):
             dx, dtaps = pooling_tpu.backward(x, taps, gradient, grid=grid, plan=plan)
             return dx, dtaps[None]
 
-        dx, dtaps = on_each_device(each)(x, taps, gradient)
+        dx, dtaps = on_each_device(on_device)(x, taps, gradient)
         return dx, dtaps.sum(0)
 
     def default(x, taps, gradient):
-        form = lambda x, taps: _pool_grid(x, taps.reshape(weight.shape), grid, plan)  # noqa: E731
-        dx, dtaps = jax.vjp(form, x, taps)[1](gradient)
+        plain = lambda x, taps: _pool_grid(x, taps.reshape(weight.shape), grid, plan)  # noqa: E731
+        dx, dtaps = jax.vjp(plain, x, taps)[1](gradient)
         return dx, dtaps
 
     dx, dtaps = lax.platform_dependent(
@@ -108,15 +112,15 @@ def _pool_tokens_backward(grid: Triple, plan: Pool, saved: tuple[Tokens, Taps], 
     return dx, dtaps.reshape(weight.shape)
 
 
-_pool_tokens.defvjp(saving(_pool_tokens), _pool_tokens_backward)
+_pool_tokens.defvjp(saving_inputs(_pool_tokens), _pool_tokens_backward)
 
 
 def max_pool(grid: Grid, plan: Pool) -> Pooled:
-    """Takes the maximum over each window; padding never wins.
+    """Returns the maximum over each window; padding is minus infinity.
 
-    The gradient goes to the window's first place of that value, as everywhere in XLA.
+    The gradient goes to the first position in the window with the maximum, as in XLA.
     """
-    return (_max if by_definition() else _max_pool)(grid, plan)
+    return (_max if uses_reference() else _max_pool)(grid, plan)
 
 
 def _max(grid: Grid, plan: Pool) -> Pooled:
@@ -140,11 +144,12 @@ _max_pool.defvjp(lambda grid, plan: (_max_pool(grid, plan), grid), _max_backward
 
 
 def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:
-    """For CPUs: 0.05 to 0.13 of the processor time of XLA's select-and-scatter (the skips of MViT-B
-    16x4, `max_pool` with its gradient, 2026-11-23).
+    """Returns the gradient of `max_pool` by operations that are fast on CPUs.
 
-    Which tap wins is found by comparing shifted slices; that tap's place takes the gradient, by
-    output phase like `_grid_gradient`.
+    Comparing shifted slices of the grid yields each window's tap with the maximum. The position of
+    this tap gets the gradient, summed by phase as in `_grid_gradient`. Takes 0.05 to 0.13 of the
+    processor time of XLA's select-and-scatter (the skip connections of MViT-B 16x4, `max_pool` with
+    its gradient, 2026-11-23).
     """
     padded = _pad(grid, plan.padding, -jnp.inf)
     taps = jnp.arange(math.prod(plan.kernel), dtype=jnp.int32)
@@ -165,7 +170,7 @@ def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:
 
 
 def average_pool(grid: Grid, plan: Pool) -> Pooled:
-    """Mean over each window, padding counted as zeros (the reference code's default)."""
+    """Returns the mean over each window; padding counts as zeros (the reference code's default)."""
     return lax.reduce_window(grid, 0.0, lax.add, *_windows(plan)) / math.prod(plan.kernel)
 
 
@@ -175,7 +180,7 @@ def _windows(plan: Pool):
 
 
 def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
-    """Convolution with a filter of its own for each channel, as XLA has it."""
+    """Returns the depthwise convolution of a grid by XLA's grouped convolution."""
     channels = grid.shape[-1]
     return lax.conv_general_dilated(
         grid,
@@ -187,16 +192,16 @@ def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
     )
 
 
-# The same for CPUs. XLA's convolution with one group per channel takes there 64 to 188 times as
-# long, gradients included, as a sum of shifted slices. On a TPU it should be the other way round:
-# a prototype's training step, compiled for v5e, moved twice the bytes with slices. The gradients
-# are written by hand, since those that autodiff makes of the slices take 1.1 to 3.2 times as long
-# (`python -m benchmarks.pooling`, 2 cores, 2026-11-23).
+# Depthwise convolution for CPUs, where XLA's grouped convolution and its gradients take 64 to 188
+# times as long as a sum of shifted slices. Slices are probably slower on TPUs: a prototype's
+# training step, compiled for v5e, moved twice the bytes with them. The gradients are hand-written,
+# as autodiff's gradients of the slices take 1.1 to 3.2 times as long (`python -m
+# benchmarks.pooling`, 2 cores, 2026-11-23).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
-    """`depthwise_conv` as a sum over taps: the padded grid, shifted and strided, times weights."""
+    """Returns `depthwise_conv` as a sum over taps: shifted, strided slices times weights."""
     batch, t, h, w, channels = grid.shape
     output = plan.output((t, h, w))
     padded = _pad(grid, plan.padding)
@@ -209,7 +214,7 @@ def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
 
 
 def _shifted(padded: Array, tap, shape, stride: Triple) -> Pooled:
-    """What one tap of each window meets; `shape` is the pooled grid's."""
+    """Returns the strided slice of the padded grid that `tap` reads; `shape` is the output's."""
     batch, *output, channels = shape
     end = [k + (n - 1) * s + 1 for k, n, s in zip(tap, output, stride, strict=True)]
     return lax.slice(padded, (0, *tap, 0), (batch, *end, channels), (1, *stride, 1))
@@ -218,24 +223,25 @@ def _shifted(padded: Array, tap, shape, stride: Triple) -> Pooled:
 def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Pooled) -> tuple[Grid, Taps]:
     grid, weight = saved
 
-    def each(gradient, grid):
+    def on_device(gradient, grid):
         return _weight_gradient(gradient, grid, plan)[None]
 
-    # Left to XLA, devices would add up after every row and tap.
-    several = clips_are_split() and each_device_has_clips(grid.shape[0])
-    taps = (on_each_device(each) if several else each)(gradient, grid).sum(0)
+    # Left to XLA, the devices would run an all-reduce for every row and tap.
+    sharded = batch_is_sharded() and batch_is_divisible(grid.shape[0])
+    taps = (on_each_device(on_device) if sharded else on_device)(gradient, grid).sum(0)
     return _grid_gradient(gradient, weight, grid, plan), taps.astype(weight.dtype)
 
 
-depthwise_slices.defvjp(saving(depthwise_slices), _slices_backward)
+depthwise_slices.defvjp(saving_inputs(depthwise_slices), _slices_backward)
 
 
 def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Grid:
-    """By output phase: places with the same remainder by the stride meet the same taps.
+    """Returns the gradient of the grid, summed by phase: the position modulo the stride.
 
-    Along each axis tap k = chunk * stride + phase. The gradient of place (m, phase) is the sum over
-    chunks of gradient[m - chunk] * weight[chunk, phase]: ceil(kernel / stride) terms an axis, each
-    an outer product over phases, instead of one padded and added term for each tap.
+    Positions of the same phase are read by the same taps. Along each axis, tap k is chunk * stride
+    + phase. The gradient at position (m, phase) is the sum over chunks of gradient[m - chunk] *
+    weight[chunk, phase]. This has ceil(kernel / stride) terms per axis, each an outer product over
+    phases, instead of a padded term for each tap.
     """
     phases = _split_phases(weight, _chunks(plan), plan.stride)
     return _by_phases(
@@ -244,24 +250,32 @@ def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Gr
 
 
 def _by_phases(term, phases: Array, pooled: tuple[Array, ...], shape, plan: Pool) -> Grid:
-    """Sums `term(*pooled, taps)`, taps from `_split_phases`, for the windows that hold a place."""
+    """Returns, at each position, the sum of `term(*pooled, taps)` over the windows that hold it.
+
+    Args:
+      term: maps slices of `pooled` and the taps of one chunk to a summand.
+      phases: taps from `_split_phases`.
+      pooled: arrays on the pooled grid.
+      shape: shape of the result.
+      plan: the pooling.
+    """
     batch, *size, channels = shape
     chunks = _chunks(plan)
     padded = [_pad(x, [c - 1 for c in chunks]) for x in pooled]
-    places = [n + c - 1 for n, c in zip(pooled[0].shape[1:4], chunks, strict=True)]
+    positions = [n + c - 1 for n, c in zip(pooled[0].shape[1:4], chunks, strict=True)]
     total = jnp.zeros((), pooled[0].dtype)
     for chunk in _indices(chunks):
         start = [c - 1 - i for c, i in zip(chunks, chunk, strict=True)]
-        end = [i + n for i, n in zip(start, places, strict=True)]
-        met = [
+        end = [i + n for i, n in zip(start, positions, strict=True)]
+        slices = [
             jnp.expand_dims(lax.slice(x, (0, *start, 0), (batch, *end, channels)), (2, 4, 6))
             for x in padded
         ]
         # [batch, T', phase, H', phase, W', phase, channels]
-        total = total + term(*met, phases[chunk][None, None, :, None, :, None, :])
-    whole = [n * s for n, s in zip(places, plan.stride, strict=True)]
+        total = total + term(*slices, phases[chunk][None, None, :, None, :, None, :])
+    whole = [n * s for n, s in zip(positions, plan.stride, strict=True)]
     total = total.reshape(batch, *whole, channels)
-    # From the padded grid's places to the grid's: an end that no window reached gets zeros.
+    # Crops the padding; appends zeros at the end, for positions that no window holds.
     cut = [(-p, n + p - m, 0) for p, n, m in zip(plan.padding, size, whole, strict=True)]
     return lax.pad(total, jnp.zeros((), total.dtype), [(0, 0, 0), *cut, (0, 0, 0)])
 
@@ -271,19 +285,19 @@ def _chunks(plan: Pool) -> list[int]:
 
 
 def _split_phases(weight: Array, chunks, stride: Triple, fill: int = 0):
-    """Taps [kt, kh, kw, channels] by chunk and phase: [ct, ch, cw, st, sh, sw, channels]."""
-    filled = [c * s - k for c, s, k in zip(chunks, stride, weight.shape, strict=False)]
-    weight = jnp.pad(weight, [*((0, n) for n in filled), (0, 0)], constant_values=fill)
+    """Returns taps `[kt, kh, kw, channels]` as `[chunk t, h, w, phase t, h, w, channels]`."""
+    padding = [c * s - k for c, s, k in zip(chunks, stride, weight.shape, strict=False)]
+    weight = jnp.pad(weight, [*((0, n) for n in padding), (0, 0)], constant_values=fill)
     pattern = "(ct st) (ch sh) (cw sw) channels -> ct ch cw st sh sw channels"
     return rearrange(weight, pattern, st=stride[0], sh=stride[1], sw=stride[2])
 
 
 def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
-    """In float32 at least.
+    """Returns the gradient of the taps, in float32 at least.
 
-    A few rows at a time, and of these one tap after the other, so that their products stay in the
-    cache: 0.2 to 0.8 of the time of whole grids. As a product with ones their sum takes 0.5 to 0.8
-    of the time; unrolled, XLA merges the taps into one loop, not vectorised (2026-11-23).
+    Loops over a few rows at a time, and over taps, so that products stay in the cache: 0.2 to 0.8
+    of the time of whole grids. Summing by a product with ones takes 0.5 to 0.8 of a sum's time. XLA
+    would merge unrolled taps into one loop and not vectorise it (2026-11-23).
     """
     batch, t, h, w, channels = gradient.shape
     _, stride_h, stride_w = plan.stride
@@ -293,10 +307,10 @@ def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
     taps = jnp.array(list(_indices(plan.kernel)))
     span = (batch, 1, (rows - 1) * stride_h + 1, (w - 1) * stride_w + 1, channels)
 
-    def add(total, place):
-        frame, row = place
+    def add(total, position):
+        frame, row = position
         part = lax.dynamic_slice(gradient, (0, frame, row, 0, 0), (batch, 1, rows, w, channels))
-        corner = place * jnp.array(plan.stride[:2])
+        corner = position * jnp.array(plan.stride[:2])
 
         def one_tap(tap):
             start = (0, corner[0] + tap[0], corner[1] + tap[1], tap[2], 0)
@@ -307,14 +321,14 @@ def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
 
         return total + lax.map(one_tap, taps), None
 
-    places = jnp.array([(frame, row) for frame in range(t) for row in range(0, h, rows)])
+    positions = jnp.array([(frame, row) for frame in range(t) for row in range(0, h, rows)])
     total = jnp.zeros((len(taps), channels), jnp.promote_types(gradient.dtype, jnp.float32))
-    total = lax.scan(add, total, places)[0]
+    total = lax.scan(add, total, positions)[0]
     return total.reshape(*plan.kernel, channels)
 
 
 def _rows_in_cache(grid: Grid) -> int:
-    """How many rows of a frame, of all clips, take up to 150 kB: a divisor of its height."""
+    """Returns the largest divisor of the height whose rows, of all clips, take up to 150 kB."""
     batch, _, height, width, channels = grid.shape
     size = batch * width * channels * grid.dtype.itemsize
     fit = [n for n in range(1, height + 1) if height % n == 0 and n * size <= 150_000]

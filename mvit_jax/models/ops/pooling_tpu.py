@@ -1,13 +1,13 @@
 """Pooling of token sequences on TPUs, as Pallas kernels that read and write every token once.
 
-XLA pools grids, so it cuts the class token off first, unfolds the rest, and brings it into the
-layout that its convolutions like and back: compiled for a v5e, pools and the copies around them
-moved half the bytes of the first blocks. Here a frame at a time comes into fast memory, is spread
-there over a frame with borders, and rows that lie a stride apart are multiplied by their tap and
-added, in float32. The class token passes by.
+XLA's convolutions pool grids. XLA therefore slices the class token off, reshapes the rest, and
+copies it into the convolution's layout and back. Compiled for a v5e, pooling and these copies moved
+half the bytes of the first blocks. Here a kernel loads one frame at a time into VMEM and copies it
+into a padded frame. For each tap it then multiplies strided rows by the weight and adds them, in
+float32. The class token passes through unchanged.
 
-Frames come as blocks of rows of the sequence `[batch, 1 + THW, channels]`, in which a class token
-shifts every frame by one row: the row that a block lacks is in the block after it.
+The blocks of frames are rows of the sequence `[batch, 1 + THW, channels]`. A class token shifts
+every frame by one row, so the last row of a frame is in the next block.
 """
 
 import functools
@@ -22,25 +22,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from mvit_jax.models.ops.attention_tpu import memory
+from mvit_jax.models.ops.attention_tpu import vmem_budget
 from mvit_jax.models.plan import Pool, Triple
 
 Tokens = Float[Array, "batch _tokens channels"]
 Taps = Float[Array, "taps channels"]
-LANES = 128  # channels that go at a time: rows at any place can be read of no more
-TILE = 16  # rows of a tile of 16-bit numbers; blocks of rows begin at multiples of it
-WHOLE = 2048  # rows of a sequence that come at once where frames are no multiples of a tile
+LANES = 128  # channels of a block; rows at arbitrary offsets can be read of at most 128 channels
+TILE = 16  # rows of a tile of 16-bit values; blocks of rows begin at multiples of a tile
+WHOLE = 2048  # maximum rows of a sequence that is loaded whole, not frame by frame
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the rows of frames lie: in blocks that come in, in the frame with borders, and out."""
+    """The layout of a frame's rows in the input blocks, the padded frame and the output."""
 
     plan: Pool
     grid: Triple
     output: Triple
     first: int  # 1 with a class token
-    whole: bool  # whether all frames come at once, else one by one
+    whole: bool  # one block has all frames, instead of one frame
 
     @property
     def frame(self) -> int:
@@ -52,7 +52,7 @@ class _Layout:
 
     @property
     def shifted(self) -> bool:
-        """Whether a frame's last row is in the block after its own."""
+        """True if a frame's last row is in the next block."""
         return self.first == 1 and not self.whole
 
     @property
@@ -60,8 +60,8 @@ class _Layout:
         return 1 if self.whole else self.grid[0] + self.first
 
     @property
-    def bordered(self) -> tuple[int, int]:
-        """Height and width of a frame with borders; windows may end beyond the padding."""
+    def padded(self) -> tuple[int, int]:
+        """Height and width of the padded frame; windows may end beyond the plan's padding."""
         _, h, w = (
             max(n + 2 * p, (m - 1) * s + k)
             for n, p, m, s, k in zip(
@@ -72,37 +72,37 @@ class _Layout:
         return h, w
 
     def corner(self, row):
-        """Where the windows of one row of the output begin in the bordered frame."""
-        return row * (self.plan.stride[1] * self.bordered[1])
+        """Returns the index in the padded frame at which the windows of an output row begin."""
+        return row * (self.plan.stride[1] * self.padded[1])
 
     def window(self, corner, dy: int, dx: int):
-        """The places of the bordered frame that one tap reads for one row of the output."""
-        start = corner + (dy * self.bordered[1] + dx)
+        """Returns the slice of the padded frame that a tap reads for a row of the output."""
+        start = corner + (dy * self.padded[1] + dx)
         stride = self.plan.stride[2]
         return pl.ds(start, self.output[2], stride) if stride > 1 else pl.ds(start, self.output[2])
 
     def inside(self, row):
-        """The places of one row of the frame in the bordered one."""
-        start = (row + self.plan.padding[1]) * self.bordered[1] + self.plan.padding[2]
+        """Returns the slice of the padded frame that holds a row of the frame."""
+        start = (row + self.plan.padding[1]) * self.padded[1] + self.plan.padding[2]
         return pl.ds(start, self.grid[2])
 
     def pooled(self, frame, row):
-        """The places of one row of the output's frame in the output's sequence."""
+        """Returns the slice of the output's sequence that holds a row of an output frame."""
         _, h, w = self.output
         return pl.ds(self.first + (frame * h + row) * w, w)
 
-    def meets(self, frame, dt: int):
-        """The output's frame that a frame adds to through a tap, and whether there is one."""
-        place = jnp.int32(frame + self.plan.padding[0] - dt)
+    def output_frame(self, frame, dt: int):
+        """Returns the output frame that reads `frame` through tap `dt`, and True if it exists."""
+        position = jnp.int32(frame + self.plan.padding[0] - dt)
         stride = jnp.int32(self.plan.stride[0])
-        # Not // and %: rounding down asks for the sign, which Pallas cannot take without a TPU.
-        out = lax.div(place, stride)
-        there = (place >= 0) & (lax.rem(place, stride) == 0) & (out < self.output[0])
-        return jnp.clip(out, 0, self.output[0] - 1), there
+        # Not // and %: floor division uses `sign`, which Pallas cannot lower without a TPU.
+        out = lax.div(position, stride)
+        exists = (position >= 0) & (lax.rem(position, stride) == 0) & (out < self.output[0])
+        return jnp.clip(out, 0, self.output[0] - 1), exists
 
 
 def fits(x: Tokens, grid: Triple, plan: Pool) -> bool:
-    """Whether the kernels take this pool."""
+    """Returns True if the kernels support this pooling and its buffers fit into VMEM."""
     return x.dtype in (jnp.float32, jnp.bfloat16) and _layout(x, grid, plan) is not None
 
 
@@ -115,16 +115,16 @@ def _layout(x: Tokens, grid: Triple, plan: Pool) -> _Layout | None:
         return None
     layout = _Layout(plan, grid, plan.output(grid), first, whole)
     pooled = first + math.prod(layout.output)
-    # What the backward pass holds: blocks that come and go twice, the rest in float32.
-    held = (4 * 2 + 2 * 4) * layout.rows + 2 * 4 * math.prod(layout.bordered) + (4 + 2 * 2) * pooled
-    return layout if held * LANES < memory() else None
+    # Bytes per lane in the backward pass: double-buffered blocks, and float32 scratch.
+    size = (4 * 2 + 2 * 4) * layout.rows + 2 * 4 * math.prod(layout.padded) + (4 + 2 * 2) * pooled
+    return layout if size * LANES < vmem_budget() else None
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "plan", "interpret"))
 def forward(
     x: Tokens, weight: Taps, *, grid: Triple, plan: Pool, interpret: bool = False
 ) -> Tokens:
-    """Tokens pooled by `weight`, class token (where there is one) first and as it was."""
+    """Returns the tokens pooled by the taps `weight`; a class token passes through unchanged."""
     layout = _layout(x, grid, plan)
     assert layout is not None
     rows = layout.first + math.prod(layout.output)
@@ -136,7 +136,7 @@ def forward(
 def backward(
     x: Tokens, weight: Taps, gradient: Tokens, *, grid: Triple, plan: Pool, interpret: bool = False
 ) -> tuple[Tokens, Taps]:
-    """Gradients of tokens and taps, from that of what `forward` gives."""
+    """Returns the gradients of tokens and taps, from the output's gradient."""
     layout = _layout(x, grid, plan)
     assert layout is not None
     taps = jax.ShapeDtypeStruct((math.prod(plan.kernel), x.shape[2]), jnp.float32)
@@ -145,7 +145,7 @@ def backward(
 
 
 def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool):
-    """Runs a kernel over channels, clips and blocks of frames; it gets its blocks by name."""
+    """Runs a kernel for blocks of channels, clips and frames; it gets a dict of refs."""
     x, weight, *gradient = arrays
     batch, _, channels = x.shape
     width = min(channels, LANES)
@@ -157,22 +157,22 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
     if layout.shifted:
         last = -(-x.shape[1] // TILE) - 1
         step = layout.rows // TILE
-        inputs["after"] = x
-        specs["after"] = pl.BlockSpec(
+        inputs["next"] = x
+        specs["next"] = pl.BlockSpec(
             (1, TILE, width), lambda c, clip, i: (clip, jnp.minimum((i + 1) * step, last), c)
         )
     if gradient:
         inputs["dy"] = gradient[0]
     pooled = layout.first + math.prod(layout.output)
     specs["y"] = specs["dy"] = pl.BlockSpec((1, pooled, width), lambda c, clip, i: (clip, 0, c))
-    bordered = math.prod(layout.bordered)
+    padded = math.prod(layout.padded)
     scratch: dict[str, tuple[int, ...]] = {
-        "frame": (bordered, width),
+        "frame": (padded, width),
         "rows": (layout.rows + TILE, width),
         "pooled": (pooled, width),
     }
     if gradient:
-        scratch["dframe"] = (bordered, width)
+        scratch["dframe"] = (padded, width)
         scratch["drows"] = (layout.rows + TILE, width)
         scratch["dtaps"] = (taps, layout.output[2], width)
 
@@ -188,7 +188,8 @@ def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool)
         out_shape=[jax.ShapeDtypeStruct(s.shape, s.dtype) for s in outputs.values()],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=memory()
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem_budget(),
         ),
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * taps * batch * pooled * channels,
@@ -218,20 +219,20 @@ def _forward(refs: dict, layout: _Layout) -> None:
     def frame(time, start):
         _unfold(refs["rows"], refs["frame"], layout, start)
         for dt in range(layout.plan.kernel[0]):
-            out, there = layout.meets(time, dt)
+            out, exists = layout.output_frame(time, dt)
 
-            @pl.when(there)
+            @pl.when(exists)
             def _(dt=dt, out=out):
                 @pl.loop(0, layout.output[1])
                 def _(row):
-                    place = layout.pooled(out, row)
-                    total = pooled[place]
+                    output_row = layout.pooled(out, row)
+                    total = pooled[output_row]
                     corner = layout.corner(row)
                     for tap, dy, dx in _taps(layout.plan, dt):
                         total += (
                             refs["frame"][layout.window(corner, dy, dx)] * refs["w"][tap : tap + 1]
                         )
-                    pooled[place] = total
+                    pooled[output_row] = total
 
     _each_frame(layout, frame)
 
@@ -254,7 +255,7 @@ def _backward(refs: dict, layout: _Layout) -> None:
         refs["dtaps"][...] = jnp.zeros_like(refs["dtaps"])
 
     _load_rows(refs, layout)
-    if layout.shifted:  # the last row of the frame before
+    if layout.shifted:  # the last row of the previous frame
         rows[0:8] = rows[layout.rows : layout.rows + 8]
     if layout.first:
 
@@ -266,9 +267,9 @@ def _backward(refs: dict, layout: _Layout) -> None:
         _unfold(refs["rows"], refs["frame"], layout, start)
         dframe[...] = jnp.zeros_like(dframe)
         for dt in range(layout.plan.kernel[0]):
-            out, there = layout.meets(time, dt)
+            out, exists = layout.output_frame(time, dt)
 
-            @pl.when(there)
+            @pl.when(exists)
             def _(dt=dt, out=out):
                 @pl.loop(0, layout.output[1])
                 def _(row):
@@ -289,14 +290,14 @@ def _backward(refs: dict, layout: _Layout) -> None:
 
 
 def _load_rows(refs: dict, layout: _Layout) -> None:
-    """A block of the sequence in float32, with the first rows of the block after it."""
+    """Loads a block of the sequence as float32, with the first rows of the next block."""
     refs["rows"][0 : layout.rows] = refs["x"][0].astype(jnp.float32)
     if layout.shifted:
-        refs["rows"][layout.rows :] = refs["after"][0].astype(jnp.float32)
+        refs["rows"][layout.rows :] = refs["next"][0].astype(jnp.float32)
 
 
 def _unfold(rows, frame, layout: _Layout, start) -> None:
-    """Spreads a frame's rows over the frame with borders, which stay zero."""
+    """Copies a frame's rows into the padded frame, whose padding stays zero."""
 
     @pl.loop(0, layout.grid[1])
     def _(row):
@@ -304,10 +305,10 @@ def _unfold(rows, frame, layout: _Layout, start) -> None:
 
 
 def _each_frame(layout: _Layout, function) -> None:
-    """Calls `function` with each frame of a block and the place of its first row."""
+    """Calls `function(time, start)` for each frame of a block; `start` is its first row."""
     if layout.whole:
 
-        @pl.loop(0, layout.grid[0], unroll=True)  # traced once, which takes most of the time
+        @pl.loop(0, layout.grid[0], unroll=True)  # traces the body once; tracing dominates
         def _(time):
             function(time, layout.first + time * layout.frame)
 
@@ -320,6 +321,7 @@ def _each_frame(layout: _Layout, function) -> None:
 
 
 def _taps(plan: Pool, dt: int):
+    """Yields the index and offsets (tap, dy, dx) of the taps at `dt`."""
     _, height, width = plan.kernel
     for dy, dx in itertools.product(range(height), range(width)):
         yield (dt * height + dy) * width + dx, dy, dx

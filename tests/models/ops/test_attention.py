@@ -11,7 +11,7 @@ from mvit_jax.models.ops import attention_cpu, dispatch
 from mvit_jax.models.ops.attention import attend, fused, materialised
 
 BATCH, HEADS, DIM = 2, 3, 4
-KEPT_SCORES = {"kept": 2**20, "blocks": 0}
+SAVED_SCORES = {"saved": 2**20, "blocks": 0}
 
 
 def draw(queries, keys, places, dtype):
@@ -38,9 +38,9 @@ def defined(q, k, v, r, e):
     return out
 
 
-@pytest.fixture(params=KEPT_SCORES)
+@pytest.fixture(params=SAVED_SCORES)
 def form(request, monkeypatch):
-    monkeypatch.setattr(attention_cpu, "KEPT_SCORES", KEPT_SCORES[request.param])
+    monkeypatch.setattr(attention_cpu, "SAVED_SCORES", SAVED_SCORES[request.param])
     monkeypatch.setattr(attention_cpu, "BLOCK_SCORES", BATCH * HEADS * 11 * 32)
     return request.param
 

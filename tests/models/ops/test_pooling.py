@@ -173,7 +173,7 @@ def test_devices_add_up_gradients_of_taps_once():
 
 
 def test_a_convolution_without_taps_says_so():
-    with pytest.raises(ValueError, match="needs its taps"):
+    with pytest.raises(ValueError, match="requires weight"):
         pooling.pool(jnp.zeros((1, 1, 2, 2, 1)), Pool("conv", (1, 3, 3), (1, 2, 2)))
 
 
