@@ -1,7 +1,7 @@
-"""What an architecture costs, by formulas: parameters, and multiply-adds for one clip.
+"""Formulas for an architecture's parameters and its multiply-adds per clip.
 
-Multiply-adds are what papers print as "FLOPs": one multiplication with its addition in a linear
-layer, a convolution or an attention product; norms, softmax and GELU are left out.
+Papers print multiply-adds as "FLOPs". One multiplication and its addition count as one, in linear
+layers, convolutions and attention products. Norms, softmax and GELU do not count.
 """
 
 import math
@@ -13,7 +13,7 @@ from mvit_jax.models.plan import BlockGrids, BlockPlan, MViTConfig, grids, patch
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and multiply-adds for one clip."""
+    """Number of parameters, and of multiply-adds per clip."""
 
     parameters: int
     multiply_adds: int
@@ -23,7 +23,7 @@ class Cost:
 
 
 def cost(config: MViTConfig) -> Cost:
-    """Parameters, and multiply-adds for one clip of the nominal size."""
+    """Returns the cost of a model for one clip of the configured size."""
     sizes = grids(config, config.frames, config.size, config.size)
     total = embedding_cost(config) + head_cost(config)
     for block, block_grids in zip(plan(config), sizes, strict=True):
@@ -32,7 +32,7 @@ def cost(config: MViTConfig) -> Cost:
 
 
 def embedding_cost(config: MViTConfig) -> Cost:
-    """Cube embedding, class token, positions, stem norm."""
+    """Returns the cost of patch embedding, class token, positional embeddings and stem norm."""
     t, h, w = patch_grid(config, config.frames, config.size, config.size)
     kernel = 3 * math.prod(config.patch_kernel) * config.width
     positions = {
@@ -47,7 +47,7 @@ def embedding_cost(config: MViTConfig) -> Cost:
 
 
 def block_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> Cost:
-    """One block: attention with its pools, MLP, skip projection, norms."""
+    """Returns the cost of a block: pooled attention, MLP, skip projection, norms."""
     total = _attention_cost(block, grids, class_token) + _pools_cost(block, grids)
     tokens_in, tokens_out = (math.prod(g) + class_token for g in (grids.input, grids.output))
     a = block.attention_width
@@ -61,7 +61,7 @@ def block_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> Cost:
 
 
 def head_cost(config: MViTConfig) -> Cost:
-    """Final norm and classifier."""
+    """Returns the cost of the final norm and the classifier."""
     width = plan(config)[-1].width_out
     return Cost(2 * width, 0) + _linear(width, config.num_classes, 1)
 
@@ -75,21 +75,21 @@ def _attention_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> C
     for projected in (queries, keys, keys) if block.pool_first else (tokens_in,) * 3:
         total += _linear(block.width, a, projected, bias=block.qkv_bias)
     total += Cost(0, 2 * a * queries * keys)  # scores, and their product with the values
-    # Relative positions: each of the grid's queries with each place of the keys, axis by axis.
+    # Relative positional embeddings: a product of each query with each key index, per axis.
     rows = block.relative_time + 2 * block.relative_space
     time, *space = grids.keys
-    places = (time if block.relative_time else 0) + (sum(space) if block.relative_space else 0)
-    return total + Cost(rows * block.head_dim, math.prod(grids.output) * places * a)
+    indices = (time if block.relative_time else 0) + (sum(space) if block.relative_space else 0)
+    return total + Cost(rows * block.head_dim, math.prod(grids.output) * indices * a)
 
 
 def _pools_cost(block: BlockPlan, grids: BlockGrids) -> Cost:
     total = Cost(0, 0)
     for pool, grid, copies in ((block.q_pool, grids.output, 1), (block.kv_pool, grids.keys, 2)):
         if pool and pool.mode.startswith("conv"):
-            taps = math.prod(pool.kernel)
+            kernel = math.prod(pool.kernel)
             total += Cost(
-                copies * block.pooled_width // pool.heads * (taps + 2),  # kernel, norm
-                copies * taps * block.pooled_width * math.prod(grid),
+                copies * block.pooled_width // pool.heads * (kernel + 2),  # kernel, norm
+                copies * kernel * block.pooled_width * math.prod(grid),
             )
     return total
 
@@ -99,11 +99,14 @@ def _linear(inputs: int, outputs: int, tokens: int, bias: bool = True) -> Cost:
 
 
 def products(program: Any) -> int:
-    """Counts the multiply-adds of matrix products and convolutions in a traced program.
+    """Returns the multiply-adds of matrix products and convolutions in a traced program.
 
-    A loop counts as often as it runs, and of alternatives (`lax.cond`) the largest; the number of
-    turns of a `while` is not in the program, so its body counts once. Where positions are relative,
-    the features by which they enter the scores count too, which `cost` leaves out.
+    The body of a `scan` counts once per iteration. Of the branches of a `lax.cond`, the largest
+    counts. The body of a `while` counts once, as its number of iterations is unknown. Unlike
+    `cost`, this includes the products of the features that `attention.relative_features` appends.
+
+    Args:
+      program: a jaxpr, or an object with the attribute `jaxpr`.
     """
     jaxpr = getattr(program, "jaxpr", program)
     total = 0
@@ -123,7 +126,7 @@ def products(program: Any) -> int:
             output = math.prod(equation.outvars[0].aval.shape)
             total += output * math.prod(shape[i] for i in contracted)
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape  # its input channels are those of one group
+            kernel = equation.invars[1].aval.shape  # with the input channels of one group
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
     return total

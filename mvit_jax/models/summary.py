@@ -1,4 +1,4 @@
-"""An architecture by stages, as the papers' tables have it."""
+"""Summary tables of an architecture by stages, as in the papers."""
 
 import math
 from itertools import groupby
@@ -14,7 +14,10 @@ HEADER: Row = ("stage", "operations", "tokens", "width", "heads", "keys", "param
 
 
 def stages(config: MViTConfig) -> list[Row]:
-    """Clip, cubes, each stage, head and total: tokens, width, heads, cost, under `HEADER`."""
+    """Returns the rows of a summary table, with the columns of `HEADER`.
+
+    The rows are the clip, the patch embedding ("cubes"), each stage, the head, and the total.
+    """
     sizes = grids(config, config.frames, config.size, config.size)
     first = patch_grid(config, config.frames, config.size, config.size)
     cube = f"{by(config.patch_kernel)} conv, stride {by(config.patch_stride)}"
@@ -43,7 +46,7 @@ def stages(config: MViTConfig) -> list[Row]:
 
 
 def totals(total: Cost) -> str:
-    """Parameters and multiply-adds in words."""
+    """Returns the parameters and multiply-adds as text."""
     billions = total.multiply_adds / 1e9
     rounded = f"{billions:.1f}" if billions >= 1 else f"{billions:.3f}"
     return (
@@ -53,7 +56,7 @@ def totals(total: Cost) -> str:
 
 
 def describe(name: str, config: MViTConfig) -> str:
-    """Returns the architecture by stages as a table: tokens, width, heads, cost; and the totals."""
+    """Returns a variant's summary as text: a table by stages, totals, published row, input."""
     lines = [name, "", table(HEADER, stages(config)), "", totals(cost(config))]
     if name in PUBLISHED and config == VARIANTS[name]:
         p = PUBLISHED[name]
@@ -69,9 +72,9 @@ def describe(name: str, config: MViTConfig) -> str:
 def _input(name: str, config: MViTConfig) -> str:
     p = preprocessing(name, frames=config.frames, size=config.size)
     video = f"{p.frames} frames with a stride of {p.stride} at 30 frames a second"
-    what = video if p.frames > 1 else "one image"
+    clip = video if p.frames > 1 else "one image"
     return (
-        f"input: {what}; short side to {p.short_side} pixels ({p.interpolation}), centre crop of "
+        f"input: {clip}; short side to {p.short_side} pixels ({p.interpolation}), centre crop of "
         f"{p.size}; (value / 255 - {_rgb(p.mean)}) / {_rgb(p.std)}"
     )
 

@@ -1,7 +1,7 @@
-"""The published variants: their architectures, what their papers report, what their weights expect.
+"""The published variants: architectures, published results and preprocessing.
 
-`P1` is MViT (Fan et al. 2021, arXiv 2104.11227), `P2` MViTv2 (Li et al. 2022, arXiv 2112.01526),
-`MaskFeat` Wei et al. 2022 (arXiv 2112.09133). A field is overridden by keyword:
+`P1` is MViT (Fan et al. 2021, arXiv 2104.11227), `P2` is MViTv2 (Li et al. 2022, arXiv 2112.01526),
+`MaskFeat` is Wei et al. 2022 (arXiv 2112.09133). Keywords override fields:
 `variant("mvit_b_16x4", pool_mode="max", frames=8, size=160, num_classes=10)`.
 """
 
@@ -30,7 +30,7 @@ _IMAGE = MViTConfig(
     dropout=0.0,
 )
 
-# A ViT is an MViT of one stage that pools nothing.
+# A ViT is an MViT of one stage without pooling.
 _VIT = MViTConfig(
     frames=8,
     patch_kernel=(1, 16, 16),
@@ -48,8 +48,8 @@ _B24: dict[str, Any] = {"depths": (2, 3, 16, 3), "drop_path": 0.3}
 _LARGE: dict[str, Any] = {"depths": (2, 6, 36, 4), "width": 144, "heads": 2}
 _HUGE: dict[str, Any] = {"depths": (4, 8, 60, 8), "width": 192, "heads": 3, "drop_path": 0.8}
 
-# MViTv2, section 4: relative positions instead of absolute ones, residual pooling, queries pooled
-# in every block, channels that grow in the attention.
+# MViTv2, section 4: relative instead of absolute positional embeddings, residual pooling, queries
+# pooled in every block, width growing in the attention.
 _V2: dict[str, Any] = {
     "positions": "none",
     "relative_positions": "both",
@@ -60,11 +60,12 @@ _V2: dict[str, Any] = {
 _V2_VIDEO = _replace(_VIDEO, **_V2)
 _V2_LONG = _replace(_V2_VIDEO, **_LARGE, frames=40, drop_path=0.75)
 _V2_IMAGE = _replace(_IMAGE, **_V2 | {"relative_positions": "space"}, class_token=False)
-# The released ImageNet-1k weights of L grow in the MLP, those of ImageNet-21k in the attention.
+# In MViTv2-L's released weights, the width grows in the MLP (ImageNet-1k) or in the attention
+# (ImageNet-21k).
 _V2_L = _replace(_V2_IMAGE, **_LARGE, drop_path=0.5, expand="mlp")
 _V2_H = _replace(_V2_IMAGE, **_HUGE)
 _21K: dict[str, Any] = {"class_token": True, "num_classes": 19168}
-# MaskFeat fine-tunes models with MViTv2's positions and residual pooling, but MViT's growth.
+# MaskFeat's models have MViTv2's positional embeddings and residual pooling, but MViT's growth.
 _MASKFEAT = _replace(_V2_VIDEO, expand="mlp", mean_pooling=True, dropout=0.0, drop_path=0.1)
 
 VARIANTS: dict[str, MViTConfig] = {
@@ -121,7 +122,7 @@ VARIANTS: dict[str, MViTConfig] = {
 class Published:
     """A paper's row: parameters in millions, multiply-adds of a view in billions, accuracy in %.
 
-    `why` says what is known where our counts differ by more than 1 %.
+    `why` explains a difference of more than 1 % from our counts, or is empty.
     """
 
     data: str
@@ -133,25 +134,25 @@ class Published:
 
 
 _L_WHY = (
-    "the paper's parameters are those of growth in the MLP (its Table 13 has 213.1 M), its "
-    "multiply-adds those of growth in the attention, as in the released configs"
+    "the paper's parameters fit growth in the MLP (its Table 13 has 213.1 M), its multiply-adds "
+    "fit growth in the attention, as in the released configs"
 )
 _L_IMAGE_WHY = (
-    "the released weights and the paper's parameters are those of growth in the MLP, its "
-    "multiply-adds those of growth in the attention (41.8 G)"
+    "the released weights and the paper's parameters fit growth in the MLP, the paper's "
+    "multiply-adds fit growth in the attention (41.8 G)"
 )
 
 PUBLISHED: dict[str, Published] = {
     "mvit_s_16x4": Published(
         "Kinetics-400", 26.1, 32.9, 76.0, "P1, Table 4",
-        "never released; the blocks of its first stage, heads and K/V strides are not stated: "
-        "3-7-6 blocks and strides from 1x4x4 give the paper's parameters",
+        "never released; the paper does not state the depth of the first stage, heads and K/V "
+        "strides: depths of 3-7-6 and strides from 1x4x4 result in the paper's parameters",
     ),
     "mvit_b_16x4": Published("Kinetics-400", 36.6, 70.5, 78.4, "P1, Table 4"),
     "mvit_b_32x2": Published("Kinetics-400", 36.5, 70.5, 77.2, "P1, Table 12"),
     "mvit_b_32x3": Published("Kinetics-400", 36.6, 170.0, 80.2, "P1, Table 4"),
     "mvit_b_64x3": Published("Kinetics-400", 36.6, 455.0, 81.2, "P1, Table 4"),
-    # The paper prints 52.9 M for the 600 classes of Kinetics-600; 53.2 M for those of SSv2.
+    # The paper prints 52.9 M for Kinetics-600 (600 classes) and 53.2 M for SSv2 (174 classes).
     "mvit_b24_32x3": Published("Kinetics-600", 52.9, 236.0, 83.8, "P1, Table 5"),
     "vit_b_8x8": Published("Kinetics-400", 87.2, 180.0, 68.5, "P1, Table 4"),
     "mvit_b16": Published("ImageNet-1k", 37.0, 7.8, 83.0, "P1, Table 17"),
@@ -161,7 +162,7 @@ PUBLISHED: dict[str, Published] = {
     "mvitv2_b_32x3": Published("Kinetics-400", 51.2, 225.0, 82.9, "P2, Table 10"),
     "mvitv2_l_40x3": Published(
         "Kinetics-400", 217.6, 1127.0, 84.5, "P2, Table 14 (from ImageNet-21k)",
-        "parameters and multiply-adds of the row are those of growth in the MLP",
+        "the row's parameters and multiply-adds fit growth in the MLP",
     ),
     "mvitv2_l_32x3_312": Published(
         "Kinetics-600", 217.6, 2063.0, 87.2, "P2, Table 11 (from ImageNet-21k)", _L_WHY
@@ -195,21 +196,24 @@ _RGB_IMAGE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the weights of a variant expect of a video or image."""
+    """The preprocessing of videos or images that a variant was trained with."""
 
     frames: int  # T; 1 for images
-    stride: int  # tau, between two sampled frames at 30 frames a second
-    size: int  # side of the crop, pixels
-    short_side: int  # to which a frame is scaled before one centre crop, pixels
+    stride: int  # tau, the step between sampled frames at 30 frames a second
+    size: int  # side of the square crop, pixels
+    short_side: int  # short side of a frame when scaled, before the centre crop, pixels
     mean: tuple[float, float, float]  # of red, green, blue in [0, 1]
     std: tuple[float, float, float]
-    interpolation: Literal["bilinear", "bicubic"]  # without antialias; with it, as in PIL
+    interpolation: Literal["bilinear", "bicubic"]  # bicubic is antialiased, as in PIL
 
 
 def preprocessing(name: str, /, **overrides: Any) -> Preprocessing:
-    """The preprocessing of the variant called `name`, with fields of `MViTConfig` overridden.
+    """Returns the preprocessing of a variant, with fields of `MViTConfig` overridden.
 
     The short side is size / 0.875, rounded down: 256 for crops of 224 pixels, 356 for 312.
+
+    Raises:
+      UserError: there is no such variant, or no such field.
     """
     config = variant(name, **overrides)
     image = VARIANTS[name].frames == 1
@@ -227,7 +231,11 @@ def preprocessing(name: str, /, **overrides: Any) -> Preprocessing:
 
 
 def variant(name: str, /, **overrides: Any) -> MViTConfig:
-    """The architecture called `name`, with fields of `MViTConfig` overridden by keyword."""
+    """Returns the architecture of a variant, with fields of `MViTConfig` overridden by keyword.
+
+    Raises:
+      UserError: there is no such variant, no such field, or a value is out of range.
+    """
     if name not in VARIANTS:
         raise UserError(f"there is no variant {name!r}{nearest(name, VARIANTS)}")
     fields = [field.name for field in dataclasses.fields(MViTConfig)]
@@ -238,17 +246,20 @@ def variant(name: str, /, **overrides: Any) -> MViTConfig:
 
 
 def override(text: str) -> tuple[str, Any]:
-    """A field and its value from the command line's "field=value"."""
+    """Returns field and value of the command line's "field=value".
+
+    A value that is no Python literal stays a string.
+    """
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"{text!r} is no override: write field=value, like frames=8")
+        raise UserError(f"{text!r} is not of the form field=value, like frames=8")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
 
 
-def nearest(name: str, known) -> str:
-    """The end of an error message that says which known name was probably meant."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+def nearest(name: str, names) -> str:
+    """Returns the end of an error message: the most similar of `names`, or all of them."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
