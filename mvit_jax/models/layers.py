@@ -75,7 +75,7 @@ def _folded(key: Array, count: int) -> Array:
 def drop_path_masks(key: Array | None, rate: Any, clips: Any) -> Sequence[Array | None]:
     """Draws one mask `[clips, 1, 1]` for each of a block's two branches: True keeps the branch.
 
-    Each entry is True with probability 1 - `rate`. A None in place of a mask keeps all clips.
+    Each entry is True with probability 1 - `rate`. A None instead of a mask stands for all True.
     """
     if key is None or (isinstance(rate, float | int) and rate == 0):
         return None, None

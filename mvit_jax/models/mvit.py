@@ -236,8 +236,8 @@ class Block(nnx.Module):
     def _skip(self, x: Tokens, normalised: Tokens, width: int) -> Tokens:
         """Returns the skip connection with `width` channels.
 
-        A change of width projects the *normalised* tensor by default: 2.6 points of top-1 more
-        than a projection of the tensor itself (MViT, Table A.1).
+        Where the width changes, the *normalised* tensor is projected by default. Its top-1 is 2.6
+        points above that of projecting the tensor itself (MViT, Table A.1).
         """
         if x.shape[-1] == width:
             return x

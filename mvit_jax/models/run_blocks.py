@@ -125,7 +125,7 @@ def _loop_end(
 def _structure(block: Any) -> Any:
     """Returns a block's structure without weights and drop path rates, for comparison.
 
-    Blocks that are no `nnx.Module`, or hold state besides weights, equal no other block: a loop
+    A block that is no `nnx.Module`, or has state other than weights, equals no other block: a loop
     would not update such state (statistics, counters).
     """
     if not isinstance(block, nnx.Module):

@@ -2,10 +2,10 @@
 
 Tokens are one sequence `[batch, 1 + THW, channels]`, class token first, or `[batch, THW, channels]`
 in models without a class token. Functions get the grid (T, H, W) as a separate argument, and only
-pooling reshapes tokens to their grid. A class token in its own array would move 1 to 20 % more
-bytes in a TPU's training step: 42.2 GB with a flat grid against 41.8 GB, for 4 clips of MViT-B 16x4
-(compiled for v5e, 2026-11-22, `benchmarks/token_layout.py`). It would also double the operations to
-compile.
+pooling reshapes tokens to their grid. A class token in a separate array would double the operations
+to compile. It would also move 1 to 20 % more bytes in a TPU's training step: 42.2 GB with a flat
+grid, against 41.8 GB (4 clips of MViT-B 16x4, compiled for v5e, 2026-11-22,
+`benchmarks/token_layout.py`).
 """
 
 import functools
@@ -79,11 +79,11 @@ def relative_features(
 ) -> tuple[QueryFeatures, KeyFeatures]:
     """Returns relative positional embeddings as features of queries and keys (MViTv2, equation 4).
 
-    Equation 4 adds q.R to each score, for the distance along each axis. Features appended to
-    queries and keys have the same product: a query's features are its q.R for each key index along
-    each axis, a key's features are the one-hot vectors of its own indices. No array of all pairs is
-    needed, so fused attention kernels can be used. As in the reference code, and unlike the paper's
-    equation, the queries in q.R are not scaled. The class token's features are zeros.
+    Equation 4 adds q.R to each score, for the distance along each axis. A dot product of appended
+    features computes this sum. The features of a query are its q.R for each key index along each
+    axis; the features of a key are the one-hot vectors of its indices. No array of all pairs is
+    needed, so fused attention kernels can be used. The queries in q.R are not scaled, as in the
+    reference code and unlike in the paper. The class token's features are zeros.
 
     Args:
       queries: pooled and normalised queries, class token first.

@@ -48,7 +48,7 @@ def fits(queries: Queries, keys: Keys) -> bool:
 
 
 def block_of(queries: int, keys: int) -> int:
-    """Returns the number of queries in a block: the largest with `BLOCK_SCORES` scores.
+    """Returns the number of queries in a block, for about `BLOCK_SCORES` scores at most.
 
     Blocks have about equal length, a multiple of 16.
     """

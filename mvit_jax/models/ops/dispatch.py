@@ -86,8 +86,8 @@ def batch_axes() -> tuple[str, ...]:
 def batch_is_divisible(batch: Any) -> bool:
     """Returns True if kernels can run on a batch: it is divisible over the mesh.
 
-    Returns False for the symbolic batch size of an exported program, for a mesh with axes that are
-    not automatic, and inside `without_kernels`.
+    Returns False for an exported program's symbolic batch size, for a mesh whose axes are not all
+    `AxisType.Auto`, and inside `without_kernels`.
     """
     if not isinstance(batch, int) or not kernels_allowed():
         return False

@@ -192,10 +192,10 @@ def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
     )
 
 
-# Depthwise convolution for CPUs, where XLA's grouped convolution and its gradients take 64 to 188
-# times as long as a sum of shifted slices. Slices are probably slower on TPUs: a prototype's
+# Depthwise convolution for CPUs, as a sum of shifted slices. XLA's grouped convolution and its
+# gradients take 64 to 188 times as long there. On TPUs slices are probably slower: a prototype's
 # training step, compiled for v5e, moved twice the bytes with them. The gradients are hand-written,
-# as autodiff's gradients of the slices take 1.1 to 3.2 times as long (`python -m
+# since autodiff's gradients of the slices take 1.1 to 3.2 times as long (`python -m
 # benchmarks.pooling`, 2 cores, 2026-11-23).
 
 
@@ -295,9 +295,9 @@ def _split_phases(weight: Array, chunks, stride: Triple, fill: int = 0):
 def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
     """Returns the gradient of the taps, in float32 at least.
 
-    Loops over a few rows at a time, and over taps, so that products stay in the cache: 0.2 to 0.8
-    of the time of whole grids. Summing by a product with ones takes 0.5 to 0.8 of a sum's time. XLA
-    would merge unrolled taps into one loop and not vectorise it (2026-11-23).
+    Loops over blocks of rows, and over taps, so that products stay in the cache. This takes 0.2 to
+    0.8 of the time of unblocked grids. Summing by a product with ones takes 0.5 to 0.8 of a sum's
+    time. XLA would merge unrolled taps into one loop and not vectorise it (2026-11-23).
     """
     batch, t, h, w, channels = gradient.shape
     _, stride_h, stride_w = plan.stride
