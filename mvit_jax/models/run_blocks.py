@@ -51,8 +51,8 @@ def run(
       remat: a policy of `REMAT`.
 
     Returns:
-      The last block's tokens, the grids `[batch, T, H, W, channels]` after each stage, and one
-      record of intermediates per block, empty without `capture`.
+      The last block's tokens, the grids `[batch, T, H, W, channels]` after each stage, and with
+      `capture` a record of intermediates per block.
 
     Raises:
       UserError: a block returns another number of tokens than its plan's grid has.
@@ -64,8 +64,8 @@ def run(
     first_grid, start = grid, 0
     while start < len(blocks):
         plan = plans[start]
-        whole = remat == "blocks" or (remat == "first_stage" and grid == first_grid)
-        call = functools.partial(_call, grid=grid, remat="blocks" if whole else remat)
+        rematerialised = remat == "blocks" or (remat == "first_stage" and grid == first_grid)
+        call = functools.partial(_call, grid=grid, remat="blocks" if rematerialised else remat)
         stop = start + 1
         if scan and not capture:
             stop = _loop_end(blocks, plans, start, x, grid, keys[start], call)
