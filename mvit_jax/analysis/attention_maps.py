@@ -1,8 +1,8 @@
-"""What a model looks at: attention rollout across pooling, Grad-CAM at any block, distances.
+"""Attention rollout across pooling, Grad-CAM at any block, and attention distances.
 
-Maps are of grids of tokens, for clips as the model takes them; `places.to_pixels` spreads them over
-the frames, `render` paints them. All functions can be jitted with everything but `params` and
-`clip` bound: `jax.jit(functools.partial(rollout, model))`.
+Maps have a value per token. `token_geometry.to_pixels` interpolates them to pixels, and `render`
+draws them over the frames. All functions can be jitted once every argument except `params` and
+`clip` is bound: `jax.jit(functools.partial(rollout, model))`.
 """
 
 import math
@@ -19,7 +19,7 @@ from mvit_jax.models.functional import Functional
 from mvit_jax.models.plan import BlockGrids, BlockPlan, MViTConfig, Triple, grids, plan
 
 Map = Float[Array, "batch time height width"]
-Flow = Float[Array, "batch _tokens"]  # how much of what is looked at comes from each token
+Flow = Float[Array, "batch _tokens"]  # each token's share of the head's input
 
 
 def rollout(
@@ -30,27 +30,27 @@ def rollout(
     block: int | None = None,
     token: Triple | None = None,
 ) -> Map:
-    """Attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928) where the grid changes.
+    """Attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928), extended to pooled grids.
 
-    Follows what the head reads back to the cubes: at every addition half comes from either side.
-    Attention's half goes to the pooled keys as the mean of its heads says, and from each key to the
-    places in its window; the skip's half goes to the places in the skip's window. Where MViTv2 adds
-    the pooled queries, half of attention's half goes to the query's window. The class token's own
-    part is left out.
+    Traces the head's input back to the cubes. At every addition each summand gets half. The
+    attention's half is distributed over the pooled keys by the mean over heads, then evenly over
+    each key's pooling window. The skip connection's half goes to its pooling window. With residual
+    pooling (MViTv2), half of the attention's half goes to the query's pooling window. The class
+    token's share is dropped at the end.
 
     Args:
-      model: the handle; a custom attention must record, and pool by the plan.
+      model: the handle; a custom attention must capture its probabilities and pool by the plan.
       params: of the model, as for `apply`.
       clip: normalised, `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
-      block: start from what this block gives, 0 for the first; the last where not given.
-      token: (t, h, w) on the grid of what `block` gives; what the head reads where not given (the
-        class token, or the mean of all tokens).
+      block: start at this block's output, 0 for the first; the last by default.
+      token: start at this token, (t, h, w) on the grid of the block's output; by default at the
+        head's input (the class token, or the mean of all tokens).
 
     Returns:
-      How much comes from each cube; each map sums to 1.
+      Each cube's share; each map sums to 1.
 
     Raises:
-      UserError: no such block or token.
+      UserError: the block or the token does not exist.
     """
     config = model.config
     blocks, rows = plan(config), grids(config, *_clip_size(clip))
@@ -67,7 +67,7 @@ def _start(config: MViTConfig, grid: Triple, token: Triple | None, batch: int) -
     first, count = int(config.class_token), math.prod(grid)
     start = np.zeros(first + count)
     if token is not None:
-        inside = (0 <= place < n for place, n in zip(token, grid, strict=False))
+        inside = (0 <= index < n for index, n in zip(token, grid, strict=False))
         if len(token) != 3 or not all(inside):
             raise UserError(f"there is no token {token} on a grid of {grid}")
         start[first + np.ravel_multi_index(token, grid)] = 1
@@ -79,23 +79,23 @@ def _start(config: MViTConfig, grid: Triple, token: Triple | None, batch: int) -
 
 
 def _through_block(flow: Flow, block: BlockPlan, row: BlockGrids, attention: Array) -> Flow:
-    """From the tokens that a block gives to those that it takes."""
-    from_keys = np.ones(flow.shape[1], np.float32)  # the rest is from the queries added
+    """Traces shares from a block's output tokens back to its input tokens."""
+    from_keys = np.ones(flow.shape[1], np.float32)  # the remainder comes from residual pooling
     if block.residual_pool != "none":
-        # In mode "grid" the class token's query is not added.
+        # In mode "grid" residual pooling excludes the class token.
         first = flow.shape[1] - math.prod(row.output) if block.residual_pool == "grid" else 0
         from_keys[first:] = 0.5
     by_key = jnp.einsum("bq,bhqk->bk", flow * from_keys[None], attention) / attention.shape[1]
     attended = _unpooled(by_key, token_geometry.windows(block.kv_pool, row.input))
-    own = flow * (1 - from_keys)[None]
-    attended = attended + _unpooled(own, token_geometry.windows(block.q_pool, row.input))
+    from_query = flow * (1 - from_keys)[None]
+    attended = attended + _unpooled(from_query, token_geometry.windows(block.q_pool, row.input))
     if block.skip == "none" and block.attention_width != block.width:
         return attended
     return (attended + _unpooled(flow, token_geometry.windows(block.skip_pool, row.input))) / 2
 
 
 def _unpooled(flow: Flow, windows: token_geometry.Axes) -> Flow:
-    """Spreads each pooled token's part over its window; a class token keeps its own."""
+    """Distributes each pooled token's share over its pooling window; the class token's stays."""
     t, h, w = (jnp.asarray(axis, flow.dtype) for axis in windows)
     pooled = (t.shape[0], h.shape[0], w.shape[0])
     first = flow.shape[1] - math.prod(pooled)
@@ -112,34 +112,38 @@ def grad_cam(
     label: int | None = None,
     by_channel: bool = False,
 ) -> Map:
-    """Grad-CAM at the tokens that a block takes: what speaks for a class, and where.
+    """Grad-CAM of a class at the input of a block.
 
-    Activations are weighted by the gradient of the class's score, summed over channels, and cut at
-    0. Each place has its own weights, where they are positive (LayerCAM, Jiang et al. 2021), or
-    with `by_channel` each channel the mean over places (Selvaraju et al. 2017, arXiv 1610.02391),
-    which assumes that a channel means the same everywhere. On moving digits (trained as the README
-    says, block 1; `python -m benchmarks.pointing`, 2026-11-22) the first puts 3.2 times as much
-    near the digit as a uniform map, and on every clip more than twice; the second 2.0 times, on a
-    third of the clips more than twice.
+    Activations are weighted by the gradient of the class's logit, summed over channels, and
+    clipped at 0. There are two variants of the weights:
 
-    What a block takes is looked at, since of what the last one *gives* a head that reads the class
-    token alone has no gradient at the other tokens.
+    - By default, the positive part of the gradient at each token (LayerCAM, Jiang et al. 2021).
+    - With `by_channel`, its mean over tokens (Selvaraju et al. 2017, arXiv 1610.02391). This
+      assumes that a channel has the same meaning everywhere.
+
+    Measured on moving digits (trained as in the README, block 1; `python -m benchmarks.pointing`,
+    2026-11-22), against a uniform map: the default puts 3.2 times as much weight near the digit,
+    and more than twice as much on every clip. `by_channel` puts 2.0 times as much, and more than
+    twice as much on a third of the clips.
+
+    The block's input is explained, not its output: a head on the class token has no gradient at
+    the other tokens of the last block's output.
 
     Args:
-      model: the handle; a custom attention must record, and pool by the plan.
+      model: the handle; a custom block must have the plan's grids.
       params: of the model, as for `apply`.
       clip: normalised, `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
-      block: 0 for the first, -1 for the last; where not given, `fine_block`: early blocks have
-        the finer grid, late ones have seen more.
-      label: the class to explain; each clip's own most probable one where not given.
-      by_channel: the original form.
+      block: 0 for the first, -1 for the last. The default is `fine_block`: early blocks have a
+        finer grid, late blocks more abstract features.
+      label: the class to explain; by default the most probable class of each clip.
+      by_channel: use the original Grad-CAM.
 
     Returns:
-      On the grid of the block's input; each map sums to 1, or is 0 where nothing speaks for the
-      class.
+      Maps on the grid of the block's input. Each sums to 1, or is 0 if no token has positive
+      evidence for the class.
 
     Raises:
-      UserError: no such block or class.
+      UserError: the block or the class does not exist.
     """
     config, module = model.config, model.module(params)
     blocks = plan(config)
@@ -149,19 +153,19 @@ def grad_cam(
         raise UserError(f"label must be from 0 to {config.num_classes - 1}, not {label}")
     rows = grids(config, *_clip_size(clip))
 
-    def through(x: Array, start: int, stop: int) -> Array:
-        for one, row in list(zip(module.blocks, rows, strict=True))[start:stop]:
-            x = one(x, row.input)
+    def run_blocks(x: Array, start: int, stop: int) -> Array:
+        for layer, row in list(zip(module.blocks, rows, strict=True))[start:stop]:
+            x = layer(x, row.input)
         return x
 
     def score(x: Array) -> Array:
-        logits, _ = module.classify(through(x, index, len(blocks)))
+        logits, _ = module.classify(run_blocks(x, index, len(blocks)))
         labels = jnp.argmax(logits, -1) if label is None else jnp.full(logits.shape[0], label)
         return jnp.take_along_axis(logits, labels[:, None], axis=-1).sum()
 
     with module.operations():
         x, _ = module.embed(clip)
-        x = through(x, 0, index)
+        x = run_blocks(x, 0, index)
         gradient = jax.grad(score)(x)
     grid = rows[index].input
     first = x.shape[1] - math.prod(grid)
@@ -172,8 +176,14 @@ def grad_cam(
 
 
 def fine_block(config: MViTConfig, clip: Triple) -> int:
-    """The last block that takes a grid of at least 8 x 8 of such clips (frames, height, width): of
-    MViT-B's 0 to 15 at 224 pixels 14. The first, where none does."""
+    """Returns the last block with an input grid of at least 8 x 8, or 0 if there is none.
+
+    For MViT-B at 224 pixels this is block 14 of 0 to 15.
+
+    Args:
+      config: the architecture.
+      clip: (frames, height, width).
+    """
     rows = grids(config, *clip)
     return max((i for i, row in enumerate(rows) if min(row.input[1:]) >= 8), default=0)
 
@@ -181,13 +191,13 @@ def fine_block(config: MViTConfig, clip: Triple) -> int:
 def attention_distance(
     model: Functional, params: Any, clip: Shaped[Array, "..."]
 ) -> tuple[list[Float[Array, " heads"]], list[Float[Array, " heads"]]]:
-    """How far each head of each block looks, on average (MViT, figure A.6).
+    """Mean attention distance of each head of each block (MViT, figure A.6).
 
-    The distance from a query to a key, weighted by attention, then averaged over queries and clips;
-    between the centres of their windows in the clip, class token left out.
+    The distance between a query's and a key's centre in the clip, weighted by attention and
+    averaged over queries and clips. The class token is excluded.
 
     Returns:
-      For each block, in frames along time; and in pixels over the picture.
+      Two lists with an array per block: temporal distance in frames, spatial distance in pixels.
     """
     config, attentions = model.config, _attentions(model, params, clip)
     centres = token_geometry.block_centres(config, _clip_size(clip))
@@ -207,7 +217,7 @@ def attention_distance(
 
 
 def _attentions(model: Functional, params: Any, clip: Array) -> list[Array]:
-    """Returns each block's probabilities, `[batch, heads, queries, keys]`."""
+    """Returns each block's attention probabilities, `[batch, heads, queries, keys]`."""
     try:
         _, features = model.apply(params, clip, capture=True)
         return features["attention"]

@@ -1,4 +1,4 @@
-"""The first training clips of an experiment, drawn as the model gets them."""
+"""Contact sheet of an experiment's first training clips, augmented as for the model."""
 
 import os
 from pathlib import Path
@@ -15,15 +15,18 @@ from mvit_jax.data.loader import LoaderOptions
 from mvit_jax.training import build, step
 
 CLIPS = 8
-FRAMES = 8  # shown of each clip
+FRAMES = 8  # drawn per clip
 
 
 def draw(config: Config, path: str | os.PathLike[str]) -> Path:
-    """Draws the first clips of step 0: decoded, augmented, erased and mixed as for training.
+    """Draws the first clips of step 0 with all augmentation: random erasing and mixup included.
 
     Args:
-      config: an experiment. The clips are those of its run on one device.
-      path: of the picture, a PNG; written whole or not at all.
+      config: an experiment. The clips are those of a run on one device.
+      path: of the PNG file, written atomically.
+
+    Returns:
+      The path.
 
     Raises:
       UserError: the config or its data cannot be used, or the file cannot be written.
@@ -69,8 +72,9 @@ def _figure(
 
 
 def _label(target: np.ndarray, names: tuple[str, ...]) -> str:
-    """The classes that stand out of a target, with their shares where there are several."""
-    floor = target.min() if target.min() < target.max() else 0.0  # what label smoothing gives all
+    """Returns the classes of a soft target, with weights if there are several."""
+    # Label smoothing gives every class the minimum.
+    floor = target.min() if target.min() < target.max() else 0.0
     above = [int(i) for i in np.argsort(-target, kind="stable") if target[i] > floor]
     if len(above) == 1:
         return plots.short(names[above[0]])

@@ -1,4 +1,4 @@
-"""Clips of a test, to be looked at: what the model said of each, and where it looked."""
+"""Example clips of a test with predictions, attention rollout and Grad-CAM, for the HTML report."""
 
 import base64
 import functools
@@ -26,25 +26,28 @@ from mvit_jax.models.inference import normalise
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.step import StepConfig
 
-EXAMPLES = 16  # clips of the sheet
-MISTAKES = 8  # of the worst ones
-FRAMES = 8  # shown of each clip
-ROW = 4  # frames side by side: a picture that a telephone's screen holds
-SIDE = 112  # pixels, at most
+EXAMPLES = 16  # example clips at most
+MISTAKES = 8  # misclassified clips at most
+FRAMES = 8  # frames drawn per clip
+ROW = 4  # frames per image, so that it fits a phone's screen
+SIDE = 112  # pixels of a frame's longer side at most
 
 
 def make(
     scores: Scores, videos: Source, settings: ClipSettings, params: Any, model: Functional,
     recipe: StepConfig,
 ) -> dict[str, Any]:  # fmt: skip
-    """The sheet of a test and its worst mistakes, to be kept as JSON.
+    """Draws example clips of a test and its worst mistakes.
 
     Returns:
-      "examples" and "mistakes", each a list of clips: "video" (its path, from the list's folder),
-      "truth" and "predicted" (labels), "probability" (of the predicted class, mean over views),
-      "pictures" (WebP as data URIs, each of some frames of the centre clip, and below each frame
-      the rollout of attention and Grad-CAM of the clip's most probable class); "wrong", how many
-      videos were; "no_attention", why there is none, or None.
+      A JSON-serialisable dict:
+
+      - "examples" and "mistakes": lists of clips. A clip has "video" (path relative to the list's
+        folder), "truth" and "predicted" (labels), "probability" (of the predicted class, over all
+        views) and "pictures" (WebP images as data URIs). A picture has some frames of the centre
+        clip, with attention rollout and Grad-CAM of the most probable class below each.
+      - "wrong": number of misclassified videos.
+      - "no_attention": the reason for missing attention maps, or None.
     """
     painter = Painter(params, model, recipe)
     chosen, worst = examples(scores), mistakes(scores)
@@ -56,58 +59,64 @@ def make(
         "examples": [entries[index] for index in chosen],
         "mistakes": [entries[index] for index in worst],
         "wrong": int(wrong.sum()),
-        "no_attention": painter.why_not,
+        "no_attention": painter.failure,
     }
 
 
 def examples(scores: Scores, most: int = EXAMPLES) -> list[int]:
-    """Places of the videos to show, by class: the first ones that were tested of each class; where
-    there are more classes than pictures, of classes spread evenly."""
+    """Returns indices of at most `most` example videos: the first tested ones of each class.
+
+    With more than `most` classes, one video each of evenly spaced classes.
+    """
     first = scores.first_label
     labels = np.unique(first[scores.tested])
     if len(labels) > most:
         labels = labels[np.linspace(0, len(labels) - 1, most).round().astype(int)]
-    of_class = [np.flatnonzero(scores.tested & (first == label)) for label in labels]
-    return [int(i) for found in of_class for i in found[: most // len(labels)]]
+    by_class = [np.flatnonzero(scores.tested & (first == label)) for label in labels]
+    return [int(i) for indices in by_class for i in indices[: most // len(labels)]]
 
 
 def mistakes(scores: Scores, most: int = MISTAKES) -> list[int]:
-    """Places of the videos that were taken for another class, the surest of these first."""
+    """Returns indices of at most `most` misclassified videos, the most confident first."""
     predicted = scores.predicted
     wrong = np.flatnonzero(scores.tested & ~scores.hit)
-    sure = scores.probabilities[wrong, predicted[wrong]]
-    return [int(i) for i in wrong[np.argsort(-sure, kind="stable")][:most]]
+    confidence = scores.probabilities[wrong, predicted[wrong]]
+    return [int(i) for i in wrong[np.argsort(-confidence, kind="stable")][:most]]
 
 
 class Painter:
-    """Draws clips, and below them where the model looks, as far as it can be seen."""
+    """Draws clips with attention rollout and Grad-CAM.
+
+    Attributes:
+      failure: the reason for missing attention maps, after the first clip without them.
+    """
 
     def __init__(self, params: Any, model: Functional, recipe: StepConfig) -> None:
         self.params, self.model, self.recipe = params, model.config, recipe
         exact = replace(model, dtype=jnp.dtype("float32"))
-        self.why_not: str | None = None
+        self.failure: str | None = None
         self.rollout = jax.jit(functools.partial(attention_maps.rollout, exact))
         self.grad_cam = jax.jit(functools.partial(attention_maps.grad_cam, exact))
 
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
-        """Data URIs of WebP pictures with `ROW` frames each."""
+        """Returns WebP images with `ROW` frames each, as data URIs."""
         frames = shown(len(clip))
-        strips = np.stack([_shrunk(strip[frames]) for strip in (clip, *self._looks(clip))])
+        strips = np.stack([_shrunk(strip[frames]) for strip in (clip, *self._overlays(clip))])
         if len(frames) == 1:  # an image: side by side
             return [_webp(strips.swapaxes(0, 1))]
         return [_webp(strips[:, start : start + ROW]) for start in range(0, len(frames), ROW)]
 
-    def _looks(self, clip: np.ndarray) -> list[np.ndarray]:
-        """The clip under its rollout, and under its Grad-CAM."""
-        if self.why_not is not None:
+    def _overlays(self, clip: np.ndarray) -> list[np.ndarray]:
+        """Returns the clip overlaid with attention rollout and with Grad-CAM; [] on failure."""
+        if self.failure is not None:
             return []
         recipe = self.recipe
         try:
-            # One clip at a time: the probabilities of a full-size model take much memory.
+            # One clip at a time: the attention of a full-size model takes much memory.
             normal = normalise(jnp.asarray(clip[None]), recipe.mean, recipe.std, jnp.float32)
             maps = [np.asarray(f(self.params, normal)) for f in (self.rollout, self.grad_cam)]
         except (UserError, jax.errors.JaxRuntimeError) as error:
-            self.why_not = first_line(error)
+            self.failure = first_line(error)
             return []
         time, height, width, _ = clip.shape
         size = (time, height, width)
@@ -120,7 +129,7 @@ class Painter:
 
 
 def shown(frames: int) -> list[int]:
-    """Which frames of a clip are shown: all, or some that are spread evenly."""
+    """Returns indices of the frames to draw: at most `FRAMES`, evenly spaced."""
     return [int(i) for i in np.linspace(0, frames - 1, min(frames, FRAMES)).round()]
 
 
@@ -131,7 +140,7 @@ def _entry(
     predicted = int(scores.predicted[index])
     return {
         "video": _name(videos, index),
-        # Of several classes the one that was found, or else the first.
+        # With several labels: the predicted one if correct, else the first.
         "truth": predicted if scores.hit[index] else int(scores.first_label[index]),
         "predicted": predicted,
         "probability": float(scores.probabilities[index, predicted]),
@@ -146,7 +155,7 @@ def _name(videos: Source, index: int) -> str:
 
 
 def _shrunk(frames: np.ndarray) -> np.ndarray:
-    """Frames of at most `SIDE` pixels on either side."""
+    """Resizes frames to at most `SIDE` pixels on the longer side."""
     height, width = frames.shape[1:3]
     shrink = min(SIDE / max(width, height), 1)
     size = max(round(width * shrink), 1), max(round(height * shrink), 1)
@@ -155,7 +164,7 @@ def _shrunk(frames: np.ndarray) -> np.ndarray:
 
 
 def _webp(frames: UInt8[np.ndarray, "rows columns height width 3"]) -> str:
-    """Frames in rows, as a data URI; the gaps between them are transparent."""
+    """Encodes a grid of frames, with transparent gaps, as a data URI."""
     gap = max(frames.shape[3] // 32, 1)
     opaque = np.pad(frames, [*[(0, 0)] * 4, (0, 1)], constant_values=255)
     tiles = np.pad(opaque, [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)])

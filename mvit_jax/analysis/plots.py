@@ -1,4 +1,4 @@
-"""Pictures of results: for files, and as SVG that takes its colours from the page around it."""
+"""Figures of results, as PNG files and as inline SVG that takes its colours from the HTML page."""
 
 import io
 import os
@@ -17,13 +17,13 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from mvit_jax.common.files import write_whole
 
-# Dark enough for white paper and light enough for a dark page.
+# Legible on white paper and on a dark page.
 COLOURS = ("#2f7fb8", "#d9772b", "#35996b", "#c2507c", "#8a6fc0", "#a08420", "#4aa3a8", "#8c7f78")
-DASHES = ("-", "--", "-.", ":")  # once the colours are used up
-LABELLED = 40  # classes above which names no longer fit beside a row
-LONGEST = 26  # letters of a name
+DASHES = ("-", "--", "-.", ":")  # the next one each time the colours repeat
+LABELLED = 40  # classes at most whose names fit beside the rows
+LONGEST = 26  # letters of a name at most
 
-# On a page these two become CSS variables, see `svg`.
+# `svg` replaces these two with CSS variables.
 INK, LINE = "#1b1c1d", "#c8c9ca"
 _STYLE: Any = {
     "font.size": 9.5,
@@ -39,16 +39,16 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.parse_math": False,  # a class may be named $x$
-    "svg.fonttype": "none",  # letters stay letters: they can be searched, and read aloud
+    "svg.fonttype": "none",  # text remains text: searchable, and readable by screen readers
     "svg.hashsalt": "mvit_jax",  # the same figure gives the same bytes
 }
-# From nothing to blue, so that an empty cell has the colour of the page.
+# From transparent to blue, so that an empty cell has the colour of the page.
 _BLUES = LinearSegmentedColormap.from_list("blues", [(0.13, 0.45, 0.71, a) for a in (0.0, 1.0)])
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of `curves`: its name, and where it goes; `dots` for single measurements."""
+    """A named line of `curves`; `dots` marks its points."""
 
     name: str
     x: Sequence[int | float]
@@ -57,7 +57,7 @@ class Curve:
 
 
 def curves(lines: Sequence[Curve], y: str, x: str = "step", title: str = "") -> Figure:
-    """Lines over steps; with more than one, each has its name in the legend."""
+    """Plots lines over steps, with a legend if there are several."""
     with style():
         figure = Figure(figsize=(4.5, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -79,7 +79,7 @@ def curves(lines: Sequence[Curve], y: str, x: str = "step", title: str = "") -> 
 def confusion_matrix(
     confusion: Sequence[Sequence[int]], names: Sequence[str], title: str = ""
 ) -> Figure:
-    """Rows are true classes, columns what the model said, in percent of the row's videos."""
+    """Plots a confusion matrix in percent of the true class (rows: true, columns: predicted)."""
     counts = np.asarray(confusion, float)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     n = len(names)
@@ -89,7 +89,7 @@ def confusion_matrix(
         room = 1.7 if named else 0.9
         figure = Figure(figsize=(side + room, side + 1.3), layout="constrained")
         axes = figure.add_subplot()
-        # Many classes leave a cell a pixel or less: the root makes the small shares visible.
+        # With many classes a cell is a pixel or less: the square root makes small shares visible.
         scale = PowerNorm(1 if named else 0.5, vmin=0, vmax=100)
         image = axes.imshow(share, cmap=_BLUES, norm=scale, interpolation="none")
         if not numbers:
@@ -112,7 +112,7 @@ def confusion_matrix(
 def class_accuracy(
     accuracy: Sequence[float | None], names: Sequence[str], title: str = ""
 ) -> Figure:
-    """A bar for each class, worst first; classes without videos are left out."""
+    """Plots a bar per class, worst first; skips classes without videos (None)."""
     pairs = sorted((a, name) for a, name in zip(accuracy, names, strict=True) if a is not None)
     few = f"the worst {LABELLED} of {len(pairs)} classes" if len(pairs) > LABELLED else ""
     return _bars(
@@ -121,15 +121,15 @@ def class_accuracy(
 
 
 def parts(amounts: dict[str, float], x: str, marked: str = "") -> Figure:
-    """A bar for each part of a whole, in percent of it, largest first; one may be marked."""
-    whole = sum(amounts.values())
-    rows = sorted(((100 * amount / whole, name) for name, amount in amounts.items()), reverse=True)
+    """Plots a bar per part of a whole in percent, largest first; `marked` has its own colour."""
+    total = sum(amounts.values())
+    rows = sorted(((100 * amount / total, name) for name, amount in amounts.items()), reverse=True)
     colours = [COLOURS[0] if name == marked else COLOURS[1] for _, name in rows]
     return _bars(rows, colours, "%.1f", xlabel=x)
 
 
 def _bars(rows: Sequence[tuple[float, str]], colours: Any, fmt: str, **labels: str) -> Figure:
-    """A bar for each percentage and its name, the first on top."""
+    """Plots horizontal bars of (percentage, name), the first on top."""
     with style():
         figure = Figure(figsize=(4.5, 1.0 + 0.23 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
@@ -143,23 +143,23 @@ def _bars(rows: Sequence[tuple[float, str]], colours: Any, fmt: str, **labels: s
 
 def budgets(
     names: Sequence[str],
-    held: Sequence[Mapping[str, float]],
+    memory: Sequence[Mapping[str, float]],
     limit: float,
     times: Sequence[Mapping[str, float] | None],
     each: str,
     title: str = "",
 ) -> Figure:
-    """What each of several programs takes: memory by kind as bars, times by cause as dots.
+    """Plots memory by kind (bars) and time by cause (dots) of several programs.
 
     Args:
       names: of the programs.
-      held: GiB by kind; in the order of the first one.
-      limit: GiB that there are.
-      times: milliseconds by cause, of one of what it works on, on a chip; None for a program that
-        does not fit.
-      each: what it works on, like "clip".
+      memory: GiB by kind, of each program; bars have the order of the first program.
+      limit: GiB available.
+      times: milliseconds of a chip per item, by cause; None for a program that does not fit.
+      each: the item's name, such as "clip".
+      title: of the figure.
     """
-    kinds = list(dict.fromkeys(kind for part in held for kind in part))
+    kinds = list(dict.fromkeys(kind for part in memory for kind in part))
     causes = list(dict.fromkeys(cause for part in times if part for cause in part))
     rows = np.arange(len(names))
     with style():
@@ -167,7 +167,7 @@ def budgets(
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
         start = np.zeros(len(names))
         for i, kind in enumerate(kinds):
-            sizes = np.array([part.get(kind, 0.0) for part in held])
+            sizes = np.array([part.get(kind, 0.0) for part in memory])
             left.barh(rows, sizes, 0.62, start, label=kind, color=COLOURS[i % len(COLOURS)])
             start += sizes
         left.axvline(limit, color=INK, linewidth=1, linestyle="--")
@@ -175,9 +175,9 @@ def budgets(
         left.set(xlabel="GiB of a chip", yticks=rows, yticklabels=names)
         left.set_ylim(len(names) - 0.4, -0.9)  # the first on top
         for i, cause in enumerate(causes):
-            places = [(t[cause], y) for t, y in zip(times, rows, strict=True) if t and cause in t]
+            points = [(t[cause], y) for t, y in zip(times, rows, strict=True) if t and cause in t]
             right.plot(
-                *zip(*places, strict=True), "o", label=cause, markersize=6,
+                *zip(*points, strict=True), "o", label=cause, markersize=6,
                 color=COLOURS[i % len(COLOURS)],
             )  # fmt: skip
         for time, y in zip(times, rows, strict=True):
@@ -207,12 +207,12 @@ def budgets(
 
 
 def short(name: str) -> str:
-    """A name that leaves room for the picture."""
+    """Truncates a name to `LONGEST` letters."""
     return name if len(name) <= LONGEST else name[: LONGEST - 1].rstrip() + "…"
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG, whole or not at all; a `UserError` where it cannot be written."""
+    """Writes a PNG file atomically; raises `UserError` on failure."""
     write_whole(path, png(figure, dpi=150))
 
 
@@ -224,41 +224,41 @@ def png(figure: Figure, dpi: int) -> bytes:
     return buffer.getvalue()
 
 
-def svg(figure: Figure, label: str, place: str) -> str:
-    """An `<svg>` element to stand in a page, escaped and complete.
+def svg(figure: Figure, label: str, prefix: str) -> str:
+    """Returns a figure as an escaped `<svg>` element for an HTML page.
 
-    Its text and lines take the CSS variables `--ink` and `--line`, and its nominal width in pixels
-    is the variable `--natural`.
+    Text and lines have the CSS variables `--ink` and `--line` as colours. The variable `--natural`
+    is set to the nominal width in pixels.
 
     Args:
-      figure: what to draw.
-      label: what it shows, for those who do not see it; must not come from data.
-      place: a word that no other figure of the page has, for ids.
+      figure: the figure.
+      label: a description for screen readers. It is not escaped, so it must not come from data.
+      prefix: prefix of the element's ids, unique within the page.
     """
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # Within tags alone: a class may be named url(#x).
-    text = re.sub(r"<[^>]*>", lambda tag: _own_ids(tag[0], place), text)
+    # Only within tags: a class may be named url(#x).
+    text = re.sub(r"<[^>]*>", lambda tag: _prefix_ids(tag[0], prefix), text)
     width = figure.get_figwidth() * 72
     head = f'<svg role="img" aria-label="{label}" style="--natural: {width:.0f}px"'
     return re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf"{head} \1>", text)
 
 
-def _own_ids(tag: str, place: str) -> str:
-    """A tag whose ids are those of one figure, and whose ink is the page's."""
-    tag = re.sub(r'\bid="([^"]*)"', rf'id="{place}-\1"', tag)
-    tag = re.sub(r'(href="#|url\(#)', rf"\1{place}-", tag)
+def _prefix_ids(tag: str, prefix: str) -> str:
+    """Prefixes a tag's ids and references, and replaces its colours with CSS variables."""
+    tag = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}-\1"', tag)
+    tag = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", tag)
     return tag.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    # Ticks and legends are made when they are drawn, so this surrounds drawing too.
+    """Applies the figures' style; also needed while drawing, which creates ticks and legends."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A name in a script that the font lacks: the browser has others.
+        # For names in a script that the font lacks: the browser falls back to another font.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -1,4 +1,4 @@
-"""Maps over frames, as pictures, GIF and mp4; files are written whole or not at all."""
+"""Heat maps over frames, written atomically as PNG, GIF and mp4."""
 
 import io
 import os
@@ -21,21 +21,24 @@ _COLOURS = matplotlib.colormaps["inferno"]
 def to_uint8(
     clip: Float[np.ndarray, "time height width 3"], mean: Sequence[float], std: Sequence[float]
 ) -> Frames:
-    """Frames of a normalised clip: value * std + mean, from 0 to 255."""
+    """Undoes a clip's normalisation: `value * std + mean`, as uint8."""
     values = 255 * (np.asarray(clip) * np.asarray(std, np.float32) + np.asarray(mean, np.float32))
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
 
 def overlay(frames: Frames, heat: Float[np.ndarray, "time height width"]) -> Frames:
-    """Frames under a map: where it is high they shine through in its colours, where low they dim.
+    """Blends a heat map with frames: low values are dim and grey, high values bright and coloured.
 
-    The map is scaled by its largest value in the clip, so that frames can be compared; it is at
-    least 0.
+    The map is divided by its maximum over the clip, so that the frames of a clip are comparable.
+
+    Args:
+      frames: of a clip.
+      heat: values of at least 0.
     """
     share = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)[..., None]
     colour = 255 * _COLOURS(share[..., 0])[..., :3]
     grey = frames.mean(-1, keepdims=True)
-    # Half of the brightness stays with the frame, or the eye could not tell what lies beneath.
+    # Half of the brightness comes from the frame, so that its content remains visible.
     mixed = 0.55 * grey * (0.4 + 0.6 * share) + (0.2 + 0.55 * share) * colour
     return np.clip(np.round(mixed), 0, 255).astype(np.uint8)
 
@@ -43,29 +46,29 @@ def overlay(frames: Frames, heat: Float[np.ndarray, "time height width"]) -> Fra
 def contact_sheet(
     frames: Frames, columns: int, gap: int = 2
 ) -> UInt8[np.ndarray, "_height _width 3"]:
-    """Frames side by side in rows of `columns`, with a white gap of `gap` pixels."""
+    """Tiles frames in rows of `columns`, with white gaps of `gap` pixels."""
     columns = min(columns, len(frames))
-    places = [(0, -len(frames) % columns), (0, gap), (0, gap), (0, 0)]
-    tiles = np.pad(frames, places, constant_values=255)
+    padding = [(0, -len(frames) % columns), (0, gap), (0, gap), (0, 0)]
+    tiles = np.pad(frames, padding, constant_values=255)
     sheet = rearrange(tiles, "(r c) height width rgb -> (r height) (c width) rgb", c=columns)
     return sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
 
 
 def enlarged(frames: Frames, least: int) -> UInt8[np.ndarray, "time _height _width 3"]:
-    """Small frames enlarged by a whole factor, without smoothing, to at least `least` pixels."""
+    """Enlarges small frames by an integer factor to at least `least` pixels, without smoothing."""
     factor = -(-least // min(frames.shape[1:3]))
     return frames.repeat(factor, 1).repeat(factor, 2) if factor > 1 else frames
 
 
 def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Writes a picture; a `UserError` where that fails, as for the others here."""
+    """Writes a PNG file atomically; raises `UserError` on failure, as do all functions here."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     write_whole(path, buffer.getvalue())
 
 
 def gif(frames: Frames, fps: float) -> bytes:
-    """An animation that repeats, `fps` frames a second."""
+    """Returns the content of a looping GIF file."""
     images = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
     images[0].save(
@@ -80,7 +83,10 @@ def save_gif(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
 
 
 def save_mp4(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
-    """H.264, which every browser plays; an odd side is repeated by a pixel, as the format asks."""
+    """Writes an H.264 mp4, which every browser plays.
+
+    H.264 requires even sides: an odd side is padded by repeating its last pixel.
+    """
     odd = [(0, n % 2) for n in frames.shape[1:3]]
     frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""A run as a page that opens from disk, and several runs side by side.
+"""HTML reports of a run, and comparisons of several runs.
 
-Nothing in a page comes from elsewhere, and nothing in it is a program. Names of classes and files
-are not trusted: the templates beside this file escape what they are given.
+A report is one file that opens from disk: it loads nothing and contains no scripts. Names of
+classes and files are not trusted, so the templates beside this file escape all values.
 """
 
 import datetime
@@ -24,21 +24,21 @@ from mvit_jax.models.cost import Cost, cost
 from mvit_jax.models.plan import MViTConfig
 
 PAIRS = 12  # most confused pairs of classes
-GAP = "–"  # where a run does not tell
+GAP = "–"  # for a missing value
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds, as plain values.
+    """The contents of a workdir as plain values.
 
     Attributes:
-      folder: as it is to be typed in commands.
-      config: flattened: `{"optim.lr": 1e-3}`.
-      defaults: likewise, of a config's keys; None where they are not given.
-      model: the architecture; None where the number of classes is not known.
+      folder: the workdir's path, as typed in commands.
+      config: the flattened config, `{"optim.lr": 1e-3}`.
+      defaults: the flattened default config, or None if unknown.
+      model: the architecture, or None if the number of classes is unknown.
       starts, train, val, seconds, spent: as in `training.run.history.History`.
-      evaluations: what the test program wrote; the test by default first.
-      sheet: as `analysis.example_clips.make` gives it, of the first evaluation; None without one.
+      evaluations: results of the test program, the default test first.
+      sheet: example clips of the first evaluation, as `analysis.example_clips.make` returns them.
     """
 
     folder: str
@@ -59,19 +59,22 @@ class Run:
 
     @property
     def test(self) -> dict[str, Any] | None:
-        """The evaluation that speaks for the run: one with the frames in order."""
+        """The run's main evaluation: the first with the frames in order."""
         return next((e for e in self.evaluations if not e["shuffled_frames"]), None)
 
     @property
     def shuffled(self) -> dict[str, Any] | None:
         """The same test with shuffled frames."""
         test = self.test
-        others = (e for e in self.evaluations if e["shuffled_frames"])
-        return next((e for e in others if test and marks(e) == marks(test)), None)
+        shuffled = (e for e in self.evaluations if e["shuffled_frames"])
+        return next((e for e in shuffled if test and marks(e) == marks(test)), None)
 
     @property
     def cost(self) -> Cost | None:
-        """Of the last start, which counted custom modules; else by the architecture's formula."""
+        """Parameters and multiply-adds, from the history's last start if it recorded them.
+
+        Only the history counts custom modules; the fallback is the architecture's formula.
+        """
         start = self.starts[-1] if self.starts else {}
         if {"parameters", "multiply_adds"} <= start.keys():
             return Cost(start["parameters"], start["multiply_adds"])
@@ -79,18 +82,18 @@ class Run:
 
     @property
     def goodput(self) -> float | None:
-        """Percent of the wall time that went into steps that count; None where nothing tells."""
-        whole = sum(self.spent.values())
-        return 100 * self.spent["step"] / whole if whole > 0 else None
+        """Percent of the wall time spent in steps that count, or None if no time was recorded."""
+        total = sum(self.spent.values())
+        return 100 * self.spent["step"] / total if total > 0 else None
 
     @property
     def steps(self) -> int | None:
-        """Steps done, as far as history and tests tell."""
-        told = [e["step"] for e in (*self.train, *self.val, *self.evaluations)]
-        return max(told) if told else None
+        """The last step in the history or in an evaluation."""
+        recorded = [e["step"] for e in (*self.train, *self.val, *self.evaluations)]
+        return max(recorded) if recorded else None
 
     def changed(self) -> dict[str, Any]:
-        """The keys of the config that are not at their defaults."""
+        """Returns the keys of the config that differ from the defaults, with their values."""
         if self.defaults is None:
             return {}
         missing = object()
@@ -98,7 +101,7 @@ class Run:
 
 
 def report(run: Run) -> str:
-    """The page of one run, HTML."""
+    """Returns the HTML report of a run."""
     test = run.test
     return _render(
         "report.html.jinja",
@@ -120,15 +123,15 @@ def report(run: Run) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The page of several runs side by side, HTML."""
+    """Returns the HTML comparison of several runs."""
     names = distinct_names(runs)
     header, *rows = _figures(runs)
     named = list(zip(names, runs, strict=True))
     loss = [Curve(n, *_columns(r.train, "loss")) for n, r in named if r.train]
     top1 = [Curve(n, *_columns(r.val, "top1"), dots=True) for n, r in named if r.val]
     figures = [
-        _figure(plots.curves(lines, y), label, place)
-        for lines, y, label, place in (
+        _figure(plots.curves(lines, y), label, element)
+        for lines, y, label, element in (
             (loss, "training loss", "Training loss of all runs over steps", "loss"),
             (top1, "validation top-1, %", "Validation accuracy of all runs over steps", "val"),
         )
@@ -143,7 +146,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def comparison_table(runs: Sequence[Run]) -> str:
-    """The same for a terminal, curves left out."""
+    """Returns the comparison as plain text, without curves."""
     header, *rows = _figures(runs)
     text = table(header, rows)
     if differing := _differing(runs):
@@ -152,7 +155,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:
-    """Names of folders; the folders as they were given where two have the same name."""
+    """Returns the folders' names, or the full paths if two folders share a name."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [run.folder for run in runs]
 
@@ -160,11 +163,16 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
 def confused(
     confusion: Sequence[Sequence[int]], names: Sequence[str], most: int = PAIRS
 ) -> list[tuple[str, str, int, float]]:
-    """The pairs of classes that were most often taken one for the other.
+    """Returns the most often confused pairs of classes.
+
+    Args:
+      confusion: number of videos per true class (row) and predicted class (column).
+      names: of the classes.
+      most: number of pairs at most.
 
     Returns:
-      True class, predicted class, number of videos, percent of the true class's videos; the largest
-      numbers first.
+      True class, predicted class, number of videos, and percent of the true class's videos, by
+      descending number.
     """
     counts = np.array(confusion, np.int64)
     of_class = counts.sum(1)
@@ -179,13 +187,16 @@ def confused(
 
 
 def marks(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What evaluations of one test have in common; the data may have moved between them."""
+    """Returns the keys that identify a test.
+
+    Of the list only the file's name counts, as the data may have moved between two evaluations.
+    """
     names = ("checkpoint", "step", "clips", "crops", "videos", "classes")
     return {name: evaluation[name] for name in names} | {"list": Path(evaluation["list"]).name}
 
 
 def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
-    """The command that makes an evaluation; that of the default test where none is given."""
+    """Returns the command that reproduces an evaluation; for None, the default test's command."""
     words = ["python", "-m", "mvit_jax.evaluate", f"--workdir={run.folder}"]
     e = evaluation or {}
     file = Path(e["list"]).name if "list" in e else run.config.get("data.test_list")
@@ -198,7 +209,7 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
         if key in e and e[key] != run.config.get(f"eval.{key}"):
             words.append(f"--{key}={e[key]}")
     folder = run.config.get("data.folder")
-    listed = Path(e.get("list", ""))  # absolute, but of a set that TFDS has prepared
+    listed = Path(e.get("list", ""))  # absolute, except for a TFDS dataset
     if folder is None or (
         listed.is_absolute() and listed.parent != Path(folder).expanduser().absolute()
     ):
@@ -209,7 +220,7 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
 
 
 def _sections(run: Run) -> list[tuple[str, str]]:
-    """Ids and names of the page's sections."""
+    """Returns ids and titles of the report's sections."""
     tested = [("classes", "Classes"), ("clips", "Clips"), ("mistakes", "Worst mistakes")]
     broken = [("left_out", "Left out")] if run.test and run.test["left_out"] else []
     return [
@@ -224,7 +235,7 @@ def _sections(run: Run) -> list[tuple[str, str]]:
 
 
 def _history_figures(run: Run) -> list[Markup]:
-    """Loss, accuracies, learning rate and gradient norm over steps."""
+    """Returns figures of loss, accuracies, learning rate and gradient norm over steps."""
     if not run.train and not run.val:
         return []
     accuracy = [Curve("training clips", *_columns(run.train, "accuracy"))] if run.train else []
@@ -243,7 +254,7 @@ def _history_figures(run: Run) -> list[Markup]:
 
 
 def _time_figure(run: Run) -> Markup | None:
-    """Where the wall time went, the largest part on top."""
+    """Returns the breakdown of the wall time, the largest part on top."""
     if run.goodput is None:
         return None
     parts = {name: seconds for name, seconds in run.spent.items() if seconds > 0}
@@ -268,8 +279,8 @@ def _per_class(test: dict[str, Any]) -> list[tuple[str, int, float | None]]:
     return list(zip(test["classes"], counts, test["per_class"], strict=True))
 
 
-def _figure(figure: Any, label: str, place: str) -> Markup:
-    return Markup(plots.svg(figure, label, place))  # matplotlib has escaped the names in it
+def _figure(figure: Any, label: str, element: str) -> Markup:
+    return Markup(plots.svg(figure, label, element))  # matplotlib has escaped the class names
 
 
 def _columns(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[int | float]]:
@@ -277,7 +288,7 @@ def _columns(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[int
 
 
 def _figures(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """A header, and a row of figures for each run."""
+    """Returns a header and one row of figures per run."""
     rows = [("run", "model", "parameters", "mult-adds", "steps", "time", "top-1", "top-5",
              "shuffled", "videos", "views")]  # fmt: skip
     for name, run in zip(distinct_names(runs), runs, strict=True):
@@ -299,7 +310,7 @@ def _figures(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """The keys in which the configs differ, and their values in each run."""
+    """Returns the keys in which the configs differ, with the value in each run."""
     keys = sorted({key for run in runs for key in run.config})
     rows = [(key, *(value(run.config.get(key)) for run in runs)) for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
@@ -310,7 +321,7 @@ def whole(number: int) -> str:
 
 
 def billions(number: int) -> str:
-    """Multiply-adds as papers print them."""
+    """Formats multiply-adds as the papers do: "70.5 G"."""
     return f"{number / 1e9:.1f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
@@ -322,13 +333,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def value(given: Any) -> str:
-    """A value of a config; nothing stands for the variant's or data's own."""
-    if given is None:
+def value(entry: Any) -> str:
+    """Formats a config value; None, the default of the variant or of the data, is a dash."""
+    if entry is None:
         return GAP
-    if isinstance(given, list | tuple):
-        return f"({', '.join(map(value, given))}{',' if len(given) == 1 else ''})"
-    return str(given)
+    if isinstance(entry, list | tuple):
+        return f"({', '.join(map(value, entry))}{',' if len(entry) == 1 else ''})"
+    return str(entry)
 
 
 def _moment(seconds: float) -> str:

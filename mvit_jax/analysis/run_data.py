@@ -1,11 +1,11 @@
-"""What a run's folder holds, read for the pages about it; and the pages, written.
+"""Reads workdirs and writes their HTML reports.
 
-Besides config and weights it holds:
+Besides config and weights a workdir contains:
 
-    DIR/metrics.jsonl       the history, see `history`
-    DIR/evaluation*.json    what the test program found
-    DIR/clips*.json         the clips that its page shows, see `sheet`
-    DIR/report.html         the page
+    DIR/metrics.jsonl       the history, see `training.run.history`
+    DIR/evaluation*.json    results of the test program
+    DIR/clips*.json         example clips of a test, see `analysis.example_clips`
+    DIR/report.html         the HTML report
 """
 
 import json
@@ -26,7 +26,7 @@ from mvit_jax.training import build
 from mvit_jax.training.run import history, workdir
 
 REPORT = "report.html"
-# Without these a file is not what the test program writes.
+# Required keys of evaluation*.json and of clips*.json.
 _EVALUATION = {
     "list", "checkpoint", "step", "clips", "crops", "shuffled_frames", "classes", "top1", "top5",
     "videos", "left_out", "per_class", "confusion",
@@ -35,10 +35,10 @@ _SHEET = {"of", "examples", "mistakes", "wrong", "no_attention"}
 
 
 def read(folder: str | AnyPath) -> Run:
-    """Reads a run's or a converted folder; what is not there is a gap.
+    """Reads a workdir or a folder that `convert` wrote; missing files leave fields empty.
 
     Raises:
-      UserError: the folder holds no run, or a file in it is not what it should be.
+      UserError: the folder has no config.json, or a file in it is damaged.
     """
     folder = to_path(folder)
     if not (folder / "config.json").is_file():
@@ -47,8 +47,8 @@ def read(folder: str | AnyPath) -> Run:
             "convert made"
         )
     config = workdir.frozen(folder)
-    told = history.read(folder)
-    tests = sorted(  # the test by default first, those of shuffled frames last
+    log = history.read(folder)
+    tests = sorted(  # the default test first, tests with shuffled frames last
         evaluations(folder),
         key=lambda e: (
             e["shuffled_frames"],
@@ -56,77 +56,78 @@ def read(folder: str | AnyPath) -> Run:
             e["checkpoint"] != "last",
         ),
     )
-    classes = _classes(folder, told, tests)
+    classes = _classes(folder, log, tests)
     run = Run(
         folder=str(folder),
         config=_flat(config),
         defaults=_flat(base()),
         model=None if classes is None else build.model_config(config, classes),
-        starts=told.starts,
-        train=told.train,
-        val=told.val,
-        seconds=told.seconds,
-        spent=told.spent,
+        starts=log.starts,
+        train=log.train,
+        val=log.val,
+        seconds=log.seconds,
+        spent=log.spent,
         evaluations=tests,
     )
     if run.test is None:
         return run
     marks = report.marks(run.test)
     for path in sorted(folder.glob("clips*.json")):
-        sheet = _whole(path, _SHEET)
-        if sheet["of"] == marks:  # else it is an older test's, left by a kill
+        sheet = _load(path, _SHEET)
+        if sheet["of"] == marks:  # else it belongs to an earlier test: the last one was killed
             return replace(run, sheet=sheet)
     return run
 
 
 def write_report(folder: str | AnyPath) -> AnyPath:
-    """Writes the page of a run from what its folder holds, whole or not at all."""
+    """Writes the HTML report of a workdir atomically, and returns its path."""
     path = to_path(folder) / REPORT
     write_whole(path, report.report(read(folder)))
     return path
 
 
 def write_comparison(folders: Sequence[str | AnyPath], path: str | AnyPath) -> str:
-    """Writes the page of several runs side by side; gives the same as a table for a terminal."""
+    """Writes the HTML comparison of several workdirs; returns the comparison as plain text."""
     runs = [read(folder) for folder in folders]
     write_whole(path, report.comparison(runs))
     return report.comparison_table(runs)
 
 
 def keep_sheet(path: AnyPath, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    """Writes the clips of an evaluation's page."""
+    """Writes the example clips of an evaluation as JSON."""
     write_whole(path, json.dumps(sheet | {"of": report.marks(evaluation)}) + "\n")
 
 
 def evaluations(folder: AnyPath) -> list[dict[str, Any]]:
-    """What the test program wrote into a folder, in the order of the files' names."""
-    return [_whole(path, _EVALUATION) for path in sorted(folder.glob("evaluation*.json"))]
+    """Reads a workdir's evaluations, ordered by file name."""
+    return [_load(path, _EVALUATION) for path in sorted(folder.glob("evaluation*.json"))]
 
 
-def _whole(path: AnyPath, keys: set[str]) -> dict[str, Any]:
-    """What the test program wrote, or one sentence where it is not that any more."""
+def _load(path: AnyPath, keys: set[str]) -> dict[str, Any]:
+    """Reads a JSON file of the test program; raises `UserError` if one of `keys` is missing."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (*faults(), ValueError):
-        found = None
-    if not isinstance(found, dict) or not keys <= found.keys():
+        content = None
+    if not isinstance(content, dict) or not keys <= content.keys():
         raise UserError(
             f"{path} is not what `evaluate` writes, or is damaged: delete it and test again"
         )
-    return found
+    return content
 
 
 def _classes(
-    folder: AnyPath, told: history.History, evaluations: list[dict[str, Any]]
+    folder: AnyPath, log: history.History, evaluations: list[dict[str, Any]]
 ) -> int | None:
+    """Returns the number of classes, or None if no file records it."""
     if evaluations:
         return len(evaluations[0]["classes"])
-    if told.starts and "classes" in told.starts[-1]:
-        return told.starts[-1]["classes"]
+    if log.starts and "classes" in log.starts[-1]:
+        return log.starts[-1]["classes"]
     labels = folder / "labels.txt"
     return len(read_class_names(labels)) if labels.is_file() else None
 
 
 def _flat(config: Any) -> dict[str, Any]:
-    """A config as JSON has it, flattened: `{"optim.lr": 1e-3}`."""
+    """Flattens a config to JSON values: `{"optim.lr": 1e-3}`."""
     return flatten_dict(json.loads(config.to_json()), sep=".")

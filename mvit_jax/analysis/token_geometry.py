@@ -1,4 +1,4 @@
-"""Where tokens lie in the clip: the geometry of cubes and pools, without weights."""
+"""Positions of tokens in the clip, from the geometry of patch embedding and pooling alone."""
 
 import math
 
@@ -11,26 +11,31 @@ Axes = tuple[np.ndarray, ...]  # one array for time, height and width each
 
 
 def windows(pool: Pool | None, grid: Triple) -> Axes:
-    """For each axis, `[pooled, places]`: the share that each place has in each pooled one.
+    """Returns average pooling as one matrix per axis, each `[pooled, positions]`.
 
-    A pool's windows are boxes, so the share of a place in the grid is the product over axes. Shares
-    of a window sum to 1, padding left out: a convolution's taps are not asked for.
+    A pooling kernel is a box, so a position's weight in the grid is the product over the axes.
+    Each row sums to 1, without padding. Weights of pooling convolutions play no role.
     """
     if pool is None:
         return tuple(np.eye(n) for n in grid)
-    each = zip(grid, pool.output(grid), pool.kernel, pool.stride, pool.padding, strict=True)
-    return tuple(_windows(*axis) for axis in each)
+    axes = zip(grid, pool.output(grid), pool.kernel, pool.stride, pool.padding, strict=True)
+    return tuple(_windows(*axis) for axis in axes)
 
 
-def _windows(places: int, pooled: int, kernel: int, stride: int, padding: int) -> np.ndarray:
+def _windows(positions: int, pooled: int, kernel: int, stride: int, padding: int) -> np.ndarray:
     start = np.arange(pooled)[:, None] * stride - padding
-    place = np.arange(places)[None]
-    inside = ((place >= start) & (place < start + kernel)).astype(float)
+    position = np.arange(positions)[None]
+    inside = ((position >= start) & (position < start + kernel)).astype(float)
     return inside / np.maximum(inside.sum(1, keepdims=True), 1)
 
 
 def cube_centres(config: MViTConfig, clip: Triple) -> Axes:
-    """Centres of the cubes of a clip (frames, height, width): in frames and pixels, from 0."""
+    """Returns the centres of a clip's cubes in frames and pixels, from 0.
+
+    Args:
+      config: the architecture.
+      clip: (frames, height, width).
+    """
     grid = patch_grid(config, *clip)
     return tuple(
         np.clip(np.arange(m) * s - p + (k - 1) / 2, 0, n - 1)
@@ -41,8 +46,10 @@ def cube_centres(config: MViTConfig, clip: Triple) -> Axes:
 
 
 def pooled_centres(pool: Pool | None, centres: Axes) -> Axes:
-    """Centres of the windows of a pool over tokens with these centres; windows that the border cuts
-    keep the centre of the whole one."""
+    """Returns the centres of pooled tokens, from the centres of the tokens before pooling.
+
+    A kernel that overlaps the border has the centre of the whole kernel.
+    """
     if pool is None:
         return centres
     grid = (len(centres[0]), len(centres[1]), len(centres[2]))
@@ -55,7 +62,7 @@ def pooled_centres(pool: Pool | None, centres: Axes) -> Axes:
 
 
 def block_centres(config: MViTConfig, clip: Triple) -> list[Axes]:
-    """Centres of the tokens that each block takes, and, last, of those that the last one gives."""
+    """Returns the centres of each block's input tokens and, last, of the last block's output."""
     centres = [cube_centres(config, clip)]
     for block in plan(config):
         centres.append(pooled_centres(block.q_pool, centres[-1]))
@@ -68,48 +75,55 @@ def to_pixels(
     config: MViTConfig,
     block: int = 0,
 ) -> Float32[np.ndarray, "batch _frames _height _width"]:
-    """Spreads maps over the clip, linearly between the centres of tokens.
+    """Interpolates maps from a block's grid to the clip's pixels, linearly between token centres.
 
     Args:
-      maps: a number for each token that `block` takes, on the grid; 0 for the grid of the cubes.
-      clip: (frames, height, width) of what went through the model.
-      block: from 0; or as many as there are blocks, for the tokens that the last one gives.
+      maps: a value for each input token of `block`.
+      clip: (frames, height, width) of the model's input.
+      config: the architecture.
+      block: from 0; the number of blocks stands for the last block's output.
 
     Raises:
-      ValueError: the maps are not on that block's grid.
+      ValueError: the maps do not have the shape of that block's grid.
     """
     centres = block_centres(config, clip)[block]
     expected = tuple(len(axis) for axis in centres)
     if maps.shape[1:] != expected:
-        raise ValueError(f"maps on the grid {maps.shape[1:]}, and block {block} takes {expected}")
+        raise ValueError(f"maps have the grid {maps.shape[1:]}, but block {block} has {expected}")
     t, h, w = (_linear(axis, n) for axis, n in zip(centres, clip, strict=True))
     spread = np.einsum("bijk,ti,hj,wk->bthw", maps, t, h, w, optimize=True)
     return spread.astype(np.float32)
 
 
-def _linear(centres: np.ndarray, places: int) -> np.ndarray:
-    """`[places, tokens]`: each place between two centres takes from both; beyond, from the last."""
+def _linear(centres: np.ndarray, positions: int) -> np.ndarray:
+    """Returns linear interpolation as a matrix, `[positions, tokens]`; constant at the borders."""
     if len(centres) == 1:
-        return np.ones((places, 1))
-    at = np.arange(places)
+        return np.ones((positions, 1))
+    at = np.arange(positions)
     return np.stack([np.interp(at, centres, row) for row in np.eye(len(centres))], axis=1)
 
 
 def receptive_field(
     config: MViTConfig, clip: Triple, block: int, token: Triple
 ) -> tuple[slice, slice, slice]:
-    """The part of the clip whose pixels reach a token by cubes and pools of queries alone.
+    """Returns the pixels that reach a token through patch embedding and query pooling alone.
 
-    What attention adds is the whole clip; this is where a token "is". `block` as for `to_pixels`.
+    Through attention every pixel reaches every token; this is the token's own position.
+
+    Args:
+      config: the architecture.
+      clip: (frames, height, width).
+      block: as for `to_pixels`.
+      token: (t, h, w) on the block's grid.
 
     Raises:
-      ValueError: no such token.
+      ValueError: the token is not on the grid.
     """
     rows = grids(config, *clip)
     grid = rows[block].input if block < len(rows) else rows[-1].output
-    if not all(0 <= place < n for place, n in zip(token, grid, strict=True)):
+    if not all(0 <= index < n for index, n in zip(token, grid, strict=True)):
         raise ValueError(f"token {token} is not on the grid {grid} of block {block}")
-    low, high = list(token), [place + 1 for place in token]
+    low, high = list(token), [index + 1 for index in token]
     pools = [b.q_pool for b in plan(config)[:block]]
     steps = [
         (p.kernel, p.stride, p.padding, r.input) for p, r in zip(pools, rows, strict=False) if p
@@ -127,7 +141,7 @@ def receptive_field(
 def distances(
     queries: Axes, keys: Axes
 ) -> tuple[Float[np.ndarray, "tq tk"], Float[np.ndarray, "hwq hwk"]]:
-    """Between each pair of tokens: in frames along time, and in pixels over the picture."""
+    """Returns distances between all pairs of tokens: frames along time, and pixels in space."""
     time = np.abs(queries[0][:, None] - keys[0][None])
     rows, columns = (queries[i][:, None] - keys[i][None] for i in (1, 2))
     square = rows[:, None, :, None] ** 2 + columns[None, :, None, :] ** 2

@@ -272,7 +272,7 @@ def test_a_map_is_spread_linearly_between_centres():
     assert spread[0, 0].max() == 0 and spread[0, :, 12].max() == 0
     even = token_geometry.to_pixels(np.ones((1, 2, 3, 3)), (4, 24, 24), config, block=2)
     np.testing.assert_allclose(even, 1)
-    with pytest.raises(ValueError, match=r"block 2 takes \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"block 2 has \(2, 3, 3\)"):
         token_geometry.to_pixels(maps, (4, 24, 24), config, block=2)
 
 
