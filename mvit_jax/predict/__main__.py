@@ -1,20 +1,20 @@
-"""The most probable classes of video or image files, by a trained model.
+"""Predicts the most probable classes of video or image files with a trained model.
 
     python -m mvit_jax.predict FILE... --workdir=DIR
     python -m mvit_jax.predict FILE... --checkpoint=DIR --top=3 --json=FILE
     python -m mvit_jax.predict FILE... --workdir=DIR --pictures=DIR --attention
     python -m mvit_jax.predict --serve --workdir=DIR
 
-DIR is the folder of a run (--workdir) or what `convert` wrote (--checkpoint). Probabilities are
-averages over K clips x C crops, as in the test program. A video that is longer than those clips is
-read in overlapping windows of one clip, and gets a timeline besides; its probabilities are averages
-over all windows. --clips=K does without windows. The names of the classes are the lines of
-DIR/labels.txt or else of the data folder's labels.txt. A file that cannot be decoded is named, the
-others are done, and the exit status is 1.
+DIR is a workdir (--workdir) or a folder that `convert` wrote (--checkpoint). Probabilities are
+averages over K clips x C crops, as in the test program. A video longer than those clips is read in
+overlapping windows of one clip: its probabilities are averages over all windows, and it gets a
+timeline. --clips=K disables windows. Class names are the lines of DIR/labels.txt, or else of the
+data folder's labels.txt. A file that cannot be decoded is reported; the other files are still
+processed, and the exit status is 1.
 
---pictures writes NAME_prediction.png for each file; --attention draws into it where the model looks
-and what speaks for the class, and writes the same as NAME_attention.gif and .mp4. --serve opens a
-page on which to drop files (pip install -e '.[demo]').
+--pictures writes NAME_prediction.png for each file. --attention adds attention rollout and Grad-CAM
+to it, and writes both as NAME_attention.gif and .mp4. --serve opens a page for uploads (pip install
+-e '.[demo]').
 """
 
 import json
@@ -47,21 +47,21 @@ _WHICH = flags.DEFINE_enum(
 _CLIPS = flags.DEFINE_integer(
     "clips",
     None,
-    "Clips per video, and no windows; the config's where not given.",
+    "Clips per video, without windows; the config's by default.",
     allow_override=True,
 )
 _CROPS = flags.DEFINE_integer(
-    "crops", None, "Crops per clip, 1 or 3; the config's where not given.", allow_override=True
+    "crops", None, "Crops per clip, 1 or 3; the config's by default.", allow_override=True
 )
-_TOP = flags.DEFINE_integer("top", 5, "Classes to name per file.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Where to write the same as JSON.")
-_PICTURES = flags.DEFINE_string("pictures", None, "Folder for a picture of each file.")
-_ATTENTION = flags.DEFINE_bool("attention", False, "Draw where the model looks; with --pictures.")
-_SERVE = flags.DEFINE_bool("serve", False, "Open a page on which to drop files, until Ctrl-C.")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page; the default is private.")
-_PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any.", 0, 65535)
-_MAX_MB = flags.DEFINE_integer("max_mb", 200, "Largest file that the page takes.", lower_bound=1)
-_MAX_MINUTES = flags.DEFINE_float("max_minutes", 10.0, "Longest video that it takes.", 0.01)
+_TOP = flags.DEFINE_integer("top", 5, "Number of classes per file.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
+_PICTURES = flags.DEFINE_string("pictures", None, "Folder for a figure of each file.")
+_ATTENTION = flags.DEFINE_bool("attention", False, "Draw attention maps; needs --pictures.")
+_SERVE = flags.DEFINE_bool("serve", False, "Serve a page for uploads, until Ctrl-C.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page; local by default.")
+_PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any free port.", 0, 65535)
+_MAX_MB = flags.DEFINE_integer("max_mb", 200, "Largest upload of the page, MB.", lower_bound=1)
+_MAX_MINUTES = flags.DEFINE_float("max_minutes", 10.0, "Longest video of the page.", 0.01)
 
 
 def main(argv: list[str]) -> None:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     if not files:
         raise errors.UserError("give video or image files, or --serve")
     if _ATTENTION.value and _PICTURES.value is None:
-        raise errors.UserError("--attention draws pictures: say where to, --pictures=DIR")
+        raise errors.UserError("--attention needs --pictures=DIR, the folder to write to")
     pictures = None if _PICTURES.value is None else local_path(_PICTURES.value)
     if pictures is not None:
         _make_folder(pictures)
@@ -89,25 +89,27 @@ def main(argv: list[str]) -> None:
 
 
 def _folder() -> AnyPath:
-    """Where the model is: of two flags, one."""
-    given = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
+    """Returns the model's folder: exactly one of two flags must be set."""
+    folders = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
     if _CHECKPOINT.value in ("last", "best") and not Path(_CHECKPOINT.value).is_dir():
         raise errors.UserError(
             f"--checkpoint takes a folder: give --workdir=DIR --which={_CHECKPOINT.value}"
         )
-    if len(given) != 1:
+    if len(folders) != 1:
         raise errors.UserError(
             "give --workdir=DIR, the folder of a run, or --checkpoint=DIR, one that convert wrote"
         )
-    return to_path(given[0])
+    return to_path(folders[0])
 
 
 def _serve(folder: AnyPath, files: list[str]) -> None:
-    given = {"--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--attention": _ATTENTION}
-    extra = [*files, *(name for name, flag in given.items() if flag.value)]
+    unused = {
+        "--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--attention": _ATTENTION,
+    }  # fmt: skip
+    extra = [*files, *(name for name, flag in unused.items() if flag.value)]
     if extra:
         raise errors.UserError(f"--serve takes files on its page: leave out {', '.join(extra)}")
-    from mvit_jax.predict import server  # needs gradio, which nothing else does
+    from mvit_jax.predict import server  # needs gradio, an optional dependency
 
     server.serve(
         lambda: Predictor(folder, which=_WHICH.value, crops=_CROPS.value),
@@ -126,11 +128,19 @@ def predict(
     pictures: Path | None = None,
     maps: bool = False,
 ) -> dict[str, Any]:
-    """For each file its `top` most probable classes, or why it cannot be decoded, ready for JSON.
+    """Predicts files and writes their figures.
 
-    Of long videos also a "timeline": "windows" with the classes of each, and "segments" in which
-    the most probable class stays the same; times in seconds. With `pictures`, a folder, pictures of
-    each file are written, and with `maps` the model's attention.
+    Args:
+      predictor: the model.
+      files: paths of video or image files.
+      top: number of classes per file.
+      pictures: folder for figures of each file.
+      maps: draw attention maps too.
+
+    Returns:
+      A JSON-serialisable dict. "files" has an entry per file with "classes" or "error". Long videos
+      have a "timeline": "windows" with the classes of each, and "segments" with the same most
+      probable class throughout; times are in seconds.
     """
     stems = picture_names(files, pictures) if pictures else files
     results: list[dict[str, Any]] = []
@@ -179,7 +189,7 @@ def _described(prediction: Prediction, names: tuple[str, ...], top: int) -> dict
 
 
 def _top(probabilities: np.ndarray, names: tuple[str, ...], top: int) -> list[dict[str, Any]]:
-    # A stable order, so that equal probabilities give the same answer everywhere.
+    # A stable sort, so that ties have the same order on every platform.
     order = np.argsort(-probabilities, kind="stable")[:top]
     return [{"class": names[i], "probability": float(probabilities[i])} for i in order]
 
@@ -187,17 +197,17 @@ def _top(probabilities: np.ndarray, names: tuple[str, ...], top: int) -> list[di
 def _draw(
     predictor: Predictor, prediction: Prediction, file: str, start: Path, top: int, maps: bool
 ) -> list[Path]:
-    """Writes the pictures whose names begin with `start`."""
+    """Writes a file's figures and returns their paths, which begin with `start`."""
     shown = prediction.shown
-    looks = predictor.maps(shown) if maps else None
+    attention = predictor.maps(shown) if maps else None
     drawn = figures.picture(
         file, prediction.probabilities, predictor.names, shown, prediction.times,
-        top=top, timeline=prediction.timeline, maps=looks,
+        top=top, timeline=prediction.timeline, maps=attention,
     )  # fmt: skip
     written = [Path(f"{start}_prediction.png")]
     write_whole(written[0], drawn)
-    if looks is not None and shown.shape[0] * shown.shape[1] > 1:  # of a still, all is said
-        frames = figures.attention_frames(shown, looks)
+    if attention is not None and shown.shape[0] * shown.shape[1] > 1:  # else nothing moves
+        frames = figures.attention_frames(shown, attention)
         fps = figures.attention_fps(shown, predictor.config.data.stride)
         written += [Path(f"{start}_attention.gif"), Path(f"{start}_attention.mp4")]
         render.save_gif(written[1], frames, fps)
@@ -206,10 +216,9 @@ def _draw(
 
 
 def picture_names(files: list[str], folder: Path) -> list[str]:
-    """What the names of each file's pictures begin with: its own without ending.
+    """Returns a unique prefix for each file's figures: its stem, numbered if needed.
 
-    No two files get the same, also where capitals do not count; and no picture of a file is another
-    of the files.
+    Prefixes differ even when case is ignored, and no figure overwrites an input file.
     """
     taken = {Path(file).resolve() for file in files}
     names: list[str] = []
@@ -236,7 +245,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def show(results: list[dict[str, Any]]) -> bool:
-    """Prints tables, and what failed to stderr; whether anything did."""
+    """Prints the results, and failures to stderr; returns True if a file failed."""
     done = [result for result in results if "classes" in result]
     if done:
         print(_aligned(classes(done)))
@@ -257,17 +266,17 @@ def show(results: list[dict[str, Any]]) -> bool:
 
 
 def classes(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Rows of file, class and probability, headings first."""
+    """Returns rows of file, class and probability, headings first."""
     rows = [("file", "class", "probability")]
     for result in results:
-        for rank, found in enumerate(result["classes"]):
+        for rank, entry in enumerate(result["classes"]):
             file = result["file"] if rank == 0 else ""
-            rows.append((file, found["class"], f"{found['probability']:.4f}"))
+            rows.append((file, entry["class"], f"{entry['probability']:.4f}"))
     return rows
 
 
 def segments(timeline: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of time, class and probability, headings first."""
+    """Returns rows of time, class and probability, headings first."""
     rows = [("time", "class", "probability")]
     for s in timeline["segments"]:
         time = f"{clock(s['start'])} - {clock(s['end'])}"

@@ -1,4 +1,4 @@
-"""A prediction as a picture: frames, classes as bars, the timeline; and attention that moves."""
+"""Figures of a prediction: frames, class bars, timeline, and animated attention maps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,16 +17,16 @@ from mvit_jax.predict.windows import Timeline, clock
 Shown = UInt8[np.ndarray, "clips time height width 3"]
 
 BLUE = "#2a6f97"
-# Told apart by eyes that do not tell red from green (Okabe and Ito 2008), the pale yellow left out.
+# The colour-blind safe palette of Okabe and Ito (2008), without its pale yellow.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 GREY = "#9a9a9a"
-FRAMES = 8  # in the strip
+FRAMES = 8  # of the strip at most
 # In the order of `Maps`.
 CAPTIONS = (
     "attention rollout: where the model looks (pooled keys show as a grid)",
-    "Grad-CAM: what speaks for the most probable class",
+    "Grad-CAM: evidence for the most probable class",
 )
-SECONDS_A_PICTURE = 0.5  # in an animation of single frames
+SECONDS_A_PICTURE = 0.5  # per frame, in the animation of an image model's frames
 
 _INCHES = {"frames": 1.6, "bar": 0.32, "timeline": 2.6, "gap": 0.7}
 
@@ -42,12 +42,17 @@ def picture(
     timeline: Timeline | None = None,
     maps: Maps | None = None,
 ) -> bytes:
-    """A PNG: frames that the model saw, the `top` classes as bars, and a long video's timeline.
+    """Returns a PNG file with frames, bars of the most probable classes, and the timeline.
 
     Args:
-      shown: clips of which frames are drawn.
-      times: of their frames, in seconds, written above them.
-      maps: of `shown`, drawn below the frames.
+      title: above the figure.
+      probabilities: of all classes.
+      names: of all classes.
+      shown: clips whose frames are drawn.
+      times: presentation times of the frames of `shown`, in seconds; their titles.
+      top: number of bars.
+      timeline: of a long video.
+      maps: attention maps of `shown`, drawn below the frames.
     """
     top = min(top, len(names))
     rows = 1 if maps is None else 1 + len(CAPTIONS)
@@ -67,14 +72,14 @@ def picture(
 
 
 def timeline_picture(timeline: Timeline, names: Sequence[str]) -> bytes:
-    """Only the timeline, as a PNG."""
+    """Returns a PNG file with the timeline alone."""
     figure = Figure(figsize=(9, _INCHES["timeline"] + 0.4), layout="constrained")
     _over_time(figure, timeline, names)
     return plots.png(figure, dpi=110)
 
 
 def attention_frames(shown: Shown, maps: Maps) -> UInt8[np.ndarray, "frames _height _width 3"]:
-    """All clips one after the other: what was seen, and beside it the same under each map."""
+    """Returns the clips as one animation: frames, and the same frames under each map, in a row."""
     rows = []
     for i, clip in enumerate(shown):
         panels = [clip, *(render.overlay(clip, heat[i]) for heat in maps)]
@@ -83,29 +88,29 @@ def attention_frames(shown: Shown, maps: Maps) -> UInt8[np.ndarray, "frames _hei
 
 
 def attention_fps(shown: Shown, stride: int) -> float:
-    """Frames a second at which clips move as they did, and single frames stay to be seen."""
+    """Returns the animation's frame rate: real time for clips, slow for an image model's frames."""
     return 1 / SECONDS_A_PICTURE if shown.shape[1] == 1 else FRAME_RATE / stride
 
 
 def _strip(
     figure: SubFigure, shown: Shown, times: Float[np.ndarray, "clips time"], maps: Maps | None
 ) -> None:
-    """Up to `FRAMES` frames: of one clip evenly spread ones, of several the middle one of each."""
+    """Draws up to `FRAMES` frames: evenly spaced for one clip, else each clip's middle frame."""
     if len(shown) == 1:
-        places = np.unique(np.linspace(0, shown.shape[1] - 1, FRAMES).round().astype(int))
-        pairs = [(0, int(i)) for i in places]
+        frames = np.unique(np.linspace(0, shown.shape[1] - 1, FRAMES).round().astype(int))
+        pairs = [(0, int(i)) for i in frames]
     else:
         pairs = [(i, shown.shape[1] // 2) for i in range(len(shown))]
     axes = figure.subplots(1 if maps is None else 1 + len(maps), FRAMES, squeeze=False)
-    for one in axes.flat:
-        one.axis("off")
+    for ax in axes.flat:
+        ax.axis("off")
     moving = shown.size > shown[0, 0].size
     for column, (clip, frame) in enumerate(pairs):
         _image(axes[0, column], shown[clip, frame])
         if moving:
             seconds = times[clip, frame]
-            written = clock(seconds) if len(shown) > 1 else f"{seconds:.1f} s"
-            axes[0, column].set_title(written, fontsize=8, pad=3)
+            label = clock(seconds) if len(shown) > 1 else f"{seconds:.1f} s"
+            axes[0, column].set_title(label, fontsize=8, pad=3)
         for row, heat in enumerate(maps or (), 1):
             _image(axes[row, column], render.overlay(shown[clip], heat[clip])[frame])
     for row, caption in enumerate(CAPTIONS if maps else (), 1):
@@ -113,7 +118,7 @@ def _strip(
 
 
 def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:
-    # Smoothed only where it is made smaller.
+    # Smooths only when it shrinks the image.
     axes.imshow(image, interpolation="antialiased")
 
 
@@ -133,12 +138,12 @@ def _bars(
 
 
 def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
-    """Probabilities of the classes that are ever on top, and below them who is."""
+    """Draws probabilities over time, and below them a strip with the most probable class."""
     segments = timeline.segments()
     share = np.zeros(len(names))
     for segment in segments:
         share[segment.label] += segment.end - segment.start
-    # Those that are on top for longest have colours, all others are grey.
+    # The classes on top for longest have colours, all others are grey.
     labels = [int(i) for i in np.argsort(-share, kind="stable")[: len(COLOURS)] if share[i] > 0]
     colour = dict(zip(labels, COLOURS, strict=False))
     lines, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
@@ -164,5 +169,5 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    # Matplotlib reads what stands between two dollars as mathematics, and fails where it is none.
+    # Matplotlib parses text between two dollar signs as mathematics, and raises if it is not.
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""A trained model, loaded once, and what it says of files."""
+"""Predictions of a trained model for video and image files."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -26,22 +26,21 @@ from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding
 from mvit_jax.training.run_folder import RunFolder
 
-AT_A_TIME = 8  # windows that go through the model together
-SHOWN = 8  # windows of a long video whose frames are kept for pictures
+AT_A_TIME = 8  # windows per batch
+SHOWN = 8  # windows of a long video whose frames are returned for figures
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one file, and what of it the model saw.
+    """A model's prediction for one file, with some of the clips that the model saw.
 
     Attributes:
-      probabilities: of the classes: softmax (or a sigmoid each), mean (or maximum) over the clips
-        and crops, or over all windows, as the run's test protocol has it.
-      clips: how many clips, or windows, those are.
-      timeline: of a long video, else None.
-      shown: the centre crops of some clips: of the one in the middle, or of windows spread evenly
-        over a long video.
-      times: of their frames, in seconds.
+      probabilities: of the classes: softmax (sigmoid if multi-label), mean or maximum (as in the
+        run's test protocol) over clips and crops, or over windows and crops.
+      clips: number of clips or windows.
+      timeline: probabilities over time of a long video, else None.
+      shown: centre crops of the middle clip, or of evenly spaced windows of a long video.
+      times: presentation times of the frames of `shown`, in seconds.
       seconds: length of the video; 0 for an image.
     """
 
@@ -54,23 +53,23 @@ class Prediction:
 
 
 class Maps(NamedTuple):
-    """Over the pixels of clips, not negative; what counts is each clip's own scale."""
+    """Attention maps per pixel, not negative; their scale differs from clip to clip."""
 
-    rollout: Float32[np.ndarray, "clips time size size"]  # attention, from the head to the cubes
-    grad_cam: Float32[np.ndarray, "clips time size size"]  # for each clip's most probable class
+    rollout: Float32[np.ndarray, "clips time size size"]  # from the head to the cubes
+    grad_cam: Float32[np.ndarray, "clips time size size"]  # of each clip's most probable class
 
 
 class Predictor:
-    """The model in a run's folder, or in one that `convert` wrote.
+    """The model of a workdir, or of a folder that `convert` wrote.
 
     Attributes:
-      config: the run's, with `clips` and `crops` in it.
-      model: its architecture.
-      names: of its classes.
-      step: of its checkpoint.
+      config: the run's config, with `clips` and `crops` applied.
+      model: the architecture.
+      names: of the classes.
+      step: of the checkpoint.
 
     Raises:
-      UserError: no run there, no such checkpoint, or names that do not fit.
+      UserError: the folder has no run or no such checkpoint, or the number of class names is wrong.
     """
 
     def __init__(
@@ -81,16 +80,16 @@ class Predictor:
         clips: int | None = None,
         crops: int | None = None,
     ) -> None:
-        """Loads it.
+        """Loads the model.
 
         Args:
-          folder: holds config.json and checkpoints.
-          which: its "last" or its "best" checkpoint.
-          clips: K of the test protocol, then used for long videos too; where not given, the
-            config's, and windows for long videos.
-          crops: squares cut from each clip, 1 or 3; the config's where not given.
+          folder: with config.json and checkpoints.
+          which: the "last" or the "best" checkpoint.
+          clips: K of the test protocol, for long videos too. By default the config's K, and windows
+            for long videos.
+          crops: squares cut from each clip, 1 or 3; by default the config's.
         """
-        mesh = sharding.make_mesh()  # the run's own mesh may need more devices than are here
+        mesh = sharding.make_mesh()  # the run's mesh may need more devices than this machine has
         with RunFolder(folder, {"eval.clips": clips, "eval.crops": crops}) as run:
             self.config: Config = run.config
             self.names = class_names(self.config, folder, run.num_classes(which))
@@ -98,7 +97,7 @@ class Predictor:
             self._params, self.step = run.params_on(mesh, which), run.step(which)
         self._handle, self.model = settings.model, settings.model.config
         self._settings, self._recipe = settings.clips, settings.step
-        # A clip of segments is spread over all of a video, however long.
+        # With segment sampling a clip covers the whole video already.
         self._takes_windows = clips is None and self._settings.sampling == "span"
         eval_ = self.config.eval
         self._logits = Inference(
@@ -106,7 +105,7 @@ class Predictor:
             self._params,
             mean=self._recipe.mean,
             std=self._recipe.std,
-            # Of a short video, and of a long one's windows.
+            # For short videos, and for the windows of long videos.
             buckets=(eval_.clips * eval_.crops, AT_A_TIME * eval_.crops),
             devices=jax.devices(),
         )
@@ -118,18 +117,17 @@ class Predictor:
         check: Callable[[Video | Frames], None] = lambda video: None,
         progress: Callable[[int, int], object] = lambda done, of: None,
     ) -> Prediction:
-        """What the model says of a video or image file.
+        """Predicts the classes of a video or image file.
 
-        A file of few clips' length gets the test protocol's clips and crops, a longer one
-        `windows.windows`, a clip each.
+        A short file is read as in the test protocol, a long video in windows (`windows.is_long`).
 
         Args:
           path: the file.
-          check: sees the file once it is open, and may raise.
-          progress: is told of windows done, and of how many, every few of them.
+          check: called with the opened file; may raise.
+          progress: called with the number of windows done and the total, once per batch.
 
         Raises:
-          DecodeError: the file cannot be decoded, or is an image where a clip has several frames.
+          DecodeError: the file cannot be decoded, or is an image and the model takes clips.
         """
         eval_, settings = self.config.eval, self._settings
         with opened(path, settings.frames) as video:
@@ -162,16 +160,16 @@ class Predictor:
 
     def _over_time(self, video: Video, progress: Callable[[int, int], object]) -> Prediction:
         settings, crops = self._settings, self.config.eval.crops
-        found = windows(video.num_frames, video.fps, frames=settings.frames, stride=settings.stride)
-        count = len(found.indices)
-        kept = np.unique(np.linspace(0, count - 1, SHOWN).round().astype(int))
+        spans = windows(video.num_frames, video.fps, frames=settings.frames, stride=settings.stride)
+        count = len(spans.indices)
+        drawn = np.unique(np.linspace(0, count - 1, SHOWN).round().astype(int))
         shown: list[np.ndarray] = []
 
         def batches() -> Iterator[np.ndarray]:
             batch: list[np.ndarray] = []
-            for i, clip in enumerate(clips_of(video, found.indices, settings, crops)):
+            for i, clip in enumerate(clips_of(video, spans.indices, settings, crops)):
                 batch.append(clip)
-                if i in kept:
+                if i in drawn:
                     shown.append(clip[crops // 2])
                 if len(batch) == AT_A_TIME or i == count - 1:
                     progress(i + 1, count)
@@ -185,38 +183,37 @@ class Predictor:
         return Prediction(
             probabilities=evaluation.over_views(by_window, ensemble, axis=0),
             clips=count,
-            timeline=Timeline(found.starts, found.ends, by_window),
+            timeline=Timeline(spans.starts, spans.ends, by_window),
             shown=np.stack(shown),
-            times=found.indices[kept] / video.fps,
+            times=spans.indices[drawn] / video.fps,
             seconds=video.num_frames / video.fps,
         )
 
     def _scored(
         self, batches: Iterable[np.ndarray]
     ) -> Iterator[Float64[np.ndarray, "views classes"]]:
-        """Probabilities of uint8 views, batch by batch."""
+        """Yields probabilities of batches of uint8 views."""
         activation = jax.nn.sigmoid if self._recipe.multi_label else jax.nn.softmax
-        waiting: jax.Array | None = None
+        pending: jax.Array | None = None
         for views in batches:
             with jax.default_matmul_precision(self.config.precision):
                 probabilities = activation(self._logits(views))
-            if waiting is not None:  # the next batch is decoded while the model computes
-                yield np.asarray(waiting, np.float64)
-            waiting = probabilities
-        if waiting is not None:
-            yield np.asarray(waiting, np.float64)
+            if pending is not None:  # the next batch is decoded while the model computes
+                yield np.asarray(pending, np.float64)
+            pending = probabilities
+        if pending is not None:
+            yield np.asarray(pending, np.float64)
 
     def maps(self, shown: UInt8[np.ndarray, "clips time size size 3"]) -> Maps:
-        """Where the model looks in each of these clips, and what speaks there for the class that it
-        finds most probable in it."""
+        """Returns attention rollout, and Grad-CAM of the most probable class, of each clip."""
         with jax.default_matmul_precision(self.config.precision):
-            # One at a time, as what all blocks attend to is large.
+            # One clip at a time: the attention of all blocks takes much memory.
             both = [jax.device_get(self._jitted_maps(self._params, clip[None])) for clip in shown]
-        looks, speaks = (np.concatenate(maps) for maps in zip(*both, strict=True))
+        rollout, grad_cam = (np.concatenate(maps) for maps in zip(*both, strict=True))
         size = shown.shape[1:4]
         return Maps(
-            token_geometry.to_pixels(looks, size, self.model),
-            token_geometry.to_pixels(speaks, size, self.model, self._fine_block),
+            token_geometry.to_pixels(rollout, size, self.model),
+            token_geometry.to_pixels(grad_cam, size, self.model, self._fine_block),
         )
 
     @cached_property
@@ -239,10 +236,15 @@ class Predictor:
 
 
 def class_names(config: Config, folder: AnyPath, count: int) -> tuple[str, ...]:
-    """Names of a model's classes: the lines of the folder's labels.txt, or else of the data's;
-    "class 0" and so on where there is none."""
-    places_ = [folder] if config.data.folder is None else [folder, Path(config.data.folder)]
-    for file in (place / "labels.txt" for place in places_):
+    """Returns the class names from labels.txt, or "class 0" and so on if there is no such file.
+
+    The model's folder comes before the data folder.
+
+    Raises:
+      UserError: the file does not have `count` names.
+    """
+    folders = [folder] if config.data.folder is None else [folder, Path(config.data.folder)]
+    for file in (parent / "labels.txt" for parent in folders):
         if file.is_file():
             names = read_class_names(file)
             if len(names) != count:

@@ -1,9 +1,11 @@
-"""What the page lets in of what gradio's own switches leave open.
+"""HTTP request filter in front of gradio, for the attacks that gradio's options do not block.
 
-Of 6.31 these hold that no request reads or names a file that was not uploaded. They do not hold:
-FFmpeg runs on what is posted to `process_recording`, so a list in it shows videos of this machine;
-of an upload each file is bounded, but neither their number nor its other fields, nor a question;
-other sites' pages, and names elsewhere that lead here, are answered.
+In gradio 6.31 its options block requests that read or name a file that was not uploaded. They do
+not block these:
+
+- FFmpeg runs on files posted to `process_recording`; a playlist there can expose local videos.
+- An upload's files have a size limit; their number, other form fields and JSON bodies have none.
+- Requests from other sites' pages, and for host names that resolve here (DNS rebinding).
 """
 
 import ipaddress
@@ -13,15 +15,16 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-AROUND = 2**16  # bytes of a request beside the file that it uploads
+AROUND = 2**16  # bytes of a request at most, besides the uploaded file
 
 
 def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[None]]:
-    """Gives an ASGI application that refuses requests in front of another one.
+    """Wraps an ASGI application in the request filter.
 
     Args:
-      host: the address that the page is bound to. On loopback, requests must be for loopback.
-      largest: bytes of the largest upload.
+      app: the application.
+      host: the address that the server is bound to. On loopback, requests must be for loopback.
+      largest: bytes of an upload at most.
     """
     from starlette.requests import Request  # starlette comes with gradio
     from starlette.responses import PlainTextResponse
@@ -31,12 +34,12 @@ def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[Non
 
     def refusal(request: Any) -> int | None:
         headers, path = request.headers, request.scope["path"]
-        asked, origin = headers.get("host", ""), headers.get("origin")
-        if private and not is_loopback(urlsplit(f"//{asked}").hostname or ""):
+        target, origin = headers.get("host", ""), headers.get("origin")
+        if private and not is_loopback(urlsplit(f"//{target}").hostname or ""):
             return 403
-        if origin is not None and urlsplit(origin).netloc != asked:
+        if origin is not None and urlsplit(origin).netloc != target:
             return 403
-        if request.method in ("GET", "HEAD"):  # gradio would fetch file=http://... for anyone
+        if request.method in ("GET", "HEAD"):  # gradio would fetch file=http://... for any client
             return 404 if path.startswith("/gradio_api/file") else None
         if request.method != "POST" or path not in posts:
             return 404
@@ -50,7 +53,7 @@ def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[Non
         answer = app if status is None else PlainTextResponse(HTTPStatus(status).phrase, status)
         try:
             await answer(scope, receive, send)
-        except Exception as error:  # gradio's, when the server ends while a page is open, say
+        except Exception as error:  # for example gradio's, if the server stops with a page open
             first = str(error).partition("\n")[0]
             print(f"a request failed: {type(error).__name__}: {first}", file=sys.stderr, flush=True)
 
@@ -58,7 +61,7 @@ def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[Non
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine itself reaches the address."""
+    """Returns True if the address is reachable from this machine alone."""
     if host == "localhost":
         return True
     try:

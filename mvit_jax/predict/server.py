@@ -1,4 +1,4 @@
-"""A local page on which to drop a video: classes, classes over time, where the model looks."""
+"""Local web page for uploads: classes, classes over time, attention maps."""
 
 import base64
 import errno
@@ -30,9 +30,9 @@ from mvit_jax.predict.windows import clock
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
-MOST_PIXELS = 4096 * 2304  # of a frame: 28 MB each in memory
-MOST_FPS = 120  # at which the limit in minutes is counted for files that state a higher rate
-WAITING = 8  # requests; one is worked on
+MOST_PIXELS = 4096 * 2304  # of a frame, which is 28 MB in memory
+MOST_FPS = 120  # converts the limit in minutes to frames, as a file may state any frame rate
+WAITING = 8  # requests in the queue at most; one is processed at a time
 
 STYLE = """
 .gradio-container { max-width: 960px !important; margin: 0 auto !important; }
@@ -47,22 +47,24 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """Limits of an upload."""
 
     megabytes: int  # of a file
     minutes: float  # of a video
 
 
 def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits, top: int) -> None:
-    """Serves the page until it is interrupted; uploads are kept in a folder that is then removed.
+    """Serves the page until interrupted; uploads go to a temporary folder.
 
     Args:
-      load: gives the model, once it is certain that the page can be served.
-      host: an address of this machine; other than loopback, a warning is printed.
-      port: 0 for any that is free.
+      load: loads the model; called after the port is bound.
+      host: an address of this machine; prints a warning if it is not loopback.
+      port: 0 for any free port.
+      limits: of an upload.
+      top: number of classes.
 
     Raises:
-      UserError: gradio is not installed, or the address cannot be had.
+      UserError: gradio is not installed, or the address cannot be bound.
     """
     if find_spec("gradio") is None:
         raise UserError("the page needs gradio: pip install -e '.[demo]'")
@@ -70,11 +72,11 @@ def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits
         _listening(host, port) as listener,
         tempfile.TemporaryDirectory(prefix="mvit_jax_") as folder,
     ):
-        # The default is to die at once, which would leave the folder behind.
+        # By default SIGTERM ends the process at once, without removing the folder.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        # gradio reads these when it is imported.
+        # gradio reads these variables on import.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        tempfile.tempdir = folder  # where uploads are kept while they arrive
+        tempfile.tempdir = folder  # for uploads in progress
         try:
             _run(build(load(), limits, top), listener, limits)
         finally:
@@ -88,12 +90,12 @@ def _run(blocks: Any, listener: socket.socket, limits: Limits) -> None:
     app = guarded(_mounted(blocks, limits), host=host, largest=limits.megabytes * 2**20)
     if not is_loopback(host):
         print(
-            f"warning: whoever can reach {host} can use this page, without a password",
+            f"warning: anyone who can reach {host} can use this page, without a password",
             file=sys.stderr,
         )
     address = f"[{host}]" if ":" in host else host
     print(f"http://{address}:{port}  (Ctrl-C ends it)", flush=True)
-    # A page that is left open keeps a connection, which must not hold the end up.
+    # The connection of an open page must not delay shutdown.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -116,7 +118,7 @@ def _mounted(blocks: Any, limits: Limits) -> Any:
     from fastapi import FastAPI
     from gradio.themes.default import Default
 
-    # gradio checks paths in requests only if it believes to have been launched.
+    # gradio checks paths in requests only if this is set.
     blocks.has_launched = True
     return gradio.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -136,7 +138,7 @@ def _mounted(blocks: Any, limits: Limits) -> Any:
 
 
 def build(predictor: Predictor, limits: Limits, top: int) -> Any:
-    """The page as gradio Blocks; `limits` are held by what it calls, whatever the browser does."""
+    """Returns the page as gradio Blocks; `limits` are enforced on the server."""
     import gradio
 
     takes_images = predictor.model.frames == 1
@@ -148,8 +150,8 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
         gradio.Markdown(
             f"# What does the model see?\n{predictor.config.model.variant}, "
             f"{len(predictor.names)} classes. Drop {kinds} of up to {limits.megabytes} MB and "
-            f"{limits.minutes:g} minutes. Files stay on this machine and are deleted when they "
-            "have been looked at."
+            f"{limits.minutes:g} minutes. Files stay on this machine and are deleted after "
+            "prediction."
         )
         file: Any = gradio.File(
             label=f"{kinds[2].upper()}{kinds[3:]} ({' '.join(endings)})",
@@ -159,7 +161,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
         file.async_move_resource_to_block_cache = partial(
             _uploaded, file.async_move_resource_to_block_cache
         )
-        # Not gradio's HTML, whose templates are code that the browser runs.
+        # Not gradio.HTML: the browser runs its templates as code.
         result = partial(gradio.Markdown, elem_classes="result", latex_delimiters=[])
         heading = result()
         label = gradio.Label(label="Classes", num_top_classes=top, show_heading=False)
@@ -184,7 +186,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
             answer, file, [heading, label, over_time, attention], api_visibility="private",
             show_progress_on=label,
         )  # fmt: skip
-        # So that the next file can be dropped, also after one that failed.
+        # Clears the upload for the next file, also after a failure.
         for after in (done.success, done.failure):
             after(lambda: None, None, file, api_visibility="private", show_progress="hidden")
     blocks.queue(api_open=False, max_size=WAITING, default_concurrency_limit=1)
@@ -192,8 +194,8 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
 
 
 async def _uploaded(to_cache: Callable[..., Any], path: str) -> str:
-    """The file that a request names, which gradio has refused if it was not uploaded."""
-    if "://" in path:  # `to_cache` would download it, of whatever size
+    """Returns a request's file; gradio has already refused paths that were not uploaded."""
+    if "://" in path:  # `to_cache` would download it, without a size limit
         raise ValueError("a request named an address instead of an upload")
     return await to_cache(path)
 
@@ -201,20 +203,20 @@ async def _uploaded(to_cache: Callable[..., Any], path: str) -> str:
 def _answer(
     predictor: Predictor, path: Path, limits: Limits, top: int, endings: list[str], progress: Any
 ) -> tuple[Any, ...]:
-    """Heading, probabilities by class, classes over time, attention."""
+    """Returns heading, probabilities by class, classes over time, and attention."""
     check_kind(path, endings)
     prediction = predictor.predict(
         path,
         check=lambda video: check_size(video, limits),
-        progress=lambda done, of: progress((done, of), desc="looking", unit="windows"),
+        progress=lambda done, of: progress((done, of), desc="predicting", unit="windows"),
     )
     names = predictor.names
-    # The same name twice must not swallow a class.
+    # Two classes may have the same name.
     confidences: dict[str, float] = {}
     for i in (-prediction.probabilities).argsort(kind="stable")[:top]:
         name = names[i] if names[i] not in confidences else f"{names[i]} ({i})"
         confidences[name] = float(prediction.probabilities[i])
-    progress(1.0, desc="drawing where it looks")
+    progress(1.0, desc="drawing attention")
     return (
         _heading(path.name, prediction),
         confidences,
@@ -226,12 +228,12 @@ def _answer(
 def _heading(name: str, prediction: Prediction) -> str:
     line, clips = prediction.timeline, prediction.clips
     if line is not None:
-        said = f"{clock(prediction.seconds)}; means over {clips} windows"
+        summary = f"{clock(prediction.seconds)}; means over {clips} windows"
     elif prediction.seconds:
-        said = f"{prediction.seconds:.1f} s; means over {clips} clip{'s' * (clips > 1)}"
+        summary = f"{prediction.seconds:.1f} s; means over {clips} clip{'s' * (clips > 1)}"
     else:
-        said = "an image"
-    return f"<p><b>{html.escape(name)}</b>: {said}</p>"
+        summary = "an image"
+    return f"<p><b>{html.escape(name)}</b>: {summary}</p>"
 
 
 def _over_time(prediction: Prediction, names: tuple[str, ...]) -> str | None:
@@ -260,20 +262,20 @@ def _attention(predictor: Predictor, prediction: Prediction) -> str:
     )
 
 
-def _image(data: bytes, kind: str, says: str, style: str = "") -> str:
-    """In the page itself: no file is kept, and none has to be served."""
+def _image(data: bytes, kind: str, label: str, style: str = "") -> str:
+    """Returns an image as HTML with a data URI, so that no file has to be stored or served."""
     coded = base64.b64encode(data).decode()
-    return f"<img class='{style}' alt='{says}' src='data:image/{kind};base64,{coded}'>"
+    return f"<img class='{style}' alt='{label}' src='data:image/{kind};base64,{coded}'>"
 
 
 def check_kind(path: Path, endings: list[str]) -> None:
-    """Refuses what is not, by name and first bytes, a file of the kinds that the page takes.
+    """Checks by ending and first bytes that a file is of a kind that the page takes.
 
-    FFmpeg also reads lists of other files and addresses, and Pillow formats that are programs:
-    such a file, uploaded under a video's name, must not get that far.
+    FFmpeg also reads playlists of other files and addresses, and Pillow reads formats that are
+    programs. Such a file, uploaded under a video's name, must not reach either library.
 
     Raises:
-      UserError: another kind.
+      UserError: the file is of another kind.
     """
     ending = path.suffix.lower()
     if ending not in endings:
@@ -297,10 +299,10 @@ def check_kind(path: Path, endings: list[str]) -> None:
 
 
 def check_size(video: Video | Frames, limits: Limits) -> None:
-    """Refuses a video that is too long, or whose frames are too large.
+    """Checks the length and the frame size of a video.
 
     Raises:
-      UserError: it is.
+      UserError: the video is too long, or its frames are too large.
     """
     if isinstance(video, Frames):
         return
@@ -315,6 +317,6 @@ def check_size(video: Video | Frames, limits: Limits) -> None:
             stream = container.streams.video[0]
             width, height = stream.width, stream.height
     except (FFmpegError, OSError, IndexError):
-        return  # decoding says what is wrong with it
+        return  # decoding reports the error
     if width * height > MOST_PIXELS:
         raise UserError(f"its frames of {width} x {height} pixels are too large: make it smaller")

@@ -1,9 +1,9 @@
-"""Windows over a long video, and what a model says of it over time.
+"""Sliding windows over long videos, and predictions over time.
 
-A model sees one clip of T frames at stride tau, T * tau / 30 seconds. The K clips of the test
-protocol, laid end to end, cover K of those; of a longer video they leave out moments, and their
-mean says of no moment what it shows. Such a video is read in windows, each half a clip after the
-one before, so that every moment but the first and last half clip is seen twice.
+A clip of T frames at stride tau lasts T * tau / 30 seconds, and the test protocol takes K clips.
+A video longer than K clips is not covered by them, and their mean is not a prediction over time.
+Such a video is read in windows of one clip at a hop of half a clip. Each moment is then seen twice,
+except in the first and the last half clip.
 """
 
 import itertools
@@ -19,38 +19,38 @@ from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.video import Video
 
 FEWEST = 4
-"""Clip lengths up to which a video is short, whatever the protocol: few windows tell little."""
+"""Clip lengths up to which a video is short under every protocol: a timeline needs more windows."""
 
 SECONDS_OF_AN_IMAGE = 1.0
-"""What one frame stands for where a model takes images: the second that it is the middle of."""
+"""Length of an image model's window, whose middle frame the model sees."""
 
 
 class Windows(NamedTuple):
-    """Where clips lie in a video."""
+    """Positions of the windows in a video."""
 
     indices: Int64[np.ndarray, "windows frames"]  # frame numbers
-    starts: Float[np.ndarray, " windows"]  # seconds; they rise, and so do the ends
+    starts: Float[np.ndarray, " windows"]  # seconds; starts and ends are increasing
     ends: Float[np.ndarray, " windows"]
 
 
 def is_long(num_frames: int, fps: float, *, frames: int, stride: int, clips: int) -> bool:
-    """Whether the test protocol's clips, end to end, are shorter than the video.
+    """Returns True if the video is longer than the test protocol's clips, laid end to end.
 
     Args:
       num_frames: of the video.
-      fps: frames a second of the video.
-      frames: T, frames of a clip; 1 for models of images.
-      stride: tau, distance of neighbouring frames at 30 frames a second.
-      clips: K, clips of the test protocol; four at least are counted.
+      fps: frames per second of the video.
+      frames: T, frames of a clip; 1 for image models.
+      stride: tau, temporal stride at 30 frames per second.
+      clips: K, clips of the test protocol; less than `FEWEST` counts as `FEWEST`.
     """
     return num_frames > max(clips, FEWEST) * _length(fps, frames, stride)
 
 
 def windows(num_frames: int, fps: float, *, frames: int, stride: int) -> Windows:
-    """Clips from a video's first frame to its last, each half a clip after the one before.
+    """Returns windows of one clip that cover the video, at a hop of half a clip.
 
-    The last one ends with the video. For models of images the windows are whole seconds, of which
-    the frame in the middle is seen. Arguments as for `is_long`.
+    The last window ends with the video. For image models the windows are whole seconds, without
+    overlap, and the model sees the frame in the middle. Arguments as for `is_long`.
     """
     length = _length(fps, frames, stride)
     if frames == 1:
@@ -59,10 +59,10 @@ def windows(num_frames: int, fps: float, *, frames: int, stride: int) -> Windows
         seen = np.minimum(starts + length / 2, num_frames - 1)
     else:
         hop, last = max(length / 2, 1.0), max(num_frames - length, 0.0)
-        # Whole frames, as the starts of the test protocol are.
+        # Whole frames, as in the test protocol.
         starts = seen = np.floor(np.append(np.arange(0.0, last, hop), last))
         ends = np.append(starts[:-1] + length, num_frames)
-    # The very function that places the clips of training and test.
+    # The same sampling as in training and test.
     indices = [
         sampling.spread(start, sampling.span(fps, frames, stride), frames, num_frames)
         for start in seen
@@ -71,37 +71,37 @@ def windows(num_frames: int, fps: float, *, frames: int, stride: int) -> Windows
 
 
 def _length(fps: float, frames: int, stride: int) -> float:
-    """Source frames of a window; at least one, however few a second has."""
+    """Returns the length of a window in source frames, at least 1."""
     if frames == 1:
         return max(SECONDS_OF_AN_IMAGE * fps, 1.0)
     return max(sampling.span(fps, frames, stride), 1.0)
 
 
 class Segment(NamedTuple):
-    """A stretch over which the most probable class stays the same."""
+    """An interval with the same most probable class throughout."""
 
     start: float  # seconds
     end: float
     label: int
-    probability: float  # of that class, mean over the stretch
+    probability: float  # of `label`, mean over the interval
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a model says of each window of a video."""
+    """Class probabilities of each window of a video."""
 
-    starts: Float[np.ndarray, " windows"]  # seconds; windows are in order and leave no gap
+    starts: Float[np.ndarray, " windows"]  # seconds; windows are in order, without gaps
     ends: Float[np.ndarray, " windows"]
     probabilities: Float[np.ndarray, "windows classes"]
 
     def segments(self) -> list[Segment]:
-        """The video in stretches of one class.
+        """Returns the video as consecutive segments of one class.
 
-        A moment has the mean of the windows that see it, two as a rule, so that a window which
-        falls between two scenes does not make a stretch of its own so easily.
+        A moment's probabilities are the mean over the windows that contain it, usually two. This
+        makes a spurious segment between two scenes less likely.
         """
         edges = np.unique(np.concatenate([self.starts, self.ends]))
-        # Windows are in order, so those that see a moment are neighbours.
+        # Windows are in order, so the windows that contain a moment are consecutive.
         first = np.searchsorted(self.ends, edges[:-1], "right")
         behind = np.searchsorted(self.starts, edges[:-1], "right")
         sums = np.concatenate([np.zeros_like(self.probabilities[:1]), self.probabilities.cumsum(0)])
@@ -120,7 +120,7 @@ class Timeline:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds as people write them: 0:07, 12:30, 1:02:03."""
+    """Formats a duration as 0:07, 12:30 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -129,22 +129,24 @@ def clock(seconds: float) -> str:
 def clips_of(
     video: Video, indices: Int64[np.ndarray, "clips time"], settings: ClipSettings, crops: int
 ) -> Iterator[UInt8[np.ndarray, "crops time size size 3"]]:
-    """The clips of these frames one after the other, scaled and cropped as by `pipeline.views`.
+    """Yields clips one by one, resized and cropped as in `pipeline.views`.
 
-    Every frame is decoded once. What is held is the frames of one clip, at the model's size.
+    Each frame is decoded once. Memory holds the frames of one clip, at the model's size.
 
     Args:
-      indices: frame numbers; no clip starts before the one before it.
+      video: the file.
+      indices: frame numbers of the clips; the clips' starts must not decrease.
+      settings: of resizing and cropping.
       crops: squares cut from each clip, 1 or 3.
 
     Raises:
-      DecodeError: while iterating, the file is broken.
+      DecodeError: while iterating, if the file is broken.
     """
     decoded = video.in_order(np.unique(indices).tolist())
-    held: dict[int, np.ndarray] = {}
+    buffer: dict[int, np.ndarray] = {}
     for clip in indices:
-        held = {number: frame for number, frame in held.items() if number >= clip.min()}
-        while clip.max() not in held:
+        buffer = {number: frame for number, frame in buffer.items() if number >= clip.min()}
+        while clip.max() not in buffer:
             number, frame = next(decoded)
-            held[number] = pipeline.crops_of(frame[None], settings, crops)
-        yield np.concatenate([held[number] for number in clip.tolist()], axis=1)
+            buffer[number] = pipeline.crops_of(frame[None], settings, crops)
+        yield np.concatenate([buffer[number] for number in clip.tolist()], axis=1)

@@ -132,7 +132,7 @@ def test_pictures_are_what_their_names_say(predictor, paths, tmp_path):
         (["--workdir=a"], "give video or image files, or --serve"),
         (["a.mp4", "--checkpoint=best"], "give --workdir=DIR --which=best"),
         (["a.mp4", "--checkpoint=/no/such"], "/no/such holds no run"),
-        (["a.mp4", "--workdir=a", "--attention"], "say where to, --pictures=DIR"),
+        (["a.mp4", "--workdir=a", "--attention"], "needs --pictures=DIR"),
         (["a.mp4", "--workdir=a", "--pictures=/dev/null/x"], "cannot be made"),
         (["a.mp4", "--workdir=a", "--serve"], "leave out a.mp4"),
         (["--workdir=a", "--serve", "--clips=1"], "leave out --clips"),

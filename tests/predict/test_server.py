@@ -178,7 +178,7 @@ def test_a_good_video_shows_classes_over_time_and_attention(browser, files, serv
     assert "deleted" in browser.inner_text("body")
     drop(browser, files / "good.mp4", "h3:has-text('Where it looks')")
     # The heading may be there before the progress, with its own "100%", is gone.
-    browser.wait_for_selector("text=drawing where it looks", state="detached")
+    browser.wait_for_selector("text=drawing attention", state="detached")
     body = browser.inner_text("body")
     assert "good.mp4: 0:05; means over 18 windows" in body
     assert len(re.findall(r"\d+%", body)) == 5
@@ -291,7 +291,7 @@ def test_it_ends_at_once_though_a_page_is_open(digits, tmp_path):
             assert process.wait(timeout=20) == 128 + signal.SIGTERM
             assert time.monotonic() - began < 10
         said = process.stderr.read()
-        assert "warning: whoever can reach 0.0.0.0 can use this page" in said
+        assert "warning: anyone who can reach 0.0.0.0 can use this page" in said
         assert "Traceback" not in said
         assert not list(tmp_path.glob("mvit_jax_*"))
     finally:
