@@ -1,25 +1,25 @@
-"""Whether an experiment fits a TPU pod that one does not have, and how fast it can be there.
+r"""Estimates memory, step time and cost of an experiment on a TPU pod, without the pod.
 
     python -m mvit_jax.podplan --config=configs/kinetics.py:mvit_b_16x4 --topology=v5e:16x16
     python -m mvit_jax.podplan --config=... --topology=v5p-128 --largest_batch
-    python -m mvit_jax.podplan --config=... --topology=v5e:16x16 --slices=4 \\
+    python -m mvit_jax.podplan --config=... --topology=v5e:16x16 --slices=4 \
         --config.batch=2048 --config.mesh.fsdp=16
     python -m mvit_jax.podplan --config=... --topology=v6e:4x4 --sweep --out=sweep.png
 
-Needs no accelerator: the step that training runs is compiled ahead of time by the TPU compiler of
-the extra `tpu`, and what it says of memory, arithmetic, traffic and collectives is put beside what
-a chip can do. All times are bounds: a real step takes longer. A step that does not fit is an
-answer, with what may make it fit. The data need not be there (`data.train_videos` and
-`data.classes` say how much there is).
+No accelerator is needed: the TPU compiler of the extra `tpu` compiles the train step ahead of time.
+The memory, FLOPs, bytes moved and collectives of the compiled step are compared with the chip's
+peak rates. All times are lower bounds: a real step takes longer. For a step that does not fit, the
+program lists settings that save memory. The data are not needed: `data.train_videos` and
+`data.classes` are their size.
 
-By default the compiler makes little effort (--effort=-1), as a full-size step takes it some 80
-seconds of processor time then and 400 otherwise. Arithmetic, collectives and memory are the same;
-the traffic of the main memory (HBM) is overstated, for MViT-B 16x4 by 2.3, and therefore bounds
-nothing. --effort=0 compiles as training does, and then it counts.
+By default the compiler's effort is low (--effort=-1): a full-size step takes about 80 seconds of
+CPU time instead of 400. FLOPs, collectives and memory are the same, but HBM traffic is overstated
+(by a factor of 2.3 for MViT-B 16x4) and is not used as a bound. --effort=0 compiles as training
+does, and HBM traffic becomes a bound.
 
---largest_batch searches how many clips fill a chip (3 to 6 compilations). --sweep compiles
-every mesh of --fsdp, every --remat and every number of --clips on a chip, and prints a table, and
-draws it into --out; --json is written again after each.
+--largest_batch searches the number of clips that fills a chip (3 to 6 compilations). --sweep
+compiles all combinations of --fsdp, --remat and --clips (per chip), prints a table, and draws it to
+--out. --json is updated after each compilation.
 """
 
 import copy
@@ -29,7 +29,7 @@ import os
 import re
 from typing import Any
 
-# Arrays live on the CPU.
+# Arrays are on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -53,20 +53,22 @@ from mvit_jax.training import dry_run
 
 _CONFIG = define_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A slice: v5e:16x16, or v5e-256 (v4, v5p, v6e).")
-_SLICES = flags.DEFINE_integer("slices", 1, "How many of them.")
-_EFFORT = flags.DEFINE_float("effort", compile.QUICK, "Of the compiler: -1 is quick, 0 its own.")
-_LARGEST = flags.DEFINE_bool("largest_batch", False, "Search the most clips that a chip holds.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.")
+_EFFORT = flags.DEFINE_float("effort", compile.QUICK, "Compiler effort: -1 is quick, 0 default.")
+_LARGEST = flags.DEFINE_bool("largest_batch", False, "Search the most clips that fit on a chip.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Compare meshes, remat and batches.")
-_FSDP = flags.DEFINE_list("fsdp", None, "Of a sweep: mesh.fsdp; by default 1 and 4.")
-_REMAT = flags.DEFINE_list("remat", ["none", "blocks"], "Of a sweep: some of " + ", ".join(REMAT))
-_CLIPS = flags.DEFINE_list("clips", None, "Of a sweep: clips on a chip; by default as given, x 4.")
-_OUT = flags.DEFINE_string("out", None, "A picture of it, a .png file.")
-_JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+_FSDP = flags.DEFINE_list("fsdp", None, "For --sweep: mesh.fsdp; by default 1 and 4.")
+_REMAT = flags.DEFINE_list("remat", ["none", "blocks"], "For --sweep: some of " + ", ".join(REMAT))
+_CLIPS = flags.DEFINE_list(
+    "clips", None, "For --sweep: clips per chip; by default the config's, and four times as many."
+)
+_OUT = flags.DEFINE_string("out", None, "File for a figure, .png.")
+_JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 OF_A_SWEEP = ("fsdp", "remat", "clips")
 
 
 def main(argv: list[str]) -> None:
-    """Checks all that can be checked before the first compilation, which takes minutes."""
+    """Checks flags, config and output files first, as a compilation takes minutes."""
     if len(argv) > 1:
         raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --topology=v5e:4x4")
     if _CONFIG.value is None or _TOPOLOGY.value is None:
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> None:
     videos, _ = dry_run.data_and_model(config)
     if videos < 1:
         raise errors.UserError(f"data.train_videos must be at least 1, not {videos}")
-    # What is compiled for chips that are not here can be written to a user's cache, but not read.
+    # Programs for absent chips could be written to the compilation cache, but not read from it.
     jax.config.update("jax_enable_compilation_cache", False)
     plans = sweep(config, topology) if _SWEEP.value else [plan(config, topology)]
     if _OUT.value is not None:
@@ -92,8 +94,8 @@ def main(argv: list[str]) -> None:
 
 
 def check_flags() -> None:
-    """One sentence for what cannot be, or would be passed over."""
-    if not -1 <= _EFFORT.value <= 1:  # not a number is neither
+    """Raises `UserError` for invalid flags, and for flags that would have no effect."""
+    if not -1 <= _EFFORT.value <= 1:  # also rejects NaN
         raise errors.UserError(f"--effort={_EFFORT.value:g} must be from -1 to 1")
     if _OUT.value is not None and not _OUT.value.endswith(".png"):
         raise errors.UserError(f"--out={_OUT.value} must be a .png file")
@@ -106,7 +108,7 @@ def check_flags() -> None:
         raise errors.UserError("give --largest_batch or --sweep, not both")
     for flag in OF_A_SWEEP:
         if flags.FLAGS[flag].present and not _SWEEP.value:
-            raise errors.UserError(f"--{flag} is of a sweep: add --sweep, or set keys of --config")
+            raise errors.UserError(f"--{flag} needs --sweep: add it, or set keys of --config")
 
 
 def write_report(plans: list[Plan], most: int | None = None) -> None:
@@ -116,7 +118,7 @@ def write_report(plans: list[Plan], most: int | None = None) -> None:
 
 
 def plan(config: Config, topology: Topology) -> Plan:
-    """Compiles the experiment's own step, and prints all about it."""
+    """Compiles the experiment's step and prints the plan."""
     _, changed = advice.fitted(config, topology.chips)
     mesh = compile.tpu_mesh(topology, config.mesh.data, config.mesh.fsdp)
     print(text.title(config, topology, mesh), flush=True)
@@ -124,30 +126,30 @@ def plan(config: Config, topology: Topology) -> Plan:
         print(f"{_TOPOLOGY.value} counts cores, {topology.chip.cores} a chip")
     if changed:
         print(changed, flush=True)
-    found = compiled(config, topology, mesh)
-    most = search(found, mesh) if _LARGEST.value else None
-    print("\n" + text.text(found, most), flush=True)
-    write_report([found], most)
-    return found
+    result = compiled(config, topology, mesh)
+    most = search(result, mesh) if _LARGEST.value else None
+    print("\n" + text.text(result, most), flush=True)
+    write_report([result], most)
+    return result
 
 
 def compiled(config: Config, topology: Topology, mesh: Mesh, quiet: bool = False) -> Plan:
-    """One compilation, and what is known of it."""
+    """Compiles a config's step for a mesh and returns the plan."""
     videos, model = dry_run.data_and_model(config)
-    runs, _ = advice.fitted(config, topology.chips)
+    fitted, _ = advice.fitted(config, topology.chips)
     if not quiet:
         what = plural(config.batch // mesh.size, advice.noun(config))
         how = f"{what} a chip, remat={config.remat}, effort {_EFFORT.value:g}"
         print(f"compiling ({how}) ...", end=" ", flush=True)
-    found = compile.measure(runs, model, mesh, effort=_EFFORT.value)
+    result = compile.measure(fitted, model, mesh, effort=_EFFORT.value)
     if not quiet:
-        print(f"{found.seconds:.0f} s", flush=True)
+        print(f"{result.seconds:.0f} s", flush=True)
     fsdp = mesh.shape["fsdp"]
-    return Plan(config, model, videos, topology, fsdp, _EFFORT.value, found)
+    return Plan(config, model, videos, topology, fsdp, _EFFORT.value, result)
 
 
 def with_keys(config: Config, **changes: Any) -> Config:
-    """A copy with other values."""
+    """Returns a copy of a config with some keys changed."""
     changed = copy.deepcopy(config)
     with changed.unlocked():
         changed.update_from_flattened_dict(changes)
@@ -155,25 +157,25 @@ def with_keys(config: Config, **changes: Any) -> Config:
 
 
 def search(first: Plan, mesh: Mesh) -> int:
-    """The most clips that a chip holds, or that nearly fill it; 0 where none fit."""
+    """Returns the most clips that fit on a chip, or that nearly fill it; 0 if none fit."""
     config, topology = first.config, first.topology
-    unit = advice.unit(config)  # what is searched is a number of units
+    unit = advice.unit(config)  # the search is over multiples of it
     memory = topology.chip.memory
     tried = {first.clips // unit: _tried(first)}
     while (units := largest.next_clips(tried, memory)) is not None:
-        found = compiled(with_keys(config, batch=units * unit * topology.chips), topology, mesh)
-        tried[units] = _tried(found)
-        print(f"  {text.memory_line(found)}", flush=True)
+        result = compiled(with_keys(config, batch=units * unit * topology.chips), topology, mesh)
+        tried[units] = _tried(result)
+        print(f"  {text.memory_line(result)}", flush=True)
     print(f"of a chip, {largest.answer(tried, memory, unit, advice.noun(config))}", flush=True)
     return unit * largest.bounds(tried)[0]
 
 
-def _tried(found: Plan) -> largest.Tried:
-    return largest.Tried(found.found.used, isinstance(found.found, Figures))
+def _tried(plan: Plan) -> largest.Tried:
+    return largest.Tried(plan.result.used, isinstance(plan.result, Figures))
 
 
 def sweep(config: Config, topology: Topology) -> list[Plan]:
-    """Compiles all combinations, and prints them as a table."""
+    """Compiles all combinations and prints them as a table."""
     cases = sweep_cases(config, topology)
     few = "" if len(cases) < 4 else "; fewer by --fsdp, --remat, --clips"
     each = f"{plural(len(cases), 'program')} for {topology}, each a minute or more{few}"
@@ -182,14 +184,14 @@ def sweep(config: Config, topology: Topology) -> list[Plan]:
     for mesh, changed in tqdm(cases, unit="program"):
         plans.append(compiled(changed, topology, mesh, quiet=True))
         tqdm.write(f"{text.name(plans[-1])}: {text.memory_line(plans[-1])}")
-        write_report(plans)  # what is there is kept
+        write_report(plans)  # an interrupted sweep leaves its results so far
     print("\n" + table(text.header(plans[0]), [text.row(p) for p in plans]))
     print(f"\n{text.effort_note(plans[0])}")
     return plans
 
 
 def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]:
-    """Mesh and config of every combination; says what of a config has to change."""
+    """Returns mesh and config of every combination; prints the changes that a batch needs."""
     default = [1, 4] if topology.chips_per_slice % 4 == 0 and topology.chips > 4 else [1]
     if config.mesh.fsdp != 1:
         default = [config.mesh.fsdp]
@@ -197,8 +199,8 @@ def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]
         if word not in REMAT:
             raise errors.UserError(f"--remat={word} is none of {', '.join(REMAT)}")
     unit = advice.unit(config)
-    own = max(unit, config.batch // topology.chips // unit * unit)
-    clips = numbers("clips", _CLIPS.value) or [own, 4 * own]
+    base = max(unit, config.batch // topology.chips // unit * unit)
+    clips = numbers("clips", _CLIPS.value) or [base, 4 * base]
     for n in clips:
         _, changed = advice.fitted(with_keys(config, batch=n * topology.chips), topology.chips)
         if changed:
@@ -210,17 +212,17 @@ def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]
     ]
 
 
-def words(flag: str, given: list[str] | None) -> list[str]:
-    if given == []:
-        raise errors.UserError(f"--{flag} is empty: give some, or leave it out")
-    return given or []
+def words(flag: str, values: list[str] | None) -> list[str]:
+    if values == []:
+        raise errors.UserError(f"--{flag} is empty: give some values, or leave it out")
+    return values or []
 
 
-def numbers(flag: str, given: list[str] | None) -> list[int]:
-    for word in words(flag, given):
+def numbers(flag: str, values: list[str] | None) -> list[int]:
+    for word in words(flag, values):
         if not re.fullmatch(r"[1-9]\d{0,8}", word):
             raise errors.UserError(f"--{flag} takes numbers, like 1,4, not {word!r}")
-    return [int(word) for word in given or []]
+    return [int(word) for word in values or []]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Cloud TPUs: what a chip can do, which slices exist, and the least time that a program takes.
+"""Cloud TPUs: peak rates of chips, available slices, and roofline bounds of programs.
 
-Peaks are those of the "key specifications" in docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e
-(read 2026-11-23). Every time here is a bound: links, memory and units are taken as busy all the
-time, and as working side by side.
+Peak rates are from the "key specifications" in docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e
+(read 2026-11-23). Every time here is a lower bound: compute units, memory and links are assumed to
+work at their peak rates, and concurrently.
 """
 
 import math
@@ -19,18 +19,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip, which JAX sees as one device.
+    """A TPU chip, which is one device in JAX.
 
     Attributes:
       flops: bfloat16 FLOP/s.
-      bandwidth: bytes/s of its memory (HBM).
-      memory: bytes of it that the compiler gives a program; it names them when one does not fit.
-      links: bytes/s that it sends to other chips of its slice, over all its links, and as much that
-        it receives; half of the "bidirectional" bandwidth of the specifications.
-      outside: bytes/s, likewise, to other slices: its share of its host's network.
-      cores: what accelerator names count for each chip ("v4-8" are 4 chips).
-      host_cpus: vCPUs of a machine of 4 chips, the kind that larger slices are made of.
-      largest: sides and chips of the largest slice.
+      bandwidth: bytes/s of the memory (HBM).
+      memory: bytes of HBM available to a program, as in the compiler's out-of-memory message.
+      links: bytes/s to other chips of the slice (ICI), over all links, in each direction. This is
+        half of the specifications' "bidirectional" bandwidth.
+      outside: bytes/s to other slices (DCN), in each direction: the chip's share of the host's
+        network.
+      cores: cores per chip in accelerator names ("v4-8" has 4 chips).
+      host_cpus: vCPUs of a host with 4 chips, as in larger slices.
+      largest: sides of the largest slice.
+      most: chips of the largest slice.
     """
 
     flops: float
@@ -44,10 +46,11 @@ class Chip:
     most: int
 
 
-# Memory: by the compiler's own message. Between slices: 50 Gbit/s a chip (v5p's page), 6.4 Tbit/s
-# for 256 chips (v5e's), four times that for v6e, whose hosts have four times v5e's network; v4, of
-# which its page says nothing, is taken as v5p. Links of v4: six, of 50 GB/s each way. vCPUs: of the
-# machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t and ct6e-standard-4t.
+# Memory is from the compiler's out-of-memory message. Between slices: 50 Gbit/s per chip (v5p's
+# page), 6.4 Tbit/s for 256 chips (v5e's page), and four times v5e's for v6e, whose hosts have four
+# times the network. v4's page has no figure, so v5p's is assumed. v4 has six links of 50 GB/s in
+# each direction. vCPUs are of the machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t
+# and ct6e-standard-4t.
 CHIPS = {
     "v4": Chip(275e12, 1.2e12, 30.75 * GIB, 300e9, 6.25e9, 2, 240, (16, 16, 16), 4096),
     "v5e": Chip(197e12, 0.819e12, 15.75 * GIB, 200e9, 3.125e9, 1, 112, (16, 16), 256),
@@ -57,12 +60,12 @@ CHIPS = {
 CHIPS_PER_HOST = 4
 _ALIASES = {"v5litepod": "v5e"}
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # less than a cube of 4 x 4 x 4
+_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # smaller than a cube of 4 x 4 x 4
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Slices of one shape, each a mesh or torus of chips; several talk over the network."""
+    """One or more slices of the same shape; several slices communicate over the network."""
 
     kind: str
     shape: tuple[int, ...]
@@ -82,12 +85,12 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Machines; "2x4" also comes as one of 8 chips."""
+        """Number of hosts, at 4 chips each; "2x4" also exists as one host of 8 chips."""
         return self.slices * math.ceil(self.chips_per_slice / CHIPS_PER_HOST)
 
     @property
     def name(self) -> str:
-        """What the compiler calls a slice: "v5e:16x16"."""
+        """The compiler's name of a slice: "v5e:16x16"."""
         return f"{self.kind}:{by(self.shape)}"
 
     def __str__(self) -> str:
@@ -95,10 +98,10 @@ class Topology:
 
 
 def shapes(kind: str) -> tuple[tuple[int, ...], ...]:
-    """The slices of a kind of chip that can be had, smallest first.
+    """Returns the shapes of the available slices of a kind of chip, smallest first.
 
-    Flat ones are a fixed list. Those of three dimensions are parts of a cube of 4 x 4 x 4, or cubes
-    put together: sides are multiples of 4, in rising order.
+    Two-dimensional shapes are a fixed list. Three-dimensional shapes are parts of a 4 x 4 x 4 cube,
+    or combinations of such cubes: their sides are multiples of 4 in ascending order.
     """
     chip = CHIPS[kind]
     if len(chip.largest) == 2:
@@ -109,38 +112,38 @@ def shapes(kind: str) -> tuple[tuple[int, ...], ...]:
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """The topology "v5e:16x16", or by its accelerator's name "v5e-256", "v4-8" (8 cores, 4 chips).
+    """Parses a topology, "v5e:16x16", or an accelerator name, "v5e-256" or "v4-8" (8 cores).
 
     Raises:
-      UserError: there is no such slice; says which there are.
+      UserError: no such slice exists; the message lists the available ones.
     """
     if slices < 1:
         raise UserError(f"--slices={slices} must be at least 1")
-    found = re.fullmatch(r"(\w+?)(?:-(\d+)|:(\d+(?:x\d+)*))", text.strip().lower())
-    kind = _ALIASES.get(found.group(1), found.group(1)) if found else ""
-    if not found or kind not in CHIPS:
-        known = ", ".join(CHIPS)
+    match = re.fullmatch(r"(\w+?)(?:-(\d+)|:(\d+(?:x\d+)*))", text.strip().lower())
+    kind = _ALIASES.get(match.group(1), match.group(1)) if match else ""
+    if not match or kind not in CHIPS:
+        kinds = ", ".join(CHIPS)
         raise UserError(
-            f"there is no topology {text!r}: give a kind of chip ({known}) and a shape, like "
+            f"there is no topology {text!r}: give a kind of chip ({kinds}) and a shape, like "
             "v5e:4x4 or v5p:4x4x8, or an accelerator, like v5e-16 or v4-32"
         )
-    known = shapes(kind)
-    if found.group(3):
-        shape = tuple(map(int, found.group(3).split("x")))
-        fitting = [shape] if shape in known else []
+    available = shapes(kind)
+    if match.group(3):
+        shape = tuple(map(int, match.group(3).split("x")))
+        fitting = [shape] if shape in available else []
     else:
         cores = CHIPS[kind].cores
-        fitting = [shape for shape in known if math.prod(shape) * cores == int(found.group(2))]
+        fitting = [shape for shape in available if math.prod(shape) * cores == int(match.group(2))]
     if not fitting:
         raise UserError(f"there is no slice {text}: {_listed(kind)}")
-    return Topology(kind, min(fitting, key=max), slices)  # the most cubic has the shortest ways
+    return Topology(kind, min(fitting, key=max), slices)  # the most cubic has the shortest paths
 
 
 def _listed(kind: str) -> str:
-    """Which slices there are, in words."""
-    chip, known = CHIPS[kind], shapes(kind)
-    names = [f"{by(s)} ({math.prod(s) * chip.cores})" for s in known]
-    counted = "cores, as accelerators count" if chip.cores > 1 else "chips"
+    """Returns a sentence that lists the slices of a kind of chip."""
+    chip = CHIPS[kind]
+    names = [f"{by(s)} ({math.prod(s) * chip.cores})" for s in shapes(kind)]
+    counted = "cores, as in accelerator names," if chip.cores > 1 else "chips"
     if len(names) > 24:
         largest = f"{by(chip.largest)} and {chip.most} chips"
         names = [*names[:24], f"and others of multiples of 4 up to {largest}"]
@@ -150,7 +153,7 @@ def _listed(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Roofs:
-    """The least seconds that each part of a chip needs for a program; the longest bounds it."""
+    """Roofline bounds of a program in seconds, per resource; the longest bounds the program."""
 
     compute: float
     memory: float
@@ -163,7 +166,7 @@ class Roofs:
 
     @property
     def bound(self) -> str:
-        """Which of them is the longest, in words."""
+        """Name of the resource with the longest bound."""
         return max(ROOFS, key=lambda name: getattr(self, name))
 
 
@@ -186,14 +189,17 @@ def roofs(counts: Counts, chip: Chip) -> Roofs:
 
 
 def seconds(collective: Collective, chip: Chip) -> float:
-    """The least time that a chip's links, or its share of the network, need for all runs."""
+    """Returns the lower bound of a collective's time over all trips, at the rate of ICI or DCN."""
     rate = chip.outside if collective.between_slices else chip.links
     return collective.trips * moved(collective) / rate
 
 
 def moved(collective: Collective) -> int | float:
-    """Bytes that a chip must receive, and must send, in one run: of n chips each lacks (n - 1) / n
-    of what is gathered, and a sum over all is scattered first and then gathered."""
+    """Returns the bytes that each chip must send and receive in one run of a collective.
+
+    In an all-gather over n chips each chip receives (n - 1) / n of the result. An all-reduce is a
+    reduce-scatter followed by an all-gather.
+    """
     if collective.kind == "collective-permute":
         return collective.bytes
     passes = 2 if collective.kind == "all-reduce" else 1
@@ -201,11 +207,15 @@ def moved(collective: Collective) -> int | float:
 
 
 def by_kind(collectives: Iterable[Collective], chip: Chip) -> list[tuple[str, int, int, float]]:
-    """What passes between chips in a step: kind, among how many, bytes of a chip, seconds."""
+    """Sums collectives by kind and group size.
+
+    Returns:
+      Rows of kind, devices per group, bytes of a chip, and seconds at least; by descending seconds.
+    """
     groups: dict[tuple[str, int], list[float]] = {}
     for c in collectives:
-        where = " between slices" if c.between_slices else ""
-        total = groups.setdefault((c.kind + where, c.devices), [0, 0])
+        scope = " between slices" if c.between_slices else ""
+        total = groups.setdefault((c.kind + scope, c.devices), [0, 0])
         total[0] += c.trips * c.bytes
         total[1] += seconds(c, chip)
     rows = [(*key, int(size), time) for key, (size, time) in groups.items()]

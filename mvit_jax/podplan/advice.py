@@ -1,6 +1,6 @@
-"""What a compiled step means for a whole experiment on a pod: hours, hosts, the largest batch.
+"""Estimates for an experiment on a pod, from its compiled step: hours, hosts, largest batch.
 
-Times are bounds: those of a chip that is busy all the time (`podplan.accelerators.Roofs`).
+Times are lower bounds, at peak rates of the chip (`podplan.accelerators.Roofs`).
 """
 
 import copy
@@ -17,24 +17,27 @@ from mvit_jax.podplan.accelerators import GIB, Roofs, Topology
 from mvit_jax.podplan.compile import STATE, Figures, TooLarge
 from mvit_jax.training import build
 
-# Clips of 16 x 224 x 224 a second of one core, two out of each decoding of 10 seconds of 340 x 256,
-# RandAugment and crop included, of files as they come and of packed shards; and images of 224 x 224
-# out of JPEGs (`benchmarks.input_pipeline`, 2026-11-23; they vary by a third from run to run).
+# Throughput of one core (`benchmarks.input_pipeline`, 2026-11-23; varies by a third between runs).
+# Clips of 16 x 224 x 224 per second, with RandAugment and crop, two clips per decoded video of
+# 10 seconds at 340 x 256, from original files or packed shards. Images of 224 x 224 from JPEGs.
 CLIPS_OF_A_CORE = {"files": 38.0, "shards": 56.0}
 IMAGES_OF_A_CORE = 290.0
 MEASURED_REPEATS = 2
-FULL = 0.9  # share of a chip's memory that a batch may be expected to fill
+FULL = 0.9  # share of a chip's memory that the largest batch should fill
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment, where it runs, and what its compiled step costs there.
+    """An experiment on a topology, with the costs of its compiled step.
 
     Attributes:
-      config: as given; `fitted` makes of it what was compiled.
-      videos: to train on.
-      fsdp: chips that share one copy of the state.
-      effort: of the compiler.
+      config: the experiment's config; the compiled config is `fitted(config, chips)`.
+      model: the architecture.
+      videos: number of training videos.
+      topology: the slices.
+      fsdp: chips over which the state is sharded.
+      effort: the compiler's effort.
+      result: costs of the compiled step.
     """
 
     config: Config
@@ -43,11 +46,11 @@ class Plan:
     topology: Topology
     fsdp: int
     effort: float
-    found: Figures | TooLarge
+    result: Figures | TooLarge
 
     @property
     def clips(self) -> int:
-        """Of a chip, in a step."""
+        """Clips per chip and step."""
         return self.config.batch // self.topology.chips
 
     @property
@@ -56,20 +59,23 @@ class Plan:
 
     @property
     def roofs(self) -> Roofs:
-        """Of the program that was compiled."""
-        assert isinstance(self.found, Figures)
-        return accelerators.roofs(self.found.counts, self.topology.chip)
+        """Roofline bounds of the compiled program; the step must fit."""
+        assert isinstance(self.result, Figures)
+        return accelerators.roofs(self.result.counts, self.topology.chip)
 
     @property
     def bounds(self) -> Roofs:
-        """Those of them that no program beats. With less effort than training's the compiler brings
-        nothing on the chip ahead of time: main memory then moves more than it must."""
-        found = self.roofs
-        return found if self.effort >= 0 else dataclasses.replace(found, memory=0.0)
+        """Roofline bounds that hold for training's program too.
+
+        With less effort than training's the compiler prefetches nothing into on-chip memory, which
+        overstates HBM traffic. The memory bound is then 0.
+        """
+        roofs = self.roofs
+        return roofs if self.effort >= 0 else dataclasses.replace(roofs, memory=0.0)
 
     @property
     def hours(self) -> float:
-        """At least, of all steps."""
+        """Lower bound of the hours of all steps."""
         return self.steps * self.bounds.longest / 3600
 
     @property
@@ -79,11 +85,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reading:
-    """What each host has to read and decode, at most: as fast as chips could ever eat it.
+    """Input throughput that each host needs at most: that of chips at their peak rates.
 
     Attributes:
-      clips, videos: a second.
-      cores: that it takes, by how the videos are stored.
+      clips, videos: per second.
+      cores: CPU cores for this throughput, by storage format.
     """
 
     clips: float
@@ -92,10 +98,10 @@ class Reading:
 
 
 def reading(config: Config, model: MViTConfig, hosts: int, seconds: float) -> Reading:
-    """Of each of so many hosts, for steps of so many seconds.
+    """Returns the input throughput that each of `hosts` hosts needs for steps of `seconds`.
 
-    Cores are scaled from our own measurements by pixels. With one clip out of each decoding, where
-    two were measured, decoding is taken as all of the work, which makes it twice as much.
+    Cores are scaled by pixels from measurements with two clips per decoded video. With one clip
+    per decoding, the cost per clip is doubled, as if decoding were all of the work.
     """
     clips = config.batch / seconds / hosts
     pixels = model.frames * model.size**2
@@ -113,28 +119,34 @@ def reading(config: Config, model: MViTConfig, hosts: int, seconds: float) -> Re
 
 
 def noun(config: Config) -> str:
-    """What a batch is made of: "clip" or "image"."""
+    """Returns the name of a batch's items: "clip" or "image"."""
     return "clip" if build.model_config(config, 2).frames > 1 else "image"
 
 
 def unit(config: Config) -> int:
-    """Clips of a chip come in multiples of this."""
+    """Returns the number of which the clips per chip must be a multiple."""
     return math.lcm(config.data.repeats, config.accumulate)
 
 
 def group_of(config: Config, clips: int) -> int:
-    """Returns the mixup group size for so many clips of a chip: a divisor of both."""
+    """Returns the mixup group size for `clips` per chip: their gcd with the config's.
+
+    Without mixup and cutmix, the config's is returned unchanged.
+    """
     if config.augment.mixup <= 0 and config.augment.cutmix <= 0:
         return config.augment.mixup_group_size
     return math.gcd(config.augment.mixup_group_size, clips)
 
 
 def fitted(config: Config, chips: int) -> tuple[Config, str]:
-    """The config as it can run on so many chips, and a sentence on what had to change: clips that
-    share a mixing weight must be on one chip.
+    """Adapts a config to a number of chips: the clips of a mixup group must be on one chip.
+
+    Returns:
+      The config, and a sentence on the change (empty without one).
 
     Raises:
-      UserError: the batch does not divide among the chips; says which does, and its rate.
+      UserError: the batch is not divisible over the chips; the message proposes a batch and its
+        learning rate.
     """
     share, what = chips * unit(config), noun(config)
     if config.batch % share:
@@ -142,68 +154,74 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
         raise UserError(
             f"batch={config.batch} does not divide into {plural(chips, 'chip')} in whole {what}s "
             f"(of each chip a multiple of data.repeats={config.data.repeats} and accumulate="
-            f"{config.accumulate}): take fewer chips, or {batch_flags(config, batch, chips)}"
+            f"{config.accumulate}): use fewer chips, or {batch_flags(config, batch, chips)}"
         )
     clips, group = config.batch // chips, config.augment.mixup_group_size
-    own = group_of(config, clips)
-    if own == group:
+    divisor = group_of(config, clips)
+    if divisor == group:
         return config, ""
     changed = copy.deepcopy(config)
-    changed.augment.mixup_group_size = own
+    changed.augment.mixup_group_size = divisor
     build.check_batch(changed, chips)
     warning = ""
-    if own == 1:
+    if divisor == 1:
         warning = (
-            f"; a group of one mixes each {what} with itself, so mixup and cutmix DO NOTHING then: "
-            "fewer chips or a larger batch keep them"
+            f"; a group of one mixes each {what} with itself, so mixup and cutmix DO NOTHING: "
+            "use fewer chips or a larger batch"
         )
     return changed, (
-        f"augment.mixup_group_size={group} does not divide {plural(clips, what)} of a chip, and "
-        "training would refuse it: this plan, and training, take "
-        f"--config.augment.mixup_group_size={own}{warning}"
+        f"augment.mixup_group_size={group} does not divide {plural(clips, what)} of a chip, so "
+        "training would fail: this plan uses, and training needs, "
+        f"--config.augment.mixup_group_size={divisor}{warning}"
     )
 
 
 def batch_flags(config: Config, batch: int, chips: int) -> str:
-    """Flags for another batch on so many chips, with rates in proportion, and the rate in words."""
-    c, own = config.optim, group_of(config, batch // chips)
+    """Returns flags for another batch, with learning rates in proportion to it.
+
+    If the config scales its learning rate (`optim.lr_batch`), a note with the resulting rate
+    follows the flags.
+    """
+    c, group = config.optim, group_of(config, batch // chips)
     flags, note = [f"--config.batch={batch}"], ""
     if c.lr_batch is not None:
-        note = f" (optim.lr_batch makes the highest rate {c.lr * batch / c.lr_batch:.4g})"
+        note = f" (optim.lr_batch makes the peak learning rate {c.lr * batch / c.lr_batch:.4g})"
     else:
         rates = {name: c[name] * batch / config.batch for name in ("lr", "start_lr", "end_lr")}
         flags += [f"--config.optim.{name}={rate:.4g}" for name, rate in rates.items()]
-    if own != config.augment.mixup_group_size:
-        flags.append(f"--config.augment.mixup_group_size={own}")
+    if group != config.augment.mixup_group_size:
+        flags.append(f"--config.augment.mixup_group_size={group}")
     return " ".join(flags) + note
 
 
-def state(found: Figures | TooLarge) -> int:
-    """Bytes of a chip that parameters, optimiser and average hold."""
-    return sum(found.kinds[kind] for kind in STATE)
+def state(result: Figures | TooLarge) -> int:
+    """Returns bytes per chip of parameters, optimiser state and averaged parameters."""
+    return sum(result.kinds[kind] for kind in STATE)
 
 
 def spare(plan: Plan) -> float:
-    """Bytes of a chip that are left for what grows with the batch, were it nearly full."""
-    fixed = state(plan.found) + plan.found.kinds.get("program", 0)
+    """Returns bytes per chip for what grows with the batch, up to `FULL` of the memory."""
+    fixed = state(plan.result) + plan.result.kinds.get("program", 0)
     return FULL * plan.topology.chip.memory - fixed
 
 
-def of_a_clip(plan: Plan) -> float:
-    """Bytes of a chip that a clip more takes, about: what each of those that are there takes."""
-    return (plan.found.kinds["activations"] + plan.found.kinds["batch"]) / plan.clips
+def bytes_per_clip(plan: Plan) -> float:
+    """Returns the mean bytes per clip of activations and batch; estimates an additional clip."""
+    return (plan.result.kinds["activations"] + plan.result.kinds["batch"]) / plan.clips
 
 
 def largest_batch(plan: Plan, most: int | None = None) -> int:
-    """Clips of a chip that nearly fill it and keep the mixing group; what no group divides into
-    where there are fewer; 0 where none fit.
+    """Returns the largest number of clips per chip that fits, or 0.
+
+    The number is a multiple of the mixup group size, unless fewer clips than a group fit.
 
     Args:
-      most: clips that were found to be the most that fit; else they are estimated.
+      plan: the compiled plan.
+      most: result of a search for the most clips that fit; by default an estimate.
     """
     if most is None:
-        most = max(0, int(spare(plan) / of_a_clip(plan)))
-        if isinstance(plan.found, TooLarge) and most >= plan.clips:  # the line promised too much
+        most = max(0, int(spare(plan) / bytes_per_clip(plan)))
+        if isinstance(plan.result, TooLarge) and most >= plan.clips:  # the estimate is too high
             most = plan.clips // 2
     step, config = unit(plan.config), plan.config
     mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
@@ -212,18 +230,19 @@ def largest_batch(plan: Plan, most: int | None = None) -> int:
 
 
 def advice(plan: Plan, most: int | None = None) -> list[str]:
-    """The largest batch, and flags for what may help where the step does not fit; a line each.
+    """Returns lines on the largest batch and, if the step does not fit, on flags that save memory.
 
     Args:
-      most: clips that were found to be the most that fit on a chip; else they are estimated.
+      plan: the compiled plan.
+      most: result of a search for the most clips per chip; by default an estimate.
     """
     config, chips, what = plan.config, plan.topology.chips, noun(plan.config)
     best, lines = largest_batch(plan, most), []
-    fits = isinstance(plan.found, Figures)
+    fits = isinstance(plan.result, Figures)
     if fits:
         lines.append(
             f"{plural(config.batch, what)} on {plural(chips, 'chip')} are {plan.clips} a chip, "
-            f"which take {plan.found.used / plan.topology.chip.memory:.0%} of its memory"
+            f"which take {plan.result.used / plan.topology.chip.memory:.0%} of its memory"
         )
     if fits and best <= plan.clips:
         lines.append("that is about as many as fit")
@@ -234,18 +253,18 @@ def advice(plan: Plan, most: int | None = None) -> list[str]:
 
 
 def _savings(plan: Plan) -> list[str]:
-    """Flags with which the same batch takes less memory."""
-    config, kinds, lines = plan.config, plan.found.kinds, []
+    """Returns lines on flags that reduce the memory of the same batch."""
+    config, kinds, lines = plan.config, plan.result.kinds, []
     if config.remat != "blocks":
-        lines.append("--config.remat=blocks computes blocks again in the backward pass")
+        lines.append("--config.remat=blocks rematerialises blocks in the backward pass")
     room, work = spare(plan) - kinds["batch"], kinds["activations"] * config.accumulate
     for parts in range(config.accumulate + 1, plan.clips + 1):
         if plan.clips % math.lcm(parts, config.data.repeats) == 0 and work / parts <= room:
-            lines.append(f"--config.accumulate={parts} works on a part of the batch at a time")
+            lines.append(f"--config.accumulate={parts} accumulates gradients over micro-batches")
             break
     if plan.fsdp < plan.topology.chips_per_slice:
-        held = f"{state(plan.found) / GIB:.2f} GiB of parameters, optimiser and average"
-        lines.append(f"--config.mesh.fsdp={plan.topology.chips_per_slice} splits {held}")
+        size = f"{state(plan.result) / GIB:.2f} GiB of parameters, optimiser state and average"
+        lines.append(f"--config.mesh.fsdp={plan.topology.chips_per_slice} shards {size}")
     if config.dtype == "float32":
         lines.append("--config.dtype=bfloat16 halves activations")
     return lines

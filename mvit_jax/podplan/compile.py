@@ -1,6 +1,6 @@
-"""An experiment's step compiled for TPUs that are not here (the extra `tpu`), and what it costs.
+"""Ahead-of-time compilation of an experiment's step for TPUs (extra `tpu`), and its costs.
 
-`XLA`'s answer that a program does not fit is an answer too: it says how much memory it would take.
+If a program does not fit, XLA's error contains the memory that it would need.
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ from mvit_jax.podplan.hlo import cost as counting
 from mvit_jax.training import build
 from mvit_jax.training.distributed import sharding
 
-# Nobody asks a metadata server about the TPU that is not here, the compiler does not complain that
-# it is not, and it may work beside another process that has it.
+# No queries to a metadata server, no warnings about the missing TPU, and no lock on libtpu, so that
+# several processes can compile.
 _ABSENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -32,9 +32,9 @@ _ABSENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-QUICK = -1.0  # the least of the compiler's efforts (`exec_time_optimization_effort`)
+QUICK = -1.0  # the compiler's least effort (`exec_time_optimization_effort`)
 
-# What holds a chip's memory, by the names of the step's arguments, and of the forward pass's.
+# Kinds of memory by prefixes of argument names, of the train step and of the forward pass.
 _KINDS = {
     "parameters": ("state.params", "params"),
     "optimiser": ("state.opt_state",),
@@ -46,15 +46,15 @@ STATE = ("parameters", "optimiser", "average")
 
 @dataclass(frozen=True)
 class Figures:
-    """What a program costs each chip in one step.
+    """Costs of a program per chip and step.
 
     Attributes:
-      counts: FLOPs, bytes, collectives.
-      memory: the compiler's plan of a chip's memory.
-      kinds: bytes of it that parameters, optimiser, average, batch, "activations" (all that comes
-        and goes within a step) and the program hold; they add up to `used`.
-      xla_bytes: XLA's own count of what is moved.
-      seconds: that compiling took.
+      counts: FLOPs, bytes moved, collectives.
+      memory: the compiler's memory analysis.
+      kinds: bytes of parameters, optimiser state, averaged parameters, batch, program, and
+        "activations" (everything else that lives within a step); the sum is `used`.
+      xla_bytes: bytes moved according to XLA.
+      seconds: compile time.
     """
 
     counts: counting.Counts
@@ -70,8 +70,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A program that does not fit: bytes that it would take of a chip, in all and by kind (of
-    "activations" what the others leave), and seconds that finding out took."""
+    """A program that does not fit on a chip.
+
+    Attributes:
+      used: bytes of a chip that it would need.
+      kinds: the same by kind; "activations" are the remainder.
+      seconds: until the compiler failed.
+    """
 
     used: int
     kinds: dict[str, int]
@@ -79,10 +84,16 @@ class TooLarge:
 
 
 def tpu_mesh(topology: Topology, data: int = -1, fsdp: int = 1, devices: int = 0) -> Mesh:
-    """The training program's mesh over the chips of `topology`, or the first `devices` of them.
+    """Returns the training program's mesh over the chips of a topology.
+
+    Args:
+      topology: the slices.
+      data: size of the mesh's data axis; -1 for all remaining chips.
+      fsdp: size of the mesh's fsdp axis.
+      devices: use only the first `devices` chips; 0 for all.
 
     Raises:
-      UserError: libtpu is not installed; the mesh does not divide the chips.
+      UserError: libtpu is not installed, or the mesh does not divide the chips.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
@@ -91,24 +102,28 @@ def tpu_mesh(topology: Topology, data: int = -1, fsdp: int = 1, devices: int = 0
     options: dict[str, Any] = {}
     if topology.slices > 1:
         options["num_slices"] = topology.slices
-    if topology.chips_per_slice == 1:  # libtpu takes a host for four chips
+    if topology.chips_per_slice == 1:  # libtpu assumes four chips per host
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.kind == "v4":  # its two cores are one device, as JAX has them on the chips
+    if topology.kind == "v4":  # both cores are one device, as in JAX on real chips
         options["chip_config_name"] = "megacore"
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
-    return sharding.make_mesh(data, fsdp, found.devices[: devices or None])
+    tpus = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    return sharding.make_mesh(data, fsdp, tpus.devices[: devices or None])
 
 
 def measure(
     config: Config, model: MViTConfig, mesh: Mesh, *, which: str = "train", effort: float = 0.0
 ) -> Figures | TooLarge:
-    """Compiles for `mesh` the step that training runs with `config`, or the "forward" pass of a
-    test with one view of each video, and counts.
+    """Compiles an experiment's step for `mesh` and returns its costs.
 
     Args:
-      effort: of the compiler; `QUICK` compiles some five times as fast. Arithmetic, collectives and
-        memory stay what they are; traffic of the main memory (HBM) is overstated, as nothing is
-        brought on the chip ahead of time.
+      config: the experiment's config.
+      model: the architecture.
+      mesh: of TPU devices, see `tpu_mesh`.
+      which: "train" for the train step, "forward" for a test's forward pass with one view per
+        video.
+      effort: the compiler's effort. `QUICK` compiles about five times as fast. FLOPs, collectives
+        and memory remain the same, but HBM traffic is overstated, as the compiler prefetches
+        nothing into on-chip memory.
     """
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         settings = build.settings(config, model.num_classes)
@@ -117,23 +132,23 @@ def measure(
         state = program.state
         if which == "train":
             lowered = program.step.lower(state, batch, jax.ShapeDtypeStruct((), np.float32))
-            given = (state.params, state.opt_state, state.ema, batch)
+            arguments = (state.params, state.opt_state, state.ema, batch)
         else:
             clip = batch["clip"]
             views = jax.ShapeDtypeStruct(
                 (clip.shape[0], 1, *clip.shape[1:]), clip.dtype, sharding=clip.sharding
             )
             lowered = program.predict.lower(state.params, views)
-            given = (state.params, None, None, views)
+            arguments = (state.params, None, None, views)
         began = time.perf_counter()
         try:
             options = {"exec_time_optimization_effort": effort} if effort else None
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            used = wanted(str(error))
+            used = required_bytes(str(error))
             if used is None:
                 raise
-            kinds = dict(zip(_KINDS, map(_given, given), strict=True))
+            kinds = dict(zip(_KINDS, map(_shard_bytes, arguments), strict=True))
             kinds["activations"] = max(0, used - sum(kinds.values()))
             return TooLarge(used, kinds, time.perf_counter() - began)
     seconds = time.perf_counter() - began
@@ -141,25 +156,25 @@ def measure(
     return Figures(
         counts=counts,
         memory=memory,
-        kinds=_held(counts, memory),
+        kinds=_bytes_by_kind(counts, memory),
         xla_bytes=compiled.cost_analysis()["bytes accessed"],
         seconds=seconds,
     )
 
 
-def wanted(message: str) -> int | None:
-    """Bytes that a program would take, by the compiler's message that they are too many.
+def required_bytes(message: str) -> int | None:
+    """Parses the bytes that a program needs from the compiler's out-of-memory message.
 
-    It says either what it planned in all, or that temporaries alone are too many.
+    The message has either the total or the temporaries alone. Returns None for other messages.
     """
-    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
-    if not found:
+    match = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
+    if not match:
         return None
-    return int(float(found.group(1)) * 1024 ** ("KMGT".index(found.group(2)) + 1))
+    return int(float(match.group(1)) * 1024 ** ("KMGT".index(match.group(2)) + 1))
 
 
-def _held(counts: counting.Counts, memory: counting.Memory) -> dict[str, int]:
-    """Bytes of a chip by kind, as they lie in memory."""
+def _bytes_by_kind(counts: counting.Counts, memory: counting.Memory) -> dict[str, int]:
+    """Returns bytes per chip by kind, with the padding of layouts."""
     kinds = {
         kind: sum(size for name, size in counts.arguments if name.startswith(prefixes))
         for kind, prefixes in _KINDS.items()
@@ -169,8 +184,8 @@ def _held(counts: counting.Counts, memory: counting.Memory) -> dict[str, int]:
     return kinds
 
 
-def _given(tree: Any) -> int:
-    """Bytes of a chip that an argument takes, without the padding of its layouts."""
+def _shard_bytes(tree: Any) -> int:
+    """Returns bytes per chip of an argument, without the padding of layouts."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

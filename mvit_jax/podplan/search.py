@@ -1,33 +1,33 @@
-"""The most clips that a chip holds, found with few compiles: each takes a minute or more.
+"""Searches the largest number of clips that fits on a chip, with few compilations.
 
-Nearly full is enough. Short of memory, the compiler computes things again of its own accord: it
-takes several times as long, fits more than the line through smaller numbers says, and the program
-that it makes is slower for each clip.
+A compilation takes a minute or more, so the search ends when the chip is nearly full. Close to the
+limit, the compiler rematerialises on its own: it then takes several times as long, more clips fit
+than linear extrapolation predicts, and the program is slower per clip.
 """
 
 from dataclasses import dataclass
 
 FULL = 0.9  # share of the memory from which a chip counts as full
-AIM = 0.95  # that the next number should take
+AIM = 0.95  # share of the memory that the next candidate should fill
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What a number of clips takes of a chip's memory, in bytes, and whether it fits."""
+    """Result of a compilation: bytes of a chip's memory, and True if the program fits."""
 
     used: int
     fits: bool
 
 
 def bounds(tried: dict[int, Tried]) -> tuple[int, int | None]:
-    """The most clips that fit, and the fewest that do not."""
-    fitting = [n for n, found in tried.items() if found.fits]
-    failing = [n for n, found in tried.items() if not found.fits]
+    """Returns the largest number of clips that fits (or 0), and the smallest that does not."""
+    fitting = [n for n, result in tried.items() if result.fits]
+    failing = [n for n, result in tried.items() if not result.fits]
     return max(fitting, default=0), min(failing, default=None)
 
 
 def is_found(tried: dict[int, Tried], memory: int | float) -> bool:
-    """Whether the most clips that fit fill the chip, or are known to a sixteenth."""
+    """Returns True if the largest fitting number fills the chip, or is exact to a sixteenth."""
     fitting, failing = bounds(tried)
     if fitting and tried[fitting].used >= FULL * memory:
         return True
@@ -39,16 +39,16 @@ def tolerance(clips: int) -> int:
 
 
 def estimate(tried: dict[int, Tried], memory: int | float) -> int:
-    """Where the line through the memory of two numbers of clips, the largest, meets `memory`."""
+    """Estimates the clips that use `memory`, linearly from the two largest numbers tried."""
     low, high = sorted(tried)[-2:]
     slope = (tried[high].used - tried[low].used) / (high - low)
-    if slope <= 0:  # a larger one that the compiler has made to fit
+    if slope <= 0:  # the compiler has rematerialised to make the larger one fit
         return 2 * high
     return int(high + (memory - tried[high].used) / slope)
 
 
 def next_clips(tried: dict[int, Tried], memory: int | float) -> int | None:
-    """The number of clips to compile next in search of the most that fit; None when found."""
+    """Returns the number of clips to compile next, or None when the search is done."""
     if is_found(tried, memory):
         return None
     fitting, failing = bounds(tried)
@@ -59,9 +59,9 @@ def next_clips(tried: dict[int, Tried], memory: int | float) -> int | None:
 
 
 def answer(tried: dict[int, Tried], memory: int | float, unit: int = 1, noun: str = "clip") -> str:
-    """What a search that is done has found; `tried` are numbers of so many clips each."""
+    """Returns the result of a search as text; `tried` counts units of `unit` clips each."""
     fitting, failing = bounds(tried)
-    said = f"{unit * fitting} {noun}s fit"
+    result = f"{unit * fitting} {noun}s fit"
     if fitting:
-        said += f" and take {tried[fitting].used / memory:.0%} of the memory"
-    return said if failing is None else f"{said}, {unit * failing} do not"
+        result += f" and take {tried[fitting].used / memory:.0%} of the memory"
+    return result if failing is None else f"{result}, {unit * failing} do not"

@@ -1,4 +1,4 @@
-"""Plans for pods (`podplan.advice`) in words, as a table, a picture and a report for programs."""
+"""Plans for pods (`podplan.advice`) as text, table, figure and JSON."""
 
 import math
 import time
@@ -27,21 +27,26 @@ def title(config: Config, topology: Topology, mesh: Mesh) -> str:
     )
 
 
-def text(found: Plan, most: int | None) -> str:
-    """All that is known, in sections; `most` clips were found to be the most that fit on a chip."""
-    parts = [memory_line(found), section("Memory of a chip, GiB", _memory_lines(found))]
-    advice = _listed(pods.advice(found, most))
-    if isinstance(found.found, TooLarge):
+def text(plan: Plan, most: int | None) -> str:
+    """Returns a plan as text in sections.
+
+    Args:
+      plan: the compiled plan.
+      most: result of a search for the most clips per chip.
+    """
+    parts = [memory_line(plan), section("Memory of a chip, GiB", _memory_lines(plan))]
+    advice = _listed(pods.advice(plan, most))
+    if isinstance(plan.result, TooLarge):
         return "\n\n".join([*parts, f"What may make it fit\n{advice}"])
     return "\n\n".join([
         *parts,
-        section("A step, on each chip", _step_lines(found)),
-        "What passes between chips in a step\n" + indented(_collectives(found)),
-        section("The least time of a step: bounds, no promise", _roof_lines(found)),
-        section("The whole recipe: bounds, no promise", _recipe_lines(found)),
-        section("Each host reads and decodes, at most", _host_lines(found)),
+        section("A step, on each chip", _step_lines(plan)),
+        "Collectives of a step\n" + indented(_collectives(plan)),
+        section("Step time, lower bounds", _roof_lines(plan)),
+        section("All steps of the recipe, lower bounds", _recipe_lines(plan)),
+        section("Each host reads and decodes, at most", _host_lines(plan)),
         f"Batch\n{advice}",
-        "Notes\n" + _listed([effort_note(found), *_notes(found)]),
+        "Notes\n" + _listed([effort_note(plan), *_notes(plan)]),
     ])  # fmt: skip
 
 
@@ -49,95 +54,95 @@ def _listed(lines: list[str]) -> str:
     return indented("\n".join(f"- {line}" for line in lines))
 
 
-def memory_line(found: Plan) -> str:
-    memory, used = found.topology.chip.memory / GIB, found.found.used / GIB
-    if isinstance(found.found, TooLarge):
+def memory_line(plan: Plan) -> str:
+    memory, used = plan.topology.chip.memory / GIB, plan.result.used / GIB
+    if isinstance(plan.result, TooLarge):
         return f"DOES NOT FIT: it would take {used:.2f} of {memory:.2f} GiB of a chip"
     if used > memory:
         return (
-            f"fits, by the compiler's word: parts add up to {used:.2f} of {memory:.2f} GiB of a "
-            "chip, and some lie where others were"
+            f"fits, according to the compiler: {used:.2f} of {memory:.2f} GiB of a chip, some of "
+            "which is reused within the step"
         )
     return f"fits: {used:.2f} of {memory:.2f} GiB of a chip"
 
 
-def _memory_lines(found: Plan) -> Lines:
-    lines = [(kind, f"{size / GIB:8.3f}") for kind, size in found.found.kinds.items() if size]
+def _memory_lines(plan: Plan) -> Lines:
+    lines = [(kind, f"{size / GIB:8.3f}") for kind, size in plan.result.kinds.items() if size]
     return sorted(lines, key=lambda line: -float(line[1]))
 
 
-def _step_lines(found: Plan) -> Lines:
-    assert isinstance(found.found, Figures)
-    counts, clips, what = found.found.counts, found.clips, noun(found.config)
-    overstated = ", overstated" if found.effort < 0 else ""
+def _step_lines(plan: Plan) -> Lines:
+    assert isinstance(plan.result, Figures)
+    counts, clips, item = plan.result.counts, plan.clips, noun(plan.config)
+    overstated = ", overstated" if plan.effort < 0 else ""
     hbm = f"{_big(counts.hbm_bytes)}B, {_big(counts.hbm_bytes / clips)}B each{overstated}"
     flops = counts.flops + counts.kernel_flops
     kernels = f"{counts.kernel_flops / flops:.0%} in {plural(len(counts.kernels), 'kernel')}"
     return [
-        (f"{what}s", f"{clips} (batch {found.config.batch:,})"),
+        (f"{item}s", f"{clips} (batch {plan.config.batch:,})"),
         ("arithmetic", f"{_big(flops)}FLOP, {_big(flops / clips)}FLOP each; {kernels}"),
         ("main memory", hbm),
         ("all operands", f"{_big(counts.bytes)}B, {_big(counts.bytes / clips)}B each"),
     ]
 
 
-def _collectives(found: Plan) -> str:
-    assert isinstance(found.found, Figures)
+def _collectives(plan: Plan) -> str:
+    assert isinstance(plan.result, Figures)
     rows = [
-        (kind, f"{among:,}", f"{_big(size)}B", _time(seconds))
-        for kind, among, size, seconds in accelerators.by_kind(
-            found.found.counts.collectives, found.topology.chip
+        (kind, f"{devices:,}", f"{_big(size)}B", _time(seconds))
+        for kind, devices, size, seconds in accelerators.by_kind(
+            plan.result.counts.collectives, plan.topology.chip
         )
     ]
-    return table(("kind", "among", "of a chip", "at least"), rows) if rows else "nothing"
+    return table(("kind", "devices", "of a chip", "at least"), rows) if rows else "none"
 
 
-def _roof_lines(found: Plan) -> Lines:
-    bounds = found.bounds
-    rate = found.config.batch / bounds.longest
+def _roof_lines(plan: Plan) -> Lines:
+    bounds = plan.bounds
+    rate = plan.config.batch / bounds.longest
     share = f"arithmetic then has {bounds.compute / bounds.longest:.0%} of its peak"
     lines = [
         *((ROOFS[roof], _time(seconds)) for roof, seconds in vars(bounds).items() if seconds),
         ("a step", f"{_time(bounds.longest)} at least, bound by {ROOFS[bounds.bound]}"),
-        ("rate", f"{rate:,.0f} {noun(found.config)}s/s at most; {share}"),
+        ("rate", f"{rate:,.0f} {noun(plan.config)}s/s at most; {share}"),
     ]
-    if found.effort < 0:
-        told = f"{_time(found.roofs.memory)} by this program's traffic, overstated at this effort"
-        lines.append((ROOFS["memory"], f"{told}: no bound; --effort=0 tells it"))
+    if plan.effort < 0:
+        bound = f"{_time(plan.roofs.memory)} by this program's traffic, overstated at this effort"
+        lines.append((ROOFS["memory"], f"{bound}: no bound; --effort=0 measures it"))
     return lines
 
 
-def _recipe_lines(found: Plan) -> Lines:
-    config = found.config
-    what = "videos" if found.model.frames > 1 else "images"
-    epochs = f"{config.epochs:g} epochs of {found.videos:,} {what} x {config.data.repeats}"
+def _recipe_lines(plan: Plan) -> Lines:
+    config = plan.config
+    what = "videos" if plan.model.frames > 1 else "images"
+    epochs = f"{config.epochs:g} epochs of {plan.videos:,} {what} x {config.data.repeats}"
     return [
-        ("steps", f"{found.steps:,}: {epochs}"),
-        ("hours", f"{_number(found.hours)} at least"),
-        ("chip-hours", f"{_number(found.chip_hours)} at least"),
-        ("left out", "compiling, validation, checkpoints, waiting for data, and all that keeps a"),
-        ("", "chip from its peaks"),
+        ("steps", f"{plan.steps:,}: {epochs}"),
+        ("hours", f"{_number(plan.hours)} at least"),
+        ("chip-hours", f"{_number(plan.chip_hours)} at least"),
+        ("not included", "compilation, validation, checkpoints, waiting for data, and all losses"),
+        ("", "against peak rates"),
     ]
 
 
-def _host_lines(found: Plan) -> Lines:
-    hosts, config = found.topology.hosts, found.config
-    need = pods.reading(config, found.model, hosts, found.bounds.longest)
-    what, made = ("videos", "clips") if found.model.frames > 1 else ("images", "as augmented")
-    whole = found.topology.chips_per_slice >= accelerators.CHIPS_PER_HOST
-    of = f" of {found.topology.chip.host_cpus} vCPUs" if whole else ""
+def _host_lines(plan: Plan) -> Lines:
+    hosts, config = plan.topology.hosts, plan.config
+    need = pods.reading(config, plan.model, hosts, plan.bounds.longest)
+    what, augmented = ("videos", "clips") if plan.model.frames > 1 else ("images", "as augmented")
+    whole_host = plan.topology.chips_per_slice >= accelerators.CHIPS_PER_HOST
+    of = f" of {plan.topology.chip.host_cpus} vCPUs" if whole_host else ""
     return [
-        (made, f"{_number(need.clips)} a second"),
+        (augmented, f"{_number(need.clips)} a second"),
         (what, f"{_number(need.videos)} a second"),
         *(
-            (kind, f"about {math.ceil(cores):,} cores{of}, by what one of ours does")
+            (kind, f"about {math.ceil(cores):,} cores{of}, by our measurement of one core")
             for kind, cores in need.cores.items()
         ),
     ]
 
 
 def _big(value: int | float) -> str:
-    """Three digits and a prefix: "1.23 G"."""
+    """Formats a value with three digits and a prefix: "1.23 G"."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {prefix}"
@@ -152,74 +157,76 @@ def _number(value: int | float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _notes(found: Plan) -> list[str]:
-    """What a reader should know besides, where it is so."""
-    assert isinstance(found.found, Figures)
-    config, loops = found.config, found.found.counts.unknown_loops
+def _notes(plan: Plan) -> list[str]:
+    """Returns caveats that apply to a plan."""
+    assert isinstance(plan.result, Figures)
+    config, loops = plan.config, plan.result.counts.unknown_loops
     lines = []
     if config.precision != "default":
-        lines.append(f"precision={config.precision} multiplies several times: peaks are bfloat16's")
-    if loops:
-        where = sorted({counting.scopes(loop)[0] for loop in loops})
         lines.append(
-            f"{plural(len(loops), 'loop')} in {', '.join(where)} run until their data says so "
-            "(draws that are tried again), and count once"
+            f"precision={config.precision} needs several bfloat16 passes; peak rates are of one"
+        )
+    if loops:
+        scopes = sorted({counting.scopes(loop)[0] for loop in loops})
+        lines.append(
+            f"{plural(len(loops), 'loop')} in {', '.join(scopes)} with a data-dependent number of "
+            "iterations (rejection sampling), counted once"
         )
     return lines
 
 
-def effort_note(found: Plan) -> str:
-    if found.effort >= 0:
-        return f"compiled with effort {found.effort:g}"
+def effort_note(plan: Plan) -> str:
+    if plan.effort >= 0:
+        return f"compiled with effort {plan.effort:g}"
     return (
-        f"compiled with effort {found.effort:g}: traffic of the main memory (HBM) is overstated "
-        "(for MViT-B 16x4 by 2.3) and bounds nothing here; --effort=0 compiles as training does, "
-        "in some five times the time, and tells it"
+        f"compiled with effort {plan.effort:g}: traffic of the main memory (HBM) is overstated "
+        "(by a factor of 2.3 for MViT-B 16x4) and is not used as a bound; --effort=0 compiles as "
+        "training does, takes about five times as long, and measures it"
     )
 
 
-def header(found: Plan) -> tuple[str, ...]:
-    """Of a table of plans."""
-    what = noun(found.config)
+def header(plan: Plan) -> tuple[str, ...]:
+    """Returns the header of a table of plans."""
+    item = noun(plan.config)
     return (
-        *("mesh", "remat", f"{what}s a chip", "batch", "GiB", "HBM, ms", "ms a step, at least"),
-        *("bound by", f"{what}s/s, at most", "hours", "chip-hours"),
+        *("mesh", "remat", f"{item}s a chip", "batch", "GiB", "HBM, ms", "ms a step, at least"),
+        *("bound by", f"{item}s/s, at most", "hours", "chip-hours"),
     )
 
 
-def name(found: Plan) -> str:
-    return f"fsdp {found.fsdp}, remat={found.config.remat}, {found.clips} a chip"
+def name(plan: Plan) -> str:
+    return f"fsdp {plan.fsdp}, remat={plan.config.remat}, {plan.clips} a chip"
 
 
-def row(found: Plan) -> tuple[str, ...]:
-    mesh = f"{found.topology.chips // found.fsdp} x {found.fsdp}"
-    first = (mesh, found.config.remat, f"{found.clips}", f"{found.config.batch:,}")
-    used = f"{found.found.used / GIB:.2f}"
-    if isinstance(found.found, TooLarge):
+def row(plan: Plan) -> tuple[str, ...]:
+    mesh = f"{plan.topology.chips // plan.fsdp} x {plan.fsdp}"
+    first = (mesh, plan.config.remat, f"{plan.clips}", f"{plan.config.batch:,}")
+    used = f"{plan.result.used / GIB:.2f}"
+    if isinstance(plan.result, TooLarge):
         return (*first, used, "", "does not fit", "", "", "", "")
-    bounds = found.bounds
+    bounds = plan.bounds
     return (
-        *first, used, f"{1000 * found.roofs.memory:.2f}", f"{1000 * bounds.longest:.2f}",
-        ROOFS[bounds.bound], f"{found.config.batch / bounds.longest:,.0f}", _number(found.hours),
-        _number(found.chip_hours),
+        *first, used, f"{1000 * plan.roofs.memory:.2f}", f"{1000 * bounds.longest:.2f}",
+        ROOFS[bounds.bound], f"{plan.config.batch / bounds.longest:,.0f}", _number(plan.hours),
+        _number(plan.chip_hours),
     )  # fmt: skip
 
 
 def picture(plans: list[Plan]) -> Figure:
-    """Memory by kind, and what each part of a step takes at its peak, of each plan."""
+    """Plots memory by kind and roofline bounds of several plans."""
     first = plans[0]
     causes = {"compute": "arithmetic", "memory": "HBM", "links": "ICI", "outside": "DCN"}
     if first.effort < 0:
         causes["memory"] += " (overstated, no bound)"
     times = [
         None
-        if isinstance(p.found, TooLarge)
+        if isinstance(p.result, TooLarge)
         else {causes[k]: 1000 * v / p.clips for k, v in vars(p.roofs).items() if v}
         for p in plans
     ]
     return plots.budgets(
         [name(p) for p in plans],
-        [{k: size / GIB for k, size in p.found.kinds.items() if size} for p in plans],
+        [{k: size / GIB for k, size in p.result.kinds.items() if size} for p in plans],
         first.topology.chip.memory / GIB,
         times,
         each=noun(first.config),
@@ -229,11 +236,12 @@ def picture(plans: list[Plan]) -> Figure:
 
 
 def report(plans: list[Plan], config: str, most: int | None = None) -> dict[str, Any]:
-    """All figures, for other programs: seconds, bytes, hours.
+    """Returns all results as a JSON-serialisable dict, in seconds, bytes and hours.
 
     Args:
-      config: which one it is, as `--config` names it.
-      most: of a single plan, as for `text`.
+      plans: of one config and topology.
+      config: the value of `--config`.
+      most: as for `text`, with a single plan.
     """
     first = plans[0]
     return {
@@ -251,44 +259,44 @@ def report(plans: list[Plan], config: str, most: int | None = None) -> dict[str,
     }
 
 
-def _entry(found: Plan, most: int | None) -> dict[str, Any]:
-    config = found.config
-    known = {
-        "data": found.topology.chips // found.fsdp,
-        "fsdp": found.fsdp,
+def _entry(plan: Plan, most: int | None) -> dict[str, Any]:
+    config = plan.config
+    entry = {
+        "data": plan.topology.chips // plan.fsdp,
+        "fsdp": plan.fsdp,
         "remat": config.remat,
         "dtype": config.dtype,
         "accumulate": config.accumulate,
-        "augment_group": pods.group_of(config, found.clips),
+        "augment_group": pods.group_of(config, plan.clips),
         "batch": config.batch,
-        "clips_a_chip": found.clips,
+        "clips_a_chip": plan.clips,
         "largest_clips_a_chip": most,  # None: not searched
-        "fits": isinstance(found.found, Figures),
-        "memory_bytes": found.found.used,
-        "memory_by_kind": found.found.kinds,
-        "compile_seconds": round(found.found.seconds, 1),
-        "advice": pods.advice(found, most),
+        "fits": isinstance(plan.result, Figures),
+        "memory_bytes": plan.result.used,
+        "memory_by_kind": plan.result.kinds,
+        "compile_seconds": round(plan.result.seconds, 1),
+        "advice": pods.advice(plan, most),
     }
-    if isinstance(found.found, TooLarge):
-        return known
-    counts, bounds = found.found.counts, found.bounds
-    reading = pods.reading(config, found.model, found.topology.hosts, bounds.longest)
-    return known | {
+    if isinstance(plan.result, TooLarge):
+        return entry
+    counts, bounds = plan.result.counts, plan.bounds
+    reading = pods.reading(config, plan.model, plan.topology.hosts, bounds.longest)
+    return entry | {
         "flops": counts.flops + counts.kernel_flops,
         "hbm_bytes": counts.hbm_bytes,
-        "hbm_bytes_overstated": found.effort < 0,
+        "hbm_bytes_overstated": plan.effort < 0,
         "collectives": [
-            {"kind": kind, "devices": among, "bytes": size, "seconds": seconds}
-            for kind, among, size, seconds in accelerators.by_kind(
-                counts.collectives, found.topology.chip
+            {"kind": kind, "devices": devices, "bytes": size, "seconds": seconds}
+            for kind, devices, size, seconds in accelerators.by_kind(
+                counts.collectives, plan.topology.chip
             )
         ],
-        "roofs_seconds": vars(found.roofs),
+        "roofs_seconds": vars(plan.roofs),
         "step_seconds_at_least": bounds.longest,
         "bound_by": bounds.bound,
         "clips_a_second_at_most": config.batch / bounds.longest,
-        "host_at_most": vars(reading),  # clips and videos a second, cores by how they are stored
-        "steps": found.steps,
-        "hours": found.hours,
-        "chip_hours": found.chip_hours,
+        "host_at_most": vars(reading),  # clips and videos per second, cores by storage format
+        "steps": plan.steps,
+        "hours": plan.hours,
+        "chip_hours": plan.chip_hours,
     }

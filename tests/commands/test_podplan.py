@@ -35,9 +35,9 @@ WRONG = [
     ([*HERE, "--out=/nowhere/plan.png"], "/nowhere/plan.png cannot be written: .* folder /nowhere"),
     ([*HERE, "--json=/nowhere/plan.json"], "/nowhere/plan.json cannot be written"),
     ([*HERE, "--json="], "--json is empty"),
-    ([*HERE, "--fsdp=3"], "--fsdp is of a sweep"),
-    ([*HERE, "--clips=x"], "--clips is of a sweep"),
-    ([*HERE, "--remat=none"], "--remat is of a sweep"),
+    ([*HERE, "--fsdp=3"], "--fsdp needs --sweep"),
+    ([*HERE, "--clips=x"], "--clips needs --sweep"),
+    ([*HERE, "--remat=none"], "--remat needs --sweep"),
     ([*SWEEP, "--largest_batch"], "--largest_batch or --sweep, not both"),
     ([*SWEEP, "--clips=2,x"], "--clips takes numbers, like 1,4, not 'x'"),
     ([*SWEEP, "--clips=0"], "--clips takes numbers"),
@@ -122,7 +122,7 @@ def test_a_sweep_compares_all_combinations(told):
 def test_a_sweep_says_what_training_has_to_be_told(told):
     status, out, err = told[1]["sweep of pairs"]
     assert status == 0, err
-    assert out.count("training, take --config.augment.mixup_group_size=2") == 1
+    assert out.count("training needs, --config.augment.mixup_group_size=2") == 1
 
 
 def test_the_most_clips_come_in_whole_repeats(told):
@@ -174,9 +174,9 @@ def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
     assert "v4-8 counts cores, 2 a chip" in out
     assert "fits: " in out and "of 30.75 GiB of a chip" in out
     assert re.search(r"all-reduce +4 ", out)
-    assert "bounds, no promise" in out and re.search(r"chip-hours .*at least", out)
+    assert "lower bounds" in out and re.search(r"chip-hours .*at least", out)
     assert "8 clips on 4 chips are 2 a chip" in out
-    assert "overstated at this effort: no bound; --effort=0 tells it" in out
+    assert "overstated at this effort: no bound; --effort=0 measures it" in out
     assert "libtpu" not in err and "hostname" not in err  # it is silent about what is not here
     (told,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert told["fits"] and sum(told["memory_by_kind"].values()) == told["memory_bytes"]

@@ -161,7 +161,7 @@ def test_the_largest_batch_keeps_the_mixing_group():
     assert told == "512 clips on 256 chips are 2 a chip, which take 21% of its memory"
     assert larger == (
         "12 a chip should fit, by this step's memory: --config.batch=3072 "
-        "(optim.lr_batch makes the highest rate 0.0096)"
+        "(optim.lr_batch makes the peak learning rate 0.0096)"
     )
     assert advice.advice(small, 19)[1].startswith("16 a chip fit: --config.batch=4096 (")
     assert advice.largest_batch(small, 3) == 2  # no group of 4: whole repeats
@@ -175,7 +175,7 @@ def test_a_batch_that_is_accumulated_lies_in_memory_as_a_whole():
     kinds = {"parameters": GIB, "optimiser": 2 * GIB, "average": 0, "batch": 2 * GIB}
     found = TooLarge(19 * GIB, kinds | {"activations": 14 * GIB}, 1.0)
     made = plan(found, changed(batch=512, accumulate=2), "v5e:8x8")
-    assert advice.of_a_clip(made) == 2 * GIB  # a clip more, half of whose work is at a time
+    assert advice.bytes_per_clip(made) == 2 * GIB  # with half of the clips in a micro-batch
     (parts,) = [line for line in advice.advice(made) if "accumulate" in line]
     assert parts.startswith("--config.accumulate=4 ")  # 3 + 2 + 7 GiB
 
@@ -187,7 +187,7 @@ def test_what_does_not_fit_gets_what_may_help():
     assert smaller.startswith("2 a chip should fit, by this step's memory: --config.batch=256 ")
     assert "--config.augment.mixup_group_size=2" in smaller and "--config.remat=blocks" in remat
     assert parts.startswith("--config.accumulate=2 ") and "--config.dtype=bfloat16" in half
-    assert split.startswith("--config.mesh.fsdp=128 splits 1.50 GiB of parameters")
+    assert split.startswith("--config.mesh.fsdp=128 shards 1.50 GiB of parameters")
     assert not any("batch=" in line for line in advice.advice(made, 0))
     said = pod_text.text(made, None)
     assert "DOES NOT FIT: it would take 26.50 of 15.75 GiB" in said and "hours" not in said
@@ -204,7 +204,7 @@ def test_the_text_says_all_of_a_step_that_fits():
     assert re.search(r"optimiser +1.000", said) and "average" not in said
     assert re.search(r"all-reduce +256 +100 MB", said)
     assert "10 ms at least, bound by memory (HBM)" in said
-    assert "bounds, no promise" in said
+    assert "lower bounds" in said
     assert re.search(r"hours +0.522 at least", said)
     assert re.search(r"chip-hours +134 at least", said)
     assert re.search(r"videos +400 a second", said)

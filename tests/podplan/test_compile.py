@@ -39,7 +39,7 @@ WEIGHT = 4 * WIDTH * OUT  # bytes, in whole tiles of 8 x 128
     ],
 )
 def test_the_compilers_message_says_how_much_is_wanted(message, size):
-    assert compile.wanted(message) == (None if size is None else int(size))
+    assert compile.required_bytes(message) == (None if size is None else int(size))
 
 
 def test_libtpu_that_is_not_installed_gets_the_line_that_installs_it(monkeypatch):

@@ -1,31 +1,30 @@
-"""What a compiled program does: arithmetic, bytes, collectives and memory, loops counted in full.
+"""Costs of a compiled program: FLOPs, bytes moved, collectives and memory, with loop trip counts.
 
-XLA's own `cost_analysis()` counts the body of a loop once, however often it runs. Here the text of
-the optimised program is read instead, and every instruction counts as often as it runs:
+XLA's `cost_analysis()` counts a loop's body once, for any trip count. This module reads the text of
+the optimised program (HLO) instead, and counts every instruction as often as it runs:
 
-- A fusion is one operation: it reads its operands and writes its results, and what it computes
-  inside moves nothing. Of an operand that is only sliced, the slices count; of a result that is
-  updated in place, the update.
+- A fusion is one operation: it reads its operands and writes its results. Intermediate results
+  inside of it move no bytes. Of an operand that is only sliced, the slices count; of a result that
+  is updated in place, the update counts.
 - A custom kernel (Pallas: `tpu_custom_call`) reads its operands and writes its results once each.
-  What it computes is not in the text: it is in no total but `kernel_flops`, which adds what the
-  kernels' authors state (`pl.CostEstimate`). XLA's own totals take FLOPs and bytes from that
-  statement, and count nothing where there is none.
-- Of the branches of a conditional the one that moves the most bytes counts.
-- A loop whose trips the compiler does not know counts once, and is reported.
-- A collective that TPUs do while they compute is part of several fusions, from its start through
-  what is computed meanwhile to its end: it counts at its start.
-- What TPUs send to other slices leaves the program as a pair of "send" and "recv" and is done by a
-  runtime of its own ("megascale"): it counts as the collective that it stands for.
+  Its FLOPs are not in the HLO. Only `kernel_flops` includes them, as stated by the kernel's author
+  (`pl.CostEstimate`). XLA's totals use the stated FLOPs and bytes, and 0 without a statement.
+- Of a conditional, the branch that moves the most bytes counts.
+- A loop with an unknown trip count counts once, and is listed in `unknown_loops`.
+- An asynchronous collective on TPUs is spread over several fusions, from its start through the
+  overlapped computation to its end. It counts at its start.
+- Transfers between slices are pairs of "send" and "recv", executed by a separate runtime
+  ("megascale"). They count as the collective that they implement.
 
-`bytes` are of all operands and results, wherever they lie, with the padding of tiled layouts;
-`hbm_bytes` leaves out what lies in a TPU's on-chip memory, to where the compiler brings what it
-reads soon. A multiply-add is two FLOPs. Everything is per device.
+`bytes` covers all operands and results in any memory, including the padding of tiled layouts.
+`hbm_bytes` excludes a TPU's on-chip memory, into which the compiler prefetches. A multiply-add is
+two FLOPs. All values are per device.
 
-Without loops and kernels the totals are XLA's: on CPUs to the byte (but where one fusion reads
-overlapping slices of an array: XLA counts them all, here the array counts once). On TPUs XLA counts
-both halves of what it prefetches, four times the array for a copy and three times for a slice,
-where it is read once and written once; counted like that, the bytes agree to 0.2 % for the train
-step of MViT-B 16x4 (v5e, 4 clips).
+Without loops and kernels the totals agree with XLA's. On CPUs they agree to the byte, with one
+exception: where a fusion reads overlapping slices of an array, XLA counts every slice, and this
+module counts the array once. On TPUs XLA counts both halves of a prefetch: four times the array for
+a copy and three times for a slice, although it is read once and written once. Counted in XLA's way,
+the bytes agree to 0.2 % for the train step of MViT-B 16x4 (v5e, 4 clips).
 """
 
 import math
@@ -38,12 +37,12 @@ from mvit_jax.podplan.hlo import parser, trip_counts
 from mvit_jax.podplan.hlo.flops import Counter
 from mvit_jax.podplan.hlo.parser import Computation, Instruction, Module, operand_shapes
 
-FREE = {  # names, constants, and what is no memory traffic
+FREE = {  # opcodes without FLOPs and memory traffic
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "domain"),
     *("after-all", "add-dependency", "partition-id", "replica-id", "get-dimension-size"),
-    *("send", "recv", "send-done", "recv-done"),  # collectives between slices count on their own
+    *("send", "recv", "send-done", "recv-done"),  # counted as collectives between slices
 }
-MOVES = {  # what only brings data elsewhere or into another form
+MOVES = {  # opcodes that only move, reshape or convert data
     *("copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "pad"),
     *("concatenate", "broadcast", "reverse", "gather", "scatter", "convert", "iota", "copy-done"),
     *("slice-done", "dynamic-slice-done", "dynamic-update-slice-done"),
@@ -52,28 +51,30 @@ COLLECTIVES = {
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
     *("ragged-all-to-all", "collective-broadcast"),
 }
-# Custom calls that XLA for TPUs makes for itself, and that do nothing of their own.
+# XLA's internal custom calls on TPUs, which compute nothing.
 _NO_KERNEL = (
     *("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"),
     *("GatherScatterIndicesBitpacked", "SliceId", "ZeroCrop"),
 )
-_PASSES = ("tuple", "custom-call")  # what buffers of unfinished collectives go through in a fusion
+_PASSES = ("tuple", "custom-call")  # pass on the buffers of pending collectives within a fusion
 _SLICES = ("slice", "dynamic-slice", "gather")
 _SEEN_THROUGH = ("bitcast", "convert", "reshape", "copy")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One instruction that does something, as often as it runs.
+    """Costs of one instruction.
 
     Attributes:
+      name: of the instruction.
+      opcode: as in HLO.
       category: "matrix" (products and convolutions), "depthwise", "kernel" (custom), "collective",
         "reduce", "elementwise" or "movement".
       op_name: JAX's scopes and primitive, "jit(step)/jvp(stage1)/block0/dot_general".
-      trips: how often it runs, by the loops around it.
+      trips: number of runs, the product of the enclosing loops' trip counts.
       flops, matrix_flops, transcendentals, bytes, hbm_bytes: of one run.
-      kernel_flops: of a custom kernel, as its author states them.
-      cycles: of one run, as a TPU's compiler estimates; 0 for kernels and on other platforms.
+      kernel_flops: of one run of a custom kernel, as stated by its author.
+      cycles: of one run, estimated by the TPU compiler; 0 for kernels and on other platforms.
     """
 
     name: str
@@ -92,9 +93,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Collective:
-    """Bytes that each device gives or gets (the larger of the two) in one run, among how many.
+    """One collective.
 
-    Between slices of a TPU, `devices` counts the slices: each device talks to one in every other.
+    Attributes:
+      kind: the opcode, for example "all-reduce".
+      op_name: JAX's scopes and primitive.
+      trips: number of runs.
+      bytes: size of a device's operands or results, whichever is larger, in one run.
+      devices: per group. Between slices, the number of slices: each device communicates with one
+        device of every other slice.
+      between_slices: True if the data pass over the network between slices (DCN).
     """
 
     kind: str
@@ -111,11 +119,13 @@ def _total(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Counts:
-    """All operations of a program; the properties are totals over all trips, per device.
+    """Operations of a program; the properties are totals over all trips, per device.
 
     Attributes:
-      unknown_loops: those that are counted once, as nobody knows their trips.
-      arguments: names, "state.params['head']['classifier']['bias']", and bytes in memory.
+      operations: with their costs.
+      collectives: between chips and between slices.
+      unknown_loops: loops that count once, as their trip count is unknown.
+      arguments: names, such as "state.params['head']['classifier']['bias']", and bytes in memory.
     """
 
     operations: tuple[Operation, ...]
@@ -132,14 +142,21 @@ class Counts:
 
     @property
     def kernels(self) -> tuple[Operation, ...]:
-        """Custom kernels, whose arithmetic no other total holds."""
+        """Custom kernels, whose FLOPs only `kernel_flops` includes."""
         return tuple(op for op in self.operations if op.category == "kernel")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device that a program needs. `peak` is what must be free at once: arguments and
-    results (those that take an argument's place once), temporaries, and the program itself."""
+    """Memory analysis of a program, in bytes per device.
+
+    Attributes:
+      arguments: of the program's inputs.
+      results: of the program's outputs.
+      aliased: of results that reuse an argument's memory (donated buffers).
+      temporaries: of intermediate results.
+      code: of the program itself.
+    """
 
     arguments: int
     results: int
@@ -149,23 +166,24 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """Peak memory."""
         return self.arguments + self.results - self.aliased + self.temporaries + self.code
 
 
 def count(text: str) -> Counts:
-    """What the program of `jax.stages.Compiled.as_text()` does."""
+    """Returns the costs of a program from the text of `jax.stages.Compiled.as_text()`."""
     module = parser.parse(text)
     walk, entry = _Walk(module), module.computations[module.entry]
     operations = tuple(walk.computation(entry, 1))
-    given = [
+    arguments = [
         (line.op_name.replace("\\'", "'"), sum(shape.bytes for shape in line.shapes))
         for line in entry.parameters.values()
     ]
-    return Counts(operations, tuple(walk.collectives), tuple(walk.unknown_loops), tuple(given))
+    return Counts(operations, tuple(walk.collectives), tuple(walk.unknown_loops), tuple(arguments))
 
 
 def memory(compiled: Any) -> Memory:
-    """The memory of a `jax.stages.Compiled`, per device, as its compiler planned it."""
+    """Returns the compiler's memory analysis of a `jax.stages.Compiled`, per device."""
     stats = compiled.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -177,14 +195,16 @@ def memory(compiled: Any) -> Memory:
 
 
 def scopes(op_name: str) -> tuple[str, ...]:
-    """The scopes in an `op_name`, without what JAX put around them: "jit(step)/jvp(stage1)/block0/
-    mul" gives ("stage1", "block0", "mul")."""
+    """Returns the scopes in an `op_name` without JAX's transformations.
+
+    For example, "jit(step)/jvp(stage1)/block0/mul" gives ("stage1", "block0", "mul").
+    """
     bare = re.sub(r"jit\([^()]*\)|[\w.]+\(|\)", "", op_name)
     return tuple(part for part in bare.split("/") if part)
 
 
 class _Walk:
-    """One pass over a program, from its entry through loops and calls."""
+    """Traversal of a program from its entry computation through loops and calls."""
 
     def __init__(self, module: Module) -> None:
         self.module = module
@@ -230,17 +250,17 @@ class _Walk:
         flops, matrix_flops, transcendentals = self.arithmetic.of(line, computation)
         inside = list(_lines_inside(line, self.module))
         traffic = list(_traffic(line, computation, self.module))
-        for part, where in inside:
+        for part, parent in inside:
             if part.opcode.removesuffix("-done") not in COLLECTIVES:
                 continue
-            scattered = where is not None and _is_scattered(part, where)
-            if where is not None:
-                if _is_under_way(part, where):
+            scattered = parent is not None and _is_scattered(part, parent)
+            if parent is not None:
+                if _is_pending(part, parent):
                     continue
-                # What it reads, and writes unless the fusion goes on with it.
-                moved = (*operand_shapes(part, where), *(() if scattered else part.shapes))
+                # Its operands, and its results unless the fusion itself slices them.
+                moved = (*operand_shapes(part, parent), *(() if scattered else part.shapes))
                 traffic += [(shape.bytes, shape.space) for shape in moved]
-            self.collectives.append(self._collective(part, where or computation, trips, scattered))
+            self.collectives.append(self._collective(part, parent or computation, trips, scattered))
         return Operation(
             name=line.name,
             opcode=line.opcode,
@@ -252,21 +272,21 @@ class _Walk:
             transcendentals=transcendentals,
             bytes=sum(size for size, _ in traffic),
             hbm_bytes=sum(size for size, space in traffic if space == 0),
-            kernel_flops=_stated(line, r'"cost_estimate":\{"flops":'),
-            cycles=_stated(line, r'"estimated_cycles":'),
+            kernel_flops=_annotated(line, r'"cost_estimate":\{"flops":'),
+            cycles=_annotated(line, r'"estimated_cycles":'),
         )
 
     def _collective(
         self, line: Instruction, computation: Computation, trips: int, scattered: bool
     ) -> Collective:
         start = _start(line, computation)
-        given = sum(shape.bytes for shape in operand_shapes(start, computation))
-        got = sum(shape.bytes for shape in line.shapes)
+        sent = sum(shape.bytes for shape in operand_shapes(start, computation))
+        received = sum(shape.bytes for shape in line.shapes)
         return Collective(
             kind="reduce-scatter" if scattered else line.opcode.removesuffix("-done"),
             op_name=start.op_name,
             trips=trips,
-            bytes=max(given, got),
+            bytes=max(sent, received),
             devices=_group_size(start.attributes, self.module.devices),
         )
 
@@ -274,36 +294,36 @@ class _Walk:
 def _traffic(
     line: Instruction, computation: Computation, module: Module
 ) -> Iterator[tuple[int, int]]:
-    """(bytes, memory space) of every operand that is read and every result that is written."""
+    """Yields (bytes, memory space) of every operand read and every result written."""
     start = _start(line, computation)
-    given = operand_shapes(start, computation)
+    operands = operand_shapes(start, computation)
     opcode = line.opcode.removesuffix("-done")
     if opcode == "fusion":
         inside = module.computations[line.called("calls")[0]]
         for position, name in enumerate(line.operands):
             arrays = computation.instructions[name].shapes
             read = _read(inside, inside.parameters[position], module)
-            whole = sum(shape.bytes for shape in arrays)
-            yield min(read, whole), arrays[0].space if arrays else 0
+            total = sum(shape.bytes for shape in arrays)
+            yield min(read, total), arrays[0].space if arrays else 0
         for size, shape in zip(_written(inside, inside.root, module), line.shapes, strict=True):
             yield size, shape.space
     elif opcode in ("slice", "dynamic-slice", "gather"):
-        yield line.shapes[0].bytes, given[0].space
-        yield from ((shape.bytes, shape.space) for shape in given[1:])
+        yield line.shapes[0].bytes, operands[0].space
+        yield from ((shape.bytes, shape.space) for shape in operands[1:])
         yield line.shapes[0].bytes, line.shapes[0].space
     elif opcode == "dynamic-update-slice":
-        yield given[1].bytes, given[1].space
-        yield given[1].bytes, line.shapes[0].space
-    elif opcode == "scatter":  # reads and writes what it updates, in place
-        *targets, updates = given[0], given[-1]
-        yield from ((shape.bytes, shape.space) for shape in given[len(targets) :])
+        yield operands[1].bytes, operands[1].space
+        yield operands[1].bytes, line.shapes[0].space
+    elif opcode == "scatter":  # in place: reads and writes the updated elements
+        *targets, updates = operands[0], operands[-1]
+        yield from ((shape.bytes, shape.space) for shape in operands[len(targets) :])
         yield 2 * updates.bytes, line.shapes[0].space
     else:
-        yield from ((shape.bytes, shape.space) for shape in (*given, *line.shapes))
+        yield from ((shape.bytes, shape.space) for shape in (*operands, *line.shapes))
 
 
 def _read(computation: Computation, line: Instruction, module: Module) -> int:
-    """Bytes of a fusion's parameter, or of what it is renamed to, that the fusion reads."""
+    """Returns the bytes that a fusion reads of a parameter, or of a view of it (a bitcast)."""
     whole, total = sum(shape.bytes for shape in line.shapes), 0
     carries = _carries_collectives(computation)
     for user, position in computation.users[line.name]:
@@ -321,12 +341,12 @@ def _read(computation: Computation, line: Instruction, module: Module) -> int:
             total += _read(inside, inside.parameters[position], module)
         else:
             return whole
-    # Nothing uses it, or it is the fusion's result as it is.
+    # It is unused, or returned unchanged.
     return whole if line.root else min(total, whole)
 
 
 def _written(computation: Computation, line: Instruction, module: Module) -> Iterable[int]:
-    """Bytes that a fusion writes for each array of its result."""
+    """Yields the bytes that a fusion writes for each array of its result."""
     if _carries_collectives(computation) and (
         line.opcode in ("parameter", "custom-call") or line.opcode in COLLECTIVES
     ):
@@ -349,12 +369,12 @@ def _written(computation: Computation, line: Instruction, module: Module) -> Ite
 
 
 def _carries_collectives(computation: Computation) -> bool:
-    """Whether buffers of collectives pass through this fusion, which count where those do."""
+    """Returns True if the fusion contains collectives; their buffers count with them."""
     return not computation.opcodes.isdisjoint(COLLECTIVES)
 
 
 def _is_free(line: Instruction) -> bool:
-    """Starts count where they are done."""
+    """Returns True if an instruction costs nothing; asynchronous pairs count at their end."""
     if line.opcode in FREE or line.opcode in ("async-update", "async-done"):
         return True
     return line.opcode.endswith("-start") or (line.opcode == "custom-call" and not _is_kernel(line))
@@ -365,33 +385,38 @@ def _is_kernel(line: Instruction) -> bool:
     return line.opcode == "custom-call" and target not in _NO_KERNEL
 
 
-def _stated(line: Instruction, name: str) -> int:
-    """A number in the compiler's notes on an instruction."""
-    found = re.search(name + r'"(\d+)"', line.attributes)
-    return int(found.group(1)) if found else 0
+def _annotated(line: Instruction, name: str) -> int:
+    """Returns a number from an instruction's backend config, or 0."""
+    match = re.search(name + r'"(\d+)"', line.attributes)
+    return int(match.group(1)) if match else 0
 
 
 def _start(line: Instruction, computation: Computation) -> Instruction:
-    """The instruction with the operands: for the end of an asynchronous pair its start."""
+    """Returns the instruction with the operands: of an asynchronous pair, the start."""
     return computation.instructions[line.operands[0]] if line.opcode.endswith("-done") else line
 
 
 def _lines_inside(
     line: Instruction, module: Module
 ) -> Iterator[tuple[Instruction, Computation | None]]:
-    """The instruction, or those of a fusion, to any depth, and which computation holds them."""
+    """Yields an instruction, or recursively those of a fusion, each with its computation.
+
+    The computation is None for an instruction outside of a fusion.
+    """
     if line.opcode != "fusion":
         yield line, None
         return
     inside = module.computations[line.called("calls")[0]]
     for part in inside.instructions.values():
-        for deep, where in _lines_inside(part, module):
-            yield deep, where or inside
+        for nested, parent in _lines_inside(part, module):
+            yield nested, parent or inside
 
 
-def _is_under_way(line: Instruction, computation: Computation) -> bool:
-    """Whether an asynchronous collective in a fusion was started by an earlier one: what ends it
-    takes it, or it leaves the fusion as it is."""
+def _is_pending(line: Instruction, computation: Computation) -> bool:
+    """Returns True if an earlier fusion started this asynchronous collective.
+
+    In this fusion the collective is then an operand of its end, or returned unchanged.
+    """
     users = [user for user, _ in computation.users[line.name]]
     if any(user.opcode == "custom-call" for user in users):
         return all("AsyncCollectiveStart" not in user.attributes for user in users)
@@ -399,8 +424,10 @@ def _is_under_way(line: Instruction, computation: Computation) -> bool:
 
 
 def _is_scattered(line: Instruction, computation: Computation) -> bool:
-    """Whether of a sum over devices each keeps a slice, in a fusion of the two: so XLA for TPUs
-    writes a reduce-scatter, of one array or of several."""
+    """Returns True for a reduce-scatter, which XLA for TPUs writes as a fusion.
+
+    The fusion has an all-reduce of one or several arrays, followed by dynamic slices.
+    """
     users = [user for user, _ in computation.users[line.name]]
     if len(line.shapes) > 1 and all(user.opcode == "get-tuple-element" for user in users):
         users = [user for part in users for user, _ in computation.users[part.name]]
@@ -410,15 +437,15 @@ def _is_scattered(line: Instruction, computation: Computation) -> bool:
 def _between_slices(
     line: Instruction, computation: Computation, trips: int
 ) -> Iterator[Collective]:
-    """The collective between slices of which this "send" is one half; other sends are none."""
+    """Yields the collective between slices that a "send" belongs to; nothing for other sends."""
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
     if not transfer:
         return
-    meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', line.attributes)
+    rendezvous = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', line.attributes)
     halves = [line]
-    if meeting:
-        others = computation.instructions.values()
-        halves += [x for x in others if x.opcode == "recv" and meeting.group() in x.attributes]
+    if rendezvous:
+        lines = computation.instructions.values()
+        halves += [x for x in lines if x.opcode == "recv" and rendezvous.group() in x.attributes]
     target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', line.attributes)
     yield Collective(
         kind=transfer.group(1).lower().replace("_", "-"),
@@ -447,18 +474,20 @@ def _category(lines: list[Instruction]) -> str:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """How many devices take part together: `replica_groups` is a list of groups, their number and
-    size, or axes of a mesh; nothing means all devices."""
-    # Between the mesh and its axes may stand which device is where, "device_ids=([4,4]T(1,0))".
-    found = re.search(
+    """Returns the devices per group of a collective; without `replica_groups`, all devices.
+
+    `replica_groups` is a list of groups, their number and size, or axes of a mesh.
+    """
+    # An order of the devices, "device_ids=([4,4]T(1,0))", may come between the mesh and its axes.
+    match = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*)? ?\{([^}]*)\}", attributes
     )
-    if found:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
+    if match:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match.group(2))
         return math.prod(int(part or sizes[name]) for name, part in axes)
-    found = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
-    if found:
-        return int(found.group(1))
-    found = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    return len(found.group(1).split(",")) if found else devices
+    match = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+    if match:
+        return int(match.group(1))
+    match = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    return len(match.group(1).split(",")) if match else devices

@@ -1,4 +1,4 @@
-"""FLOPs and transcendentals of a compiled program's instructions, as XLA counts them."""
+"""FLOPs and transcendentals of HLO instructions, counted as in XLA."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ TRANSCENDENTAL = {
     *("exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "power", "sqrt"),
     *("rsqrt", "cbrt", "sine", "cosine", "tan", "erf", "logistic", "atan2"),
 }
-ARITHMETIC = {  # one FLOP for each element, as XLA counts
+ARITHMETIC = {  # one FLOP per element, as in XLA
     *("add", "subtract", "multiply", "divide", "maximum", "minimum", "compare", "select", "abs"),
     *("negate", "and", "or", "xor", "not", "clamp", "convert", "floor", "ceil", "sign", "popcnt"),
     *("shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite", "remainder"),
@@ -21,14 +21,14 @@ ARITHMETIC = {  # one FLOP for each element, as XLA counts
 
 
 class Counter:
-    """Counts the instructions of one program; fusions and reductions with what they call."""
+    """Counts the instructions of one program, including the computations that they call."""
 
     def __init__(self, module: Module) -> None:
         self.module = module
-        self._known: dict[str, tuple[int, int, int]] = {}
+        self._cache: dict[str, tuple[int, int, int]] = {}
 
     def of(self, line: Instruction, computation: Computation) -> tuple[int, int, int]:
-        """FLOPs, those of matrix products and convolutions among them, and transcendentals."""
+        """Returns FLOPs, the part of them in dots and convolutions, and transcendentals."""
         elements = sum(shape.elements for shape in line.shapes)
         if line.opcode == "fusion":
             return self._inside(*line.called("calls"))
@@ -51,28 +51,30 @@ class Counter:
         return 0, 0, 0
 
     def _inside(self, name: str) -> tuple[int, int, int]:
-        if name not in self._known:
+        if name not in self._cache:
             computation = self.module.computations[name]
             totals = [self.of(line, computation) for line in computation.instructions.values()]
             flops, matrix_flops, transcendentals = zip(*totals, strict=True)
-            self._known[name] = sum(flops), sum(matrix_flops), sum(transcendentals)
-        return self._known[name]
+            self._cache[name] = sum(flops), sum(matrix_flops), sum(transcendentals)
+        return self._cache[name]
 
 
 def dot_flops(line: Instruction, left: Shape, right: Shape) -> int:
-    """Two for each element of the result and each product that is summed into it."""
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
-    axes = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
+    """Returns the FLOPs of a dot: two per element of the result and contracted element."""
+    match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
+    axes = [int(axis) for axis in match.group(1).split(",") if axis] if match else []
     return 2 * line.shapes[0].elements * math.prod(left.dims[axis] for axis in axes)
 
 
 def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> int:
-    """Two for each product with an element that is there: padding, and the holes of a dilated
-    image, cost nothing. XLA for TPUs writes matrix products as convolutions too, whose batch
-    dimensions are dilated spatial ones, so that the holes must be told apart."""
-    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
-    assert found, line
-    of_image, of_kernel, of_result = found.groups()
+    """Returns the FLOPs of a convolution: two per product with an element of the image.
+
+    Padding and the holes of a dilated image cost nothing. XLA for TPUs also writes matrix products
+    as convolutions, with batch dimensions as dilated spatial dimensions, so holes do occur.
+    """
+    match = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
+    assert match, line
+    of_image, of_kernel, of_result = match.groups()
     result = line.shapes[0]
     window = _window(line.attributes, len(of_image) - 2)
     products = 1
@@ -82,7 +84,7 @@ def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> int:
             result.dims[of_result.index(str(axis))],
             *window[axis],
         )
-    # The kernel's input features are those of one group.
+    # The kernel's input features are per group.
     features = kernel.dims[of_kernel.index("i")] * result.dims[of_result.index("f")]
     batch_groups = int(line.attribute("batch_group_count") or 1)
     batch = image.dims[of_image.index("b")] // batch_groups
@@ -90,13 +92,13 @@ def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> int:
 
 
 def _window(attributes: str, rank: int) -> list[tuple[int, int, int, int, int]]:
-    """For each spatial axis: size, stride, padding before, dilation of the image, of the kernel."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    given = dict(part.split("=") for part in found.group(1).split()) if found else {}
+    """Returns (size, stride, padding before, image dilation, kernel dilation) per spatial axis."""
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(part.split("=") for part in match.group(1).split()) if match else {}
 
     def values(name: str, default: str) -> list[int]:
         return [
-            int(x.split("_")[0]) for x in given.get(name, "x".join([default] * rank)).split("x")
+            int(x.split("_")[0]) for x in fields.get(name, "x".join([default] * rank)).split("x")
         ]
 
     names = (("size", "1"), ("stride", "1"), ("pad", "0"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
@@ -107,9 +109,9 @@ def _window(attributes: str, rank: int) -> list[tuple[int, int, int, int, int]]:
 def _positions(
     image: int, result: int, size: int, stride: int, before: int, dilation: int, spread: int
 ) -> int:
-    """How many pairs of an output position and a tap meet an element of the image, on one axis."""
-    outputs, taps = (result, stride), (size, spread)
-    few, many = sorted((outputs, taps))
+    """Counts pairs of output position and kernel element that hit an image element, on one axis."""
+    outputs, elements = (result, stride), (size, spread)
+    few, many = sorted((outputs, elements))
     offsets = np.arange(many[0]) * many[1] - before
     total = 0
     for index in range(few[0]):
@@ -119,7 +121,7 @@ def _positions(
 
 
 def _body_runs(line: Instruction, computation: Computation) -> int:
-    """How often a reduction calls the function that it reduces with."""
+    """Returns the number of calls of a reduction's function."""
     first = operand_shapes(line, computation)[0]
     if line.opcode == "reduce":
         return first.elements - line.shapes[0].elements
@@ -127,11 +129,11 @@ def _body_runs(line: Instruction, computation: Computation) -> int:
         return operand_shapes(line, computation)[-1].elements
     if line.opcode == "map":
         return line.shapes[0].elements
-    found = re.search(r"window=\{size=([\dx]+)", line.attributes)
-    sizes = [int(size) for size in found.group(1).split("x")] if found else []
+    match = re.search(r"window=\{size=([\dx]+)", line.attributes)
+    sizes = [int(size) for size in match.group(1).split("x")] if match else []
     window = math.prod(sizes)
     if any(size >= 2 * n - 1 > 1 for size, n in zip(sizes, first.dims, strict=False)):
-        return first.elements  # it holds the whole axis wherever it stands: one sum, copied
+        return first.elements  # every window covers the whole axis: one sum, copied
     if line.opcode == "select-and-scatter":
         return operand_shapes(line, computation)[1].elements * window
     return line.shapes[0].elements * (window - 1)

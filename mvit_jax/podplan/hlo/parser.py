@@ -1,4 +1,4 @@
-"""The text of a compiled program (XLA's HLO) as computations of instructions with shapes."""
+"""Parser of XLA's HLO text: computations, instructions and shapes."""
 
 import functools
 import math
@@ -19,11 +19,13 @@ _BRACKET = re.compile(r"[()]")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array of `dims` elements of `dtype` ("bf16").
+    """Type and layout of an array.
 
     Attributes:
-      padded: elements in memory; a TPU's tiles of 8x128 or so are always whole.
-      space: the memory that it lies in: 0 is the device's main memory, 1 a TPU's on-chip VMEM.
+      dtype: as in HLO, for example "bf16".
+      dims: the shape.
+      padded: elements in memory, including the padding of tiled layouts (8x128 on TPUs).
+      space: memory space: 0 is the device's main memory, 1 a TPU's on-chip VMEM.
     """
 
     dtype: str
@@ -37,22 +39,25 @@ class Shape:
 
     @functools.cached_property
     def bytes(self) -> int:
-        """In memory, padding included."""
+        """Size in memory, padding included."""
         bits = re.search(r"\d+", self.dtype)
-        width = 8 if self.dtype == "pred" else int(bits.group()) if bits else 0  # token: nothing
+        width = 8 if self.dtype == "pred" else int(bits.group()) if bits else 0  # 0: a token
         return -(-self.padded * width // 8)
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: what it computes, from which instructions of the same computation.
+    """One instruction, which is one line of HLO.
 
     Attributes:
-      shapes: of the result; the arrays of a tuple, nested ones flattened.
-      operands: names.
-      inside: what stands between the opcode's brackets, as it is: a parameter's number, a
+      name: unique within the program.
+      opcode: as in HLO, for example "dot".
+      shapes: of the result; nested tuples are flattened.
+      operands: names of instructions of the same computation.
+      inside: text between the opcode's parentheses, for example a parameter's number or a
         constant's value.
       attributes: the rest of the line.
+      root: True if the instruction is the computation's result.
     """
 
     name: str
@@ -65,24 +70,24 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where the program asked for it: JAX's scopes and the primitive's name."""
-        found = _OP_NAME.search(self.attributes)
-        return found.group(1) if found else ""
+        """The instruction's origin: JAX's scopes and the primitive's name."""
+        match = _OP_NAME.search(self.attributes)
+        return match.group(1) if match else ""
 
     def attribute(self, name: str) -> str:
-        """A value without braces, "fusion.3" of `calls=%fusion.3`; empty where there is none."""
-        found = re.search(rf"(?:^|[\s,]){name}=%?([^\s,]+)", self.attributes)
-        return found.group(1) if found else ""
+        """Returns an attribute's value, such as "fusion.3" for `calls=%fusion.3`, or ""."""
+        match = re.search(rf"(?:^|[\s,]){name}=%?([^\s,]+)", self.attributes)
+        return match.group(1) if match else ""
 
     def called(self, name: str) -> tuple[str, ...]:
-        """Computations that an attribute names, one or several in braces."""
-        found = re.search(rf"(?:^|[\s,]){name}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
-        return tuple(_OPERAND.findall(found.group(1))) if found else ()
+        """Returns the names of computations in an attribute: one, or several in braces."""
+        match = re.search(rf"(?:^|[\s,]){name}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
+        return tuple(_OPERAND.findall(match.group(1))) if match else ()
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in order; operands come before what uses them."""
+    """Instructions by name, in topological order."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -102,7 +107,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """For each name the instructions that take it, and as which operand."""
+        """Users of each instruction, with the operand's position."""
         users: dict[str, list[tuple[Instruction, int]]] = {name: [] for name in self.instructions}
         for line in self.instructions.values():
             for position, operand in enumerate(line.operands):
@@ -112,7 +117,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, which one starts, and on how many devices it runs."""
+    """A program: computations by name, the entry computation, and the number of devices."""
 
     computations: dict[str, Computation]
     entry: str
@@ -120,29 +125,29 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The program whose text `jax.stages.Compiled.as_text()` gives."""
+    """Parses the text of `jax.stages.Compiled.as_text()`."""
     lines = text.splitlines()
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in lines[1:]:
-        if current is not None and (found := _INSTRUCTION.match(line)):
-            instruction = _instruction(line, found)
+        if current is not None and (match := _INSTRUCTION.match(line)):
+            instruction = _instruction(line, match)
             current[instruction.name] = instruction
-        elif found := _HEADER.match(line):
+        elif match := _HEADER.match(line):
             current = {}
-            computations[found.group(2)] = Computation(found.group(2), current)
-            entry = found.group(2) if found.group(1) else entry
+            computations[match.group(2)] = Computation(match.group(2), current)
+            entry = match.group(2) if match.group(1) else entry
     if not entry:
         raise ValueError("this text holds no program: no line starts with ENTRY")
     counts = [
         re.search(rf"\b{name}=(\d+)", lines[0]) for name in ("num_partitions", "replica_count")
     ]
-    return Module(computations, entry, math.prod(int(found.group(1)) for found in counts if found))
+    return Module(computations, entry, math.prod(int(match.group(1)) for match in counts if match))
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of a type as it is printed, "(f32[4,8]{1,0:T(8,128)}, bf16[])"."""
-    return tuple(_shape(*found) for found in _SHAPE.findall(text))
+    """Parses the arrays of a type, such as "(f32[4,8]{1,0:T(8,128)}, bf16[])"."""
+    return tuple(_shape(*groups) for groups in _SHAPE.findall(text))
 
 
 def operand_shapes(line: Instruction, computation: Computation) -> list[Shape]:
@@ -176,24 +181,24 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
 
 
 def _padded(sizes: tuple[int, ...], layout: str) -> int:
-    """Elements of whole tiles: "{2,0,1:T(8,128)}" tiles dimension 0 by 8 and dimension 2 by 128."""
-    found = _TILE.search(layout)
-    if not found or not sizes:
+    """Counts elements with tile padding: "{2,0,1:T(8,128)}" tiles axis 0 by 8 and axis 2 by 128."""
+    match = _TILE.search(layout)
+    if not match or not sizes:
         return math.prod(sizes)
-    tile = [int(size) for size in found.group(1).split(",")]
-    order = [int(axis) for axis in layout[: found.start()].split(",")]  # the minor one first
+    tile = [int(size) for size in match.group(1).split(",")]
+    order = [int(axis) for axis in layout[: match.start()].split(",")]  # minor to major
     physical = [sizes[axis] for axis in order]
-    for place, size in enumerate(reversed(tile)):
-        if place < len(physical):
-            physical[place] = -(-physical[place] // size) * size
+    for index, size in enumerate(reversed(tile)):
+        if index < len(physical):
+            physical[index] = -(-physical[index] // size) * size
     return math.prod(physical)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Returns the index of the bracket that closes the one at `start`."""
     depth = 0
-    for found in _BRACKET.finditer(text, start):
-        depth += 1 if found.group() == "(" else -1
+    for match in _BRACKET.finditer(text, start):
+        depth += 1 if match.group() == "(" else -1
         if depth == 0:
-            return found.start()
-    raise ValueError(f"a bracket is left open in {text[:80]!r}")
+            return match.start()
+    raise ValueError(f"a bracket is not closed in {text[:80]!r}")

@@ -1,11 +1,11 @@
-"""How often a compiled program's loops run."""
+"""Trip counts of a compiled program's loops."""
 
 import operator
 import re
 
 from mvit_jax.podplan.hlo.parser import Computation, Instruction, Module
 
-# A loop that counts this far without an end is one whose end hangs on data.
+# Loops that do not end within this many iterations are taken to be data-dependent.
 MOST = 100_000
 
 _ARITHMETIC = {
@@ -17,57 +17,59 @@ _ARITHMETIC = {
 _COMPARISONS = {
     name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "EQ", "NE")
 }
-Number = int | None  # None is a number that only running the program gives
+Number = int | None  # None is a value that is only known at run time
 
 
 def trips(line: Instruction, computation: Computation, module: Module) -> int | None:
-    """How often the body of a `while` of `computation` runs; None where nobody knows.
+    """Returns the trip count of a `while` instruction, or None if it depends on data.
 
-    XLA for CPUs writes down what it found out. Elsewhere the loop's counters, which start from
-    constants, are followed until its condition fails.
+    XLA for CPUs annotates trip counts. Elsewhere the loop's counters are evaluated from their
+    constant initial values until the condition fails.
     """
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.attributes)
-    if found:
-        return int(found.group(1))
+    match = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.attributes)
+    if match:
+        return int(match.group(1))
     body, condition = (module.computations[line.called(name)[0]] for name in ("body", "condition"))
     carried = computation.instructions[line.operands[0]]
     if carried.opcode != "tuple" or body.root.opcode != "tuple":
         return None
     start = [_number(name, computation, module, []) for name in carried.operands]
-    state = {place: number for place, number in enumerate(start) if number is not None}
+    state = {index: number for index, number in enumerate(start) if number is not None}
     for count in range(MOST):
-        goes_on = _number(condition.root.name, condition, module, [state])
-        if not goes_on:
-            return None if goes_on is None else count
-        after = {place: body.root.operands[place] for place in state}
-        numbers = {place: _number(name, body, module, [state]) for place, name in after.items()}
-        state = {place: number for place, number in numbers.items() if number is not None}
+        continues = _number(condition.root.name, condition, module, [state])
+        if not continues:
+            return None if continues is None else count
+        after = {index: body.root.operands[index] for index in state}
+        numbers = {index: _number(name, body, module, [state]) for index, name in after.items()}
+        state = {index: number for index, number in numbers.items() if number is not None}
     return None
 
 
 def _number(
-    name: str, computation: Computation, module: Module, given: list[dict[int, int] | Number]
+    name: str, computation: Computation, module: Module, parameters: list[dict[int, int] | Number]
 ) -> Number:
-    """The value of an instruction, from those of its computation's parameters: a number, or for a
-    loop's tuple the numbers in it."""
+    """Evaluates an instruction from the values of its computation's parameters.
+
+    A parameter is a number, or for a loop's tuple a dict of numbers by index.
+    """
     line = computation.instructions[name]
 
     def operand(position: int) -> Number:
-        return _number(line.operands[position], computation, module, given)
+        return _number(line.operands[position], computation, module, parameters)
 
     def parameter(number: int) -> dict[int, int] | Number:
-        return given[number] if number < len(given) else None
+        return parameters[number] if number < len(parameters) else None
 
     if line.opcode == "constant":
-        known = {"true": 1, "false": 0}.get(line.inside, line.inside)
-        return int(known) if re.fullmatch(r"-?\d+", str(known)) else None
+        constant = {"true": 1, "false": 0}.get(line.inside, line.inside)
+        return int(constant) if re.fullmatch(r"-?\d+", str(constant)) else None
     if line.opcode == "parameter":
         value = parameter(int(line.inside))
         return None if isinstance(value, dict) else value
     if line.opcode == "get-tuple-element":
         source = computation.instructions[line.operands[0]]
-        whole = parameter(int(source.inside)) if source.opcode == "parameter" else None
-        return whole.get(int(line.attribute("index"))) if isinstance(whole, dict) else None
+        values = parameter(int(source.inside)) if source.opcode == "parameter" else None
+        return values.get(int(line.attribute("index"))) if isinstance(values, dict) else None
     if line.opcode in ("copy", "bitcast", "convert", "reshape"):
         return operand(0)
     if line.opcode == "fusion":
