@@ -1,9 +1,9 @@
-"""Attention on this machine: with all scores written, and as the model runs it, side by side.
+"""Attention benchmark: materialised scores against the model's fused implementation.
 
     python -m benchmarks.attention [--models=mvit_b_16x4] [--clips=1] [--json=FILE]
 
-The shapes of a variant's blocks, float32 on CPUs and bfloat16 elsewhere. The forms take turns
-within one run, since machines are shared: read the ratios.
+Shapes are those of a variant's blocks, in float32 on CPUs and bfloat16 elsewhere. The two
+implementations alternate within one run, as machines are shared: compare the ratios.
 """
 
 import functools
@@ -25,9 +25,9 @@ from mvit_jax.models.plan import BlockGrids, BlockPlan, grids, plan
 from mvit_jax.models.variants import variant
 
 _MODELS = flags.DEFINE_list("models", ["mvit_b_16x4", "mvitv2_s_16x4"], "Variants.")
-_CLIPS = flags.DEFINE_integer("clips", 1, "At a time.", lower_bound=1)
+_CLIPS = flags.DEFINE_integer("clips", 1, "Clips per batch.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "A file for the figures.")
+_JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 
 FORMS = {"scores written": attention.materialised, "as it is": attention.fused}
 
@@ -63,9 +63,9 @@ def measure(block: BlockPlan, sizes: BlockGrids, class_token: bool) -> dict[str,
     arrays = draw(block, queries, keys, sizes.keys)
     runs = {}
     for name, form in FORMS.items():
-        one = functools.partial(form, heads=block.heads)
-        gradients = jax.grad(lambda *x, one=one: jnp.sin(one(*x)).sum(), (0, 1, 2))
-        runs[name] = [jax.jit(f).lower(*arrays).compile() for f in (one, gradients)]
+        forward = functools.partial(form, heads=block.heads)
+        gradients = jax.grad(lambda *x, f=forward: jnp.sin(f(*x)).sum(), (0, 1, 2))
+        runs[name] = [jax.jit(f).lower(*arrays).compile() for f in (forward, gradients)]
     seconds: dict[tuple[str, int], list[float]] = {}
     for _ in range(_ROUNDS.value + 1):
         for name, functions in runs.items():
@@ -88,16 +88,16 @@ def draw(block: BlockPlan, queries: int, keys: int, key_grid) -> list:
     arrays = [make(clips, n, width) for n in (queries, keys, keys)]
     if not (block.relative_time or block.relative_space):
         return [*arrays, None, None]
-    places = sum(key_grid)
-    return [*arrays, make(clips, queries, block.heads * places), make(keys, places)]
+    positions = sum(key_grid)
+    return [*arrays, make(clips, queries, block.heads * positions), make(keys, positions)]
 
 
 def as_table(row: dict[str, Any]) -> str:
-    own, written = row["ms"]["as it is"], row["ms"]["scores written"]
+    fused, materialised = row["ms"]["as it is"], row["ms"]["scores written"]
     cells = [
         row["variant"], str(row["block"]), f"{row['queries']} x {row['keys']} x {row['heads']}",
-        ", ".join(f"{x:.1f}" for x in own),
-        ", ".join(f"{a / b:.2f}" for a, b in zip(own, written, strict=True)),
+        ", ".join(f"{x:.1f}" for x in fused),
+        ", ".join(f"{a / b:.2f}" for a, b in zip(fused, materialised, strict=True)),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

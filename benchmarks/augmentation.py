@@ -1,10 +1,10 @@
-"""RandAugment and crop of training clips: Pillow frame by frame, beside ours.
+"""RandAugment and crop of training clips, compared with Pillow frame by frame.
 
     python -m benchmarks.augmentation
 
-Clips of 16x256x340, one thread. Both take turns within one run, since machines are shared: read
-the ratios. "cropped" computes only what the random resized crop leaves over, as training does;
-draws are the recipe's. An image is cropped before.
+Clips are 16x256x340, on one thread. The implementations alternate within one run, as machines are
+shared: compare the ratios. "cropped" computes only the pixels within the random resized crop, as
+training does. Random draws follow the recipe. Images are cropped before RandAugment.
 """
 
 import time
@@ -27,7 +27,7 @@ IMAGE = randaugment.parse("rand-m9-n6-mstd0.5-inc1")
 def plain(
     clip: np.ndarray, operations: Sequence[Operation], fill: Colour = randaugment.GREY
 ) -> np.ndarray:
-    """The same frame by frame, by Pillow's own functions: the tests' reference, too."""
+    """Applies operations frame by frame with Pillow; also the tests' reference implementation."""
     out = []
     for values in clip:
         frame = Image.fromarray(values)
@@ -75,7 +75,7 @@ def _plain_operation(frame: Image.Image, operation: Operation, fill: Colour) -> 
 def main() -> None:
     cv2.setNumThreads(1)
     clip = make_clip(16, 256, 340)
-    centre = Box(46, 67, 164, 205)  # four tenths of the frame, about what crops take on average
+    centre = Box(46, 67, 164, 205)  # 0.4 of the frame, about the mean area of a crop
     print("| operation | Pillow, ms | ours, ms | ratio | ours cropped, ms |\n|" + " --- |" * 5)
     for name in randaugment.OPERATIONS:
         drawn = (randaugment.operation(name, VIDEO.magnitude + 0.137, 1),)
@@ -95,7 +95,7 @@ def main() -> None:
 def recipe(
     rng: np.random.Generator, clip: np.ndarray, settings: randaugment.RandAugment
 ) -> dict[str, float]:
-    """Mean seconds over many draws, with the crop to 224 pixels for a video."""
+    """Returns mean seconds over many draws, with the crop to 224 pixels for a video."""
     sums: dict[str, float] = {}
     height, width = clip.shape[1:3]
     for _ in range(DRAWS):
@@ -120,7 +120,7 @@ def square(clip: np.ndarray, box: Box) -> np.ndarray:
 
 
 def make_clip(frames: int, height: int, width: int) -> np.ndarray:
-    """Smooth noise, as videos are smooth, that moves."""
+    """Returns a clip of moving smooth noise."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 4, 3), dtype=np.uint8)
     whole = cv2.resize(noise, (2 * width, height), interpolation=cv2.INTER_CUBIC)
     return np.stack([whole[:, 2 * i : 2 * i + width] for i in range(frames)])

@@ -1,8 +1,8 @@
-"""The two models of configs/moving_digits.py, MViT and its ViT baseline: time of a training step.
+"""Step times of the models of configs/moving_digits.py: MViT and its ViT baseline.
 
     python -m benchmarks.default_models
 
-The models take turns within one run, since machines are shared: read the ratio.
+The models alternate within one run, as machines are shared: compare the ratio.
 """
 
 import functools
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def prepare(config):
-    """A function that does one training step on a batch of noise and waits for it; it has run."""
+    """Returns a compiled, blocking function that runs a train step on a batch of noise."""
     settings = build.settings(config, 8)
     model = settings.model.config
     transform = optimizer.adamw(weight_decay=0.05, clip_norm=1.0)

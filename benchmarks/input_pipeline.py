@@ -1,17 +1,17 @@
-"""The input pipeline on this machine, beside the reference recipe's steps and tf.data.
+"""Throughput of the input pipeline, compared with the reference recipe's steps and tf.data.
 
     python -m benchmarks.input_pipeline [--videos=24] [--rounds=5] [--keep=DIR]
 
-Videos: clips a second of one core, for decoding alone, decoding and crop, and all of the Kinetics
-recipe (2 repeats, RandAugment, random resized crop), from raw files (10 s, 340x256, H.264 as x264
-makes it by default) and from the shards that `prepare videos` makes of them. The reference takes
-the steps of PySlowFast's recipe: PyAV decodes the whole span to RGB, Pillow's RandAugment goes
-frame by frame, then values are scaled and the crop is resized in float32.
+Videos: clips per second of one core, for decoding, for decoding and crop, and for the full Kinetics
+recipe (2 repeats, RandAugment, random resized crop). The input are raw files (10 s, 340x256, H.264
+with x264's defaults) and the shards that `prepare videos` writes. The reference follows the steps
+of PySlowFast: PyAV decodes the whole span to RGB, Pillow applies RandAugment frame by frame, and
+values are normalised before the crop is resized in float32.
 
-Images: images a second of both cores, JPEGs of 500x400 to random crops of 224, bicubic with
-antialias, beside tf.data doing the same.
+Images: images per second of all cores, from JPEGs of 500x400 to random crops of 224 (bicubic with
+antialiasing), compared with the same in tf.data.
 
-The contestants take turns within one run, since machines are shared: read the ratios.
+The implementations alternate within one run, as machines are shared: compare the ratios.
 """
 
 import io
@@ -36,8 +36,8 @@ from mvit_jax.data.source import Source, open_source
 
 VIDEOS = flags.DEFINE_integer("videos", 24, "Videos to make.")
 IMAGES = flags.DEFINE_integer("images", 256, "Images to make.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each contestant's turn comes.")
-KEEP = flags.DEFINE_string("keep", None, "Folder for the files, to be used again.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds.")
+KEEP = flags.DEFINE_string("keep", None, "Folder for the files, for reuse.")
 
 FRAMES, STRIDE, SIZE, REPEATS = 16, 4, 224, 2
 WIDTH, HEIGHT, SECONDS = 340, 256, 10
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
 
 
 def make_videos(folder: Path) -> tuple[Source, Source]:
-    """Panned and zoomed texture with a camera's noise, as raw files and as shards."""
+    """Writes videos of a panned and zoomed texture with camera noise, as raw files and shards."""
     raw = folder / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -134,7 +134,7 @@ def videos(raw: Source, shards: Source) -> None:
 def turns(
     contestants: dict[str, Callable[[int, np.random.Generator], object]], count: int, each: int
 ) -> dict[str, float]:
-    """Things a second of processor time, medians over rounds in which all take their turn."""
+    """Returns items per second of CPU time: medians over rounds in which contestants alternate."""
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(ROUNDS.value + 1):
         for name, do in contestants.items():
@@ -147,7 +147,7 @@ def turns(
 
 
 def reference(path: str, rng: np.random.Generator, augmented: bool, crop: bool) -> list[np.ndarray]:
-    """The recipe's steps as its own code takes them, on the processor."""
+    """Loads clips by the steps of PySlowFast, on the CPU."""
     span = FRAMES * STRIDE
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -164,8 +164,8 @@ def reference(path: str, rng: np.random.Generator, augmented: bool, crop: bool) 
             decoded[frame.pts] = frame.to_ndarray(format="rgb24")
             if frame.pts > last:
                 break
-    held = np.stack([decoded[pts] for pts in sorted(decoded)])
-    chosen = held[np.linspace(0, len(held) - 1, FRAMES).astype(int)]
+    frames = np.stack([decoded[pts] for pts in sorted(decoded)])
+    chosen = frames[np.linspace(0, len(frames) - 1, FRAMES).astype(int)]
     return [finish(chosen, rng, augmented, crop) for _ in range(REPEATS)]
 
 
@@ -185,7 +185,7 @@ def finish(frames: np.ndarray, rng: np.random.Generator, augmented: bool, crop: 
 
 
 def pillow_ops(rng: np.random.Generator) -> list[Callable[[Image.Image], Image.Image]]:
-    """Four of the 15 ops, each with probability 0.5, at magnitudes about 7 of 10."""
+    """Draws four of the 15 operations, each applied with probability 0.5, at magnitude 7 of 10."""
     level = float(np.clip(rng.normal(7, 0.5), 0, 10)) / 10
     sign = int(rng.choice((-1, 1)))
     factor = 1 + 0.9 * sign * level

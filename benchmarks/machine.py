@@ -1,4 +1,4 @@
-"""What a benchmark's figures are of: stands in its JSON and above its table."""
+"""Description of the machine and of versions, for a benchmark's JSON and table."""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +12,7 @@ from mvit_jax.training.run import runtime
 
 
 def about() -> dict[str, str]:
-    """The machine, today's date, and the versions of what is measured."""
+    """Returns the machine, today's date, and library versions."""
     return {
         "machine": f"{platform.processor() or platform.machine()}, {cores()} cores",
         "date": str(date.today()),
@@ -21,18 +21,18 @@ def about() -> dict[str, str]:
 
 
 def as_in_training() -> None:
-    """Keeps memory as the training program does on CPUs; before anything else uses JAX."""
+    """Applies the training program's settings for memory on CPUs. Call before any use of JAX."""
     runtime.run_in_calling_thread()
     if jax.default_backend() == "cpu":
         runtime.keep_freed_memory()
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Returns the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> str:
     names = ("jax", "torch", "torchvision", "timm")
-    found = [name for name in names if importlib.util.find_spec(name) is not None]
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in found)
+    installed = [name for name in names if importlib.util.find_spec(name) is not None]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)

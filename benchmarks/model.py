@@ -1,19 +1,20 @@
-"""Whole models on this machine against their PyTorch originals, in one run, taking turns.
+"""Throughput and memory of whole models, compared with their PyTorch originals.
 
     python -m benchmarks.model                               the variants of the README
     python -m benchmarks.model --models=mvit_b_16x4 --batch=4 --json=model.json
 
-Forward is the evaluation's: logits, nothing kept. A train step is the cross-entropy's value and the
-gradients of all parameters, dropout and drop path on; no update on either side. PyTorch runs
-eagerly in float32 on as many threads as this process may use cores, as XLA does. Each side lives in
-a process of its own, is warm, and the two take turns in every round, since machines are shared:
-read the ratios (ours / PyTorch) of medians. Compile time is XLA's, tracing included, without the
-compilation cache. Peak memory is the largest resident set of a side's process during the rounds,
-Python and libraries included. Our side keeps freed memory, as training does, PyTorch's has its
-defaults. Without torch, or torchvision, or timm, only our side runs (extra `parity`).
+"forward" is an evaluation's forward pass, without saved activations. "train step" is the loss and
+the gradients of all parameters, with dropout and drop path, without an update. PyTorch runs eagerly
+in float32, with one thread per available core, as XLA does.
 
-MViT-B for images has no original in either library: torchvision's class, set to its sizes, with one
-frame, is the same but for a sum of two position tables where we have one.
+Each side has its own process, which is warmed up. The sides alternate in every round, as machines
+are shared: compare the ratios (ours / PyTorch) of medians. Compile time is XLA's, with tracing,
+without the compilation cache. Peak memory is the process's largest resident set during the rounds,
+including Python and libraries. Our side reuses freed memory, as training does; PyTorch has its
+defaults. Without torch, torchvision or timm (extra `parity`), only our side runs.
+
+MViT-B for images has no original in either library. Its stand-in is torchvision's class with the
+same sizes and one frame. It adds two positional embeddings where ours has one.
 """
 
 import importlib.util
@@ -50,12 +51,12 @@ CASES = {
 ORIGINALS = {"mvit_b_16x4": "mvit_v1_b", "mvitv2_s_16x4": "mvit_v2_s", "mvitv2_t": "mvitv2_tiny"}
 PARTS = ("forward", "train step")
 
-_MODELS = flags.DEFINE_list("models", list(CASES), f"Which of {', '.join(CASES)}.")
-_BATCH = flags.DEFINE_list("batch", None, "Batch sizes; by default the variant's own.")
+_MODELS = flags.DEFINE_list("models", list(CASES), f"Some of {', '.join(CASES)}.")
+_BATCH = flags.DEFINE_list("batch", None, "Batch sizes; by default those of each variant.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "A file for the figures.")
+_JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 _SIDE = flags.DEFINE_enum(
-    "side", None, ["ours", "PyTorch"], "Be one side of one case (used by the program itself)."
+    "side", None, ["ours", "PyTorch"], "Run one side of one case (for internal use)."
 )
 
 
@@ -92,15 +93,15 @@ def main(argv: list[str]) -> None:
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of every round, compile seconds, and peak MiB, by side ("ours", "PyTorch")."""
+    """Returns milliseconds of all rounds, compile seconds, and peak MiB, by side."""
     names = ["ours", "PyTorch"] if has_original(name) else ["ours"]
     sides = {side: Side(name, batch, side) for side in names}
     times: dict[str, dict[str, list[float]]] = {p: {s: [] for s in sides} for p in PARTS}
     for _ in range(rounds):
         for part in PARTS:
             for side in sides:
-                times[part][side].append(sides[side].ask(part))
-    memory = {side: sides[side].ask("peak") for side in sides}
+                times[part][side].append(sides[side].request(part))
+    memory = {side: sides[side].request("peak") for side in sides}
     for side in sides.values():
         side.end()
     return {
@@ -113,7 +114,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
 
 
 class Side:
-    """A process that has one side of one case ready, and runs it when asked."""
+    """A subprocess with one side of one case, compiled and warmed up."""
 
     def __init__(self, name: str, batch: int, side: str) -> None:
         flags = [f"--models={name}", f"--batch={batch}", f"--side={side}"]
@@ -125,9 +126,10 @@ class Side:
         )
         self.ready = self._answer()
 
-    def ask(self, what: str) -> Any:
+    def request(self, command: str) -> Any:
+        """Sends a line of `serve` and returns its answer."""
         assert self.process.stdin is not None
-        print(what, file=self.process.stdin, flush=True)
+        print(command, file=self.process.stdin, flush=True)
         return self._answer()
 
     def end(self) -> None:
@@ -142,8 +144,10 @@ class Side:
 
 
 def serve(name: str, batch: int, side: str) -> None:
-    """Prints compile seconds when warm, then answers lines: a part with its milliseconds, "peak"
-    with the MiB since then."""
+    """Prints compile seconds after warm-up, then answers lines from stdin.
+
+    A line with a part is answered with its milliseconds, "peak" with the peak MiB since warm-up.
+    """
     seconds: dict[str, float] = {}
     if side == "ours":
         machine.as_in_training()
@@ -178,7 +182,7 @@ def as_table(row: dict[str, Any]) -> str:
 
 
 def ours(name: str, batch: int, compile_seconds: dict[str, float]) -> dict[str, Callable[[], Any]]:
-    """The compiled forward pass and train step, ready to be called."""
+    """Returns the compiled forward pass and train step."""
     config = variant(name)
     model = functional(config)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -271,7 +275,7 @@ def _original(name: str, config: MViTConfig) -> Any:
 
 
 def example(config: MViTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised clips `[batch, T, H, W, 3]` (images without T) and labels `[batch]`, made up."""
+    """Returns random clips `[batch, T, H, W, 3]` (images without T) and labels `[batch]`."""
     rng = np.random.default_rng(0)
     frames = (config.frames,) if config.frames > 1 else ()
     shape = (batch, *frames, config.size, config.size, 3)
@@ -279,14 +283,14 @@ def example(config: MViTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def forget_peak() -> None:
-    """So that compiling is not counted; where the system cannot (all but Linux), it is."""
-    forget = Path("/proc/self/clear_refs")
-    if forget.exists():
-        forget.write_text("5")  # proc_pid_clear_refs(5)
+    """Resets the peak, to exclude compilation; has no effect outside of Linux."""
+    clear_refs = Path("/proc/self/clear_refs")
+    if clear_refs.exists():
+        clear_refs.write_text("5")  # proc_pid_clear_refs(5)
 
 
 def peak() -> float:
-    """Largest resident set of this process, in MiB."""
+    """Returns the largest resident set of this process, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -1,12 +1,12 @@
-"""Full-size models against torchvision and timm: logits, and strict loading of what goes back.
+"""Parity of full-size models with torchvision and timm: logits, and weights there and back.
 
     python -m benchmarks.parity                       needs the extra `parity`
     python -m benchmarks.parity --models=mvit_v1_b,mvitv2_tiny
 
-Each original gets random weights around its own initial ones (no bias zero, no norm's scale one),
-is saved by torch, read by `load_torch` and run on the same input, float32 at highest precision; the
-weights are then written back, loaded by the original with strict matching, and compared bit for
-bit. A difference is the largest one, over the standard deviation of the original's logits.
+Each original gets its initial weights plus noise, so that no bias is 0 and no norm's scale is 1.
+Its weights are saved by torch, read by `load` and run on the same input in float32 at the highest
+precision. They are then written back, loaded into the original with strict matching, and compared
+bit for bit. The difference is the maximum over the standard deviation of the original's logits.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ VARIANTS = {
     "mvitv2_base_cls": "mvitv2_b_in21k",
 }
 
-_MODELS = flags.DEFINE_list("models", list(VARIANTS), "Which of torchvision's and timm's models.")
+_MODELS = flags.DEFINE_list("models", list(VARIANTS), "Models of torchvision and timm.")
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 
 def compare(name: str) -> tuple[int, float, bool]:
-    """Number of tensors, difference of the logits, and whether the weights came back the same."""
+    """Returns the number of tensors, the logits' difference, and True if the weights are equal."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)

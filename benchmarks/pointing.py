@@ -1,9 +1,9 @@
-"""How much of Grad-CAM lies near the moving digit, against a uniform map.
+"""Pointing benchmark of Grad-CAM: its share near the moving digit, relative to a uniform map.
 
     python -m benchmarks.pointing runs/moving_digits     (a run of `make train`; a minute)
 
-Both forms at each of the first blocks: the mean over clips of the ratio of their shares, and on how
-many clips it is above 2.
+Both variants of Grad-CAM are measured at several early blocks. The table has the mean ratio over
+clips, and the share of clips with a ratio above 2.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from mvit_jax.training import run_folder
 
 
 def scenes(count: int) -> tuple[jax.Array, np.ndarray]:
-    """Clips as the model takes them, [count, 8, 64, 64, 3], and within 4 px of where digits are."""
+    """Returns normalised clips `[count, 8, 64, 64, 3]`, and masks of the digits (plus 4 pixels)."""
     digits, rng = moving_digits.handwriting(seed=0)["test"], np.random.default_rng(0)
     clips, masks = [], []
     for i in range(count):
@@ -38,13 +38,13 @@ def scenes(count: int) -> tuple[jax.Array, np.ndarray]:
 
 
 def grown(mask: np.ndarray, pixels: int = 4) -> np.ndarray:
-    """The mask, and what is within half a token of it."""
+    """Dilates a mask by `pixels`; the default is half a token."""
     side = np.arange(-pixels, pixels + 1)
     return np.any([np.roll(mask, (y, x), (1, 2)) for y in side for x in side], axis=0)
 
 
 def ratios(heat: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """For each clip, the map's share near the digit over a uniform map's; 0 for an empty map."""
+    """Returns each clip's share near the digit over a uniform map's share; 0 for an empty map."""
     share = (heat * masks).sum((1, 2, 3)) / np.maximum(heat.sum((1, 2, 3)), 1e-12)
     return share / masks.mean((1, 2, 3))
 
@@ -59,9 +59,10 @@ def main(workdir: str) -> None:
                 attention_maps.grad_cam, model, block=block, by_channel=by_channel
             )
             maps = np.asarray(jax.jit(cam)(params, clips))
-            found = ratios(token_geometry.to_pixels(maps, (8, 64, 64), model.config, block), masks)
+            pixels = token_geometry.to_pixels(maps, (8, 64, 64), model.config, block)
+            ratio = ratios(pixels, masks)
             form = "by channel" if by_channel else "by place"
-            print(f"{block:5}  {form:10}  {found.mean():10.2f}  {(found > 2).mean():12.0%}")
+            print(f"{block:5}  {form:10}  {ratio.mean():10.2f}  {(ratio > 2).mean():12.0%}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Depthwise pooling on this machine: each form, forward and with its gradients, beside the others.
+"""Depthwise pooling benchmark: forward pass and gradients of all implementations.
 
     python -m benchmarks.pooling [--json=FILE]
 
-One clip in float32 at the shapes of MViT-B 16x4, K and V side by side. The forms take turns within
-one run, since machines are shared: read the ratios. Compile times are of the gradients.
+One clip in float32 at the shapes of MViT-B 16x4, with K and V concatenated. The implementations
+alternate within one run, as machines are shared: compare the ratios. Compile times are those of the
+gradients.
 """
 
 import json
@@ -21,12 +22,12 @@ from mvit_jax.models.ops import pooling
 from mvit_jax.models.plan import Pool, grids, plan
 from mvit_jax.models.variants import variant
 
-_JSON = flags.DEFINE_string("json", None, "A file for the figures.")
+_JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 
 ROUNDS = 7
 FORMS: dict[str, Callable] = {
     "by hand": pooling.depthwise_slices,
-    # The same sum of slices, without its own gradient.
+    # The same sum of slices, without its custom gradient.
     "autodiff": pooling.depthwise_slices.fun,  # pyright: ignore[reportAttributeAccessIssue]
     "convolution": pooling.depthwise_conv,
 }

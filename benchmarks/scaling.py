@@ -1,16 +1,16 @@
-"""Weak scaling by the compiled program: what passes between chips as a pod grows from 4 to 1,024.
+"""Weak scaling of the compiled train step: collectives of a pod from 4 to 1,024 chips.
 
     python -m benchmarks.scaling --json=scaling.json
     python -m benchmarks.scaling --model=mvitv2_s_16x4 --topologies=v5e:4x4,v5e:16x16*4 --clips=8
 
-The training step of a published recipe in bfloat16, at the same number of clips on every chip,
-compiled ahead of time (the extra `tpu`, no TPU needed; little effort of the compiler, which changes
-neither arithmetic nor collectives). "v5e:16x16*4" are 4 slices. The state is copied to every chip
-("replicated"), or split over --fsdp chips of a slice and copied from one such group to the next,
-over slices too ("fsdp", with several slices a hybrid mesh).
+The train step of a published recipe in bfloat16, with the same number of clips per chip, is
+compiled ahead of time (extra `tpu`, no TPU needed). The compiler's effort is low by default, which
+changes neither FLOPs nor collectives. "v5e:16x16*4" means 4 slices. The state is replicated on
+every chip ("replicated"), or sharded over --fsdp chips of a slice and replicated over such groups
+("fsdp"; with several slices, a hybrid mesh).
 
-Of every mesh: FLOPs of a chip, bytes of a chip by kind of collective, and the least time of each
-part. Where arithmetic stays and the links' time does too, chips added are chips used.
+The table has, for each mesh, FLOPs per chip, bytes per chip by kind of collective, and roofline
+bounds. Scaling is linear as long as FLOPs and the time of the links remain constant.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any
 
-# Arrays live on the CPU.
+# Arrays are on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -46,62 +46,64 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="mvit_b_16x4")
-    parser.add_argument("--topologies", default=TOPOLOGIES, help="NAME or NAME*SLICES, with commas")
-    parser.add_argument("--clips", default="2", help="on each chip")
-    parser.add_argument("--fsdp", default="1,16", help="chips that share one copy of the state")
-    parser.add_argument("--effort", type=float, default=compile.QUICK, help="of the compiler")
-    parser.add_argument("--json", help="a file for the same figures")
-    given = parser.parse_args()
-    cases = cases_of(given)
+    parser.add_argument(
+        "--topologies", default=TOPOLOGIES, help="NAME or NAME*SLICES, comma-separated"
+    )
+    parser.add_argument("--clips", default="2", help="clips per chip")
+    parser.add_argument("--fsdp", default="1,16", help="chips over which the state is sharded")
+    parser.add_argument("--effort", type=float, default=compile.QUICK, help="compiler effort")
+    parser.add_argument("--json", help="file for the results as JSON")
+    options = parser.parse_args()
+    cases = cases_of(options)
     rows = []
     print(HEADER, flush=True)
     for topology, fsdp, clips in cases:
-        rows.append(measure(given.model, topology, fsdp, clips, given.effort))
+        rows.append(measure(options.model, topology, fsdp, clips, options.effort))
         print(line(rows[-1]), flush=True)
-        if given.json:  # each takes minutes: what is there is kept
+        if options.json:  # after every row, as each takes minutes
             report = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d"), "rows": rows}
-            write_whole(given.json, json.dumps(report, indent=1))
+            write_whole(options.json, json.dumps(report, indent=1))
 
 
-def cases_of(given: argparse.Namespace) -> list[tuple[accelerators.Topology, int, int]]:
-    """Topologies, chips that share a state, clips on a chip; checks all before any is compiled."""
-    variant(given.model)
-    if not -1 <= given.effort <= 1:
-        raise UserError(f"--effort={given.effort:g} must be from -1 to 1")
-    if given.json is not None:
-        check_writable(given.json)
-    topologies = [parse(text) for text in given.topologies.split(",")]
-    shares = numbers("fsdp", given.fsdp)
+def cases_of(options: argparse.Namespace) -> list[tuple[accelerators.Topology, int, int]]:
+    """Returns (topology, fsdp, clips per chip) of all cases; checks all flags first."""
+    variant(options.model)
+    if not -1 <= options.effort <= 1:
+        raise UserError(f"--effort={options.effort:g} must be from -1 to 1")
+    if options.json is not None:
+        check_writable(options.json)
+    topologies = [parse(text) for text in options.topologies.split(",")]
+    shares = numbers("fsdp", options.fsdp)
     for fsdp in shares:
         if all(topology.chips_per_slice % fsdp for topology in topologies):
-            raise UserError(f"--fsdp={fsdp} divides the chips of no slice of {given.topologies}")
+            raise UserError(f"--fsdp={fsdp} divides the chips of no slice of {options.topologies}")
     return [
         (topology, fsdp, clips)
         for topology, fsdp, clips in itertools.product(
-            topologies, shares, numbers("clips", given.clips)
+            topologies, shares, numbers("clips", options.clips)
         )
         if topology.chips_per_slice % fsdp == 0
     ]
 
 
 def parse(text: str) -> accelerators.Topology:
-    found = re.fullmatch(r"([^*]+)(?:\*(\d+))?", text)
-    if not found:
+    match = re.fullmatch(r"([^*]+)(?:\*(\d+))?", text)
+    if not match:
         raise UserError(f"{text!r} is no topology like v5e:4x4 or v5e:16x16*4")
-    return accelerators.parse(found.group(1), int(found.group(2) or 1))
+    return accelerators.parse(match.group(1), int(match.group(2) or 1))
 
 
 def measure(
     name: str, topology: accelerators.Topology, fsdp: int, clips: int, effort: float
 ) -> Any:
-    """Figures of one mesh; bytes and FLOPs of a chip in a step."""
+    """Returns the costs of one mesh; bytes and FLOPs are per chip and step."""
     config = in_memory.read_config("kinetics" if variant(name).frames > 1 else "imagenet", name)
     with config.unlocked():
         config.update_from_flattened_dict(
             {"batch": clips * topology.chips, "dtype": "bfloat16", "data.repeats": 1}
         )
     config, _ = advice.fitted(config, topology.chips)
-    found = compile.measure(
+    result = compile.measure(
         config,
         build.model_config(config, config.data.classes),
         compile.tpu_mesh(topology, -1, fsdp),
@@ -110,11 +112,11 @@ def measure(
     row = {
         "model": name, "topology": topology.name, "slices": topology.slices, "fsdp": fsdp,
         "chips": topology.chips, "clips_a_chip": clips, "effort": effort,
-        "memory_bytes": found.used, "compile_seconds": found.seconds,
+        "memory_bytes": result.used, "compile_seconds": result.seconds,
     }  # fmt: skip
-    if isinstance(found, compile.TooLarge):
+    if isinstance(result, compile.TooLarge):
         return row
-    counts = found.counts
+    counts = result.counts
     return row | {
         "flops": counts.flops + counts.kernel_flops,
         "kernels": len(counts.kernels),

@@ -1,14 +1,13 @@
-"""Random clips from files of videos as they come, and from the same videos prepared as shards.
+"""Decoding of random clips from original video files, and from shards of the same videos.
 
-    python -m benchmarks.shards                       made-up videos
-    python -m benchmarks.shards --videos=a.mp4,b.mp4  one's own, for 10 seconds each
+    python -m benchmarks.shards                       synthetic videos
+    python -m benchmarks.shards --videos=a.mp4,b.mp4  the first 10 seconds of your videos
 
-Videos are brought to 10 seconds of 340x256 in H.264 with x264's own settings (a key frame at least
-every 250 frames), which is what copies of Kinetics scaled to a short side of 256 hold. A clip is 16
-frames at stride 4 from a random start, decoded to RGB, opening included. Times are those of the
-processor, of one thread, the least of several rounds; sizes and times are given per video, and as
-ratios to the files as they come. PSNR is that of the frames against theirs. The line of `prepare`'s
-defaults ends with a star.
+Videos are re-encoded as 10 seconds of 340x256 in H.264 with x264's defaults (a key frame at least
+every 250 frames), like copies of Kinetics scaled to a short side of 256. A clip is 16 frames at
+stride 4 from a random start, decoded to RGB; opening the file is included. Times are CPU times of
+one thread, the minimum over rounds. Ratios are relative to the original file, and PSNR is measured
+against its frames. A star marks the defaults of `prepare`.
 """
 
 import io
@@ -29,7 +28,7 @@ FRAMES, WIDTH, HEIGHT = 300, 340, 256
 CLIPS, ROUNDS = 20, 3
 SETTINGS = ((1, 20), (4, 20), (8, 20), (12, 20), (16, 20), (32, 20), (250, 20), (16, 23))
 
-_VIDEOS = flags.DEFINE_list("videos", [], "Files to take instead of made-up videos.")
+_VIDEOS = flags.DEFINE_list("videos", [], "Files to use instead of synthetic videos.")
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def compare(name: str, raw: bytes) -> None:
-    """Prints a line for the file as it comes, and one for each setting."""
+    """Prints a line for the original file, and one for each setting."""
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         file.write(raw)
         file.flush()
@@ -65,12 +64,12 @@ def compare(name: str, raw: bytes) -> None:
 
 
 def prepared(encoded: Encoded) -> Video:
-    """What reading a shard opens."""
+    """Opens an encoded video as if from a shard."""
     return Video(encoded.file, "a video", encoded.index)
 
 
 def seconds_a_clip(opened: Callable[[], Video]) -> float:
-    """Seconds of this thread for a random clip, the least mean of some rounds of equal clips."""
+    """Returns the CPU time of a random clip: the mean over clips, the minimum over rounds."""
     means = []
     for _ in range(ROUNDS):
         starts = np.random.default_rng(0).integers(0, FRAMES - 63, CLIPS)
@@ -83,9 +82,11 @@ def seconds_a_clip(opened: Callable[[], Video]) -> float:
 
 
 def made_up(speed: float) -> Iterator[np.ndarray]:
-    """A textured picture that moves, turns and breathes, and a smaller one before it, with noise.
+    """Yields frames of a moving, rotating and zooming texture, a smaller one before it, and noise.
 
-    `speed` in pixels a frame."""
+    Args:
+      speed: of the motion, in pixels per frame.
+    """
     rng = np.random.default_rng(0)
     sides = (1024, 128)
     back, front = (texture(rng, side) for side in sides)
@@ -102,25 +103,25 @@ def made_up(speed: float) -> Iterator[np.ndarray]:
 
 
 def texture(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Soft shapes of all sizes around zero, `[side, side, 3]`."""
+    """Returns smooth noise at several scales with mean zero, `[side, side, 3]`."""
     coarse = [rng.normal(0, 24, (side >> k, side >> k, 3)) for k in range(1, 6)]
     return np.sum([cv2.resize(noise, (side, side)) for noise in coarse], axis=0)
 
 
 def frames_of(path: str) -> Iterator[np.ndarray]:
-    """The frames of a file to and fro, scaled."""
+    """Yields `FRAMES` resized frames of a file; a shorter file is played back and forth."""
     with Video(path) as video:
         last = video.num_frames - 1
-        there = [
+        resized = [
             cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
             for _, image in video.in_order(range(min(video.num_frames, FRAMES)))
         ]
-    last = max(len(there) - 1, 1)
-    yield from (there[last - abs(last - frame % (2 * last))] for frame in range(FRAMES))
+    last = max(len(resized) - 1, 1)
+    yield from (resized[last - abs(last - frame % (2 * last))] for frame in range(FRAMES))
 
 
 def as_it_comes(frames: Iterator[np.ndarray]) -> bytes:
-    """An mp4 file by x264's own settings."""
+    """Encodes an mp4 file with x264's defaults."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=30)

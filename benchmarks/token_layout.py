@@ -1,14 +1,14 @@
-"""Which token layout moves fewer bytes on a TPU: one sequence, or class token and grid apart?
+"""Bytes moved on a TPU by token layout: one sequence, or class token and grid as separate arrays.
 
-Compiles forward and backward of every kind of block of MViTv1-B 16x4 (conv pooling, bfloat16)
-ahead of time for one TPU v5e chip, in several layouts of the tokens, and prints the compiler's
-"bytes accessed" and temporary memory. No TPU is needed; the package `jax[tpu]` is.
+Compiles forward and backward pass of every kind of block of MViTv1-B 16x4 (conv pooling, bfloat16)
+ahead of time for one TPU v5e chip, in several token layouts. Prints the compiler's "bytes accessed"
+and temporary memory. No TPU is needed, but the package `jax[tpu]` is.
 
     python -m benchmarks.token_layout                  # the table
     python -m benchmarks.token_layout --whole          # and all 16 blocks as one program
     python -m benchmarks.token_layout --check          # layouts agree on the CPU, tiny shapes
 
-Everything is unrolled: `cost_analysis` counts the body of a loop once, however often it runs.
+All blocks are unrolled, as `cost_analysis` counts the body of a loop once, for any trip count.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# The program only compiles for a TPU, so that arrays live on the CPU, and on a machine without
-# a TPU the metadata server must not be asked about one.
+# The program only compiles for a TPU: arrays are on the CPU, and without a TPU there is no metadata
+# server to query.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
@@ -33,7 +33,7 @@ Tokens = tuple[jax.Array, ...]
 
 
 class Block(NamedTuple):
-    """One kind of block: `copies` of them, tokens on `grid` (time, height, width) at its input."""
+    """One kind of block, which the model has `copies` of; `grid` is its input's (T, H, W)."""
 
     name: str
     copies: int
@@ -65,11 +65,14 @@ MVIT_B_16X4 = (
 
 
 class Layout(NamedTuple):
-    """How tokens are held between operations.
+    """Layout of the tokens between operations.
 
-    pair: class token `[B, 1, C]` and grid apart, else one sequence `[B, 1 + THW, C]`.
-    flat: the grid of a pair is `[B, THW, C]` and unfolded for pools only, else `[B, T, H, W, C]`.
-    join_queries: the queries of a pair are concatenated for one attention call.
+    Attributes:
+      pair: class token `[B, 1, C]` and grid are separate arrays, else one sequence
+        `[B, 1 + THW, C]`.
+      flat: the grid of a pair is `[B, THW, C]`, reshaped for pooling only, else
+        `[B, T, H, W, C]`.
+      join_queries: the queries of a pair are concatenated for one attention call.
     """
 
     name: str
@@ -93,7 +96,7 @@ def flatten(grid: jax.Array) -> jax.Array:
 def split(
     tokens: Tokens, grid: tuple[int, int, int], layout: Layout
 ) -> tuple[jax.Array, jax.Array]:
-    """Class token `[B, 1, C]` and grid `[B, T, H, W, C]` of tokens in a layout."""
+    """Splits tokens of any layout into class token `[B, 1, C]` and grid `[B, T, H, W, C]`."""
     token, rest = tokens if layout.pair else unchain(tokens[0])
     return token, rest.reshape(rest.shape[0], *grid, rest.shape[-1])
 
@@ -105,7 +108,7 @@ def join(token: jax.Array, grid: jax.Array, layout: Layout) -> Tokens:
 
 
 def chain(token: jax.Array, rest: jax.Array) -> jax.Array:
-    """One sequence of class token `[B, 1, ...]` and the rest `[B, N, ...]`."""
+    """Concatenates class token `[B, 1, ...]` and other tokens `[B, N, ...]` to a sequence."""
     return jnp.concatenate([token, rest], axis=1)
 
 
@@ -137,7 +140,7 @@ def conv_pool(grid: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def max_pool(grid: jax.Array, stride: int) -> jax.Array:
-    # The literal -inf is what lets XLA see the max pool, and so its gradient.
+    # With the literal -inf, JAX recognises a max pool and differentiates it.
     return lax.reduce_window(
         grid,
         -jnp.inf,
@@ -213,7 +216,7 @@ def mlp(p: Params, x: jax.Array, block: Block) -> jax.Array:
 
 
 def param_shapes(block: Block) -> Params:
-    """Shapes of a block's parameters."""
+    """Returns the shapes of a block's parameters."""
     width, head = block.width, block.width // block.heads
 
     def dense(rows: int, columns: int) -> Params:
@@ -251,7 +254,7 @@ def token_shapes(
 
 
 def train_step(blocks: tuple[Block, ...], layout: Layout) -> Callable[..., Any]:
-    """Forward and backward: `(params, tokens, cotangent) -> (out, d params, d tokens)`."""
+    """Returns `(params, tokens, cotangent) -> (out, d params, d tokens)`, forward and backward."""
 
     def forward(params: list[Params], tokens: Tokens) -> Tokens:
         for p, block in zip(params, blocks, strict=True):
@@ -266,14 +269,14 @@ def train_step(blocks: tuple[Block, ...], layout: Layout) -> Callable[..., Any]:
 
 
 class Cost(NamedTuple):
-    """Of one compiled step: bytes read and written, and peak temporary bytes."""
+    """Bytes accessed and temporary bytes of a compiled step."""
 
     accessed: float
     temporary: float
 
 
 def v5e_device() -> Any:
-    """A TPU v5e chip to compile for; it need not be there."""
+    """Returns a TPU v5e chip as compilation target; it need not be attached."""
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
 
 
@@ -301,7 +304,7 @@ def measure(blocks: tuple[Block, ...], layout: Layout, batch: int, device: Any) 
 
 
 def check() -> None:
-    """Assert that all layouts give the same outputs and gradients, in float32 on the CPU."""
+    """Asserts that all layouts have the same outputs and gradients, in float32 on the CPU."""
     blocks = (
         Block("expands", 1, (2, 6, 6), 8, 2, 16, 1, 4),
         Block("Q stride", 1, (2, 6, 6), 16, 4, 16, 2, 2),
@@ -321,12 +324,12 @@ def check() -> None:
     for layout in LAYOUTS:
         step = jax.jit(train_step(blocks, layout))
         out, d_params, d_tokens = step(params, *(join(*end, layout) for end in ends))
-        found = split(out, grids[1], layout), d_params, split(d_tokens, grids[0], layout)
-        expected = found if expected is None else expected
-        for have, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            # The gradient of a key's bias is zero (softmax ignores it), here rounding errors.
-            scale = max(1.0, float(np.abs(want).max()))
-            np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-4 * scale)
+        actual = split(out, grids[1], layout), d_params, split(d_tokens, grids[0], layout)
+        expected = actual if expected is None else expected
+        for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            # The gradient of the keys' bias is zero (softmax is invariant to it) up to rounding.
+            scale = max(1.0, float(np.abs(y).max()))
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * scale)
     print(f"{len(LAYOUTS)} layouts agree in outputs and gradients")
 
 
@@ -338,7 +341,7 @@ def header() -> str:
 
 
 def row(name: str, count: int, costs: list[Cost]) -> str:
-    """Bytes of one such block in units of 1e9, and the ratio to the first layout's."""
+    """Returns a table row: GB, temporary MiB, and the ratio of GB to the first layout's."""
     cells = [name, str(count)]
     for position, cost in enumerate(costs):
         cells += [f"{cost.accessed / 1e9:.2f}", f"{cost.temporary / 2**20:.0f}"]
@@ -355,16 +358,19 @@ def main() -> None:
     if arguments.check:
         return check()
     cost = functools.partial(measure, batch=arguments.batch, device=v5e_device())
-    # Rows appear as they are compiled: each takes a minute or more on two cores.
+    # Rows are printed one by one: each takes a minute or more on two cores.
     print(header(), flush=True)
     totals = [Cost(0, 0) for _ in LAYOUTS]
     for block in MVIT_B_16X4:
         costs = [cost((block,), layout) for layout in LAYOUTS]
         print(row(block.name, block.copies, costs), flush=True)
-        # Blocks run one after the other: bytes add up, temporary memory is used again.
+        # Blocks run in sequence: bytes add up, temporary memory is reused.
         totals = [
-            Cost(total.accessed + block.copies * one.accessed, max(total.temporary, one.temporary))
-            for total, one in zip(totals, costs, strict=True)
+            Cost(
+                total.accessed + block.copies * step_cost.accessed,
+                max(total.temporary, step_cost.temporary),
+            )
+            for total, step_cost in zip(totals, costs, strict=True)
         ]
     print(row("all, added", sum(block.copies for block in MVIT_B_16X4), totals), flush=True)
     if arguments.whole:

@@ -1,23 +1,22 @@
-"""What a train step and a forward pass cost on TPUs, without a TPU: compiled ahead of time.
+"""Costs of train steps and forward passes on TPUs, from ahead-of-time compilation without a TPU.
 
     python -m benchmarks.tpu                                 # MViT-B 16x4, MViTv2-S 16x4 on v5e
     python -m benchmarks.tpu --chips=v5e,v5p,v6e --clips=2,4,16 --remat=none,blocks --json=tpu.json
     python -m benchmarks.tpu --models=mvitv2_s --clips=64 --passes=train --largest
 
-For one chip, in bfloat16 with float32 weights, the step that training runs (optimiser, mixing and
-donated state included) at the recipe of configs/kinetics.py or configs/imagenet.py. Nothing runs:
-the figures are the compiler's plan, repeatable to the byte. Needs the extra `tpu`.
+The program is training's step for one chip, in bfloat16 with float32 weights: optimiser, mixup and
+donated state included, with the recipe of configs/kinetics.py or configs/imagenet.py. Nothing is
+executed: the figures are the compiler's and repeatable to the byte. Needs the extra `tpu`.
 
-- FLOPs (two per multiply-add) and bytes are counted from the compiled program, loops times their
-  trips (`mvit_jax.podplan.hlo.cost`). Custom kernels move their operands and results once each;
-  their FLOPs are those that the kernel's author states in its `cost_estimate`, and stand in a
-  column of their own.
-- "GB" are all operands and results, as XLA counts; "HBM GB" those in main memory alone.
-- The roofline's time is the longer of FLOPs / peak and HBM bytes / bandwidth; the share of the
-  compute roof is what arithmetic has of it. A real step takes longer: both are bounds.
-- "fits" is from the straight line through the memory of two numbers of clips, where two were
-  compiled; `--largest` compiles what it promises, and less or more until one fits that fills the
-  chip to nine tenths, or one fits and a larger one does not.
+- FLOPs (two per multiply-add) and bytes are counted from the compiled program, with loop trip
+  counts (`mvit_jax.podplan.hlo.cost`). Custom kernels move their operands and results once each.
+  Their FLOPs are those of `cost_estimate`, and have a separate column.
+- "GB" covers all operands and results, as XLA counts them; "HBM GB" covers main memory alone.
+- The roofline time is the larger of FLOPs / peak and HBM bytes / bandwidth. "compute roof" is the
+  share of FLOPs / peak in it. Both are bounds: a real step takes longer.
+- The number of clips that fit is extrapolated linearly from two compiled numbers of clips.
+  `--largest` searches it with more compilations, until a fitting number fills nine tenths of the
+  chip, or the next larger number does not fit.
 """
 
 import argparse
@@ -31,7 +30,7 @@ import sys
 import time
 from typing import Any
 
-# Arrays live on the CPU.
+# Arrays are on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -46,7 +45,7 @@ from mvit_jax.podplan.accelerators import CHIPS, GIB
 from mvit_jax.podplan.hlo import cost as counting
 from mvit_jax.training import build, in_memory
 
-# A slice of each kind of chip, of which one chip is taken.
+# A slice of each kind of chip; the program uses one chip of it.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 PASSES = ("train", "forward")
 
@@ -62,22 +61,22 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A case's figures; FLOPs and bytes are per clip."""
+    """Costs of a case; FLOPs and bytes are per clip."""
 
     case: Case
     flops: float
     kernel_flops: float
     bytes: float
     hbm_bytes: float
-    xla_bytes: float  # XLA's own count: loop bodies once, prefetched arrays twice over
+    xla_bytes: float  # XLA's count: loop bodies once, prefetched arrays several times
     peak: int
-    roofline: float  # seconds a step
+    roofline: float  # seconds per step
     compute_share: float
     compile_seconds: float
     unknown_loops: tuple[str, ...]
 
 
-# What was found for each number of clips; where they do not fit, the bytes that they would take.
+# Results by number of clips; for clips that do not fit, the bytes that they would need.
 Rows = dict[int, Row | int]
 
 
@@ -88,64 +87,64 @@ def main() -> None:
     parser.add_argument("--models", default="mvit_b_16x4,mvitv2_s_16x4")
     parser.add_argument("--passes", default=",".join(PASSES), help="train, forward or both")
     parser.add_argument("--chips", default="v5e", help=f"some of {','.join(CHIPS)}")
-    parser.add_argument("--clips", default="4", help="clips on the chip, several with commas")
+    parser.add_argument("--clips", default="4", help="clips per chip, comma-separated")
     parser.add_argument("--remat", default="none", help=f"some of {','.join(REMAT)}")
     parser.add_argument("--largest", action="store_true", help="search the most clips that fit")
-    parser.add_argument("--json", help="a file for the same figures")
-    parser.add_argument("--top", type=int, default=0, help="and so many operations, by HBM bytes")
-    given = parser.parse_args()
-    # What is compiled for chips that are not here can be written to a user's cache, but not read.
+    parser.add_argument("--json", help="file for the results as JSON")
+    parser.add_argument("--top", type=int, default=0, help="list this many operations by HBM bytes")
+    options = parser.parse_args()
+    # Programs for absent chips could be written to the compilation cache, but not read from it.
     jax.config.update("jax_enable_compilation_cache", False)
-    if given.json is not None:
-        check_writable(given.json)
+    if options.json is not None:
+        check_writable(options.json)
     cases = [
         Case(model, which, chip, clips, remat)
         for model, which, chip, remat, clips in itertools.product(
-            chosen(given.models), chosen(given.passes, PASSES), chosen(given.chips, CHIPS),
-            chosen(given.remat, REMAT), numbers("clips", given.clips),
+            chosen(options.models), chosen(options.passes, PASSES), chosen(options.chips, CHIPS),
+            chosen(options.remat, REMAT), numbers("clips", options.clips),
         )
     ]  # fmt: skip
     for model in {case.model for case in cases}:
-        variant(model)  # refused before anything is compiled
+        variant(model)  # raises before the first compilation
     print(HEADER, flush=True)
     rows = []
     for case in tqdm(cases, unit="program"):
-        found = measure(case, given.top)
-        tqdm.write(line(case, found))
-        rows.append((case, found))
+        row = measure(case, options.top)
+        tqdm.write(line(case, row))
+        rows.append((case, row))
     for group, members in groups(rows).items():
         memory = CHIPS[group.chip].memory
-        while given.largest and (clips := search.next_clips(tried(members), memory)) is not None:
+        while options.largest and (clips := search.next_clips(tried(members), memory)) is not None:
             case = dataclasses.replace(group, clips=clips)
-            members[clips] = measure(case, given.top)
+            members[clips] = measure(case, options.top)
             rows.append((case, members[clips]))
             print(line(case, members[clips]), flush=True)
         print(fits(group, members, memory), flush=True)
-    if given.json:
+    if options.json:
         report = {
             "jax": jax.__version__,
             "date": time.strftime("%Y-%m-%d"),
             "rows": [dataclasses.asdict(row) for _, row in rows if isinstance(row, Row)],
         }
-        write_whole(given.json, json.dumps(report, indent=1))
+        write_whole(options.json, json.dumps(report, indent=1))
 
 
-def chosen(given: str, known: Any = None) -> list[str]:
-    words = [word for word in given.split(",") if word]
+def chosen(text: str, allowed: Any = None) -> list[str]:
+    words = [word for word in text.split(",") if word]
     for word in words:
-        if known is not None and word not in known:
-            raise UserError(f"{word} is none of {', '.join(known)}")
+        if allowed is not None and word not in allowed:
+            raise UserError(f"{word} is none of {', '.join(allowed)}")
     return words
 
 
-def numbers(flag: str, given: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
-        raise UserError(f"--{flag} takes numbers, like 2,4,16, not {given!r}")
-    return [int(word) for word in given.split(",")]
+def numbers(flag: str, text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UserError(f"--{flag} takes numbers, like 2,4,16, not {text!r}")
+    return [int(word) for word in text.split(",")]
 
 
 def experiment_of(case: Case) -> Any:
-    """The published recipe with so many clips a step."""
+    """Returns the config of the published recipe, with the case's clips per step."""
     name = "kinetics" if variant(case.model).frames > 1 else "imagenet"
     config = in_memory.read_config(name, case.model)
     with config.unlocked():
@@ -157,17 +156,17 @@ def experiment_of(case: Case) -> Any:
 
 
 def measure(case: Case, top: int) -> Row | int:
-    """The figures, or where it does not fit the bytes that it would take."""
+    """Returns the costs of a case, or the bytes that it would need if it does not fit."""
     config = experiment_of(case)
-    found = compile.measure(
+    result = compile.measure(
         config,
         build.model_config(config, config.data.classes),
         compile.tpu_mesh(accelerators.parse(TOPOLOGIES[case.chip]), devices=1),
         which=case.which,
     )
-    if isinstance(found, compile.TooLarge):
-        return found.used
-    counts = found.counts
+    if isinstance(result, compile.TooLarge):
+        return result.used
+    counts = result.counts
     if top:
         tqdm.write(breakdown(counts, top))
     roofs = accelerators.roofs(counts, CHIPS[case.chip])
@@ -177,17 +176,17 @@ def measure(case: Case, top: int) -> Row | int:
         kernel_flops=counts.kernel_flops / case.clips,
         bytes=counts.bytes / case.clips,
         hbm_bytes=counts.hbm_bytes / case.clips,
-        xla_bytes=found.xla_bytes / case.clips,
-        peak=found.used,
+        xla_bytes=result.xla_bytes / case.clips,
+        peak=result.used,
         roofline=roofs.longest,
         compute_share=roofs.compute / roofs.longest,
-        compile_seconds=found.seconds,
+        compile_seconds=result.seconds,
         unknown_loops=counts.unknown_loops,
     )
 
 
 def breakdown(counts: counting.Counts, top: int) -> str:
-    """Bytes by kind of operation, by block and direction, and the largest operations."""
+    """Returns tables of bytes by kind of operation and by block, and the `top` operations."""
     operations = counts.operations
     parts = []
     for title, key in (("kind", lambda op: op.category), ("block", block)):
@@ -198,22 +197,22 @@ def breakdown(counts: counting.Counts, top: int) -> str:
             for i, value in enumerate((op.bytes, op.hbm_bytes, flops, 1000 * op.cycles)):
                 total[i] += op.trips * value / 1e9
         rows = sorted(groups.items(), key=lambda item: -item[1][1])
-        parts.append(f"\n{title}: GB, HBM GB, GFLOP, million cycles as the compiler estimates")
+        parts.append(f"\n{title}: GB, HBM GB, GFLOP, million cycles as estimated by the compiler")
         parts += [f"{a:8.3f} {b:8.3f} {c:8.1f} {d:8.2f}  {name}" for name, (a, b, c, d) in rows]
     parts.append("\noperation: HBM GB, trips")
-    search = sorted(operations, key=lambda op: -op.trips * op.hbm_bytes)[:top]
+    largest = sorted(operations, key=lambda op: -op.trips * op.hbm_bytes)[:top]
     parts += [
         f"{op.trips * op.hbm_bytes / 1e9:8.3f} {op.trips:4d}  {op.category} {op.name} {op.op_name}"
-        for op in search
+        for op in largest
     ]
     return "\n".join(parts)
 
 
 def block(op: counting.Operation) -> str:
-    """Of the scopes that the model sets, "stage2/block3", and which way."""
-    where = [part for part in counting.scopes(op.op_name) if re.match(r"(stage|block)s?\d", part)]
-    way = "backward" if "transpose(" in op.op_name else "forward"
-    return f"{'/'.join(where)} {way}" if where else "outside the blocks"
+    """Returns an operation's block and pass, such as "stage2/block3 backward"."""
+    scopes = [part for part in counting.scopes(op.op_name) if re.match(r"(stage|block)s?\d", part)]
+    direction = "backward" if "transpose(" in op.op_name else "forward"
+    return f"{'/'.join(scopes)} {direction}" if scopes else "outside the blocks"
 
 
 HEADER = """\
@@ -237,27 +236,27 @@ def line(case: Case, row: Row | int) -> str:
 
 
 def groups(rows: list[tuple[Case, Row | int]]) -> dict[Case, Rows]:
-    """Cases that differ in clips alone, by their number of clips."""
-    found: dict[Case, Rows] = {}
+    """Groups cases that differ in the number of clips alone."""
+    by_group: dict[Case, Rows] = {}
     for case, row in rows:
-        found.setdefault(dataclasses.replace(case, clips=0), {})[case.clips] = row
-    return found
+        by_group.setdefault(dataclasses.replace(case, clips=0), {})[case.clips] = row
+    return by_group
 
 
 def fits(group: Case, rows: Rows, memory: int | float) -> str:
-    """How many clips the chip holds, in a sentence."""
+    """Returns a sentence on the number of clips that fit on the chip."""
     name = f"{group.model}, {group.which}, {group.chip}, remat={group.remat}"
-    known = tried(rows)
-    if search.is_found(known, memory):
-        return f"{name}: {search.answer(known, memory)}"
+    results = tried(rows)
+    if search.is_found(results, memory):
+        return f"{name}: {search.answer(results, memory)}"
     if len(rows) < 2:
-        return f"{name}: how many clips fit follows from two numbers of them (--clips=2,4)"
-    line = f"by the line through {sorted(rows)}"
-    return f"{name}: about {search.estimate(known, memory)} clips fit, {line}"
+        return f"{name}: give two numbers of clips for an estimate of how many fit (--clips=2,4)"
+    basis = f"by linear extrapolation from {sorted(rows)}"
+    return f"{name}: about {search.estimate(results, memory)} clips fit, {basis}"
 
 
 def tried(rows: Rows) -> dict[int, search.Tried]:
-    """What each number of clips takes."""
+    """Converts rows to results of a search."""
     return {
         n: search.Tried(row, False) if isinstance(row, int) else search.Tried(row.peak, True)
         for n, row in rows.items()
