@@ -225,8 +225,8 @@ def _attentions(model: Functional, params: Any, clip: Array) -> list[Array]:
         if "attention" not in str(error) and "record" not in str(error):
             raise
         raise UserError(
-            "an attention of this model records no probabilities: take `record=None` in its call, "
-            'and leave them, `[batch, heads, queries, keys]`, in `record["attention"]`'
+            "an attention of this model captures no probabilities: accept `record=None` in its "
+            'call, and store them, `[batch, heads, queries, keys]`, in `record["attention"]`'
         ) from error
 
 

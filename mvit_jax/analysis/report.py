@@ -67,7 +67,7 @@ class Run:
         """The same test with shuffled frames."""
         test = self.test
         shuffled = (e for e in self.evaluations if e["shuffled_frames"])
-        return next((e for e in shuffled if test and marks(e) == marks(test)), None)
+        return next((e for e in shuffled if test and identify(e) == identify(test)), None)
 
     @property
     def cost(self) -> Cost | None:
@@ -186,8 +186,8 @@ def confused(
     ]
 
 
-def marks(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keys that identify a test.
+def identify(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of an evaluation that identify its test.
 
     Of the list only the file's name counts, as the data may have moved between two evaluations.
     """

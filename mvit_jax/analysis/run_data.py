@@ -71,10 +71,10 @@ def read(folder: str | AnyPath) -> Run:
     )
     if run.test is None:
         return run
-    marks = report.marks(run.test)
+    identity = report.identify(run.test)
     for path in sorted(folder.glob("clips*.json")):
         sheet = _load(path, _SHEET)
-        if sheet["of"] == marks:  # else it belongs to an earlier test: the last one was killed
+        if sheet["of"] == identity:  # else it belongs to an earlier test: the last one was killed
             return replace(run, sheet=sheet)
     return run
 
@@ -95,7 +95,7 @@ def write_comparison(folders: Sequence[str | AnyPath], path: str | AnyPath) -> s
 
 def keep_sheet(path: AnyPath, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Writes the example clips of an evaluation as JSON."""
-    write_whole(path, json.dumps(sheet | {"of": report.marks(evaluation)}) + "\n")
+    write_whole(path, json.dumps(sheet | {"of": report.identify(evaluation)}) + "\n")
 
 
 def evaluations(folder: AnyPath) -> list[dict[str, Any]]:
