@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, besides what passes between their devices."""
+"""Host-level coordination of processes: broadcasts, consistency checks, and shared files."""
 
 import json
 import socket
@@ -13,29 +13,29 @@ import jax
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath
 
-# All hosts of a large slice may take minutes until they run the command.
+# The hosts of a large slice may need minutes until all run the command.
 START_SECONDS = 300
 
-# How long a file on a shared disk may take to be seen by other hosts.
+# Time until a file on a shared disk is visible on the other hosts.
 SHARED_SECONDS = 60
 
-_calls: Counter[str] = Counter()  # of `from_first`, by what they ask for
+_calls: Counter[str] = Counter()  # calls of `from_first`, by name of the value
 
 
 def first() -> bool:
-    """Whether this process is the one that talks, and writes what all have."""
+    """Returns True in process 0, which prints and writes for all."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints what all processes find alike, once."""
+    """Prints in process 0 only, for text that all processes have."""
     if first():
         print(text, flush=True)
 
 
 @contextmanager
 def first_then_others(what: str, written: AnyPath) -> Generator[None, None, None]:
-    """Lets process 0 through alone, and the others when they see the file that it has `written`."""
+    """Runs the block in process 0 first, and in the others once its file `written` is visible."""
     if jax.process_count() == 1:
         yield
         return
@@ -50,63 +50,68 @@ def first_then_others(what: str, written: AnyPath) -> Generator[None, None, None
 
 
 def from_first(what: str, value: Any) -> Any:
-    """The value that process 0 has, of those that JSON knows. All must call this, and in the same
-    order; `what` may come again."""
+    """Returns the `value` of process 0, which must be serialisable as JSON.
+
+    All processes must call this in the same order. The name `what` may be used repeatedly.
+    """
     if jax.process_count() == 1:
         return value
-    client, mine, _ = service()
+    client, process, _ = service()
     key = f"mvit_jax/first/{what}/{_calls[what]}"
     _calls[what] += 1
-    if mine == 0:
+    if process == 0:
         client.key_value_set(key, json.dumps(value))
         return value
     return json.loads(client.blocking_key_value_get(key, START_SECONDS * 1000))
 
 
 def same_everywhere(what: str, values: Mapping[str, Any]) -> None:
-    """Compares what decides how processes go on together with what process 0 has: those who differ
-    would wait for each other for ever.
+    """Raises unless `values` equal those of process 0; a mismatch would deadlock in a collective.
 
     Args:
-      what: a word for it, in messages.
-      values: by the names under which a user knows them.
+      what: the name of the values in messages.
+      values: by the name that a user sets, such as a config key.
 
     Raises:
-      UserError: this process differs.
+      UserError: a value differs.
     """
-    ours = {name: repr(value) for name, value in values.items()}
-    theirs = from_first(what, ours)
+    here = {name: repr(value) for name, value in values.items()}
+    expected = from_first(what, here)
     differing = [
-        f"{name} is {ours.get(name)} here and {theirs.get(name)} there"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
+        f"{name} is {here.get(name)} here and {expected.get(name)} there"
+        for name in sorted(here.keys() | expected.keys())
+        if here.get(name) != expected.get(name)
     ]
     if differing:
         raise UserError(
             f"{socket.gethostname()} has another {what} than process 0: "
-            f"{'; '.join(differing[:5])}; give all processes the same"
+            f"{'; '.join(differing[:5])}; start all processes with the same"
         )
 
 
 def wait_for_file(path: AnyPath) -> None:
-    """Returns when this process sees a file that process 0 has written.
+    """Blocks until a file that process 0 has written is visible in this process.
 
     Raises:
-      UserError: after a minute, for which network file systems may believe what they saw before.
+      UserError: the file is not visible after `SHARED_SECONDS`. Network file systems may cache the
+        old state of a folder for about that time.
     """
     until = time.monotonic() + SHARED_SECONDS
     while not (first() or path.exists()):
         if time.monotonic() > until:
             raise UserError(
-                f"{socket.gethostname()} does not see {path}, which process 0 has written: name a "
-                "folder that all hosts share"
+                f"{path}, which process 0 has written, is not visible on {socket.gethostname()}: "
+                "use a folder that all hosts share"
             )
         time.sleep(0.5)
 
 
 def service() -> tuple[Any, int, int]:
-    """The client of the coordination service, whose store of keys and values JAX has in no public
-    module; this process, and how many there are, also where devices cannot be asked."""
+    """Returns JAX's coordination client, the index of this process, and the number of processes.
+
+    JAX has no public access to the client's key-value store. The two numbers are available before
+    the devices are initialised.
+    """
     from jax._src.distributed import global_state
 
     return global_state.client, global_state.process_id, global_state.num_processes

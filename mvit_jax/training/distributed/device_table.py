@@ -1,4 +1,4 @@
-"""Which process has which devices, as a table, and what looks wrong in it."""
+"""Table of the devices of each process, and warnings about unusual assignments."""
 
 import socket
 from collections import Counter, defaultdict
@@ -10,11 +10,11 @@ import jax
 from mvit_jax.common.text import plural
 
 Row = dict[str, Any]
-_LONGEST = 16  # processes; more are summed up by host
+_LONGEST = 16  # processes with a line each; more are grouped by kind
 
 
 def row(environ: Mapping[str, str]) -> Row:
-    """What this process sees: its number, its host, and its devices (kind, memory in GiB)."""
+    """Returns index, host and devices of this process, with the smallest memory in GiB."""
     devices = jax.local_devices()
     stats = [device.memory_stats() or {} for device in devices]
     return {
@@ -23,7 +23,7 @@ def row(environ: Mapping[str, str]) -> Row:
         "platform": jax.default_backend(),
         "kind": devices[0].device_kind if devices else "",
         "devices": [device.id for device in devices],
-        # The same on one host: the same device. CPUs and TPUs cannot be chosen twice.
+        # Equal entries of one host are the same GPU. Processes cannot share CPU or TPU devices.
         "hardware": [
             f"{environ.get('CUDA_VISIBLE_DEVICES', '')}/{device.local_hardware_id}"
             for device in devices
@@ -36,7 +36,7 @@ def row(environ: Mapping[str, str]) -> Row:
 
 
 def describe(rows: Sequence[Row]) -> str:
-    """A line for each process, or for each kind of process where there are many."""
+    """Returns a line per process, or a line per kind of process for more than 16 processes."""
     total = sum(len(row["devices"]) for row in rows)
     hosts = len({row["host"] for row in rows})
     head = f"{len(rows)} processes on {plural(hosts, 'host')}, {plural(total, 'device')}"
@@ -54,41 +54,41 @@ def describe(rows: Sequence[Row]) -> str:
 
 
 def suspicions(rows: Sequence[Row]) -> list[str]:
-    """One sentence for each thing that is seldom meant."""
-    found = []
+    """Returns one warning for each unusual assignment of devices."""
+    warnings = []
     platforms = {row["platform"] for row in rows}
     if len(platforms) > 1:
         odd = [row for row in rows if row["platform"] == "cpu"]
-        found.append(
-            f"{_names(odd)} see no accelerator, and others do: check what their machines or the "
-            "scheduler give them"
+        warnings.append(
+            f"{_names(odd)} see no accelerator, and others do: check their hosts and the "
+            "scheduler's options"
         )
     counts = Counter(len(row["devices"]) for row in rows)
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         odd = [row for row in rows if len(row["devices"]) != usual]
-        found.append(
+        warnings.append(
             f"{_names(odd)} have another number of devices than the usual {usual}: check the "
             "scheduler's options, and --local_device_ids"
         )
     by_host: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_host[row["host"]].append(row)
-    for host, there in by_host.items():
-        used = Counter(name for row in there for name in row["hardware"])
+    for host, local in by_host.items():
+        used = Counter(name for row in local for name in row["hardware"])
         shared = sorted(name.rpartition("/")[2] for name, n in used.items() if n > 1)
         if shared:
-            found.append(
-                f"several processes on {host} use the same GPU {', '.join(shared)}: give each its "
-                "own by --local_device_ids, or run one process a node"
+            warnings.append(
+                f"several processes on {host} use the same GPU {', '.join(shared)}: assign "
+                "separate GPUs by --local_device_ids, or run one process per node"
             )
-        allotted = there[0]["allotted"]
+        allotted = local[0]["allotted"]
         if used and allotted and allotted.isdigit() and len(used) < int(allotted):
-            found.append(
+            warnings.append(
                 f"{host} has {allotted} GPUs for this job, and its processes use {len(used)}: run "
-                "one process a GPU (srun --ntasks-per-node), or name them in --local_device_ids"
+                "one process per GPU (srun --ntasks-per-node), or list all in --local_device_ids"
             )
-    return found
+    return warnings
 
 
 def _what(row: Row) -> str:

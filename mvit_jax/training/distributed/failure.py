@@ -1,6 +1,7 @@
-"""Failure handling of many processes: an error, a death or a silence in one ends all.
+"""Failure handling across processes: an error, a crash or a hang of one process ends all.
 
-Every process watches the others by heartbeats in the key-value store of process 0.
+Each process writes heartbeats into the key-value store of the coordinator (process 0). A watcher
+thread in each process checks them.
 """
 
 import atexit
@@ -23,36 +24,37 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import first_line
 from mvit_jax.training.distributed import coordination
 
-# A process whose watcher is silent for so many beats is dead, or its machine is. JAX's own
-# heartbeat (the time of `jax.distributed.initialize`) comes later. Alone it is as quick, but ends
-# in 30 lines of a dump and by abort(), which is status 139 and not 134 where Python is process 1 of
-# a container; and a collective that broke could not be told from an error that is yet to be heard.
+# A process without a heartbeat for this many beats counts as lost. JAX's own heartbeat has a longer
+# timeout here (`jax.distributed.initialize`). JAX alone would be as fast, but ends with a dump of
+# 30 lines and abort(): status 139, not 134, where Python is process 1 of a container. It also
+# cannot separate a broken collective from an error that a peer is about to report.
 BEAT_SECONDS = 2
 SILENT_BEATS = 45
-FAILED_BEATS = 3  # calls of process 0 that fail at once, after which it is taken for dead
-# How long the others wait at the end for process 0, which may draw and write for minutes.
+FAILED_BEATS = 3  # calls to process 0 that fail at once, before it counts as lost
+# Time that the other processes wait at exit for process 0, which may draw and write for minutes.
 LAST_SECONDS = 3600
-# How long process 0, through which all messages go, waits until its last one is heard, and then
-# until those who heard it are gone: JAX aborts whoever still is there when process 0 ends.
+# JAX aborts every process that still runs when process 0 exits. So process 0 first waits until its
+# last message is acknowledged, and then until the other processes have exited.
 PATIENCE_SECONDS = 10
 LEAVING_SECONDS = 2
 
-# What they tell each other by the key-value store of process 0.
+# Keys in the key-value store of process 0.
 _HERE, _ALIVE = (f"mvit_jax/{key}" for key in ("here", "alive"))
 _ENDED, _HEARD, _DONE = (f"mvit_jax/{key}" for key in ("ended", "heard", "done"))
-AGAIN = "the same command on all processes goes on from the last checkpoint"
+AGAIN = "the same command on all processes resumes from the last checkpoint"
 
 LOST = 134
-"""The exit status of those who lost another process, or waited for it in vain: to be started again.
-It is that of abort(), by which JAX ends a process that has lost process 0."""
+"""The exit status of a process that lost a peer or timed out on it; the run should be restarted.
+
+It equals the status of abort(), with which JAX ends a process that has lost process 0."""
 
 
 @contextmanager
 def together() -> Generator[None, None, None]:
-    """An exception in here ends all processes, with its reason and exit status 1, or `LOST`.
+    """Ends all processes on an exception inside, with its reason and exit status 1 or `LOST`.
 
-    The others would wait for this one in a collective operation. Nothing is unwound, for what is
-    left to close may wait for the others in turn.
+    Otherwise the peers would block in a collective. The stack is not unwound, as closing the open
+    contexts may block on the peers in turn. With one process, the exception propagates.
     """
     try:
         yield
@@ -63,18 +65,18 @@ def together() -> Generator[None, None, None]:
     except KeyboardInterrupt:
         if not jax.distributed.is_initialized():
             raise
-        _fail(UserError("stopped at the keyboard"))
+        _fail(UserError("interrupted by Ctrl-C"))
 
 
 def _fail(error: Exception) -> NoReturn:
     if isinstance(error, UserError):
         end_with(str(error))
     if _peer_lost(error):
-        # The peer's own last words, if it had any, come to the watcher, which then ends this one.
-        silent = _silent()
-        what = f"{' and '.join(silent)} has died, or its machine has"
+        # If the peer reported its error, the watcher reads the report and ends this process first.
+        silent = _silent_processes()
+        what = f"{' and '.join(silent)} has died, or its host has"
         if not silent:
-            _say("".join(traceback.format_exception(error)).rstrip())
+            _print("".join(traceback.format_exception(error)).rstrip())
             what = f"the connection to another process broke ({first_line(error)})"
         end_with(f"{what}: {AGAIN}", status=LOST, dead=len(silent))
     text = "".join(traceback.format_exception(error)).rstrip()
@@ -82,12 +84,12 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _peer_lost(error: BaseException) -> bool:
-    """Whether a collective operation failed because another process is gone."""
+    """Returns True if a collective failed because a peer is gone."""
     signs = r"(?i)gloo|connection (closed|reset|refused)|heartbeat|socket closed|\bUNAVAILABLE\b"
     signs += r"|DEADLINE_EXCEEDED|nccl|barrier"
     chain: BaseException | None = error
     while chain is not None:
-        # JAX's own collectives say it in a ValueError: "UNKNOWN: Gloo AllGather failed: ...".
+        # JAX's own collectives raise a ValueError: "UNKNOWN: Gloo AllGather failed: ...".
         ours = isinstance(chain, UserError) or not isinstance(chain, ValueError | RuntimeError)
         if not ours and re.search(signs, str(chain)):
             return True
@@ -95,8 +97,8 @@ def _peer_lost(error: BaseException) -> bool:
     return False
 
 
-def _silent() -> list[str]:
-    """The processes that do not live any more, by the beats of their watchers."""
+def _silent_processes() -> list[str]:
+    """Returns the processes whose heartbeats have stopped."""
     client, _, _ = coordination.service()
     try:
         before = dict(client.key_value_dir_get(_ALIVE))
@@ -107,145 +109,157 @@ def _silent() -> list[str]:
             for name, beat in before.items()
             if after.get(name) == beat
         ]
-    except jax.errors.JaxRuntimeError:  # all messages go through it
+    except jax.errors.JaxRuntimeError:  # its key-value store does not answer
         return ["process 0"]
 
 
-_ending = threading.Lock()  # whoever has it ends this process
+_ending = threading.Lock()  # held by the thread that ends this process
 
 
 def end_with(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoReturn:
-    """Tells all processes why this one ends, prints that or `text`, and ends it; so many of the
-    others are known to be dead."""
+    """Publishes the reason to all processes, prints it, and exits this process.
+
+    Args:
+      reason: one sentence, without "error:".
+      text: printed in place of the reason, such as a traceback.
+      status: the exit status of all processes.
+      dead: the number of peers that are known to be dead, and cannot acknowledge.
+    """
     if not _ending.acquire(blocking=False):
-        time.sleep(2 * PATIENCE_SECONDS)  # the watcher is ending this process
+        time.sleep(2 * PATIENCE_SECONDS)  # the watcher already ends this process
         os._exit(status)
-    _say(text or f"error: {reason}")
-    client, mine, _ = coordination.service()
-    words = {
-        "process": mine, "host": socket.gethostname(), "reason": reason, "status": status,
+    _print(text or f"error: {reason}")
+    client, process, _ = coordination.service()
+    notice = {
+        "process": process, "host": socket.gethostname(), "reason": reason, "status": status,
         "dead": dead,
     }  # fmt: skip
-    with suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is there
-        client.key_value_set(_ENDED, json.dumps(words))
+    with suppress(
+        jax.errors.JaxRuntimeError
+    ):  # a peer's notice is already set, or process 0 is gone
+        client.key_value_set(_ENDED, json.dumps(notice))
     _leave(status, dead)
 
 
 def _leave(status: int, dead: int) -> NoReturn:
-    """Ends this process: process 0, through which all messages go, after all that live."""
-    client, mine, count = coordination.service()
-    if mine == 0:
-        _wait_until_heard(client, count - 1 - dead)
+    """Exits this process; process 0, which has the key-value store, exits after all live peers."""
+    client, process, count = coordination.service()
+    if process == 0:
+        _wait_for_acknowledgements(client, count - 1 - dead)
     else:
         with suppress(jax.errors.JaxRuntimeError):
-            client.key_value_set(f"{_HEARD}/{mine}", "", allow_overwrite=True)
+            client.key_value_set(f"{_HEARD}/{process}", "", allow_overwrite=True)
     os._exit(status)
 
 
-def _wait_until_heard(client: Any, others: int) -> None:
+def _wait_for_acknowledgements(client: Any, peers: int) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < until:
         try:
-            heard = len(client.key_value_dir_get(_HEARD))
+            acknowledged = len(client.key_value_dir_get(_HEARD))
         except jax.errors.JaxRuntimeError:
             return
-        if heard >= others:
-            time.sleep(LEAVING_SECONDS if heard else 0)
+        if acknowledged >= peers:
+            time.sleep(LEAVING_SECONDS if acknowledged else 0)
             return
         time.sleep(0.1)
 
 
 def start_watching() -> None:
-    client, mine, _ = coordination.service()
-    if mine == 0:
+    """Starts the watcher thread, which writes and checks heartbeats until the process exits."""
+    client, process, _ = coordination.service()
+    if process == 0:
         client.key_value_set(_HERE, "")
     finished = threading.Event()
     watcher = threading.Thread(target=_watch, args=(finished,), daemon=True)
 
     def end() -> None:
         with suppress(jax.errors.JaxRuntimeError):
-            if mine == 0:
+            if process == 0:
                 client.key_value_set(_DONE, "")
-            else:  # it may take long for what it alone writes, and may fail in that
+            else:  # process 0 may write files for long after the last step, and may fail in that
                 client.blocking_key_value_get(_DONE, LAST_SECONDS * 1000)
         finished.set()
-        watcher.join()  # a thread that is in C++ when Python ends would abort the process
-        with suppress(jax.errors.JaxRuntimeError):  # which shall not be missed by process 0
-            client.key_value_delete(f"{_ALIVE}/{mine}")
+        watcher.join()  # a thread inside C++ at interpreter exit would abort the process
+        with suppress(jax.errors.JaxRuntimeError):  # so that process 0 does not report it as lost
+            client.key_value_delete(f"{_ALIVE}/{process}")
 
-    atexit.register(end)  # later than JAX has registered its own end, so it comes before that
+    atexit.register(end)  # registered after JAX's own handler, so it runs before that
     watcher.start()
 
 
 def _watch(finished: threading.Event) -> None:
-    """Ends this process when another one has ended for a reason, or has fallen silent."""
-    client, mine, _ = coordination.service()
+    """Ends this process when a peer has failed or its heartbeats have stopped."""
+    client, process, _ = coordination.service()
     beats: dict[str, tuple[str, int]] = {}
     silent = 0.0
     for beat in itertools.count():
         if finished.is_set():
             return
-        try:  # what is there comes at once, and has a time limit: the calls after it have none
+        try:  # an existing key returns at once; only this call has a timeout, those below have none
             client.blocking_key_value_get(_HERE, BEAT_SECONDS * 1000)
         except jax.errors.JaxRuntimeError as error:
             late = "DEADLINE_EXCEEDED" in str(error)
-            silent += 1 if late else SILENT_BEATS / FAILED_BEATS  # a network may stutter
+            silent += 1 if late else SILENT_BEATS / FAILED_BEATS  # tolerates short network faults
             if silent >= SILENT_BEATS and not finished.is_set():
-                _without_first(late)
+                _exit_coordinator_lost(late)
             finished.wait(0 if late else BEAT_SECONDS)
             continue
         silent = 0.0
-        with suppress(jax.errors.JaxRuntimeError):  # mostly that nothing has ended this beat
-            client.key_value_set(f"{_ALIVE}/{mine}", str(beat), allow_overwrite=True)
-            if mine == 0:
+        with suppress(jax.errors.JaxRuntimeError):  # mostly the timeout: no process has failed
+            client.key_value_set(f"{_ALIVE}/{process}", str(beat), allow_overwrite=True)
+            if process == 0:
                 _check_beats(dict(client.key_value_dir_get(_ALIVE)), beats, beat)
-            words = json.loads(client.blocking_key_value_get(_ENDED, BEAT_SECONDS * 1000))
+            notice = json.loads(client.blocking_key_value_get(_ENDED, BEAT_SECONDS * 1000))
             if not finished.is_set():
-                _obey(words)
+                _exit_on_peer_failure(notice)
             return
 
 
-def _without_first(late: bool) -> NoReturn:
-    """Ends this process, which has lost process 0 and can tell nobody."""
+def _exit_coordinator_lost(late: bool) -> NoReturn:
+    """Exits with `LOST`: process 0 does not answer, so peers cannot be notified."""
     for_seconds = f" for {SILENT_BEATS * BEAT_SECONDS} s" if late else ""
     if _ending.acquire(blocking=False):
-        _say(
-            f"error: process 0 has not been heard of{for_seconds}, it died or its machine did: "
-            f"{AGAIN}"
+        _print(
+            f"error: process 0 has not answered{for_seconds}, so it or its host has died: {AGAIN}"
         )
     os._exit(LOST)
 
 
-def _obey(words: dict[str, Any]) -> None:
+def _exit_on_peer_failure(notice: dict[str, Any]) -> None:
     if not _ending.acquire(blocking=False):
-        return  # this one ends for a reason of its own
-    host = f" ({words['host']})" if words["host"] else ""
-    _say(f"error: process {words['process']}{host} has ended the run: {words['reason']}")
-    _leave(words["status"], words["dead"])
+        return  # this process already ends for another reason
+    host = f" ({notice['host']})" if notice["host"] else ""
+    _print(f"error: process {notice['process']}{host} has ended the run: {notice['reason']}")
+    _leave(notice["status"], notice["dead"])
 
 
 def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: int) -> None:
-    """Ends the run when a process has not been heard of for `SILENT_BEATS` beats of process 0; of
-    its own beats and not of seconds, so that a job that is suspended as a whole may go on."""
+    """Ends the run if a process has sent no heartbeat for `SILENT_BEATS` beats of process 0.
+
+    The limit counts beats of process 0, not seconds, so that a job that was suspended as a whole
+    can continue.
+    """
     for name, value in now.items():
         if seen.get(name, ("", 0))[0] != value:
             seen[name] = (value, beat)
         elif beat - seen[name][1] >= SILENT_BEATS:
             end_with(
-                f"process {name.rpartition('/')[2]} has not been heard of for "
-                f"{SILENT_BEATS * BEAT_SECONDS} s, it died or its machine did: {AGAIN}",
+                f"process {name.rpartition('/')[2]} has sent no heartbeat for "
+                f"{SILENT_BEATS * BEAT_SECONDS} s, so it or its host has died: {AGAIN}",
                 status=LOST,
                 dead=1,
             )
 
 
 def end_alone(sentence: str) -> NoReturn:
-    _say(f"error: {sentence}")
-    os._exit(LOST)  # their hosts may be on their way
+    """Prints an error and exits with `LOST`, without notifying the peers."""
+    _print(f"error: {sentence}")
+    os._exit(LOST)  # not 1, as a restart may succeed: the other hosts may only be late
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # nobody may be left to read it, and the process ends all the same
+def _print(text: str) -> None:
+    with suppress(OSError):  # a closed pipe must not prevent the exit
         sys.stdout.flush()
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)

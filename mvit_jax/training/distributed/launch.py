@@ -1,9 +1,9 @@
-"""Start of many processes that train or test as one: flags, clusters, the devices of each.
+"""Multi-process start: flags, cluster detection, and the devices of each process.
 
-JAX's multi-controller runtime runs the same program in every process, with the devices of all as
-one mesh. Without flags and outside of a cluster there is one process, and nothing here does
-anything. Programs import this module for its flags, call `start` before anything else that touches
-JAX, and do their work within `failure.together`.
+In JAX's multi-controller runtime every process runs the same program, and the devices of all
+processes form one mesh. Without flags and outside of a cluster there is one process, and `start`
+does nothing. Programs import this module for its flags, call `start` before any other use of JAX,
+and work within `failure.together`.
 """
 
 import json
@@ -22,18 +22,18 @@ from mvit_jax.common.text import first_line
 from mvit_jax.training.distributed import coordination, device_table, failure
 
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT on which process 0 listens; found in clusters.",
+    "coordinator", None, "HOST:PORT on which process 0 listens; detected in clusters.",
     allow_override=True,
 )  # fmt: skip
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How many processes run this command; 1 looks for no others.",
+    "num_processes", None, "Number of processes that run this command; 1 skips cluster detection.",
     allow_override=True,
 )  # fmt: skip
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this one is, from 0.", allow_override=True
+    "process_id", None, "Index of this process, from 0.", allow_override=True
 )
 _LOCAL_DEVICE_IDS = flags.DEFINE_list(
-    "local_device_ids", None, "The GPUs of this machine that this process uses, like 0,1.",
+    "local_device_ids", None, "GPUs of this host that this process uses, like 0,1.",
     allow_override=True,
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ _DEVICES = "mvit_jax/devices"  # in the key-value store of process 0
 
 
 def start() -> None:
-    """Joins the other processes of this command, as its flags or the cluster say; see `connect`."""
+    """Joins the processes of the run as the flags or the cluster specify; see `connect`."""
     ids = _LOCAL_DEVICE_IDS.value
     try:
         devices = None if ids is None else [int(i) for i in ids]
@@ -58,31 +58,32 @@ def connect(
     process_id: int | None = None,
     local_device_ids: list[int] | None = None,
 ) -> None:
-    """Joins the processes of a run, before anything else uses JAX; prints which devices they have.
+    """Joins the processes of a run and prints their devices; call before any other use of JAX.
 
-    What is not given is found by JAX on Cloud TPUs and under SLURM, Open MPI and Kubernetes. A
-    process that belongs to no such cluster, or is alone in it, starts as the only one.
+    On Cloud TPUs and under SLURM, Open MPI and Kubernetes, JAX detects the arguments that are None.
+    Outside of such a cluster, or alone in it, the process runs as a single one.
 
     Args:
-      coordinator: HOST:PORT on which process 0 listens, and all others reach it.
-      num_processes: how many there are; 1 looks for no others.
-      process_id: which of them this one is, from 0.
-      local_device_ids: GPUs that this one uses; None for all it sees, or as SLURM deals them.
+      coordinator: HOST:PORT on which process 0 listens; all processes must reach it.
+      num_processes: number of processes; 1 skips cluster detection.
+      process_id: index of this process, from 0.
+      local_device_ids: GPUs of this process; None for all visible ones, or for SLURM's assignment.
 
     Raises:
-      UserError: what is given contradicts itself, or does not suffice.
+      UserError: the arguments contradict each other or do not suffice, the coordinator's port
+        cannot be opened, or a process cannot use its devices.
     """
-    given = (coordinator, num_processes, process_id)
-    if num_processes == 1 or (given == (None,) * 3 and alone(os.environ)):
+    address = (coordinator, num_processes, process_id)
+    if num_processes == 1 or (address == (None,) * 3 and alone(os.environ)):
         return
     if jax.distributed.is_initialized():
         return
-    _check(*given)
-    if local_device_ids is None and given == (None,) * 3:
+    _check(*address)
+    if local_device_ids is None and address == (None,) * 3:
         local_device_ids = slurm_devices(os.environ)
-    # JAX ends a process that waits for others in vain by abort() and a C++ stack dump: this ends
-    # it before, with a sentence.
-    watchdog = threading.Timer(coordination.START_SECONDS, _nobody_came, (given,))
+    # JAX ends a start that times out by abort() and a C++ stack dump. This timer ends it before,
+    # with one sentence.
+    watchdog = threading.Timer(coordination.START_SECONDS, _exit_startup_timeout, (coordinator,))
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -97,81 +98,82 @@ def connect(
             return
         failure.start_watching()
         with failure.together():
-            _introduce()
+            _print_devices()
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        _no_cluster(error, given)
+        _raise_no_cluster(error, address)
     finally:
         watchdog.cancel()
 
 
-def _no_cluster(error: Exception, given: tuple[Any, ...]) -> None:
-    """Returns where no cluster was found and nobody asked for one."""
+def _raise_no_cluster(error: Exception, address: tuple[Any, ...]) -> None:
+    """Raises a `UserError`; returns if no cluster was detected and no flags were set."""
     message = " ".join(str(error).split())
-    found_none = isinstance(error, ValueError) and "should be defined" in message
-    if found_none and given == (None,) * 3 and "JOB_COMPLETION_INDEX" not in os.environ:
+    undetected = isinstance(error, ValueError) and "should be defined" in message
+    if undetected and address == (None,) * 3 and "JOB_COMPLETION_INDEX" not in os.environ:
         return
-    if found_none or "must be defined" in message:
+    if undetected or "must be defined" in message:
         what = (
-            "this pod of an indexed job cannot find the others without the package kubernetes "
+            "this pod of an indexed job cannot find its peers without the package kubernetes "
             "(pip install 'jax[k8s]')"
-            if given == (None,) * 3
-            else "this machine is in no cluster that tells the rest"
+            if address == (None,) * 3
+            else "no cluster was detected that sets the remaining flags"
         )
         raise UserError(
             f"{what}: give --coordinator=HOST:PORT, --num_processes and --process_id together, or "
-            "--num_processes=1 for one process alone"
+            "--num_processes=1 for a single process"
         ) from None
     if "start RPC server" in message or "in use" in message:
         raise UserError(
-            f"process 0 cannot listen at {given[0] or 'the port that was found'}: another program "
-            "does, perhaps an earlier start of this one; end that, or name a free port in "
-            "--coordinator of all processes"
+            f"process 0 cannot listen at {address[0] or 'the detected port'}: another program uses "
+            "the port, perhaps an earlier start of this command; end that program, or set a free "
+            "port in --coordinator of all processes"
         ) from error
     raise UserError(
-        f"the processes of this run could not be brought together ({message[:300]}): mend that, "
-        "give --coordinator=HOST:PORT, --num_processes and --process_id, or --num_processes=1 for "
-        "one process alone"
+        f"the processes of this run could not connect ({message[:300]}): fix the cause, give "
+        "--coordinator=HOST:PORT, --num_processes and --process_id, or --num_processes=1 for a "
+        "single process"
     ) from error
 
 
-def _nobody_came(given: tuple[Any, ...]) -> NoReturn:
-    """Ends this process, which has waited for the others in vain."""
-    from jax._src.distributed import global_state  # what was detected is nowhere else
+def _exit_startup_timeout(coordinator: str | None) -> NoReturn:
+    """Exits with `failure.LOST`: not all processes have connected in time."""
+    from jax._src.distributed import global_state  # no public module has the detected address
 
-    coordinator = global_state.coordinator_address or given[0]
-    _, mine, count = coordination.service()
+    detected = global_state.coordinator_address or coordinator
+    _, process, count = coordination.service()
     seconds = coordination.START_SECONDS
     what = (
-        f"process {mine} of {count} has waited {seconds} s for the others at {coordinator}"
-        if coordinator
-        else f"the cluster has not told within {seconds} s who the other processes are"
+        f"process {process} of {count} timed out after {seconds} s: not all processes have "
+        f"connected to {detected}"
+        if detected
+        else f"the other processes were not detected within {seconds} s"
     )
     failure.end_alone(
-        f"{what}: start the same command on all of them, with the address of process 0 and a port "
-        "that it may open in --coordinator (--num_processes=1 is for one process alone)"
+        f"{what}; start the same command on all hosts, and set --coordinator to the address of "
+        "process 0 with a port that it may open (--num_processes=1 is for a single process)"
     )
 
 
-def _introduce() -> None:
-    """Prints the devices of all processes."""
-    client, mine, count = coordination.service()
+def _print_devices() -> None:
+    """Prints the devices of all processes, in process 0."""
+    client, process, count = coordination.service()
     try:
         row = device_table.row(os.environ)
     except RuntimeError as error:
         raise UserError(
-            f"process {mine} on {socket.gethostname()} cannot use its devices, or some process "
-            f"sees none ({first_line(error)}): check what the scheduler gives "
-            "each, and --local_device_ids"
+            f"process {process} on {socket.gethostname()} cannot use its devices, or some process "
+            f"has none ({first_line(error)}): check the scheduler's assignment of devices, and "
+            "--local_device_ids"
         ) from error
-    client.key_value_set(f"{_DEVICES}/{mine}", json.dumps(row))
-    if mine > 0:
+    client.key_value_set(f"{_DEVICES}/{process}", json.dumps(row))
+    if process > 0:
         return
     rows = [_devices_of(i, client) for i in range(count)]
     print(device_table.describe(rows), flush=True)
-    for sentence in device_table.suspicions(rows):
-        print(f"warning: {sentence}", flush=True)
+    for warning in device_table.suspicions(rows):
+        print(f"warning: {warning}", flush=True)
 
 
 def _devices_of(process: int, client: Any) -> dict[str, Any]:
@@ -181,19 +183,19 @@ def _devices_of(process: int, client: Any) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError:
         reason = (
             f"process {process} has not started its devices within {coordination.START_SECONDS} s: "
-            f"see whether something else holds them; {failure.AGAIN}"
+            f"check for another program that uses them; {failure.AGAIN}"
         )
         failure.end_with(reason, status=failure.LOST)
 
 
 def alone(environ: Mapping[str, str]) -> bool:
-    """Whether what looks like a cluster is one process of its own: a notebook in Kubernetes, a
-    single task in an allocation of SLURM. (In a shell there JAX finds none itself.)
+    """Returns True for a single process inside of a cluster, where JAX's detection must not run.
 
-    JAX would ask Kubernetes for the job of a pod that has none, and takes the number of tasks of an
-    allocation for that of the processes, though only srun starts so many.
+    Examples are a notebook in Kubernetes and a single task of a SLURM allocation. JAX would query
+    Kubernetes for the job of a pod that belongs to none. Under SLURM, JAX takes the number of tasks
+    of the allocation as the number of processes, though only srun starts that many.
     """
-    # One host is called localhost, on a GPU machine too (`absent_tpu`).
+    # "localhost" is the value on a single host, on a GPU machine too (`absent_tpu`).
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "localhost")
     tpu = hosts != "localhost" or "TPU_PROCESS_ADDRESSES" in environ
     if "KUBERNETES_SERVICE_HOST" in environ and not tpu:
@@ -205,15 +207,15 @@ def alone(environ: Mapping[str, str]) -> bool:
 
 
 def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """The GPUs of this task where SLURM gives it all that it sees; None leaves them to JAX.
+    """Returns all visible GPUs if SLURM assigns them to this task alone; None leaves it to JAX.
 
-    JAX gives the task i of a node the GPU i alone (jax issues 16788, 23452, 28194). That leaves
-    all but one idle if there is one task a node, and is no GPU at all if each task sees only its
-    own, by --gpus-per-task.
+    JAX uses only GPU i for task i of a node (jax issues 16788, 23452, 28194). With one task per
+    node, all other GPUs would be idle. With --gpus-per-task each task sees only its own GPUs, so
+    GPU i may not exist.
     """
     if "SLURM_JOB_ID" not in environ or "CUDA_VISIBLE_DEVICES" not in environ:
         return None
-    visible = [word for word in environ["CUDA_VISIBLE_DEVICES"].split(",") if word]
+    visible = [gpu for gpu in environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     if visible and ("SLURM_GPUS_PER_TASK" in environ or re.fullmatch(r"1(\(x\d+\))?", tasks)):
         return list(range(len(visible)))

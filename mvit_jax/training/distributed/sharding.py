@@ -1,9 +1,9 @@
-"""Which device holds what: the mesh, the batch, and the state.
+"""Mesh, and shardings of the batch and the state.
 
-The batch is split over both axes of the mesh `("data", "fsdp")`; the state is copied along "data"
-and split along "fsdp" (fully sharded data parallelism). So `fsdp=1` is plain data parallelism,
-`data=1` shards the state over all devices, and with several slices of a pod an fsdp group lies
-within one: what goes between slices, over the slower network, are gradients alone.
+The batch is sharded over both axes of the mesh `("data", "fsdp")`. The state is replicated along
+"data" and sharded along "fsdp" (fully sharded data parallelism). So `fsdp=1` is plain data
+parallelism, and `data=1` shards the state over all devices. On a pod of several slices each fsdp
+group lies within one slice, so that only gradients cross the slower network between slices.
 """
 
 from collections import Counter
@@ -15,20 +15,26 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mvit_jax.common.errors import UserError
 
 AXES = ("data", "fsdp")
-# Smaller leaves (norms, biases) are copied: gathering them would cost more than it saves.
+# Smaller leaves (norms, biases) are replicated: gathering them costs more than sharding saves.
 SMALLEST_SHARDED = 2**11  # elements
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
-    """A mesh of `data` x `fsdp` devices, of all processes; `data=-1` takes all that are left.
+    """Returns a mesh of `data` x `fsdp` devices of all processes.
+
+    Args:
+      data: size of the "data" axis; -1 for the number of devices divided by `fsdp`.
+      fsdp: size of the "fsdp" axis.
+      devices: by default all devices.
 
     Raises:
-      UserError: the devices do not divide so, or an fsdp group would lie in two slices.
+      UserError: `data` x `fsdp` is not the number of devices, or an fsdp group spans two slices.
     """
     devices = _in_order(jax.devices() if devices is None else devices)
     if fsdp < 1 or (data == -1 and len(devices) % fsdp):
         raise UserError(
-            f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices; set a divisor of it"
+            f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices; set a divisor of "
+            f"{len(devices)}"
         )
     data = len(devices) // fsdp if data == -1 else data
     if data * fsdp != len(devices):
@@ -42,25 +48,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 
 
 def _in_order(devices) -> list:
-    """Devices by slice, process and number.
+    """Sorts devices by slice, process and index.
 
-    A process then has neighbouring rows of a batch, and an fsdp group is a row of hosts.
-    `mesh_utils.create_hybrid_device_mesh` also keeps slices apart, and beyond that lays each axis
-    of the mesh along an axis of the TPU's torus. That cuts the 2 x 2 chips of a host in two (on
-    v5e:16x16 with fsdp=16 the rows of 64 hosts lie in 128 pieces), in exchange for groups that are
-    rings of the torus. With fsdp=1 or fsdp over a whole slice, all that models of at most 218M
-    parameters call for, a group is all chips of the slice, in whatever order.
+    Each process then has a contiguous range of the batch's rows, and an fsdp group is a row of
+    hosts. `mesh_utils.create_hybrid_device_mesh` also separates slices, and in addition aligns each
+    axis of the mesh with an axis of the TPU's torus. Its fsdp groups are rings of the torus, but it
+    splits the 2 x 2 chips of a host: on v5e:16x16 with fsdp=16, the rows of 64 hosts lie in 128
+    pieces. Models of at most 218M parameters only need fsdp=1 or fsdp over a whole slice. A group
+    is then all chips of the slice, and their order does not matter.
     """
     return sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
 
 
 def _slice(device) -> int:
-    """The slice of a device, 0 where there is one; on GPUs the machines with a common NVLink."""
+    """Returns the slice index of a device, by default 0; on GPUs, hosts with a common NVLink."""
     return getattr(device, "slice_index", None) or 0
 
 
 def _check_slices(devices: list, fsdp: int) -> None:
-    # What JAX calls a slice of GPUs is one machine, and several of them may well share a state.
+    # JAX's slice of GPUs is one machine, and an fsdp group may span several machines.
     if devices[0].platform != "tpu":
         return
     chips = Counter(map(_slice, devices))
@@ -68,12 +74,13 @@ def _check_slices(devices: list, fsdp: int) -> None:
         if count % fsdp:
             raise UserError(
                 f"mesh.fsdp={fsdp} does not divide the {count} chips of slice {number}, one of "
-                f"{len(chips)}: parameters would be gathered between slices; set a divisor of it"
+                f"{len(chips)}: parameters would be gathered between slices; set a divisor of "
+                f"{count}"
             )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are dealt to all devices in order."""
+    """Returns the sharding of a batch: rows are split over all devices in order."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
@@ -82,15 +89,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(mesh: Mesh, tree):
-    """Shardings for a tree of arrays (or their shapes): each large leaf is split along its largest
-    dimension that the "fsdp" axis divides, every other one is copied."""
+    """Returns shardings for a tree of arrays or shapes.
+
+    A leaf of at least `SMALLEST_SHARDED` elements is sharded along its largest dimension that the
+    "fsdp" axis divides. All other leaves are replicated.
+    """
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), tree)
 
 
 def placed(shapes, shardings):
-    """Returns a tree of shapes with the shardings of another."""
+    """Returns a tree of shapes with the shardings of a second tree."""
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings,
     )
@@ -106,21 +116,26 @@ def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def local_rows(batch: int, mesh: Mesh, process: int | None = None) -> range:
-    """The rows of a global batch that a process reads, by default this one."""
+    """Returns the rows of a global batch that a process loads, by default this process.
+
+    Raises:
+      UserError: the batch is not divisible over the mesh.
+      ValueError: the devices of the process are not contiguous in the mesh.
+    """
     if batch % mesh.size:
         raise UserError(
-            f"a batch of {batch} does not divide among {mesh.size} devices; "
+            f"a batch of {batch} is not divisible over {mesh.size} devices; "
             f"set a multiple of {mesh.size}"
         )
     process = jax.process_index() if process is None else process
-    places = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == process]
-    if not places or places != list(range(places[0], places[-1] + 1)):
-        raise ValueError(f"process {process} has the devices {places} of the mesh, not neighbours")
+    positions = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == process]
+    if not positions or positions != list(range(positions[0], positions[-1] + 1)):
+        raise ValueError(f"process {process} has devices {positions} of the mesh: not contiguous")
     share = batch // mesh.size
-    return range(places[0] * share, (places[-1] + 1) * share)
+    return range(positions[0] * share, (positions[-1] + 1) * share)
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows, as part of a global batch on the mesh."""
+    """Returns a global batch on the mesh, made of the rows that each process has loaded."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -139,7 +139,7 @@ def test_meshes_that_do_not_fit_say_so():
         sharding.make_mesh(-1, 3, jax.devices())
     with pytest.raises(UserError, match="are 12 devices, and there are 8"):
         sharding.make_mesh(4, 3, jax.devices())
-    with pytest.raises(UserError, match="batch of 12 does not divide among 8"):
+    with pytest.raises(UserError, match="batch of 12 is not divisible over 8"):
         sharding.local_rows(12, sharding.make_mesh(devices=jax.devices()))
 
 
@@ -190,5 +190,5 @@ def test_hosts_with_unequal_shares_read_as_many_rows_as_their_devices_take():
     mesh = sharding.make_mesh(devices=chips)
     assert [sharding.local_rows(8, mesh, host) for host in (0, 1)] == [range(2), range(2, 8)]
     scattered = Mesh(np.asarray(chips)[[1, 0, 2, 3]].reshape(4, 1), sharding.AXES)
-    with pytest.raises(ValueError, match="not neighbours"):
+    with pytest.raises(ValueError, match="not contiguous"):
         sharding.local_rows(8, scattered, 1)
