@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_set_aside(reference, there, storage, run, tmp_p
         content[len(content) // 2] ^= 1
         storage.put("a-bucket", name, bytes(content))
     done = run("train", f"--workdir={there}", storage=storage)
-    assert f"is now {there}/damaged/9, and training goes on from 8" in done.out
+    assert f"moved to {there}/damaged/9; training resumes from step 8" in done.out
     folder = copied(storage, "runs/b", tmp_path)
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["9"]
     group.assert_same_state(folder, reference)

@@ -35,7 +35,7 @@ def test_on_a_full_disk_training_goes_on_as_long_as_there_is_hope(digits, tmp_pa
     last = Checkpoints(tmp_path).step()
     assert last in (4, 6)
     assert f"checkpoints/{last + 2} could not be written (File too large; its disk has" in out
-    assert f"that of step {last} is whole; training goes on" in out
+    assert f"the checkpoint of step {last} is intact; training continues" in out
     assert f"error: the checkpoint {tmp_path}/checkpoints/" in err, err[-2000:]
     assert "Event loop is closed" not in err
     # The same command goes on.

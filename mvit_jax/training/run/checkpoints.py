@@ -1,5 +1,7 @@
-"""Checkpoints by Orbax: written in the background, whole or not at all, sharded as the state is,
-and verified when they are read (`training.run.checksums`)."""
+"""Checkpoints by Orbax: saved asynchronously and atomically, sharded as the state.
+
+Digests verify each checkpoint when it is restored (`training.run.checksums`).
+"""
 
 import functools
 import json
@@ -26,106 +28,125 @@ from mvit_jax.training.distributed import coordination
 from mvit_jax.training.run import checksums
 from mvit_jax.training.state import State
 
-# Saves that may fail one after the other before a run ends: somebody should have looked by then.
+# Failed saves in a row after which a run ends.
 FAILED_SAVES = 3
 _FOLDERS = {"last": "checkpoints", "best": "best"}
 _DIGESTS = "digests"
 _DIGESTS_FILE = "digests.json"
 _TOP1 = "top1"
-# What TensorStore says where a file may be whole, and cannot be had just now, or by this user.
+# TensorStore's errors for a file that may be intact: a temporary fault, or missing permissions.
 _NOT_DAMAGE = re.compile(
     "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED"
 )
 
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be read, or does not hold what was saved."""
+    """A checkpoint that cannot be read, or differs from its digests."""
 
 
 class NotSavedError(HungError):
-    """A checkpoint that cannot be written: the disk is full, say. See `threads_left`."""
+    """A checkpoint that cannot be written, on a full disk for example. See `threads_left`."""
 
 
 def threads_left() -> bool:
-    """Whether threads of a save that failed are there: Orbax's wait for each other for minutes, and
-    Python at its end for them."""
+    """Returns True if threads of a failed save are alive; they block Python's exit for minutes."""
     return any(type(thread).__name__ == "_SignalingThread" for thread in threading.enumerate())
 
 
 class Checkpoints:
-    """The last states of a run, and the one that validated best.
+    """The last checkpoints of a run, and its best checkpoint.
 
-    A checkpoint holds "params" (nested as in the model), "ema" where it is on, "training": the step
-    and the optimiser's state, and "digests", by which the others are verified. Older ones, without
-    digests, are taken as they are.
+    The items of a checkpoint are "params" (nested as in the model), "ema" (averaged parameters, if
+    on), "training" (the step and the optimiser's state), and "digests". Older checkpoints without
+    digests are restored unverified.
     """
 
     def __init__(self, workdir: str | AnyPath, keep: int = 1, *, tidy: bool = False) -> None:
-        """`tidy` removes what saves that were broken off have left: for the one who saves."""
+        """Opens the checkpoints of a workdir.
+
+        Args:
+          workdir: the workdir of the run; its folders are made if missing.
+          keep: number of last checkpoints that are not deleted.
+          tidy: removes partial saves of earlier starts; for the program that saves.
+        """
         if tidy:
-            _hush_tensorstore()
+            _suppress_tensorstore_tracebacks()
         folder = to_path(workdir)
         self.folder, self.keep = folder.absolute() if is_local(folder) else folder, keep
-        self.last = self._manager("last", tidy)
-        self.best = self._manager("best", tidy)
+        self.last = self._open_manager("last", tidy)
+        self.best = self._open_manager("best", tidy)
         self.best_top1 = self._top1_on_disk()
-        self._under_way: dict[str, int] = {}  # the step of each save that is being written
-        self._failed = 0  # saves, one after the other
+        self._under_way: dict[str, int] = {}  # the step of each save in progress
+        self._failed = 0  # failed saves in a row
 
     # Writing.
 
     def save(
         self, state: State, step: int, *, end: bool = False, say: Callable[[str], None] = print
     ) -> None:
-        """Saves a state in the background: it may be donated at once.
+        """Saves a state in the background; its buffers may be donated at once.
 
-        A save that fails, on a full disk say, is said, and the next one is another try: to end
-        there would lose what was trained since the last. The one at the `end`, after which nothing
-        is trained, is waited for, and tried twice.
+        A failed save, on a full disk for example, is logged, and training continues. Otherwise the
+        steps since the last checkpoint would be lost. The next save retries.
+
+        Args:
+          state: the state after `step`.
+          step: the number of steps done.
+          end: blocks until the state is saved, and retries once; for the last save of a run.
+          say: logs failures.
 
         Raises:
-          NotSavedError: it was the end; or saves failed `FAILED_SAVES` times in a row; or there
-            are several processes, of which only some may know. The checkpoints before are whole.
+          NotSavedError: the save at the `end` failed, or `FAILED_SAVES` saves in a row, or any save
+            with several processes, of which only some may have failed. Earlier checkpoints are
+            intact.
         """
         self.settle(say)
         if step in self.last.all_steps():
             return
-        error = self._start("last", _items(state), step)
+        error = self._start_save("last", _items(state), step)
         if end:
-            error = error or self._settle("last")
-            if error:  # what it left behind is gone by now, and some faults are brief
-                say(f"{error}; once more")
-                error = self._start("last", _items(state), step) or self._settle("last")
+            error = error or self._finish_save("last")
+            if error:  # its partial files are removed by now, and some faults are temporary
+                say(f"{error}; retrying once")
+                error = self._start_save("last", _items(state), step) or self._finish_save("last")
             if error:
                 raise error
-        self._bear(error, say)
+        self._log_or_raise(error, say)
 
     def save_params(self, params: Any) -> None:
-        """Parameters alone, as step 0: of a model that was trained elsewhere."""
-        error = self._start("last", {"params": params}, 0)
+        """Saves parameters without a training state as step 0, for a converted model."""
+        error = self._start_save("last", {"params": params}, 0)
         if error:
             raise error
 
     def save_if_best(
         self, state: State, step: int, top1: float, say: Callable[[str], None] = print
     ) -> None:
-        """Keeps a state that validated better than all before; of equals, the first."""
-        # A run that was killed after this save, and before it noted the validation, comes here
-        # again with the very same state, which is then no better than itself.
+        """Saves a state as the best checkpoint if its `top1` is above all earlier ones."""
+        # A run that was killed between this save and the record of the validation validates the
+        # same state again. Its `top1` then equals the best, and the state is not saved twice.
         if self.best_top1 is None or top1 > self.best_top1:
-            self._bear(self._settle("best"), say)
+            self._log_or_raise(self._finish_save("best"), say)
             self.best_top1 = top1
-            error = self._start("best", _items(state), step, top1)
-            self._bear(error, say)
+            error = self._start_save("best", _items(state), step, top1)
+            self._log_or_raise(error, say)
 
     def settle(self, say: Callable[[str], None] = print) -> None:
-        """Waits until all is written; says where that failed."""
+        """Blocks until all saves are on disk, and logs failures.
+
+        Raises:
+          NotSavedError: `FAILED_SAVES` saves in a row have failed.
+        """
         for which in ("best", "last"):
-            self._bear(self._settle(which), say)
+            self._log_or_raise(self._finish_save(which), say)
 
     def wait(self) -> None:
-        """Waits until all is written; a `NotSavedError` where that failed."""
-        errors = [self._settle(which) for which in _FOLDERS]
+        """Blocks until all saves are on disk.
+
+        Raises:
+          NotSavedError: a save failed.
+        """
+        errors = [self._finish_save(which) for which in _FOLDERS]
         for error in filter(None, errors):
             raise error
 
@@ -136,81 +157,95 @@ class Checkpoints:
             for manager in (self.last, self.best):
                 manager.close()
 
-    def _start(self, which: str, items: dict[str, Any], step: int, top1: float | None = None):
-        """Starts a save; gives the error where that is known at once. What it was found to be
-        worth goes with the digests: Orbax cannot open a folder where one file of its own, which
-        would hold it, is damaged."""
+    def _start_save(self, which: str, items: dict[str, Any], step: int, top1: float | None = None):
+        """Starts a save; returns the error if it fails at once.
+
+        `top1` is stored with the digests. Orbax would store it in a file of its own, and cannot
+        open a folder in which that file is damaged.
+        """
         self._under_way[which] = step
         args: dict[str, Any] = {n: ocp.args.StandardSave(item) for n, item in items.items()}
-        kept: dict[str, Any] = {name: checksums.digests(item) for name, item in items.items()}
-        kept |= {} if top1 is None else {_TOP1: top1}
-        args[_DIGESTS] = ocp.args.JsonSave(kept | {"crc32": _crc32(kept)})
-        if self._failed:  # what was still writing when it was cleared away is done by now
-            self._clear(which)
+        digests: dict[str, Any] = {name: checksums.digests(item) for name, item in items.items()}
+        digests |= {} if top1 is None else {_TOP1: top1}
+        args[_DIGESTS] = ocp.args.JsonSave(digests | {"crc32": _crc32(digests)})
+        if self._failed:  # threads of the failed save may have written after its cleanup
+            self._remove_partial_saves(which)
         try:
-            manager = self._of(which)
+            manager = self._manager(which)
             manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:
-            return self._not_saved(which, error)
+            return self._clean_up(which, error)
         return None
 
-    def _settle(self, which: str) -> NotSavedError | None:
-        """Waits until a save is on disk; gives the error where it failed."""
+    def _finish_save(self, which: str) -> NotSavedError | None:
+        """Blocks until a save is on disk; returns the error if it failed."""
         if which not in self._under_way:
             return None
         try:
-            self._of(which).wait_until_finished()
+            self._manager(which).wait_until_finished()
         except Exception as error:
-            return self._not_saved(which, error)
+            return self._clean_up(which, error)
         del self._under_way[which]
         self._failed = 0
         return None
 
-    def _bear(self, error: NotSavedError | None, say: Callable[[str], None]) -> None:
-        """Says that a save failed; raises where there were too many."""
+    def _log_or_raise(self, error: NotSavedError | None, say: Callable[[str], None]) -> None:
+        """Logs a failed save; raises after `FAILED_SAVES` failures in a row."""
         if error is None:
             return
         if self._failed >= FAILED_SAVES:
-            raise NotSavedError(f"{error}; that makes {self._failed} in a row") from error
-        say(f"{error}; training goes on, and the next save is another try")
+            raise NotSavedError(f"{error}; {self._failed} in a row have failed") from error
+        say(f"{error}; training continues, and the next save retries")
 
-    def _not_saved(self, which: str, error: Exception) -> NotSavedError:
-        """Clears up after a save that failed, and says why it did."""
+    def _clean_up(self, which: str, error: Exception) -> NotSavedError:
+        """Removes the files of a failed save, reopens its manager, and returns the error."""
         step = self._under_way.pop(which)
         self._failed += 1
         folder = self.folder / _FOLDERS[which]
-        sentence = f"the checkpoint {folder}/{step} could not be written ({_why(error, folder)})"
-        if jax.process_count() > 1:  # Orbax's managers are made anew by all processes or none
+        reason = _disk_error(error, folder)
+        sentence = f"the checkpoint {folder}/{step} could not be written ({reason})"
+        if jax.process_count() > 1:  # Orbax's managers can only be reopened by all processes
             raise NotSavedError(
-                f"{sentence}: the same command goes on from the one before"
+                f"{sentence}: the same command resumes from the checkpoint before"
             ) from error
-        # Orbax goes on raising what it once met, and forgets the checkpoints that are there.
+        # After an error, Orbax's manager raises it again, and loses its list of checkpoints.
         with suppress(Exception):
-            self._of(which).close()
-        self._clear(which)
-        setattr(self, which, self._manager(which, tidy=False))
+            self._manager(which).close()
+        self._remove_partial_saves(which)
+        setattr(self, which, self._open_manager(which, tidy=False))
         self.best_top1 = self._top1_on_disk()
-        before = self._of(which).latest_step()
-        whole = "there is none before it" if before is None else f"that of step {before} is whole"
-        problem = NotSavedError(f"{sentence}; {whole}")
+        before = self._manager(which).latest_step()
+        intact = (
+            "there is no earlier checkpoint"
+            if before is None
+            else f"the checkpoint of step {before} is intact"
+        )
+        problem = NotSavedError(f"{sentence}; {intact}")
         problem.__cause__ = error
         return problem
 
-    def _clear(self, which: str) -> None:
-        """Removes what saves that failed have left: it takes room that the next one needs."""
-        if not is_local(self.folder):  # where there is room, and Orbax removes it for the next one
+    def _remove_partial_saves(self, which: str) -> None:
+        """Removes the files of failed saves from a disk, as the next save needs the space."""
+        if not is_local(self.folder):  # buckets have space, and Orbax removes the files itself
             return
-        for left in (self.folder / _FOLDERS[which]).glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in (self.folder / _FOLDERS[which]).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     # Reading.
 
     def restore(self, like: State, step: int | None = None) -> State | None:
-        """The newest state, in the shapes, dtypes and shardings of `like`, or None.
+        """Restores a state in the shapes, dtypes and shardings of `like`.
+
+        Args:
+          like: a state of arrays or of their shapes.
+          step: of the checkpoint; by default the newest.
+
+        Returns:
+          The state; None if there is no checkpoint.
 
         Raises:
-          UserError: it is of another architecture or optimiser, or cannot be read just now.
-          DamagedError: it is damaged.
+          UserError: the architecture or optimiser differs, or the files are not accessible.
+          DamagedError: the checkpoint is damaged.
         """
         step = self.last.latest_step() if step is None else step
         if step is None:
@@ -219,17 +254,16 @@ class Checkpoints:
         return State(params=read["params"], ema=read.get("ema"), **read["training"])
 
     def resume(self, like: State, say: Callable[[str], None] = print) -> State | None:
-        """As `restore`, but where the newest checkpoint is damaged, the newest that is not.
+        """Restores the newest checkpoint that is not damaged; all processes must call this.
 
-        Damaged ones that are newer are moved to DIR/damaged, and said. With several processes all
-        must call this.
+        Newer, damaged checkpoints are moved to DIR/damaged and logged. Otherwise as `restore`.
 
         Raises:
-          UserError: as for `restore`, or all are damaged; then nothing is moved.
+          UserError: as for `restore`, or all checkpoints are damaged; then none is moved.
         """
         damaged: list[tuple[int, DamagedError]] = []
         steps = coordination.from_first("checkpoints", sorted(self.last.all_steps(), reverse=True))
-        if steps:  # the newest may not have arrived in all caches of a network's file system
+        if steps:  # a network file system may still cache the folder without the newest
             coordination.wait_for_file(self.folder / _FOLDERS["last"] / str(steps[0]))
             self.last.reload()
         for step in steps:
@@ -239,83 +273,97 @@ class Checkpoints:
                 damaged.append((step, error))
                 continue
             for bad, error in damaged:
-                say(f"{error}: it is now {self._set_aside(bad)}, and training goes on from {step}")
+                target = self._move_to_damaged(bad)
+                say(f"{error}: moved to {target}; training resumes from step {step}")
             return state
         if damaged:
             problems = "; ".join(str(error) for _, error in damaged)
             raise UserError(
-                f"no checkpoint is left to go on from: {problems}; bring one back from a copy, or "
-                "start anew in another --workdir"
+                f"no checkpoint is left to resume from: {problems}; restore one from a copy, or "
+                "start a new run in another --workdir"
             )
         return None
 
     def restore_params(self, like: Any, which: str = "last", item: str = "params") -> Any:
-        """Only the parameters of the "last" or "best" checkpoint (item "ema": averaged ones)."""
-        step = self._existing(which)
+        """Restores the parameters of the "last" or "best" checkpoint.
+
+        Args:
+          like: parameters or their shapes, with the shardings of the result.
+          which: "last" or "best".
+          item: "params", or "ema" for averaged parameters.
+
+        Raises:
+          UserError: there is no checkpoint, or the architecture differs.
+          DamagedError: the checkpoint is damaged.
+        """
+        step = self._existing_step(which)
         coordination.same_everywhere("workdir", {"checkpoint": step})
         try:
             return self._read(which, step, {item: like})[item]
         except DamagedError as error:
             raise DamagedError(
-                f"{error}: move that folder away, and the one before it is used, where there is one"
+                f"{error}: move that folder away to use the checkpoint before it, if there is one"
             ) from error
 
     def read_params(self, which: str = "last", item: str = "params") -> Any:
-        """The parameters of a checkpoint as NumPy arrays, of whatever architecture they are."""
+        """Returns the parameters of a checkpoint as NumPy arrays, for any architecture."""
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), self.shapes(which, item))
         return self.restore_params(like, which, item)
 
     def shapes(self, which: str = "last", item: str = "params") -> Any:
-        """The parameters of the "last" or "best" checkpoint, with shapes in place of arrays."""
-        step = self._existing(which)
+        """Returns the shapes and dtypes of a checkpoint's parameters, nested as the parameters."""
+        step = self._existing_step(which)
         structure = self._structure(which, step)
         if item not in structure:
             raise DamagedError(f"{self._name(which, step)} is no checkpoint: it has no {item}")
         return structure[item]
 
     def has_training(self) -> bool:
-        """Whether the last checkpoint is a whole state, and not weights alone."""
-        return "training" in self._structure("last", self._existing("last"))
+        """Returns True if the last checkpoint has a training state besides the parameters."""
+        return "training" in self._structure("last", self._existing_step("last"))
 
     def step(self, which: str = "last") -> int | None:
-        return self._of(which).latest_step()
+        """Returns the step of the newest "last" or of the "best" checkpoint."""
+        return self._manager(which).latest_step()
 
     def _read(self, which: str, step: int, items: dict[str, Any]) -> Any:
-        """Items in the shapes, dtypes and shardings of those given, verified."""
+        """Restores and verifies items in the shapes, dtypes and shardings of `items`."""
         error: UserError | None = None
         try:
             self._check_items(which, step, items)
         except UserError as problem:
             error = problem
-        self._agree(which, step, error)
-        wanted = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        self._raise_together(which, step, error)
+        targets = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         read: Any = None
         try:
-            manager = self._of(which)
-            read = manager.restore(step, args=ocp.args.Composite(**wanted))
+            manager = self._manager(which)
+            read = manager.restore(step, args=ocp.args.Composite(**targets))
         except Exception as problem:
             error = self._unreadable(which, step, problem)
-        self._agree(which, step, error)
-        kept = self._digests(which, step)
-        mismatches = [] if kept is None else [
+        self._raise_together(which, step, error)
+        digests = self._digests(which, step)
+        mismatches = [] if digests is None else [
             f"{name}/{path}"
             for name in items
-            if (path := checksums.first_mismatch(read[name], kept[name]))
+            if (path := checksums.first_mismatch(read[name], digests[name]))
         ]  # fmt: skip
         if mismatches:
             name = self._name(which, step)
             error = DamagedError(f"{name} is damaged: {mismatches[0]} is not as saved")
-        self._agree(which, step, error)
+        self._raise_together(which, step, error)
         return read
 
-    def _agree(self, which: str, step: int, error: UserError | None = None) -> None:
-        """Raises where a process could not read, in all of them: they must go the same way.
+    def _raise_together(self, which: str, step: int, error: UserError | None = None) -> None:
+        """Raises in all processes if any process has an error.
 
-        That asks the others, and so tells a file that cannot be read from a process that has died
-        while all of them read it together: then this fails like any other collective operation.
+        A process that died during the collective restore makes this collective fail too. So its
+        death is not taken for a file that cannot be read.
         """
         if not _on_all_processes(error is None):
-            raise error or DamagedError(f"{self._name(which, step)} cannot be read elsewhere")
+            raise error or DamagedError(
+                f"{self._name(which, step)} cannot be read in another process"
+            )
 
     def _check_items(self, which: str, step: int, items: dict[str, Any]) -> None:
         structure = self._structure(which, step)
@@ -324,13 +372,13 @@ class Checkpoints:
         for name in items:
             self._check_structure(which, step, name, items[name], structure.get(name, {}))
 
-    def _check_structure(self, which: str, step: int, name: str, ours: Any, theirs: Any) -> None:
+    def _check_structure(self, which: str, step: int, name: str, like: Any, saved: Any) -> None:
         if name == "training":
-            ours, theirs = checksums.by_path(ours), checksums.by_path(theirs)
+            like, saved = checksums.by_path(like), checksums.by_path(saved)
             kind = "optimiser"
         else:
             kind = "architecture"
-        difference = first_difference(ours, theirs)
+        difference = first_difference(like, saved)
         if difference:
             raise UserError(
                 f"{self._name(which, step)} is of another {kind}: {difference}; use the config "
@@ -338,14 +386,14 @@ class Checkpoints:
             )
 
     def _structure(self, which: str, step: int) -> dict[str, Any]:
-        """What a checkpoint holds, with shapes in place of arrays; "training" is flat."""
-        kept = self._digests(which, step)
-        if kept is None:
+        """Returns the shapes and dtypes of each item; "training" is flat, by path."""
+        digests = self._digests(which, step)
+        if digests is None:
             try:
-                found = self._of(which).item_metadata(step)
+                metadata = self._manager(which).item_metadata(step)
                 return {
                     name: checksums.by_path(item) if name == "training" else item
-                    for name, item in found.items()
+                    for name, item in metadata.items()
                     if item is not None and name != _DIGESTS
                 }
             except Exception as error:
@@ -355,7 +403,7 @@ class Checkpoints:
                 path: jax.ShapeDtypeStruct(tuple(tensor["shape"]), tensor["dtype"])
                 for path, tensor in tensors.items()
             }
-            for name, tensors in kept.items()
+            for name, tensors in digests.items()
         }
         return {
             name: tensors if name == "training" else unflatten_dict(tensors, sep="/")
@@ -363,21 +411,24 @@ class Checkpoints:
         }
 
     def _digests(self, which: str, step: int) -> Mapping[str, Any] | None:
-        """Digests by item and path; None for a checkpoint older than they are."""
-        kept = self._kept(which, step)
-        return None if kept is None else {k: v for k, v in kept.items() if k != _TOP1}
+        """Returns digests by item and path; None for an older checkpoint without digests."""
+        content = self._read_digests(which, step)
+        return None if content is None else {k: v for k, v in content.items() if k != _TOP1}
 
-    def _kept(self, which: str, step: int) -> dict[str, Any] | None:
+    def _read_digests(self, which: str, step: int) -> dict[str, Any] | None:
+        """Reads the file of digests, which also has the top-1 of a best checkpoint."""
         folder = self.folder / _FOLDERS[which] / str(step)
         path = folder / _DIGESTS / _DIGESTS_FILE
         try:
             if not path.parent.exists():
-                contents = folder / "_CHECKPOINT_METADATA"  # Orbax's, with the names of all items
+                contents = (
+                    folder / "_CHECKPOINT_METADATA"
+                )  # Orbax's file with the names of all items
                 if not contents.exists() or f'"{_DIGESTS}"' not in contents.read_text():
                     return None
-            kept = json.loads(path.read_text())
-            if kept.pop("crc32") == _crc32(kept):
-                return kept
+            content = json.loads(path.read_text())
+            if content.pop("crc32") == _crc32(content):
+                return content
         except (*faults(), ValueError, KeyError) as error:
             raise self._unreadable(which, step, error) from error
         raise DamagedError(f"{self._name(which, step)} is damaged: {path.name} is not as saved")
@@ -386,14 +437,14 @@ class Checkpoints:
         kind = UserError if _NOT_DAMAGE.search(str(error)) else DamagedError
         if isinstance(error, MemoryError | PermissionError):
             kind = UserError
-        if isinstance(error, faults()) and not isinstance(error, OSError):  # of a bucket
+        if isinstance(error, faults()) and not isinstance(error, OSError):  # a bucket's error
             kind = UserError
         problem = kind(f"{self._name(which, step)} cannot be read ({first_line(error)})")
         problem.__cause__ = error
         return problem
 
-    def _set_aside(self, step: int) -> AnyPath:
-        """Moves a checkpoint out of the way; nothing is ever deleted for being damaged."""
+    def _move_to_damaged(self, step: int) -> AnyPath:
+        """Moves a checkpoint to DIR/damaged; damaged checkpoints are never deleted."""
         source = self.folder / _FOLDERS["last"] / str(step)
         folder = self.folder / "damaged"
         target = next(
@@ -412,19 +463,19 @@ class Checkpoints:
     def _name(self, which: str, step: int) -> str:
         return f"the checkpoint {self.folder}/{_FOLDERS[which]}/{step}"
 
-    def _existing(self, which: str) -> int:
+    def _existing_step(self, which: str) -> int:
         step = self.step(which)
         if step is None:
             raise UserError(
-                f"there is no checkpoint in {self.folder}/{_FOLDERS[which]}: train first (a best "
-                "one needs validation), or check --workdir"
+                f"there is no checkpoint in {self.folder}/{_FOLDERS[which]}: train first (the best "
+                "checkpoint needs validation), or check --workdir"
             )
         return step
 
-    def _of(self, which: str) -> ocp.CheckpointManager:
+    def _manager(self, which: str) -> ocp.CheckpointManager:
         return self.last if which == "last" else self.best
 
-    def _manager(self, which: str, tidy: bool) -> ocp.CheckpointManager:
+    def _open_manager(self, which: str, tidy: bool) -> ocp.CheckpointManager:
         keep = self.keep if which == "last" else 1
         items = ("params", "training", "ema")
         return _Manager(
@@ -432,47 +483,51 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=tidy,
                 max_to_keep=keep,
-                # The last and the best of one step are saved at once; without names of their own
-                # the barriers of several processes collide.
+                # The last and the best checkpoint of a step are saved concurrently. Without
+                # different prefixes the barriers of several processes would collide.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     barrier_sync_key_prefix=which
                 ),
             ),
-            # Named here, so that their shapes can be read before they are restored.
+            # Registered here, so that shapes can be read before an item is restored.
             item_handlers={name: ocp.StandardCheckpointHandler() for name in items}
             | {_DIGESTS: ocp.JsonCheckpointHandler(_DIGESTS_FILE)},
         )
 
     def _top1_on_disk(self) -> float | None:
-        """None where there is no best checkpoint, or it cannot be told what it was worth."""
+        """Returns the top-1 of the best checkpoint; None if there is none or it cannot be read."""
         step = self.best.latest_step()
         if step is None:
             return None
         older = self.folder / _FOLDERS["best"] / str(step) / "metrics" / "metrics"
         try:
-            kept = self._kept("best", step)
-            return json.loads(older.read_text())["top1"] if kept is None else kept.get(_TOP1)
+            content = self._read_digests("best", step)
+            return json.loads(older.read_text())["top1"] if content is None else content.get(_TOP1)
         except (UserError, *faults(), ValueError, KeyError, TypeError):
             return None
 
 
 @functools.cache
-def _hush_tensorstore() -> None:
-    """When a write fails Orbax closes the event loop of all, and TensorStore then calls that for
-    each of the others: a hundred tracebacks that say nothing around the sentence that counts."""
+def _suppress_tensorstore_tracebacks() -> None:
+    """Suppresses TensorStore's "Event loop is closed" tracebacks after a failed write.
+
+    Orbax closes the event loop when a write fails. Each of the other writes then prints a
+    traceback, a hundred in all, around the one message that matters.
+    """
     hook = sys.unraisablehook
 
-    def tell(told: Any) -> None:
-        if "Event loop is closed" not in str(told.exc_value):
-            hook(told)
+    def filtered(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
 
-    sys.unraisablehook = tell
+    sys.unraisablehook = filtered
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # The training loop asks that, with numbers that rise; Orbax also from a thread that ends a
-        # save of an earlier step, and JAX would then let all stop at a step that has passed.
+        # The training loop checks for preemption itself, with rising steps. Orbax also checks from
+        # a thread that finishes the save of an earlier step. JAX would then agree to stop at a step
+        # that has already passed.
         return False
 
 
@@ -484,22 +539,22 @@ def _items(state: State) -> dict[str, Any]:
     return items if state.ema is None else items | {"ema": state.ema}
 
 
-def _crc32(kept: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
+def _crc32(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _on_all_processes(fine: bool) -> bool:
-    """Whether all is well everywhere: every process must go the same way."""
+def _on_all_processes(ok: bool) -> bool:
+    """Returns True if `ok` is True in all processes."""
     if jax.process_count() == 1:
-        return fine
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
-def _why(error: Exception, folder: AnyPath) -> str:
-    """What is the matter with a disk, in the operating system's words where they can be found."""
-    known = re.search(r"([^:\n]*?) \[os_error_code", str(error))
-    why = known[1].strip() if known else getattr(error, "strerror", None) or first_line(error)
+def _disk_error(error: Exception, folder: AnyPath) -> str:
+    """Returns the operating system's message, if any, and the free space of the disk."""
+    match = re.search(r"([^:\n]*?) \[os_error_code", str(error))
+    reason = match[1].strip() if match else getattr(error, "strerror", None) or first_line(error)
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
-        why += f"; its disk has {free / 1e6:,.0f} MB free"
-    return why
+        reason += f"; its disk has {free / 1e6:,.0f} MB free"
+    return reason

@@ -260,7 +260,7 @@ def test_a_save_that_fails_leaves_the_one_before_whole_and_is_made_good(tmp_path
     checkpoints.save(state_of(4), 4, say=said.append)
     checkpoints.close()
     assert len(said) == 1 and "checkpoints/3 could not be written (File too large" in said[0]
-    assert "that of step 1 is whole; training goes on" in said[0]
+    assert "the checkpoint of step 1 is intact; training continues" in said[0]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert_equal(Checkpoints(tmp_path).restore(state_of()), state_of(4))
 
@@ -283,9 +283,9 @@ def test_saves_that_fail_again_and_again_end_the_run(tmp_path):
 def test_the_last_save_of_all_is_tried_twice_and_must_succeed(tmp_path):
     said = []
     checkpoints = Checkpoints(tmp_path)
-    with files_of_at_most(3000), pytest.raises(NotSavedError, match="none before it"):
+    with files_of_at_most(3000), pytest.raises(NotSavedError, match="no earlier checkpoint"):
         checkpoints.save(state_of(2), 2, end=True, say=said.append)
-    assert len(said) == 1 and said[0].endswith("once more")
+    assert len(said) == 1 and said[0].endswith("retrying once")
     checkpoints.save(state_of(2), 2, end=True)
     assert_equal(Checkpoints(tmp_path).restore(state_of()), state_of(2))
 
