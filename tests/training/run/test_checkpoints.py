@@ -196,7 +196,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_it_is_used(folder, spoil, w
     checkpoints = Checkpoints(folder, keep=2)
     assert_equal(checkpoints.resume(state_of(0), said.append), state_of(2))
     (sentence,) = said
-    assert re.search(why, sentence) and f"is now {folder}/damaged/3" in sentence
+    assert re.search(why, sentence) and f"moved to {folder}/damaged/3" in sentence
     assert checkpoints.step() == 2
     # Nothing is deleted.
     assert contents(folder / "damaged" / "3") == before
@@ -332,7 +332,7 @@ assert checkpoints.last.all_steps() == [2, 3]
 def test_two_processes_verify_and_set_aside_together(tmp_path):
     for done in group.finish(group.start([*group.together(TWO), str(tmp_path)], 2, 2), 300):
         assert done.status == 0, done.err[-3000:]
-        assert "checkpoints/3" in done.out and f"is now {tmp_path}/damaged/3" in done.out
+        assert "checkpoints/3" in done.out and f"moved to {tmp_path}/damaged/3" in done.out
     checkpoints = Checkpoints(tmp_path)  # one process
     assert_equal(checkpoints.restore(state_of()), state_of(3))
 
