@@ -1,10 +1,9 @@
-"""Where the wall time of a run goes, and what to do where it goes into waiting for clips.
+"""Accounting of a run's wall time by phase, and advice where the input is the bottleneck.
 
-Every moment of a start, from the beginning of `train` on, belongs to one of `PHASES`, so that they
-add up to the wall time. On an accelerator a step runs while the host does other things: it is sent
-off, the next batch is waited for, and only then are its numbers read. Waiting for a batch is
-therefore "data" only from the moment at which the devices had finished the step under way; up to
-there they worked, and the time is the step's.
+From the beginning of `train` on, all time of a start belongs to one of `PHASES`, so the phases add
+up to the wall time. Steps run asynchronously on an accelerator: the host dispatches a step, fetches
+the next batch, and then reads the step's metrics. So the wait for a batch counts as "data" only
+after the devices have finished the step; before that moment it counts as "step".
 """
 
 import os
@@ -23,28 +22,28 @@ from mvit_jax.common.text import plural
 Seconds = dict[str, float]  # of each phase
 
 PHASES = {
-    "start": "until the first batch is there",
-    "compile": "sending off the first step, which compiles it",
-    "step": "steps, from sending one off until its numbers are read",
-    "data": "waiting for clips while the devices had nothing to do",
-    "checkpoint": "handing checkpoints over to be written, and waiting for the last one",
-    "validation": "validating, its own compiling and waiting for clips with it",
-    "rest": "writing the log, and all else",
+    "start": "until the first batch is loaded",
+    "compile": "dispatch of the first step, which compiles it",
+    "step": "steps, from dispatch until their metrics are read",
+    "data": "waiting for clips while the devices are idle",
+    "checkpoint": "starting saves, and waiting for the last one",
+    "validation": "validation, including its compilation and its loading of clips",
+    "rest": "logging and all else",
 }
-"""The names of phases, which do not change, and what is in them."""
+"""The phases, by their stable names, with descriptions."""
 
 REPEATED = "repeated"
-"""In a history, steps that a later start did again or a rollback undid: they do not count."""
+"""A history's phase of steps that a later start repeated or a rollback undid: no goodput."""
 
-BOTTLENECK = 0.2  # share of steps and waiting above which waiting is worth a word
-WORSE = 0.2  # by which that share must have grown for another one
+BOTTLENECK = 0.2  # share of "data" in "data" and "step", above which a warning is logged
+WORSE = 0.2  # growth of this share since the last warning, for another warning
 
 
 class Spans:
-    """Adds up the time of each phase. One phase is measured inside another at its expense.
+    """Sums of the time of each phase; a phase inside another one is not counted twice.
 
     Args:
-      clock: seconds since any moment, never going back.
+      clock: returns seconds of a monotonic clock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,7 +54,7 @@ class Spans:
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
-        """What is done in this context is of `phase`."""
+        """Counts the time inside as `phase`."""
         outer = self._enter(phase)
         try:
             yield
@@ -63,12 +62,15 @@ class Spans:
             self._enter(outer)
 
     def sent(self, result: Any) -> None:
-        """Takes the arrays of a step that was just sent off."""
+        """Registers the output arrays of a step that was just dispatched."""
         self._ends.watch(result)
 
     def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Gives the batches. The first ends the phase "start"; the wait for others is "data" or,
-        while the step under way has not ended, "step"."""
+        """Yields the batches and measures the wait for each.
+
+        The wait for the first batch is "start". The wait for a later batch is "step" until the
+        step in progress has ended, and "data" from then on.
+        """
         iterator = iter(batches)
         first = True
         while True:
@@ -90,7 +92,7 @@ class Spans:
             yield batch
 
     def lap(self) -> Seconds:
-        """The seconds of each phase since the last call, or since the beginning."""
+        """Returns the seconds of each phase since the last call, or since the beginning."""
         self._enter(self._phase)
         seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
         return seconds
@@ -99,7 +101,7 @@ class Spans:
         self._ends.close()
 
     def _enter(self, phase: str) -> str:
-        """Books the time until now on the phase that ends here, and names it."""
+        """Starts a phase; returns the phase that ends here."""
         now = self._clock()
         self._seconds[self._phase] += now - self._since
         ended, self._phase, self._since = self._phase, phase, now
@@ -107,12 +109,12 @@ class Spans:
 
 
 class _Ends:
-    """Knows when the arrays that it was last given were computed: a thread waits for them."""
+    """Completion time of the last registered arrays, measured in a thread that blocks on them."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._given: queue.SimpleQueue[tuple[Any, list[float]] | None] = queue.SimpleQueue()
-        self._last: list[float] = [-np.inf]  # empty while they are being computed
+        self._queue: queue.SimpleQueue[tuple[Any, list[float]] | None] = queue.SimpleQueue()
+        self._last: list[float] = [-np.inf]  # empty during the computation
         self._thread: threading.Thread | None = None
 
     def watch(self, arrays: Any) -> None:
@@ -120,29 +122,32 @@ class _Ends:
             self._thread = threading.Thread(target=self._wait, name="step ends", daemon=True)
             self._thread.start()
         self._last = []
-        self._given.put((arrays, self._last))
+        self._queue.put((arrays, self._last))
 
     def last(self) -> float | None:
-        """When they were there, by the clock; None where they are not yet."""
+        """Returns the completion time by the clock; None while the computation runs."""
         return self._last[0] if self._last else None
 
     def close(self) -> None:
-        self._given.put(None)
+        self._queue.put(None)
 
     def _wait(self) -> None:
-        while (given := self._given.get()) is not None:
-            arrays, ended = given
-            with suppress(Exception):  # whoever reads them is told
+        while (entry := self._queue.get()) is not None:
+            arrays, ended = entry
+            with suppress(Exception):  # the reader of the arrays gets the error
                 jax.block_until_ready(arrays)
             ended.append(self._clock())
-            del given, arrays
+            del entry, arrays
 
 
 def over_processes(seconds: Seconds) -> tuple[Seconds, int]:
-    """The seconds of a run of many processes, and which of them waited longest for clips.
+    """Corrects the "data" seconds for the slowest process; all processes must call this.
 
-    A step needs the clips of all processes, so while one waits for its clips the others wait for
-    it, and count that as the step. All processes must call this together.
+    A step needs the clips of all processes. While one process waits for its clips, the others
+    block in the step and count that time as "step".
+
+    Returns:
+      The seconds with the slowest process's wait as "data", and the index of that process.
     """
     if jax.process_count() == 1:
         return seconds, 0
@@ -156,12 +161,16 @@ def over_processes(seconds: Seconds) -> tuple[Seconds, int]:
     }, slowest  # fmt: skip
 
 
-def told(seconds: Seconds, steps: int) -> dict[str, dict[str, float]]:
-    """What a line of the history tells of the time since the one before it.
+def history_columns(seconds: Seconds, steps: int) -> dict[str, dict[str, float]]:
+    """Returns the timing columns of a line of the history.
+
+    Args:
+      seconds: of each phase since the line before.
+      steps: number of steps since the line before.
 
     Returns:
-      "spent", the seconds of each phase; where there were any `steps`, "share" (from 0 to 1, all
-      together 1) and "per_step" (seconds) too.
+      "spent", the seconds of each phase. With at least one step also "share" (of the sum, from 0
+      to 1) and "per_step" (seconds).
     """
     columns = {"spent": seconds}
     if steps > 0:
@@ -171,49 +180,57 @@ def told(seconds: Seconds, steps: int) -> dict[str, dict[str, float]]:
     return {name: {p: round(v, 6) for p, v in column.items()} for name, column in columns.items()}
 
 
-def scalars(told: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The same for TensorBoard: "time_share/step", "time_per_step/step" and so on."""
+def scalars(columns: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Returns `history_columns` as TensorBoard scalars: "time_share/step", "time_per_step/step"."""
     names = {"share": "time_share", "per_step": "time_per_step"}
-    return {f"{names[k]}/{p}": v for k in names if k in told for p, v in told[k].items()}
+    return {f"{names[k]}/{p}": v for k in names if k in columns for p, v in columns[k].items()}
 
 
 class InputWatch:
-    """Says when the input is the bottleneck, and the knob to turn: once, and again when it has
-    become much worse.
+    """Warnings that the input is the bottleneck, with a suggested setting.
+
+    A second warning follows only if the share of waiting has grown by `WORSE`.
 
     Args:
-      knob: the settings that load clips, as `advice` takes them.
+      settings: the keyword arguments of `advice`.
     """
 
-    def __init__(self, **knob: Any) -> None:
-        self._advice = advice(**knob)
-        self._first, self._said = True, 0.0
+    def __init__(self, **settings: Any) -> None:
+        self._advice = advice(**settings)
+        self._first, self._warned = True, 0.0  # share at the last warning
 
     def sentence(self, seconds: Seconds, process: int = 0) -> str | None:
-        """What is to be said of an interval of the log; nothing of the first, which also fills
-        buffers. `process` is the one that waited longest."""
+        """Returns the warning for a log interval, or None.
+
+        The first interval is ignored, as it also fills the buffers.
+
+        Args:
+          seconds: of each phase in the interval.
+          process: the process with the longest wait.
+        """
         first, self._first = self._first, False
         share = seconds["data"] / ((seconds["data"] + seconds["step"]) or 1.0)
-        if first or share <= BOTTLENECK or share < self._said + WORSE:
+        if first or share <= BOTTLENECK or share < self._warned + WORSE:
             return None
-        self._said = share
-        who = f" by process {process} of {jax.process_count()}" if jax.process_count() > 1 else ""
+        self._warned = share
+        where = f" by process {process} of {jax.process_count()}" if jax.process_count() > 1 else ""
         return (
             f"the input is the bottleneck: {100 * share:.0f} % of the time of the last steps went "
-            f"into waiting for clips{who}; {self._advice}"
+            f"into waiting for clips{where}; {self._advice}"
         )
 
 
 def advice(
     threads: int, processes: int, *, packed: bool, randaugment: bool, cores: int | None = None
 ) -> str:
-    """How to load more clips a second.
+    """Returns a sentence with the setting that raises the clips per second.
 
     Args:
-      threads, processes: of the config's section `data`.
-      packed: whether videos are read from shards.
-      randaugment: whether it is on.
-      cores: of this host; by default those that this process may use.
+      threads: `config.data.threads`.
+      processes: `config.data.processes`.
+      packed: True if videos are read from shards.
+      randaugment: True if RandAugment is on.
+      cores: cores of this host; by default `available_cores`.
     """
     cores = available_cores() if cores is None else cores
     host = f"this host has {plural(cores, 'core')}"
@@ -235,7 +252,7 @@ def advice(
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,6 +1,7 @@
-"""Metric logging: TensorBoard event files, `metrics.jsonl`, and a live line or plain lines.
+"""Metric logging: TensorBoard event files, `metrics.jsonl`, and the console.
 
-Event files are written by TensorBoard's own protocol buffers; no TensorFlow is needed.
+The console shows a progress bar on a terminal, and plain lines elsewhere. Event files are written
+with TensorBoard's protocol buffers and need no TensorFlow.
 """
 
 import itertools
@@ -29,22 +30,34 @@ from mvit_jax.training.state import Metrics
 
 
 class BrokenDataError(UserError):
-    """Too large a share of the videos cannot be decoded."""
+    """The share of videos that cannot be decoded is above `data.max_broken`."""
 
 
-# A share of fewer clips than these says little.
+# The limit on broken videos is applied to at least this many clips, as few clips are no sample.
 _FEWEST_CLIPS = 200
 
 
 class Logbook:
-    """Collects the metrics of steps, and every `every` steps writes their means down."""
+    """Metric logger of a run; averages the metrics of steps over intervals.
+
+    Args:
+      workdir: of the run.
+      start: steps done before this start of the run.
+      steps: steps of the whole run.
+      batch: clips of a step, over all processes.
+      every: steps of a log interval.
+      max_broken: share of clips with decode failures above which the run ends.
+      on_nan: one of `nan_policy.POLICIES`.
+      spans: times of the phases; by default new ones.
+      watch: warns of a slow input; None for no warnings.
+    """
 
     def __init__(
         self, workdir: str | AnyPath, *, start: int, steps: int, batch: int, every: int,
         max_broken: float = 1.0, on_nan: str = "stop", spans: goodput.Spans | None = None,
         watch: goodput.InputWatch | None = None,
     ):  # fmt: skip
-        # One process of many: all have the same means, and one file takes one writer.
+        # Only process 0 writes: all processes have the same means, and a file needs one writer.
         self.first = jax.process_index() == 0
         self.events = Events(workdir, self.say) if self.first else None
         self.history = history.Writer(workdir) if self.first else None
@@ -56,14 +69,14 @@ class Logbook:
         self.max_broken, self.broken, self.clips = max_broken, 0, 0
         self.not_finite = nan_policy.Policy(on_nan, self.say)
         self.spans, self.watch, self.timed_step = spans or goodput.Spans(), watch, start
-        self.pending: Metrics | None = None  # of the step that may still be running
+        self.pending: Metrics | None = None  # of the last dispatched step, which may still run
         self.pending_step = start
         self.sums: dict[str, np.ndarray] = {}
         self.began = self.last_time = time.monotonic()
         self.last_step = start
 
     def step(self, step: int, metrics: Metrics, learning_rate: Any) -> None:
-        """Takes the metrics of a step just sent off, and reads those of the one before."""
+        """Registers the metrics of a dispatched step, and reads those of the step before."""
         self.spans.sent(metrics)
         self.flush()
         self.pending, self.pending_step = metrics, step
@@ -74,16 +87,21 @@ class Logbook:
             self._write(step)
 
     def flush(self) -> None:
-        """Waits for the step under way. A loss or gradient that is not finite ends the run, if that
-        is the policy, and so do too many broken videos: on all hosts at the same step, for these
-        are sums over all."""
+        """Blocks until the last dispatched step has ended, and adds its metrics to the means.
+
+        The metrics are sums over all processes, so all processes raise at the same step.
+
+        Raises:
+          NotFiniteError: a loss, gradient or weight is not finite, and the policy ends the run.
+          BrokenDataError: too many videos cannot be decoded.
+        """
         if self.pending is None:
             return
         with self.spans.measure("step"):
             values = jax.device_get(self.pending)
         self.pending = None
         bad = {n: float(t) for n, (t, _) in values.items() if not math.isfinite(float(t))}
-        if bad:  # and none of it goes into the means
+        if bad:  # a step with non-finite values is left out of the means
             self.not_finite.not_finite(self.pending_step, bad)
         else:
             self.not_finite.finite()
@@ -95,20 +113,19 @@ class Logbook:
         if self.broken > self.max_broken * max(self.clips, _FEWEST_CLIPS):
             raise BrokenDataError(
                 f"{self.broken} of {self.clips} clips were replaced, as their videos cannot be "
-                f"decoded, more than data.max_broken={self.max_broken:g}: see above which, mend "
-                "them or take them out of the list, or raise it; the same command then goes on"
+                f"decoded, more than data.max_broken={self.max_broken:g}: repair the videos logged "
+                "above, remove them from the list, or raise the limit, and start the same command"
             )
 
     def rolled_back(self, step: int, origin: int) -> None:
-        """Takes that the weights after `step` are now those of step `origin`: what was told of the
-        step under way leads nowhere, and the steps in between do not count."""
+        """Records a rollback to the checkpoint of step `origin`; drops the pending metrics."""
         self.pending = None
-        told, _ = self._timed(step)
-        self._keep("rollback", step, {"to": origin} | told)
+        columns, _ = self._lap(step)
+        self._append_line("rollback", step, {"to": origin} | columns)
 
     def _write(self, step: int) -> None:
         now = time.monotonic()
-        if not self.sums:  # no step since the last line was finite
+        if not self.sums:  # no step of the interval was finite
             self.last_time, self.last_step = now, step
             return
         means = {name: total / count for name, (total, count) in self.sums.items()}
@@ -119,61 +136,65 @@ class Logbook:
         if self.not_finite.name == "skip":
             scalars["train/skipped"] = self.not_finite.skipped
             self.not_finite.skipped = 0
-        told, sentence = self._timed(step)
-        self._scalars(step, scalars | goodput.scalars(told))
-        kept = {k.removeprefix("train/"): v for k, v in scalars.items()}
-        self._keep("train", step, kept | told)
-        if sentence:
-            self.say(sentence)
+        columns, warning = self._lap(step)
+        self._scalars(step, scalars | goodput.scalars(columns))
+        values = {k.removeprefix("train/"): v for k, v in scalars.items()}
+        self._append_line("train", step, values | columns)
+        if warning:
+            self.say(warning)
         self.sums, self.last_time, self.last_step = {}, now, step
         left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
-        shown = f"loss {means['loss']:.3f}  accuracy {means['accuracy']:.1f} %  {rate:.1f} clips/s"
+        summary = (
+            f"loss {means['loss']:.3f}  accuracy {means['accuracy']:.1f} %  {rate:.1f} clips/s"
+        )
         if self.bar.disable and self.first:
-            print(f"step {step}/{self.steps}  {shown}  {_duration(left)} left", flush=True)
+            print(f"step {step}/{self.steps}  {summary}  {_duration(left)} left", flush=True)
         else:
-            self.bar.set_postfix_str(shown)  # which does nothing where it is not shown
+            self.bar.set_postfix_str(summary)  # no effect on a disabled bar
 
-    def _timed(self, step: int) -> tuple[dict[str, Any], str | None]:
-        """Where the time since the last call went, and what is to be said of the input."""
+    def _lap(self, step: int) -> tuple[dict[str, Any], str | None]:
+        """Returns the timing columns since the last call, and a warning about the input or None."""
         seconds, slowest = goodput.over_processes(self.spans.lap())
-        sentence = self.watch.sentence(seconds, slowest) if self.watch else None
-        told = goodput.told(seconds, step - self.timed_step)
+        warning = self.watch.sentence(seconds, slowest) if self.watch else None
+        columns = goodput.history_columns(seconds, step - self.timed_step)
         self.timed_step = step
-        return told, sentence
+        return columns, warning
 
     def validation(self, step: int, scalars: dict[str, float]) -> None:
+        """Logs the metrics of a validation after `step`."""
         self._scalars(step, {f"val/{k}": v for k, v in scalars.items()})
-        self._keep("val", step, scalars)
+        self._append_line("val", step, scalars)
         text = "  ".join(f"{k} {v:.2f}" for k, v in scalars.items())
         self.say(f"step {step}/{self.steps}  validation: {text}")
-        # The time a validation takes is none of the training's speed.
+        # The time of a validation is excluded from the training throughput.
         self.last_time, self.last_step = time.monotonic(), step
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Keeps what is about to run, and on what machine, in the history."""
-        self._keep("start", self.start, facts | goodput.told(self.spans.lap(), 0))
+        """Writes the "start" line of the history: facts on the program, the run and the machine."""
+        self._append_line("start", self.start, facts | goodput.history_columns(self.spans.lap(), 0))
 
-    def _keep(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def _append_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.history is None:
             return
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
         try:
             self.history.line(kind, step, plain)
         except faults() as error:
-            self._history_ends(error)
+            self._stop_history(error)
 
-    def _history_ends(self, error: Exception) -> None:
-        """A full disk, say: training does not need the history."""
+    def _stop_history(self, error: Exception) -> None:
+        """Logs a write error, such as a full disk, and stops the history; training continues."""
         self.history = None
         self.say(f"the history of this run ends here: it cannot be written ({why(error)})")
 
     def say(self, text: str, everywhere: bool = False) -> None:
-        """Prints a line; of many processes the first one does, or each `everywhere`."""
+        """Prints a line in process 0; in every process if `everywhere`."""
         if self.first or everywhere:
             tqdm.write(text if self.first else f"process {jax.process_index()}: {text}", sys.stdout)
             sys.stdout.flush()
 
     def text(self, name: str, text: str) -> None:
+        """Writes a text to TensorBoard."""
         if self.events is not None:
             self.events.write_texts(0, {name: text})
 
@@ -182,20 +203,21 @@ class Logbook:
             self.events.write_scalars(step, scalars)
 
     def close(self) -> None:
+        """Writes the "end" line of the history, and closes all files."""
         self.bar.close()
-        self._keep("end", self.pending_step, goodput.told(self.spans.lap(), 0))
+        self._append_line("end", self.pending_step, goodput.history_columns(self.spans.lap(), 0))
         self.spans.close()
         if self.history is not None:
             try:
                 self.history.close()
             except faults() as error:
-                self._history_ends(error)
+                self._stop_history(error)
         if self.events is not None:
             self.events.close()
 
 
 def _has_columns() -> bool:
-    """Whether a live line can be shown; some terminals do not know their width."""
+    """Returns True if stderr is a terminal with a known width, which a progress bar needs."""
     return sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 0
 
 
@@ -204,19 +226,22 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-_numbers = itertools.count()  # two writers of one process have different files
+_numbers = itertools.count()  # for different file names of two writers in one process
 
 
 class Events:
-    """A writer of one event file. After a fault, a full disk say, it calls `say` once and ignores
-    all later calls, so that training goes on."""
+    """Writer of one TensorBoard event file.
 
-    def __init__(self, workdir: str | AnyPath, say: Callable[[str], None]) -> None:
+    A write error, such as a full disk, is logged once, and later calls are ignored. So training
+    continues.
+    """
+
+    def __init__(self, workdir: str | AnyPath, log: Callable[[str], None]) -> None:
         host, number = socket.gethostname(), next(_numbers)
         name = f"events.out.tfevents.{time.time():010.0f}.{host}.{os.getpid()}.{number}"
         self._path = to_path(workdir) / name
-        self._say, self._ended = say, False
-        self._records: RecordWriter | None = None  # made by the first write
+        self._log, self._ended = log, False
+        self._records: RecordWriter | None = None  # opened by the first write
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         self._write(step, [scalar_pb(name, float(value)) for name, value in scalars.items()])
@@ -249,4 +274,4 @@ class Events:
         except faults() as error:
             self._ended = True
             reason = f"they cannot be written ({why(error)})"
-            self._say(f"the TensorBoard events of this run end here: {reason}")
+            self._log(f"the TensorBoard events of this run end here: {reason}")
