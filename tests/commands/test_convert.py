@@ -239,7 +239,7 @@ def test_a_bad_file_is_one_report_and_nothing_is_written(what, source, tmp_path)
         (["{source}", "--out={out}", *VIDEO, "frames"], "write field=value"),
         (["{source}", "--out={full}", *VIDEO], "already exists"),
         (["{source}", "--out={source}", *VIDEO], "already exists"),
-        (["{source}", "--out={source}/deeper", *VIDEO], "cannot be made"),
+        (["{source}", "--out={source}/deeper", *VIDEO], "cannot be created"),
         (["{source}", "--out={out}", "--labels={few}", *VIDEO],
          "--labels names 2 classes and the model has 8"),
         (["{source}", "--out={out}", "--labels={out}", *VIDEO], "{out}"),

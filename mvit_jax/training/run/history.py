@@ -1,12 +1,17 @@
-"""The history of a run: DIR/metrics.jsonl, a line of JSON for all that the log told.
+"""History of a run: DIR/metrics.jsonl, with a line of JSON for each logged event.
 
-Lines have a "kind" and a "time" (seconds since 1970): "start" is what the program found when it
-was started, "train" the means of a log interval, "val" a validation, "rollback" a return to the
-weights of the step "to", "end" a start's last line. All but "val" have "spent", the seconds that
-went into each of `timing.PHASES` since the line before that has it. A file is only ever appended
-to, so that a kill costs at most its last line, and in a bucket those of the last half a minute or
-so; `read` makes one history of what several starts wrote.
-Nothing that training does depends on it.
+Each line has a "kind", a "step" and a "time" (seconds since 1970). The kinds are:
+
+- "start": facts on the program and the machine, at each start of the run.
+- "train": means of a log interval.
+- "val": results of a validation.
+- "rollback": a return to the weights of step "to".
+- "end": the last line of a start.
+
+All kinds but "val" have "spent": seconds of each phase (`training.run.goodput.PHASES`) since the
+last line with "spent". The file is only appended to. A kill loses at most the last line, or in a
+bucket the lines of about the last half minute. `read` merges the lines of several starts. Training
+does not depend on this file.
 """
 
 import json
@@ -26,16 +31,17 @@ NAME = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class History:
-    """What a run's history tells, in the order of steps.
+    """History of a run, merged over its starts and sorted by step.
 
     Attributes:
-      starts: one for each time that the training program was started, in the order of time.
+      starts: one entry for each start of the training program, in the order of time.
       train: "step", "loss", "accuracy" (percent, of augmented clips), "grad_norm", "param_norm",
-        "learning_rate" and "clips_per_second", means since the line before.
+        "learning_rate" and "clips_per_second": means since the line before.
       val: "step", "top1" and "top5" (percent).
-      seconds: how long training ran, all starts together, from each start to its last line.
-      spent: seconds of each of `timing.PHASES`, all starts together, with steps that a later start
-        did again or a rollback undid apart, as `timing.REPEATED`; empty where no line tells.
+      seconds: training time from each start to its last line, summed over all starts.
+      spent: seconds of each phase (`goodput.PHASES`), summed over all starts. Steps that a later
+        start repeated or a rollback undid are separate, as `goodput.REPEATED`. Empty if no line
+        has "spent".
     """
 
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -46,8 +52,10 @@ class History:
 
     @property
     def goodput(self) -> float | None:
-        """The share of the run's wall time, all starts together, that went into steps that count,
-        from 0 to 1; None where the history does not tell."""
+        """Share of the wall time of all starts that went into steps that count.
+
+        From 0 to 1; None if the history has no times.
+        """
         whole = sum(self.spent.values())
         return self.spent["step"] / whole if whole > 0 else None
 
@@ -56,11 +64,11 @@ class History:
 
 
 class Writer:
-    """Appends lines to a run's history."""
+    """Writer that appends lines to a run's history."""
 
     def __init__(self, workdir: str | AnyPath) -> None:
         path = to_path(workdir) / NAME
-        # A kill may have left half a line, which the next one must not be glued to.
+        # A kill may have left half a line; the next line must not be appended to this half.
         try:
             if is_local(path):
                 torn = path.exists() and path.stat().st_size > 0 and not _ends_a_line(path)
@@ -74,7 +82,7 @@ class Writer:
             self.file.write("\n")
 
     def line(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Appends one line and hands it to the operating system, or soon to a bucket."""
+        """Appends a line and flushes the file; an object in a bucket is uploaded later."""
         entry = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
@@ -84,33 +92,36 @@ class Writer:
 
 
 class ObjectFile:
-    """An object in a bucket, to which text or bytes are appended.
+    """File-like object in a bucket, to which text or bytes are appended.
 
-    Cloud Storage cannot append, so that each upload repeats the whole content. Uploads take a small
-    share of a run's time; a kill loses the content since the last upload."""
+    Cloud Storage cannot append, so each upload repeats the whole content. Uploads are limited to a
+    small share of a run's time. A kill loses the content since the last upload.
+    """
 
-    SECONDS, SHARE = 30.0, 0.02  # at least between two writes, and at most of the time for them
+    SECONDS, SHARE = 30.0, 0.02  # minimum between two uploads; maximum share of time for uploads
 
     def __init__(self, path: AnyPath) -> None:
         self._path = path
         self.content = bytearray(path.read_bytes() if path.exists() else b"")
         self._written = len(self.content)
-        self._due = -math.inf
+        self._next_upload = -math.inf
 
     def write(self, content: str | bytes) -> None:
         self.content += content.encode() if isinstance(content, str) else content
 
     def flush(self) -> None:
-        if time.monotonic() >= self._due:
+        """Uploads the content if the last upload is long enough ago."""
+        if time.monotonic() >= self._next_upload:
             self.close()
 
     def close(self) -> None:
+        """Uploads the content if it has changed."""
         if len(self.content) == self._written:
             return
         began = time.monotonic()
         self._path.write_bytes(bytes(self.content))
         self._written, now = len(self.content), time.monotonic()
-        self._due = now + max(self.SECONDS, (now - began) / self.SHARE)
+        self._next_upload = now + max(self.SECONDS, (now - began) / self.SHARE)
 
 
 def _ends_a_line(path: AnyPath) -> bool:
@@ -120,18 +131,18 @@ def _ends_a_line(path: AnyPath) -> bool:
 
 
 def read(workdir: str | AnyPath) -> History:
-    """Reads a run's history; an empty one where the folder has none.
+    """Reads the history of a run; empty if the folder has no history.
 
-    A start from step s stands for a state after s steps, so what earlier lines tell of later steps
-    never led to it and is left out, whether it was done again or not. Lines that are torn or of
-    no known kind are passed over.
+    A start at step s has the state after s steps. So later steps in earlier lines do not lead to
+    this state, and are dropped, even if no later start repeated them. Incomplete lines and lines
+    of unknown kinds are ignored.
     """
     path = to_path(workdir) / NAME
     if not path.is_file():
         return History()
     entries = list(_entries(path))
     starts: list[dict[str, Any]] = []
-    found: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "val": {}}
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "val": {}}
     seconds = 0.0
     begun: float | None = None
     last = 0.0
@@ -141,57 +152,57 @@ def read(workdir: str | AnyPath) -> History:
             seconds += 0.0 if begun is None else max(last - begun, 0.0)
             begun = entry["time"]
             starts.append(entry)
-            for kind, lines in found.items():
-                found[kind] = {s: line for s, line in lines.items() if s <= step}
-        elif entry["kind"] in found:
-            found[entry["kind"]][step] = entry
+            for kind, lines in by_kind.items():
+                by_kind[kind] = {s: line for s, line in lines.items() if s <= step}
+        elif entry["kind"] in by_kind:
+            by_kind[entry["kind"]][step] = entry
         last = entry["time"]
     seconds += 0.0 if begun is None else max(last - begun, 0.0)
-    train, val = ([lines[step] for step in sorted(lines)] for lines in found.values())
+    train, val = ([lines[step] for step in sorted(lines)] for lines in by_kind.values())
     return History(starts, train, val, seconds, _spent(entries))
 
 
 def _spent(entries: list[dict[str, Any]]) -> dict[str, float]:
-    """The seconds of each phase, all starts together, and of steps that were done again."""
+    """Returns the seconds of each phase over all starts, and of repeated or undone steps."""
     total = dict.fromkeys([*timing.PHASES, timing.REPEATED], 0.0)
-    known = [entry for entry in entries if isinstance(entry.get("spent"), dict)]
-    kept: float = math.inf
-    # From the end, as a step counts if no later start or rollback went back before it.
-    since = [0, *(entry["step"] for entry in known[:-1])][: len(known)]
-    for entry, before in reversed(list(zip(known, since, strict=True))):
-        if entry["kind"] == "rollback":  # which undid what it tells of, too
-            kept = min(kept, float(entry["to"]))
+    timed = [entry for entry in entries if isinstance(entry.get("spent"), dict)]
+    last_valid: float = math.inf
+    # Backwards, as a step counts if no later start or rollback went back to a step before it.
+    since = [0, *(entry["step"] for entry in timed[:-1])][: len(timed)]
+    for entry, before in reversed(list(zip(timed, since, strict=True))):
+        if entry["kind"] == "rollback":  # it also undid the steps of its own interval
+            last_valid = min(last_valid, float(entry["to"]))
         spent = {p: s for p, s in entry["spent"].items() if p in timing.PHASES and _is_number(s)}
-        repeated = _lost(before, entry["step"], kept) * spent.get("step", 0.0)
+        repeated = _repeated_share(before, entry["step"], last_valid) * spent.get("step", 0.0)
         for phase, seconds in spent.items():
             total[phase] += seconds
         total["step"] -= repeated
         total[timing.REPEATED] += repeated
         if entry["kind"] == "start":
-            kept = min(kept, float(entry["step"]))
-    return total if known else {}
+            last_valid = min(last_valid, float(entry["step"]))
+    return total if timed else {}
 
 
-def _lost(since: int, step: int, kept: float) -> float:
-    """The share of the steps after `since` up to `step` that are above `kept`."""
-    if step <= since:  # none was done: what is told of is the end of one that was under way
-        return float(step > kept)
-    return (step - max(since, min(kept, step))) / (step - since)
+def _repeated_share(since: int, step: int, last_valid: float) -> float:
+    """Returns the share of the steps after `since` up to `step` that are above `last_valid`."""
+    if step <= since:  # no new step: the time is the rest of a step in progress
+        return float(step > last_valid)
+    return (step - max(since, min(last_valid, step))) / (step - since)
 
 
-def goodput_sentence(told: History) -> str | None:
-    """How much of a run's time went into steps that count, and where the rest of it went."""
-    if told.goodput is None:
+def goodput_sentence(run: History) -> str | None:
+    """Returns a sentence on the goodput and the shares of the other phases; None without times."""
+    if run.goodput is None:
         return None
-    whole = sum(told.spent.values())
+    whole = sum(run.spent.values())
     parts = sorted(
-        ((seconds / whole, name) for name, seconds in told.spent.items() if name != "step"),
+        ((seconds / whole, name) for name, seconds in run.spent.items() if name != "step"),
         reverse=True,
     )
-    others = ", ".join(f"{name} {100 * share:.1f} %" for share, name in parts if share >= 0.0005)
+    phases = ", ".join(f"{name} {100 * share:.1f} %" for share, name in parts if share >= 0.0005)
     return (
-        f"goodput {100 * told.goodput:.1f} % of {whole:.0f} s in "
-        f"{plural(len(told.starts), 'start')} went into steps that count; {others}"
+        f"goodput {100 * run.goodput:.1f} % of {whole:.0f} s in "
+        f"{plural(len(run.starts), 'start')} went into steps that count; {phases}"
     )
 
 
@@ -205,7 +216,7 @@ _NEEDED = {
 
 
 def _entries(path: AnyPath):
-    """The whole lines of a history, as dicts."""
+    """Yields the complete and valid lines of a history."""
     for line in path.read_bytes().decode(errors="replace").split("\n"):
         try:
             entry = json.loads(line)

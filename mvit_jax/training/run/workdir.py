@@ -1,17 +1,19 @@
-"""The folder of one run: its frozen config, and whether a command may go on in it.
+"""Workdir of a run: its files, its frozen config, and checks before a run resumes.
 
-It holds:
+Files:
 
-    DIR/config.json     the config, frozen when the run began
-    DIR/labels.txt      the names of the classes
-    DIR/custom.json     digests of the source of custom modules, where the config names any
-    DIR/checkpoints/    the last states
-    DIR/best/           the state of the best validation
-    DIR/damaged/        checkpoints that were found damaged
-    DIR/validated.txt   the last step that was validated; DIR/.lock keeps a second start out
-    DIR/metrics.jsonl   the history; DIR/events.* the same for TensorBoard
-    DIR/evaluation*     what tests found, with clips*.json, confusion*.png, per_class*.png
-    DIR/report.html     the page
+    DIR/config.json     config, frozen at the first start
+    DIR/labels.txt      class names
+    DIR/custom.json     digests of the source of custom modules, if the config names any
+    DIR/checkpoints/    last checkpoints
+    DIR/best/           best checkpoint by validation
+    DIR/damaged/        damaged checkpoints
+    DIR/validated.txt   last validated step
+    DIR/.lock           lock against a second start
+    DIR/metrics.jsonl   history
+    DIR/events.*        history for TensorBoard
+    DIR/evaluation*     test results, with clips*.json, confusion*.png, per_class*.png
+    DIR/report.html     HTML report
 """
 
 import fcntl
@@ -33,29 +35,34 @@ LOCK_SECONDS = 60
 _VALIDATED = "validated.txt"
 _CUSTOM = "custom.json"
 
-# Keys that say where and how fast, not what: they may change when a run goes on.
+# Keys that a resumed run may change: they set paths, speed and logging, not the results.
 MAY_CHANGE = (
     "data.folder", "data.threads", "data.processes", "data.timeout", "data.max_broken",
     "data.train_videos", "data.classes", "published",
     "mesh.", "remat", "checkpoint.", "log_every", "eval.batch", "on_nan",
 )  # fmt: skip
 
-# What Orbax writes last into a checkpoint in a bucket, where nothing can be renamed at once.
+# Orbax writes this file last into a checkpoint in a bucket, which has no atomic rename.
 _COMPLETE = "commit_success.txt"
 
-# Where and how fast each host reads its clips. All else must be the same in all processes of a run.
+# Keys of each host's data loading. All other keys must be equal in all processes of a run.
 _OF_A_HOST = ("data.folder", "data.prefix", "data.threads", "data.processes", "data.timeout")
 
 
 def decisive(config: ConfigDict) -> dict[str, Any]:
-    """The values, by key, that decide what the processes of a run do together."""
+    """Returns the config values, by key, that must be equal in all processes of a run."""
     flat = _flat(json.loads(config.to_json()))
     return {key: value for key, value in flat.items() if key not in _OF_A_HOST}
 
 
 def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
-    """Writes the config on the first start; later, refuses a config that differs. Keys that are
-    newer than the run have their defaults."""
+    """Writes the config at the first start, and compares it at later starts.
+
+    Keys that are newer than the run have their defaults. Keys in `MAY_CHANGE` may differ.
+
+    Raises:
+      UserError: another key differs, or the file cannot be read or written.
+    """
     path = to_path(workdir) / "config.json"
     now = json.loads(config.to_json())
     if not path.exists():
@@ -72,20 +79,20 @@ def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
     if differing:
         raise UserError(
             f"{workdir} holds a run with another config ({'; '.join(differing)}): start with the "
-            "same values to go on with it, or choose another --workdir"
+            "same values to resume this run, or choose another --workdir"
         )
 
 
 def enter(
     workdir: str | AnyPath, config: Config, names: Sequence[str], digests: dict[str, str]
 ) -> None:
-    """Makes the folder of a run, or checks that the one that is there is of the same run.
+    """Creates the workdir of a run, or checks that the existing one belongs to the same run.
 
     Args:
       workdir: the folder.
       config: of the run.
-      names: of the classes, which stand beside the weights for those who have no data.
-      digests: of the source of custom modules (`training.custom`).
+      names: class names, stored with the checkpoints for use without the data.
+      digests: digests of the source of custom modules (`training.custom`).
 
     Raises:
       UserError: the folder cannot be written, or holds a run with another config or source.
@@ -97,15 +104,15 @@ def enter(
         write_whole(labels, "".join(f"{name}\n" for name in names))
     if changed := changed_modules(workdir, config, digests):
         raise UserError(
-            f"{changed}: restore it, choose another --workdir, or delete {custom} to go on with "
-            "the new source"
+            f"{changed}: restore the source, choose another --workdir, or delete {custom} to "
+            "resume with the new source"
         )
     if digests and not custom.exists():
         write_whole(custom, json.dumps(digests, indent=1) + "\n")
 
 
 def changed_modules(workdir: str | AnyPath, config: Config, digests: dict[str, str]) -> str | None:
-    """Returns a sentence about custom modules whose source is not the recorded one, or None."""
+    """Returns a sentence on custom modules whose source differs from the recorded one, or None."""
     recorded = custom_digests(workdir)
     changed = [
         f"model.{kind}={config.model[kind]}"
@@ -118,13 +125,13 @@ def changed_modules(workdir: str | AnyPath, config: Config, digests: dict[str, s
 
 
 def custom_digests(workdir: str | AnyPath) -> dict[str, str]:
-    """Returns the recorded digests by kind of module; empty where a folder has none."""
+    """Returns the recorded digests by kind of module; empty if the folder has none."""
     path = to_path(workdir) / _CUSTOM
     return read(path) if path.exists() else {}
 
 
 def has_checkpoint(workdir: str | AnyPath) -> bool:
-    """Whether there is something to go on with."""
+    """Returns True if the workdir has a complete checkpoint to resume from."""
     folder = to_path(workdir) / "checkpoints"
     return folder.is_dir() and any(
         child.name.isdigit() and (is_local(child) or (child / _COMPLETE).exists())
@@ -133,17 +140,22 @@ def has_checkpoint(workdir: str | AnyPath) -> bool:
 
 
 def frozen(workdir: str | AnyPath) -> Config:
-    """Reads the config that a run was started with; newer keys have their defaults."""
+    """Returns the frozen config of a run; keys that are newer than the run have their defaults."""
     path = to_path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
     started_with = ConfigDict(_tuples(with_new_names(read(path))))
-    config = ConfigDict(base().to_dict())  # of plain values, which take any others
+    config = ConfigDict(base().to_dict())  # without placeholders, so that values of any type fit
     config.update(started_with)
     return config.lock()
 
 
 def read(path: AnyPath) -> dict[str, Any]:
+    """Reads a JSON file of a workdir.
+
+    Raises:
+      UserError: the file cannot be read or is no JSON.
+    """
     try:
         return json.loads(path.read_text())
     except (*faults(), ValueError) as error:
@@ -153,12 +165,12 @@ def read(path: AnyPath) -> dict[str, Any]:
 
 
 def keep_validated(workdir: str | AnyPath, step: int) -> None:
-    """Notes that the state after `step` was validated, and kept where it is the best."""
+    """Records that the state after `step` was validated, and saved if it is the best."""
     write_whole(to_path(workdir) / _VALIDATED, f"{step}\n")
 
 
 def validated(workdir: str | AnyPath) -> int:
-    """The last step that was validated; 0 where none was, or it is not known."""
+    """Returns the last validated step; 0 if there is none or the file cannot be read."""
     try:
         return int((to_path(workdir) / _VALIDATED).read_text())
     except (*faults(), ValueError):
@@ -166,15 +178,15 @@ def validated(workdir: str | AnyPath) -> int:
 
 
 @contextmanager
-def locked(workdir: str | AnyPath, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Keeps others from training in the same folder, as far as its file system knows locks; buckets
-    do not.
+def locked(workdir: str | AnyPath, log: Callable[[str], None] = print) -> Iterator[None]:
+    """Locks the workdir against other training processes.
 
-    A lock ends with its process, however that ends. One that a scheduler has just replaced may
-    still be saving, so it is waited for.
+    Buckets and some file systems have no locks; the block then runs without a lock. A lock ends
+    with its process, also after a kill. A process that a scheduler has just replaced may still be
+    saving, so this blocks for up to `LOCK_SECONDS`.
 
     Raises:
-      UserError: another process has the lock for `LOCK_SECONDS`.
+      UserError: another process still has the lock after `LOCK_SECONDS`.
     """
     path = to_path(workdir) / ".lock"
     if not is_local(path):
@@ -182,15 +194,15 @@ def locked(workdir: str | AnyPath, say: Callable[[str], None] = print) -> Iterat
         return
     with path.open("a+") as file:
         until = time.monotonic() + LOCK_SECONDS
-        waits = False
+        logged = False
         while not _lock(file):
             file.seek(0)
             other = file.read().strip() or "another process"
             if time.monotonic() > until:
                 raise UserError(f"{workdir} is in use: {other} trains there; end that first")
-            if not waits:
-                say(f"{other} still trains in {workdir}: waits until it has ended")
-            waits = True
+            if not logged:
+                log(f"{other} still trains in {workdir}: waiting until it has ended")
+            logged = True
             time.sleep(0.5)
         file.truncate(0)
         file.write(f"process {os.getpid()} of {platform.node()}")
@@ -203,13 +215,13 @@ def _lock(file: TextIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         return True
     return True
 
 
 def check_writable(workdir: str | AnyPath) -> None:
-    """Writes a file and removes it: a run learns at its start what would end it at its first save.
+    """Raises early if the workdir is not writable, before a first save would fail.
 
     Raises:
       UserError: the folder cannot be written.
@@ -222,21 +234,26 @@ def check_writable(workdir: str | AnyPath) -> None:
     except faults() as error:
         raise UserError(
             f"the workdir {workdir} cannot be written ({why(error)}): choose another "
-            "--workdir, or mend its permissions"
+            "--workdir, or fix its permissions"
         ) from None
 
 
 def make(workdir: str | AnyPath) -> None:
+    """Creates the workdir and its parents.
+
+    Raises:
+      UserError: the folder cannot be created.
+    """
     try:
         to_path(workdir).mkdir(parents=True, exist_ok=True)
     except faults() as error:
         raise UserError(
-            f"the workdir {workdir} cannot be made ({why(error)}): choose another --workdir"
+            f"the workdir {workdir} cannot be created ({why(error)}): choose another --workdir"
         ) from None
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has lists where configs have tuples."""
+    """Converts JSON's lists to the tuples of configs."""
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

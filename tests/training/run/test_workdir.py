@@ -14,7 +14,7 @@ def test_a_second_start_waits_and_is_then_refused(tmp_path, monkeypatch):
     refused = pytest.raises(UserError, match=f"in use: process {os.getpid()} of .* trains there")
     with workdir.locked(tmp_path), refused, workdir.locked(tmp_path, said.append):
         pass
-    assert len(said) == 1 and "waits until it has ended" in said[0]
+    assert len(said) == 1 and "waiting until it has ended" in said[0]
     with workdir.locked(tmp_path, said.append):  # whatever an earlier one has left
         assert len(said) == 1
 
