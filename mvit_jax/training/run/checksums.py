@@ -1,17 +1,20 @@
-"""Digests of tensors: two numbers each, by which what is read of a checkpoint is verified.
+"""Digests of tensors, which verify a restored checkpoint.
 
-Orbax 0.12.8 notices damage to what it needs to find the tensors, not to their values: none of the
-bits that were flipped in the files of these was noticed (2026-11-23).
+Orbax 0.12.8 detects damage to a checkpoint's index, but not to the values of tensors. None of the
+bits flipped in the files of values was detected (2026-11-23).
 
-A digest is two sums, modulo 2^32, of a tensor's bits in words, each word multiplied by an odd
-number that depends on where it stands. Such sums may be taken in any order, so that they are the
-same on every mesh; an odd factor has an inverse, so that one changed word always changes both sums;
-that several changed words change neither has a chance of about 2^-64. They are computed where the
-tensor lies. That is against damage, not against a forger.
+A digest is two sums, modulo 2^32, over the words of a tensor's bits. Each word is multiplied by an
+odd factor that depends on its position.
 
-For the 942 tensors of mvit_b_16x4's state under AdamW, 439 MB, they take 0.3 to 0.4 s on 2 cores,
-which the steps wait for; and once, to compile, 4 s. The save itself keeps the steps waiting for 0.6
-to 1.3 s, and is on disk after 2 to 4 s, or 16 to 24 s where others use it (2026-11-23).
+- The order of summation does not matter, so the digest is the same on every mesh.
+- Odd factors are invertible, so a change of one word changes both sums.
+- A change of several words leaves both sums unchanged with a probability of about 2^-64.
+- The sums are computed on the device of the tensor.
+- They detect damage, not forgery.
+
+For the 942 tensors of mvit_b_16x4's state under AdamW (439 MB) digests take 0.3 to 0.4 s on 2
+cores, during which training pauses, and 4 s once to compile. The save itself pauses training for
+0.6 to 1.3 s. It is on disk after 2 to 4 s, or after 16 to 24 s on a busy disk (2026-11-23).
 """
 
 import functools
@@ -25,18 +28,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-# The dtype's name, the shape, and the two sums; as JSON has them.
+# The dtype's name, the shape, and the two sums, as JSON types.
 Digest = dict[str, Any]
 
 
 def digests(tree: Any) -> dict[str, Digest]:
-    """The digest of each array of a tree, by the path of its name.
+    """Returns the digest of each array of a tree, by the array's path.
 
-    Arrays may lie on any mesh, also one of several processes, which then must all call this and
-    all get the same. Each device works on what it holds: of copies, the first is taken.
+    Arrays may be sharded over any mesh. With a mesh of several processes all must call this, and
+    all get the same result. Each device sums its own shards; of replicas, only the first counts.
     """
     arrays = by_path(tree)
-    parts = [[_sent(shard, x) for shard in _shards(x)] for x in arrays.values()]  # not waited for
+    parts = [
+        [_dispatch_sums(shard, x) for shard in _shards(x)] for x in arrays.values()
+    ]  # asynchronous
     totals = [np.reshape(pairs, (-1, 2)).sum(0, np.uint32) for pairs in jax.device_get(parts)]
     sums = np.reshape(totals, (-1, 2)).astype(np.uint32)
     elsewhere = np.array([not _is_here(x) for x in arrays.values()])
@@ -49,20 +54,20 @@ def digests(tree: Any) -> dict[str, Digest]:
     }
 
 
-def first_mismatch(tree: Any, kept: Mapping[str, Digest]) -> str | None:
-    """The path of the first array whose digest is not the one that was kept; or None.
+def first_mismatch(tree: Any, saved: Mapping[str, Digest]) -> str | None:
+    """Returns the path of the first array whose digest differs from the saved one, or None.
 
-    An array that was restored in another dtype than it was saved in cannot be compared.
+    An array that is restored in another dtype than the saved one is not compared.
     """
     for path, digest in digests(tree).items():
-        before = kept.get(path)
+        before = saved.get(path)
         if before is None or (before["dtype"] == digest["dtype"] and before != digest):
             return path
     return None
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of any tree, also of an optimiser's state, by the path of their names."""
+    """Returns the leaves of any tree, such as an optimiser's state, by their path."""
     return {
         "/".join(_name(key) for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -70,7 +75,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def _name(key: Any) -> str:
-    """Of one step of a path: Orbax's metadata has other kinds of nodes than the state."""
+    """Returns the name of a path's key; Orbax's metadata and the state have different key types."""
     for kind in ("key", "name", "idx"):
         if hasattr(key, kind):
             return str(getattr(key, kind))
@@ -82,37 +87,45 @@ def _is_here(x: Any) -> bool:
 
 
 def _shards(x: Any) -> list[tuple[Any, tuple[slice, ...]]]:
-    """The parts of an array that this process holds, and their places in it."""
+    """Returns the shards of an array in this process, with their index in the array."""
     if not isinstance(x, jax.Array):
         return [(x, ())]
     return [(s.data, s.index) for s in x.addressable_shards if s.replica_id == 0]
 
 
-def _sent(shard: tuple[Any, tuple[slice, ...]], whole: Any) -> UInt32[Array, "2"]:
-    """The sums of one part. One program for each shape, not one for all tensors, which would take
-    as long to compile as the model; and none that talks to other devices: so many collectives
-    at a time got in each other's way between processes of CPUs."""
+def _dispatch_sums(shard: tuple[Any, tuple[slice, ...]], whole: Any) -> UInt32[Array, "2"]:
+    """Dispatches the sums of one shard.
+
+    Each shape has its own program; one program for all tensors would compile as long as the model.
+    The programs have no collectives, as many concurrent collectives between CPU processes
+    interfered with each other.
+    """
     part, index = shard
     starts = np.array([s.start or 0 for s in index] or [0] * whole.ndim, np.uint32)
     device = part.device if isinstance(part, jax.Array) else jax.local_devices()[0]
-    with jax.set_mesh(Mesh([device], "one")):  # whatever mesh the caller is in
+    with jax.set_mesh(Mesh([device], "one")):  # replaces the caller's mesh
         return _sums(part, starts, tuple(whole.shape))
 
 
 @functools.partial(jax.jit, static_argnames="whole")
 def _sums(part: Any, starts: UInt32[Array, " axes"], whole: tuple[int, ...]) -> UInt32[Array, "2"]:
-    """The two sums of a part of an array of any shape, of a dtype of 1, 2, 4 or 8 bytes; it starts
-    at `starts` in an array of the shape `whole`."""
+    """Returns the two sums of a part of an array.
+
+    Args:
+      part: of any shape, with a dtype of 1, 2, 4 or 8 bytes.
+      starts: index of the part's first element in the whole array.
+      whole: shape of the whole array.
+    """
     words = _words(part)
-    place = jnp.zeros(words.shape, jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
     for axis, length in enumerate([*whole, *words.shape[len(whole) :]]):
-        here = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         if axis < len(whole):
-            here += starts[axis]
-        place = place * jnp.uint32(length) + here
-    # Multiplied and folded, so that neighbours have factors that have nothing to do with each
-    # other; the constants are those of common hash functions (Knuth's, MurmurHash's).
-    mixed = place * jnp.uint32(2654435761)
+            index += starts[axis]
+        position = position * jnp.uint32(length) + index
+    # Multiplications and shifts decorrelate the factors of neighbouring words. The constants are
+    # from common hash functions (Knuth's, MurmurHash's).
+    mixed = position * jnp.uint32(2654435761)
     mixed ^= mixed >> 15
     first = mixed | 1
     mixed *= jnp.uint32(2246822519)

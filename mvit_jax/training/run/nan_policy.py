@@ -1,16 +1,17 @@
-"""What is done where a loss, a gradient or a weight is not finite: the config key `on_nan`.
+"""Policies for NaN and Inf in loss, gradients or weights (`config.on_nan`).
 
-The update of a step whose loss or gradient is not finite is never made (`training.step`), whatever
-the policy is: so the results of runs without such steps are the same, bit for bit, under all three.
-What the policy decides is how the run goes on, once the metrics tell:
+Under all policies the training step skips the update if its loss or gradient is not finite
+(`training.step`). So runs without such steps are equal, bit for bit, under all policies. When the
+metrics of the step arrive, the policy decides:
 
-- stop: it ends; the checkpoints before that step are kept.
-- skip: it goes on with the next step. The batch is left out.
-- rollback: it goes on from the weights and moments of the last checkpoint, and with the next step:
-  as the data are a function of (seed, step), to repeat steps would bring the same numbers. So the
-  batches since that checkpoint are left out, and weights that were on their way there are gone.
+- stop: the run ends. Earlier checkpoints remain.
+- skip: the run continues with the next step, without this batch.
+- rollback: the run restores the weights and moments of the last checkpoint, and continues with the
+  next step. The data are a function of (seed, step), so repeated steps would give the same values.
+  The batches since this checkpoint are not repeated, and their updates are lost.
 
-Each is said, with the step. Metrics are sums over all processes, so that all do the same.
+Each event is logged with its step. Metrics are sums over all processes, so all processes decide
+alike.
 """
 
 from collections.abc import Callable
@@ -26,26 +27,26 @@ from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import State
 
 POLICIES = ("stop", "skip", "rollback")
-# After so many in a row it is not the batch.
-SKIPS = 10  # steps whose update is left out
+# The run ends after this many in a row, as the batch is then not the cause.
+SKIPS = 10  # steps with a skipped update
 ROLLBACKS = 3  # without a checkpoint of steps in between
 
 
 class NotFiniteError(UserError):
-    """A loss, gradient or weight that is not finite ends the run: the state must not be kept."""
+    """A non-finite loss, gradient or weight that ends the run; its state must not be saved."""
 
 
 class Policy:
-    """Hears of every step whether it was finite, and decides.
+    """State machine of one policy; the caller reports each step as finite or not.
 
     Attributes:
       name: one of `POLICIES`.
-      found: what was not finite, and at which step, where the state is now to be rolled back.
-      skipped: steps whose update was left out, since the caller last set this to 0.
+      found: the non-finite metric and its step, if the state must be rolled back; else None.
+      skipped: steps with a skipped update, since the caller last set this to 0.
     """
 
-    def __init__(self, name: str, say: Callable[[str], None]) -> None:
-        self.name, self._say = name, say
+    def __init__(self, name: str, log: Callable[[str], None]) -> None:
+        self.name, self._log = name, log
         self.found: str | None = None
         self.skipped = 0
         self._skips = 0  # in a row
@@ -53,67 +54,73 @@ class Policy:
         self._rollbacks = 0  # in a row
 
     def finite(self) -> None:
+        """Reports a finite step."""
         self._skips = 0
 
     def not_finite(self, step: int, values: dict[str, float]) -> None:
-        """Takes the metrics of a step that are not finite, by name.
+        """Reports the non-finite metrics of a step, by name.
 
         Raises:
-          NotFiniteError: the run ends here.
+          NotFiniteError: the policy ends the run.
         """
         name = "loss" if "loss" in values else next(iter(values))
         what = f"{name} is {values[name]} at step {step}"
         if self.name == "rollback":
             self.found = self.found or what
             return
-        # Weights that are not finite were made so by a finite gradient, and stay so.
+        # Skipped updates do not repair non-finite weights, which a finite gradient has caused.
         if self.name == "skip" and "param_norm" not in values:
             self.skipped += 1
             self._skips += 1
             if self._skips < SKIPS:
-                self._say(f"{what}: its update is left out ({self._skips} in a row)")
+                self._log(f"{what}: its update is skipped ({self._skips} in a row)")
                 return
-            what += f", the last of {SKIPS} in a row whose update was left out"
+            what += f", the last of {SKIPS} in a row with a skipped update"
         raise _ended(what)
 
     def roll_back(self, checkpoints: Checkpoints, state: State, step: int) -> tuple[State, int]:
-        """The state of the last checkpoint, as if it were after `step`, and the step that it is of;
-        saved at once, so that a kill changes nothing. What `state` holds is freed first.
+        """Rolls back to the last checkpoint, and saves its state as the state after `step`.
+
+        A restart after a kill then continues from this state. The buffers of `state` are freed.
+
+        Returns:
+          The restored state with its step count set to `step`, and the checkpoint's step.
 
         Raises:
-          NotFiniteError: there is no checkpoint to go back to, or that was done too often.
+          NotFiniteError: there is no checkpoint, or there were more than `ROLLBACKS` rollbacks
+            without a new checkpoint in between.
         """
         what, self.found = self.found, None
-        checkpoints.settle(self._say)
+        checkpoints.settle(self._log)
         if checkpoints.step() is None:
-            raise _ended(f"{what}, before the first checkpoint to go back to")
+            raise _ended(f"{what}, before the first checkpoint")
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
         for leaf in jax.tree.leaves(state):
             leaf.delete()
         try:
-            back = checkpoints.resume(like, self._say)
+            back = checkpoints.resume(like, self._log)
         except UserError as error:
             raise NotFiniteError(f"{what}, and {error}") from error
         assert back is not None
-        was = int(back.step)
-        self._rollbacks = self._rollbacks + 1 if was == self._landed else 1
+        origin = int(back.step)
+        self._rollbacks = self._rollbacks + 1 if origin == self._landed else 1
         if self._rollbacks > ROLLBACKS:
             raise _ended(f"{what}, after {ROLLBACKS} rollbacks without a checkpoint in between")
         self._landed = step
-        self._say(
-            f"{what}: goes on after step {step} from the weights of step {was}, without the "
-            "batches in between"
+        self._log(
+            f"{what}: training continues after step {step} with the weights of step {origin}, "
+            "without the batches in between"
         )
         back = at_step(back, step)
-        checkpoints.save(back, step, say=self._say)
-        checkpoints.settle(self._say)
-        return back, was
+        checkpoints.save(back, step, say=self._log)
+        checkpoints.settle(self._log)
+        return back, origin
 
 
 def at_step(state: State, step: int) -> State:
-    """A state with another count of steps, in the optimiser's state too: its rates follow them."""
+    """Returns a state with another step count, also in the optimiser, whose schedules use it."""
 
     def moved(leaf: Any) -> Any:
         if leaf.ndim > 0 or not jnp.issubdtype(leaf.dtype, jnp.integer):
@@ -125,7 +132,7 @@ def at_step(state: State, step: int) -> State:
 
 def _ended(what: str) -> NotFiniteError:
     return NotFiniteError(
-        f"{what}: training stops here and the checkpoints before it are kept; a lower optim.lr or "
-        "a longer optim.warmup_epochs usually helps, in another --workdir; to pass over single "
-        "batches, go on with --config.on_nan=skip or rollback"
+        f"{what}: training stops, and earlier checkpoints remain; a lower optim.lr or a longer "
+        "optim.warmup_epochs in another --workdir usually helps; to skip single batches, resume "
+        "with --config.on_nan=skip or rollback"
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step under way is finished, by all processes after the same step."""
+"""Graceful stop on Ctrl-C and SIGTERM: all processes stop after the same step."""
 
 import os
 import signal
@@ -9,10 +9,13 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop reads after each step.
+    """Flag that SIGINT or SIGTERM sets; the training loop checks it after each step.
 
-    Of many processes each may get the signal, or one alone. JAX then takes SIGTERM itself, and
-    finds a step that none of them has passed yet; Ctrl-C becomes one.
+    With several processes, the signal may reach all processes or only one. JAX then handles
+    SIGTERM, and agrees on a step that no process has passed. SIGINT is forwarded as SIGTERM.
+
+    Attributes:
+      signal: number of the signal after which the run stops; 0 for none.
     """
 
     def __init__(self, start: int) -> None:
@@ -20,25 +23,25 @@ class StopRequest:
         self.several = jax.distributed.is_initialized()
 
     def __enter__(self) -> "StopRequest":
-        self.signal = self._asked = 0
-        ours = (signal.SIGINT,) if self.several else (signal.SIGINT, signal.SIGTERM)
-        self._before: dict[int, Any] = {s: signal.signal(s, self._ask) for s in ours}
+        self.signal = self._received = 0
+        handled = (signal.SIGINT,) if self.several else (signal.SIGINT, signal.SIGTERM)
+        self._before: dict[int, Any] = {s: signal.signal(s, self._handle) for s in handled}
         return self
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self._asked == signal.SIGINT == number:
-            raise KeyboardInterrupt  # asked twice at the keyboard: at once
-        self._asked = number
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._received == signal.SIGINT == number:
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
+        self._received = number
         if self.several:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.signal = number
 
     def agree(self, step: int) -> None:
-        """To be called after every step: whether all stop here."""
-        # Steps are counted from this start: a request before the first one is for step 1.
+        """Sets `signal` if all processes stop after `step`; call after every step."""
+        # Steps are counted from this start, so that a request before the first step is for step 1.
         if self.several and multihost_utils.reached_preemption_sync_point(step - self.start):
-            self.signal = self._asked or signal.SIGTERM
+            self.signal = self._received or signal.SIGTERM
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():

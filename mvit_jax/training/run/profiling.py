@@ -1,4 +1,4 @@
-"""A trace of a few training steps, for TensorBoard and xprof."""
+"""Profiler traces of a few training steps, for TensorBoard and xprof."""
 
 import re
 import tempfile
@@ -10,13 +10,13 @@ import jax
 
 from mvit_jax.common.files import AnyPath, is_local, to_path, write_whole
 
-FIRST, LAST = 10, 15  # by default; by then all is compiled and the input has settled
+FIRST, LAST = 10, 15  # defaults: after compilation, with a steady input pipeline
 
 
 class Profile:
-    """Traces some steps of a run into `WORKDIR/profile`, each under its number.
+    """Profiler trace of some steps of a run, in `WORKDIR/profile`.
 
-    A context, so that a trace is also ended where training stops in the middle of it.
+    The context manager also ends a trace if training stops during the traced steps.
     """
 
     def __init__(
@@ -28,30 +28,30 @@ class Profile:
         steps: int,
         say: Callable[[str], object],
     ) -> None:
-        """Nothing is traced where `window` is None.
+        """Selects the steps to trace.
 
         Args:
           folder: the workdir.
-          window: first and last step to trace, counted from 1 at this start of the run. One that
-            goes beyond the run's end is moved to its last steps.
+          window: first and last step to trace, counted from 1 at this start of the run. A window
+            beyond the end of the run is moved to the last steps. None for no trace.
           start: steps done before this start.
-          steps: of the whole run.
-          say: is told, in one line, where the trace is.
+          steps: steps of the whole run.
+          say: logs the folder of the trace, or an error.
         """
         self._folder, self._say = to_path(folder) / "profile", say
-        # Where the trace of a run in a bucket is written first, as JAX knows folders alone.
+        # JAX traces into local folders only: the trace of a run in a bucket is uploaded from here.
         self._here: tempfile.TemporaryDirectory[str] | None = None
         self._steps = range(0)
-        self._last: int | None = None  # step that the trace holds, while one is running
+        self._last: int | None = None  # last traced step, while a trace runs
         if window is not None:
             last = min(start + window[1], steps)
-            # Moved, it leaves out the first step of a start where it can: that one compiles.
+            # A moved window excludes the first step if possible, as that step compiles.
             earliest = max(start + min(2, window[0]), last - (window[1] - window[0]))
             self._steps = range(min(start + window[0], earliest, last), last + 1)
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Traces what runs inside, the step `number` of the run, from 1, if it is to be traced."""
+        """Traces the block as step `number` of the run (from 1) if this step is selected."""
         if number not in self._steps or not self._started():
             yield
             return
@@ -59,21 +59,21 @@ class Profile:
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
         if number == self._steps[-1]:
-            jax.block_until_ready(jax.live_arrays())  # the devices are behind
+            jax.block_until_ready(jax.live_arrays())  # the devices run behind the host
             self._stop()
 
     def _started(self) -> bool:
-        """Starts the trace where it does not run yet; False where that fails."""
+        """Starts the trace unless it already runs; returns False if the start fails."""
         if self._last is not None:
             return True
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # every Python call would be most of the trace
+        options.python_tracer_level = 0  # Python calls would dominate the trace
         try:
             if not is_local(self._folder):
                 self._here = tempfile.TemporaryDirectory()
             folder = self._here.name if self._here else self._folder
             jax.profiler.start_trace(folder, profiler_options=options)
-        except Exception as error:  # another trace runs, say: the training goes on
+        except Exception as error:  # such as another running trace; training continues
             self._say(f"no trace: {error}")
             self._steps = range(0)
             return False
@@ -83,8 +83,8 @@ class Profile:
         first, last, self._last = self._steps[0], self._last, None
         try:
             jax.profiler.stop_trace()
-            self._hand_over()
-        except Exception as error:  # whatever it is, a full disk say: the training goes on
+            self._upload()
+        except Exception as error:  # any error, such as a full disk; training continues
             self._say(f"the trace in {self._folder} could not be written: {error}")
         else:
             self._say(
@@ -92,13 +92,13 @@ class Profile:
                 f"pip install xprof, then xprof --logdir={self._folder}"
             )
 
-    def _hand_over(self) -> None:
-        """Brings a trace into the bucket of the run."""
+    def _upload(self) -> None:
+        """Copies the trace into the bucket of the run."""
         if self._here is None:
             return
-        written = Path(self._here.name)
-        for file in filter(Path.is_file, written.rglob("*")):
-            target = self._folder / file.relative_to(written).as_posix()
+        local = Path(self._here.name)
+        for file in filter(Path.is_file, local.rglob("*")):
+            target = self._folder / file.relative_to(local).as_posix()
             target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, file.read_bytes())
         self._here.cleanup()
@@ -112,10 +112,10 @@ class Profile:
 
 
 def window(text: str) -> tuple[int, int]:
-    """First and last step of "10:15".
+    """Returns first and last step of a range such as "10:15".
 
     Raises:
-      ValueError: it is no such range.
+      ValueError: the text is no such range.
     """
     parts = re.fullmatch(r"(\d+):(\d+)", text)
     if parts is None or not 1 <= int(parts[1]) <= int(parts[2]):

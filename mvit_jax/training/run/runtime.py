@@ -1,4 +1,4 @@
-"""Process-wide settings of JAX: compilation cache, memory that XLA frees on a CPU."""
+"""Process-wide settings: JAX's compilation cache, and reuse of freed memory on CPUs."""
 
 import ctypes
 import hashlib
@@ -15,20 +15,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def cache_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, for programs: before the first computation.
+    """Turns on JAX's persistent compilation cache; call before the first computation.
 
-    The training step of the default experiment then takes 2 s to load instead of 33 s to compile (2
-    cores, both busy, 2026-11-23). The folder is that of JAX_COMPILATION_CACHE_DIR, by default
-    `mvit_jax/compiled` in the user's folder for caches ($XDG_CACHE_HOME, or ~/.cache); without one
-    that can be written, nothing is kept. JAX_ENABLE_COMPILATION_CACHE=0 turns it off. It is never
-    tidied up (a training step takes 1 MB): delete it when it has grown too large.
+    The training step of the default experiment then loads in 2 s instead of compiling in 33 s (2
+    cores, both busy, 2026-11-23). The folder is $JAX_COMPILATION_CACHE_DIR, by default
+    `mvit_jax/compiled` in $XDG_CACHE_HOME or ~/.cache. Without a writable folder there is no cache.
+    JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Entries are never removed (a training step
+    takes 1 MB): delete the folder when it has grown too large.
 
-    It is on for any number of devices. Eight simulated ones that load a sharded training step give
-    the same losses, bit for bit, as when they compile it; where they hang, with many steps on their
-    way and few cores, they do so without a cache as well (jax 0.10.2).
+    The cache is on for any number of devices. On eight simulated devices, a sharded training step
+    from the cache has the same losses, bit for bit, as a compiled one. With many dispatched steps
+    and few cores, simulated devices may hang, but they do so without a cache too (jax 0.10.2).
     """
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        return  # the user's own
+        return  # set by the user
     if jax.config.jax_enable_compilation_cache:  # pyright: ignore[reportAttributeAccessIssue]
         folder = default_folder()
         if folder is not None:
@@ -36,37 +36,42 @@ def cache_compiled_programs() -> None:
 
 
 def default_folder() -> Path | None:
-    """The user's own folder for it, made where it is missing; None where it cannot be written."""
+    """Returns the default cache folder, created if missing; None if it is not writable."""
     try:
-        above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(above) / "mvit_jax" / "compiled" / processor()
+        parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(parent) / "mvit_jax" / "compiled" / processor()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except (OSError, RuntimeError):  # the latter: a user without a home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         return None
 
 
 def processor() -> str:
-    """A short name of this machine's instructions: a home may be shared by machines that differ in
-    them, and code compiled for one would crash on the other."""
+    """Returns a short hash of this machine's instruction set.
+
+    Machines with different instruction sets may share a home folder, and code that is compiled for
+    one machine could crash on another.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         text = ""
-    found = re.findall(r"^(?:model name|flags|CPU part|Features)\s*:.*$", text, re.MULTILINE)
-    known = sorted({platform.machine(), platform.processor(), *found})
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
+    lines = re.findall(r"^(?:model name|flags|CPU part|Features)\s*:.*$", text, re.MULTILINE)
+    features = sorted({platform.machine(), platform.processor(), *lines})
+    return hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
 
 
 def keep_freed_memory() -> bool:
-    """Keeps freed memory in the process for what is computed next; False where that is not to be
-    had (only glibc has it).
+    """Makes glibc keep freed memory in the process for reuse; for processes that repeat a program.
 
-    XLA allocates anew what a program needs each time that it runs: 1.5 GB for a training step of
-    MViT-B 16x4 with one clip. glibc takes anything that large from the system, which hands out
-    zeroed pages one fault at a time: negating 38 MB takes 48 ms with those faults, 6 ms without
-    (2 cores of a virtual machine, 2026-11-23). For a process that runs one program many times.
+    XLA allocates a program's memory anew in each run: 1.5 GB for a training step of MViT-B 16x4
+    with one clip. By default glibc maps blocks of this size from the system, and each page costs a
+    page fault. Negating 38 MB takes 48 ms with these page faults, and 6 ms without (2 cores of a
+    virtual machine, 2026-11-23).
+
+    Returns:
+      True if the setting was applied; False without glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -76,18 +81,18 @@ def keep_freed_memory() -> bool:
 
 
 def run_in_calling_thread() -> None:
-    """Makes CPUs run programs in the thread that asks, without which nothing is kept: to be called
-    before anything else uses JAX.
+    """Disables async dispatch on CPU, so that glibc can reuse freed memory; call before using JAX.
 
-    Otherwise XLA runs them in a thread of its own. Of those the C library keeps nothing larger than
-    64 MB: the training step above took 410,000 faults each time, and takes none so, which is 0.86
-    of the time (2026-11-23).
+    With async dispatch XLA runs programs in its own thread. In such threads glibc keeps no blocks
+    above 64 MB, and `keep_freed_memory` has no effect on them. The training step of
+    `keep_freed_memory` then had 410,000 page faults per run. Without async dispatch it has none,
+    and takes 0.86 of the time (2026-11-23).
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def release_freed_memory() -> None:
-    """Gives the system back what is free now; after compiling, that is up to a gigabyte."""
+    """Returns free memory to the system: up to a gigabyte after compilation."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

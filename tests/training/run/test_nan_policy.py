@@ -119,8 +119,8 @@ def test_skipping_leaves_the_batch_out_and_counts_it(digits, tmp_path, plain, ca
     assert_same(ours, by_hand(digits, lambda n, s: counted(s[-1], n) if n in (4, 5) else None))
     assert any((ours[name] != plain[name]).any() for name in plain)
     said = capsys.readouterr().out
-    assert "loss is nan at step 4: its update is left out (1 in a row)" in said
-    assert "loss is nan at step 5: its update is left out (2 in a row)" in said
+    assert "loss is nan at step 4: its update is skipped (1 in a row)" in said
+    assert "loss is nan at step 5: its update is skipped (2 in a row)" in said
     told = history.read(tmp_path).train
     skipped = {line["step"]: line["skipped"] for line in told}
     assert skipped == {2: 0, 4: 1, 6: 1, 8: 0, 9: 0}
@@ -136,7 +136,9 @@ def test_rolling_back_goes_on_from_the_last_checkpoint_after_the_bad_batch(
     assert_same(ours, by_hand(digits, lambda n, s: counted(s[4], 6) if n == 6 else None))
     assert any((ours[name] != plain[name]).any() for name in plain)
     said = capsys.readouterr().out
-    assert "loss is nan at step 5: goes on after step 6 from the weights of step 4" in said
+    assert (
+        "loss is nan at step 5: training continues after step 6 with the weights of step 4" in said
+    )
     assert int(ours["['training']['step']"]) == 9
 
 
@@ -164,7 +166,7 @@ def test_too_many_in_a_row_end_the_run(digits, tmp_path):
 def test_rollbacks_that_lead_nowhere_end_the_run(digits, tmp_path, capsys):
     with pytest.raises(NotFiniteError, match=f"after {ROLLBACKS} rollbacks without a checkpoint"):
         run(digits, tmp_path, *range(3, 24), epochs=8.0, on_nan="rollback")
-    assert capsys.readouterr().out.count("from the weights of step") == ROLLBACKS
+    assert capsys.readouterr().out.count("with the weights of step") == ROLLBACKS
     # Those with progress in between do not.
     run(digits, tmp_path / "apart", 5, 9, 13, 17, 21, epochs=8.0, on_nan="rollback")
 
