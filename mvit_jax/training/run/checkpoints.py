@@ -120,25 +120,25 @@ class Checkpoints:
             raise error
 
     def save_if_best(
-        self, state: State, step: int, top1: float, say: Callable[[str], None] = print
+        self, state: State, step: int, top1: float, log: Callable[[str], None] = print
     ) -> None:
         """Saves a state as the best checkpoint if its `top1` is above all earlier ones."""
         # A run that was killed between this save and the record of the validation validates the
         # same state again. Its `top1` then equals the best, and the state is not saved twice.
         if self.best_top1 is None or top1 > self.best_top1:
-            self._log_or_raise(self._finish_save("best"), say)
+            self._log_or_raise(self._finish_save("best"), log)
             self.best_top1 = top1
             error = self._start_save("best", _items(state), step, top1)
-            self._log_or_raise(error, say)
+            self._log_or_raise(error, log)
 
-    def settle(self, say: Callable[[str], None] = print) -> None:
+    def settle(self, log: Callable[[str], None] = print) -> None:
         """Blocks until all saves are on disk, and logs failures.
 
         Raises:
           NotSavedError: `FAILED_SAVES` saves in a row have failed.
         """
         for which in ("best", "last"):
-            self._log_or_raise(self._finish_save(which), say)
+            self._log_or_raise(self._finish_save(which), log)
 
     def wait(self) -> None:
         """Blocks until all saves are on disk.
@@ -189,13 +189,13 @@ class Checkpoints:
         self._failed = 0
         return None
 
-    def _log_or_raise(self, error: NotSavedError | None, say: Callable[[str], None]) -> None:
+    def _log_or_raise(self, error: NotSavedError | None, log: Callable[[str], None]) -> None:
         """Logs a failed save; raises after `FAILED_SAVES` failures in a row."""
         if error is None:
             return
         if self._failed >= FAILED_SAVES:
             raise NotSavedError(f"{error}; {self._failed} in a row have failed") from error
-        say(f"{error}; training continues, and the next save retries")
+        log(f"{error}; training continues, and the next save retries")
 
     def _clean_up(self, which: str, error: Exception) -> NotSavedError:
         """Removes the files of a failed save, reopens its manager, and returns the error."""
@@ -253,7 +253,7 @@ class Checkpoints:
         read = self._read("last", step, _items(like))
         return State(params=read["params"], ema=read.get("ema"), **read["training"])
 
-    def resume(self, like: State, say: Callable[[str], None] = print) -> State | None:
+    def resume(self, like: State, log: Callable[[str], None] = print) -> State | None:
         """Restores the newest checkpoint that is not damaged; all processes must call this.
 
         Newer, damaged checkpoints are moved to DIR/damaged and logged. Otherwise as `restore`.
@@ -274,7 +274,7 @@ class Checkpoints:
                 continue
             for bad, error in damaged:
                 target = self._move_to_damaged(bad)
-                say(f"{error}: moved to {target}; training resumes from step {step}")
+                log(f"{error}: moved to {target}; training resumes from step {step}")
             return state
         if damaged:
             problems = "; ".join(str(error) for _, error in damaged)
