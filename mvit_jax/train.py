@@ -162,7 +162,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
         start = int(state.step)
         unvalidated = intervals.owes_validation(folder, start)
         if start >= intervals.steps and not unvalidated:
-            coordination.say(
+            coordination.print_once(
                 f"the run in {folder} is complete ({start} of {intervals.steps} steps): test it "
                 f"with python -m mvit_jax.evaluate --workdir={folder}, or use another --workdir"
             )
@@ -171,11 +171,11 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             closing(logbook(config, folder, start, intervals.steps, spans)) as log,
             StopRequest(start) as stop,
             profiling.Profile(
-                folder, profile, start=start, steps=intervals.steps, say=log.say
+                folder, profile, start=start, steps=intervals.steps, log=log.print
             ) as trace,
         ):
             log_start(log, config, settings.model, state, videos, mesh, start, intervals.steps)
-            log.say(origin)
+            log.print(origin)
             evaluate = functools.partial(
                 validate,
                 predict=program.predict,
@@ -195,7 +195,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             )  # fmt: skip
             if status:
                 return status
-            log.say(
+            log.print(
                 f"trained {intervals.steps} steps; the last checkpoint is in {folder}/checkpoints"
             )
     report(folder)  # after the history and the checkpoints are on disk
@@ -251,7 +251,7 @@ def first_state(
       checkpoints: of the workdir.
       initial: of `initial_weights`.
     """
-    state = checkpoints.resume(fresh, coordination.say)
+    state = checkpoints.resume(fresh, coordination.print_once)
     if state is not None:
         return state, "resumes from this workdir's last checkpoint"
     if config.resume is not None:
@@ -287,12 +287,12 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     log.text("parameters", f"```\n{overview}\n```")
     log.text("config", f"```\n{config}\n```")
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    log.say(
+    log.print(
         f"{config.model.variant}: {parameters:,} parameters, clips of {model.config.frames} x "
         f"{model.config.size}^2, {len(videos):,} videos of {len(videos.class_names)} classes, "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
     )
-    log.say(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
+    log.print(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
     log.begin({
         "command": command(),
         "steps": steps,

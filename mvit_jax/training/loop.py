@@ -107,7 +107,7 @@ def train(
             return _log_stop(log, done, steps, signal)
     upkeep.finish()
     if broken:
-        log.say(
+        log.print(
             f"{len(broken)} of the {len(videos)} videos could not be decoded and were "
             f"replaced by others: {', '.join(videos.item(i) for i in sorted(broken))}"
         )
@@ -146,13 +146,13 @@ class Upkeep:
         saves = done % intervals.checkpoint == 0 or end or stopping or validates
         if saves:
             self.log.flush()  # detects a state that is not finite, which is never saved
-        if self.log.not_finite.found:
+        if self.log.not_finite.rollback_reason:
             with self.log.spans.measure("checkpoint"):
                 state, origin = self.log.not_finite.roll_back(self.checkpoints, state, done)
             self.log.rolled_back(done, origin)
         if saves:
             with self.log.spans.measure("checkpoint"):
-                self.checkpoints.save(state, done, end=end or stopping, say=self.log.say)
+                self.checkpoints.save(state, done, end=end or stopping, log=self.log.print)
         if validates and (end or not stopping):
             self.validate(state, done)
         return state
@@ -164,21 +164,21 @@ class Upkeep:
         self.log.validation(done, results)
         with self.log.spans.measure("checkpoint"):
             score = results.get("map", results["top1"])
-            self.checkpoints.save_if_best(state, done, score, self.log.say)
-            self.checkpoints.settle(self.log.say)
+            self.checkpoints.save_if_best(state, done, score, self.log.print)
+            self.checkpoints.settle(self.log.print)
         if coordination.first():
             try:
                 workdir.keep_validated(self.checkpoints.folder, done)
             except errors.UserError as error:  # for example a full disk
-                self.log.say(f"{error}: the next start may validate step {done} again")
+                self.log.print(f"{error}: the next start may validate step {done} again")
 
     def save_at_once(self, state: State, done: int) -> None:
         """Saves the state after step `done` before an error or a signal ends the run."""
         if done == self.start:
             return
         self.log.flush()
-        if not self.log.not_finite.found:  # a state that is not finite is never saved
-            self.checkpoints.save(state, done, end=True, say=self.log.say)
+        if not self.log.not_finite.rollback_reason:  # a state that is not finite is never saved
+            self.checkpoints.save(state, done, end=True, log=self.log.print)
 
     def finish(self) -> None:
         """Blocks until the last checkpoint is on disk."""
@@ -207,7 +207,7 @@ def _next_batch(
 
 
 def _log_stop(log: Logbook, done: int, steps: int, signal: int) -> int:
-    log.say(f"stopped at step {done} of {steps}; the same command resumes the run")
+    log.print(f"stopped at step {done} of {steps}; the same command resumes the run")
     return 128 + signal
 
 
@@ -218,7 +218,7 @@ def report_broken(
     for index in {int(i) for i in broken if i >= 0} - reported:
         reported.add(index)
         reason = why_broken(videos.opened(index, clip_frames))
-        log.say(
+        log.print(
             f"{videos.item(index)} cannot be decoded ({reason}) and is replaced by another video; "
             f"repair it or remove it from {videos.list_file} ({len(reported)} broken so far)",
             everywhere=True,

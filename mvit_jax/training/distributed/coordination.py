@@ -27,7 +27,7 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Prints in process 0 only, for text that all processes have."""
     if first():
         print(text, flush=True)

@@ -82,7 +82,7 @@ class Checkpoints:
     # Writing.
 
     def save(
-        self, state: State, step: int, *, end: bool = False, say: Callable[[str], None] = print
+        self, state: State, step: int, *, end: bool = False, log: Callable[[str], None] = print
     ) -> None:
         """Saves a state in the background; its buffers may be donated at once.
 
@@ -93,25 +93,25 @@ class Checkpoints:
           state: the state after `step`.
           step: the number of steps done.
           end: blocks until the state is saved, and retries once; for the last save of a run.
-          say: logs failures.
+          log: called with a sentence for each failure.
 
         Raises:
           NotSavedError: the save at the `end` failed, or `FAILED_SAVES` saves in a row, or any save
             with several processes, of which only some may have failed. Earlier checkpoints are
             intact.
         """
-        self.settle(say)
+        self.settle(log)
         if step in self.last.all_steps():
             return
         error = self._start_save("last", _items(state), step)
         if end:
             error = error or self._finish_save("last")
             if error:  # its partial files are removed by now, and some faults are temporary
-                say(f"{error}; retrying once")
+                log(f"{error}; retrying once")
                 error = self._start_save("last", _items(state), step) or self._finish_save("last")
             if error:
                 raise error
-        self._log_or_raise(error, say)
+        self._log_or_raise(error, log)
 
     def save_params(self, params: Any) -> None:
         """Saves parameters without a training state as step 0, for a converted model."""

@@ -59,7 +59,7 @@ class Logbook:
     ):  # fmt: skip
         # Only process 0 writes: all processes have the same means, and a file needs one writer.
         self.first = jax.process_index() == 0
-        self.events = Events(workdir, self.say) if self.first else None
+        self.events = Events(workdir, self.print) if self.first else None
         self.history = history.Writer(workdir) if self.first else None
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True,
@@ -67,7 +67,7 @@ class Logbook:
         )  # fmt: skip
         self.start, self.steps, self.batch, self.every = start, steps, batch, every
         self.max_broken, self.broken, self.clips = max_broken, 0, 0
-        self.not_finite = nan_policy.Policy(on_nan, self.say)
+        self.not_finite = nan_policy.Policy(on_nan, self.print)
         self.spans, self.watch, self.timed_step = spans or goodput.Spans(), watch, start
         self.pending: Metrics | None = None  # of the last dispatched step, which may still run
         self.pending_step = start
@@ -141,7 +141,7 @@ class Logbook:
         values = {k.removeprefix("train/"): v for k, v in scalars.items()}
         self._append_line("train", step, values | columns)
         if warning:
-            self.say(warning)
+            self.print(warning)
         self.sums, self.last_time, self.last_step = {}, now, step
         left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
         summary = (
@@ -165,7 +165,7 @@ class Logbook:
         self._scalars(step, {f"val/{k}": v for k, v in scalars.items()})
         self._append_line("val", step, scalars)
         text = "  ".join(f"{k} {v:.2f}" for k, v in scalars.items())
-        self.say(f"step {step}/{self.steps}  validation: {text}")
+        self.print(f"step {step}/{self.steps}  validation: {text}")
         # The time of a validation is excluded from the training throughput.
         self.last_time, self.last_step = time.monotonic(), step
 
@@ -185,9 +185,9 @@ class Logbook:
     def _stop_history(self, error: Exception) -> None:
         """Logs a write error, such as a full disk, and stops the history; training continues."""
         self.history = None
-        self.say(f"the history of this run ends here: it cannot be written ({why(error)})")
+        self.print(f"the history of this run ends here: it cannot be written ({why(error)})")
 
-    def say(self, text: str, everywhere: bool = False) -> None:
+    def print(self, text: str, everywhere: bool = False) -> None:
         """Prints a line in process 0; in every process if `everywhere`."""
         if self.first or everywhere:
             tqdm.write(text if self.first else f"process {jax.process_index()}: {text}", sys.stdout)

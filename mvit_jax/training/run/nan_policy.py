@@ -41,13 +41,13 @@ class Policy:
 
     Attributes:
       name: one of `POLICIES`.
-      found: the non-finite metric and its step, if the state must be rolled back; else None.
+      rollback_reason: the non-finite metric and its step while a rollback is pending, else None.
       skipped: steps with a skipped update, since the caller last set this to 0.
     """
 
     def __init__(self, name: str, log: Callable[[str], None]) -> None:
         self.name, self._log = name, log
-        self.found: str | None = None
+        self.rollback_reason: str | None = None
         self.skipped = 0
         self._skips = 0  # in a row
         self._landed: int | None = None  # the step to which the last rollback moved the counter
@@ -66,7 +66,7 @@ class Policy:
         name = "loss" if "loss" in values else next(iter(values))
         what = f"{name} is {values[name]} at step {step}"
         if self.name == "rollback":
-            self.found = self.found or what
+            self.rollback_reason = self.rollback_reason or what
             return
         # Skipped updates do not repair non-finite weights, which a finite gradient has caused.
         if self.name == "skip" and "param_norm" not in values:
@@ -90,7 +90,7 @@ class Policy:
           NotFiniteError: there is no checkpoint, or there were more than `ROLLBACKS` rollbacks
             without a new checkpoint in between.
         """
-        what, self.found = self.found, None
+        what, self.rollback_reason = self.rollback_reason, None
         checkpoints.settle(self._log)
         if checkpoints.step() is None:
             raise _ended(f"{what}, before the first checkpoint")
@@ -114,7 +114,7 @@ class Policy:
             "without the batches in between"
         )
         back = at_step(back, step)
-        checkpoints.save(back, step, say=self._log)
+        checkpoints.save(back, step, log=self._log)
         checkpoints.settle(self._log)
         return back, origin
 

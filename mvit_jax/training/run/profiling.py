@@ -26,7 +26,7 @@ class Profile:
         *,
         start: int,
         steps: int,
-        say: Callable[[str], object],
+        log: Callable[[str], object],
     ) -> None:
         """Selects the steps to trace.
 
@@ -36,9 +36,9 @@ class Profile:
             beyond the end of the run is moved to the last steps. None for no trace.
           start: steps done before this start.
           steps: steps of the whole run.
-          say: logs the folder of the trace, or an error.
+          log: called with a sentence on the folder of the trace, or on an error.
         """
-        self._folder, self._say = to_path(folder) / "profile", say
+        self._folder, self._log = to_path(folder) / "profile", log
         # JAX traces into local folders only: the trace of a run in a bucket is uploaded from here.
         self._here: tempfile.TemporaryDirectory[str] | None = None
         self._steps = range(0)
@@ -74,7 +74,7 @@ class Profile:
             folder = self._here.name if self._here else self._folder
             jax.profiler.start_trace(folder, profiler_options=options)
         except Exception as error:  # such as another running trace; training continues
-            self._say(f"no trace: {error}")
+            self._log(f"no trace: {error}")
             self._steps = range(0)
             return False
         return True
@@ -85,9 +85,9 @@ class Profile:
             jax.profiler.stop_trace()
             self._upload()
         except Exception as error:  # any error, such as a full disk; training continues
-            self._say(f"the trace in {self._folder} could not be written: {error}")
+            self._log(f"the trace in {self._folder} could not be written: {error}")
         else:
-            self._say(
+            self._log(
                 f"traced steps {first} to {last} into {self._folder}: open it by "
                 f"pip install xprof, then xprof --logdir={self._folder}"
             )

@@ -251,13 +251,13 @@ def test_a_save_that_fails_leaves_the_one_before_whole_and_is_made_good(tmp_path
     checkpoints.save(state_of(1), 1)
     checkpoints.wait()
     with files_of_at_most(3000):
-        checkpoints.save(state_of(2), 2, say=said.append)
+        checkpoints.save(state_of(2), 2, log=said.append)
         with contextlib.suppress(NotSavedError):
             checkpoints.wait()
         assert checkpoints.step() == 1
-        checkpoints.save(state_of(3), 3, say=said.append)
+        checkpoints.save(state_of(3), 3, log=said.append)
         checkpoints.settle(said.append)  # before files may grow again
-    checkpoints.save(state_of(4), 4, say=said.append)
+    checkpoints.save(state_of(4), 4, log=said.append)
     checkpoints.close()
     assert len(said) == 1 and "checkpoints/3 could not be written (File too large" in said[0]
     assert "the checkpoint of step 1 is intact; training continues" in said[0]
@@ -272,10 +272,10 @@ def test_saves_that_fail_again_and_again_end_the_run(tmp_path):
     checkpoints.wait()
     with files_of_at_most(3000):
         for step in (2, 3):
-            checkpoints.save(state_of(step), step, say=said.append)
+            checkpoints.save(state_of(step), step, log=said.append)
         with pytest.raises(NotSavedError, match="3 in a row"):
             for step in (4, 5):
-                checkpoints.save(state_of(step), step, say=said.append)
+                checkpoints.save(state_of(step), step, log=said.append)
     assert len(said) == 2
     assert_equal(Checkpoints(tmp_path).restore(state_of()), state_of(1))
 
@@ -284,7 +284,7 @@ def test_the_last_save_of_all_is_tried_twice_and_must_succeed(tmp_path):
     said = []
     checkpoints = Checkpoints(tmp_path)
     with files_of_at_most(3000), pytest.raises(NotSavedError, match="no earlier checkpoint"):
-        checkpoints.save(state_of(2), 2, end=True, say=said.append)
+        checkpoints.save(state_of(2), 2, end=True, log=said.append)
     assert len(said) == 1 and said[0].endswith("retrying once")
     checkpoints.save(state_of(2), 2, end=True)
     assert_equal(Checkpoints(tmp_path).restore(state_of()), state_of(2))

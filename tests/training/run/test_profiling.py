@@ -36,7 +36,7 @@ def run(profile, *numbers):
     ],
 )
 def test_a_window_is_counted_from_the_start_and_ends_with_the_run(window, start, steps, expected):
-    assert list(Profile("unused", window, start=start, steps=steps, say=print)._steps) == expected
+    assert list(Profile("unused", window, start=start, steps=steps, log=print)._steps) == expected
 
 
 def test_windows_are_read():
@@ -79,7 +79,7 @@ def test_a_run_writes_a_trace_that_names_steps_stages_and_blocks(digits, tmp_pat
 def test_a_trace_that_is_cut_off_is_written(tmp_path, capsys):
     with (
         pytest.raises(KeyboardInterrupt),
-        Profile(tmp_path, (1, 9), start=4, steps=100, say=print) as profile,
+        Profile(tmp_path, (1, 9), start=4, steps=100, log=print) as profile,
     ):
         run(profile, 5, 6)
         raise KeyboardInterrupt
@@ -91,7 +91,7 @@ def test_a_trace_that_is_cut_off_is_written(tmp_path, capsys):
 def test_a_trace_while_another_runs_costs_no_step(tmp_path, capsys):
     with (
         jax.profiler.trace(tmp_path / "other"),
-        Profile(tmp_path, (1, 2), start=0, steps=9, say=print) as profile,
+        Profile(tmp_path, (1, 2), start=0, steps=9, log=print) as profile,
     ):
         run(profile, 1, 2)
     assert capsys.readouterr().out.count("no trace: ") == 1
@@ -99,7 +99,7 @@ def test_a_trace_while_another_runs_costs_no_step(tmp_path, capsys):
 
 def test_a_trace_of_a_run_in_a_bucket_is_brought_there(tmp_path):
     said = []
-    with Profile(epath.Path(tmp_path), (1, 2), start=0, steps=2, say=said.append) as profile:
+    with Profile(epath.Path(tmp_path), (1, 2), start=0, steps=2, log=said.append) as profile:
         run(profile, 1, 2)
     assert len(said) == 1 and f"into {tmp_path}/profile" in said[0]
     assert annotated(planes_of(tmp_path / "profile")[0]) == [1, 2]
@@ -108,6 +108,6 @@ def test_a_trace_of_a_run_in_a_bucket_is_brought_there(tmp_path):
 
 def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path, capsys):
     (tmp_path / "profile").write_text("in the way")
-    with Profile(tmp_path, (1, 1), start=0, steps=9, say=print) as profile:
+    with Profile(tmp_path, (1, 1), start=0, steps=9, log=print) as profile:
         run(profile, 1, 2)
     assert "could not be written" in capsys.readouterr().out
