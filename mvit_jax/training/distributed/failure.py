@@ -196,7 +196,7 @@ def _watch(finished: threading.Event) -> None:
     for beat in itertools.count():
         if finished.is_set():
             return
-        try:  # an existing key returns at once; only this call has a timeout, those below have none
+        try:  # an existing key returns at once; unlike `key_value_set`, this call has a timeout
             client.blocking_key_value_get(_HERE, BEAT_SECONDS * 1000)
         except jax.errors.JaxRuntimeError as error:
             late = "DEADLINE_EXCEEDED" in str(error)
