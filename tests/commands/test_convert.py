@@ -236,7 +236,7 @@ def test_a_bad_file_is_one_report_and_nothing_is_written(what, source, tmp_path)
         (["{source}", "--out={out}"], "name the variant of SOURCE: --variant=NAME"),
         (["{source}", "--out={out}", "--variant=mvit_c"], "no variant 'mvit_c'"),
         (["{source}", "--out={out}", *VIDEO, "frame=8"], "'frame' is no field"),
-        (["{source}", "--out={out}", *VIDEO, "frames"], "write field=value"),
+        (["{source}", "--out={out}", *VIDEO, "frames"], "is not of the form field=value"),
         (["{source}", "--out={full}", *VIDEO], "already exists"),
         (["{source}", "--out={source}", *VIDEO], "already exists"),
         (["{source}", "--out={source}/deeper", *VIDEO], "cannot be created"),
