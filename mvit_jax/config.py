@@ -15,7 +15,7 @@ Loads without JAX.
 
 import difflib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -281,7 +281,7 @@ def base() -> Config:
 
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the nested values of a config with the new names of its keys."""
+    """Renames the old keys of a config's nested values in place, and returns these."""
     for old, new in RENAMED.items():
         section, _, field = old.rpartition(".")
         if field in values.get(section, {}):
@@ -295,8 +295,24 @@ def value(config: Config, name: str) -> Any:
     return (config[section] if section else config)[field]
 
 
+def change(config: Config, changes: Mapping[str, Any]) -> None:
+    """Sets values by dotted keys, like {"optim.lr": 1e-3}.
+
+    Raises:
+      UserError: a key does not exist, or a value has another type.
+    """
+    for key, value in changes.items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError) as error:
+            reason = f"there is no such key{nearest(key)}" if isinstance(error, KeyError) else error
+            raise UserError(f"{key}={value!r}: {reason}") from None
+
+
 def nearest(name: str) -> str:
-    """Returns the end of a sentence about a key that does not exist: the most similar one."""
+    """Returns the end of a sentence about an unknown key: its new name, or the most similar key."""
+    if name in RENAMED:
+        return f"; it is now called {RENAMED[name]!r}"
     close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "; mvit_jax/config.py lists them all"
 
@@ -394,7 +410,7 @@ def define_flag() -> Any:
     from ml_collections import config_flags
     from ml_collections.config_flags.tuple_parser import TupleParser
 
-    renamed_keys.update({old.rpartition(".")[2]: new for old, new in RENAMED.items()})
+    renamed_keys.update({old.rpartition(".")[2]: (old, new) for old, new in RENAMED.items()})
     flags.disclaim_key_flags()  # --help shows the flag as one of the program
 
     class OrNone(flags.ArgumentParser):

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-renamed_keys: dict[str, str] = {}
-"""New names of config keys by the last part of their old ones (`config.RENAMED`)."""
+renamed_keys: dict[str, tuple[str, str]] = {}
+"""Old and new names of config keys by the last part of the old ones, from `config.RENAMED`."""
 
 
 class UserError(ValueError):
@@ -67,21 +67,29 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         # An exception in a config file arrives as a traceback; its last line is the message.
-        _end(re.sub(r"^[\w.]*(Error|Exception): ", "", str(error).strip().splitlines()[-1].strip()))
+        message = str(error).strip().splitlines()[-1].strip()
+        if key := re.search(r'Key "(\w+)" does not exist', message):
+            _end_unknown(key[1])
+        _end(re.sub(r"^[\w.]*(Error|Exception): ", "", message))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = str(error.args[0] if error.args else error)
         suggestion = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)
-        unknown = re.fullmatch(r"""["']+(\w+)["']+""", message)
-        key = suggestion[2] if suggestion else unknown[1] if unknown else ""
-        if key in renamed_keys:
-            _end(f"the config key {key!r} is now called {renamed_keys[key]}")
         if suggestion:
-            _end(f"there is no config key {suggestion[2]!r}; did you mean {suggestion[1]!r}?")
-        if unknown:
-            _end(f"there is no config key {unknown[1]!r}; mvit_jax/config.py lists them all")
+            _end_unknown(suggestion[2], suggestion[1])
+        if unknown := re.fullmatch(r"""["']+(\w+)["']+""", message):
+            _end_unknown(unknown[1])
         _end(message.replace("\n", " "))
     except OSError as error:
         _end(f"{error.filename or error} cannot be read: check --config")
+
+
+def _end_unknown(key: str, similar: str | None = None) -> NoReturn:
+    """Ends the program because of a config key, by its last part, that does not exist."""
+    if key in renamed_keys:
+        old, new = renamed_keys[key]
+        _end(f"the config key {old} is now called {new}")
+    hint = f"did you mean {similar!r}?" if similar else "mvit_jax/config.py lists them all"
+    _end(f"there is no config key {key!r}; {hint}")
 
 
 def _end(problem: object) -> NoReturn:

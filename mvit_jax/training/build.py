@@ -108,13 +108,14 @@ def training(config: Config, videos: Source, **modules: Any) -> Training:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config, mesh.size)
     steps = count_steps(config, config.epochs, len(videos))
-    validates = bool(config.data.val_list) and config.eval.every_epochs > 0
+    validates = config.data.val_list and config.eval.every_epochs > 0
+    between = count_steps(config, config.eval.every_epochs, len(videos))
     return Training(
         settings=built,
         mesh=mesh,
         program=program(config, built, mesh),
         steps=steps,
-        validation_steps=validates * count_steps(config, config.eval.every_epochs, len(videos)),
+        validation_steps=between if validates else 0,
         learning_rate=schedule(config, len(videos)),
         batches=functools.partial(batches, config, built, videos, mesh, steps),
     )

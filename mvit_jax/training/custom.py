@@ -20,6 +20,8 @@ from mvit_jax.common.text import first_line
 from mvit_jax.config import Config
 from mvit_jax.models.functional import Functional
 
+# Their frames do not show where a user's code fails.
+_LIBRARIES = (str(Path(__file__).parents[1]), str(Path(jax.__file__).parents[1]))
 KINDS = ("block", "attention", "pooling")  # arguments of `functional`, keys of `config.model`
 
 
@@ -52,7 +54,8 @@ def check(model: Functional) -> None:
     except UserError:
         raise
     except Exception as error:  # the user's code may raise anything
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = ([f for f in frames if not f.filename.startswith(_LIBRARIES)] or frames)[-1]
         raise UserError(
             f"the model with custom modules fails ({type(error).__name__}: {first_line(error)}; "
             f"{frame.filename}:{frame.lineno}): docs/variants.md lists the required signatures"

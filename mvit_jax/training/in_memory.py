@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.config import Config, check, load, nearest
+from mvit_jax.config import Config, change, check, load
 from mvit_jax.data.source import Source
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.training import build, evaluation
@@ -64,12 +64,7 @@ def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
         config = load(name, arg)
     except ValueError as error:  # raised by `get_config`
         raise UserError(str(error)) from None
-    for key, value in changes.items():
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (KeyError, TypeError) as error:
-            reason = f"there is no such key{nearest(key)}" if isinstance(error, KeyError) else error
-            raise UserError(f"{key}={value!r}: {reason}") from None
+    change(config, changes)
     return config.lock()
 
 

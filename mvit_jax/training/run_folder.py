@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, to_path
-from mvit_jax.config import Config, check
+from mvit_jax.config import Config, change, check
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.source import Source
 from mvit_jax.models.functional import Functional, first_difference
@@ -45,7 +45,7 @@ class RunFolder:
         Args:
           folder: the workdir.
           changes: values by dotted keys, like {"eval.crops": 1}, which override the config in
-            memory; None values are ignored.
+            memory; None values are ignored. The config is then checked.
         """
         self.path = to_path(folder)
         if self.path.is_file():
@@ -54,9 +54,8 @@ class RunFolder:
                 f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
             )
         self.config = workdir.frozen(self.path)
-        changes = {key: value for key, value in (changes or {}).items() if value is not None}
-        if changes:
-            self.config.update_from_flattened_dict(changes)
+        if changes is not None:
+            change(self.config, {k: value for k, value in changes.items() if value is not None})
             check(self.config)
         self._checkpoints: Checkpoints | None = None
         self._settings: dict[str, Settings] = {}  # by checkpoint, "last" or "best"
@@ -238,8 +237,10 @@ def check_resume(folder: str | AnyPath, model: Functional, config: Config) -> No
     difference = first_difference(expected, shapes)
     if difference:
         raise UserError(f"resume={path} is of another architecture: {difference}")
-    if custom.digests(config) != workdir.custom_digests(path):
+    if any(config.model[kind] != run.config.model[kind] for kind in custom.KINDS):
         raise UserError(
-            f"resume={path} has other custom modules, or their source has changed: set "
-            "model.block, model.attention and model.pooling as in that run, with the same source"
+            f"resume={path} has other custom modules: set model.block, model.attention and "
+            "model.pooling as in that run"
         )
+    if changed := workdir.changed_modules(path, config, custom.digests(config)):
+        raise UserError(f"resume={path}: {changed}; restore the source")

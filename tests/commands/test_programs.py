@@ -263,7 +263,7 @@ TRAIN = "--config=configs/moving_digits.py"
     [
         ([TRAIN, "--config.optim.lrr=1"], "no config key 'lrr'; did you mean 'lr'?"),
         ([TRAIN, "--config.foo=1"], "there is no config key 'foo'"),
-        ([TRAIN, "--config.augment.group=2"], "'group' is now called augment.mixup_group_size"),
+        ([TRAIN, "--config.augment.group=2"], "augment.group is now called augment.mixup_group"),
         ([TRAIN, "--config.augment.erase=0.1"], "now called augment.random_erase_prob"),
         ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
         ([TRAIN + ":resnet"], "has the models mvit and vit, not 'resnet'"),

@@ -154,10 +154,13 @@ def read(path: AnyPath) -> dict[str, Any]:
     """Reads a JSON file of a workdir.
 
     Raises:
-      UserError: the file cannot be read or is no JSON.
+      UserError: the file cannot be read or holds no JSON object.
     """
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        return values
     except (*faults(), ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a config ({error}): restore it, or choose another --workdir"
