@@ -1,4 +1,4 @@
-"""Labels of Charades by the definition: the union over frames, frame by frame."""
+"""Labels of Charades against the union over frames, computed frame by frame."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from mvit_jax.data.formats.charades import read_charades
 from tests.data import frames
 from tests.support.refusals import refused
 
-# Labels of each frame of each video.
+# Video -> labels of each frame.
 LABELS = {
     "46GP8": [[], [92], [92, 147], [147, 0], [], [156]],
     "YSKX3": [[3]] * 5,
@@ -42,15 +42,15 @@ def test_labels_are_the_union_over_frames(folder):
         assert whole.dtype == np.uint8 and np.array_equal(whole, union(of_frames))
         for first in range(len(of_frames)):
             for last in range(first, len(of_frames)):
-                # Of frames between the clip's, too: the clip spans them.
+                # Includes the labels of frames between the clip's frames.
                 clip = np.array([first, last])
                 expected = union(of_frames[first : last + 1])
                 assert np.array_equal(split.label(index, clip), expected), (video, clip)
-        whole[:] = 9  # is the caller's own
+        whole[:] = 9  # belongs to the caller
         assert np.array_equal(split.label(index), union(of_frames))
 
 
-def test_frames_are_those_of_the_list(folder):
+def test_frames_are_read_from_the_listed_files(folder):
     frames.write(folder / "rgb", "YSKX3", 5)
     for prefix in ("rgb", str(folder / "rgb")):
         split = read_charades(folder, "train.csv", prefix=prefix)
@@ -60,7 +60,7 @@ def test_frames_are_those_of_the_list(folder):
             assert np.array_equal(video.frames([4, 1])[0], frames.pixels("YSKX3", 4))
 
 
-def test_names_of_the_classes(folder):
+def test_labels_txt_names_the_classes(folder):
     (folder / "labels.txt").write_text("\n".join(f"doing {i}" for i in range(160)))
     split = read_charades(folder, "train.csv")
     assert split.class_names[3] == "doing 3" and split.label(0).shape == (160,)
@@ -74,7 +74,7 @@ def test_names_of_the_classes(folder):
         ("c004", "video YSKX3 has a frame with the labels '\"c004\"', which should be comma"),
     ],
 )
-def test_wrong_labels_are_said_in_one_sentence(tmp_path, labels, expected):
+def test_invalid_labels_end_with_a_one_sentence_error(tmp_path, labels, expected):
     rows = [("YSKX3", 0, "3"), ("YSKX3", 1, labels), ("LAST1", 0, "1")]
     (tmp_path / "train.csv").write_text(frames.text(*(frames.row(*row) for row in rows)))
     with refused(expected, tmp_path / "train.csv"):

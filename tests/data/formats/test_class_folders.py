@@ -1,4 +1,4 @@
-"""Folders of classes, as torchvision's ImageFolder numbers them, and what is wrong with some."""
+"""Class folders, numbered as in torchvision's ImageFolder, and error messages."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def elements(videos, root):
     ]
 
 
-def test_classes_are_folders_by_name(folder, capsys):
+def test_classes_are_the_sorted_folder_names(folder, capsys):
     videos = read_class_folders(folder, "train", "train")
     # The order of ImageFolder: Python's, capitals first.
     assert videos.class_names == ("Zumba", "archery", "yoga")
@@ -46,13 +46,13 @@ def test_classes_are_folders_by_name(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_validation_folder_keeps_the_labels_of_training(folder):
+def test_a_validation_folder_has_the_labels_of_the_training_folder(folder):
     videos = read_class_folders(folder, "val", "train")
     assert videos.class_names == ("Zumba", "archery", "yoga")
     assert elements(videos, folder) == [("val/archery/d.MKV", 1), ("val/yoga/c.mp4", 2)]
 
 
-def test_a_validation_folder_alone_has_its_own_classes(folder):
+def test_a_validation_folder_alone_defines_its_classes(folder):
     videos = read_class_folders(folder, "val", "no_such_folder")
     assert videos.class_names == ("archery", "yoga")
 
@@ -65,7 +65,7 @@ def test_labels_txt_orders_the_classes(folder):
         assert [videos.label(i) for i in range(len(videos))] == labels
 
 
-def test_other_files_are_left_out_and_counted(folder, capsys):
+def test_other_files_are_skipped_and_counted(folder, capsys):
     fill(folder, "train/yoga/notes.txt", "train/yoga/c.mp4.part", "train/yoga/.d.mp4")
     fill(folder, "train/archery/deeper/e.mp4", "train/readme.md", "train/.cache/f.mp4")
     assert len(read_class_folders(folder, "train", "train")) == 5
@@ -84,7 +84,7 @@ def test_other_files_are_left_out_and_counted(folder, capsys):
         (("train/x/a.txt",), "train", "{0}/train/x holds neither videos nor images"),
     ],
 )
-def test_mistakes(folder, more, name, expected):
+def test_invalid_folders_end_with_a_one_sentence_error(folder, more, name, expected):
     fill(folder, *more)
     with refused(expected.format(folder)):
         read_class_folders(folder, name, "train")
@@ -98,7 +98,7 @@ def test_mistakes(folder, more, name, expected):
         ("\n", "{0}/labels.txt is empty"),
     ],
 )
-def test_mistakes_in_the_names_of_classes(folder, names, expected):
+def test_invalid_class_names_end_with_a_one_sentence_error(folder, names, expected):
     (folder / "labels.txt").write_text(names)
     with refused(expected.format(folder)):
         read_class_folders(folder, "train", "train")

@@ -1,4 +1,4 @@
-"""Frames in folders against the arrays that they were written from."""
+"""Folders of frames against the arrays that were written to them."""
 
 import numpy as np
 import pytest
@@ -17,15 +17,15 @@ def source(*folders):
     return FrameFolders(tuple(map(str, folders)), labels, ("a",), "list")
 
 
-def test_frames_are_those_of_the_files(tmp_path):
+def test_frames_have_the_pixels_of_the_files(tmp_path):
     frames.write(tmp_path, "v7", 12)
     with source(tmp_path / "v7").opened(0, 4) as video:
         assert isinstance(video, Footage)
         assert (video.num_frames, video.fps) == (12, 30.0)
-        wanted = [3, 3, 0, 11]
-        got = video.frames(wanted)
-        assert got.dtype == np.uint8
-        assert np.array_equal(got, np.stack([frames.pixels("v7", i) for i in wanted]))
+        indices = [3, 3, 0, 11]
+        images = video.frames(indices)
+        assert images.dtype == np.uint8
+        assert np.array_equal(images, np.stack([frames.pixels("v7", i) for i in indices]))
         assert np.array_equal(video.frames(np.array([5]))[0], frames.pixels("v7", 5))
         for outside in ([-1], [12]):
             with pytest.raises(IndexError, match="of a video of 12 frames"):
@@ -33,16 +33,16 @@ def test_frames_are_those_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["{number}.png", "img_{number}.png", "{video}-{number:05d}.png"])
-def test_frames_are_in_the_order_of_their_numbers(tmp_path, name):
-    frames.write(tmp_path, "v", 12, name)  # 1, 10, 11, 12, 2, ... by their letters
+def test_frames_are_ordered_by_their_numbers(tmp_path, name):
+    frames.write(tmp_path, "v", 12, name)  # 1, 10, 11, 12, 2, ... in alphabetical order
     (tmp_path / "v" / "notes.txt").touch()
     with source(tmp_path / "v").opened(0, 4) as video:
-        got = video.frames(range(video.num_frames))
-    assert np.array_equal(got, np.stack([frames.pixels("v", i) for i in range(12)]))
+        images = video.frames(range(video.num_frames))
+    assert np.array_equal(images, np.stack([frames.pixels("v", i) for i in range(12)]))
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".mp4"])
-def test_the_video_may_lie_where_its_frames_would(tmp_path, suffix):
+def test_a_video_file_may_replace_its_folder_of_frames(tmp_path, suffix):
     (tmp_path / f"77{suffix}").write_bytes(moving_digits.video(0, "train", 0))
     with (
         source(tmp_path / "77").opened(0, 4) as video,
@@ -52,7 +52,7 @@ def test_the_video_may_lie_where_its_frames_would(tmp_path, suffix):
         assert np.array_equal(video.frames([5, 30]), expected.frames([5, 30]))
 
 
-def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
+def test_invalid_folders_fail_to_decode_with_the_reason(tmp_path):
     for name in ("empty", "sizes", "damaged"):
         frames.write(tmp_path, name, 0 if name == "empty" else 3)
     Image.new("RGB", (8, 9)).save(tmp_path / "sizes/sizes_000002.png")
@@ -70,7 +70,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     for index, (name, reason) in enumerate(reasons.items()):
         assert why_broken(videos.opened(index, 4)) == reason
         assert videos.item(index) == str(tmp_path / name)
-    with videos.opened(3, 4) as video:  # the frames before the damaged one are sound
+    with videos.opened(3, 4) as video:  # the frames before the damaged one can be decoded
         assert video.frames([0, 1]).shape == (2, 6, 8, 3)
         with pytest.raises(DecodeError, match="damaged cannot be decoded: of its frame"):
             video.frames([0, 2])

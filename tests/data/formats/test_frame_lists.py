@@ -1,4 +1,4 @@
-"""Lists of frames against a reader that takes the file apart line by line."""
+"""Frame lists against a reference reader that splits the file line by line."""
 
 import re
 
@@ -12,7 +12,7 @@ from tests.support.refusals import refused
 
 
 def by_line(file):
-    """Video name -> paths and labels, the slow way."""
+    """Returns the paths and labels of each video, read line by line."""
     videos = {}
     for line in file.read_text().splitlines()[1:]:
         if line.strip():
@@ -23,7 +23,7 @@ def by_line(file):
 
 ROWS = [
     *(frames.row("a1", i, "3,4" if i > 1 else "") for i in range(4)),
-    *(frames.row("a10", i) for i in range(3)),  # its name begins like another's
+    *(frames.row("a10", i) for i in range(3)),  # shares a prefix with another name
     "",
     frames.row("b", 0, "156").replace(" ", "\t"),
     "  " + frames.row("b", 1).replace(" ", "  "),
@@ -32,20 +32,20 @@ ROWS = [
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_rows_are_those_of_the_file(tmp_path, end):
+def test_rows_equal_the_lines_of_the_file(tmp_path, end):
     file = tmp_path / "train.csv"
     file.write_text(frames.text(*ROWS))
     expected = by_line(file)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", end.encode()))
-    found, texts = read_frame_list(file)
-    assert found.videos == tuple(expected) == ("a1", "a10", "b", "a")
-    for index, name in enumerate(found.videos):
-        rows = found.rows(index)
+    frame_list, texts = read_frame_list(file)
+    assert frame_list.videos == tuple(expected) == ("a1", "a10", "b", "a")
+    for index, name in enumerate(frame_list.videos):
+        rows = frame_list.rows(index)
         assert list(zip(rows.paths, rows.labels, strict=True)) == expected[name]
         assert texts[index] == set(rows.labels)
 
 
-def test_labels_are_numbers_in_quotes():
+def test_labels_are_parsed_as_quoted_numbers():
     assert [label_numbers(text) for text in (b'""', b'"4"', b'"4,17,0"', b"5")] == [
         [], [4], [4, 17, 0], [5],
     ]  # fmt: skip
@@ -64,45 +64,45 @@ def test_labels_are_numbers_in_quotes():
         (frames.text(*(frames.row(v, 0) for v in "aba")), "line 4: the frames of a are in two pla"),
     ],
 )
-def test_what_is_wrong_with_a_list_is_said_in_one_sentence(tmp_path, content, expected):
+def test_invalid_lists_end_with_a_one_sentence_error(tmp_path, content, expected):
     if content is not None:
         (tmp_path / "train.csv").write_text(content, "latin-1")
     with refused(expected.format(tmp_path / "train.csv")):
         read_frame_list(tmp_path / "train.csv")
 
 
-@pytest.mark.parametrize("place", [0, 2, 3, 5])
+@pytest.mark.parametrize("index", [0, 2, 3, 5])
 @pytest.mark.parametrize("wrong", ["b", "b 0 1", "b 0 1 b/1.png 3, 4"])
-def test_a_line_of_other_fields_is_named(tmp_path, place, wrong):
+def test_the_error_names_a_line_with_wrong_fields(tmp_path, index, wrong):
     rows = [frames.row(name, i) for name in "abc" for i in range(2)]
-    rows[place] = wrong
+    rows[index] = wrong
     (tmp_path / "train.csv").write_text(frames.text(*rows))
-    said = f"{tmp_path}/train.csv, line {place + 2}: {wrong!r} has other fields than the header"
-    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+    message = f"{tmp_path}/train.csv, line {index + 2}: {wrong!r} has other fields than the header"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         read_frame_list(tmp_path / "train.csv")
 
 
-def test_a_list_without_a_newline_at_its_end(tmp_path):
+def test_the_last_line_may_lack_a_newline(tmp_path):
     file = tmp_path / "train.csv"
     file.write_text(frames.text(frames.row("a", 0), frames.row("b", 0, "7")))
     file.write_bytes(file.read_bytes().rstrip(b"\n"))
-    found, texts = read_frame_list(file)
-    assert found.rows(1).labels == (b'"7"',) and texts == [{b'""'}, {b'"7"'}]
+    frame_list, texts = read_frame_list(file)
+    assert frame_list.rows(1).labels == (b'"7"',) and texts == [{b'""'}, {b'"7"'}]
 
 
-def test_a_list_that_has_changed_costs_videos_alone(tmp_path):
+def test_a_changed_list_causes_decode_failures_of_its_videos(tmp_path):
     file = tmp_path / "train.csv"
     rows = [frames.row(name, i) for name in "abc" for i in range(2)]
     file.write_text(frames.text(*rows))
-    found, _ = read_frame_list(file)
+    frame_list, _ = read_frame_list(file)
     file.write_text(frames.text(*rows[:2], rows[2][:-3], *rows[3:]))
-    assert len(found.rows(0).paths) == 2
+    assert len(frame_list.rows(0).paths) == 2
     with pytest.raises(DecodeError, match=r"^b cannot be decoded: .*has changed since it was"):
-        found.rows(1)
+        frame_list.rows(1)
     file.write_text(frames.text(*rows[1:]))
     for index in range(3):
         with pytest.raises(DecodeError, match="has changed since it was first read"):
-            found.rows(index)
+            frame_list.rows(index)
     file.unlink()
     with pytest.raises(DecodeError, match=r"its list .* cannot be read: no such file"):
-        found.rows(0)
+        frame_list.rows(0)

@@ -1,4 +1,4 @@
-"""Packing videos into shards, reading them, and what happens when either goes wrong."""
+"""Packing videos into shards, reading shards, and errors of both."""
 
 import json
 import pickle
@@ -32,7 +32,7 @@ def videos(tmp_path_factory):
     empty(folder), text(folder), audio_only(folder), cut(folder)
     names = [*(f"{number} a.mp4" for number in range(4)), "empty.mp4", "4.avi", "text.mp4"]
     names += ["audio.mp4", "cut.mp4", "missing.mp4", "5.mp4"]
-    lines = [f"{name} {place % 3}\n" for place, name in enumerate(names)]
+    lines = [f"{name} {index % 3}\n" for index, name in enumerate(names)]
     (folder / "train.csv").write_text("".join(lines))
     (folder / "labels.txt").write_text("walk\nrun\njump\n")
     return folder
@@ -54,7 +54,7 @@ def copied(packed, tmp_path):
 GOOD = ["0 a.mp4", "1 a.mp4", "2 a.mp4", "3 a.mp4", "4.avi", "5.mp4"]
 
 
-def test_shards_give_the_videos_of_the_list(videos, packed):
+def test_shards_contain_the_videos_of_the_list(videos, packed):
     source = read_shards(packed, "train")
     assert isinstance(source, Source)
     assert source.ids == tuple(GOOD) and len(source) == 6
@@ -63,17 +63,22 @@ def test_shards_give_the_videos_of_the_list(videos, packed):
     assert (packed / "labels.txt").read_text() == (videos / "labels.txt").read_text()
     assert source.item(4).startswith("4.avi") and str(packed) in source.list_file
     for index, name in enumerate(GOOD):
-        with source.opened(index, 16) as ours, Video(videos / name) as theirs:
-            assert (ours.num_frames, ours.fps) == (theirs.num_frames, theirs.fps)
-            frames, expected = (v.frames(range(v.num_frames)).astype(int) for v in (ours, theirs))
-            assert numbers_of(frames) == list(range(ours.num_frames))
+        with source.opened(index, 16) as packed_video, Video(videos / name) as original:
+            assert (packed_video.num_frames, packed_video.fps) == (
+                original.num_frames,
+                original.fps,
+            )
+            frames, expected = (
+                v.frames(range(v.num_frames)).astype(int) for v in (packed_video, original)
+            )
+            assert numbers_of(frames) == list(range(packed_video.num_frames))
             assert np.abs(frames - expected).mean() < 4
         assert why_broken(source.opened(index, 1)) is None
     assert len(read_shards(packed, "train.csv")) == 6
     assert open_source(packed, "train", source="shards").item(4) == source.item(4)
 
 
-def test_the_manifest_says_what_failed_and_why(packed):
+def test_the_manifest_records_decode_failures_with_reasons(packed):
     manifest = read_manifest(manifest_path(packed, "train"))
     failed = {name: reason for shard in manifest.shards for name, _, reason in shard.failed}
     assert list(failed) == ["empty.mp4", "text.mp4", "audio.mp4", "cut.mp4", "missing.mp4"]
@@ -95,7 +100,7 @@ def test_the_manifest_says_what_failed_and_why(packed):
     ]
 
 
-def test_a_source_may_be_sent_to_other_processes_and_threads(packed):
+def test_a_source_can_be_pickled_and_shared_between_threads(packed):
     source = read_shards(packed, "train")
     with source.opened(1, 16) as video:
         expected = video.frames([3])
@@ -111,33 +116,33 @@ def test_a_source_may_be_sent_to_other_processes_and_threads(packed):
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """The shards that this process packs, without Beam."""
+def jobs(monkeypatch):
+    """The jobs of the shards that this process packs, without Beam."""
     jobs = []
 
-    def run_jobs(some, *_):
-        jobs.extend(some)
-        for job in some:
+    def run_jobs(batch, *_):
+        jobs.extend(batch)
+        for job in batch:
             packing.pack(job)
 
     monkeypatch.setattr(packing, "run_jobs", run_jobs)
     return jobs
 
 
-def test_what_is_finished_is_not_made_again(videos, packed, copied, made):
+def test_finished_shards_are_not_packed_again(videos, packed, copied, jobs):
     packing.prepare(videos / "train.csv", copied, shards=4)
-    assert made == []
+    assert jobs == []
     third = copied / "train-00002-of-00004.array_record"
     third.unlink()
     packing.prepare(videos / "train.csv", copied, shards=4)
-    assert [job.file for job in made] == [third.name]
+    assert [job.file for job in jobs] == [third.name]
     assert contents(copied) == contents(packed)
 
 
-def test_an_interrupted_run_is_completed_by_the_next(videos, packed, made, tmp_path, monkeypatch):
-    def interrupted(jobs, *_):
-        packing.pack(jobs[1])
-        (tmp_path / f".{jobs[2].file}.somewhere-1.part").write_bytes(b"half a sh")
+def test_an_interrupted_run_is_completed_by_the_next(videos, packed, jobs, tmp_path, monkeypatch):
+    def interrupted(batch, *_):
+        packing.pack(batch[1])
+        (tmp_path / f".{batch[2].file}.somewhere-1.part").write_bytes(b"half a sh")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -159,12 +164,12 @@ def test_an_interrupted_run_is_completed_by_the_next(videos, packed, made, tmp_p
         ({"encoding": Encoding(short_side=128)}, "short_side=256, not short_side=128"),
     ],
 )
-def test_other_settings_are_refused(change, message, videos, copied):
+def test_changed_settings_are_rejected(change, message, videos, copied):
     with pytest.raises(UserError, match=message):
         packing.prepare(videos / "train.csv", copied, **{"shards": 4} | change)
 
 
-def test_another_list_or_other_classes_are_refused(videos, copied, tmp_path):
+def test_a_changed_list_or_changed_classes_are_rejected(videos, copied, tmp_path):
     lines = (videos / "train.csv").read_text().splitlines()
     other = tmp_path / "lists"
     other.mkdir()
@@ -178,7 +183,7 @@ def test_another_list_or_other_classes_are_refused(videos, copied, tmp_path):
         packing.prepare(other / "train.csv", copied, prefix=str(videos), shards=4)
 
 
-def test_names_start_at_the_prefix(videos, made, tmp_path):
+def test_ids_are_relative_to_the_prefix(videos, jobs, tmp_path):
     (tmp_path / "val.csv").write_text("5.mp4,1\n")
     (tmp_path / "labels.txt").write_text("sit\nrun\n")
     packing.prepare(tmp_path / "val.csv", tmp_path / "o", prefix=str(videos), separator=",")
@@ -186,7 +191,7 @@ def test_names_start_at_the_prefix(videos, made, tmp_path):
     assert read_shards(tmp_path / "o", "val").class_names == ("sit", "run")
 
 
-def test_a_list_without_a_single_video_is_an_error(videos, made, tmp_path):
+def test_a_list_without_a_decodable_video_is_an_error(videos, jobs, tmp_path):
     (tmp_path / "train.csv").write_text(f"{videos}/text.mp4 0\n{videos}/empty.mp4 0\n")
     (tmp_path / "labels.txt").write_text("sit\n")
     with refused("none of the 2 videos of ", " not a video"):
@@ -197,14 +202,14 @@ def test_a_list_without_a_single_video_is_an_error(videos, made, tmp_path):
     ("lines", "options", "message"),
     [
         ("a.mp4\n", {}, "train.csv, line 1: "),
-        # Each split would have as many classes as labels happen to occur in it.
+        # Without the file, each split would have the classes that occur in it.
         ("a.mp4 0\nb.mp4 1\n", {}, "there is no labels.txt in {0}: write the names of the classes"),
         ("a.mp4 1600000000\n", {}, "labels go up to 1600000000, too many for class numbers"),
         ("", {"out": "gs://bucket/out"}, "gs://bucket/out is not on this machine: mount it"),
         ("", {"workers": 0}, "workers=0"),
     ],
 )
-def test_what_is_wrong_is_told_and_nothing_written(tmp_path, lines, options, message):
+def test_invalid_input_raises_before_anything_is_written(tmp_path, lines, options, message):
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).touch()
     (tmp_path / "train.csv").write_text(lines)
@@ -213,7 +218,7 @@ def test_what_is_wrong_is_told_and_nothing_written(tmp_path, lines, options, mes
     assert not (tmp_path / "out").exists()
 
 
-def rewritten(folder, change):
+def rewrite(folder, change):
     path = manifest_path(folder, "train")
     content = json.loads(path.read_text())
     change(content)
@@ -229,45 +234,45 @@ def shorten(folder):
     path.write_bytes(path.read_bytes()[:-5000])
 
 
-LIES = {
+DAMAGES = {
     "no manifest": (drop("train.manifest.json"), "there is no manifest"),
     "text": (lambda f: manifest_path(f, "train").write_text("{,"), "damaged"),
     "a list": (lambda f: manifest_path(f, "train").write_text("[]"), "damaged"),
-    "no shards": (lambda f: rewritten(f, lambda c: c.pop("shards")), "damaged"),
-    "another format": (lambda f: rewritten(f, lambda c: c.update(format=9)), "format 9"),
+    "no shards": (lambda f: rewrite(f, lambda c: c.pop("shards")), "damaged"),
+    "another format": (lambda f: rewrite(f, lambda c: c.update(format=9)), "format 9"),
     "a shard missing": (drop("train-00003-of-00004.array_record"), "00003-of-00004.* is missing"),
     "a shard cut off": (shorten, "00001-of-00004.* bytes, and"),
     "a label too many": (
-        lambda f: rewritten(f, lambda c: c["shards"][0]["labels"].append(1)), "differ in length"),
+        lambda f: rewrite(f, lambda c: c["shards"][0]["labels"].append(1)), "differ in length"),
     "a label out of range": (
-        lambda f: rewritten(f, lambda c: c["shards"][0]["labels"].__setitem__(0, 3)), "label 3"),
+        lambda f: rewrite(f, lambda c: c["shards"][0]["labels"].__setitem__(0, 3)), "label 3"),
     "labels that are no numbers": (
-        lambda f: rewritten(f, lambda c: c["shards"][0].update(labels=["a", "b"])), "damaged"),
+        lambda f: rewrite(f, lambda c: c["shards"][0].update(labels=["a", "b"])), "damaged"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LIES)
-def test_a_manifest_that_lies_is_one_sentence(name, copied):
-    spoil, message = LIES[name]
-    spoil(copied)
+@pytest.mark.parametrize("name", DAMAGES)
+def test_an_invalid_manifest_ends_with_a_one_sentence_error(name, copied):
+    damage, message = DAMAGES[name]
+    damage(copied)
     with pytest.raises(UserError, match=message) as caught:
         read_shards(copied, "train")
     assert "\n" not in str(caught.value)
 
 
-def test_a_split_that_is_not_there_is_told(copied):
+def test_a_missing_split_is_an_error(copied):
     with pytest.raises(UserError, match=r"one of its splits \(train\)"):
         read_shards(copied, "val")
     with pytest.raises(UserError, match="no manifest"):
         read_shards(copied / "nowhere", "val")
 
 
-def test_a_record_that_is_another_than_the_manifest_says_is_broken(copied):
+def test_a_record_that_differs_from_the_manifest_fails_to_decode(copied):
     def swap(content):
         for shard in content["shards"]:
             shard["labels"] = [(label + 1) % 3 for label in shard["labels"]]
 
-    rewritten(copied, swap)
+    rewrite(copied, swap)
     source = read_shards(copied, "train")
     with pytest.raises(DecodeError, match="do not match") as caught:
         source.opened(0, 1).__enter__()
@@ -275,7 +280,7 @@ def test_a_record_that_is_another_than_the_manifest_says_is_broken(copied):
     assert "do not match" in check(copied)[0].problems[0]
 
 
-def test_a_damaged_shard_breaks_only_its_videos(copied):
+def test_a_damaged_shard_affects_only_its_videos(copied):
     path = copied / "train-00000-of-00004.array_record"
     content = bytearray(path.read_bytes())
     content[100:3000] = bytes(2900)
@@ -287,7 +292,7 @@ def test_a_damaged_shard_breaks_only_its_videos(copied):
     assert len(report.problems) == 1 and "changed or damaged" in report.problems[0]
 
 
-def test_check_finds_nothing_where_all_is_well(packed):
+def test_check_reports_no_problems_of_intact_shards(packed):
     (report,) = check(packed, workers=2)
     assert (report.split, report.videos, report.problems) == ("train", 6, ())
 
@@ -301,8 +306,8 @@ def test_check_finds_nothing_where_all_is_well(packed):
                                          seconds=[1.0]), "of-00004.array_record, which has 2:"),
     ],
 )  # fmt: skip
-def test_check_finds_lies(change, message, copied):
-    rewritten(copied, change)
+def test_check_reports_manifests_that_differ_from_the_shards(change, message, copied):
+    rewrite(copied, change)
     (report,) = check(copied)
     assert message in report.problems[0]
 

@@ -1,4 +1,4 @@
-"""Something-Something v2's own lists and lists of frames, as they are published."""
+"""Published lists and frame lists of Something-Something v2."""
 
 import json
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_its_own_lists_name_folders_of_frames(folder):
+def test_the_published_lists_name_folders_of_frames(folder):
     split = read_ssv2(folder, "something-something-v2-train.json", prefix="frames")
     assert split.class_names == ("Showing something on top of something", *("Holding something",
                                  "Other"))  # fmt: skip
@@ -45,7 +45,7 @@ def test_its_own_lists_name_folders_of_frames(folder):
     assert [other.label(0), other.class_names] == [2, split.class_names]
 
 
-def test_the_later_names_of_the_files_do_as_well(folder):
+def test_the_file_names_of_later_releases_are_read(folder):
     (folder / "labels").mkdir()
     for name in ("labels", "train"):
         file = folder / f"something-something-v2-{name}.json"
@@ -55,7 +55,7 @@ def test_the_later_names_of_the_files_do_as_well(folder):
     assert split.item(0) == str(folder / "frames/78687")
 
 
-def test_lists_of_frames_take_labels_from_its_own_lists(folder):
+def test_frame_lists_take_labels_from_the_published_lists(folder):
     rows = [frames.row("5", i) for i in range(4)] + [frames.row("78687", i) for i in range(2)]
     (folder / "val.csv").write_text(frames.text(*rows))
     split = read_ssv2(folder, "val.csv", prefix="frames")
@@ -90,7 +90,7 @@ LABELS_FILE, TRAIN_FILE = "something-something-v2-labels.json", "something-somet
         ),
     ],
 )
-def test_wrong_files_are_said_in_one_sentence(folder, name, content, expected):
+def test_invalid_files_end_with_a_one_sentence_error(folder, name, content, expected):
     if content is None:
         (folder / name).unlink()
     else:
@@ -99,7 +99,7 @@ def test_wrong_files_are_said_in_one_sentence(folder, name, content, expected):
         read_ssv2(folder, TRAIN_FILE)
 
 
-def test_a_listed_video_without_label_is_a_mistake(folder):
+def test_a_listed_video_without_a_label_is_an_error(folder):
     (folder / "val.csv").write_text(frames.text(*(frames.row(name, 0) for name in ("5", "6", "7"))))
     with refused("val.csv has a video '6' (2 such videos of 3)"):
         read_ssv2(folder, "val.csv")

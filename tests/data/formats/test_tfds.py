@@ -1,4 +1,4 @@
-"""Images that TFDS has prepared against the files that they were prepared from."""
+"""Images prepared by TFDS against the original files."""
 
 import io
 import re
@@ -25,17 +25,17 @@ from tests.data.stored import stills, store
 from tests.support import scoring, tiny
 from tests.support.refusals import refused
 
-# ImageNet's.
+# Synsets of ImageNet.
 SYNSETS = ("n01440764", "n15075141", "n01739381")  # labels 0, 999 and 60
-VALIDATION = [3, 1, 4, 2]  # in the order of the tar, which is not that of the names
+VALIDATION = [3, 1, 4, 2]  # in the order of the tar, not sorted by name
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small set of the form of Fashion-MNIST, prepared by TFDS."""
+    """A small set in the format of Fashion-MNIST, prepared by TFDS."""
     files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("tfds")
     with pytest.MonkeyPatch.context() as patch:
-        idx.instead_of_the_real_ones(patch, idx.write(files))
+        idx.replace_published_files(patch, idx.write(files))
         fashion_mnist.prepare(str(folder), str(files))
     return str(folder)
 
@@ -47,7 +47,7 @@ def pixels(split, index):
 
 @pytest.mark.parametrize(("name", "part"), [("train", "train"), ("test", "t10k")])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_elements_are_those_of_the_files(folder, monkeypatch, name, part, in_memory):
+def test_elements_equal_the_original_files(folder, monkeypatch, name, part, in_memory):
     if not in_memory:
         monkeypatch.setattr(tfds_images, "IN_MEMORY", 0)
     split = read_split("fashion_mnist:3.0.1", folder, name)
@@ -55,12 +55,12 @@ def test_elements_are_those_of_the_files(folder, monkeypatch, name, part, in_mem
     assert split.class_names[0] == "T-shirt/top" and split.class_names[9] == "Ankle boot"
     assert len(split.class_names) == 10
     assert split.item(3) == f"fashion_mnist/3.0.1/{name}/3"
-    again = [pixels(split, index) for index in (5, 5)]
-    assert np.array_equal(*again)
+    repeated = [pixels(split, index) for index in (5, 5)]
+    assert np.array_equal(*repeated)
     assert (split.decoded is not None) == in_memory
 
 
-def test_parts_of_a_split_make_up_the_whole(folder):
+def test_slices_of_a_split_add_up_to_the_split(folder):
     parts = [read_split("fashion_mnist", folder, name) for name in ("train[:70]", "train[70:]")]
     assert [len(part) for part in parts] == [70, 26]
     assert sorted(idx.elements(parts[0]) + idx.elements(parts[1])) == idx.expected("train")
@@ -68,7 +68,7 @@ def test_parts_of_a_split_make_up_the_whole(folder):
 
 
 def jpeg(name):
-    """An image made of its name alone."""
+    """Returns a JPEG of noise that depends on the name alone."""
     rng = np.random.default_rng(list(name.encode()))
     image = rng.integers(0, 256, (10 + len(name) % 5, 15, 3), np.uint8)
     file = io.BytesIO()
@@ -85,7 +85,7 @@ def jpeg(name):
         (jpeg("a"), 4, "it is an image, and the model takes clips of 4 frames"),
     ],
 )
-def test_what_does_not_do_is_told(image, clip_frames, reason):
+def test_invalid_images_raise_a_decode_error_with_the_reason(image, clip_frames, reason):
     split = tfds_images.TfdsSplit([{"image": image, "label": 0}], ("a",), "levels/1.0.0/train", {})
     with (
         refused(f"levels/1.0.0/train/0 cannot be decoded: {reason}", by=DecodeError),
@@ -95,18 +95,18 @@ def test_what_does_not_do_is_told(image, clip_frames, reason):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_damaged_record_costs_its_images_alone(folder, tmp_path, monkeypatch, in_memory):
+def test_a_damaged_record_affects_its_images_alone(folder, tmp_path, monkeypatch, in_memory):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (path,) = copy.glob("*/*/*-test.array_record*")
     whole = read_split("fashion_mnist", folder, "test")
     content = bytearray(path.read_bytes())
-    # Records are stored one after the other and noise does not compress, so of the file's used
-    # part this is the middle of one image.
-    place = content.index(whole.examples[7]["image"][200:260])
-    content[place : place + 20] = bytes(20)
+    # Records are stored one after the other and noise does not compress, so this is the middle of
+    # one image.
+    position = content.index(whole.examples[7]["image"][200:260])
+    content[position : position + 20] = bytes(20)
     path.write_bytes(content)
-    if in_memory:  # the set is read as a whole or not at all
+    if in_memory:  # the set is read at once, and reading fails
         with refused("hash mismatch ", "prepare the set again"):
             read_split("fashion_mnist", str(copy), "test")
         return
@@ -129,7 +129,7 @@ def test_a_damaged_record_costs_its_images_alone(folder, tmp_path, monkeypatch, 
         ("fashion_mnist:9.9.9", "train", "at version 9.9.9, only: 3.0.1): check the name"),
     ],
 )
-def test_what_is_not_there_is_said_in_one_sentence(folder, name, split, message):
+def test_unknown_sets_and_splits_end_with_a_one_sentence_error(folder, name, split, message):
     with refused(message):
         read_split(name, folder, split)
 
@@ -143,13 +143,13 @@ def test_what_is_not_there_is_said_in_one_sentence(folder, name, split, message)
         ("imagenet2012", "from the files that TFDS requires in {0}/downloads/manual"),
     ],
 )
-def test_a_set_that_is_not_prepared_names_what_does_that(tmp_path, name, message):
+def test_the_error_for_an_unprepared_set_names_the_command(tmp_path, name, message):
     with refused(message.format(tmp_path)):
         read_split(name, str(tmp_path), "train")
     assert not list(tmp_path.iterdir())
 
 
-def test_sets_of_other_formats_and_features_are_refused(tmp_path):
+def test_unsupported_formats_and_features_are_rejected(tmp_path):
     from tensorflow_datasets import features
 
     image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
@@ -166,7 +166,7 @@ def test_sets_of_other_formats_and_features_are_refused(tmp_path):
     ):
         with refused(*parts):
             read_split(name, str(tmp_path), "train")
-    # A set that TFDS has no code for, whose images may be of any size, in colour.
+    # A set without code in TFDS, with colour images of any size.
     split = read_split("sizes", str(tmp_path), "train")
     assert split.decoded is None and split.class_names == ("a", "b")
     assert np.array_equal(pixels(split, 2), image) and split.label(2) == 1
@@ -199,7 +199,7 @@ def write_tars(folder):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """Folder of each format -> ImageNet as TFDS prepares it from tars like its own."""
+    """Folder with small ImageNets that TFDS has prepared in both file formats."""
     import tensorflow_datasets as tfds
 
     root = tmp_path_factory.mktemp("imagenet")
@@ -211,28 +211,28 @@ def imagenet(tmp_path_factory):
     return root
 
 
-def test_a_split_without_labels_is_refused(imagenet):
+def test_a_split_without_labels_is_rejected(imagenet):
     with refused("5.1.0/test have no labels: name another split"):
         read_split("imagenet2012", str(imagenet / "array_record"), "test")
 
 
-def test_the_command_that_a_tfrecord_set_asks_for_prepares_it_anew(imagenet, tmp_path):
+def test_the_suggested_command_converts_a_tfrecord_set(imagenet, tmp_path):
     with pytest.raises(UserError) as error:
         read_split("imagenet2012:5.1.0", str(imagenet / "tfrecord"), "train")
     (command,) = re.findall(r"as tfrecord, which has .*: `(.*)` prepares it", str(error.value))
-    program, *arguments = shlex.split(command.replace("DIR", str(tmp_path / "anew")))
+    program, *arguments = shlex.split(command.replace("DIR", str(tmp_path / "converted")))
     assert program == "python" and "\n" not in str(error.value)
-    # Where TFDS asks for the tars.
+    # TFDS requires the tars in this folder.
     (imagenet / "tfrecord/downloads/manual").symlink_to(imagenet / "downloads/manual")
     subprocess.run([sys.executable, *arguments], check=True, timeout=100)
     for split in ("train", "validation"):
-        ours = read_split("imagenet2012:5.1.0", str(tmp_path / "anew"), split)
-        theirs = read_split("imagenet2012:5.1.0", str(imagenet / "array_record"), split)
-        assert ours.class_names == theirs.class_names and len(ours) == len(theirs)
-        assert list(ours.examples) == list(theirs.examples)
+        converted = read_split("imagenet2012:5.1.0", str(tmp_path / "converted"), split)
+        expected = read_split("imagenet2012:5.1.0", str(imagenet / "array_record"), split)
+        assert converted.class_names == expected.class_names and len(converted) == len(expected)
+        assert list(converted.examples) == list(expected.examples)
 
 
-def test_reading_needs_no_tensorflow(folder):
+def test_reading_does_not_import_tensorflow(folder):
     code = (
         "import sys\n"
         "from mvit_jax.data import pipeline\n"
@@ -243,12 +243,14 @@ def test_reading_needs_no_tensorflow(folder):
         "(batch,) = pipeline.train_batches(split, settings, seed=0, batch=8, steps=1)\n"
         "print(batch['clip'].shape, 'tensorflow' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "(8, 1, 28, 28, 3) False\n"
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout == "(8, 1, 28, 28, 3) False\n"
 
 
 @pytest.mark.slow
-def test_a_model_learns_it_by_the_programs(folder, tmp_path, capsys):
+def test_training_on_a_tfds_set_learns_its_classes(folder, tmp_path, capsys):
     config = tiny.load_config_file("fashion_mnist").get_config()
     config.data.folder = folder
     config.data.update(train_list="train[:80]", val_list="train[80:]")

@@ -1,4 +1,4 @@
-"""Lists of videos: what is read, and the sentence that each mistake gets."""
+"""Lists of videos: paths, labels, class names, and error messages."""
 
 import os
 
@@ -25,7 +25,7 @@ def write_list(folder, *lines, labels=None):
         (folder / "labels.txt").write_text("\n".join(labels) + "\n")
 
 
-def test_reads_paths_labels_and_class_names(folder):
+def test_a_list_gives_paths_labels_and_class_names(folder):
     outside = folder / "outside.mp4"
     outside.touch()
     write_list(
@@ -48,7 +48,7 @@ def test_reads_paths_labels_and_class_names(folder):
     assert videos.list_file == str(folder / "train.csv")
 
 
-def test_classes_are_numbered_where_they_have_no_names(folder):
+def test_unnamed_classes_are_numbered(folder):
     write_list(folder, "videos/a.mp4 0", "videos/b.mp4 2")
     assert read_video_list(folder, "train.csv").class_names == ("0", "1", "2")
     assert read_video_list(folder, "train.csv", num_classes=4).class_names == ("0", "1", "2", "3")
@@ -91,11 +91,11 @@ COMMA, XY = {"separator": ","}, {"labels": ["x", "y"]}
         (["a.mp4 0", "b.mp4 1"], COMMA, "line 1: the separator seems to be white space: leave"),
         (["a.mp4\t0"], {"separator": " "}, "line 1: the separator seems to be white space"),
         (["a.mp4,0", "b.mp4"], COMMA, "line 2: 'b.mp4' should be a path and a label with ',' betw"),
-        # Each of these lines could be one of a path and a label; the files tell that they are not.
+        # Each line could be a path and a label; the missing files show that the separator is wrong.
         (["a.mp4, 0", "b.mp4, 1"], {}, "2 of the 2 listed files are missing); the separator seems"),
     ],
 )
-def test_mistakes_in_a_list_are_told_with_file_and_line(folder, lines, options, expected):
+def test_errors_in_a_list_name_the_file_and_the_line(folder, lines, options, expected):
     options = dict(options)
     write_list(folder, *lines, labels=options.pop("labels", None))
     with refused(folder, expected.format(folder)):
@@ -103,7 +103,7 @@ def test_mistakes_in_a_list_are_told_with_file_and_line(folder, lines, options, 
 
 
 @pytest.mark.parametrize("separator", [",", ", ", " , ", "\t", "|"])
-def test_another_separator(folder, separator):
+def test_the_separator_is_configurable(folder, separator):
     write_list(folder, f"videos/with space/c d.mp4{separator}1", f"videos/b.mp4{separator}0")
     videos = read_video_list(folder, "train.csv", separator=separator.strip(" "))
     assert videos.paths == (
@@ -113,14 +113,14 @@ def test_another_separator(folder, separator):
     assert [videos.label(0), videos.label(1)] == videos.labels.tolist() == [1, 0]
 
 
-def test_a_prefix_stands_before_relative_paths(folder):
+def test_a_prefix_is_prepended_to_relative_paths(folder):
     write_list(folder, "a.mp4 0", "with space/c d.mp4 1", f"{folder}/videos/b.mp4 2")
     expected = tuple(str(folder / "videos" / x) for x in ("a.mp4", "with space/c d.mp4", "b.mp4"))
     for prefix in ("videos", "videos/", str(folder / "videos")):
         assert read_video_list(folder, "train.csv", prefix=prefix).paths == expected
 
 
-def test_few_missing_files_are_told_and_many_are_a_mistake(folder, capsys):
+def test_few_missing_files_are_logged_and_many_are_an_error(folder, capsys):
     write_list(folder, "videos/a.mp4 0", "", "videos/gone.mp4 1", "videos/b.mp4 0", "x/y.mp4 1")
     videos = read_video_list(folder, "train.csv", max_missing=0.6)
     assert len(videos) == 4 and videos.label(1) == 1
@@ -135,14 +135,14 @@ def test_few_missing_files_are_told_and_many_are_a_mistake(folder, capsys):
         pass
 
 
-def test_characters_that_end_lines_in_python_alone_stay_in_paths(folder):
+def test_paths_may_contain_unicode_line_separators(folder):
     name = "a\u2028b\x85.mp4"
     (folder / name).touch()
     write_list(folder, f"{name} 0")
     assert read_video_list(folder, "train.csv").paths == (str(folder / name),)
 
 
-def test_a_list_that_is_not_there_or_no_text_is_named(tmp_path):
+def test_a_missing_or_binary_list_is_rejected(tmp_path):
     with refused(f"there is no list {tmp_path}/train.csv"):
         read_video_list(tmp_path, "train.csv")
     (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00\x01")
@@ -151,7 +151,7 @@ def test_a_list_that_is_not_there_or_no_text_is_named(tmp_path):
 
 
 def test_each_folder_is_listed_once(tmp_path, monkeypatch):
-    """One look per folder, not per file: network disks make a question per file slow."""
+    """Folders are listed instead of querying every file, which is slow on network disks."""
     for name in "ab":
         (tmp_path / name).mkdir()
         for number in range(50):

@@ -1,4 +1,4 @@
-"""Files in the format of MNIST and Fashion-MNIST, generated."""
+"""Generated files in the format of MNIST and Fashion-MNIST."""
 
 import gzip
 import hashlib
@@ -13,8 +13,8 @@ from mvit_jax.data.making import fashion_mnist
 COUNTS = {"train": 96, "t10k": 40}
 
 
-def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images `[count, 28, 28]` that differ from one another, by a square in the label's column."""
+def images_and_labels(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns distinct images `[count, 28, 28]` with a square in the column of their label."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=count).astype(np.uint8)
     images = rng.integers(0, 100, (count, 28, 28), dtype=np.uint8)
@@ -24,11 +24,11 @@ def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(folder: Path, counts: dict[str, int] = COUNTS) -> dict[str, str]:
-    """Writes the four files; gives the SHA-256 of what each holds, unpacked."""
+    """Writes the four files; returns the SHA-256 of their unpacked contents."""
     sums = {}
     folder.mkdir(exist_ok=True)
     for seed, (part, count) in enumerate(counts.items()):
-        images, labels = pictures(count, seed)
+        images, labels = images_and_labels(count, seed)
         contents = {
             f"{part}-images-idx3-ubyte": struct.pack(">4i", 0x803, count, 28, 28) + bytes(images),
             f"{part}-labels-idx1-ubyte": struct.pack(">2i", 0x801, count) + bytes(labels),
@@ -39,8 +39,8 @@ def write(folder: Path, counts: dict[str, int] = COUNTS) -> dict[str, str]:
     return sums
 
 
-def instead_of_the_real_ones(patch, sums: dict[str, str], counts: dict[str, int] = COUNTS) -> None:
-    """Has `patch.setattr` make these files count as Fashion-MNIST's; TFDS expects 60,000."""
+def replace_published_files(patch, sums: dict[str, str], counts: dict[str, int] = COUNTS) -> None:
+    """Patches the checksums and counts that Fashion-MNIST's files are checked against."""
     from tensorflow_datasets.image_classification import mnist
 
     patch.setattr(fashion_mnist, "CONTENTS", sums)
@@ -49,7 +49,7 @@ def instead_of_the_real_ones(patch, sums: dict[str, str], counts: dict[str, int]
 
 
 def elements(split: TfdsSplit) -> list[tuple[bytes, int]]:
-    """Grey pixels and label of each element, sorted: TFDS keeps an order of its own."""
+    """Returns the sorted grey pixels and labels of all elements; TFDS shuffles them."""
     grey = []
     for index in range(len(split)):
         with split.opened(index, 1) as frames:
@@ -61,6 +61,6 @@ def elements(split: TfdsSplit) -> list[tuple[bytes, int]]:
 
 
 def expected(part: str, counts: dict[str, int] = COUNTS) -> list[tuple[bytes, int]]:
-    """The elements of "train" or "t10k"."""
-    images, labels = pictures(counts[part], list(counts).index(part))
+    """Returns the elements of "train" or "t10k"."""
+    images, labels = images_and_labels(counts[part], list(counts).index(part))
     return sorted(zip(map(bytes, images), labels.tolist(), strict=True))

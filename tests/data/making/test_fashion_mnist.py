@@ -1,4 +1,4 @@
-"""Fashion-MNIST from files that are here: whole or not at all, and nothing but the real ones."""
+"""Preparation of Fashion-MNIST: atomic, resumable, and only from the published files."""
 
 import gzip
 import subprocess
@@ -20,7 +20,7 @@ from tests.support.refusals import refused
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    idx.instead_of_the_real_ones(monkeypatch, idx.write(tmp_path / "files"))
+    idx.replace_published_files(monkeypatch, idx.write(tmp_path / "files"))
     return tmp_path / "files"
 
 
@@ -28,7 +28,7 @@ def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_finished_set_is_left_as_it_is(tmp_path, files):
+def test_a_finished_set_is_not_changed(tmp_path, files):
     out = tmp_path / "out"
     fashion_mnist.prepare(str(out), str(files))
     assert [path.name for path in out.iterdir()] == ["fashion_mnist"]  # no downloads beside it
@@ -39,7 +39,7 @@ def test_a_finished_set_is_left_as_it_is(tmp_path, files):
     assert len(read_split("fashion_mnist", str(out), "train")) == 96
 
 
-def test_an_interrupted_run_leaves_nothing_and_is_done_again(tmp_path, files, monkeypatch):
+def test_an_interrupted_run_leaves_no_files_and_can_be_repeated(tmp_path, files, monkeypatch):
     out = tmp_path / "out"
     generate = fashion_mnist.examples
 
@@ -60,7 +60,7 @@ def test_an_interrupted_run_leaves_nothing_and_is_done_again(tmp_path, files, mo
     assert len(read_split("fashion_mnist", str(out), "test")) == 40
 
 
-def test_a_set_of_another_format_is_not_taken_for_a_finished_one(tmp_path, files):
+def test_a_finished_set_of_another_format_is_rejected(tmp_path, files):
     options = {"version": "3.0.1", "split": "test", "file_format": "tfrecord"}
     black = {"image": np.zeros((28, 28, 1), np.uint8), "label": 0}
     store(tmp_path / "out", "fashion_mnist", stills(shape=(28, 28, 1)), black, **options)
@@ -68,19 +68,19 @@ def test_a_set_of_another_format_is_not_taken_for_a_finished_one(tmp_path, files
         fashion_mnist.prepare(str(tmp_path / "out"), str(files))
 
 
-def test_a_folder_that_cannot_be_written_ends_in_one_sentence(files):
+def test_an_unwritable_folder_ends_with_a_one_sentence_error(files):
     below_a_file = files / "train-images-idx3-ubyte.gz" / "out"
     with pytest.raises(UserError, match=r"cannot be written into .*: not a directory"):
         fashion_mnist.prepare(str(below_a_file), str(files))
 
 
-def flipped(content, place):
-    return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+def flipped(content, index):
+    return content[:index] + bytes([content[index] ^ 0xFF]) + content[index + 1 :]
 
 
 @pytest.mark.parametrize("name", [f"{name}.gz" for name in fashion_mnist.CONTENTS])
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("damage", "message"),
     [
         (None, "there is no file"),
         (lambda packed: packed[:-20], "cannot be unpacked (compressed file ended"),
@@ -92,17 +92,17 @@ def flipped(content, place):
         (gzip.decompress, "cannot be unpacked (not a gzipped file"),
     ],
 )
-def test_wrong_files_end_in_one_sentence_and_nothing_written(tmp_path, files, harm, message, name):
+def test_wrong_files_raise_before_anything_is_written(tmp_path, files, damage, message, name):
     packed = (files / name).read_bytes()
     (files / name).unlink()
-    if harm:
-        (files / name).write_bytes(harm(packed))
+    if damage:
+        (files / name).write_bytes(damage(packed))
     with refused(message, files / name):
         fashion_mnist.prepare(str(tmp_path / "out"), str(files))
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_network_another_way_is_named(tmp_path, monkeypatch):
+def test_the_error_without_a_network_names_the_files_flag(tmp_path, monkeypatch):
     def no_network(url, timeout):
         assert url.startswith("http") and "fashion-mnist" in url and url.endswith(".gz")
         raise OSError(-2, "Name or service not known")
@@ -113,7 +113,7 @@ def test_without_a_network_another_way_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_downloaded_files_make_the_same_set_as_files_that_are_here(tmp_path, files, monkeypatch):
+def test_downloaded_files_and_local_files_give_the_same_set(tmp_path, files, monkeypatch):
     def network(url, timeout):
         return (files / url.rpartition("/")[2]).open("rb")
 
@@ -129,7 +129,7 @@ def test_downloaded_files_make_the_same_set_as_files_that_are_here(tmp_path, fil
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_no_set_and_is_done_again(tmp_path):
+def test_a_killed_run_leaves_no_set_and_can_be_repeated(tmp_path):
     counts = {"train": 6000, "t10k": 1000}
     files, out = tmp_path / "files", tmp_path / "out"
     sums = idx.write(files, counts)
@@ -140,7 +140,7 @@ def test_a_killed_run_leaves_no_set_and_is_done_again(tmp_path):
         from mvit_jax.data.making import fashion_mnist
         from tests.data.making import idx
         with pytest.MonkeyPatch.context() as patch:
-            idx.instead_of_the_real_ones(patch, {sums!r}, {counts!r})
+            idx.replace_published_files(patch, {sums!r}, {counts!r})
             fashion_mnist.prepare({str(out)!r}, {str(files)!r})
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]

@@ -1,4 +1,4 @@
-"""The moving digits: what they show, that only motion tells the class, and the folder written."""
+"""Moving digits: the motion of each class, the handwriting of splits, and the written folder."""
 
 import collections
 import dataclasses
@@ -28,12 +28,15 @@ def scene(label, seed):
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Scenes of each class, all of their own random numbers, and their frames."""
-    drawn = {
+    """Scenes of each class, drawn from distinct seeds, with their frames."""
+    drawn_scenes = {
         label: [scene(label, PER_CLASS * label + i) for i in range(PER_CLASS)]
         for label in range(len(CLASSES))
     }
-    return {label: [(s, moving_digits.render(s)) for s in some] for label, some in drawn.items()}
+    return {
+        label: [(s, moving_digits.render(s)) for s in group]
+        for label, group in drawn_scenes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +59,11 @@ def decode(file):
         return np.stack([f.to_ndarray(format="gray") for f in container.decode(video=0)])
 
 
-# What is seen
+# Motion
 
 
 def shift(before, after, axis):
-    """Pixels, to the nearest, that `after` is displaced along `axis` of a torus."""
+    """Returns the displacement of `after` along `axis` of a torus, in whole pixels."""
     product = np.conj(np.fft.fft2(before)) * np.fft.fft2(after)
     correlation = np.fft.ifft2(product).real
     best = np.unravel_index(np.argmax(correlation), correlation.shape)[axis]
@@ -69,21 +72,21 @@ def shift(before, after, axis):
 
 
 def turn(frames, later, centre):
-    """Degrees, to the nearest, that turn all `frames` clockwise around `centre` into `later`."""
+    """Returns the clockwise rotation around `centre` from `frames` to `later`, in whole degrees."""
     spectra = []
     flags = cv2.INTER_LINEAR | cv2.WARP_FILL_OUTLIERS
-    for some in (frames, later):
-        polar = [cv2.warpPolar(frame, (32, 360), centre, 32, flags) for frame in some]
-        polar = np.stack(polar) * np.sqrt(np.arange(32))  # areas go with the radius
+    for group in (frames, later):
+        polar = [cv2.warpPolar(frame, (32, 360), centre, 32, flags) for frame in group]
+        polar = np.stack(polar) * np.sqrt(np.arange(32))  # areas grow with the radius
         spectra.append(np.fft.fft(polar, axis=1))
     correlation = np.fft.ifft((np.conj(spectra[0]) * spectra[1]).sum((0, 2))).real
     return (np.argmax(correlation) + 180) % 360 - 180
 
 
 def velocity(axis, scene, frames):
-    """Typical change over 4 frames: px, degrees, or the logarithm of the lit area."""
+    """Returns the median change over 4 frames: pixels, degrees, or log of the lit area."""
     if axis in "xy":
-        # The background stands still, so what the frames have in common is taken off them.
+        # The background does not move: the median frame is subtracted.
         moving = frames.astype(np.float32) - np.median(frames, axis=0)
         steps = zip(moving[:-4:4], moving[4::4], strict=True)
         return np.median([shift(a, b, axis="yx".index(axis)) for a, b in steps])
@@ -96,8 +99,8 @@ def velocity(axis, scene, frames):
     return np.median(np.diff(np.log((lit > 0).sum((1, 2))[::4])))
 
 
-# Axis, sign, and the least and greatest change over 4 frames: speeds that are seen within a clip
-# but are not so fast that a stride of 4 confuses the two directions.
+# Axis, sign, and the least and greatest change over 4 frames. The speeds are visible within a clip
+# and slow enough for a stride of 4 to distinguish the two directions.
 EXPECTED = {
     "left": ("x", -1, 2, 6),
     "right": ("x", 1, 2, 6),
@@ -105,7 +108,7 @@ EXPECTED = {
     "down": ("y", 1, 2, 6),
     "clockwise": ("angle", 1, 9, 25),
     "counter_clockwise": ("angle", -1, 9, 25),
-    # Areas go with the square: ln(44/16) / 64 to / 41 a frame, doubled, times 4.
+    # Areas grow with the square: ln(44/16) / 64 to / 41 a frame, doubled, times 4.
     "growing": ("side", 1, 0.08, 0.25),
     "shrinking": ("side", -1, 0.08, 0.25),
 }
@@ -119,14 +122,14 @@ def test_frames_in_order_show_the_motion_of_the_class(scenes, name):
 
 
 @pytest.mark.parametrize("pair", range(4))
-def test_the_first_phase_is_anywhere_in_the_cycle(pair):
+def test_the_initial_phase_covers_the_whole_cycle(pair):
     starts = [scene(2 * pair + i % 2, i).start for i in range(120)]
     counts, _ = np.histogram(starts, bins=4, range=(0, 1))
     assert counts.sum() == 120 and counts.min() >= 15
 
 
 @pytest.mark.parametrize("pair", range(4))
-def test_a_class_is_the_other_of_its_pair_played_backwards(pair):
+def test_paired_classes_are_time_reversals_of_each_other(pair):
     for seed in range(5):
         forward = scene(2 * pair, seed)
         last = forward.start + forward.velocity * (len(forward.noise) - 1)
@@ -135,15 +138,15 @@ def test_a_class_is_the_other_of_its_pair_played_backwards(pair):
         )
         frames, reversed_frames = moving_digits.render(forward), moving_digits.render(backward)
         difference = np.abs(frames[::-1].astype(int) - reversed_frames)
-        # Phases differ in their last bits, which may tip a grey level, or nudge a digit by a
-        # 32nd of a pixel, OpenCV's resolution.
+        # Phases differ in their last bits. These may change a grey level by one, or move a digit
+        # by 1/32 pixel, OpenCV's resolution.
         assert difference.mean() < 0.02
         assert difference.max() <= 12
         assert np.abs(frames.astype(int) - reversed_frames).mean() > 1
 
 
 @pytest.mark.parametrize("pair", range(4))
-def test_classes_of_a_pair_draw_the_same_but_for_the_sign_of_the_velocity(pair):
+def test_paired_classes_differ_in_the_sign_of_the_velocity_alone(pair):
     one, other = (dataclasses.asdict(scene(label, 5)) for label in (2 * pair, 2 * pair + 1))
     assert one.pop("velocity") == -other.pop("velocity") != 0
     for name, value in one.items():
@@ -151,7 +154,7 @@ def test_classes_of_a_pair_draw_the_same_but_for_the_sign_of_the_velocity(pair):
 
 
 def bare(name, length, **values):
-    """A scene of class `name` on black, without noise."""
+    """Returns a scene of class `name` on black, without noise."""
     black = np.zeros((64, 64), np.float32)
     noise = np.zeros((length, 64, 64), np.float32)
     return dataclasses.replace(
@@ -167,7 +170,7 @@ def test_a_digit_that_leaves_the_frame_enters_at_the_opposite_edge():
 
 
 @pytest.mark.parametrize(("name", "axis"), [("right", 1), ("down", 0)])
-def test_fractions_of_a_pixel_are_moved(name, axis):
+def test_digits_move_by_fractions_of_a_pixel(name, axis):
     frames = moving_digits.render(bare(name, 56, start=0.0, velocity=0.7 / 64)).astype(float)
     around = np.exp(2j * np.pi * np.arange(64) / 64)
     phase = np.angle(frames.sum(2 - axis) @ around)  # of the brightness on the torus
@@ -178,25 +181,25 @@ def test_fractions_of_a_pixel_are_moved(name, axis):
 # Handwriting
 
 
-def test_splits_have_handwriting_of_their_own_and_together_all_of_it():
-    every = collections.Counter((image / 16).tobytes() for image in load_digits().images)
+def test_splits_partition_the_handwriting():
+    images = collections.Counter((image / 16).tobytes() for image in load_digits().images)
     splits = {
         split: collections.Counter(digit.tobytes() for digit in digits)
         for split, digits in moving_digits.handwriting(0).items()
     }
     assert [splits[name].total() for name in ("train", "val", "test")] == [1297, 200, 300]
-    assert splits["train"] + splits["val"] + splits["test"] == every
-    assert max(every.values()) == 1  # so equal sums mean that no two splits share a digit
+    assert splits["train"] + splits["val"] + splits["test"] == images
+    assert max(images.values()) == 1  # so equal sums mean that no two splits share a digit
 
 
-def test_another_seed_splits_the_handwriting_otherwise():
+def test_another_seed_changes_the_split_of_the_handwriting():
     one, other = moving_digits.handwriting(0), moving_digits.handwriting(1)
     assert not np.array_equal(one["val"], other["val"])
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """A list that the scenes of videos are put into, instead of being rendered."""
+def drawn_scenes(monkeypatch):
+    """A list that collects the scenes of videos, which are not rendered."""
     scenes = []
     monkeypatch.setattr(moving_digits, "render", scenes.append)
     monkeypatch.setattr(moving_digits, "encode", lambda _: b"")
@@ -204,19 +207,23 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_videos_show_the_handwriting_of_their_split(drawn, split):
+def test_videos_show_the_handwriting_of_their_split(drawn_scenes, split):
     for index in range(5):
         moving_digits.video(2, split, index)
-    own = {digit.tobytes() for digit in moving_digits.handwriting(2)[split]}
-    assert len(drawn) == 5 and {s.digit.tobytes() for s in drawn} <= own
+    handwriting = {digit.tobytes() for digit in moving_digits.handwriting(2)[split]}
+    assert len(drawn_scenes) == 5 and {s.digit.tobytes() for s in drawn_scenes} <= handwriting
 
 
-def test_no_two_videos_are_drawn_alike(drawn):
+def test_all_videos_differ(drawn_scenes):
     for seed in (0, 1):
         for split in ("train", "val", "test"):
             for index in (0, 8):
                 moving_digits.video(seed, split, index)
-    assert len({s.start for s in drawn}) == len({s.noise[:40].tobytes() for s in drawn}) == 12
+    assert (
+        len({s.start for s in drawn_scenes})
+        == len({s.noise[:40].tobytes() for s in drawn_scenes})
+        == 12
+    )
 
 
 # Files
@@ -234,19 +241,19 @@ def test_files_are_h264_of_64x64_at_30_frames_per_second_with_every_frame():
             assert stream.frames == len(frames)
         decoded = decode(io.BytesIO(file))
         assert decoded.shape == frames.shape
-        # Noise is lost in part, but the picture stays: its own deviation is above 30.
+        # Encoding loses part of the noise; the standard deviation of the frames is above 30.
         assert np.abs(decoded.astype(int) - frames).mean() < 6
 
 
 def test_videos_are_longer_than_the_span_of_a_clip(scenes):
-    lengths = [len(frames) for some in scenes.values() for _, frames in some]
+    lengths = [len(frames) for group in scenes.values() for _, frames in group]
     assert min(lengths) >= 40 and max(lengths) <= 56
     assert len(set(lengths)) == 17
 
 
 @pytest.mark.parametrize("label", range(0, 8, 2))
-def test_a_file_of_backwards_frames_decodes_to_the_backwards_video(label):
-    """The codec must not tell the direction of time: each frame is coded for itself."""
+def test_reversed_frames_decode_to_the_reversed_video(label):
+    """Every frame is intra-coded, so the encoding does not reveal the direction of time."""
     frames = moving_digits.render(scene(label, 1))
     forward = decode(io.BytesIO(moving_digits.encode(frames)))
     backward = decode(io.BytesIO(moving_digits.encode(frames[::-1])))
@@ -270,49 +277,49 @@ def test_lists_name_every_video_and_its_label(prepared):
         assert sorted(labels) == list(range(8))
         assert max(labels.values()) - min(labels.values()) <= 1
         listed |= {path for path, _ in fields}
-    others = {"train.csv", "val.csv", "test.csv", "labels.txt", "prepare.json"}
-    assert set(contents(prepared)) == listed | others
+    metadata = {"train.csv", "val.csv", "test.csv", "labels.txt", "prepare.json"}
+    assert set(contents(prepared)) == listed | metadata
     assert json.loads((prepared / "prepare.json").read_text()) == RECORD
 
 
-def test_labels_of_the_lists_are_those_of_the_videos(prepared):
-    """Translations, of which the decoded frames alone tell the class without doubt."""
-    seen = 0
+def test_listed_labels_match_the_motion_of_the_videos(prepared):
+    """Checks the translations, whose class follows from the decoded frames."""
+    checked = 0
     for line in (prepared / "train.csv").read_text().splitlines():
         path, label = line.split(" ")
         axis, sign, least, most = EXPECTED[CLASSES[int(label)]]
         if axis in "xy":
             frames = decode(str(prepared / path))
             assert least <= sign * velocity(axis, None, frames) <= most, line
-            seen += 1
-    assert seen == 8
+            checked += 1
+    assert checked == 8
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(prepared, tmp_path):
+def test_the_seed_determines_the_bytes(prepared, tmp_path):
     moving_digits.prepare(tmp_path / "again", **SMALL)
     assert contents(tmp_path / "again") == contents(prepared)
     moving_digits.prepare(tmp_path / "other", **SMALL | {"seed": 4})
-    ours, other = contents(prepared), contents(tmp_path / "other")
-    videos = [name for name in ours if name.endswith(".mp4")]
-    assert len({content for name in videos for content in (ours[name], other[name])}) == 2 * 33
+    files, other = contents(prepared), contents(tmp_path / "other")
+    videos = [name for name in files if name.endswith(".mp4")]
+    assert len({content for name in videos for content in (files[name], other[name])}) == 2 * 33
 
 
-def test_a_video_does_not_depend_on_how_many_there_are(prepared, tmp_path):
+def test_a_video_does_not_depend_on_the_number_of_videos(prepared, tmp_path):
     moving_digits.prepare(tmp_path / "more", **SMALL | {"train_videos": 20, "val_videos": 12})
-    ours, more = contents(prepared), contents(tmp_path / "more")
-    for name in ours:
+    files, more = contents(prepared), contents(tmp_path / "more")
+    for name in files:
         if name.endswith(".mp4"):
-            assert ours[name] == more[name], name
+            assert files[name] == more[name], name
 
 
-def test_a_finished_folder_is_left_as_it_is(prepared, capfd):
+def test_a_finished_folder_is_not_changed(prepared, capfd):
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
     moving_digits.prepare(prepared, **SMALL)
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_missing_is_made_and_the_rest_kept(prepared, tmp_path):
+def test_missing_files_are_written_and_existing_files_are_not(prepared, tmp_path):
     folder = tmp_path / "folder"
     moving_digits.prepare(folder, **SMALL)
     whole = (folder / "videos/train/00005.mp4").read_bytes()
@@ -320,20 +327,20 @@ def test_what_is_missing_is_made_and_the_rest_kept(prepared, tmp_path):
         (folder / name).unlink()
     (folder / "videos/train/.00005.mp4.999").write_bytes(whole[: len(whole) // 2])
     (folder / ".labels.txt.999").write_text("lef")
-    kept = folder / "videos/train/00004.mp4"
-    before = kept.stat().st_mtime_ns
+    existing = folder / "videos/train/00004.mp4"
+    before = existing.stat().st_mtime_ns
     moving_digits.prepare(folder, **SMALL)
     assert contents(folder) == contents(prepared)
-    assert kept.stat().st_mtime_ns == before
+    assert existing.stat().st_mtime_ns == before
 
 
-def test_an_interruption_before_the_record_is_gone_on_from(tmp_path):
+def test_preparation_resumes_after_an_incomplete_record(tmp_path):
     (tmp_path / ".prepare.json.999").write_text('{"name": ')
     moving_digits.prepare(tmp_path, seed=0, train_videos=8, val_videos=8, test_videos=8)
     assert (tmp_path / "labels.txt").exists() and not (tmp_path / ".prepare.json.999").exists()
 
 
-OTHERS = {"seed": 4, "train_videos": 17, "val_videos": 10, "test_videos": 16, "version": 0,
+CHANGES = {"seed": 4, "train_videos": 17, "val_videos": 10, "test_videos": 16, "version": 0,
           "name": "other"}  # fmt: skip
 
 
@@ -342,19 +349,19 @@ OTHERS = {"seed": 4, "train_videos": 17, "val_videos": 10, "test_videos": 16, "v
     [
         *(
             (json.dumps(RECORD | {key: value}), f"{key}={value}, not {key}={RECORD[key]}")
-            for key, value in OTHERS.items()
+            for key, value in CHANGES.items()
         ),
         *((text, "prepare.json is not a record") for text in ("", "{", "[1, 2]", "3")),
     ],
 )
-def test_a_folder_of_another_record_is_an_error(tmp_path, text, message):
+def test_a_folder_with_a_different_record_is_an_error(tmp_path, text, message):
     (tmp_path / "prepare.json").write_text(text)
     with refused(tmp_path, message):
         moving_digits.prepare(tmp_path, **SMALL)
     assert set(contents(tmp_path)) == {"prepare.json"}
 
 
-def test_a_folder_of_other_files_is_an_error(tmp_path):
+def test_a_folder_with_unrelated_files_is_an_error(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
         moving_digits.prepare(tmp_path, **SMALL)
@@ -377,7 +384,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, name):
         ("seed", -1, "seed=-1 is negative"),
     ],
 )
-def test_values_that_give_no_data_set_are_an_error(tmp_path, key, value, message):
+def test_invalid_values_are_an_error(tmp_path, key, value, message):
     with pytest.raises(UserError, match=message):
         moving_digits.prepare(tmp_path / "folder", **SMALL | {key: value})
     assert not (tmp_path / "folder").exists()

@@ -1,4 +1,4 @@
-"""Lists for folders of classes: every file in one of them, classes dealt alike, nothing lost."""
+"""Lists of class folders: stratified splits that cover every file once."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from mvit_jax.data.making.splitting import write_lists
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty videos of one class, ten images of another, and things that are neither."""
+    """Twenty videos of one class, ten images of another, and unrelated files and folders."""
     for name, count, end in (("tennis", 20, ".mp4"), ("a b", 10, ".JPG")):
         (tmp_path / name).mkdir()
         for number in range(count):
@@ -20,23 +20,23 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_file_is_in_one_list(folder):
+def test_every_file_is_in_exactly_one_list(folder):
     counts = write_lists(folder, val=0.1, test=0.2)
     assert counts == {"train.csv": 21, "val.csv": 3, "test.csv": 6}
     assert (folder / "labels.txt").read_text() == "a b\ntennis\n"
-    seen = []
+    paths = []
     for name, count in counts.items():
         videos = read_video_list(folder, name)
         assert len(videos) == count and videos.class_names == ("a b", "tennis")
         assert sum(videos.labels) * 3 == count * 2  # two of three are tennis, in each list
         for path, label in zip(videos.paths, videos.labels, strict=True):
             assert path.split("/")[-2] == videos.class_names[label]
-        seen += videos.paths
+        paths += videos.paths
     files = [str(f) for f in folder.rglob("*") if f.suffix in (".mp4", ".JPG")]
-    assert sorted(seen) == sorted(files)
+    assert sorted(paths) == sorted(files)
 
 
-def test_the_same_files_give_the_same_lists_and_others_are_kept(folder):
+def test_lists_are_reproducible_and_never_overwritten(folder):
     write_lists(folder, val=0.1, test=0.2)
     before = (folder / "train.csv").read_text()
     write_lists(folder, val=0.1, test=0.2)
@@ -50,7 +50,7 @@ def test_the_same_files_give_the_same_lists_and_others_are_kept(folder):
     assert (folder / "train.csv").read_text() != before
 
 
-def test_a_list_that_is_not_wanted_is_not_written(folder):
+def test_an_empty_split_writes_no_list(folder):
     counts = write_lists(folder, val=0.2, test=0.0)
     assert counts["test.csv"] == 0 and not (folder / "test.csv").exists()
 
@@ -59,7 +59,7 @@ def test_a_list_that_is_not_wanted_is_not_written(folder):
     ("val", "test", "message"),
     [(0.5, 0.5, "leave some for training"), (-0.1, 0.1, "leave some"), (0.05, 0.9, "too few")],
 )
-def test_impossible_shares(folder, val, test, message):
+def test_impossible_shares_are_rejected(folder, val, test, message):
     for number in range(7):
         (folder / "a b" / f"{number}.JPG").unlink()
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Videos encoded anew: the same frames at the same times, upright, in the same colours."""
+"""Transcoding: frames, presentation times, rotation and colours of the encoded video."""
 
 import io
 from fractions import Fraction
@@ -25,29 +25,29 @@ from tests.data.test_video import (
 )
 
 
-def every(file, index=None):
+def all_frames(file, index=None):
     with Video(file, index=index) as video:
         return video.frames(range(video.num_frames)).astype(int)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_frames_are_those_of_the_original(name, tmp_path):
+def test_encoding_preserves_the_frames(name, tmp_path):
     file, options = FORMATS[name]
     path = write(tmp_path / file, panning(40), **options)
     encoded = encode(path, Encoding(crf=12))
-    theirs, ours = every(path), every(encoded.file)
-    assert ours.shape == theirs.shape
-    difference = np.abs(ours[:, None] - theirs[None]).mean(axis=(2, 3, 4))
+    original, result = all_frames(path), all_frames(encoded.file)
+    assert result.shape == original.shape
+    difference = np.abs(result[:, None] - original[None]).mean(axis=(2, 3, 4))
     assert difference.diagonal().max() < 3
-    assert (difference.argmin(axis=1) == np.arange(40)).all()  # in their order
+    assert (difference.argmin(axis=1) == np.arange(40)).all()  # in order
 
 
-def test_a_clip_needs_no_frame_before_the_key_frame_next_to_it(tmp_path):
+def test_key_frames_are_at_multiples_of_the_gop(tmp_path):
     encoded = encode(write(tmp_path / "x.mp4", 70), Encoding(gop=8))
     assert list(encoded.index.keys) == list(range(0, 70, 8))
 
 
-def test_sound_is_left_out(tmp_path):
+def test_sound_is_dropped(tmp_path):
     video, sound = write(tmp_path / "x.mp4", 30), audio_only(tmp_path)
     both = tmp_path / "both.mkv"
     with av.open(video) as one, av.open(str(sound)) as two, av.open(str(both), "w") as writer:
@@ -65,9 +65,9 @@ def test_sound_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("gop", [1, 4, 16])
-def test_the_index_gives_what_the_container_gives(gop, tmp_path):
+def test_the_index_gives_the_frames_of_the_container(gop, tmp_path):
     encoded = encode(write(tmp_path / "x.mp4", panning(70)), Encoding(gop=gop))
-    expected = every(encoded.file)
+    expected = all_frames(encoded.file)
     rng = np.random.default_rng(0)
     clips = [np.arange(start, 70, 4) for start in range(0, 60, 7)]
     clips += [rng.integers(0, 70, 5) for _ in range(10)]
@@ -79,48 +79,48 @@ def test_the_index_gives_what_the_container_gives(gop, tmp_path):
             assert np.array_equal(plain.frames(clip), expected[clip])
 
 
-def test_few_frames_are_decoded_for_a_clip(tmp_path, monkeypatch):
-    """Sixteen intra-coded frames at stride 4 take as many packets, not the 64 that they span."""
+def test_a_clip_of_intra_coded_frames_reads_only_its_packets(tmp_path, monkeypatch):
+    """A clip of 16 frames at stride 4 decodes 16 packets, not the 64 that it spans."""
     encoded = encode(write(tmp_path / "x.mp4", panning(100)), Encoding(gop=1))
-    until, seen = Video._until, []
+    until, timestamps = Video._until, []
 
     def counted(self, packets, end):
         for packet in until(self, packets, end):
-            seen.append(packet.pts)
+            timestamps.append(packet.pts)
             yield packet
 
     monkeypatch.setattr(Video, "_until", counted)
     for index in (None, encoded.index):
-        seen.clear()
+        timestamps.clear()
         with Video(encoded.file, index=index) as video:
             video.frames(range(30, 94, 4))
-        assert len(seen) == 16
+        assert len(timestamps) == 16
 
 
-def test_times_of_presentation_stay(tmp_path):
+def test_encoding_preserves_presentation_times(tmp_path):
     rng = np.random.default_rng(0)
     times = np.cumsum(rng.integers(5, 200, 40)).tolist()
     path = write(tmp_path / "variable.mkv", 40, times=times)
     encoded = encode(path, Encoding())
-    assert numbers_of(every(encoded.file)) == list(range(40))
+    assert numbers_of(all_frames(encoded.file)) == list(range(40))
     with Video(encoded.file) as video:
         base, stamps = video.times()
         assert [base * stamp for stamp in stamps] == [
             Fraction(time - times[0], 1000) for time in times
         ]
-    with Video(path) as video, Video(encoded.file, index=encoded.index) as ours:
-        assert ours.fps == video.fps
+    with Video(path) as video, Video(encoded.file, index=encoded.index) as result:
+        assert result.fps == video.fps
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
-def test_turned_videos_become_upright(rotation, tmp_path):
+def test_rotated_videos_become_upright(rotation, tmp_path):
     rng = np.random.default_rng(0)
     picture = cv2.resize(rng.integers(0, 256, (4, 8, 3), dtype=np.uint8), (64, 32))
     path = write(tmp_path / "turned.mp4", [picture] * 3, rotation=rotation)
     encoded = encode(path, Encoding(crf=10))
-    theirs, ours = every(path), every(encoded.file)
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).mean() < 4
+    original, result = all_frames(path), all_frames(encoded.file)
+    assert result.shape == original.shape
+    assert np.abs(result - original).mean() < 4
     with av.open(path) as container:
         assert next(container.decode(video=0)).rotation != 0
 
@@ -129,29 +129,31 @@ def test_turned_videos_become_upright(rotation, tmp_path):
     ("size", "expected"),
     [((60, 100), (48, 80)), ((100, 60), (80, 48)), ((64, 96), (48, 72)), ((40, 90), (40, 90))],
 )
-def test_larger_frames_are_scaled_down_and_smaller_ones_are_not(size, expected, tmp_path):
+def test_only_frames_above_the_short_side_are_scaled_down(size, expected, tmp_path):
     rng = np.random.default_rng(0)
-    # Grey, as colours are stored at half of the resolution, and scaled from there.
+    # Grey, because colours are stored and scaled at half of the resolution.
     grey = cv2.resize(rng.integers(30, 220, (6, 6), dtype=np.uint8), size[::-1])
     picture = np.repeat(grey[..., None], 3, axis=-1)
     path = write(tmp_path / "x.mp4", [picture] * 4)
-    ours = every(encode(path, Encoding(short_side=48, crf=10)).file)
-    assert ours.shape[1:3] == expected
-    area = cv2.resize(every(path)[2].astype(np.uint8), expected[::-1], interpolation=cv2.INTER_AREA)
-    assert np.abs(ours[2] - area).mean() < 2
+    result = all_frames(encode(path, Encoding(short_side=48, crf=10)).file)
+    assert result.shape[1:3] == expected
+    area = cv2.resize(
+        all_frames(path)[2].astype(np.uint8), expected[::-1], interpolation=cv2.INTER_AREA
+    )
+    assert np.abs(result[2] - area).mean() < 2
 
 
 def test_odd_sizes_become_even(tmp_path):
     picture = np.full((33, 65, 3), (200, 90, 40), np.uint8)
     path = write(tmp_path / "odd.mkv", [picture], codec="ffv1", pix_fmt="bgr0", bf="0")
-    ours = every(encode(path, Encoding()).file)
-    assert ours.shape == (1, 32, 64, 3)
-    assert np.abs(ours - picture[0, 0]).max() <= 4  # stored in RGB, and so coloured by one matrix
+    result = all_frames(encode(path, Encoding()).file)
+    assert result.shape == (1, 32, 64, 3)
+    assert np.abs(result - picture[0, 0]).max() <= 4  # RGB input, so there is one colour matrix
 
 
 @pytest.mark.parametrize("colours", [{"colorspace": 1}, {"color_range": 2}, {}])
-def test_colours_stay_those_of_the_original(colours, tmp_path):
-    """BT.709 and full range say how the same numbers are to be shown."""
+def test_encoding_preserves_the_colours(colours, tmp_path):
+    """BT.709 and full range change the colours that equal samples are decoded to."""
     path = tmp_path / "x.mp4"
     planes = np.concatenate([np.full((32, 64), 90), np.full((8, 64), 100), np.full((8, 64), 170)])
     with av.open(str(path), "w") as container:
@@ -166,11 +168,11 @@ def test_colours_stay_those_of_the_original(colours, tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     encoded = encode(str(path), Encoding(crf=5))
-    assert np.abs(every(encoded.file) - every(str(path))).max() <= 3
-    assert np.abs(every(encoded.file, encoded.index) - every(str(path))).max() <= 3
+    assert np.abs(all_frames(encoded.file) - all_frames(str(path))).max() <= 3
+    assert np.abs(all_frames(encoded.file, encoded.index) - all_frames(str(path))).max() <= 3
 
 
-def test_the_same_video_gives_the_same_bytes(tmp_path):
+def test_encoding_is_deterministic(tmp_path):
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (68, 100, 3), dtype=np.uint8) for _ in range(40)]
     path = write(tmp_path / "noise.mp4", frames)
@@ -178,17 +180,17 @@ def test_the_same_video_gives_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("make", [empty, text, half_without_index, audio_only])
-def test_what_is_no_video_is_told(make, tmp_path):
+def test_invalid_videos_raise_the_same_reason_as_path_and_as_bytes(make, tmp_path):
     path = make(tmp_path)
     with pytest.raises(DecodeError) as from_file:
         encode(str(path), Encoding())
     with pytest.raises(DecodeError) as from_bytes:
-        encode(path.read_bytes(), Encoding(), "the thing")
-    assert from_bytes.value.path == "the thing"
+        encode(path.read_bytes(), Encoding(), "name")
+    assert from_bytes.value.path == "name"
     assert from_bytes.value.reason == from_file.value.reason
 
 
-def test_a_video_damaged_in_the_middle_is_told(tmp_path):
+def test_a_video_damaged_in_the_middle_is_an_error(tmp_path):
     path = write(tmp_path / "x.mp4", 60, gop=60)
     with Path(path).open("rb+") as file:
         for position, size, _ in packets_of(path)[20:]:
@@ -202,6 +204,6 @@ def test_a_video_damaged_in_the_middle_is_told(tmp_path):
     ("values", "message"),
     [({"short_side": 255}, "even"), ({"gop": 0}, "gop=0"), ({"crf": 52}, "crf=52")],
 )
-def test_settings_out_of_range(values, message):
+def test_settings_out_of_range_are_rejected(values, message):
     with pytest.raises(UserError, match=message):
         Encoding(**values)
