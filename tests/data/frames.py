@@ -1,4 +1,4 @@
-"""Small videos of frames in folders, and lists of them."""
+"""Folders of frames of small videos, and frame lists."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def pixels(video: str, frame: int, size=(6, 8)) -> np.ndarray:
-    """Made of the names alone, uint8 `[height, width, 3]`."""
+    """Returns uint8 `[height, width, 3]` noise that depends on the names alone."""
     rng = np.random.default_rng([frame, *video.encode()])
     return rng.integers(0, 256, (*size, 3), np.uint8)
 

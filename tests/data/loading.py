@@ -1,4 +1,4 @@
-"""Keyword arguments of the pipeline's generators, as the tests write them."""
+"""Keyword arguments of the pipeline's generators."""
 
 from dataclasses import fields
 from typing import Any
@@ -11,5 +11,5 @@ _NAMES = {field.name for field in fields(LoaderOptions)}
 def loading(arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments with `threads`, `processes` and `timeout` as one `loader`."""
     options = {k: v for k, v in arguments.items() if k in _NAMES}
-    others = {k: v for k, v in arguments.items() if k not in _NAMES}
-    return others | {"loader": LoaderOptions(**options)}
+    arguments = {k: v for k, v in arguments.items() if k not in _NAMES}
+    return arguments | {"loader": LoaderOptions(**options)}

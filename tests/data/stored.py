@@ -1,11 +1,11 @@
-"""Sets of one's own as TFDS stores them."""
+"""Small data sets in the format of TFDS."""
 
 from pathlib import Path
 from typing import Any
 
 
 def stills(**image: Any) -> dict[str, Any]:
-    """The features of images of two classes."""
+    """Returns the features of labelled images of two classes."""
     from tensorflow_datasets import features
 
     return {"image": features.Image(**image), "label": features.ClassLabel(names=["a", "b"])}

@@ -1,4 +1,4 @@
-"""Crops and sizes against definitions written out pixel by pixel."""
+"""Crops and resizing against reference implementations pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ def noise(time, height, width, seed=0):
 
 
 def positions(height, width, time=2):
-    """Every pixel holds (frame, row, column), so a crop tells where it was cut."""
+    """Returns a clip whose pixels hold (frame, row, column), to locate crops."""
     grid = np.indices((time, height, width), dtype=np.uint8)
     return np.ascontiguousarray(np.moveaxis(grid, 0, -1))
 
 
 def bilinear(frame, height, width):
-    """Half-pixel centres, no antialias, edges repeated; in float64."""
+    """Resizes with half-pixel centres, without antialias, with repeated edges, in float64."""
     rows, columns = frame.shape[:2]
     out = np.empty((height, width, 3))
     for i in range(height):
@@ -38,7 +38,7 @@ def bilinear(frame, height, width):
     return out
 
 
-# Smaller, larger, half exactly (where OpenCV changes its method), one axis only, the same.
+# Smaller, larger, exactly half (for which OpenCV changes its method), one axis only, equal.
 @pytest.mark.parametrize("size", [(7, 11), (33, 45), (10, 13), (20, 9), (20, 26)])
 def test_resize_is_bilinear_without_antialias(size):
     clip = noise(3, 20, 26)
@@ -50,7 +50,7 @@ def test_resize_is_bilinear_without_antialias(size):
         assert np.abs(target - expected).max() <= 1.0
 
 
-def test_resize_takes_a_window_of_a_clip_and_any_number_of_frames():
+def test_resize_accepts_array_views_and_any_number_of_frames():
     clip = noise(70, 12, 14)  # 210 channels if frames were merged
     window = clip[:, 2:9, 3:13]
     assert np.array_equal(
@@ -69,7 +69,7 @@ def test_resize_takes_a_window_of_a_clip_and_any_number_of_frames():
         ((256, 340), 224, (224, 297)),  # 297.5
     ],
 )
-def test_resize_short_side_rounds_the_long_one_down(shape, side, expected):
+def test_resize_short_side_rounds_the_long_side_down(shape, side, expected):
     clip = np.zeros((1, *shape, 3), np.uint8)
     assert augmentation.resize_short_side(clip, side).shape == (1, *expected, 3)
 
@@ -88,14 +88,14 @@ def test_three_crops_lie_along_the_longer_side():
         assert (view[..., 0] == np.arange(2)[:, None, None]).all()
 
 
-def test_one_crop_is_the_middle_one_of_three():
+def test_one_crop_is_the_middle_of_three_crops():
     clip = positions(23, 31)
     one = augmentation.crop_views(clip, 20, 1)
     assert one.shape == (1, 2, 20, 20, 3)
     assert np.array_equal(one[0], augmentation.crop_views(clip, 20, 3)[1])
 
 
-def test_crops_need_large_enough_frames_and_a_known_number():
+def test_crops_of_small_frames_or_of_unsupported_counts_raise():
     with pytest.raises(ValueError, match="19x30"):
         augmentation.crop_views(noise(1, 19, 30), 20, 1)
     with pytest.raises(ValueError, match="not 2"):
@@ -105,7 +105,7 @@ def test_crops_need_large_enough_frames_and_a_known_number():
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        # No box with the asked area fits into these: the largest of the nearest aspect does.
+        # No box of the requested area fits: the result is the largest box of the nearest aspect.
         ((20, 100), (0, 36, 20, 27)),  # 20 * 4/3 = 26.7
         ((100, 20), (36, 0, 27, 20)),  # 20 / 0.75 = 26.7
     ],
@@ -119,7 +119,7 @@ def test_a_box_that_never_fits_falls_back_to_the_centre(shape, expected):
 
 
 def reference_box(height, width, random):
-    """The crop of PySlowFast's recipe, from uniform numbers of `random`."""
+    """Returns the random crop of PySlowFast, from uniform numbers of `random`."""
     for _ in range(10):
         area = height * width * (0.08 + 0.92 * random())
         aspect = 0.75 * (1.3333 / 0.75) ** random()
@@ -130,17 +130,18 @@ def reference_box(height, width, random):
 
 
 @pytest.mark.parametrize("shape", [(256, 340), (340, 256), (240, 240)])
-def test_random_boxes_are_distributed_as_the_references(shape):
+def test_random_boxes_have_the_distribution_of_the_reference(shape):
     rng, other = np.random.default_rng(0), np.random.default_rng(1)
-    ours = np.array([augmentation.random_box(*shape, rng, (0.08, 1.0)) for _ in range(4000)])
+    samples = np.array([augmentation.random_box(*shape, rng, (0.08, 1.0)) for _ in range(4000)])
     boxes = [reference_box(*shape, other.random) for _ in range(4000)]
-    theirs = np.array([box for box in boxes if box is not None])
-    assert len(theirs) > 3990
+    references = np.array([box for box in boxes if box is not None])
+    assert len(references) > 3990
     for column in range(4):
         # Two samples' Kolmogorov-Smirnov distance: 0.0436 at a thousandth.
-        values = np.sort(np.concatenate([ours[:, column], theirs[:, column]]))
+        values = np.sort(np.concatenate([samples[:, column], references[:, column]]))
         shares = [
-            np.searchsorted(np.sort(x[:, column]), values, "right") / len(x) for x in (ours, theirs)
+            np.searchsorted(np.sort(x[:, column]), values, "right") / len(x)
+            for x in (samples, references)
         ]
         assert np.abs(shares[0] - shares[1]).max() < 0.0436
 
@@ -149,57 +150,57 @@ VIDEO = randaugment.parse("rand-m7-n4-mstd0.5-inc1")
 IMAGE = randaugment.parse("rand-m9-n6-mstd0.5-inc1")
 
 
-def test_videos_are_augmented_whole_and_then_cropped():
+def test_videos_are_augmented_before_cropping():
     settings = Augmentation(randaugment=VIDEO)
     clip = noise(3, 40, 60)
     changed = 0
     for seed in range(60):
-        ours = augment(clip, settings, 16, rng=np.random.default_rng(seed), image=False)
+        result = augment(clip, settings, 16, rng=np.random.default_rng(seed), image=False)
         rng = np.random.default_rng(seed)
         frames = plain(clip, VIDEO.draw(rng))
         box = augmentation.random_box(40, 60, rng, (0.08, 1.0))
         cropped = box.cut(frames, Box(0, 0, 40, 60))
-        np.testing.assert_array_equal(ours, augmentation.resize(cropped, 16, 16))
+        np.testing.assert_array_equal(result, augmentation.resize(cropped, 16, 16))
         changed += (frames != clip).any()
     assert 30 < changed < 60
 
 
-def test_images_are_cropped_and_then_augmented():
+def test_images_are_cropped_before_augmentation():
     fill = (124, 116, 104)
     settings = Augmentation(randaugment=IMAGE, fill=fill, interpolation="bicubic")
     clip = noise(1, 40, 60)
     for seed in range(60):
-        ours = augment(clip, settings, 16, rng=np.random.default_rng(seed), image=True)
+        result = augment(clip, settings, 16, rng=np.random.default_rng(seed), image=True)
         rng = np.random.default_rng(seed)
-        drawn = IMAGE.draw(rng)
+        operations = IMAGE.draw(rng)
         cropped = augmentation.random_resized_crop(clip, 16, rng=rng, interpolation="bicubic")
-        np.testing.assert_array_equal(ours, plain(cropped, drawn, fill))
+        np.testing.assert_array_equal(result, plain(cropped, operations, fill))
 
 
-def test_frames_are_scaled_before_all_else():
+def test_frames_are_resized_before_other_augmentation():
     settings = Augmentation(crop_area=None, short_side=20, randaugment=VIDEO)
     clip = noise(2, 40, 60)
     for seed in range(20):
-        ours = augment(clip, settings, 20, rng=np.random.default_rng(seed), image=False)
+        result = augment(clip, settings, 20, rng=np.random.default_rng(seed), image=False)
         frames = plain(
             augmentation.resize_short_side(clip, 20), VIDEO.draw(np.random.default_rng(seed))
         )
-        np.testing.assert_array_equal(ours, frames[:, :, 5:25])
+        np.testing.assert_array_equal(result, frames[:, :, 5:25])
 
 
-def test_without_settings_the_short_side_is_scaled_and_the_centre_cut():
+def test_without_augmentation_frames_are_resized_and_centre_cropped():
     clip = noise(2, 41, 60)
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
     for image in (False, True):
-        ours = augment(clip, Augmentation(crop_area=None), 16, rng=rng, image=image)
+        result = augment(clip, Augmentation(crop_area=None), 16, rng=rng, image=image)
         resized = augmentation.resize_short_side(clip, 16)
         expected = augmentation.crop_views(resized, 16, 1, image=image)[0]
-        np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_array_equal(result, expected)
     assert rng.bit_generator.state == before
 
 
-def test_jitter_draws_the_inverse_of_the_short_side_and_a_place(monkeypatch):
+def test_jitter_draws_the_inverse_short_side_and_a_position(monkeypatch):
     sides, squares = [], []
     monkeypatch.setattr(
         augmentation,
@@ -220,7 +221,7 @@ def test_jitter_draws_the_inverse_of_the_short_side_and_a_place(monkeypatch):
     expected = len(sides) * (1 / low - 1 / high) / (1 / 64 - 1 / 80)
     counts = np.bincount(sides - 64)
     assert ((counts - expected) ** 2 / expected).sum() < 39.3  # 16 degrees of freedom
-    # Of each side, all places alike.
+    # For each side, positions are uniform.
     room = np.stack([sides - 56, sides + 9 - 56], -1)
     assert ((squares / room) <= 1).all()
     assert np.mean(squares / room, 0) == pytest.approx(0.5, abs=0.02)
@@ -230,19 +231,19 @@ def test_jitter_draws_the_inverse_of_the_short_side_and_a_place(monkeypatch):
     assert ((counts - few.sum() / 9) ** 2 / (few.sum() / 9)).sum() < 26.1
 
 
-def test_jitter_cuts_squares_out_of_all_frames_alike():
+def test_jitter_crops_all_frames_at_the_same_position():
     clip = noise(3, 40, 60)
     settings = Augmentation(crop_area=None, jitter=(30, 30), randaugment=VIDEO)
     rng = np.random.default_rng(3)
-    ours = augment(clip, settings, 20, rng=np.random.default_rng(3), image=False)
+    result = augment(clip, settings, 20, rng=np.random.default_rng(3), image=False)
     frames = augmentation.resize_short_side(plain(clip, VIDEO.draw(rng)), 30)
-    places = [
+    matches = [
         (top, left)
         for top in range(11)
         for left in range(26)
-        if np.array_equal(ours, frames[:, top : top + 20, left : left + 20])
+        if np.array_equal(result, frames[:, top : top + 20, left : left + 20])
     ]
-    assert len(places) == 1
+    assert len(matches) == 1
 
 
 @pytest.mark.parametrize(
@@ -256,12 +257,12 @@ def test_jitter_cuts_squares_out_of_all_frames_alike():
         ({"crop_area": None, "jitter": (0, 256)}, "jitter"),
     ],
 )
-def test_bounds_that_are_none_are_refused(changes, problem):
+def test_invalid_bounds_are_rejected(changes, problem):
     with pytest.raises(UserError, match=problem):
         Augmentation(**changes)
 
 
-def test_jitter_below_the_square_is_refused():
+def test_a_jitter_short_side_below_the_crop_size_is_rejected():
     settings = Augmentation(crop_area=None, jitter=(15, 30))
     with pytest.raises(UserError, match="squares of 16 pixels"):
         augment(noise(1, 40, 60), settings, 16, rng=np.random.default_rng(0), image=False)

@@ -1,4 +1,4 @@
-"""Images of every kind of colour, sizes and crops as Pillow makes them, and broken files."""
+"""Decoding of images: colour modes, sizes and crops against Pillow, and decode failures."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def save(path, pixels, **options):
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "PNG"])
-def test_lossless_files_give_their_very_pixels(tmp_path, suffix):
+def test_lossless_files_decode_to_their_exact_pixels(tmp_path, suffix):
     path = save(tmp_path / f"a.{suffix}", picture(), lossless=True)  # of WebP
     assert is_image(path) and is_image(str(path))
     clip = read_image(path)
@@ -34,12 +34,12 @@ def test_lossless_files_give_their_very_pixels(tmp_path, suffix):
     np.testing.assert_array_equal(clip[0], picture())
 
 
-def test_names_tell_images_from_videos():
+def test_images_are_recognised_by_file_suffix():
     assert all(is_image(name) for name in ("a.jpg", "b.JPEG", "/c.mp4/d.Png", "e.bmp", "f.webp"))
     assert not any(is_image(name) for name in ("a.mp4", "b.gif", "jpg", "c.jpg.avi", "png/d"))
 
 
-def test_every_kind_of_colour_becomes_rgb(tmp_path):
+def test_every_colour_mode_becomes_rgb(tmp_path):
     grey = picture()[..., 0]
     three = np.stack([grey] * 3, axis=-1)
     np.testing.assert_array_equal(read_image(save(tmp_path / "grey.png", grey))[0], three)
@@ -60,17 +60,17 @@ def test_every_kind_of_colour_becomes_rgb(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "palette.png")[0], expected)
     # Four inks of a JPEG: 255 - value each, dimmed by black.
     inks = np.zeros((16, 16, 4), np.uint8)
-    inks[..., 0], inks[..., 3] = 100, 51  # cyan takes away red, black a fifth of all
+    inks[..., 0], inks[..., 3] = 100, 51  # cyan absorbs red, black a fifth of all colours
     Image.fromarray(inks, mode="CMYK").save(tmp_path / "inks.jpg", quality=100)
     inked = read_image(tmp_path / "inks.jpg").astype(int)
     assert np.abs(inked - np.array([124, 204, 204])).max() <= 3
 
 
 TURNED = Image.Exif()
-TURNED[0x0112] = 6  # by a quarter
+TURNED[0x0112] = 6  # a rotation by 90 degrees
 
 
-def test_the_orientation_of_a_camera_is_not_applied(tmp_path):
+def test_the_exif_orientation_is_not_applied(tmp_path):
     path = save(tmp_path / "a.png", picture(), exif=TURNED)
     assert Image.open(path).getexif()[0x0112] == 6
     np.testing.assert_array_equal(read_image(path)[0], picture())
@@ -89,7 +89,7 @@ WHOLE = cv2.imencode(".jpg", picture(200, 300))[1].tobytes()
         ("gone.png", None, "there is no such file"),
     ],
 )
-def test_what_is_no_image_is_told_with_its_path(tmp_path, name, content, reason):
+def test_invalid_images_raise_with_path_and_reason(tmp_path, name, content, reason):
     (tmp_path / "folder.png").mkdir()
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -98,7 +98,7 @@ def test_what_is_no_image_is_told_with_its_path(tmp_path, name, content, reason)
     assert reason in str(why_broken(opened(tmp_path / name, 1)))
 
 
-def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+def test_an_image_with_too_many_pixels_is_rejected(tmp_path, monkeypatch):
     path = save(tmp_path / "a.png", np.zeros((60, 60, 3), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DecodeError, match="more than 2,000 pixels"):
@@ -110,7 +110,7 @@ def resized(pixels, height, width):
 
 
 @pytest.mark.parametrize(("margin", "image", "video"), [(1, 0, 1), (3, 2, 2), (5, 2, 3), (6, 3, 3)])
-def test_centres_of_images_and_videos_differ_at_odd_margins(margin, image, video):
+def test_centre_crops_of_images_and_videos_differ_at_odd_margins(margin, image, video):
     columns = np.broadcast_to(
         np.arange(8 + margin, dtype=np.uint8)[None, None, :, None], (1, 8, 8 + margin, 3)
     )
@@ -119,7 +119,7 @@ def test_centres_of_images_and_videos_differ_at_odd_margins(margin, image, video
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_training_on_images_resizes_the_box_alone(tmp_path, interpolation):
+def test_training_on_images_resizes_the_cropped_box_alone(tmp_path, interpolation):
     path = save(tmp_path / "a.png", picture(50, 60))
     images = VideoList((str(path),), np.zeros(1, np.int32), ("a",), "a list")
     augmentations = Augmentation(crop_area=(0.2, 1.0), interpolation=interpolation)
@@ -134,7 +134,7 @@ def test_training_on_images_resizes_the_box_alone(tmp_path, interpolation):
         assert same == (interpolation == "bicubic")
 
 
-def test_bicubic_is_the_same_for_windows_and_copies():
+def test_bicubic_resize_accepts_array_views():
     clip = np.stack([picture(seed=seed) for seed in range(3)])
     for rows, columns in itertools.product((slice(2, 20), slice(None, None, -1)), repeat=2):
         window = clip[:, rows, columns]
@@ -153,17 +153,17 @@ OPTIONS = {
 
 @pytest.mark.parametrize("kind", [*OPTIONS, "grey", "flipped"])
 @pytest.mark.parametrize("shape", [(37, 53), (64, 80), (200, 301)])
-def test_jpegs_have_pillows_values(kind, shape, tmp_path):
-    """Whatever decodes them: published accuracies were measured with Pillow's pixels."""
+def test_jpegs_decode_to_the_pixels_of_pillow(kind, shape, tmp_path):
+    """Published accuracies were measured with the pixels that Pillow decodes."""
     rng = np.random.default_rng(0)
     pixels = np.clip(picture(*shape).astype(int) + rng.normal(size=(*shape, 3)) * 9, 0, 255)
     image = Image.fromarray(pixels.astype(np.uint8)).convert("L" if kind == "grey" else "RGB")
     path = tmp_path / "a.jpg"
     image.save(path, quality=88, **OPTIONS.get(kind, {}))
-    if kind == "flipped":  # some bits in the middle, which decoders go over
+    if kind == "flipped":  # flipped bits in the middle, which decoders tolerate
         data = bytearray(path.read_bytes())
-        for place in rng.integers(len(data) // 2, len(data) - 2, 3):
-            data[place] ^= 4
+        for index in rng.integers(len(data) // 2, len(data) - 2, 3):
+            data[index] ^= 4
         path.write_bytes(data)
     with Image.open(path) as expected:
         assert np.array_equal(read_image(path)[0], expected.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Thousands of clips through the input pipeline leave its memory as it was."""
+"""Memory of the input pipeline over thousands of clips."""
 
 import subprocess
 import sys
@@ -8,14 +8,14 @@ import pytest
 from tests.support import commands, tiny
 from tests.support.environment import of_process
 
-# In a process of its own, whose memory nothing else moves. "Private" pages are what it holds.
+# Runs in a separate process, so that other tests do not change the private memory.
 LOAD = """
 import gc, sys
 from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.source import open_source
 
-def held():
+def private_memory():
     gc.collect()
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Private"))
@@ -28,7 +28,7 @@ settings = pipeline.ClipSettings(
 batches = pipeline.train_batches(videos, settings, seed=0, batch=40, steps=steps, repeats=2)
 for step, batch in enumerate(batches, start=1):
     if step % (steps // 5) == 0:
-        print(held())
+        print(private_memory())
 """
 
 
@@ -47,13 +47,13 @@ def test_memory_does_not_grow(source, steps, digits, tmp_path):
         flags = (f"--csv={digits / name}", f"--out={folder}", "--shards=2", "--workers=1")
         status, output = commands.run("prepare", "videos", *flags)
         assert status == 0, output
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), name, source, str(steps)],
         cwd=tiny.ROOT, env=of_process(1), capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    kilobytes = [int(line) for line in done.stdout.split()]
-    # A frame kept of each clip would be 19 MB between the measurements after 20 and 100 steps of 40
-    # clips, and 48 MB in the long form.
+    assert completed.returncode == 0, completed.stderr
+    kilobytes = [int(line) for line in completed.stdout.split()]
+    # A leak of one frame a clip would be 19 MB between the measurements after 20 and 100 steps of
+    # 40 clips, and 48 MB between those of 250 steps.
     assert len(kilobytes) == 5
     assert max(kilobytes[1:]) - kilobytes[0] < 8_000, kilobytes

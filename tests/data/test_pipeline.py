@@ -1,4 +1,4 @@
-"""Batches are a function of (seed, step) alone, whoever loads them and however."""
+"""The input pipeline: its batches depend on the seed and the step alone."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,11 @@ from PIL import Image
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
 
-# Imported as a module, since pytest would take pipeline.test_batches for a test of this file.
+# Imported as a module: pytest would collect pipeline.test_batches as a test of this file.
 from mvit_jax.data import video as decoding
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import read_video_list
-from tests.data.loading import loading as loading_of
+from tests.data.loading import loading
 from tests.data.test_video import BAR, BITS, HEIGHT, bar_code, decode_all, write
 from tests.support.refusals import refused
 from tests.support.stand_ins import until
@@ -32,7 +32,7 @@ FRAMES = 40
 
 
 def write_video(path, seed):
-    """Above, bars show the bits of the frame's number; below is noise of the video's own."""
+    """Writes a video with the bar code of each frame's number above noise drawn from `seed`."""
     shape = (HEIGHT // 2, BITS * BAR // 4, 3)
     noise = np.random.default_rng(seed).integers(0, 256, shape, np.uint8).repeat(4, axis=1)
     bars = [bar_code(number)[: HEIGHT // 2] for number in range(FRAMES)]
@@ -47,7 +47,7 @@ def write_list(folder, count):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """Seven videos; the label of each is its place, so that labels tell what was loaded."""
+    """Seven videos; the label of each is its index and identifies it in a batch."""
     folder = tmp_path_factory.mktemp("good")
     for index in range(7):
         write_video(folder / f"{index}.mp4", seed=index)
@@ -59,7 +59,7 @@ BROKEN = {1: "empty", 4: "cut off", 6: "not a video"}
 
 @pytest.fixture(scope="module")
 def mixed(good, tmp_path_factory):
-    """Ten videos, three of them broken, each in another way."""
+    """Ten videos, three of which fail to decode for different reasons."""
     folder = tmp_path_factory.mktemp("mixed")
     whole = Path(good.paths[0]).read_bytes()
     for index in range(10):
@@ -73,11 +73,11 @@ def mixed(good, tmp_path_factory):
 
 def train(videos, **kwargs):
     arguments: dict[str, Any] = {"seed": 0, "batch": 8, "steps": 4, "threads": 2} | kwargs
-    return list(pipeline.train_batches(videos, SETTINGS, **loading_of(arguments)))
+    return list(pipeline.train_batches(videos, SETTINGS, **loading(arguments)))
 
 
 def join(hosts):
-    """Puts the rows of the hosts together again."""
+    """Returns the batches of all hosts, concatenated along the rows."""
     return [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*hosts, strict=True)
@@ -115,7 +115,7 @@ def test_train_batches_have_the_promised_shapes(good):
         (2, {"repeats": 2, "processes": 2, "start": 1}),
     ],
 )
-def test_neither_hosts_nor_threads_nor_resuming_change_training(mixed, hosts, options):
+def test_training_batches_do_not_depend_on_hosts_threads_or_resuming(mixed, hosts, options):
     expected = train(mixed, repeats=options.get("repeats", 1))
     assert any((batch["broken"] >= 0).any() for batch in expected)
     parts = [train(mixed, rows=rows, **options) for rows in split(8, hosts)]
@@ -123,26 +123,26 @@ def test_neither_hosts_nor_threads_nor_resuming_change_training(mixed, hosts, op
     assert_equal(join(parts), expected[options.get("start", 0) :])
 
 
-def test_repeats_are_clips_of_one_decoding_augmented_each_anew(good):
-    """Twice as many clips of the videos that a batch of half the size has, with the same frames."""
+def test_repeats_share_one_decoded_clip_and_differ_in_augmentation(good):
+    """A batch of two repeats holds each clip of a batch of half its size twice."""
     settings = dataclasses.replace(SETTINGS, size=HEIGHT, short_side=HEIGHT, augmentation=CENTRED)
 
     def batches(settings, **kwargs):
-        options = loading_of({"seed": 0, "steps": 3, "threads": 0} | kwargs)
+        options = loading({"seed": 0, "steps": 3, "threads": 0} | kwargs)
         return list(pipeline.train_batches(good, settings, **options))
 
     single = batches(settings, batch=4)
     for one, two in zip(single, batches(settings, batch=8, repeats=2), strict=True):
         assert np.array_equal(two["label"], np.repeat(one["label"], 2))
         assert np.array_equal(two["broken"], np.repeat(one["broken"], 2))
-        # Without anything random in the augmentation, both are the clip itself.
+        # Without random augmentation, both repeats equal the clip.
         assert np.array_equal(two["clip"], np.repeat(one["clip"], 2, axis=0))
     for batch in batches(SETTINGS, batch=8, repeats=2):
         pairs = batch["clip"].reshape(4, 2, *batch["clip"].shape[1:])
         assert all(not np.array_equal(*pair) for pair in pairs)
 
 
-def test_repeats_must_divide_what_a_host_loads(good):
+def test_repeats_must_divide_the_rows_of_a_host(good):
     for kwargs in (
         {"repeats": 3},
         {"repeats": 2, "rows": range(3)},
@@ -152,47 +152,47 @@ def test_repeats_must_divide_what_a_host_loads(good):
             train(good, **kwargs)
 
 
-def test_every_epoch_holds_each_video_once_in_an_order_of_its_own(good):
+def test_every_epoch_visits_each_video_once_in_a_new_order(good):
     # 4 does not divide 7: epochs begin and end within batches.
-    seen = set()
+    orders = set()
     for seed in (0, 2):
         batches = train(good, batch=4, steps=14, seed=seed)
         epochs = np.concatenate([batch["label"] for batch in batches]).reshape(8, 7)
         assert all(sorted(order) == list(range(7)) for order in epochs)
-        seen |= {tuple(order) for order in epochs}
-    assert len(seen) == 16  # of 5,040 orders
+        orders |= {tuple(order) for order in epochs}
+    assert len(orders) == 16  # of 5,040 orders
 
 
-def test_a_video_is_augmented_anew_each_time(good):
+def test_augmentation_differs_each_time_a_video_is_loaded(good):
     batches = train(good, batch=7, steps=12)
     clips = {label: [] for label in range(7)}
     for batch in batches:
         for label, clip in zip(batch["label"], batch["clip"], strict=True):
             clips[int(label)].append(clip)
-    for seen in clips.values():
-        assert len(seen) == 12
-        assert all(not np.array_equal(a, b) for a, b in itertools.combinations(seen, 2))
+    for versions in clips.values():
+        assert len(versions) == 12
+        assert all(not np.array_equal(a, b) for a, b in itertools.combinations(versions, 2))
 
 
-def test_broken_videos_are_replaced_and_reported(mixed):
+def test_decode_failures_are_replaced_and_reported(mixed):
     batches = train(mixed, batch=10, steps=3)  # a step is an epoch
     for batch in batches:
         reported = batch["broken"][batch["broken"] >= 0]
         assert sorted(reported) == sorted(BROKEN)
-        # Replacements come with their own label, and rows with good videos are as asked for.
+        # Replacements carry their own labels; the other rows are the videos of the epoch.
         assert not set(batch["label"]) & set(BROKEN)
-        kept = batch["label"][batch["broken"] == -1]
-        assert sorted(kept) == sorted(set(range(10)) - set(BROKEN))
+        decoded = batch["label"][batch["broken"] == -1]
+        assert sorted(decoded) == sorted(set(range(10)) - set(BROKEN))
         for clip in batch["clip"]:
             assert clip.std() > 10  # none is blank
-    for place, reason in BROKEN.items():
-        assert reason in str(decoding.why_broken(mixed.opened(place, 4)))
+    for index, reason in BROKEN.items():
+        assert reason in str(decoding.why_broken(mixed.opened(index, 4)))
     # Different rows get different replacements: 9 draws from 7 videos.
     assert len({int(n) for batch in batches for n in batch["label"][batch["broken"] >= 0]}) > 2
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 2}, {"processes": 1}])
-def test_nothing_but_broken_videos_ends_in_one_sentence(tmp_path, options):
+def test_decode_failures_of_all_videos_end_with_a_one_sentence_error(tmp_path, options):
     for index in range(3):
         (tmp_path / f"{index}.mp4").write_text("hello")
     listed = f"10 videos drawn from {tmp_path}/list.csv in a row"
@@ -201,8 +201,8 @@ def test_nothing_but_broken_videos_ends_in_one_sentence(tmp_path, options):
         train(write_list(tmp_path, 3), **options)
 
 
-def test_a_clip_has_the_frames_that_were_drawn(good):
-    """The decoded numbers are those of the sampling formula, for the very same generator."""
+def test_a_training_clip_has_the_sampled_frames(good):
+    """The decoded frame numbers follow the sampling formula with an equal generator."""
     settings = pipeline.ClipSettings(
         frames=4, stride=4, size=HEIGHT, short_side=HEIGHT, augmentation=CENTRED
     )
@@ -217,7 +217,7 @@ def test_a_clip_has_the_frames_that_were_drawn(good):
 
 def evaluate(videos, **kwargs):
     arguments: dict[str, Any] = {"clips": 2, "crops": 1, "batch": 4, "threads": 2} | kwargs
-    return list(pipeline.test_batches(videos, SETTINGS, **loading_of(arguments)))
+    return list(pipeline.test_batches(videos, SETTINGS, **loading(arguments)))
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
@@ -241,7 +241,7 @@ def test_each_video_is_tested_once(mixed, batch, hosts):
 
 
 @pytest.mark.parametrize("shuffle", [{}, {"shuffle_seed": 3}])
-def test_neither_hosts_nor_threads_change_testing(mixed, shuffle):
+def test_testing_does_not_depend_on_hosts_or_threads(mixed, shuffle):
     expected = evaluate(mixed, threads=0, **shuffle)
     options = [(1, {"threads": 1}), (2, {"threads": 3}), (4, {"threads": 2})]
     for hosts, option in options if shuffle else [*options, (1, {"processes": 2})]:
@@ -250,11 +250,11 @@ def test_neither_hosts_nor_threads_change_testing(mixed, shuffle):
 
 
 def bits_of(image):
-    """The ones among the bars that a crop of full height shows, from the left."""
+    """Returns the bits of the bars in a crop of full height, from the left."""
     return (image[HEIGHT // 4, BAR // 2 :: BAR].mean(axis=-1) > 120).astype(int).tolist()
 
 
-def test_views_are_the_crops_of_one_clip_after_the_other(good):
+def test_views_are_ordered_by_clip_and_then_by_crop(good):
     # Crops as high as the frames: the left one shows bits 0 to 3, the middle one 2 to 5, the
     # right one 4 to 7.
     settings = pipeline.ClipSettings(frames=4, stride=2, size=HEIGHT, short_side=40)
@@ -269,7 +269,7 @@ def test_views_are_the_crops_of_one_clip_after_the_other(good):
                 assert bits_of(views[3 * clip + crop][i]) == expected
 
 
-def test_a_single_crop_is_cut_from_the_short_side_of_the_settings(good):
+def test_a_single_crop_uses_the_configured_short_side(good):
     views = pipeline.load_views(good, 2, SETTINGS, clips=1, crops=1)
     frames = decode_all(good.paths[2])
     start = (FRAMES - 8) // 2
@@ -278,13 +278,13 @@ def test_a_single_crop_is_cut_from_the_short_side_of_the_settings(good):
         assert np.array_equal(views[0, i], resized[2:18, 12:28])
 
 
-def test_several_numbers_of_clips_are_those_of_each(good):
+def test_several_clip_counts_give_the_views_of_each_count(good):
     together = evaluate(good, clips=(1, 3), crops=3, batch=7)[0]["clip"]
     apart = [evaluate(good, clips=k, crops=3, batch=7)[0]["clip"] for k in (1, 3)]
     assert np.array_equal(together, np.concatenate(apart, axis=1))
 
 
-def test_a_whole_image_is_squashed_into_the_square(good):
+def test_whole_images_are_resized_to_the_square_without_cropping(good):
     settings = dataclasses.replace(SETTINGS, frames=1, whole=True, interpolation="bicubic")
     view = pipeline.load_views(good, 3, settings, clips=1, crops=1)
     middle = decode_all(good.paths[3])[int((FRAMES - 2 / 30 * 30) // 2)]
@@ -307,7 +307,7 @@ def test_shuffling_permutes_the_frames_of_every_clip(good):
         for view in range(left, left + 3):  # the crops of a clip stay together
             assert np.array_equal(shuffled[video, view], plain[video, view, order])
         orders[video, clip] = tuple(order)
-    # Videos and clips have orders of their own, drawn from 24.
+    # The orders of videos and clips are drawn independently from 24.
     assert len({orders[video, 0] for video in range(7)}) > 3
     assert sum(orders[video, 0] != orders[video, 1] for video in range(7)) > 3
     other = evaluate(good, clips=2, crops=3, batch=7, shuffle_seed=1)[0]["clip"]
@@ -315,7 +315,7 @@ def test_shuffling_permutes_the_frames_of_every_clip(good):
 
 
 def test_the_data_set_is_not_printed(good, monkeypatch):
-    """Grain prints what it maps: of a large set that took longer than loading an epoch."""
+    """Grain prints mapped objects; printing a large set took longer than loading an epoch."""
     monkeypatch.setattr(type(good), "__repr__", None)
     with pytest.raises(TypeError):
         repr(good)
@@ -334,26 +334,26 @@ def test_loading_ends_with_the_iterator(good, monkeypatch, fails):
             raise UserError("enough")
         return np.zeros((1, 4, 16, 16, 3), np.uint8), 0
 
-    def loading():
+    def prefetching():
         return any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate())
 
-    until(lambda: not loading())  # for the threads of other tests
+    until(lambda: not prefetching())  # threads of earlier tests
     monkeypatch.setattr(pipeline, "load_train_clips", load)
     batches = pipeline.train_batches(good, SETTINGS, seed=0, batch=1, steps=1000, prefetch=1000)
     next(batches)
-    assert loading()
+    assert prefetching()
     if fails:
         with pytest.raises(UserError) as caught:
             list(batches)
         assert str(caught.value) == "enough"
-        assert caught.tb is not None  # keeps what is being iterated alive
+        assert caught.tb is not None  # keeps the iterator alive
     else:
         batches.close()
-    until(lambda: not loading())
-    assert len(loaded) < 500  # of the 1,000 that had been ordered
+    until(lambda: not prefetching())
+    assert len(loaded) < 500  # of 1,000 requested
 
 
-def test_impossible_settings_are_told_at_once(good):
+def test_impossible_settings_raise_before_loading(good):
     with pytest.raises(UserError, match=r"224 pixels .* short side is 200"):
         pipeline.ClipSettings(frames=16, stride=4, size=224, short_side=200)
     for rows in (range(4, 9), range(0, 8, 2), range(3, 3), range(-1, 4)):

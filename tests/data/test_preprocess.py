@@ -1,4 +1,4 @@
-"""Files and raw frames to a model's input, against the formulas of the test protocol."""
+"""Preprocessing of files and raw frames, against the formulas of the test protocol."""
 
 import dataclasses
 
@@ -20,14 +20,14 @@ from tests.data.test_video import write
 
 @pytest.fixture(scope="module")
 def grey_video(tmp_path_factory):
-    """100 frames at 25 a second, each of one grey that tells its number."""
+    """100 frames at 25 a second, each of one grey that encodes the frame's number."""
     frames = [np.full((32, 48, 3), 20 + 2 * number, np.uint8) for number in range(100)]
     path = tmp_path_factory.mktemp("grey") / "grey.mp4"
     return write(path, frames, codec="libx264rgb", rate=25, pix_fmt="rgb24", qp="0")
 
 
 def numbers(clip, settings):
-    """Which frame each one of a normalised `[..., T, size, size, 3]` is."""
+    """Returns the frame numbers in a normalised `[..., T, size, size, 3]`."""
     levels = (clip * np.array(settings.std) + np.array(settings.mean)) * 255
     assert levels.std(axis=(-3, -2, -1)).max() < 1
     return np.round((levels.mean(axis=(-3, -2, -1)) - 20) / 2).astype(int)
@@ -37,7 +37,7 @@ def numbers(clip, settings):
     ("variant", "frames", "stride"), [("mvit_b_16x4", 16, 4), ("mvit_b_32x3", 32, 3)]
 )
 @pytest.mark.parametrize(("total", "clips"), [(1, 2), (5, 2), (64, 3), (200, 1), (200, 3)])
-def test_frames_of_any_number_are_sampled_by_the_test_protocol(
+def test_any_number_of_frames_is_sampled_by_the_test_protocol(
     variant, frames, stride, total, clips
 ):
     preprocess = mvit_jax.preprocess(variant, size=32)
@@ -45,23 +45,23 @@ def test_frames_of_any_number_are_sampled_by_the_test_protocol(
     raw = np.broadcast_to(levels[:, None, None, None], (total, 40, 50, 3))
     clip = preprocess(raw, fps=60.0, clips=clips)
     assert clip.shape == (clips, frames, 32, 32, 3) and clip.dtype == np.float32
-    wanted = sampling.view_indices(total, 60.0, frames=frames, stride=stride, clips=clips)
-    assert np.array_equal(numbers(clip, preprocess.settings), wanted % 100)
+    expected = sampling.view_indices(total, 60.0, frames=frames, stride=stride, clips=clips)
+    assert np.array_equal(numbers(clip, preprocess.settings), expected % 100)
 
 
-def test_views_are_the_very_ones_that_evaluation_tests(grey_video):
-    """The same bytes as `load_views`, and the numbers that a device makes of them."""
+def test_views_equal_the_views_of_evaluation(grey_video):
+    """The input equals the views of `load_views`, normalised on a device."""
     preprocess = mvit_jax.preprocess("mvit_b_16x4", size=24)
-    want = preprocess.settings
+    expected = preprocess.settings
     settings = pipeline.ClipSettings(
-        frames=16, stride=4, size=24, short_side=want.short_side, interpolation="bilinear"
+        frames=16, stride=4, size=24, short_side=expected.short_side, interpolation="bilinear"
     )
-    assert want.short_side == 27
+    assert expected.short_side == 27
     videos = VideoList((str(grey_video),), np.zeros(1, np.int32), ("a",), "a list")
     views = pipeline.load_views(videos, 0, settings, clips=2, crops=3)
     clip = preprocess(grey_video, clips=2, crops=3)
     assert clip.shape == (6, 16, 24, 24, 3)
-    on_device = normalise(jnp.asarray(views), want.mean, want.std, jnp.float32)
+    on_device = normalise(jnp.asarray(views), expected.mean, expected.std, jnp.float32)
     np.testing.assert_allclose(clip, jax.device_get(on_device), atol=1e-6)
 
 
@@ -69,8 +69,8 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def by_hand(pixels, size, mean, std):
-    """ImageNet's evaluation: torchvision's Resize, CenterCrop and Normalize, in float64."""
+def reference_input(pixels, size, mean, std):
+    """Returns ImageNet's evaluation input: Resize, CenterCrop and Normalize of torchvision."""
     short = int(size / 0.875)
     height, width = (int(short * side / min(pixels.shape[:2])) for side in pixels.shape[:2])
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
@@ -79,11 +79,11 @@ def by_hand(pixels, size, mean, std):
 
 
 @pytest.mark.parametrize("shape", [(50, 71), (71, 50), (37, 37), (20, 33), (36, 50)])
-def test_an_image_is_scaled_and_cropped_as_for_imagenet(tmp_path, shape):
+def test_an_image_is_resized_and_cropped_as_for_imagenet(tmp_path, shape):
     pixels = noise(*shape, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     preprocess = mvit_jax.preprocess("mvit_b16", size=32)
-    expected = by_hand(pixels, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = reference_input(pixels, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), pixels, pixels[None]):
         image = preprocess(source)
         assert image.shape == (1, 32, 32, 3) and image.dtype == np.float32
@@ -91,7 +91,7 @@ def test_an_image_is_scaled_and_cropped_as_for_imagenet(tmp_path, shape):
     assert preprocess(pixels, crops=3).shape == (3, 32, 32, 3)
 
 
-def test_a_model_of_images_takes_the_middle_frame_of_a_video(grey_video):
+def test_an_image_model_takes_the_middle_frame_of_a_video(grey_video):
     preprocess = mvit_jax.preprocess("mvit_b16", size=32)
     image = preprocess(grey_video)
     assert image.shape == (1, 32, 32, 3)
@@ -99,16 +99,16 @@ def test_a_model_of_images_takes_the_middle_frame_of_a_video(grey_video):
     assert numbers(image, preprocess.settings).tolist() == [49]
 
 
-def test_frames_in_another_order_of_colours_or_memory_are_the_same():
+def test_the_memory_layout_of_frames_does_not_change_the_input():
     raw = noise(6, 40, 33, 3)
     for variant in ("mvit_b_16x4", "mvit_b16"):
         preprocess = mvit_jax.preprocess(variant, size=32)
-        turned = raw[::-1, ::-1, :, ::-1]  # as OpenCV's BGR is turned
-        kept = raw.copy()
-        np.testing.assert_array_equal(preprocess(turned), preprocess(turned.copy()))
-        in_other_order = np.asfortranarray(raw)
-        np.testing.assert_array_equal(preprocess(in_other_order), preprocess(raw))
-        np.testing.assert_array_equal(raw, kept)
+        flipped = raw[::-1, ::-1, :, ::-1]  # for example OpenCV's BGR
+        original = raw.copy()
+        np.testing.assert_array_equal(preprocess(flipped), preprocess(flipped.copy()))
+        column_major = np.asfortranarray(raw)
+        np.testing.assert_array_equal(preprocess(column_major), preprocess(raw))
+        np.testing.assert_array_equal(raw, original)
 
 
 def test_settings_can_be_read_and_changed():
@@ -131,14 +131,14 @@ def test_settings_can_be_read_and_changed():
         (np.zeros((40, 40, 3), np.uint8), "one image, and the model takes clips of 16 frames"),
     ],
 )
-def test_wrong_frames_are_told_what_to_pass(source, sentence):
+def test_errors_for_invalid_frames_describe_the_expected_input(source, sentence):
     with pytest.raises(UserError) as caught:
         mvit_jax.preprocess("mvit_b_16x4")(source)
     assert sentence in str(caught.value)
     assert "uint8 RGB frames from 0 to 255 as a NumPy array [T, H, W, 3]" in str(caught.value)
 
 
-def test_other_mistakes_are_told(tmp_path):
+def test_other_invalid_arguments_raise(tmp_path):
     preprocess = mvit_jax.preprocess("mvit_b_16x4")
     raw = noise(4, 40, 40, 3)
     for wrong in ({"clips": 0}, {"crops": 2}, {"fps": 0.0}, {"fps": float("nan")}):

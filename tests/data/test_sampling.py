@@ -11,7 +11,7 @@ from mvit_jax.data import sampling
 
 
 def indices_one_by_one(start, span, frames, num_frames):
-    """The definition: T points spread evenly from start to start + span - 1, cut to integers."""
+    """Returns T evenly spaced points from start to start + span - 1, truncated to integers."""
     last = start + span - 1
     indices = []
     for i in range(frames):
@@ -23,7 +23,7 @@ def indices_one_by_one(start, span, frames, num_frames):
 @pytest.mark.parametrize("fps", [15.0, 25.0, 30.0, 30000 / 1001, 60.0])
 @pytest.mark.parametrize(("frames", "stride"), [(8, 4), (16, 4), (32, 3), (40, 3), (2, 1), (1, 1)])
 @pytest.mark.parametrize("num_frames", [1, 5, 48, 300, 301])
-def test_views_are_at_the_starts_of_the_protocol(num_frames, frames, stride, fps):
+def test_views_start_at_the_positions_of_the_test_protocol(num_frames, frames, stride, fps):
     span = stride * frames * fps / 30
     delta = max(num_frames - span, 0)
     for clips in (1, 2, 3, 5, 10):
@@ -36,7 +36,7 @@ def test_views_are_at_the_starts_of_the_protocol(num_frames, frames, stride, fps
 
 @pytest.mark.parametrize("num_frames", [1, 20, 300])
 @pytest.mark.parametrize("fps", [25.0, 30.0])
-def test_training_clips_start_anywhere_that_leaves_room(num_frames, fps):
+def test_training_clips_start_uniformly_within_the_video(num_frames, fps):
     span = 4 * 16 * fps / 30
     last_start = max(num_frames - span, 0)
     first_frames = set()
@@ -46,19 +46,19 @@ def test_training_clips_start_anywhere_that_leaves_room(num_frames, fps):
         start = np.random.default_rng(seed).uniform(0, last_start)
         assert indices.tolist() == indices_one_by_one(start, span, 16, num_frames)
         first_frames.add(int(indices[0]))
-    # Starts are real and uniform: 2,000 draws reach each whole number up to the last start.
+    # Starts are uniform reals: 2,000 draws reach each whole number up to the last start.
     assert first_frames == set(range(math.ceil(last_start) or 1))
 
 
 def bounds_one_by_one(num_frames, frames):
-    """The definition of segments: T parts of (n - 1) / T frames, both ends rounded."""
+    """Returns the rounded bounds of T segments of (n - 1) / T frames."""
     size = (num_frames - 1) / frames
     return [(round(size * i), round(size * (i + 1))) for i in range(frames)]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 16, 32, 40])
 @pytest.mark.parametrize("num_frames", [1, 2, 5, 9, 16, 17, 45, 117, 1000])
-def test_segments_give_the_middle_of_each_in_tests(num_frames, frames):
+def test_segment_views_are_the_middle_frames_of_the_segments(num_frames, frames):
     bounds = bounds_one_by_one(num_frames, frames)
     assert bounds[0][0] == 0 and bounds[-1][1] == num_frames - 1
     (clip,) = sampling.view_indices(
@@ -69,19 +69,19 @@ def test_segments_give_the_middle_of_each_in_tests(num_frames, frames):
 
 
 @pytest.mark.parametrize(("num_frames", "frames"), [(50, 8), (9, 4), (5, 16), (1, 3), (20, 1)])
-def test_segments_draw_uniformly_from_each_in_training(num_frames, frames):
+def test_training_draws_uniformly_from_each_segment(num_frames, frames):
     draws = 4000
     rng = np.random.default_rng(0)
     options = {"frames": frames, "stride": 4, "sampling": "segments", "rng": rng}
     clips = np.stack([sampling.train_indices(num_frames, 12.0, **options) for _ in range(draws)])
     assert clips.shape == (draws, frames)
     assert (np.diff(clips, axis=1) >= 0).all()
-    for place, (start, end) in enumerate(bounds_one_by_one(num_frames, frames)):
-        counts = np.bincount(clips[:, place] - start, minlength=end - start + 1)
+    for index, (start, end) in enumerate(bounds_one_by_one(num_frames, frames)):
+        counts = np.bincount(clips[:, index] - start, minlength=end - start + 1)
         expected = draws / (end - start + 1)
-        assert len(counts) == end - start + 1  # both ends, and nothing beyond
+        assert len(counts) == end - start + 1  # includes both ends
         assert np.abs(counts - expected).max() <= 5 * math.sqrt(expected)
-    if frames > 1 and num_frames > 2 * frames:  # of each segment on its own
+    if frames > 1 and num_frames > 2 * frames:  # segments are drawn independently
         assert abs(np.corrcoef(clips[:, 0], clips[:, 1])[0, 1]) < 0.1
 
 
@@ -91,7 +91,7 @@ def strided_one_by_one(start, frames, stride, num_frames):
 
 @pytest.mark.parametrize(("frames", "stride"), [(16, 4), (32, 3), (8, 1), (1, 4)])
 @pytest.mark.parametrize("num_frames", [1, 7, 60, 61, 62, 300, 731])
-def test_views_of_a_stride_are_spread_evenly(num_frames, frames, stride):
+def test_strided_views_are_spread_evenly(num_frames, frames, stride):
     room = max(num_frames - ((frames - 1) * stride + 1), 0)
     for clips in (1, 2, 3, 10):
         views = sampling.view_indices(
@@ -101,13 +101,13 @@ def test_views_of_a_stride_are_spread_evenly(num_frames, frames, stride):
         for k in range(clips):
             start = room // 2 if clips == 1 else round(room / (clips - 1) * k)
             assert views[k].tolist() == strided_one_by_one(start, frames, stride, num_frames)
-        # All of the video is between the first clip and the last one.
+        # The clips cover the whole video.
         if clips > 1 and room > 0:
             assert views[0, 0] == 0 and views[-1, -1] == num_frames - 1
 
 
 @pytest.mark.parametrize("num_frames", [1, 20, 61, 62, 90])
-def test_training_clips_of_a_stride_start_at_any_frame(num_frames):
+def test_strided_training_clips_start_at_any_frame(num_frames):
     room = num_frames - 61
     first, last = min(room, 0), max(room, 0)
     expected = {tuple(strided_one_by_one(s, 16, 4, num_frames)) for s in range(first, last + 1)}
@@ -121,6 +121,6 @@ def test_training_clips_of_a_stride_start_at_any_frame(num_frames):
         assert max(abs(count - 200) for count in starts.values()) < 5 * math.sqrt(200)
 
 
-def test_several_clips_of_segments_are_a_mistake():
+def test_several_clips_of_segments_are_rejected():
     with pytest.raises(UserError, match=r"5 clips .*: set eval\.clips=1"):
         sampling.view_indices(50, 12.0, frames=8, stride=1, clips=5, sampling="segments")

@@ -1,4 +1,4 @@
-"""Every source by one protocol, here and in other processes, and the function that picks one."""
+"""The protocol of sources, in this and in other processes, and `open_source`."""
 
 import json
 import pickle
@@ -62,14 +62,14 @@ OPENED = {
 
 
 def opened(root, kind, monkeypatch):
-    if kind == "tfds read":  # a set that is too large to be read at the start
+    if kind == "tfds read":  # as for a set that does not fit into memory
         monkeypatch.setattr("mvit_jax.data.formats.tfds.IN_MEMORY", 0)
     folder, name, options = OPENED[kind]
     return open_source(root / folder, name, **options)
 
 
 def element(kind, source, index):
-    """All that a loader asks of an element, as what can be compared."""
+    """Returns the labels, shape and bytes of an element as comparable values."""
     with source.opened(index, 1 if kind.startswith("tfds") else 4) as video:
         numbers = np.array([0, video.num_frames - 1])
         clip = video.frames(numbers)
@@ -78,7 +78,7 @@ def element(kind, source, index):
 
 
 @pytest.mark.parametrize("kind", OPENED)
-def test_sources_keep_the_protocol(root, kind, monkeypatch):
+def test_sources_implement_the_protocol(root, kind, monkeypatch):
     source = opened(root, kind, monkeypatch)
     assert isinstance(source, Source) and len(source) >= 2
     assert isinstance(source.list_file, str) and isinstance(source.item(1), str)
@@ -95,12 +95,12 @@ def test_sources_keep_the_protocol(root, kind, monkeypatch):
         clip = video.frames([video.num_frames - 1, 0])
         assert clip.ndim == 4 and clip.shape[0] == 2 and clip.shape[3] == 3
         assert clip.dtype == np.uint8
-    # The same in a copy, as a worker gets it, and asked for out of order by several threads.
+    # A pickled copy, as in a worker, gives the same elements to several threads in any order.
     copy = pickle.loads(pickle.dumps(source))
     expected = [element(kind, source, index) for index in (0, 1)]
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(lambda index: element(kind, copy, index), [1, 0] * 8))
-    assert got == expected[::-1] * 8
+        elements = list(pool.map(lambda index: element(kind, copy, index), [1, 0] * 8))
+    assert elements == expected[::-1] * 8
     assert (copy.item(0), copy.list_file, len(copy)) == (
         source.item(0), source.list_file, len(source),
     )  # fmt: skip
@@ -110,8 +110,8 @@ WORKER = """
 import pickle, sys
 from tests.data.test_source import element
 sources = pickle.load(open(sys.argv[1], "rb"))
-found = {kind: [element(kind, source, i) for i in (1, 0)] for kind, source in sources.items()}
-pickle.dump(found, open(f"{sys.argv[1]}.spawned", "wb"))
+elements = {kind: [element(kind, source, i) for i in (1, 0)] for kind, source in sources.items()}
+pickle.dump(elements, open(f"{sys.argv[1]}.spawned", "wb"))
 """
 
 
@@ -153,7 +153,7 @@ def test_arguments_reach_their_reader(root, tmp_path, monkeypatch):
         ({"folder": "{0}/gone"}, "`python -m mvit_jax.prepare moving_digits --out={0}/gone`"),
     ],
 )
-def test_what_cannot_be_opened_is_said_in_one_sentence(tmp_path, arguments, expected):
+def test_invalid_sources_end_with_a_one_sentence_error(tmp_path, arguments, expected):
     arguments = {"folder": str(tmp_path), "list_name": "train.csv"} | arguments
     if arguments["folder"]:
         arguments["folder"] = arguments["folder"].format(tmp_path)
@@ -161,15 +161,15 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(tmp_path, arguments, expe
         open_source(arguments.pop("folder"), arguments.pop("list_name"), **arguments)
 
 
-def test_the_config_names_the_sources():
+def test_the_config_key_lists_all_sources():
     for name in SOURCES:
         assert re.search(rf"\b{name}\b.*:", KEYS["data.source"].meaning)
 
 
-def test_two_hosts_know_whether_they_have_the_same_split(tmp_path):
-    """Wherever each has its folder; not if a line is missing, or they are in another order."""
+def test_fingerprints_differ_when_hosts_have_different_splits(tmp_path):
+    """Fingerprints ignore the location of the folder, but not missing or reordered lines."""
 
-    def of(name, *lines, labels="a\nb\n"):
+    def fingerprint_of(name, *lines, labels="a\nb\n"):
         folder = tmp_path / name
         (folder / "videos").mkdir(parents=True)
         for line in lines:
@@ -179,18 +179,23 @@ def test_two_hosts_know_whether_they_have_the_same_split(tmp_path):
         return fingerprint(open_source(folder, "train.csv", max_missing=1.0))
 
     lines = ("one.mp4 0", "two.mp4 1", "three.mp4 1")
-    first = of("local/here", *lines)
+    first = fingerprint_of("local/here", *lines)
     assert (first["videos"], first["classes"]) == (3, 2)
-    assert of("elsewhere", *lines) == first
-    others = (of("x", *lines[:2]), of("y", *lines[::-1]), of("z", *lines, labels="a\nc\n"))
-    assert all(other["names in order"] != first["names in order"] for other in others)
+    assert fingerprint_of("elsewhere", *lines) == first
+    changed = (
+        fingerprint_of("x", *lines[:2]),
+        fingerprint_of("y", *lines[::-1]),
+        fingerprint_of("z", *lines, labels="a\nc\n"),
+    )
+    assert all(other["names in order"] != first["names in order"] for other in changed)
 
 
-def test_packed_videos_are_compared_by_their_ids():
-    def of(folder, *ids):
+def test_fingerprints_of_packed_videos_depend_on_their_ids_alone():
+    def fingerprint_of(folder, *ids):
         items = [f"{i} of {folder}/train" for i in ids]
         videos = MagicMock(Source, list_file=f"{folder}/train", class_names=("a",))
         videos.item, videos.__len__.return_value = items.__getitem__, len(items)
         return fingerprint(videos)
 
-    assert of("/a/b", "v1", "v2") == of("/c", "v1", "v2") != of("/c", "v1", "v3")
+    first = fingerprint_of("/a/b", "v1", "v2")
+    assert first == fingerprint_of("/c", "v1", "v2") != fingerprint_of("/c", "v1", "v3")

@@ -1,4 +1,4 @@
-"""Decoding of real files: every frame shows its own number, so a test can read which one it got."""
+"""Decoding of encoded files whose frames show their number as a bar code."""
 
 import pickle
 from fractions import Fraction
@@ -17,7 +17,7 @@ BITS, BAR, HEIGHT = 8, 8, 32
 
 
 def bar_code(number):
-    """White bars for the ones of a binary number, the lowest bit at the left."""
+    """Returns a frame with white bars for the ones of a binary number, lowest bit at the left."""
     bits = [(number >> bit) & 1 for bit in range(BITS)]
     row = np.repeat(np.array(bits, np.uint8) * 235, BAR)
     return np.broadcast_to(row[None, :, None], (HEIGHT, BITS * BAR, 3)).copy()
@@ -45,10 +45,10 @@ def write(
     rotation=None,
     **options,
 ):
-    """Encodes `frames` (their number, for bar codes, or arrays), with B-frames."""
+    """Encodes `frames` (arrays, or a count of bar codes) with B-frames; returns the path."""
     if isinstance(frames, int):
         frames = [bar_code(number) for number in range(frames)]
-    # Bar codes change at every frame, at which x264 would give up B-frames if it were let.
+    # Bar codes change at every frame; by default x264 would then use no B-frames.
     forced = {"b_strategy": "0", "sc_threshold": "0"} if codec == "libx264" else {}
     container_options = {"movflags": "faststart"} if str(path).endswith(".mp4") else {}
     with av.open(str(path), "w", options=container_options) as container:
@@ -71,7 +71,7 @@ def write(
 
 
 def decode_all(path: str):
-    """All frames in the order in which a plain decoder gives them."""
+    """Returns all frames in the order of a plain decoder."""
     with av.open(path) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -90,13 +90,13 @@ def video_path(tmp_path_factory):
     path = write(tmp_path_factory.mktemp("video") / "bars.mp4", 100)
     with av.open(path) as container:
         kinds = [frame.pict_type for frame in container.decode(video=0)]
-    assert kinds.count(PictureType.B) > 50  # what makes seeking and skipping hard
+    assert kinds.count(PictureType.B) > 50  # the difficult case for seeking and skipping
     assert kinds.count(PictureType.I) == 9
     return path
 
 
 def panning(count):
-    """A camera that moves over a soft picture, as encoders expect: most frames refer to others."""
+    """Returns frames of a camera that pans over a smooth image, most of them inter-coded."""
     rng = np.random.default_rng(0)
     picture = cv2.resize(rng.integers(0, 256, (12, 20, 3), dtype=np.uint8), (160, 96))
     return [picture[n // 2 : n // 2 + 48, n : n + 64] for n in range(count)]
@@ -109,7 +109,7 @@ FORMATS = {
     "mp4 h264 every frame a key frame": ("x.mp4", {"gop": 1}),
     "mp4 h264 open groups of pictures": ("x.mp4", OPEN),
     "mp4 h264 at 29.97": ("x.mp4", {"rate": Fraction(30000, 1001)}),
-    "mkv h264": ("x.mkv", {}),  # which does not say how many frames it has
+    "mkv h264": ("x.mkv", {}),  # the container does not state the number of frames
     "avi h264": ("x.avi", {}),
     "mpeg-ts h264": ("x.ts", {}),
     "mp4 hevc": ("x.mp4", {"codec": "libx265", "x265-params": "log-level=none"}),
@@ -120,8 +120,8 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_seeking_and_skipping_change_no_pixel(name, tmp_path):
-    """A clip from anywhere equals the same frames of a plain decode from the start."""
+def test_seeking_and_skipping_do_not_change_pixels(name, tmp_path):
+    """Any clip equals the same frames of a plain decode from the start."""
     file, options = FORMATS[name]
     path = write(tmp_path / file, panning(60), **options)
     expected = decode_all(path)
@@ -129,7 +129,7 @@ def test_seeking_and_skipping_change_no_pixel(name, tmp_path):
     rng = np.random.default_rng(0)
     clips = [np.arange(start, 60, rng.integers(1, 6)) for start in range(0, 56, 3)]
     clips += [rng.integers(0, 60, 6) for _ in range(10)] + [np.array([3, 3, 3]), np.arange(60)]
-    for indices in clips:  # each by a decoder that has seen nothing before
+    for indices in clips:  # each with a new decoder
         with Video(path) as video:
             assert np.array_equal(video.frames(indices), expected[indices])
     with Video(path) as video:
@@ -138,7 +138,7 @@ def test_seeking_and_skipping_change_no_pixel(name, tmp_path):
             assert np.array_equal(video.frames(indices), expected[indices])
 
 
-def test_a_late_clip_does_not_touch_the_start_of_the_file(video_path, tmp_path):
+def test_a_late_clip_does_not_decode_the_start_of_the_file(video_path, tmp_path):
     data = bytearray(Path(video_path).read_bytes())
     for position, size, _ in packets_of(video_path)[:40]:
         data[position : position + size] = bytes(size)
@@ -151,7 +151,7 @@ def test_a_late_clip_does_not_touch_the_start_of_the_file(video_path, tmp_path):
     assert "damaged" in str(why_broken(opened(path, 1)))
 
 
-def test_frames_are_numbered_by_time_of_presentation_at_a_variable_rate(tmp_path):
+def test_frames_of_a_variable_rate_are_ordered_by_presentation_time(tmp_path):
     rng = np.random.default_rng(0)
     times = np.cumsum(rng.integers(5, 200, 40)).tolist()
     path = write(tmp_path / "variable.mkv", 40, times=times)
@@ -162,16 +162,16 @@ def test_frames_are_numbered_by_time_of_presentation_at_a_variable_rate(tmp_path
 
 
 def truncated(source, target, packets, more=0):
-    """Cuts a file whose header comes first off after some compressed frames and a few bytes."""
+    """Writes a faststart file truncated after `packets` compressed frames and `more` bytes."""
     ordered = sorted(packets_of(source))
     target.write_bytes(Path(source).read_bytes()[: ordered[packets][0] + more])
     with av.open(str(target)) as container:
-        assert container.streams.video[0].frames == len(ordered)  # what the header says
+        assert container.streams.video[0].frames == len(ordered)  # according to the header
     return target
 
 
 @pytest.mark.parametrize("more", [0, 9])
-def test_a_few_frames_less_than_stated_are_no_failure(video_path, tmp_path, more):
+def test_a_few_missing_frames_at_the_end_are_no_decode_failure(video_path, tmp_path, more):
     path = truncated(video_path, tmp_path / "short.mp4", 95, more)
     with Video(path) as video:
         assert video.num_frames == 95
@@ -182,8 +182,8 @@ def test_a_few_frames_less_than_stated_are_no_failure(video_path, tmp_path, more
     assert why_broken(opened(path, 1)) is None
 
 
-def test_frames_that_the_decoder_leaves_out_are_replaced_by_the_nearest(tmp_path):
-    """A file cut in the middle of a group of pictures: nothing comes out before the next one."""
+def test_frames_dropped_by_the_decoder_are_replaced_by_the_nearest(tmp_path):
+    """A file that starts within a group of pictures decodes from the next key frame on."""
     source = write(tmp_path / "whole.mp4", 60, bf="0", gop=20)
     path = tmp_path / "late.mkv"
     with av.open(source) as reader, av.open(str(path), "w") as writer:
@@ -194,20 +194,20 @@ def test_frames_that_the_decoder_leaves_out_are_replaced_by_the_nearest(tmp_path
                 writer.mux(packet)
     with Video(path) as video:
         assert video.num_frames == 45
-        first_key = 20 - 15
-        assert numbers_of(video.frames([0, first_key, 44])) == [20, 20, 59]
+        key_frame = 20 - 15
+        assert numbers_of(video.frames([0, key_frame, 44])) == [20, 20, 59]
 
 
-def test_the_last_frame_is_repeated_where_the_decoder_ends_early(tmp_path, monkeypatch):
+def test_the_last_frame_is_repeated_when_the_decoder_ends_early(tmp_path, monkeypatch):
     path = write(tmp_path / "x.mp4", 50, bf="0")
     until = Video._until
 
-    def ending_before(end):  # without B-frames, places in the file are numbers of frames
-        def some(self, packets, last):
-            every = until(self, packets, last)
-            return (packet for packet in every if self._position[packet.pts] < end)
+    def ending_before(end):  # without B-frames, file positions are frame numbers
+        def truncated_until(self, packets, last):
+            complete = until(self, packets, last)
+            return (packet for packet in complete if self._position[packet.pts] < end)
 
-        return some
+        return truncated_until
 
     with Video(path) as video:
         monkeypatch.setattr(Video, "_until", ending_before(48))
@@ -219,8 +219,8 @@ def test_the_last_frame_is_repeated_where_the_decoder_ends_early(tmp_path, monke
             video.frames([10, 40])
 
 
-def test_what_an_edit_list_hides_is_not_counted(tmp_path):
-    """Cutting without encoding anew leaves frames that are decoded but not shown."""
+def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path):
+    """Cutting without re-encoding leaves frames that are decoded but not shown."""
     source = write(tmp_path / "whole.mp4", 40)
     path = tmp_path / "edited.mp4"
     with av.open(source) as reader, av.open(str(path), "w") as writer:
@@ -250,7 +250,7 @@ def text(folder):
 
 
 def half_without_index(folder):
-    """The header of an mp4 file that was not made for streaming is at its end."""
+    """Writes half of a file without faststart, whose header was at its end."""
     path = Path(write(folder / "half.mov", 50))
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -287,7 +287,7 @@ def audio_only(folder):
         (lambda folder: folder, "directory"),
     ],
 )
-def test_what_is_no_video_is_told_by_name_and_reason(make, reason, tmp_path):
+def test_invalid_videos_raise_with_path_and_reason(make, reason, tmp_path):
     path = make(tmp_path)
     with pytest.raises(DecodeError) as caught:
         Video(path)
@@ -300,7 +300,7 @@ def test_what_is_no_video_is_told_by_name_and_reason(make, reason, tmp_path):
     assert (copy.path, copy.reason, str(copy)) == (error.path, error.reason, str(error))
 
 
-def test_frame_numbers_out_of_range_are_a_mistake(video_path):
+def test_frame_numbers_out_of_range_raise(video_path):
     with Video(video_path) as video:
         for indices in ([100], [-1], [5, 200]):
             with pytest.raises(IndexError, match="100 frames"):
@@ -309,7 +309,7 @@ def test_frame_numbers_out_of_range_are_a_mistake(video_path):
 
 def test_files_are_closed(video_path, tmp_path):
     broken = cut(tmp_path)
-    avi = write(tmp_path / "x.avi", 30)  # is opened anew for every clip
+    avi = write(tmp_path / "x.avi", 30)  # is reopened for every clip
     before = len(list(Path("/dev/fd").iterdir()))
     errors = []
     for _ in range(5):
@@ -326,17 +326,17 @@ def test_files_are_closed(video_path, tmp_path):
 
 
 @pytest.mark.parametrize("rate", [Fraction(30000, 1001), 12])
-def test_the_average_rate_is_told(rate, tmp_path):
+def test_the_average_frame_rate_is_read(rate, tmp_path):
     with Video(write(tmp_path / "x.mp4", 5, rate=rate)) as video:
         assert video.fps == float(rate)
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
-def test_videos_filmed_with_the_camera_turned_are_upright(rotation, tmp_path):
+def test_rotated_videos_are_decoded_upright(rotation, tmp_path):
     frame = np.zeros((32, 64, 3), np.uint8)
     frame[:16, :32] = 230  # one quarter is white
     path = write(tmp_path / "turned.mp4", [frame] * 3, rotation=rotation)
-    capture = cv2.VideoCapture(path)  # turns frames upright by itself
+    capture = cv2.VideoCapture(path)  # applies the rotation
     _, expected = capture.read()
     capture.release()
     with Video(path) as video:
@@ -345,7 +345,7 @@ def test_videos_filmed_with_the_camera_turned_are_upright(rotation, tmp_path):
     assert np.abs(image.astype(int) - expected).mean() < 4
 
 
-def test_a_change_of_resolution_keeps_the_size_of_the_first_frame(tmp_path):
+def test_frames_after_a_resolution_change_have_the_first_size(tmp_path):
     small = [np.full((32, 64, 3), 60, np.uint8)] * 5
     large = [np.full((64, 128, 3), 180, np.uint8)] * 5
     parts = [write(tmp_path / "1.ts", small), write(tmp_path / "2.ts", large)]

@@ -1,4 +1,4 @@
-"""Batches that never come end the wait, whatever keeps them, and say what was being read."""
+"""Timeouts of batches, and the videos that are named in their errors."""
 
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ SETTINGS = pipeline.ClipSettings(
 
 @dataclass(frozen=True)
 class Hanging(Synthetic):
-    """Synthetic videos, one of which is never read to its end."""
+    """Synthetic videos; reading the video `stuck` blocks until `freed` is set."""
 
     stuck: int = -1
     freed: threading.Event = field(default_factory=threading.Event)
@@ -51,7 +51,7 @@ def load(videos, kind="train", steps=3, **changes):
 
 @pytest.mark.parametrize("kind", ["train", "test"])
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_a_video_that_is_never_read_ends_the_wait_and_is_named(kind, threads):
+def test_a_timeout_names_the_video_that_is_still_being_read(kind, threads):
     order = pipeline.epoch_order(12, 0, 0) if kind == "train" else range(12)
     stuck = int(order[6])  # of the second batch
     videos = synthetic(stuck)
@@ -60,47 +60,47 @@ def test_a_video_that_is_never_read_ends_the_wait_and_is_named(kind, threads):
         first = next(batches)
         plain = next(load(synthetic(), kind, threads=0))
         np.testing.assert_array_equal(first["clip"], plain["clip"])
-        began = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(HungError) as caught:
             next(batches)
-        assert 0.35 < time.monotonic() - began < 3
+        assert 0.35 < time.monotonic() - start < 3
     finally:
         videos.freed.set()
-    said = str(caught.value)
-    assert f"synthetic/{stuck} is still being read" in said
-    assert os.uname().nodename in said and "data.timeout=0.4 s" in said
+    message = str(caught.value)
+    assert f"synthetic/{stuck} is still being read" in message
+    assert os.uname().nodename in message and "data.timeout=0.4 s" in message
     assert next(batches, None) is None
 
 
-def test_a_batch_that_comes_in_time_is_the_same_and_so_are_errors():
+def test_a_timeout_changes_neither_batches_nor_errors():
     expected = list(load(synthetic(), threads=0))
     for timeout in (0.0, 30.0):
-        found = list(load(synthetic(), threads=2, timeout=timeout))
-        assert len(found) == 3
-        for batch, other in zip(found, expected, strict=True):
+        batches = list(load(synthetic(), threads=2, timeout=timeout))
+        assert len(batches) == 3
+        for batch, other in zip(batches, expected, strict=True):
             np.testing.assert_array_equal(batch["clip"], other["clip"])
 
-    def fails():
+    def failing():
         yield 1
         raise KeyError("two")
 
     reads = watchdog.ActiveReads(1, shared=False)
     timeout = watchdog.Timeout(30.0, reads, str, frozenset())
-    elements = watchdog.with_timeout(fails(), timeout)
+    elements = watchdog.with_timeout(failing(), timeout)
     assert next(elements) == 1
     with pytest.raises(KeyError, match="two"):
         next(elements)
 
 
-def test_the_thread_that_asks_ends_with_the_iterator():
-    def asking():
+def test_the_batch_thread_ends_with_the_iterator():
+    def running():
         return any(thread.name == "batches" for thread in threading.enumerate())
 
     batches = load(synthetic(), threads=1, timeout=30.0)
     next(batches)
-    assert asking()
+    assert running()
     batches.close()
-    until(lambda: not asking())
+    until(lambda: not running())
 
 
 def test_the_oldest_read_of_all_processes_is_returned():
@@ -118,7 +118,7 @@ def test_the_oldest_read_of_all_processes_is_returned():
 
 
 @pytest.mark.slow
-def test_a_worker_process_that_is_stopped_is_ended_and_others_are_not():
+def test_a_stopped_worker_is_ended_and_unrelated_processes_are_not():
     context = multiprocessing.get_context("spawn")
     bystander = context.Process(target=time.sleep, args=(60,), daemon=True)
     bystander.start()
@@ -128,10 +128,10 @@ def test_a_worker_process_that_is_stopped_is_ended_and_others_are_not():
     workers = [p for p in multiprocessing.active_children() if p != bystander]
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGSTOP)
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(HungError, match=r"stopped or stuck|still being read"):
         list(batches)
-    assert 19 < time.monotonic() - began < 40
+    assert 19 < time.monotonic() - start < 40
     for worker in workers:
         worker.join(5)
         assert not worker.is_alive()
