@@ -68,19 +68,20 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         # An exception in a config file arrives as a traceback; its last line is the message.
         message = str(error).strip().splitlines()[-1].strip()
-        if key := re.search(r'Key "(\w+)" does not exist', message):
-            _end_unknown(key[1])
         _end(re.sub(r"^[\w.]*(Error|Exception): ", "", message))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = str(error.args[0] if error.args else error)
         suggestion = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', message)
         if suggestion:
             _end_unknown(suggestion[2], suggestion[1])
-        if unknown := re.fullmatch(r"""["']+(\w+)["']+""", message):
-            _end_unknown(unknown[1])
+        locked = r'.*Key "(\w+)" does not exist.*'  # in a config file
+        if unknown := re.fullmatch(r"""["']+(\w+)["']+|""" + locked, message, re.DOTALL):
+            _end_unknown(unknown[1] or unknown[2])
         _end(message.replace("\n", " "))
     except OSError as error:
-        _end(f"{error.filename or error} cannot be read: check --config")
+        # Of a file that is not there, config_flags lists where it looked.
+        name = error.filename or re.sub(r"(?s).*Attempted.*?\n\s+(\S+)\n.*", r"\1", str(error))
+        _end(f"{name} cannot be read: check --config")
 
 
 def _end_unknown(key: str, similar: str | None = None) -> NoReturn:
