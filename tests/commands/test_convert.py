@@ -1,4 +1,4 @@
-"""The program that takes foreign weights in and gives them out again, from end to end."""
+"""End-to-end tests of the convert program: import, export and errors."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def tensors_of(kind=KIND):
     shapes = foreign.shapes(kind)
     shapes |= {"head.projection.weight": (8, 32), "head.projection.bias": (8,)}
     tensors = {name: np.float32(0.7) * values for name, values in foreign.filled(shapes).items()}
-    # What is seen counts for more than where: videos differ, and no class takes all.
+    # Content has to outweigh positions, or all videos would get the same class.
     tensors["patch_embed.proj.weight"] *= 3
     return tensors | {name: 0 * v for name, v in tensors.items() if "pos_embed" in name}
 
@@ -51,7 +51,7 @@ def source(tmp_path):
 
 
 def run(*args) -> None:
-    """The program in this process; what is wrong with flags is raised too."""
+    """Runs the program in this process; errors of flags are raised."""
     with flagsaver.flagsaver():
         convert.main(flags.FLAGS(["convert", *map(str, args)]))
 
@@ -60,12 +60,12 @@ def files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
-# In.
+# Import.
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A folder made by an interpreter of the program, with class names; and the output."""
+    """A folder converted in a fresh interpreter, with class names, and the program's output."""
     here = tmp_path_factory.mktemp("convert")
     write_torch(here / "in.pyth", tensors_of(), wrapper="model_state", extra={"epoch": 199})
     (here / "names.txt").write_text("\n".join(NAMES) + "\n")
@@ -77,7 +77,7 @@ def converted(tmp_path_factory):
     return here / "out", output
 
 
-def test_the_folder_has_all_that_it_takes_to_use_the_model(converted):
+def test_a_converted_folder_holds_config_weights_labels_and_origin(converted):
     folder, out = converted
     assert {p.name for p in folder.iterdir()} >= {
         "config.json", "checkpoints", "labels.txt", "origin.json", "report.txt"
@@ -102,7 +102,7 @@ def test_the_folder_has_all_that_it_takes_to_use_the_model(converted):
         ("v2 image", (1, 36, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")),
     ],
 )
-def test_the_folders_preprocessing_is_the_variants(kind, expected, tmp_path):
+def test_a_converted_folder_has_the_preprocessing_of_its_variant(kind, expected, tmp_path):
     name = foreign.VARIANTS[kind]
     write_safetensors(tmp_path / "in.safetensors", tensors_of(kind))
     more = VIDEO[1:] if kind == "v1 video" else FIELDS
@@ -116,7 +116,7 @@ def test_the_folders_preprocessing_is_the_variants(kind, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluate_and_predict_take_the_folder_as_it_is(converted, digits, tmp_path):
+def test_evaluate_and_predict_run_on_a_converted_folder(converted, digits, tmp_path):
     folder = shutil.copytree(converted[0], tmp_path / "model")
     lines = [line.split() for line in (digits / "test.csv").read_text().splitlines()]
     status, output = commands.run(
@@ -142,7 +142,7 @@ def test_evaluate_and_predict_take_the_folder_as_it_is(converted, digits, tmp_pa
     np.testing.assert_array_equal(result["confusion"], expected)
 
 
-def test_an_image_model_becomes_a_video_model(tmp_path):
+def test_an_image_model_is_inflated_to_a_video_model(tmp_path):
     write_torch(tmp_path / "in.pth", tensors_of("v2 image"))
     run(tmp_path / "in.pth", f"--out={tmp_path / 'out'}", "--inflate=mean",
         "--variant=mvitv2_s_16x4", *VIDEO[1:], "num_classes=8")  # fmt: skip
@@ -153,11 +153,11 @@ def test_an_image_model_becomes_a_video_model(tmp_path):
         np.testing.assert_allclose(frame, np.einsum("oihw->hwio", image) / 3, rtol=1e-6)
 
 
-# Out.
+# Export.
 
 
 @pytest.mark.parametrize("to", ["slowfast", "safetensors"])
-def test_what_came_in_goes_out_bit_for_bit(to, converted, tmp_path, capsys):
+def test_imported_tensors_are_exported_bit_for_bit(to, converted, tmp_path, capsys):
     folder = converted[0]
     run(folder, f"--to={to}", f"--out={tmp_path / 'out'}")
     read = read_tensors(tmp_path / "out")
@@ -168,8 +168,8 @@ def test_what_came_in_goes_out_bit_for_bit(to, converted, tmp_path, capsys):
     )
 
 
-def test_the_origin_decides_how_many_axes_kernels_have(tmp_path):
-    """PySlowFast's own image models have five; without an origin, those of MViTv2's repository."""
+def test_exported_kernels_have_the_axes_of_the_imported_file(tmp_path):
+    """PySlowFast's image models have five, models without an origin those of MViTv2's code."""
     write_torch(tmp_path / "in.pyth", foreign.slowfast("v2 image"), wrapper="model_state")
     run(tmp_path / "in.pyth", "--variant=mvitv2_s", f"--out={tmp_path / 'out'}", *FIELDS)
     run(tmp_path / "out", "--to=slowfast", f"--out={tmp_path / 'back'}")
@@ -177,7 +177,7 @@ def test_the_origin_decides_how_many_axes_kernels_have(tmp_path):
     assert {n: v.shape for n, v in back.items()} == foreign.shapes("v2 image")
 
 
-def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
+def test_the_averaged_weights_of_a_run_are_exported(digits, tmp_path):
     config = tiny.config(digits, **{"optim.ema": 0.5})
     workdir.freeze(config, tmp_path / "run")
     shapes = functional(build.model_config(config, 8)).shapes()
@@ -188,13 +188,13 @@ def test_a_run_of_ones_own_goes_out_too(digits, tmp_path):
         checkpoints.last.save(3, args=ocp.args.Composite(params=save(params), ema=save(twice)))
     run(tmp_path / "run", "--to=slowfast", f"--out={tmp_path / 'out.pyth'}")
     made = read_tensors(tmp_path / "out.pyth").tensors
-    # What is tested is what goes out: the averaged weights.
+    # Exports have the averaged weights, as tests do.
     np.testing.assert_array_equal(made["norm.weight"], 2 * params["norm"]["scale"])
     with pytest.raises(UserError, match=r"no checkpoint in .*best"):
         run(tmp_path / "run", "--to=slowfast", "--which=best", f"--out={tmp_path / 'b.pyth'}")
 
 
-# What is wrong.
+# Errors.
 
 
 def missing(path: Path) -> None:
@@ -203,7 +203,7 @@ def missing(path: Path) -> None:
     write_torch(path, tensors)
 
 
-BAD = {  # what is done to the file, what is said
+BAD = {  # damage to the file, parts of the error
     "cut off": (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
                 ["{source} is cut off or damaged"]),
     "runs code": (lambda p: zipped(p, attacks(p.parent / "ran")["REDUCE"][0]),
@@ -214,15 +214,15 @@ BAD = {  # what is done to the file, what is said
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_file_is_one_report_and_nothing_is_written(what, source, tmp_path):
-    spoil, words = BAD[what]
+@pytest.mark.parametrize("damage", BAD)
+def test_a_bad_file_ends_with_one_error_and_writes_nothing(damage, source, tmp_path):
+    spoil, words = BAD[damage]
     spoil(source)
     before = files(tmp_path)
     status, output = commands.run("convert", source, f"--out={tmp_path / 'new' / 'out'}", *VIDEO)
     assert status == 1 and "Traceback" not in output
     report, _, error = output.rpartition("error: ")
-    assert ("tensor in the file" in report) == (what == "missing")  # the whole table, or nothing
+    assert ("tensor in the file" in report) == (damage == "missing")  # the whole table, or nothing
     assert report or error.count("\n") == 1
     assert all(word.format(source=source) in error for word in words)
     assert files(tmp_path) == before
@@ -249,20 +249,20 @@ def test_a_bad_file_is_one_report_and_nothing_is_written(what, source, tmp_path)
         (["{full}", "--out={out}", "--to=timm", "frames=3"], "leave out --variant, --labels"),
     ],
 )  # fmt: skip
-def test_wrong_calls_are_one_sentence_and_write_nothing(args, words, source, tmp_path):
-    places = {"source": source, "out": tmp_path / "out", "full": tmp_path / "full",
+def test_bad_flags_end_with_a_one_sentence_error_and_write_nothing(args, words, source, tmp_path):
+    paths = {"source": source, "out": tmp_path / "out", "full": tmp_path / "full",
               "few": tmp_path / "few.txt"}  # fmt: skip
-    places["full"].mkdir()
-    (places["full"] / "a file").write_text("kept")
-    places["few"].write_text("one\ntwo\n")
+    paths["full"].mkdir()
+    (paths["full"] / "a file").write_text("kept")
+    paths["few"].write_text("one\ntwo\n")
     before = files(tmp_path)
-    says = rf"^.*{re.escape(words.format(**places))}.*$"
-    with pytest.raises(UserError, match=says):
-        run(*(arg.format(**places) for arg in args))
+    message = rf"^.*{re.escape(words.format(**paths))}.*$"
+    with pytest.raises(UserError, match=message):
+        run(*(arg.format(**paths) for arg in args))
     assert files(tmp_path) == before
 
 
-def test_an_empty_folder_may_be_the_target_and_a_failure_leaves_it_there(source, tmp_path):
+def test_an_empty_target_folder_is_accepted_and_survives_a_failure(source, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError):
         run(source, f"--out={tmp_path / 'out'}", *VIDEO[:-1], "width=16")
@@ -272,7 +272,7 @@ def test_an_empty_folder_may_be_the_target_and_a_failure_leaves_it_there(source,
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_files(source, tmp_path, monkeypatch):
     before = files(tmp_path)
 
     def full(self, params):
@@ -285,15 +285,15 @@ def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--to=onnx", "--inflate=center"])
-def test_what_is_no_choice_is_refused_by_the_flag(flag, source, tmp_path):
+def test_flags_reject_values_outside_their_choices(flag, source, tmp_path):
     with pytest.raises(flags.Error, match="should be one of"):
         run(source, f"--out={tmp_path / 'out'}", *VIDEO, flag)
 
 
-# Out, as a program.
+# Export of a program.
 
 
-def test_a_converted_folder_becomes_a_file_that_jax_alone_runs(converted, tmp_path):
+def test_a_converted_folder_is_exported_to_a_program_for_jax(converted, tmp_path):
     folder, _ = converted
     status, out = commands.run(
         "convert", folder, "--to=stablehlo", f"--out={tmp_path / 'model'}", "--platforms=cpu,tpu"
@@ -309,7 +309,7 @@ def test_a_converted_folder_becomes_a_file_that_jax_alone_runs(converted, tmp_pa
     np.testing.assert_allclose(jax.jit(model)(clips), expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_flags_of_the_program_go_with_it_alone(converted, tmp_path):
+def test_platforms_and_batch_flags_require_stablehlo(converted, tmp_path):
     for flag in ("--platforms=cpu", "--batch=2"):
         with pytest.raises(UserError, match="go with --to=stablehlo"):
             run(converted[0], "--to=torchvision", flag, f"--out={tmp_path / 'model'}")

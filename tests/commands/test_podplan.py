@@ -1,4 +1,4 @@
-"""The program that plans pods, from end to end, on a tiny model; and all that can be wrong."""
+"""End-to-end tests of the podplan program on a tiny model, and its errors."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ WRONG = [
     ([*HERE, "--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=1 are 3 devices"),
     ([*HERE, "--slices=2", "--config.mesh.fsdp=8"], "mesh.fsdp=8 does not divide the 4 chips of"),
     ([*HERE, "--config.data.train_videos=0"], "data.train_videos must be at least 1, not 0"),
-    (["--config=configs/custom.py", *HERE], "--config.data.train_videos=N"),  # that nobody counted
+    (["--config=configs/custom.py", *HERE], "--config.data.train_videos=N"),  # of unknown size
     ([*HERE, "--effort=7"], "--effort=7 must be from -1 to 1"),
     ([*HERE, "--effort=nan"], "--effort=nan must be from -1 to 1"),
     ([*HERE, "--out=plan.jpg"], "--out=plan.jpg must be a .png file"),
@@ -68,84 +68,85 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """A folder, and of all of the above what `podplan` said to them, with a stand-in for the
-    compiler: by the name of a run, or by a wrong one's place."""
+def outputs(tmp_path_factory):
+    """A folder, and status, output and errors of `podplan` with a stand-in for the compiler.
+
+    The keys are those of RUNS and the indices of WRONG.
+    """
     folder = tmp_path_factory.mktemp("plans")
-    given = {**dict(enumerate(flags for flags, _ in WRONG)), **RUNS}
+    cases = {**dict(enumerate(flags for flags, _ in WRONG)), **RUNS}
     runs = [
         [flag.format(tmp=folder) for flag in flags]
         if any(flag.startswith("--config=") for flag in flags)
         else [*EXPERIMENT, *(flag.format(tmp=folder) for flag in flags)]
-        for flags in given.values()
+        for flags in cases.values()
     ]
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.podplans"], input=json.dumps(runs), text=True,
         capture_output=True, timeout=300, cwd=tiny.ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder, dict(zip(given, json.loads(done.stdout), strict=True))
+    return folder, dict(zip(cases, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize("place", range(len(WRONG)), ids=[" ".join(flags) for flags, _ in WRONG])
-def test_what_is_wrong_is_one_sentence_before_anything_is_compiled(told, place):
-    status, out, err = told[1][place]
-    assert status == 1 and re.search(WRONG[place][1], err), (status, err)
+@pytest.mark.parametrize("index", range(len(WRONG)), ids=[" ".join(flags) for flags, _ in WRONG])
+def test_bad_flags_end_with_a_one_sentence_error_before_compilation(outputs, index):
+    status, out, err = outputs[1][index]
+    assert status == 1 and re.search(WRONG[index][1], err), (status, err)
     assert err.startswith("error: ") and err.count("\n") == 1
     assert "compiling" not in out and "program" not in out
 
 
-def test_a_sweep_that_breaks_off_keeps_what_it_had(told):
-    status, _, err = told[1]["kept"]
+def test_an_interrupted_sweep_writes_the_plans_it_has(outputs):
+    status, _, err = outputs[1]["kept"]
     assert status == 1 and "thirteen" in err
-    (kept,) = json.loads((told[0] / "kept.json").read_text())["plans"]
-    assert kept["clips_a_chip"] == 2 and kept["fits"]
+    (plan,) = json.loads((outputs[0] / "kept.json").read_text())["plans"]
+    assert plan["clips_a_chip"] == 2 and plan["fits"]
 
 
-def test_a_sweep_compares_all_combinations(told):
-    status, out, err = told[1]["sweep"]
+def test_a_sweep_compares_all_combinations(outputs):
+    status, out, err = outputs[1]["sweep"]
     assert status == 0, err
-    report = json.loads((told[0] / "sweep.json").read_text())
+    report = json.loads((outputs[0] / "sweep.json").read_text())
     assert report["config"] == "configs/moving_digits.py" and report["videos"] == 2000
-    found = [(p["data"], p["fsdp"], p["remat"], p["clips_a_chip"]) for p in report["plans"]]
-    assert found == list(itertools.product([16], [1], ["none", "blocks"], [1, 40])) + list(
+    combinations = [(p["data"], p["fsdp"], p["remat"], p["clips_a_chip"]) for p in report["plans"]]
+    assert combinations == list(itertools.product([16], [1], ["none", "blocks"], [1, 40])) + list(
         itertools.product([1], [16], ["none", "blocks"], [1, 40])
     )
     assert [p["fits"] for p in report["plans"]] == [True, False] * 4
-    # 1 ms of arithmetic bounds a step, and not the 2 ms of main memory, which little effort
-    # overstates.
+    # The bound is 1 ms of arithmetic; at low effort the 2 ms of main memory are overstated.
     assert {p.get("step_seconds_at_least") for p in report["plans"]} == {0.001, None}
-    assert min(Image.open(told[0] / "sweep.png").size) > 300
+    assert min(Image.open(outputs[0] / "sweep.png").size) > 300
     assert re.search(r"16 x 1  none +1 +16  +2.55 +2.00 +1.00 +arithmetic +16,000 ", out)
 
 
-def test_a_sweep_says_what_training_has_to_be_told(told):
-    status, out, err = told[1]["sweep of pairs"]
+def test_a_sweep_prints_the_mixup_group_size_for_training(outputs):
+    status, out, err = outputs[1]["sweep of pairs"]
     assert status == 0, err
     assert out.count("training needs, --config.augment.mixup_group_size=2") == 1
 
 
-def test_the_most_clips_come_in_whole_repeats(told):
-    """1.5 GiB and 1.05 a clip: 13 clips fit 15.75 GiB, of two out of each video 12."""
-    status, out, err = told[1]["repeats"]
+def test_the_largest_batch_is_a_multiple_of_the_repeats(outputs):
+    """With 1.5 GiB and 1.05 GiB a clip, 13 clips fit 15.75 GiB, and 12 with two a video."""
+    status, out, err = outputs[1]["repeats"]
     assert status == 0, err
     assert "of a chip, 12 clips fit and take 90% of the memory, 14 do not" in out
     assert "12 a chip fit: --config.batch=3072 " in out
-    report = json.loads((told[0] / "repeats.json").read_text())
+    report = json.loads((outputs[0] / "repeats.json").read_text())
     assert report["config"] == KINETICS.removeprefix("--config=")
     assert report["plans"][0]["largest_clips_a_chip"] == 12
 
 
-def test_a_search_may_find_none(told):
-    """320 frames take 10.5 GiB with `blocks`, and 2 clips out of each video are the fewest."""
-    status, out, err = told[1]["none"]
+def test_a_search_reports_that_no_batch_fits(outputs):
+    """320 frames take 10.5 GiB with `blocks`, and two clips a video are the smallest batch."""
+    status, out, err = outputs[1]["none"]
     assert status == 0, err
     assert "of a chip, 0 clips fit, 2 do not" in out
     assert "a chip fit" not in out and "--config.accumulate=2 " in out
 
 
-def test_mixing_that_is_off_is_said_of_images(told):
-    status, out, err = told[1]["images"]
+def test_a_plan_of_images_warns_that_mixup_has_no_effect(outputs):
+    status, out, err = outputs[1]["images"]
     assert status == 0, err
     assert re.search(
         r"augment.mixup_group_size=1; .* image with itself, so mixup and cutmix DO NOTHING", out
@@ -155,7 +156,7 @@ def test_mixing_that_is_off_is_said_of_images(told):
 
 
 @pytest.mark.slow
-def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
+def test_a_plan_is_compiled_printed_and_written_as_json_and_figure(tmp_path):
     command = [
         sys.executable, "-m", "mvit_jax.podplan", *EXPERIMENT, "--topology=v4-8",
         f"--json={tmp_path / 'plan.json'}", f"--out={tmp_path / 'plan.png'}",
@@ -169,7 +170,7 @@ def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
     )
     out, err = done.stdout, done.stderr
     assert done.returncode == 0, err
-    assert not list(tmp_path.glob("cache/*"))  # what is there could only be read on a TPU
+    assert not list(tmp_path.glob("cache/*"))  # entries could be read only on a TPU
     assert "on v4:2x2x1: 4 chips of 1 host, mesh data 4 x fsdp 1" in out
     assert "v4-8 counts cores, 2 a chip" in out
     assert "fits: " in out and "of 30.75 GiB of a chip" in out
@@ -177,11 +178,11 @@ def test_a_plan_with_the_largest_batch_a_picture_and_a_report(tmp_path):
     assert "lower bounds" in out and re.search(r"chip-hours .*at least", out)
     assert "8 clips on 4 chips are 2 a chip" in out
     assert "overstated at this effort: no bound; --effort=0 measures it" in out
-    assert "libtpu" not in err and "hostname" not in err  # it is silent about what is not here
-    (told,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
-    assert told["fits"] and sum(told["memory_by_kind"].values()) == told["memory_bytes"]
-    assert told["steps"] == 6 * 2000 // 8
-    seconds = max(time for part, time in told["roofs_seconds"].items() if part != "memory")
-    assert seconds == told["step_seconds_at_least"] < told["roofs_seconds"]["memory"]
-    assert told["chip_hours"] == pytest.approx(4 * told["steps"] * seconds / 3600)
+    assert "libtpu" not in err and "hostname" not in err  # no warnings about absent TPUs
+    (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert plan["fits"] and sum(plan["memory_by_kind"].values()) == plan["memory_bytes"]
+    assert plan["steps"] == 6 * 2000 // 8
+    seconds = max(time for part, time in plan["roofs_seconds"].items() if part != "memory")
+    assert seconds == plan["step_seconds_at_least"] < plan["roofs_seconds"]["memory"]
+    assert plan["chip_hours"] == pytest.approx(4 * plan["steps"] * seconds / 3600)
     assert min(Image.open(tmp_path / "plan.png").size) > 200

@@ -1,4 +1,4 @@
-"""The program that names a file's classes, against the test program's own scores."""
+"""The predict program, against the scores of the evaluate program."""
 
 import json
 import subprocess
@@ -41,21 +41,21 @@ def paths(digits):
     return [str(digits / line.split()[0]) for line in lines[:3]]
 
 
-def test_files_get_the_probabilities_of_the_test_program(run, predictor, digits, paths):
+def test_predictions_equal_the_scores_of_evaluate(run, predictor, digits, paths):
     config = workdir.frozen(run)
     [scores], _ = scoring.score(config, run, build.videos(config, "test"), which="last")
-    # Another order, one file twice, and one that is not there.
-    asked = [paths[2], paths[0], paths[2], str(run / "gone.mp4")]
-    result = predict.predict(predictor, asked, top=8)
+    # Another order, one file twice, and a missing one.
+    files = [paths[2], paths[0], paths[2], str(run / "gone.mp4")]
+    result = predict.predict(predictor, files, top=8)
     assert (result["step"], result["clips"], result["crops"]) == (3, 2, 1)
-    assert [file["file"] for file in result["files"]] == asked
+    assert [file["file"] for file in result["files"]] == files
     assert result["files"].pop()["error"] == "cannot be decoded: there is no such file"
     for file, row in zip(result["files"], (2, 0, 2), strict=True):
-        found = {c["class"]: c["probability"] for c in file["classes"]}
-        assert list(found.values()) == sorted(found.values(), reverse=True)
-        assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+        probabilities = {c["class"]: c["probability"] for c in file["classes"]}
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
         for label, name in enumerate((digits / "labels.txt").read_text().split()):
-            assert found[name] == pytest.approx(scores.probabilities[row, label], abs=1e-6)
+            assert probabilities[name] == pytest.approx(scores.probabilities[row, label], abs=1e-6)
 
 
 def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_path):
@@ -80,8 +80,8 @@ def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_
     cells = [line.split() for line in lines]
     for rows, file in ((cells[:2], first), (cells[2:4], second)):
         assert rows[0][0] == file["file"]
-        for row, found in zip(rows, file["classes"], strict=True):
-            assert row[-2:] == [found["class"], f"{found['probability']:.4f}"]
+        for row, entry in zip(rows, file["classes"], strict=True):
+            assert row[-2:] == [entry["class"], f"{entry['probability']:.4f}"]
     # Columns begin where those of the first line do.
     starts = [header.index(name) for name in ("class", "probability")]
     assert all(line[start - 1] == " " != line[start] for line in lines[:4] for start in starts)
@@ -100,7 +100,7 @@ def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_
     assert lines[-1] == f"wrote {drawn[0]}, {drawn[1]}"
 
 
-def test_pictures_are_what_their_names_say(predictor, paths, tmp_path):
+def test_pictures_are_written_as_png_gif_and_mp4(predictor, paths, tmp_path):
     long = small.write_video(tmp_path / "long.mp4", small.textured(150, height=32))
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -138,38 +138,38 @@ def test_pictures_are_what_their_names_say(predictor, paths, tmp_path):
         (["--workdir=a", "--serve", "--clips=1"], "leave out --clips"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(args, sentence):
-    status, said = commands.run("predict", *args)
-    assert status == 1 and sentence in said
-    assert said.startswith("error: ") and said.count("\n") == 1
+def test_bad_flags_end_with_a_one_sentence_error(args, sentence):
+    status, output = commands.run("predict", *args)
+    assert status == 1 and sentence in output
+    assert output.startswith("error: ") and output.count("\n") == 1
 
 
 def test_pictures_of_different_files_have_different_names(tmp_path):
     names = ["a/x.mp4", "b/x.mp4", "b/x.png", "X.mp4", "x_2.mp4", "c/y", ".mp4"]
-    found = predict.picture_names(names, tmp_path)
-    assert found == ["x", "x_2", "x_3", "X_4", "x_2_2", "y", ".mp4"]
+    stems = predict.picture_names(names, tmp_path)
+    assert stems == ["x", "x_2", "x_3", "X_4", "x_2_2", "y", ".mp4"]
     # Pictures of earlier pictures lie beside them.
     files = [str(tmp_path / "x.mp4"), str(tmp_path / "x_attention.mp4")]
     assert predict.picture_names(files, tmp_path) == ["x_2", "x_attention"]
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_classes(predictor, paths, tmp_path):
+def test_predictions_survive_a_picture_that_cannot_be_written(predictor, paths, tmp_path):
     gone = tmp_path / "gone"
     (result,) = predict.predict(predictor, paths[:1], top=1, pictures=gone)["files"]
     assert len(result["classes"]) == 1
     assert "cannot be written" in result["error"] and "pictures" not in result
 
 
-def test_a_folder_without_data_and_names_will_do(run, tmp_path):
-    """As `convert` writes them."""
+def test_a_folder_without_data_and_labels_can_be_used(run, tmp_path):
+    """The folder is as `convert` writes it."""
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     config = workdir.frozen(run)
     config.data.folder = None
     workdir.freeze(config, tmp_path)
     predictor = small.predictor_of(tmp_path)
     assert predictor.names == tuple(f"class {i}" for i in range(8))
-    asked = ["/no/a.mp4", "/no/a.png", str(tmp_path)]
-    result = predict.predict(predictor, asked, top=1)
+    files = ["/no/a.mp4", "/no/a.png", str(tmp_path)]
+    result = predict.predict(predictor, files, top=1)
     assert [file["error"] for file in result["files"]] == [
         "cannot be decoded: there is no such file",
         "cannot be decoded: it is an image, and the model takes clips of 4 frames",
@@ -196,7 +196,7 @@ def images(tmp_path):
 
 
 @pytest.mark.slow
-def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monkeypatch):
+def test_image_predictions_equal_preprocess_and_apply(images, tmp_path, monkeypatch):
     config = tiny.config(images, **small.IMAGES)
     workdir.freeze(config, tmp_path)
     state = small.fresh(config, 0)
@@ -214,12 +214,12 @@ def test_images_are_predicted_as_by_preprocess_and_apply(images, tmp_path, monke
     logits, _ = jax.jit(functional(model).apply)(state.params, image)
     expected = np.sort(np.asarray(jax.nn.softmax(logits)[0]))[::-1]
     assert expected[0] - expected[2] > 1e-4  # or any image would give the same
-    found = [c["probability"] for c in results[1]["classes"]]
-    np.testing.assert_allclose(found, expected[:2], atol=1e-6)
+    probabilities = [c["probability"] for c in results[1]["classes"]]
+    np.testing.assert_allclose(probabilities, expected[:2], atol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_model_trains_on_image_files_and_the_broken_one_is_left_out_of_the_test(images, tmp_path):
+def test_a_test_after_training_on_images_skips_a_broken_file(images, tmp_path):
     config = tiny.config(images, **(small.IMAGES | {"epochs": 8.0, "eval.crops": 3}))
     folder = tmp_path / "run"
     assert train.train(config, str(folder)) == 0

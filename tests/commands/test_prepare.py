@@ -23,22 +23,22 @@ def start(*args, **options):
     return subprocess.Popen(command, cwd=ROOT, **options)
 
 
-def test_a_data_set_is_made_with_progress_in_plain_lines(tmp_path):
+def test_a_data_set_is_written_with_progress_in_plain_lines(tmp_path):
     flags = ["moving_digits", f"--out={tmp_path / 'set'}", *COUNTS]
     status, output = commands.fresh("prepare", *flags)
     assert status == 0, output
-    told, *lines = output.splitlines()
-    assert told == f"moving_digits is in {tmp_path / 'set'}"
+    message, *lines = output.splitlines()
+    assert message == f"moving_digits is in {tmp_path / 'set'}"
     assert len(lines) == 10 and lines[-1] == "moving_digits: 32 of 32 videos"
     assert "\r" not in output
     assert len((tmp_path / "set" / "train.csv").read_text().splitlines()) == 16
-    assert commands.run("prepare", *flags) == (0, f"{told}\n")
+    assert commands.run("prepare", *flags) == (0, f"{message}\n")
     status, output = commands.run("prepare", *flags, "--seed=1")
     assert status == 1 and output.count("\n") == 1
     assert output.startswith("error: ") and "seed=0, not seed=1" in output
 
 
-def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
+def test_a_killed_run_leaves_complete_files_and_resumes(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     counts = ("--train_videos=64", "--val_videos=8", "--test_videos=8")
     process = start("moving_digits", f"--out={killed}", *counts, stderr=subprocess.DEVNULL)
@@ -85,7 +85,7 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(tmp_path):
         (["moving_digits", "--out=there", "--files=x"], "--files is for fashion_mnist: leave it"),
     ],
 )
-def test_bad_input_ends_with_one_sentence(args, message):
+def test_bad_flags_end_with_a_one_sentence_error(args, message):
     status, output = commands.run("prepare", *args)
     assert status == 1
     assert output.startswith("error: ") and message in output
@@ -129,11 +129,11 @@ def packing(videos, out, workers):
     "kills",
     [pytest.param((2,), marks=pytest.mark.slow), pytest.param((2, 5), marks=pytest.mark.nightly)],
 )
-def test_videos_are_packed_killed_and_gone_on_with(kills, videos, tmp_path):
+def test_packing_resumes_after_kills_with_equal_bytes(kills, videos, tmp_path):
     """One worker, and two workers with all of their processes killed: equal bytes."""
     one, killed = tmp_path / "one", tmp_path / "killed"
     process = start(*packing(videos, one, 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = (said.decode() for said in process.communicate(timeout=300))
+    out, err = (stream.decode() for stream in process.communicate(timeout=300))
     assert process.returncode == 0, err
     assert "left out 7.mp4: it is not a video" in err
     assert out.splitlines() == [f"11 of 12 videos are in 12 shards in {one}"]
@@ -163,36 +163,36 @@ def test_videos_are_packed_killed_and_gone_on_with(kills, videos, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_ends_the_run_with_a_sentence(videos, tmp_path):
+def test_a_dead_worker_ends_the_run_with_an_error(videos, tmp_path):
     process = start(*packing(videos, tmp_path, 2), stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.glob(".*.progress")):
         time.sleep(0.002)
     tasks = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
     workers = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
     os.kill(workers[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert said.splitlines()[-1].startswith("error: a worker died (return code -9)")
+    assert errors.splitlines()[-1].startswith("error: a worker died (return code -9)")
 
 
-def test_a_worker_that_dies_ends_the_run_though_beam_does_not_let_go():
+def test_a_dead_worker_ends_the_run_while_beam_blocks():
     """Also in the background job of a shell script, which ignores SIGINT."""
     code = """if True:
         import signal, threading, time
         from mvit_jax.data.making import packing
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        waits = threading.Event()
+        started = threading.Event()
 
         def worker():
-            waits.wait()
+            started.wait()
             raise RuntimeError("Worker subprocess exited with return code -9")
 
         with packing._dead_workers(patience=3):
             threading.Thread(target=worker).start()
             while True:
                 try:
-                    waits.set()
+                    started.set()
                     while True:  # a signal just before a sleep would not end it
                         time.sleep(0.05)
                 except KeyboardInterrupt:

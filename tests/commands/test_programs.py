@@ -1,4 +1,4 @@
-"""The training and the test program from end to end, on a tiny model; and all that can be wrong."""
+"""End-to-end tests of train, evaluate and describe on a tiny model, and their errors."""
 
 import json
 import os
@@ -33,37 +33,37 @@ def run(reference, tmp_path_factory):
     return shutil.copytree(reference, tmp_path_factory.mktemp("runs") / "whole")
 
 
-def test_a_run_leaves_its_config_checkpoints_and_events(run):
+def test_a_run_writes_its_config_checkpoints_and_events(run):
     assert workdir.frozen(run).optim.lr == 2e-3
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["8", "9"]
     assert len(list((run / "best").iterdir())) == 1
     assert list(run.glob("events.*"))
-    told = history.read(run)
-    assert [line["step"] for line in told.train] == [2, 4, 6, 8, 9]
-    assert [line["step"] for line in told.val] == [3, 6, 9]
-    (start,) = told.starts
+    log = history.read(run)
+    assert [line["step"] for line in log.train] == [2, 4, 6, 8, 9]
+    assert [line["step"] for line in log.val] == [3, 6, 9]
+    (start,) = log.starts
     assert start["videos"] == 24 and start["classes"] == 8 and start["devices"] == 1
     sizes = {name: values.size for name, values in final_state(run).items()}
     assert start["parameters"] == sum(sizes[n] for n in sizes if n.startswith("['params']"))
 
 
-def test_training_leaves_a_page_that_says_how_to_test(reference):
+def test_training_writes_a_report_with_the_evaluate_command(reference):
     page = Page((reference / run_data.REPORT).read_text())
     assert f"python -m mvit_jax.evaluate --workdir={reference}" in page.text
     assert page.count("svg") == 5
 
 
-def test_a_page_that_cannot_be_written_costs_nothing_else(run, tmp_path, capsys):
+def test_a_report_that_cannot_be_written_is_only_logged(run, tmp_path, capsys):
     shutil.copy(run / "config.json", tmp_path)
     (tmp_path / run_data.REPORT).mkdir()
     train.report(str(tmp_path))
-    says = f"the report {tmp_path / run_data.REPORT} could not be written"
-    assert says in capsys.readouterr().out
+    message = f"the report {tmp_path / run_data.REPORT} could not be written"
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tmp_path):
-    """Stopped by SIGTERM in the middle; the steps after it have losses of their own."""
+def test_a_stopped_run_resumes_to_the_same_parameters(run, digits, tmp_path):
+    """SIGTERM stops the run after step 5; the loss logged at step 6 is then of step 6 alone."""
     config = tiny.config(digits, **RECIPE)
 
     with group.at_step(5, group.stop):
@@ -71,20 +71,20 @@ def test_stopped_and_started_again_ends_with_the_same_parameters(run, digits, tm
     assert Checkpoints(tmp_path).step() == 5
     assert train.train(config, str(tmp_path)) == 0
     group.assert_same_state(tmp_path, run)
-    told, whole = history.read(tmp_path), history.read(run)
-    assert [line["step"] for line in told.starts] == [0, 5]
+    resumed, whole = history.read(tmp_path), history.read(run)
+    assert [line["step"] for line in resumed.starts] == [0, 5]
     for kind in ("loss", "learning_rate"):
-        mine = {line["step"]: line[kind] for line in told.train}
-        assert mine.keys() == {line["step"] for line in whole.train}
+        values = {line["step"]: line[kind] for line in resumed.train}
+        assert values.keys() == {line["step"] for line in whole.train}
         for line in whole.train:
             if line["step"] != 6:  # of step 6 alone, where `whole` has the mean of 5 and 6
-                assert mine[line["step"]] == line[kind]
-    assert [line["top1"] for line in told.val] == [line["top1"] for line in whole.val]
+                assert values[line["step"]] == line[kind]
+    assert [line["top1"] for line in resumed.val] == [line["top1"] for line in whole.val]
 
 
 @pytest.mark.slow
-def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_path, monkeypatch):
-    """In training, validation and tests; what the caller computes afterwards has its own again."""
+def test_matrix_products_run_in_the_precision_of_the_config(digits, tmp_path, monkeypatch):
+    """In training, validation and test; the caller's precision is restored afterwards."""
     seen, apply = [], Functional.apply
 
     def spy(*args, **options):
@@ -100,7 +100,7 @@ def test_products_have_the_precision_of_the_config_and_no_others(digits, tmp_pat
     assert jax.config.jax_default_matmul_precision == "highest"
 
 
-def test_a_complete_run_says_so_and_changes_nothing(run, digits, capsys):
+def test_training_a_complete_run_changes_nothing(run, digits, capsys):
     before = final_state(run)
     assert train.train(tiny.config(digits, **RECIPE), str(run)) == 0
     assert "is complete (9 of 9 steps)" in capsys.readouterr().out
@@ -108,11 +108,11 @@ def test_a_complete_run_says_so_and_changes_nothing(run, digits, capsys):
     assert all((before[k] == after[k]).all() for k in before)
 
 
-def test_another_config_is_refused_key_by_key(run, digits):
+def test_a_changed_config_is_rejected_with_the_changed_keys(run, digits):
     changed = tiny.config(digits, **(RECIPE | {"optim.lr": 1e-3, "seed": 1}))
     with pytest.raises(UserError, match=r"optim.lr was 0.002 and is now 0.001; seed was 0"):
         train.train(changed, str(run))
-    # Where and how fast may change.
+    # Keys of paths and of speed may change.
     faster = tiny.config(digits, **(RECIPE | {"data.threads": 3, "log_every": 5}))
     assert train.train(faster, str(run)) == 0
 
@@ -150,26 +150,26 @@ def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits
 
 
 @pytest.mark.slow
-def test_another_checkpoint_has_files_of_its_own_and_runs_are_compared(run, tmp_path):
-    status, said = evaluate(run, "--which=best", "--list=val", "--clips=1")
-    assert status == 0, said
+def test_the_best_checkpoint_has_separate_files_and_runs_are_compared(run, tmp_path):
+    status, output = evaluate(run, "--which=best", "--list=val", "--clips=1")
+    assert status == 0, output
     result = json.loads((run / "evaluation_val_best.json").read_text())
     assert result["checkpoint"] == "best" and result["step"] == Checkpoints(run).step("best")
     shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("check*", "best", "ev*"))
     page = tmp_path / "side_by_side.html"
     folders = [str(run), str(tmp_path / "other")]
-    status, said = commands.run("evaluate", "--compare", *folders, f"--out={page}")
-    assert status == 0, said
-    rows = {line.split()[0]: line.split() for line in said.splitlines() if line.strip()}
+    status, output = commands.run("evaluate", "--compare", *folders, f"--out={page}")
+    assert status == 0, output
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
     assert f"{history.read(run).val[-1]['step']}" in rows[run.name]
     assert rows["other"].count("–") == 5
     assert Page(page.read_text()).ids["runs"].count("–") == 6  # and no test with shuffled frames
-    status, said = commands.run("evaluate", "--compare", str(run), str(tmp_path))
-    assert status == 1 and f"{tmp_path} holds no run" in said and said.count("\n") == 1
+    status, output = commands.run("evaluate", "--compare", str(run), str(tmp_path))
+    assert status == 1 and f"{tmp_path} holds no run" in output and output.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_shuffled_frames_are_another_test_beside_the_first(run):
+def test_shuffled_frames_change_the_scores_deterministically(run):
     config = workdir.frozen(run)
     videos = build.videos(config, "test")
     [straight], _ = scoring.score(config, run, videos, which="last")
@@ -179,7 +179,7 @@ def test_shuffled_frames_are_another_test_beside_the_first(run):
     np.testing.assert_array_equal(shuffled.probabilities, again.probabilities)
 
 
-def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
+def test_the_best_checkpoint_reproduces_its_validation_accuracy(run, digits):
     config = workdir.frozen(run)
     videos = build.videos(config, "val")
     config.eval.clips = 1
@@ -197,10 +197,8 @@ def test_the_best_checkpoint_and_other_lists_can_be_tested(run, digits):
         pytest.param("step 4/", marks=pytest.mark.slow),
     ],
 )
-def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
-    digits, tmp_path, after
-):
-    """A terminal sends the signal to all processes of the group, those that load clips too."""
+def test_ctrl_c_stops_a_run_with_worker_processes_and_saves_it(digits, tmp_path, after):
+    """A terminal sends the signal to all processes of the group, workers included."""
     flags = [*tiny.FLAGS, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
     command = [
         sys.executable, "-m", "mvit_jax.train", "--config=configs/moving_digits.py", *flags,
@@ -218,7 +216,7 @@ def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT, err
     assert "leaked" not in err
-    if after == "from step 0":  # workers that are starting may still say what ended them
+    if after == "from step 0":  # workers that are starting may still print a traceback
         return
     assert "stopped at step" in out and "the same command resumes" in out
     assert "Traceback" not in err
@@ -227,32 +225,32 @@ def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes_and_keeps_it(
 
 
 @pytest.mark.slow
-def test_several_numbers_of_clips_and_the_scores_of_each_video(run, digits, tmp_path):
-    """One pass over the list gives what a pass for each number gives."""
+def test_evaluate_writes_several_numbers_of_clips_and_scores_per_video(run, digits, tmp_path):
+    """One pass over the list equals a pass for each number of clips."""
     folder = shutil.copytree(run, tmp_path / "run")
-    status, said = evaluate(folder, "--clips=3,1", "--list=val")
-    assert status == 0, said
-    told = json.loads((folder / "views_val.json").read_text())
-    assert [row["clips"] for row in told["views"]] == [1, 3]
+    status, output = evaluate(folder, "--clips=3,1", "--list=val")
+    assert status == 0, output
+    report = json.loads((folder / "views_val.json").read_text())
+    assert [row["clips"] for row in report["views"]] == [1, 3]
     assert Image.open(folder / "views_val.png").size[0] > 300
     config = run_folder.RunFolder(folder).config
     videos = build.videos(config, "val")
-    for row in told["views"]:
+    for row in report["views"]:
         [scores], _ = scoring.score(config, folder, videos, which="last", clips=[row["clips"]])
         assert row["top1"] == pytest.approx(scores.metrics()["top1"])
     assert json.loads((folder / "evaluation_val.json").read_text())["clips"] == 3
-    kept = np.load(folder / "scores_val.npz")
-    np.testing.assert_allclose(kept["probabilities"], scores.probabilities, atol=1e-6)
-    assert kept["labels"].tolist() == scores.labels.tolist()
-    assert kept["videos"].tolist() == [videos.item(i) for i in range(len(videos))]
+    stored = np.load(folder / "scores_val.npz")
+    np.testing.assert_allclose(stored["probabilities"], scores.probabilities, atol=1e-6)
+    assert stored["labels"].tolist() == scores.labels.tolist()
+    assert stored["videos"].tolist() == [videos.item(i) for i in range(len(videos))]
     lines = (folder / "videos_val.csv").read_text().splitlines()
     assert lines[0] == "video,label,predicted,probability"
     for i, line in enumerate(lines[1:]):
         video, label, predicted, _ = line.split(",")
         assert (video, int(label)) == (videos.item(i), videos.label(i))
         assert int(predicted) == scores.probabilities[i].argmax()
-    status, said = evaluate(folder, "--clips=0,2")
-    assert status != 0 and "--clips=0,2 must be numbers of at least 1" in said
+    status, output = evaluate(folder, "--clips=0,2")
+    assert status != 0 and "--clips=0,2 must be numbers of at least 1" in output
 
 
 TRAIN = "--config=configs/moving_digits.py"
@@ -275,16 +273,16 @@ TRAIN = "--config=configs/moving_digits.py"
         ([TRAIN, "--config.on_nan=go"], "on_nan must be one of stop, skip, rollback, not 'go'"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(flags, sentence, tmp_path):
-    status, said = commands.run("train", *flags, f"--workdir={tmp_path / 'run'}")
+def test_bad_flags_end_with_a_one_sentence_error(flags, sentence, tmp_path):
+    status, output = commands.run("train", *flags, f"--workdir={tmp_path / 'run'}")
     assert status == 1
-    assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
+    assert sentence in output and output.startswith("error: ") and output.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_config_file_that_is_not_there_is_named_before_the_workdir():
-    status, said = commands.run("train", "--config=configs/no.py")
-    assert status == 1 and "there is no config file configs/no.py" in said
+def test_a_missing_config_file_is_reported_before_a_missing_workdir():
+    status, output = commands.run("train", "--config=configs/no.py")
+    assert status == 1 and "there is no config file configs/no.py" in output
 
 
 def change_list(data, old, new):
@@ -327,7 +325,7 @@ def change_list(data, old, new):
         ),
     ],
 )
-def test_bad_data_and_values_end_before_anything_is_written(
+def test_bad_data_and_config_values_fail_before_anything_is_written(
     digits, tmp_path, spoil, changes, sentence, eight_devices
 ):
     data = shutil.copytree(digits, tmp_path / "data")
@@ -338,18 +336,18 @@ def test_bad_data_and_values_end_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_testing_without_a_run_says_so(tmp_path):
-    status, said = commands.run("evaluate", f"--workdir={tmp_path}")
-    assert status == 1 and "holds no run: there is no config.json" in said
+def test_evaluate_fails_in_a_folder_without_a_run(tmp_path):
+    status, output = commands.run("evaluate", f"--workdir={tmp_path}")
+    assert status == 1 and "holds no run: there is no config.json" in output
 
 
-def test_describe_prints_the_papers_table_and_its_errors():
-    status, said = commands.run("describe", "mvit_b_16x4")
+def test_describe_prints_costs_and_published_accuracy():
+    status, output = commands.run("describe", "mvit_b_16x4")
     assert status == 0
-    assert "36,610,672 parameters, 70.6 G multiply-adds" in said
-    assert "8x14x14 + 1 = 1569" in said and "78.4 % top-1" in said
-    status, said = commands.run("describe", "mvit_b_16x4", "pool_mode=max", "num_classes=10")
-    assert status == 0 and "published" not in said
+    assert "36,610,672 parameters, 70.6 G multiply-adds" in output
+    assert "8x14x14 + 1 = 1569" in output and "78.4 % top-1" in output
+    status, output = commands.run("describe", "mvit_b_16x4", "pool_mode=max", "num_classes=10")
+    assert status == 0 and "published" not in output
 
 
 @pytest.mark.parametrize(
@@ -364,6 +362,6 @@ def test_describe_prints_the_papers_table_and_its_errors():
         (["mvit_b_16x4", "name=3"], "'name' is no field of an architecture"),
     ],
 )
-def test_what_describe_cannot_do_is_one_sentence(args, sentence):
-    status, said = commands.run("describe", *args)
-    assert status == 1 and sentence in said and said.count("\n") == 1
+def test_bad_arguments_of_describe_end_with_a_one_sentence_error(args, sentence):
+    status, output = commands.run("describe", *args)
+    assert status == 1 and sentence in output and output.count("\n") == 1
