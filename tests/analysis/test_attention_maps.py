@@ -39,7 +39,7 @@ def size_of(config):
 
 @functools.cache
 def drawn(name):
-    """Parameters that attend sharply enough to tell places apart, two clips, and features."""
+    """Returns parameters with sharp attention, two clips, their logits and features."""
     config = CONFIGS[name]
     params = functional(config).init(jax.random.key(0))
     noise = optax.tree.random_like(jax.random.key(1), params)
@@ -52,9 +52,9 @@ def drawn(name):
 
 
 @pytest.mark.parametrize("name", [slow("v1"), slow("v2"), "vit"])
-def test_captured_attention_is_the_softmax_of_the_captured_queries_and_keys(name):
+def test_captured_attention_is_the_softmax_of_queries_and_keys(name):
     params, clip, logits, features = drawn(name)
-    inputs = jax.jit(functools.partial(taken, config=CONFIGS[name]))(params, clip)
+    inputs = jax.jit(functools.partial(attention_outputs, config=CONFIGS[name]))(params, clip)
     for i, attended in enumerate(inputs):
         q, k, v, attention = (features[f][i] for f in ("queries", "keys", "values", "attention"))
         assert attention.shape == (2, q.shape[2], q.shape[1], k.shape[1])
@@ -65,9 +65,9 @@ def test_captured_attention_is_the_softmax_of_the_captured_queries_and_keys(name
             np.testing.assert_allclose(attention, e / e.sum(-1, keepdims=True), atol=1e-5)
         mixed = np.einsum("bhqk,bkhd->bqhd", attention, v).reshape(2, q.shape[1], -1)
         if name == "v2":  # the class token's query is not added
-            own = q.reshape(mixed.shape).copy()
-            own[:, 0] = 0
-            mixed = mixed + own
+            residual = q.reshape(mixed.shape).copy()
+            residual[:, 0] = 0
+            mixed = mixed + residual
         proj = jax.tree.map(np.asarray, params["blocks"][str(i)]["attn"]["proj"])
         expected = mixed @ proj["kernel"] + proj["bias"]
         np.testing.assert_allclose(attended, expected, atol=1e-4 * expected.std())
@@ -76,19 +76,19 @@ def test_captured_attention_is_the_softmax_of_the_captured_queries_and_keys(name
     assert fewer.keys() == {"stages", "tokens"}
 
 
-def taken(params, clip, config):
-    """What each block's attention gives, block by block."""
+def attention_outputs(params, clip, config):
+    """Returns the output of each block's attention."""
     model = functional(config).module(params)
     x, grid = model.embed(clip)
-    given = []
+    outputs = []
     for block in model.blocks:
-        given.append(block.attn(block.norm1(x), grid))
+        outputs.append(block.attn(block.norm1(x), grid))
         x, grid = block(x, grid), block.plan.output(grid)
-    return given
+    return outputs
 
 
 def window_matrix(pool, grid, first):
-    """[pooled tokens, tokens]: the share of each place in each window, found place by place."""
+    """Returns the share of each position in each window, [pooled tokens, tokens], by loops."""
     if pool is None:
         return np.eye(first + int(np.prod(grid)))
     sides = zip(grid, pool.kernel, pool.stride, pool.padding, strict=True)
@@ -98,15 +98,15 @@ def window_matrix(pool, grid, first):
     for out, at in enumerate(itertools.product(*map(range, size))):
         lows = [a * s - p for a, s, p in zip(at, pool.stride, pool.padding, strict=True)]
         hit = []
-        for i, place in enumerate(itertools.product(*map(range, grid))):
-            if all(a <= x < a + k for x, a, k in zip(place, lows, pool.kernel, strict=True)):
+        for i, position in enumerate(itertools.product(*map(range, grid))):
+            if all(a <= x < a + k for x, a, k in zip(position, lows, pool.kernel, strict=True)):
                 hit.append(first + i)
         rows[first + out, hit] = 1 / len(hit)
     return rows
 
 
 def dense_rollout(config, features, blocks):
-    """[tokens that the last block gives, tokens of the cubes], as a product of whole matrices."""
+    """Returns [output tokens of the last block, tokens of the cubes], by dense matrices."""
     first = int(config.class_token)
     total = None
     rows = zip(plan(config), grids(config, *size_of(config)), features["attention"], strict=True)
@@ -136,20 +136,20 @@ def test_rollout_is_the_product_of_the_blocks_matrices(name):
     reads_class_token = config.class_token and not config.mean_pooling
     expected = dense[0] if reads_class_token else dense[first:].mean(0)
     expected = expected[first:] / expected[first:].sum()
-    found = jax.jit(functools.partial(attention_maps.rollout, functional(config)))(params, clip)
-    assert found.shape[0] == 2
-    np.testing.assert_allclose(np.asarray(found[0]).ravel(), expected, atol=1e-6)
+    rollout = jax.jit(functools.partial(attention_maps.rollout, functional(config)))(params, clip)
+    assert rollout.shape[0] == 2
+    np.testing.assert_allclose(np.asarray(rollout[0]).ravel(), expected, atol=1e-6)
     assert np.abs(expected - 1 / expected.size).max() > 1e-4  # else any map would do
 
     middle = grids(config, *size_of(config))[1].output
     token = (0, middle[1] - 1, middle[2] // 2)
     dense = dense_rollout(config, features, 2)[first + np.ravel_multi_index(token, middle), first:]
     part = functools.partial(attention_maps.rollout, functional(config), block=1, token=token)
-    found = jax.jit(part)(params, clip)
-    np.testing.assert_allclose(np.asarray(found[0]).ravel(), dense / dense.sum(), atol=1e-6)
+    rollout = jax.jit(part)(params, clip)
+    np.testing.assert_allclose(np.asarray(rollout[0]).ravel(), dense / dense.sum(), atol=1e-6)
 
 
-def test_blocks_and_tokens_that_are_not_there_are_named():
+def test_missing_blocks_tokens_and_labels_are_errors():
     params, clip, _, _ = drawn("v1")
     config = CONFIGS["v1"]
     with pytest.raises(UserError, match=r"block must be from 0 to 2, or -1 for the last, not 3"):
@@ -163,8 +163,8 @@ def test_blocks_and_tokens_that_are_not_there_are_named():
 @pytest.mark.parametrize(
     ("name", "block", "label"), [("v1", 0, None), slow("v1", -1, 2), slow("v2 of timm", 1, None)]
 )
-def test_grad_cam_is_that_of_finite_differences(name, block, label):
-    """The mean gradient of a channel is the slope of the score where all its places are raised."""
+def test_grad_cam_agrees_with_finite_differences(name, block, label):
+    """A channel's mean gradient is the slope of the score in a shift of all its positions."""
     with jax.enable_x64(True):
         params, clip, logits, _ = drawn(name)
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
@@ -187,10 +187,10 @@ def test_grad_cam_is_that_of_finite_differences(name, block, label):
         attention_maps.grad_cam, functional(CONFIGS[name]), block=block, label=label,
         by_channel=True,
     )  # fmt: skip
-    found = jax.jit(cam)(params, clip)
-    assert found.shape[1:] == grid
+    result = jax.jit(cam)(params, clip)
+    assert result.shape[1:] == grid
     expected = heat / heat.sum() if heat.sum() else heat
-    np.testing.assert_allclose(np.asarray(found[0]).ravel(), expected, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(result[0]).ravel(), expected, atol=2e-4)
 
 
 def through(blocks, x, grid):
@@ -209,7 +209,7 @@ def block_input(params, clip, config, index):
 
 
 @pytest.mark.slow
-def test_grad_cam_weighs_each_place_by_its_own_gradient():
+def test_grad_cam_weights_each_position_by_its_gradient():
     params, clip, _, _ = drawn("v1")
     config = CONFIGS["v1"]
     cam = functools.partial(attention_maps.grad_cam, functional(config), block=0)
@@ -223,19 +223,19 @@ def test_grad_cam_weighs_each_place_by_its_own_gradient():
 
     gradient, x = (np.asarray(a)[:, 1:] for a in (jax.jit(jax.grad(score))(x), x))
     heat = np.zeros(gradient.shape[:2])
-    for b, place, c in np.ndindex(*gradient.shape):
-        if gradient[b, place, c] > 0:
-            heat[b, place] += gradient[b, place, c] * x[b, place, c]
+    for b, position, c in np.ndindex(*gradient.shape):
+        if gradient[b, position, c] > 0:
+            heat[b, position] += gradient[b, position, c] * x[b, position, c]
     heat = np.maximum(heat, 0).reshape(2, *grid)
     np.testing.assert_allclose(whole, heat / heat.sum((1, 2, 3), keepdims=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["v1", slow("v2 of timm"), slow("vit")])
-def test_attention_distances_are_those_of_every_pair(name):
+def test_attention_distances_are_means_over_all_token_pairs(name):
     config = CONFIGS[name]
     params, clip, _, features = drawn(name)
-    found = jax.jit(functools.partial(attention_maps.attention_distance, functional(config)))
-    in_time, in_space = found(params, clip)
+    compute = jax.jit(functools.partial(attention_maps.attention_distance, functional(config)))
+    in_time, in_space = compute(params, clip)
     stride = np.array(config.patch_stride, float)
     kernel, padding = np.array(config.patch_kernel), np.array(config.patch_padding)
     offset = (kernel - 1) / 2 - padding
@@ -258,10 +258,10 @@ def test_attention_distances_are_those_of_every_pair(name):
         stride = stride * q
 
 
-# Where tokens lie.
+# Token geometry.
 
 
-def test_a_map_is_spread_linearly_between_centres():
+def test_a_map_is_interpolated_linearly_between_token_centres():
     config = CONFIGS["v1"]  # cubes of 3 x 7 x 7 by 2 x 4 x 4: centres at 0, 2; 0, 4, ..., 20
     maps = np.zeros((1, 2, 6, 6))
     maps[0, 1, 2, 3] = 1
@@ -277,7 +277,7 @@ def test_a_map_is_spread_linearly_between_centres():
 
 
 def test_receptive_fields_are_the_pixels_that_reach_a_token():
-    """Found by following, for each token, the pixels of every window, one after the other."""
+    """The expected field follows, for each token, the pixels of every window."""
     config = CONFIGS["v1"]
     cubes = SimpleNamespace(
         kernel=config.patch_kernel, stride=config.patch_stride, padding=config.patch_padding
@@ -289,8 +289,8 @@ def test_receptive_fields_are_the_pixels_that_reach_a_token():
     grid = grids(config, 4, 24, 24)[-1].output
     for n, token in enumerate(itertools.product(*map(range, grid))):
         expected = reach[n].reshape(4, 24, 24)
-        found = np.zeros_like(expected)
-        found[token_geometry.receptive_field(config, (4, 24, 24), 3, token)] = True
-        np.testing.assert_array_equal(found, expected)
+        mask = np.zeros_like(expected)
+        mask[token_geometry.receptive_field(config, (4, 24, 24), 3, token)] = True
+        np.testing.assert_array_equal(mask, expected)
     with pytest.raises(ValueError, match=r"is not on the grid \(2, 3, 3\)"):
         token_geometry.receptive_field(config, (4, 24, 24), 3, (2, 0, 0))

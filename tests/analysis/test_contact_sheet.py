@@ -1,4 +1,4 @@
-"""The picture of the first clips shows what the training step gets."""
+"""The contact sheet of the first training batch."""
 
 import matplotlib.image
 import numpy as np
@@ -11,10 +11,10 @@ from mvit_jax.training import build
 from tests.support import commands, tiny
 
 
-def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypatch):
-    """Without anything random on the device, the pixels of the files themselves."""
-    given, keep = [], contact_sheet._figure
-    monkeypatch.setattr(contact_sheet, "_figure", lambda *a: given.append(a) or keep(*a))
+def test_the_sheet_shows_the_batch_of_the_first_step(digits, tmp_path, monkeypatch):
+    """Without random augmentation on the device, the pixels of the files."""
+    calls, draw = [], contact_sheet._figure
+    monkeypatch.setattr(contact_sheet, "_figure", lambda *a: calls.append(a) or draw(*a))
     config = tiny.config(digits, **{"augment.label_smoothing": 0.0, "data.repeats": 2})
     path = contact_sheet.draw(config, tmp_path / "sheet.png")
     videos = build.videos(config, "train")
@@ -22,7 +22,7 @@ def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypat
     (batch,) = pipeline.train_batches(
         videos, build.settings(config, model.num_classes).clips, seed=0, batch=8, steps=1, repeats=2
     )
-    [(clips, targets, names)] = given
+    [(clips, targets, names)] = calls
     np.testing.assert_allclose(clips, batch["clip"] / 255, atol=1e-5)
     assert targets.argmax(1).tolist() == batch["label"].tolist()
     assert names == videos.class_names
@@ -30,21 +30,21 @@ def test_clips_are_drawn_as_the_first_step_gets_them(digits, tmp_path, monkeypat
     assert picture.shape[0] > 8 * 100 and picture[..., :3].std() > 0.05
 
 
-def test_titles_tell_shares_of_classes():
+def test_titles_have_the_soft_targets_of_classes():
     names = ("left", "right", "up")
     assert contact_sheet._label(np.array([0.05, 0.9, 0.05]), names) == "right"
     assert contact_sheet._label(np.array([0.63, 0.33, 0.03]), names) == "left 0.63, right 0.33"
     assert contact_sheet._label(np.array([1.0, 0.0, 1.0]), names) == "left 1.00, up 1.00"
 
 
-def test_what_cannot_be_drawn_is_one_sentence(digits, tmp_path):
+def test_missing_folders_are_errors(digits, tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         contact_sheet.draw(tiny.config(digits), tmp_path / "missing" / "sheet.png")
     with pytest.raises(UserError, match="there is no data folder"):
         contact_sheet.draw(tiny.config(tmp_path / "nothing"), tmp_path / "sheet.png")
 
 
-def test_the_program_draws_and_does_nothing_else(digits, tmp_path):
+def test_the_contact_sheet_flag_draws_without_training(digits, tmp_path):
     flags = [*tiny.FLAGS, f"--config.data.folder={digits}", f"--contact_sheet={tmp_path / 'a.png'}"]
     done = commands.run("train", "--config=configs/moving_digits.py", *flags)
     assert done == (0, f"wrote {tmp_path / 'a.png'}\n")

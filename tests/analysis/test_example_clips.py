@@ -21,7 +21,7 @@ def scores(labels, classes: int, seed: int = 0) -> Scores:
     return Scores(random.dirichlet(np.ones(classes), len(labels)), labels, tested)
 
 
-def test_examples_are_the_first_of_each_class_that_were_tested():
+def test_examples_are_the_first_tested_videos_of_each_class():
     labels = np.random.default_rng(1).integers(0, 5, 200)
     s = scores(labels, 5)
     chosen = example_clips.examples(s)
@@ -31,7 +31,7 @@ def test_examples_are_the_first_of_each_class_that_were_tested():
         assert [i for i in chosen if labels[i] == label] == of_class[:3]
 
 
-def test_of_many_classes_some_are_shown_from_first_to_last():
+def test_examples_of_many_classes_are_spread_over_the_classes():
     s = scores(np.repeat(np.arange(400), 3), 400)
     shown = [int(s.labels[i]) for i in example_clips.examples(s)]
     assert len(set(shown)) == len(shown) == 16
@@ -39,14 +39,14 @@ def test_of_many_classes_some_are_shown_from_first_to_last():
     assert max(np.diff(shown)) < 2 * 400 / 16
 
 
-def test_the_worst_mistakes_are_the_surest_wrong_answers():
+def test_mistakes_are_the_most_confident_wrong_predictions():
     s = scores(np.random.default_rng(2).integers(0, 4, 60), 4)
     wrong = np.flatnonzero(s.tested & (s.probabilities.argmax(1) != s.labels))
     assert len(wrong) > 8
     assert example_clips.mistakes(s) == sorted(wrong, key=lambda i: -s.probabilities[i].max())[:8]
 
 
-def test_all_frames_of_a_short_clip_are_shown_and_those_of_a_long_one_are_spread():
+def test_short_clips_show_all_frames_and_long_clips_evenly_spaced_ones():
     for frames in (1, 4, 8):
         assert example_clips.shown(frames) == list(range(frames))
     shown = example_clips.shown(40)
@@ -69,7 +69,7 @@ def pixels(picture: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(float)
 
 
-def test_a_sheet_shows_the_clips_and_where_the_model_looked(material):
+def test_a_sheet_shows_the_clips_and_their_attention_maps(material):
     videos, settings, *model = material
     probabilities = np.full((10, 8), 0.05)
     probabilities[np.arange(10), videos.labels] = 0.65
@@ -92,7 +92,7 @@ def test_a_sheet_shows_the_clips_and_where_the_model_looked(material):
     assert below > 4 * above
 
 
-def test_a_model_that_does_not_tell_its_attention_gets_the_frames_alone(material, monkeypatch):
+def test_a_model_without_captured_attention_shows_frames_alone(material, monkeypatch):
     videos, settings, *model = material
 
     def silent(*args, **kwargs):

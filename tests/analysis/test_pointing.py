@@ -1,4 +1,4 @@
-"""Grad-CAM of a trained model points at the digit: there is what tells the motions apart."""
+"""Grad-CAM of a trained model points at the moving digit."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Pictures, GIF and mp4, read back by others."""
+"""Overlays and sheets, and PNG, GIF and mp4 files read back by Pillow and PyAV."""
 
 import io
 
@@ -12,7 +12,7 @@ GREY = np.full((4, 10, 14, 3), 128, np.uint8)
 
 
 def squares():
-    """A bright square that moves by 8 pixels a frame."""
+    """Returns frames of a bright square that moves by 8 pixels a frame."""
     frames = np.full((6, 48, 64, 3), 40, np.uint8)
     for t, frame in enumerate(frames):
         frame[16:32, 8 * t : 8 * t + 16] = (230, 200, 60)
@@ -30,14 +30,14 @@ def test_an_overlay_is_brightest_where_the_map_is_highest():
     assert (none == none[0, 0, 0]).all()
 
 
-def test_an_overlay_shows_what_lies_beneath():
+def test_an_overlay_shows_the_frame_below():
     frames = squares()
     for height in (0.0, 1.0):
         even = render.overlay(frames, np.full(frames.shape[:3], height)).astype(int).sum(-1)
         assert even[0, 20, 10] > even[0, 5, 5]
 
 
-def test_a_sheet_puts_frames_in_rows():
+def test_a_contact_sheet_has_frames_in_rows():
     frames = squares()[:5]
     sheet = render.contact_sheet(frames, columns=3, gap=2)
     assert sheet.shape == (2 * 48 + 2, 3 * 64 + 4, 3)
@@ -49,14 +49,14 @@ def test_a_sheet_puts_frames_in_rows():
     assert render.enlarged(frames, 40) is frames
 
 
-def test_a_normalised_clip_becomes_the_frames_it_was():
+def test_to_uint8_restores_the_frames_of_a_normalised_clip():
     frames = squares()
     mean, std = (0.45, 0.4, 0.5), (0.225, 0.2, 0.25)
     clip = (frames / np.float32(255) - np.float32(mean)) / np.float32(std)
     np.testing.assert_array_equal(render.to_uint8(clip, mean, std), frames)
 
 
-def test_files_hold_the_frames(tmp_path):
+def test_png_gif_and_mp4_files_hold_the_frames(tmp_path):
     frames = squares()
     render.save_png(tmp_path / "a.png", frames[0])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), frames[0])

@@ -31,13 +31,13 @@ def test_the_headline_figures_are_those_of_the_evaluation(page):
     assert page.ids["seconds"] == "1 h 02 min" and page.ids["steps"] == "60"
 
 
-def test_the_shuffle_test_stands_beside_the_test(page):
+def test_the_test_with_shuffled_frames_is_shown_beside_the_test(page):
     assert page.ids["shuffled"] == "41.2 %"
     words = " ".join(page.text.split())
     assert "25.4 points less" in words and "Table 9" in words
 
 
-def test_names_are_text_wherever_they_stand(html, page):
+def test_names_are_escaped_in_text_and_figures(html, page):
     assert page.count("script") == 0 and page.count("b") == 0 and page.count("i") == 0
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     for name in (*NAMES, "/runs/<a>&b", "/data/<u>.mp4: the file is empty"):
@@ -48,7 +48,7 @@ def test_names_are_text_wherever_they_stand(html, page):
     assert plots.short("$x_{1$ url(#a) #1b1c1d").replace("&", "&amp;") in figure
 
 
-def test_nothing_comes_from_elsewhere(html, page):
+def test_the_report_loads_no_external_resources(html, page):
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object", "script", "base")
         for name in ("src", "href", "xlink:href", "srcset", "data"):
@@ -58,7 +58,7 @@ def test_nothing_comes_from_elsewhere(html, page):
     assert style and "url(" not in style[1] and "@import" not in style[1]
 
 
-def test_every_picture_says_what_it_shows_and_ids_are_unique(page):
+def test_every_image_has_a_description_and_ids_are_unique(page):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 6 and all(image["alt"] for image in images)
     figures = [a for tag, a in page.tags if tag == "svg"]
@@ -72,7 +72,7 @@ def test_every_picture_says_what_it_shows_and_ids_are_unique(page):
     assert headings[0] == "h1" and headings.count("h1") == 1
 
 
-def test_the_most_confused_pairs_are_the_largest_off_the_diagonal():
+def test_the_most_confused_pairs_are_the_largest_off_diagonal_entries():
     random = np.random.default_rng(0)
     confusion = random.integers(0, 9, (6, 6))
     names = list("abcdef")
@@ -84,21 +84,21 @@ def test_the_most_confused_pairs_are_the_largest_off_the_diagonal():
     assert report.confused([[2, 0], [0, 3]], ["a", "b"]) == []
 
 
-def test_a_run_that_was_not_tested_says_how_to_test_it():
+def test_an_untested_run_shows_the_evaluate_command():
     page = Page(report.report(pages.run(evaluations=[], sheet=None)))
     assert "Not tested yet" in page.text
     assert "python -m mvit_jax.evaluate '--workdir=/runs/<a>&b'" in page.text
     assert page.count("svg") == 5 and page.count("img") == 0 and "top1" not in page.ids
 
 
-def test_where_the_time_went_is_told_as_far_as_it_is_known(page):
+def test_goodput_is_shown_if_times_were_recorded(page):
     assert page.ids["goodput"] == "80.0 %"  # 3,000 of 3,750 s
     assert "Of 1 h 02 min of wall time (1 start), 80.0 % went into steps" in page.text
     html = report.report(pages.run(spent={}))
     assert "goodput" not in Page(html).ids and "Where the time went" not in html
 
 
-def test_a_folder_of_weights_alone_has_a_page_too():
+def test_a_folder_of_weights_alone_has_a_report():
     bare = pages.run(starts=[], train=[], val=[], seconds=0.0, spent={}, defaults=None)
     page = Page(report.report(bare))
     assert "no history of its training" in page.text and "seconds" not in page.ids
@@ -106,21 +106,21 @@ def test_a_folder_of_weights_alone_has_a_page_too():
     assert Page(report.report(pages.run(model=None))).ids["top1"] == "66.7 %"
 
 
-def test_no_mistakes_and_no_attention_are_said():
+def test_missing_mistakes_and_attention_are_stated():
     sheet = {"examples": [], "mistakes": [], "wrong": 0, "no_attention": "it <hides>"}
     page = Page(report.report(pages.run(sheet=sheet)))
     assert "all videos were recognised" in page.ids["no_mistakes"]
     assert "Attention is not shown: it <hides>." in " ".join(page.text.split())
 
 
-def test_shuffled_frames_of_another_checkpoint_are_no_counterpart():
-    others = [pages.evaluation(), pages.evaluation(shuffled_frames=True, step=40)]
-    run = pages.run(evaluations=others)
+def test_shuffled_frames_of_another_checkpoint_are_not_compared():
+    evaluations = [pages.evaluation(), pages.evaluation(shuffled_frames=True, step=40)]
+    run = pages.run(evaluations=evaluations)
     assert run.shuffled is None
     assert "--shuffle_frames" in Page(report.report(run)).text
 
 
-def test_many_classes_are_named_in_tables_alone():
+def test_many_classes_are_named_only_in_tables():
     names = [f"class {i} of many" for i in range(400)]
     confusion = np.diag(np.full(400, 9)) + np.eye(400, k=1, dtype=int)
     shares = [90.0] * 399 + [100.0]
@@ -133,7 +133,7 @@ def test_many_classes_are_named_in_tables_alone():
     assert all(name in text for name in names) and len(html) < 1e6
 
 
-def test_commands_make_the_evaluations_that_they_stand_by():
+def test_commands_reproduce_their_evaluations():
     run = pages.run(folder="runs/a")
     command = "python -m mvit_jax.evaluate --workdir=runs/a"
     assert report.evaluate_command(run, None) == command
@@ -144,7 +144,7 @@ def test_commands_make_the_evaluations_that_they_stand_by():
     assert report.evaluate_command(weights, None).endswith("--workdir=w --data=DIR")
 
 
-def test_runs_side_by_side_show_gaps_and_what_differs():
+def test_a_comparison_shows_gaps_and_differing_config_keys():
     first = pages.run(folder="/x/a")
     second = pages.run(
         folder="/x/b", config=first.config | {"optim.lr": 1e-4}, evaluations=[], starts=[],
@@ -162,17 +162,17 @@ def test_runs_side_by_side_show_gaps_and_what_differs():
     assert "Without a history (metrics.jsonl): b." in page.text
 
 
-def test_folders_of_one_name_are_told_apart():
+def test_folders_of_the_same_name_are_shown_with_their_paths():
     runs = [pages.run(folder="/x/a"), pages.run(folder="/y/a")]
     assert report.distinct_names(runs) == ["/x/a", "/y/a"]
 
 
-def test_one_point_can_be_seen():
+def test_a_curve_of_one_point_has_a_marker():
     svg = plots.svg(plots.curves([Curve("loss", [20], [1.0])], "loss"), "Loss", "loss")
     assert "<use" in svg  # a marker: a line of one point has no length
 
 
-def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
+def test_a_figure_is_written_atomically(tmp_path):
     (tmp_path / "taken.png").mkdir()
     figure = plots.class_accuracy([50.0, None], ["a", "b"], "title")
     with pytest.raises(ValueError, match=r"taken\.png cannot be written"):

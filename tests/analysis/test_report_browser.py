@@ -45,17 +45,17 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", ["report", "untested", "many", "comparison"])
-def test_a_page_opens_from_disk_by_itself_and_fits(browser, files, name, size):
+def test_a_page_opens_from_disk_offline_and_fits_the_window(browser, files, name, size):
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-    requests, said = [], []
+    requests, messages = [], []
     page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     url = (files / f"{name}.html").as_uri()
     page.goto(url)
     assert [r for r in requests if not r.startswith("data:")] == [url]
-    assert said == []
-    assert page.title() != "x"  # what a class name would have set
+    assert messages == []
+    assert page.title() != "x"  # which an injected class name would set
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width == size[0]
     sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
@@ -68,22 +68,22 @@ def test_a_page_opens_from_disk_by_itself_and_fits(browser, files, name, size):
     assert min(page.evaluate(script), default=9) > 7.5
 
 
-def test_dark_is_dark_and_light_is_light(browser, files):
+def test_light_and_dark_schemes_have_contrast(browser, files):
     brightness = {}
     for scheme in ("light", "dark"):
         page = browser.new_page(color_scheme=scheme)
         page.goto((files / "report.html").as_uri())
-        for what, where, key in (
+        for part, selector, key in (
             ("paper", "body", "backgroundColor"),
             ("ink", "h1", "color"),
             ("figure", "svg text", "fill"),
         ):
-            script = f"getComputedStyle(document.querySelector('{where}')).{key}"
+            script = f"getComputedStyle(document.querySelector('{selector}')).{key}"
             colour = page.evaluate(script).removeprefix("rgb(").removesuffix(")")
-            brightness[scheme, what] = sum(int(c) for c in colour.split(",")) / 3
+            brightness[scheme, part] = sum(int(c) for c in colour.split(",")) / 3
     assert brightness["light", "paper"] > 240 and brightness["dark", "paper"] < 40
-    for what in ("ink", "figure"):
-        assert brightness["light", what] < 60 and brightness["dark", what] > 180
+    for part in ("ink", "figure"):
+        assert brightness["light", part] < 60 and brightness["dark", part] > 180
 
 
 def test_the_page_needs_no_javascript(browser, files):

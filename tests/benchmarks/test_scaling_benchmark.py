@@ -1,4 +1,4 @@
-"""What benchmarks/scaling.py compiles, and what it refuses before that."""
+"""Meshes that benchmarks/scaling.py compiles, and its errors before compilation."""
 
 import argparse
 
@@ -8,23 +8,23 @@ from benchmarks import scaling
 from mvit_jax.common.errors import UserError
 from mvit_jax.podplan import accelerators
 
-GIVEN = {
+DEFAULTS = {
     "model": "mvit_b_16x4", "topologies": "v5e:2x2,v5e:4x4*2", "clips": "2", "fsdp": "1,16",
     "effort": -1.0, "json": None,
 }  # fmt: skip
 
 
 def cases(**changes):
-    return scaling.cases_of(argparse.Namespace(**(GIVEN | changes)))
+    return scaling.cases_of(argparse.Namespace(**(DEFAULTS | changes)))
 
 
-def test_meshes_that_there_are_are_compiled():
+def test_valid_meshes_of_each_topology_are_compiled():
     small, large = accelerators.parse("v5e:2x2"), accelerators.parse("v5e:4x4", 2)
     assert cases() == [(small, 1, 2), (large, 1, 2), (large, 16, 2)]
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"fsdp": "0"}, "--fsdp takes numbers, like 2,4,16, not '0'"),
         ({"fsdp": "x"}, "--fsdp takes numbers"),
@@ -37,6 +37,6 @@ def test_meshes_that_there_are_are_compiled():
         ({"json": "/nowhere/scaling.json"}, "cannot be written"),
     ],
 )
-def test_what_is_wrong_is_refused_before_anything_is_compiled(changes, said):
-    with pytest.raises(UserError, match=said):
+def test_bad_flags_are_rejected_before_compilation(changes, message):
+    with pytest.raises(UserError, match=message):
         cases(**changes)

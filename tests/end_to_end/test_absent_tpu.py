@@ -21,7 +21,7 @@ absent_tpu.skip()
 
 
 @pytest.mark.parametrize("start", ["import mvit_jax", "import jax, mvit_jax", AGAIN])
-def test_a_start_prints_nothing(start):
+def test_importing_jax_prints_nothing_about_libtpu(start):
     """On a machine without accelerators, after `import jax` too, and on one with a GPU."""
     names = {*absent_tpu._CHOICES, "TPU_SKIP_MDS_QUERY", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}
     environment = {name: value for name, value in os.environ.items() if name not in names}
@@ -39,7 +39,7 @@ def test_a_start_prints_nothing(start):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """A machine with libtpu, without accelerators and without anybody's choice."""
+    """A machine with libtpu, without accelerators and without a chosen platform."""
     monkeypatch.setattr(absent_tpu, "_TPUS", ())
     monkeypatch.setattr(absent_tpu, "_GPUS", ())
     monkeypatch.setattr(absent_tpu, "_is_tpu", lambda device: False)
@@ -54,17 +54,17 @@ def chosen():
     return {name: os.environ[name] for name in absent_tpu._CHOICES if name in os.environ}
 
 
-def test_without_any_accelerator_jax_takes_the_cpu(environment):
+def test_jax_uses_the_cpu_without_accelerators(environment):
     assert chosen() == {"JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.parametrize("name", absent_tpu._CHOICES)
-def test_a_choice_wins(environment, name):
+def test_a_platform_chosen_by_the_user_is_respected(environment, name):
     os.environ[name] = "a choice"
     assert chosen() == {name: "a choice"}
 
 
-def test_a_choice_after_the_import_of_jax_wins(environment):
+def test_a_platform_chosen_after_importing_jax_is_respected(environment):
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", "cuda,cpu")
     try:
@@ -74,7 +74,7 @@ def test_a_choice_after_the_import_of_jax_wins(environment):
         jax.config.update("jax_platforms", before)
 
 
-def test_nothing_changes_where_a_tpu_is(environment):
+def test_nothing_changes_on_a_machine_with_a_tpu(environment):
     environment.setattr(absent_tpu, "_TPUS", ("dev/nul[l]",))
     assert chosen() == {}
     environment.setattr(absent_tpu, "_TPUS", ())
@@ -91,20 +91,20 @@ def test_nothing_changes_where_a_tpu_is(environment):
         ("0x10de", "0x030200", False),
     ],
 )
-def test_a_tpu_is_google_s_and_no_disk_or_network_card(tmp_path, vendor, kind, answer):
+def test_google_disks_and_network_cards_are_not_tpus(tmp_path, vendor, kind, answer):
     (tmp_path / "vendor").write_text(f"{vendor}\n")
     (tmp_path / "class").write_text(f"{kind}\n")
     assert absent_tpu._is_tpu(tmp_path) is answer
 
 
-def test_a_device_that_cannot_be_read_is_no_tpu(tmp_path):
+def test_an_unreadable_device_is_not_a_tpu(tmp_path):
     assert not absent_tpu._is_tpu(tmp_path)
 
 
-def test_jax_still_chooses_where_a_gpu_or_another_plugin_is(environment):
+def test_jax_chooses_with_a_gpu_or_another_plugin(environment):
     environment.setattr(absent_tpu, "_GPUS", ("dev/null",))
     assert "JAX_PLATFORMS" not in chosen()
-    # A notebook on a GPU in Kubernetes is still one process of its own.
+    # A notebook on a GPU in Kubernetes is still a single process.
     assert launch.alone(os.environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     environment.setattr(absent_tpu, "_GPUS", ())
     os.environ.clear()

@@ -27,8 +27,8 @@ def noise(seed, frames=24, height=32, width=48):
 def flipped(folder):
     path = Path(write(folder / "flipped.mp4", noise(1)))
     data = bytearray(path.read_bytes())
-    for place in np.random.default_rng(2).integers(0, len(data), 200):
-        data[place] ^= 1 << int(place % 8)
+    for index in np.random.default_rng(2).integers(0, len(data), 200):
+        data[index] ^= 1 << int(index % 8)
     path.write_bytes(data)
     return path
 
@@ -60,7 +60,7 @@ ODD = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A list whose every tenth video is odd, broken or, with flipped bits, either."""
+    """A list in which every tenth video is odd, broken or has flipped bits."""
     folder = tmp_path_factory.mktemp("data")
     models = folder / "models"
     models.mkdir()
@@ -81,8 +81,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def names(kinds, found):
-    return {name for name in found if re.sub(r"\d+\.mp4", "", name) in kinds}
+def names(kinds, files):
+    return {name for name in files if re.sub(r"\d+\.mp4", "", name) in kinds}
 
 
 def config(data, **changes):
@@ -91,21 +91,21 @@ def config(data, **changes):
     return tiny.config(data, **recipe, **changes)
 
 
-def test_they_are_replaced_in_training_and_left_out_of_tests(data, tmp_path, capsys):
+def test_broken_videos_are_replaced_in_training_and_skipped_in_tests(data, tmp_path, capsys):
     run = tmp_path / "run"
     assert train.train(config(data), str(run)) == 0
-    said = capsys.readouterr().out
-    told = set(re.findall(r"(\w+\.mp4) cannot be decoded", said))
-    assert len(names(BROKEN, told)) == len(BROKEN) * EACH  # an epoch asks for each video once
-    assert told == names([*BROKEN, "flipped"], told)
-    (count,) = re.findall(r"(\d+) of the 500 videos could not be decoded and were replaced", said)
-    assert int(count) == len(told)
+    log = capsys.readouterr().out
+    reported = set(re.findall(r"(\w+\.mp4) cannot be decoded", log))
+    assert len(names(BROKEN, reported)) == len(BROKEN) * EACH  # an epoch reads each video once
+    assert reported == names([*BROKEN, "flipped"], reported)
+    (count,) = re.findall(r"(\d+) of the 500 videos could not be decoded and were replaced", log)
+    assert int(count) == len(reported)
 
     status, output = commands.run("evaluate", f"--workdir={run}")
     assert status == 0, output
     result = json.loads((run / "evaluation.json").read_text())
     left_out = {Path(sentence.split(": ")[0]).name for sentence in result["left_out"]}
-    assert names(BROKEN, left_out) == names(BROKEN, told)
+    assert names(BROKEN, left_out) == names(BROKEN, reported)
     assert left_out == names([*BROKEN, "flipped"], left_out)
     assert result["videos"] == VIDEOS - len(left_out)
     assert str(result["videos"]) in output
@@ -118,7 +118,7 @@ def test_they_are_replaced_in_training_and_left_out_of_tests(data, tmp_path, cap
     assert 100 * right[scores["tested"]].mean() == pytest.approx(result["top1"])
 
 
-def test_too_large_a_share_ends_the_run_and_keeps_what_was_trained(data, tmp_path):
+def test_too_many_broken_videos_end_the_run_with_a_checkpoint(data, tmp_path):
     run = tmp_path / "run"
     strict = config(data, **{"data.max_broken": 0.02})
     with pytest.raises(UserError, match=r"listed files are missing|files are missing") as missing:
@@ -130,5 +130,5 @@ def test_too_large_a_share_ends_the_run_and_keeps_what_was_trained(data, tmp_pat
     assert saved and 0 < max(saved) < 22
     with pytest.raises(UserError, match=r"of the 500 videos .*max_broken=0\.02"):
         scoring.score(strict, run, build.videos(strict, "test"), which="last")
-    # The same command goes on, once the limit is raised.
+    # With a higher limit the same command resumes.
     assert train.train(config(data), str(run)) == 0

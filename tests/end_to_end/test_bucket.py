@@ -1,5 +1,8 @@
-"""Runs in a bucket end as runs here do. The bucket is a server on this machine, and what speaks to
-it are the true libraries: TensorFlow, TensorStore, Orbax and Google's client."""
+"""Runs in a bucket, compared with runs in a folder.
+
+The bucket is a server on this machine. Its clients are the real libraries: TensorFlow, TensorStore,
+Orbax and Google's client.
+"""
 
 import json
 import shutil
@@ -16,7 +19,7 @@ EVALUATED = {"evaluation.json", "confusion.png", "per_class.png", "scores.npz", 
 
 @pytest.fixture(scope="module")
 def run(digits):
-    """Runs a program with the environment of a bucket, or of none; gives what it printed."""
+    """Runs a program with the environment of a bucket, or of none; returns its output."""
 
     def run(name, *flags, storage=None, stop=None, status=0):
         program = ("-m", f"mvit_jax.{name}")
@@ -41,7 +44,7 @@ def storage(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def there(run, storage):
+def bucket_run(run, storage):
     """A run in the bucket, stopped and continued."""
     folder = "gs://a-bucket/runs/b"
     done = run("train", f"--workdir={folder}", storage=storage, stop="step 2/", status=143)
@@ -52,7 +55,7 @@ def there(run, storage):
 
 
 def copied(storage, prefix, folder):
-    """The objects whose names begin so, as files."""
+    """Copies the objects with a prefix to files; returns their folder."""
     for name in storage.names("a-bucket", f"{prefix}/"):
         path = folder / name.removeprefix(f"{prefix}/")
         if name.endswith("/"):
@@ -64,14 +67,14 @@ def copied(storage, prefix, folder):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_ends_with_the_same_parameters(reference, there, storage, tmp_path):
+def test_a_run_in_a_bucket_ends_with_the_same_parameters(reference, bucket_run, storage, tmp_path):
     folder = copied(storage, "runs/b", tmp_path)
     group.assert_same_state(folder, reference)
     assert not [path for path in tiny.ROOT.iterdir() if path.name.startswith("gs:")]
 
 
 @pytest.mark.slow
-def test_all_that_a_run_tells_is_in_the_bucket(reference, there, storage, tmp_path):
+def test_logs_config_and_report_are_written_to_the_bucket(reference, bucket_run, storage, tmp_path):
     folder = copied(storage, "runs/b", tmp_path)
     ours, theirs = history.read(folder), history.read(reference)
     first, again = (start["step"] for start in ours.starts)
@@ -93,15 +96,15 @@ def test_all_that_a_run_tells_is_in_the_bucket(reference, there, storage, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_set_aside(reference, there, storage, run, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside(reference, bucket_run, storage, run, tmp_path):
     names = [n for n in storage.names("a-bucket", "runs/b/checkpoints/9/params/") if "/d/" in n]
     assert names
     for name in names:
         content = bytearray(storage.buckets["a-bucket"][name])
         content[len(content) // 2] ^= 1
         storage.put("a-bucket", name, bytes(content))
-    done = run("train", f"--workdir={there}", storage=storage)
-    assert f"moved to {there}/damaged/9; training resumes from step 8" in done.out
+    done = run("train", f"--workdir={bucket_run}", storage=storage)
+    assert f"moved to {bucket_run}/damaged/9; training resumes from step 8" in done.out
     folder = copied(storage, "runs/b", tmp_path)
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["9"]
     group.assert_same_state(folder, reference)
@@ -109,12 +112,14 @@ def test_a_damaged_checkpoint_is_set_aside(reference, there, storage, run, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("denied", ["digests.json", "params.*alt=media"])
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, denied, monkeypatch):
+def test_a_checkpoint_without_read_permission_is_not_moved(
+    bucket_run, storage, run, denied, monkeypatch
+):
     before = storage.names("a-bucket", "runs/b/checkpoints/")
-    asked = f"^GET .*a-bucket/(o/)?runs.*checkpoints.*{denied}"
-    monkeypatch.setattr(storage, "denied", asked)
-    done = run("train", f"--workdir={there}", storage=storage, status=1)
-    # What comes after this line is of TensorStore's threads, whose other reads were not waited for.
+    pattern = f"^GET .*a-bucket/(o/)?runs.*checkpoints.*{denied}"
+    monkeypatch.setattr(storage, "denied", pattern)
+    done = run("train", f"--workdir={bucket_run}", storage=storage, status=1)
+    # Later lines are of TensorStore's threads, whose other reads are still under way.
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: the checkpoint gs://a-bucket/runs/b/checkpoints/")
     assert "cannot be read (" in line
@@ -122,7 +127,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(there, storage, run, d
 
 
 @pytest.mark.nightly
-def test_a_checkpoint_that_is_not_complete_is_none(reference, there, storage, run, tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(reference, bucket_run, storage, run, tmp_path):
     """As after a kill in the middle of a save, in the first of a run and in a later one."""
     objects = dict(storage.buckets["a-bucket"])
     for name in storage.names("a-bucket", "runs/b/"):
@@ -136,8 +141,10 @@ def test_a_checkpoint_that_is_not_complete_is_none(reference, there, storage, ru
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_tested_there(reference, there, storage, run, tmp_path):
-    run("evaluate", f"--workdir={there}", "--batch=4", storage=storage)
+def test_a_run_in_a_bucket_is_evaluated_in_the_bucket(
+    reference, bucket_run, storage, run, tmp_path
+):
+    run("evaluate", f"--workdir={bucket_run}", "--batch=4", storage=storage)
     folder = copied(storage, "runs/b", tmp_path)
     assert {path.name for path in folder.iterdir()} >= EVALUATED
     assert json.loads((folder / "evaluation.json").read_text())["videos"] == 10
@@ -145,38 +152,38 @@ def test_a_run_in_a_bucket_is_tested_there(reference, there, storage, run, tmp_p
 
 
 @pytest.mark.nightly
-def test_programs_read_a_run_in_a_bucket(reference, there, storage, run, digits, tmp_path):
-    found, here = {}, shutil.copytree(reference, tmp_path / "here")
-    for name, folder, where in (("here", here, None), ("there", there, storage)):
+def test_programs_read_a_run_in_a_bucket(reference, bucket_run, storage, run, digits, tmp_path):
+    results, here = {}, shutil.copytree(reference, tmp_path / "here")
+    for name, folder, where in (("here", here, None), ("there", bucket_run, storage)):
         run("evaluate", f"--workdir={folder}", "--batch=4", storage=where)
         video = next(iter(sorted(digits.rglob("*.mp4"))))
-        told = tmp_path / f"{name}.json"
-        run("predict", str(video), f"--workdir={folder}", f"--json={told}", storage=where)
+        output = tmp_path / f"{name}.json"
+        run("predict", str(video), f"--workdir={folder}", f"--json={output}", storage=where)
         program = tmp_path / f"{name}.bin"
         run("convert", str(folder), "--to=stablehlo", f"--out={program}", storage=where)
-        found[name] = [json.loads(told.read_text())["files"], program.read_bytes()]
-    assert found["here"] == found["there"]
+        results[name] = [json.loads(output.read_text())["files"], program.read_bytes()]
+    assert results["here"] == results["there"]
     folder = copied(storage, "runs/b", tmp_path / "copy")
     ours, theirs = (json.loads((f / "evaluation.json").read_text()) for f in (folder, here))
     assert ours == theirs
 
 
 @pytest.mark.nightly
-def test_a_run_goes_on_from_one_in_a_bucket(reference, there, storage, run, tmp_path):
+def test_a_run_resumes_from_a_run_in_a_bucket(reference, bucket_run, storage, run, tmp_path):
     done = run(
-        "train", f"--workdir={tmp_path / 'on'}", f"--config.resume={there}", "--config.epochs=4",
-        storage=storage,
+        "train", f"--workdir={tmp_path / 'on'}", f"--config.resume={bucket_run}",
+        "--config.epochs=4", storage=storage,
     )  # fmt: skip
-    assert f"resumes from the last checkpoint of {there}" in done.out
+    assert f"resumes from the last checkpoint of {bucket_run}" in done.out
     done = run(
-        "train", f"--workdir={tmp_path / 'new'}", f"--config.init.checkpoint={there}",
+        "train", f"--workdir={tmp_path / 'new'}", f"--config.init.checkpoint={bucket_run}",
         "--config.epochs=0.4", storage=storage,
     )  # fmt: skip
-    assert f"weights from {there}" in done.out
+    assert f"weights from {bucket_run}" in done.out
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_run(storage, digits, tmp_path):
+def test_two_processes_write_one_run_to_a_bucket(storage, digits, tmp_path):
     """The same as one process with two devices, in a folder."""
     for where, processes in ((tmp_path / "one", 1), ("gs://a-bucket/runs/two", 2)):
         flags = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={where}"]
@@ -189,7 +196,7 @@ def test_two_processes_write_one_run(storage, digits, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workdir", "denied", "told"),
+    ("workdir", "denied", "message"),
     [
         ("gs://no-such-bucket/runs/b", None, "there is no bucket gs://no-such-bucket"),
         ("gs://a-bucket/new", "^GET /storage/v1/b/a-bucket", "roles/storage.objectUser"),
@@ -198,8 +205,10 @@ def test_two_processes_write_one_run(storage, digits, tmp_path):
     ],
     ids=["missing", "not read", "not written", "of another kind"],
 )
-def test_what_a_bucket_refuses_is_one_sentence(storage, run, workdir, denied, told, monkeypatch):
+def test_bucket_errors_end_with_a_one_sentence_error(
+    storage, run, workdir, denied, message, monkeypatch
+):
     monkeypatch.setattr(storage, "denied", denied)
     done = run("train", f"--workdir={workdir}", storage=storage, status=1)
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert told in line and "Traceback" not in done.err
+    assert message in line and "Traceback" not in done.err

@@ -73,7 +73,7 @@ def ideas(tmp_path, monkeypatch):
         ("my_ideas:SHARE", "the module my_ideas has no class SHARE"),
     ],
 )
-def test_names_that_lead_nowhere_are_one_sentence(name, sentence, ideas):
+def test_bad_module_names_end_with_a_one_sentence_error(name, sentence, ideas):
     with pytest.raises(UserError, match=sentence):
         build.settings(tiny.config("", **{"model.block": name}), 3)
 
@@ -100,9 +100,7 @@ def scanned(config, model, mesh):
 
 
 @pytest.mark.slow
-def test_a_run_of_custom_modules_goes_through_every_program(
-    ideas, digits, tmp_path, monkeypatch, capsys
-):
+def test_custom_modules_work_in_every_program(ideas, digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "model_apply", scanned)
     folder = tmp_path / "run"
     config = tiny.config(digits, **tiny.RECIPE, **NAMES)

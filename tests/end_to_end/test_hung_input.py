@@ -1,4 +1,4 @@
-"""A run whose clips stop to come saves what it has, says what hangs, and ends all the same."""
+"""A run whose input hangs saves a checkpoint, names the video and exits."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def video(data, name, number):
 
 @contextlib.contextmanager
 def hung(path):
-    """Within, a pipe, which blocks who opens it for ever, is in the place of a video."""
+    """Replaces a video by a pipe, which blocks its readers forever."""
     path.rename(path.with_suffix(".good"))
     os.mkfifo(path)
     yield
@@ -45,7 +45,7 @@ def data(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stuck(data, tmp_path_factory):
-    """A run one of whose videos, in the third batch of 8, is never read; and how it ended."""
+    """A run with a hanging video in the third batch of 8, the video, and the run's output."""
     folder = tmp_path_factory.mktemp("hung") / "run"
     path = video(data, "train", int(pipeline.epoch_order(24, 0, 0)[20]))
     with hung(path):
@@ -53,19 +53,19 @@ def stuck(data, tmp_path_factory):
     return folder, path, done
 
 
-def test_training_is_saved_and_ends_with_a_sentence_though_a_thread_still_hangs(stuck):
+def test_training_saves_and_exits_with_an_error_while_a_thread_hangs(stuck):
     folder, path, done = stuck
     assert done.status == 1, done.err
-    [said] = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert f"{path} is still being read" in said and os.uname().nodename in said
-    assert f"data.timeout={TIMEOUT} s" in said and "Traceback" not in done.err
+    [error] = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert f"{path} is still being read" in error and os.uname().nodename in error
+    assert f"data.timeout={TIMEOUT} s" in error and "Traceback" not in done.err
     assert Checkpoints(folder).step() == 2
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "end" and last["step"] == 2
     assert last["spent"]["data"] > TIMEOUT - 1
 
 
-def test_the_same_command_goes_on_when_that_is_mended(stuck, data):
+def test_the_same_command_resumes_after_the_video_is_restored(stuck, data):
     folder = stuck[0]
     [done] = group.finish([start(data, folder)], 240)
     assert done.status == 0, done.err
@@ -81,7 +81,7 @@ def test_the_same_command_goes_on_when_that_is_mended(stuck, data):
     assert not (folder / "evaluation.json").exists()
 
 
-def test_a_validation_that_hangs_costs_no_step(data, tmp_path):
+def test_a_hanging_validation_loses_no_step(data, tmp_path):
     path = video(data, "val", 5)
     with hung(path):
         [done] = group.finish([start(data, tmp_path / "run", "--config.eval.every_epochs=1")], 240)

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, start again, end with the same parameters, bit for bit."""
+"""Runs killed at random moments, which resume to bit-identical parameters."""
 
 import random
 import signal
@@ -11,7 +11,7 @@ from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.support import group, tiny
 from tests.support.marks import nightly, slow
 
-# One that is killed before they have met is waited for, otherwise for five minutes.
+# Survivors of a kill before the processes have connected would block for five minutes.
 TRAIN = group.program("coordination.START_SECONDS = 60")
 # Saves in the background at every second step, and validates, so that some kills fall into these.
 COMMAND = (*TRAIN, "--config=configs/moving_digits.py", *tiny.RECIPE_FLAGS)
@@ -30,11 +30,13 @@ def best(folder):
         nightly(2, 1, 7, 14, id="7 of two processes"),
     ],
 )
-def test_killed_at_random_moments_ends_with_the_same_parameters(
+def test_a_run_killed_at_random_moments_ends_with_the_same_parameters(
     processes, devices, kills, epochs, digits, tmp_path
 ):
-    """A kill comes some time after a start: mostly among steps, sometimes before the first one. Of
-    two processes one is killed, after which the other has to end as well, or both are."""
+    """Kills come mostly between steps, sometimes before the first one.
+
+    Of two processes one is killed, and the other has to exit, or both are.
+    """
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     program = [*COMMAND, f"--config.epochs={epochs}", f"--config.data.folder={digits}"]
 
@@ -47,7 +49,7 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(
     lines = (1, 4) if kills > 3 else (2, 4)  # a short run has to have saved before each kill
     seen = []
     for kill in range(kills):
-        # What the first run has compiled is loaded; a kill shall cut no entry of that cache short.
+        # Programs come from the first run's cache; a kill must not truncate its entries.
         writes_none = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
         started = start(folder, **writes_none)
         if kill % 5 == 4:
@@ -60,7 +62,7 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(
             assert started[victim].poll() is None, "the run was over: nothing was killed"
             started[victim].kill()
         done = group.finish(started)
-        # Who was not killed has lost another, which a scheduler can tell from an error.
+        # Survivors exit with the status of a lost peer, which schedulers distinguish from errors.
         survivors = [d for i, d in enumerate(done) if i not in victims]
         assert all(d.status in (LOST, -signal.SIGABRT) for d in survivors), survivors
     done = group.finish(start(folder), 300)
@@ -68,6 +70,6 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(
     assert "(resumed)" in done[0].out
     group.assert_same_state(folder, whole)
     assert best(folder) == best(whole)  # no validation was lost either
-    # The steps after which it was killed went on.
+    # Later kills come at later steps.
     numbers = [int(line.split()[1].split("/")[0]) for line in seen]
     assert numbers[-1] > numbers[0], numbers

@@ -1,4 +1,4 @@
-"""Several real processes on this machine are one run: the same results, one voice, one end."""
+"""Runs of several real processes on this machine: results, output, failures, start."""
 
 import json
 import os
@@ -31,8 +31,8 @@ EVALUATE = ("-m", "mvit_jax.evaluate")
 LONG = (*group.TRAIN, "--config.epochs=1000", "--config.eval.every_epochs=0")
 
 
-def said(done):
-    """What a process printed, without the lines of gloo, which carries messages between CPUs."""
+def printed(done):
+    """Returns the printed lines without those of gloo, which connects CPUs."""
     return [line for line in done.out.splitlines() if "[Gloo]" not in line]
 
 
@@ -50,8 +50,8 @@ def assert_alike(ours, theirs):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run_which_one_process_resumes(digits, tmp_path):
-    """Stopped by SIGTERM to one of them, and continued by one; who talks, and who writes."""
+def test_one_process_resumes_a_run_of_two_with_equal_results(digits, tmp_path):
+    """SIGTERM to one of them stops both; process 0 alone prints and writes."""
     sgd = tiny.RECIPE | {"optim.name": "sgd", "optim.lr": 0.1}
     assert train.train(tiny.config(digits, **sgd), str(tmp_path / "one")) == 0
     program = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'two'}"]
@@ -64,26 +64,26 @@ def test_two_processes_are_one_run_which_one_process_resumes(digits, tmp_path):
     assert [line.split()[:2] for line in lines[1:3]] == [["process", "0"], ["process", "1"]]
     step = Checkpoints(tmp_path / "two").step() or 0
     assert f"stopped at step {step} of 9" in done[0].out and 2 < step < 9
-    assert said(done[1]) == []
+    assert printed(done[1]) == []
     assert len(list((tmp_path / "two").glob("events.*"))) == 1
     run(program, 1, 2)
-    told, alone = (history.read(tmp_path / name) for name in ("two", "one"))
-    assert [line["processes"] for line in told.starts] == [2, 1]
-    losses = {line["step"]: line["loss"] for line in told.train}
+    log, alone = (history.read(tmp_path / name) for name in ("two", "one"))
+    assert [line["processes"] for line in log.starts] == [2, 1]
+    losses = {line["step"]: line["loss"] for line in log.train}
     for theirs in alone.train:
         if not step < theirs["step"] < step + 2:  # a mean over fewer steps
             assert losses[theirs["step"]] == pytest.approx(theirs["loss"], rel=1e-6)
-    assert [v["top1"] for v in told.val] == [v["top1"] for v in alone.val]
+    assert [v["top1"] for v in log.val] == [v["top1"] for v in alone.val]
     assert_alike(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
 
 
 @pytest.mark.slow
-def test_two_processes_test_a_run_like_one(reference, tmp_path):
+def test_two_processes_evaluate_a_run_like_one(reference, tmp_path):
     """10 videos in batches of 8."""
     for name, count in (("one", 1), ("two", 2)):
         folder = shutil.copytree(reference, tmp_path / name)
-        first, *others = run([*EVALUATE, f"--workdir={folder}"], count, 1)
-        assert "wrote " in first.out and all(said(other) == [] for other in others)
+        first, *rest = run([*EVALUATE, f"--workdir={folder}"], count, 1)
+        assert "wrote " in first.out and all(printed(other) == [] for other in rest)
     folders = (tmp_path / "one", tmp_path / "two")
     ours, theirs = (json.loads((path / "evaluation.json").read_text()) for path in folders)
     assert ours == theirs and ours["videos"] == 10 == np.sum(ours["confusion"])
@@ -101,9 +101,13 @@ def one_process(digits, tmp_path_factory):
 
 
 @pytest.mark.nightly
-def test_stopped_by_sigterm_to_one_of_four_and_resumed_by_two(digits, tmp_path, one_process):
-    """The state of four processes, split between all of them, goes on split in two, then whole.
-    The second start is stopped as well: before its first step, whose number is not 1."""
+def test_sigterm_to_one_of_four_processes_stops_a_run_that_two_resume(
+    digits, tmp_path, one_process
+):
+    """The state is sharded in four, then in two, then replicated.
+
+    The second start is stopped as well: before its first step, whose number is not 1.
+    """
     folder = tmp_path / "run"
     program = [*RECIPE, f"--config.data.folder={digits}", f"--workdir={folder}"]
     four = group.start([*program, "--config.mesh.fsdp=4"], 4, 1)
@@ -125,8 +129,8 @@ def test_stopped_by_sigterm_to_one_of_four_and_resumed_by_two(digits, tmp_path, 
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path):
-    """Once before training, once in the middle, where the other waits in a collective."""
+def test_an_error_in_one_process_ends_all_with_its_message(digits, tmp_path):
+    """Once before training, once in the middle, with the other blocked in a collective."""
     began = time.monotonic()
     missing = [[], ["--config.data.folder=/nonexistent"]]
     program = [*LONG, f"--config.data.folder={digits}", f"--workdir={tmp_path / 'run'}"]
@@ -134,7 +138,7 @@ def test_an_error_in_one_process_ends_all_with_its_reason(digits, tmp_path):
     assert (first.status, second.status) == (1, 1)
     assert second.err.count("\n") == 1 and "no data folder /nonexistent" in second.err
     assert "error: process 1 (" in first.err and "no data folder /nonexistent" in first.err
-    assert time.monotonic() - began < 150  # others would be waited for 300 s
+    assert time.monotonic() - began < 150  # the default timeout is 300 s
 
     data = shutil.copytree(digits, tmp_path / "data")
     broken = [[], [f"--config.data.folder={data}", "--config.data.threads=0"]]
@@ -157,20 +161,20 @@ def test_a_killed_process_ends_the_other(killed, digits, tmp_path):
     two[killed].kill()
     began = time.monotonic()
     done = group.finish(two)
-    assert time.monotonic() - began < 80  # silence would be noticed after 90
+    assert time.monotonic() - began < 80  # missing heartbeats are noticed after 90 s
     left = done[1 - killed]
     # JAX aborts by itself where process 0 is gone.
     assert left.status in (failure.LOST, -signal.SIGABRT) and failure.LOST == 128 + 6
     if killed == 1:
         assert left.status == failure.LOST and "Traceback" not in left.err
         assert re.search(r"error: process 1 has died.*the same command on all", left.err)
-    else:  # JAX itself is quicker than we are
+    else:  # JAX itself is quicker
         assert "coordination service" in left.err or "the same command on all" in left.err
 
 
 @pytest.mark.nightly
-def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_path, one_process):
-    """The collective operation that failed was once taken for a checkpoint that cannot be read."""
+def test_a_kill_during_a_restore_leaves_the_checkpoint_in_place(digits, tmp_path, one_process):
+    """The failed collective is not reported as an unreadable checkpoint."""
     folder = shutil.copytree(one_process, tmp_path / "run")
     dies = (
         "import orbax.checkpoint as ocp\n"
@@ -186,11 +190,11 @@ def test_a_process_killed_while_all_read_a_checkpoint_is_no_damage(digits, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["config", "list of videos"])
-def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
-    """They would wait for each other in different places."""
+@pytest.mark.parametrize("kind", ["config", "list of videos"])
+def test_a_process_with_another_config_or_list_ends_all(kind, digits, tmp_path):
+    """The processes would block in different collectives."""
     flags = ["--config.log_every=3"]
-    if what != "config":
+    if kind != "config":
         data = shutil.copytree(digits, tmp_path / "data")
         lines = (data / "train.csv").read_text().splitlines(keepends=True)
         (data / "train.csv").write_text("".join(lines[:-1]))
@@ -199,15 +203,15 @@ def test_a_process_with_something_else_to_do_ends_all(what, digits, tmp_path):
     two = group.start(program, 2, 1, each=[[], flags])
     first, second = group.finish(two, 120)
     assert (first.status, second.status) == (1, 1)
-    assert f"has another {what} than process 0: " in second.err
+    assert f"has another {kind} than process 0: " in second.err
     expected = {"config": "log_every is 3 here and 2 there", "list of videos": "videos is 23 here"}
-    assert expected[what] in second.err and expected[what] in first.err
+    assert expected[kind] in second.err and expected[kind] in first.err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("hung", [nightly(1), slow(0)])
-def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
-    """Its connections stay open, so that only its silence tells."""
+def test_a_hanging_process_ends_all(hung, digits, tmp_path):
+    """Its connections stay open; only its heartbeats stop."""
     flags = [*LONG[2:], f"--config.data.folder={digits}", f"--workdir={tmp_path}"]
     two = group.start([*group.program("failure.SILENT_BEATS = 6"), *flags], 2, 1)
     group.wait_for(two[0], "step 2/")
@@ -222,14 +226,14 @@ def test_a_process_that_hangs_ends_all(hung, digits, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [slow(signal.SIGTERM), nightly(signal.SIGKILL)])
-def test_what_a_scheduler_sends_to_workers_too(sent, digits, tmp_path):
-    """SIGTERM is for the process that saves its state; none of its workers outlives it."""
+def test_workers_end_with_their_run_on_sigterm_and_sigkill(sent, digits, tmp_path):
+    """SIGTERM reaches the workers too, as from a scheduler; none outlives the main process."""
     workers = ["--config.data.processes=2", f"--config.data.folder={digits}"]
     program = [*LONG, *workers, f"--workdir={tmp_path}"]
     [process] = group.start(program, 1, 1)
     group.wait_for(process, "step 4/")
-    told = subprocess.check_output(["pgrep", "-P", str(process.pid)])
-    children = [int(pid) for pid in told.split()]
+    output = subprocess.check_output(["pgrep", "-P", str(process.pid)])
+    children = [int(pid) for pid in output.split()]
     assert len(children) >= 2
     for pid in (*children, process.pid) if sent == signal.SIGTERM else (process.pid,):
         os.kill(pid, sent)
@@ -244,12 +248,12 @@ def test_what_a_scheduler_sends_to_workers_too(sent, digits, tmp_path):
 
 
 def small(work):
-    """Returns a program of several processes that takes one of them for dead soon."""
+    """Returns a program of several processes with a short heartbeat timeout."""
     return group.together(work, "failure.SILENT_BEATS = 4")
 
 
 @pytest.mark.nightly
-def test_a_process_ends_though_nobody_reads_its_last_words():
+def test_a_failed_process_exits_with_its_stderr_closed():
     fails = "assert coordination.first() and not time.sleep(100)"
     two = group.start(small(fails), 2, 1)
     for process in two:
@@ -260,8 +264,8 @@ def test_a_process_ends_though_nobody_reads_its_last_words():
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("fails", [0, 1])
-def test_process_0_ends_after_one_that_is_slow_to_end(fails):
-    """JAX aborts, with another exit status, whoever is there when process 0 has gone."""
+def test_process_0_exits_after_a_process_that_exits_slowly(fails):
+    """JAX aborts processes that outlive process 0, with another exit status."""
     slow = "end = os._exit; os._exit = lambda s: (time.sleep(coordination.service()[1]), end(s))"
     work = f"{slow}; assert coordination.service()[1] != {fails}; time.sleep(100)"
     for done in group.finish(group.start(small(work), 2, 1), 60):
@@ -269,14 +273,14 @@ def test_process_0_ends_after_one_that_is_slow_to_end(fails):
 
 
 @pytest.mark.nightly
-def test_process_0_may_end_long_after_the_others():
-    """It draws and writes what is only needed once; by then the others are not silent but done."""
+def test_process_0_may_exit_long_after_the_others():
+    """Process 0 writes the report; the others have finished by then and are not lost."""
     run(small("time.sleep(20) if coordination.first() else None"), 2, 1)
 
 
 @pytest.mark.slow
-def test_process_0_that_fails_when_the_others_are_done_ends_them():
-    """Their status says whether the run is whole."""
+def test_a_failure_of_process_0_fails_processes_that_have_finished():
+    """The exit status of each process is that of the run."""
     two = group.start(small("assert not coordination.first() or time.sleep(8)"), 2, 1)
     first, second = group.finish(two, 60)
     assert (first.status, second.status) == (1, 1)
@@ -284,8 +288,8 @@ def test_process_0_that_fails_when_the_others_are_done_ends_them():
 
 
 @pytest.mark.slow
-def test_a_connection_that_breaks_while_all_live_is_told_in_its_own_words():
-    """Otherwise a wrong network interface would be "another process has died", over and over."""
+def test_a_broken_connection_is_reported_with_its_message():
+    """A wrong network interface is not reported as "another process has died"."""
     broken = "exec(\"raise RuntimeError('NCCL error: no socket interface\\\\nmore')\")"
     two = group.start(small(f"time.sleep(100) if coordination.first() else {broken}"), 2, 1)
     first, second = group.finish(two, 60)
@@ -296,13 +300,13 @@ def test_a_connection_that_breaks_while_all_live_is_told_in_its_own_words():
 
 
 @pytest.mark.nightly
-def test_sigterm_ends_a_test_in_several_processes(one_process):
-    """JAX takes the signal for itself there, and a test has no loop that would ask it."""
-    waits = (
+def test_sigterm_ends_an_evaluation_in_several_processes(one_process):
+    """JAX handles the signal there, and an evaluation has no loop that checks a flag."""
+    sleeps = (
         "from mvit_jax import evaluate\n"
         "evaluate.test = lambda folder: print('tests', flush=True) or time.sleep(100)"
     )
-    program = group.program(waits, "evaluate.main")
+    program = group.program(sleeps, "evaluate.main")
     two = group.start([*program, f"--workdir={one_process}"], 2, 1)
     for process in two:
         group.wait_for(process, "tests")
@@ -313,7 +317,7 @@ def test_sigterm_ends_a_test_in_several_processes(one_process):
 
 
 @pytest.mark.slow
-def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
+def test_missing_processes_end_the_start_with_a_one_sentence_error(tmp_path):
     program = group.together("pass", "coordination.START_SECONDS = 2")
     flags = [f"--coordinator=127.0.0.1:{group.free_port()}", "--num_processes=2"]
     for process in (0, 1):
@@ -327,7 +331,7 @@ def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("flags", "sentence"),
     [
         (("node1", 2, 0), "--coordinator=node1 must be HOST:PORT"),
         (("node1:80", 2, 2), "--process_id=2 must be from 0 to 1"),
@@ -335,9 +339,9 @@ def test_others_that_never_come_are_one_sentence_after_a_while(tmp_path):
         (("node1:80", None, None), "give --coordinator=HOST:PORT, --num_processes and --process"),
     ],
 )
-def test_flags_that_do_not_suffice_say_so(given, sentence, no_cluster):
+def test_incomplete_or_wrong_cluster_flags_are_an_error(flags, sentence, no_cluster):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        launch.connect(*given)
+        launch.connect(*flags)
 
 
 @pytest.fixture
@@ -345,7 +349,7 @@ def no_cluster(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION", "TPU_")):
             monkeypatch.delenv(name)
-    # This process has used JAX, which refuses to be brought together with others then.
+    # JAX connects no processes once its backends are in use, as they are here.
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     return monkeypatch
 
@@ -364,7 +368,7 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"}
         KUBERNETES,  # a notebook
     ],
 )
-def test_who_is_alone_starts_without_complaint(environ, no_cluster, capfd, recwarn):
+def test_a_single_process_starts_without_a_cluster(environ, no_cluster, capfd, recwarn):
     for name, value in environ.items():
         no_cluster.setenv(name, value)
     launch.connect()
@@ -372,7 +376,7 @@ def test_who_is_alone_starts_without_complaint(environ, no_cluster, capfd, recwa
     assert capfd.readouterr() == ("", "") and not recwarn.list
 
 
-def test_a_pod_of_an_indexed_job_never_takes_itself_for_the_only_one(no_cluster):
+def test_a_pod_of_an_indexed_job_does_not_start_as_a_single_process(no_cluster):
     for name, value in (KUBERNETES | {"JOB_COMPLETION_INDEX": "1"}).items():
         no_cluster.setenv(name, value)
     no_cluster.setitem(sys.modules, "kubernetes", None)
@@ -389,22 +393,22 @@ def test_a_pod_of_an_indexed_job_never_takes_itself_for_the_only_one(no_cluster)
     [
         ({}, None),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
-        # One task a node with all of its GPUs; JAX would take the first alone.
+        # One task a node with all of its GPUs; JAX would use the first alone.
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
          [0, 1, 2, 3]),
         # Each task sees its own GPU; JAX would look for one with the task's number.
         (SLURM | {"CUDA_VISIBLE_DEVICES": "3", "SLURM_STEP_TASKS_PER_NODE": "8",
                   "SLURM_GPUS_PER_TASK": "1"}, [0]),
-        # A task a GPU, all of which see all: as JAX has it.
+        # One task per GPU, with all GPUs visible to each: JAX's default.
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, None),
         (SLURM | {"CUDA_VISIBLE_DEVICES": ""}, None),
     ],
 )  # fmt: skip
-def test_slurm_tasks_take_the_gpus_they_are_given(environ, ids, no_cluster):
+def test_slurm_tasks_use_the_gpus_allotted_to_them(environ, ids, no_cluster):
     assert launch.slurm_devices(environ) == ids
 
 
-def test_what_slurm_gives_reaches_jax(no_cluster):
+def test_the_slurm_coordinator_process_and_gpus_are_passed_to_jax(no_cluster):
     """The coordinator, the number of processes and the GPUs, as JAX works them out."""
     environ = SLURM | STEP | {
         "SLURM_PROCID": "1", "CUDA_VISIBLE_DEVICES": "4,5", "SLURM_STEP_TASKS_PER_NODE": "1(x8)",
@@ -445,7 +449,7 @@ def device_row(process, host="node1", devices=1, **changes):
     return row | changes
 
 
-def test_the_table_of_devices():
+def test_the_device_table_lists_processes_hosts_and_devices():
     rows = [device_row(0, devices=2), device_row(1, "node2", 2)]
     assert device_table.describe(rows).splitlines() == [
         "2 processes on 2 hosts, 4 devices",
@@ -475,9 +479,9 @@ def test_the_table_of_devices():
          "node1 has 8 GPUs for this job, and its processes use 2"),
     ],
 )  # fmt: skip
-def test_what_looks_wrong_is_said(rows, sentence):
-    [found] = device_table.suspicions(rows)
-    assert re.search(sentence, found), found
+def test_suspicious_device_tables_are_reported(rows, sentence):
+    [message] = device_table.suspicions(rows)
+    assert re.search(sentence, message), message
 
 
 @pytest.mark.parametrize(
@@ -490,7 +494,7 @@ def test_what_looks_wrong_is_said(rows, sentence):
         (OSError("connection reset"), False),  # a disk on a network, say
     ],
 )
-def test_what_tells_that_a_peer_is_lost(error, lost):
+def test_errors_of_lost_peers_are_recognised(error, lost):
     assert failure._peer_lost(error) == lost
     try:
         raise KeyError("after that") from error

@@ -1,4 +1,4 @@
-"""What can happen to a run from outside: each has its outcome, and is caused here.
+"""External failures of a run: a full disk, a read-only workdir, removed data.
 
 Kills are in `test_kill.py`, losses that are not finite in `training/run/test_nan_policy.py`.
 """
@@ -23,7 +23,7 @@ def start(data, folder):
 
 
 @pytest.mark.slow
-def test_on_a_full_disk_training_goes_on_as_long_as_there_is_hope(digits, tmp_path, reference):
+def test_training_on_a_full_disk_continues_until_the_last_save_fails(digits, tmp_path, reference):
     """No file may grow beyond 3 kB from step 4 or 6 on: the saves after that, and of 9, fail."""
     process = start(digits, tmp_path)
     group.wait_for(process, "step 4/")
@@ -38,7 +38,7 @@ def test_on_a_full_disk_training_goes_on_as_long_as_there_is_hope(digits, tmp_pa
     assert f"the checkpoint of step {last} is intact; training continues" in out
     assert f"error: the checkpoint {tmp_path}/checkpoints/" in err, err[-2000:]
     assert "Event loop is closed" not in err
-    # The same command goes on.
+    # The same command resumes.
     process = start(digits, tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -47,15 +47,13 @@ def test_on_a_full_disk_training_goes_on_as_long_as_there_is_hope(digits, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_workdir_that_cannot_be_written_is_told_before_anything_is_compiled(
-    digits, reference, tmp_path, monkeypatch
-):
-    """Also one that holds a run, of which nothing is to be written but the next checkpoint."""
+def test_a_read_only_workdir_fails_before_compilation(digits, reference, tmp_path, monkeypatch):
+    """Also a workdir that holds a run, which needs no writes before the next checkpoint."""
 
-    def no(*_):
+    def fail(*_):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(train.build, "program", no)
+    monkeypatch.setattr(train.build, "program", fail)
     with pytest.raises(UserError, match="the workdir /sys/kernel cannot be written"):
         train.train(tiny.config(digits, **tiny.RECIPE), "/sys/kernel")  # not by root either
 
@@ -73,15 +71,15 @@ def test_a_workdir_that_cannot_be_written_is_told_before_anything_is_compiled(
 
 
 @pytest.mark.parametrize("processes", [slow(0), nightly(2)])
-def test_a_folder_removed_in_mid_run_ends_it_and_costs_no_step(digits, tmp_path, processes):
+def test_removing_the_data_during_a_run_ends_it_without_losing_steps(digits, tmp_path, processes):
     data = shutil.copytree(digits, tmp_path / "data")
     videos, elsewhere = data / "videos" / "train", data / "elsewhere"
 
     folder = str(tmp_path / "run")
     changes = {"epochs": 6.0, "data.processes": processes, "data.threads": 1}  # 18 steps
     config = tiny.config(data, **(tiny.RECIPE | changes))
-    told = pytest.raises(UserError, match=r"cannot be decoded: check its files")
-    with group.at_step(3, lambda: videos.rename(elsewhere)), told:
+    error = pytest.raises(UserError, match=r"cannot be decoded: check its files")
+    with group.at_step(3, lambda: videos.rename(elsewhere)), error:
         train.train(config, folder)
     step = Checkpoints(folder).step()
     assert step is not None and 3 <= step < 18

@@ -36,7 +36,7 @@ IMAGES = {
 
 
 def fresh(config, seed):
-    """A state of random weights."""
+    """Returns a state of random weights."""
     model = build.model_config(config, 8)
     optimizer = build.make_optimizer(config)
     return init_state(functional(model).init(jax.random.key(seed)), optimizer, config.optim.ema)
@@ -44,7 +44,7 @@ def fresh(config, seed):
 
 @functools.cache
 def shared_run(digits):
-    """The folder of a run beside its data, and its `Predictor`, made once for all tests."""
+    """Returns the folder of a run beside its data, and its `Predictor`, made once for all tests."""
     folder = make_run(digits, digits.parent / f"{digits.name}_run")
     return folder, predictor_of(folder)
 
@@ -57,7 +57,7 @@ def predictor_of(folder, **options):
 
 
 def make_run(digits, folder):
-    """Other weights in its best, its last and its averaged last state."""
+    """Writes a run with different weights in its best, last and averaged last state."""
     config = tiny.config(digits, **{"optim.ema": 0.5})
     workdir.freeze(config, folder)
     state = fresh(config, 0)
@@ -69,7 +69,7 @@ def make_run(digits, folder):
 
 
 def write_video(path, frames, rate=30, **options):
-    """H.264 of uint8 frames [time, height, width, 3]."""
+    """Writes uint8 frames [time, height, width, 3] as H.264."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"qp": "10"} | options)
         stream.height, stream.width = frames.shape[1:3]
@@ -81,14 +81,14 @@ def write_video(path, frames, rate=30, **options):
 
 
 def write_audio(path):
-    """A file without pictures, a second of silence."""
+    """Writes a file without video, a second of silence."""
     return audio_only(path.parent).rename(path)
 
 
 def textured(count, height=48, width=64, seed=0):
-    """Frames that all differ."""
+    """Returns frames that all differ."""
     rng = np.random.default_rng(seed)
     still = rng.integers(20, 120, (height // 4, width // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    # Brighter from frame to frame, and every 50 frames dark again and in another place.
+    # Brighter from frame to frame, and every 50 frames dark again and at another position.
     moved = np.stack([np.roll(still, 4 * (i // 50), axis=1) for i in range(count)])
     return moved + (np.arange(count) % 50).astype(np.uint8)[:, None, None, None]

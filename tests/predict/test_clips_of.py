@@ -26,11 +26,11 @@ def path(request, tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("v") / "a.mp4", textured(200), **request.param)
 
 
-def test_frames_come_in_order_and_are_those_of_plain_decoding(path):
-    wanted = [3, 4, 50, 51, 120, 199]
+def test_in_order_returns_the_frames_of_plain_decoding(path):
+    numbers = [3, 4, 50, 51, 120, 199]
     with Video(path) as video:
-        got = dict(video.in_order(wanted))
-    assert list(got) == wanted
+        got = dict(video.in_order(numbers))
+    assert list(got) == numbers
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     for number, frame in got.items():
@@ -48,14 +48,14 @@ def test_clips_are_the_views_of_the_test_protocol(path, crops):
     np.testing.assert_array_equal(np.concatenate(clips), expected)
 
 
-def test_overlapping_clips_decode_each_frame_once_however_many_there_are(path, monkeypatch):
+def test_overlapping_clips_decode_each_frame_once(path, monkeypatch):
     indices = np.arange(0, 184, 4)[:, None] + np.arange(0, 16, 4)
     converted, decoded = [], itertools.count()
     with Video(path) as video:
         original, rgb = video._decoded, video._rgb
 
-        def counted(wanted, jumping):
-            for item in original(wanted, jumping):
+        def counted(numbers, jumping):
+            for item in original(numbers, jumping):
                 next(decoded)
                 yield item
 
@@ -66,7 +66,7 @@ def test_overlapping_clips_decode_each_frame_once_however_many_there_are(path, m
     assert next(decoded) <= 200
 
 
-def test_a_damaged_file_is_an_error_when_its_damage_is_reached(path, tmp_path):
+def test_a_damaged_file_raises_at_the_damaged_frames(path, tmp_path):
     data = bytearray(path.read_bytes())
     start = len(data) // 2
     data[start : start + len(data) // 3] = bytes(len(data) // 3)
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_an_error_when_its_damage_is_reached(path, tmp_path):
         list(clips_of(video, indices, SETTINGS, 1))
 
 
-def test_frames_that_a_header_promises_and_that_never_come_are_the_last_one(path, monkeypatch):
+def test_missing_frames_at_the_end_repeat_the_last_frame(path, monkeypatch):
     with Video(path) as video:
         original, end = video._decoded, 195
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What a loaded model says of files, against `apply` on each clip and the test program's scores."""
+"""Predictions and attention maps of a loaded model, against `apply` on each clip."""
 
 import functools
 import io
@@ -42,9 +42,9 @@ def long_video(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prediction(predictor, long_video):
-    told = []
-    prediction = predictor.predict(long_video, progress=lambda done, of: told.append((done, of)))
-    assert told == [(8, 23), (16, 23), (23, 23)]
+    calls = []
+    prediction = predictor.predict(long_video, progress=lambda done, of: calls.append((done, of)))
+    assert calls == [(8, 23), (16, 23), (23, 23)]
     return prediction
 
 
@@ -52,9 +52,7 @@ def normalised(clip):
     return ((clip / 255 - 0.45) / 0.225).astype(np.float32)
 
 
-def test_windows_are_clips_of_their_frames_through_the_model(
-    run, predictor, long_video, prediction
-):
+def test_window_probabilities_are_those_of_their_clips(run, predictor, long_video, prediction):
     params, model = run_folder.read_params(run)
     with Video(long_video) as video:
         frames = video.frames(range(192))
@@ -75,8 +73,8 @@ def test_windows_are_clips_of_their_frames_through_the_model(
     np.testing.assert_allclose(prediction.times[-1], np.asarray([176, 181, 186, 191]) / 30)
 
 
-def test_a_timeline_turns_where_the_video_does(predictor, long_video, monkeypatch):
-    """With a model that tells dark from bright, as a stand-in for a trained one."""
+def test_segments_change_at_the_change_of_the_video(predictor, long_video, monkeypatch):
+    """A model that separates dark from bright stands in for a trained one."""
 
     def brightness(clips):
         light = np.asarray(clips, np.float64).mean((1, 2, 3, 4))
@@ -94,13 +92,13 @@ def test_a_timeline_turns_where_the_video_does(predictor, long_video, monkeypatc
     assert segments[1].end == pytest.approx(6.4)
 
 
-def test_short_videos_have_no_timeline_and_clips_on_demand_neither(
+def test_short_videos_and_a_set_number_of_clips_have_no_timeline(
     run, digits, predictor, long_video
 ):
     path = digits / (digits / "test.csv").read_text().split()[0]
     assert predictor.predict(path).timeline is None
-    asked = Predictor(run, clips=2, crops=3)  # on all devices
-    prediction = asked.predict(long_video)
+    two_clips = Predictor(run, clips=2, crops=3)  # on all devices
+    prediction = two_clips.predict(long_video)
     assert prediction.timeline is None and prediction.clips == 2
     assert prediction.shown.shape == (1, 4, 32, 32, 3)
 
@@ -118,9 +116,9 @@ def test_three_crops_are_averaged_in_windows(run, predictor, long_video):
 
 
 @pytest.mark.slow
-def test_maps_are_those_of_the_clips_shown(run, predictor, prediction):
-    assert predictor._fine_block == 0  # 4 x 4 places are the most that there are
-    found = predictor.maps(prediction.shown[:2])
+def test_maps_are_rollout_and_grad_cam_of_the_shown_clips(run, predictor, prediction):
+    assert predictor._fine_block == 0  # the finest grid is 4 x 4
+    result = predictor.maps(prediction.shown[:2])
     params, model = run_folder.read_params(run)
 
     @jax.jit
@@ -131,7 +129,7 @@ def test_maps_are_those_of_the_clips_shown(run, predictor, prediction):
         )
 
     maps = jax.device_get(compute(params, normalised(prediction.shown[:2])))
-    for ours, expected in zip((found.rollout, found.grad_cam), maps, strict=True):
+    for ours, expected in zip((result.rollout, result.grad_cam), maps, strict=True):
         pixels = token_geometry.to_pixels(expected, (4, 32, 32), model.config)
         np.testing.assert_allclose(ours, pixels, atol=1e-4)
 
@@ -156,7 +154,7 @@ def test_the_picture_shows_frames_classes_and_the_timeline(predictor, prediction
         assert tuple(bytes.fromhex(code[1:])) in colours
 
 
-def test_attention_moves_beside_what_was_seen(predictor, prediction):
+def test_attention_frames_show_the_clip_beside_its_maps(predictor, prediction):
     maps = predictor.maps(prediction.shown[:2])
     frames = figures.attention_frames(prediction.shown[:2], maps)
     assert frames.shape == (8, 224, 3 * 224, 3)
@@ -166,7 +164,7 @@ def test_attention_moves_beside_what_was_seen(predictor, prediction):
 
 
 @pytest.mark.slow
-def test_an_image_model_sees_a_second_a_window(digits, tmp_path):
+def test_an_image_model_predicts_one_window_a_second(digits, tmp_path):
     config = tiny.config(digits, **small.IMAGES)
     workdir.freeze(config, tmp_path)
     with closing(Checkpoints(tmp_path)) as checkpoints:
@@ -185,7 +183,7 @@ def test_an_image_model_sees_a_second_a_window(digits, tmp_path):
     assert figures.attention_fps(still.shown, 4) == 2
 
 
-def test_names_come_from_the_run_or_else_from_the_data(digits, tmp_path):
+def test_class_names_come_from_the_run_or_from_the_data(digits, tmp_path):
     config = tiny.config(digits)
     names = tuple((digits / "labels.txt").read_text().split())
     assert class_names(config, tmp_path, 8) == names
@@ -198,7 +196,7 @@ def test_names_come_from_the_run_or_else_from_the_data(digits, tmp_path):
     assert class_names(config, tmp_path, 3) == ("class 0", "class 1", "class 2")
 
 
-def test_a_file_in_place_of_a_folder_is_told_what_to_do(tmp_path):
+def test_a_weights_file_instead_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "k400.pyth").write_bytes(b"")
     with pytest.raises(UserError, match="is a file: make a folder of it first"):
         Predictor(tmp_path / "k400.pyth")

@@ -1,4 +1,4 @@
-"""What the page's gate lets through, asked as a client asks it."""
+"""Requests that the page's filter passes and rejects, sent by a client."""
 
 import asyncio
 
@@ -12,8 +12,8 @@ LARGEST = 10**6
 UPLOAD, JOIN = "/gradio_api/upload", "/gradio_api/queue/join"
 
 
-def ask(method, path, bound="127.0.0.1", **headers):
-    """Returns the status of an answer, having checked that 200 alone is of what is behind."""
+def send(method, path, bound="127.0.0.1", **headers):
+    """Returns a response's status; only status 200 comes from the app behind the filter."""
     app, reached = fastapi.FastAPI(), []
 
     @app.api_route("/{rest:path}", methods=["GET", "HEAD", "POST", "DELETE", "OPTIONS"])
@@ -21,18 +21,18 @@ def ask(method, path, bound="127.0.0.1", **headers):
         reached.append(rest)
 
     client = testclient.TestClient(guarded(app, host=bound, largest=LARGEST))
-    given = {"host": "127.0.0.1:7860", "content_length": "0"} | headers
+    values = {"host": "127.0.0.1:7860", "content_length": "0"} | headers
     request = client.build_request(method, path)
     request.headers.clear()
-    request.headers.update({k.replace("_", "-"): v for k, v in given.items() if v is not None})
+    request.headers.update({k.replace("_", "-"): v for k, v in values.items() if v is not None})
     status = client.send(request).status_code
     assert bool(reached) == (status == 200)
     return status
 
 
-def test_the_page_and_its_parts_come_through():
+def test_requests_for_the_page_and_its_assets_pass():
     for path in ("/", "/theme.css", "/assets/index.js", "/gradio_api/queue/data"):
-        assert ask("GET", path) == ask("HEAD", path) == 200
+        assert send("GET", path) == send("HEAD", path) == 200
 
 
 @pytest.mark.parametrize(
@@ -52,27 +52,27 @@ def test_the_page_and_its_parts_come_through():
         ("OPTIONS", "/gradio_api/upload"),
     ],
 )
-def test_routes_that_act_or_fetch_are_shut(method, path):
-    assert ask(method, path) == 404
+def test_routes_that_act_or_fetch_are_blocked(method, path):
+    assert send(method, path) == 404
 
 
-def test_large_requests_are_refused_before_they_are_read():
+def test_large_requests_are_rejected_before_they_are_read():
     for path, largest in ((UPLOAD, LARGEST + AROUND), (JOIN, AROUND)):
-        assert ask("POST", path, content_length=str(largest)) == 200
-        assert ask("POST", path, content_length=str(largest + 1)) == 413
+        assert send("POST", path, content_length=str(largest)) == 200
+        assert send("POST", path, content_length=str(largest + 1)) == 413
         for length in (None, "-1", "1e3", ""):
-            assert ask("POST", path, content_length=length) == 411
-        assert ask("POST", path, transfer_encoding="chunked") == 411
+            assert send("POST", path, content_length=length) == 411
+        assert send("POST", path, transfer_encoding="chunked") == 411
 
 
-def test_other_sites_cannot_ask_in_a_visitors_name():
-    assert ask("GET", "/", origin="http://127.0.0.1:7860") == 200
+def test_requests_from_other_origins_are_rejected():
+    assert send("GET", "/", origin="http://127.0.0.1:7860") == 200
     for origin in ("http://evil.example", "null", "http://127.0.0.1:80"):
-        assert ask("POST", UPLOAD, origin=origin) == 403
+        assert send("POST", UPLOAD, origin=origin) == 403
 
 
 @pytest.mark.parametrize(
-    ("bound", "asked", "status"),
+    ("bound", "name", "status"),
     [
         ("127.0.0.1", "localhost:7860", 200),
         ("127.0.0.1", "[::1]:7860", 200),
@@ -81,11 +81,11 @@ def test_other_sites_cannot_ask_in_a_visitors_name():
         ("0.0.0.0", "workstation.example:7860", 200),
     ],
 )
-def test_on_loopback_requests_must_be_for_loopback(bound, asked, status):
-    assert ask("GET", "/", bound, host=asked) == status
+def test_a_server_on_loopback_rejects_other_host_names(bound, name, status):
+    assert send("GET", "/", bound, host=name) == status
 
 
-def test_what_fails_behind_it_is_one_line(capsys):
+def test_an_exception_in_the_app_is_logged_as_one_line(capsys):
     async def fails(scope, receive, send):
         raise RuntimeError("no such session\nand more")
 
@@ -94,7 +94,7 @@ def test_what_fails_behind_it_is_one_line(capsys):
     assert capsys.readouterr().err == "a request failed: RuntimeError: no such session\n"
 
 
-def test_what_loopback_is():
+def test_loopback_addresses_are_recognised():
     for host in ("127.0.0.1", "127.8.0.1", "localhost", "::1", "[::1]"):
         assert is_loopback(host)
     for host in ("0.0.0.0", "192.168.1.2", "example.org", "127.0.0.1.example.org", "", "::"):

@@ -1,4 +1,4 @@
-"""The page: what it refuses, and, in a real browser, what people do with it."""
+"""The demo page: its limits and errors, and its use in a real browser."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ from tests.support import tiny
 LIMITS = Limits(megabytes=1, minutes=0.25)
 
 
-def test_kinds_are_told_by_name_and_by_first_bytes(tmp_path):
+def test_file_kinds_are_checked_by_ending_and_first_bytes(tmp_path):
     video = small.write_video(tmp_path / "a.mp4", small.textured(10))
     check_kind(video, list(server.VIDEOS))
     for ending in ("mov", "mkv", "avi"):
@@ -46,7 +46,7 @@ def test_kinds_are_told_by_name_and_by_first_bytes(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=reason):
             check_kind(tmp_path / name, list(server.VIDEOS))
-    # Of what Pillow would hand to another program, the name does not matter.
+    # Formats that Pillow passes to another program are rejected by their content.
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     with pytest.raises(UserError, match="it is not an image"):
         check_kind(tmp_path / "a.png", [".png"])
@@ -58,7 +58,7 @@ def test_long_videos_and_large_frames_are_refused(tmp_path, monkeypatch):
         check_size(video, Limits(1, 0.1))
         with pytest.raises(UserError, match=r"it is 0:06 long, .* up to 0.05 minutes"):
             check_size(video, Limits(1, 0.05))
-        video.fps = 1e6  # a file says of itself what it likes
+        video.fps = 1e6  # a file's metadata can be false
         with pytest.raises(UserError, match=r"up to 0\.001 minutes"):
             check_size(video, Limits(1, 0.001))
         monkeypatch.setattr(server, "MOST_PIXELS", 48 * 64 - 1)
@@ -67,7 +67,7 @@ def test_long_videos_and_large_frames_are_refused(tmp_path, monkeypatch):
     check_size(Frames(np.zeros((1, 10, 10, 3), np.uint8)), Limits(1, 0.01))
 
 
-def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_one_sentence():
+def test_a_port_in_use_or_a_foreign_address_is_a_one_sentence_error():
     def load():
         raise AssertionError("the model is loaded for nothing")
 
@@ -79,13 +79,13 @@ def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_one_sentence()
         server.serve(load, host="192.0.2.1", port=0, limits=LIMITS, top=5)
 
 
-def test_without_gradio_it_says_what_to_install(monkeypatch):
+def test_missing_gradio_is_an_error_with_the_install_command(monkeypatch):
     monkeypatch.setattr(server, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape("pip install -e '.[demo]'")):
         server.serve(lambda: None, host="127.0.0.1", port=0, limits=LIMITS, top=5)
 
 
-def test_an_address_in_a_request_is_not_downloaded(digits, monkeypatch):
+def test_a_url_in_a_request_is_not_downloaded(digits, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     gradio = pytest.importorskip("gradio")
     blocks = server.build(small.shared_run(digits)[1], LIMITS, 5)
@@ -115,9 +115,9 @@ def served(digits, tmp_path_factory):
     process = serve(folder / "run", temporary, "--max_mb=1", "--max_minutes=0.25")
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line + process.stderr.read()
-        yield found[0], temporary
+        address = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert address, line + process.stderr.read()
+        yield address[0], temporary
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
         assert process.stderr.read().strip().splitlines()[-1] == "stopped"
@@ -130,7 +130,7 @@ def served(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(served):
-    """A page in Chromium, the addresses that it asked for, and what it wrote to its console."""
+    """A page in Chromium, with the URLs that it requested and its console errors."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     assert chromium, "this test needs chromium"
@@ -139,8 +139,8 @@ def browser(served):
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )
         tab = open_.new_page()
-        tab.asked, tab.errors = [], []
-        tab.on("request", lambda request: tab.asked.append(request.url))
+        tab.requested, tab.errors = [], []
+        tab.on("request", lambda request: tab.requested.append(request.url))
         tab.on("console", lambda m: tab.errors.append(m.text) if m.type == "error" else None)
         tab.on("pageerror", lambda error: tab.errors.append(str(error)))
         tab.goto(served[0])
@@ -151,7 +151,7 @@ def browser(served):
 
 @pytest.fixture
 def files(tmp_path):
-    """One that is too long, or large, or broken, for each reason to refuse it."""
+    """A valid video, and a file for each reason to reject it."""
     good = small.write_video(tmp_path / "good.mp4", small.textured(150, height=40)).read_bytes()
     (tmp_path / "huge.mp4").write_bytes(good + bytes(2 * 10**6))
     (tmp_path / "empty.mp4").write_bytes(b"")
@@ -174,7 +174,7 @@ def drop(tab, path, wait):
 
 
 @pytest.mark.browser
-def test_a_good_video_shows_classes_over_time_and_attention(browser, files, served):
+def test_a_video_shows_classes_over_time_and_attention(browser, files, served):
     assert "deleted" in browser.inner_text("body")
     drop(browser, files / "good.mp4", "h3:has-text('Where it looks')")
     # The heading may be there before the progress, with its own "100%", is gone.
@@ -183,13 +183,15 @@ def test_a_good_video_shows_classes_over_time_and_attention(browser, files, serv
     assert "good.mp4: 0:05; means over 18 windows" in body
     assert len(re.findall(r"\d+%", body)) == 5
     assert re.search(r"0:00 - 0:\d\d\s+\w+\s+0\.\d\d", body)
-    for says in ("classes over time", "attention"):
-        image = browser.wait_for_selector(f"img[alt='{says}']")
-        assert browser.evaluate("i => i.complete && i.naturalWidth > 400", image), says
+    for label in ("classes over time", "attention"):
+        image = browser.wait_for_selector(f"img[alt='{label}']")
+        assert browser.evaluate("i => i.complete && i.naturalWidth > 400", image), label
     assert not browser.errors
-    outside = [url for url in browser.asked if not url.startswith((served[0], "data:", "blob:"))]
-    assert not outside and len(browser.asked) > 10
-    # What was uploaded is gone, and the page is ready for the next file.
+    outside = [
+        url for url in browser.requested if not url.startswith((served[0], "data:", "blob:"))
+    ]
+    assert not outside and len(browser.requested) > 10
+    # The upload is deleted, and the page is ready for the next file.
     browser.wait_for_selector("text=Drop File Here")
     assert not [path for path in served[1].rglob("*") if path.is_file() and path.stat().st_size]
     for width in (375, 1280):
@@ -198,7 +200,7 @@ def test_a_good_video_shows_classes_over_time_and_attention(browser, files, serv
 
 
 @pytest.mark.browser
-def test_bad_files_are_refused_in_one_sentence_and_the_page_lives(browser, files, served):
+def test_bad_files_are_rejected_in_one_sentence_and_the_page_still_works(browser, files, served):
     for name, reason in {
         "cut.mp4": "it is not a video, or it is damaged or cut off",
         "empty.mp4": "empty",
@@ -208,19 +210,19 @@ def test_bad_files_are_refused_in_one_sentence_and_the_page_lives(browser, files
         "huge.mp4": "exceed the maximum allowed size of 1.0 Mb",
         "words.txt": "Invalid file type",
     }.items():
-        said = drop(browser, files / name, ".toast-body")
-        assert reason.lower() in said.lower(), (name, said)
-        assert "Traceback" not in said and "/" not in said.replace("0:", "")
+        message = drop(browser, files / name, ".toast-body")
+        assert reason.lower() in message.lower(), (name, message)
+        assert "Traceback" not in message and "/" not in message.replace("0:", "")
     files.joinpath("good.mp4").rename(files / "again.mp4")
     drop(browser, files / "again.mp4", "p:has-text('again.mp4: 0:05')")
     assert not [path for path in served[1].rglob("*") if path.is_file() and path.stat().st_size]
 
 
 @pytest.mark.browser
-def test_the_server_gives_and_takes_no_other_files(served, tmp_path):
+def test_the_server_rejects_paths_and_files_outside_its_uploads(served, tmp_path):
     url, temporary = served
 
-    def ask(path, body=None, **headers):
+    def send(path, body=None, **headers):
         request = urllib.request.Request(url + path, body, headers)
         try:
             with urllib.request.urlopen(request, timeout=20) as response:
@@ -230,18 +232,20 @@ def test_the_server_gives_and_takes_no_other_files(served, tmp_path):
 
     video = small.write_video(tmp_path / "of_this_machine.mp4", small.textured(10))
     for path in (f"file={video}", f"file/{video}", "file=http://example.org"):
-        assert ask(f"/gradio_api/{path}")[0] == 404
-    assert ask("/gradio_api/proxy=http://example.org")[0] == 400
-    assert ask("/monitoring")[0] == ask("/monitoring/summary")[0] == 403
-    assert ask("/static/..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd")[0] in (403, 404)
-    assert json.loads(ask("/gradio_api/info")[1])["named_endpoints"] == {}
+        assert send(f"/gradio_api/{path}")[0] == 404
+    assert send("/gradio_api/proxy=http://example.org")[0] == 400
+    assert send("/monitoring")[0] == send("/monitoring/summary")[0] == 403
+    assert send("/static/..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd")[0] in (403, 404)
+    assert json.loads(send("/gradio_api/info")[1])["named_endpoints"] == {}
 
     def join(session, named):
-        """What the page says to a request that names a file."""
+        """Returns the page's response to a request that names a file."""
         data = [{"path": named, "meta": {"_type": "gradio.FileData"}}]
         body = json.dumps({"data": data, "fn_index": 0, "session_hash": session}).encode()
-        assert ask("/gradio_api/queue/join", body, **{"Content-Type": "application/json"})[0] == 200
-        _, events = ask(f"/gradio_api/queue/data?session_hash={session}")
+        assert (
+            send("/gradio_api/queue/join", body, **{"Content-Type": "application/json"})[0] == 200
+        )
+        _, events = send(f"/gradio_api/queue/data?session_hash={session}")
         return next(line for line in events.splitlines() if "process_completed" in line)
 
     form = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -249,34 +253,38 @@ def test_the_server_gives_and_takes_no_other_files(served, tmp_path):
         b'--b\r\nContent-Disposition: form-data; name="files"; filename="../../x.mp4"\r\n\r\n'
         b"x\r\n--b--\r\n"
     )
-    status, answer = ask("/gradio_api/upload", upload, **form)
+    status, answer = send("/gradio_api/upload", upload, **form)
     assert status == 200 and str(temporary) in answer and ".." not in answer
     link = Path(json.loads(answer)[0]).with_name("link.mp4")
     link.symlink_to(video)
     outside = f"{link.parent}/../../../{video.name}"
     (temporary / video.name).symlink_to(video)
     for i, named in enumerate((str(video), outside, str(link), "\0", 3)):
-        said = join(f"other{i}", named)
-        assert '"success":false' in said and video.name not in said and "link.mp4" not in said
-    assert video.exists()  # as the page deletes what it has looked at
+        response = join(f"other{i}", named)
+        assert (
+            '"success":false' in response
+            and video.name not in response
+            and "link.mp4" not in response
+        )
+    assert video.exists()  # the page deletes uploads alone
     link.unlink()
     (temporary / video.name).unlink()
-    # FFmpeg would cut what such a list names.
+    # FFmpeg would cut the videos that such a list names.
     listed = f"#EXTM3U\n#EXTINF:1,\nfile://{video}\n".encode()
     recording = upload.replace(b'"files"', b'"video"').replace(b"x\r\n--b--", listed + b"\r\n--b--")
-    assert ask("/gradio_api/process_recording", recording, **form)[0] == 404
-    status, _ = ask("/", Host="evil.example")
+    assert send("/gradio_api/process_recording", recording, **form)[0] == 404
+    status, _ = send("/", Host="evil.example")
     assert status == 403
-    # Past the chooser: the server looks for itself.
+    # Without the browser's file chooser: the server checks the size too.
     large = upload.replace(b"x\r\n--b--", bytes(2**20 + 1) + b"\r\n--b--")
-    assert ask("/gradio_api/upload", large, **form)[0] == 413
-    # A form's other fields would be kept in memory: what is too large as a whole is not read.
+    assert send("/gradio_api/upload", large, **form)[0] == 413
+    # Other fields of a form would be held in memory: too large a request is not read.
     whole = {"Content-Length": str(2**20 + 2**16 + 1)}
-    assert ask("/gradio_api/upload", upload, **form, **whole)[0] == 413
+    assert send("/gradio_api/upload", upload, **form, **whole)[0] == 413
 
 
 @pytest.mark.browser
-def test_it_ends_at_once_though_a_page_is_open(digits, tmp_path):
+def test_the_server_exits_at_once_with_an_open_connection(digits, tmp_path):
     run = small.make_run(digits, tmp_path / "run")
     process = serve(run, tmp_path, "--host=0.0.0.0")
     try:
@@ -290,9 +298,9 @@ def test_it_ends_at_once_though_a_page_is_open(digits, tmp_path):
             began = time.monotonic()
             assert process.wait(timeout=20) == 128 + signal.SIGTERM
             assert time.monotonic() - began < 10
-        said = process.stderr.read()
-        assert "warning: anyone who can reach 0.0.0.0 can use this page" in said
-        assert "Traceback" not in said
+        errors = process.stderr.read()
+        assert "warning: anyone who can reach 0.0.0.0 can use this page" in errors
+        assert "Traceback" not in errors
         assert not list(tmp_path.glob("mvit_jax_*"))
     finally:
         process.kill()

@@ -15,40 +15,40 @@ SHAPES = [  # frames of the video, its rate, T, tau
 
 
 @pytest.mark.parametrize(("count", "fps", "frames", "stride"), SHAPES)
-def test_windows_cover_a_video_and_are_clips_of_the_sampling(count, fps, frames, stride):
-    found = windows(count, fps, frames=frames, stride=stride)
+def test_windows_cover_a_video_and_match_the_clip_sampling(count, fps, frames, stride):
+    result = windows(count, fps, frames=frames, stride=stride)
     span = frames * stride * fps / 30
-    starts = [round(s * fps) for s in found.starts]
-    assert found.starts == pytest.approx(np.asarray(starts) / fps)  # whole frames
+    starts = [round(s * fps) for s in result.starts]
+    assert result.starts == pytest.approx(np.asarray(starts) / fps)  # whole frames
     expected = []
     while (at := len(expected) * max(span / 2, 1)) < count - span:
         expected.append(int(at))
     assert starts == [*expected, int(max(count - span, 0))]
-    for start, row in zip(starts, found.indices, strict=True):
+    for start, row in zip(starts, result.indices, strict=True):
         # The definition: T frames at even distances, the last one at the end of the span.
         for i, number in enumerate(row):
-            place = start + i * (span - 1) / (frames - 1)
-            assert number == min(int(place), count - 1) or abs(place - round(place)) < 1e-6
-    assert found.ends[-1] == pytest.approx(count / fps)
-    assert (found.ends[:-1] > found.starts[1:]).all()
+            position = start + i * (span - 1) / (frames - 1)
+            assert number == min(int(position), count - 1) or abs(position - round(position)) < 1e-6
+    assert result.ends[-1] == pytest.approx(count / fps)
+    assert (result.ends[:-1] > result.starts[1:]).all()
     # A video of one window is the test protocol's clip.
     one = windows(int(span), fps, frames=frames, stride=stride)
     clip = sampling.view_indices(int(span), fps, frames=frames, stride=stride, clips=1)
     np.testing.assert_array_equal(one.indices[-1:], clip)
 
 
-def test_windows_of_image_models_are_seconds_seen_in_their_middle():
-    found = windows(95, 25.0, frames=1, stride=4)
-    assert found.starts.tolist() == [0, 1, 2, 3]
-    assert found.ends.tolist() == [1, 2, 3, 3.8]
-    assert found.indices.tolist() == [[12], [37], [62], [87]]
+def test_windows_of_image_models_are_the_middle_frames_of_seconds():
+    result = windows(95, 25.0, frames=1, stride=4)
+    assert result.starts.tolist() == [0, 1, 2, 3]
+    assert result.ends.tolist() == [1, 2, 3, 3.8]
+    assert result.indices.tolist() == [[12], [37], [62], [87]]
     # Of a slow video every frame is seen once.
     slow = windows(5, 0.5, frames=1, stride=4)
     assert slow.indices.tolist() == [[0], [1], [2], [3], [4]]
     assert slow.ends.tolist() == [2, 4, 6, 8, 10]
 
 
-def test_a_video_is_long_where_the_protocols_clips_do_not_cover_it():
+def test_a_video_is_long_if_the_protocols_clips_do_not_cover_it():
     shape = {"frames": 16, "stride": 4}  # 64 frames at 30 a second
     assert not is_long(320, 30.0, clips=5, **shape) and is_long(321, 30.0, clips=5, **shape)
     assert not is_long(640, 30.0, clips=10, **shape) and is_long(641, 30.0, clips=10, **shape)
@@ -59,7 +59,7 @@ def test_a_video_is_long_where_the_protocols_clips_do_not_cover_it():
 
 
 def naive_segments(timeline, step):
-    """Every `step` seconds the class that is on top in the mean of the windows that see it."""
+    """Returns the top class every `step` seconds, by the mean over the windows around it."""
     tops = []
     for time in np.arange(step / 2, timeline.ends[-1], step):
         seen = (timeline.starts <= time) & (time < timeline.ends)
@@ -69,11 +69,11 @@ def naive_segments(timeline, step):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_segments_are_the_most_probable_class_at_every_moment(seed):
+def test_segments_have_the_most_probable_class_at_every_time(seed):
     rng = np.random.default_rng(seed)
-    found = windows(600, 30.0, frames=8, stride=4)
-    raw = rng.random((len(found.starts), 3)) ** 3
-    timeline = Timeline(found.starts, found.ends, raw / raw.sum(1, keepdims=True))
+    result = windows(600, 30.0, frames=8, stride=4)
+    raw = rng.random((len(result.starts), 3)) ** 3
+    timeline = Timeline(result.starts, result.ends, raw / raw.sum(1, keepdims=True))
     segments = timeline.segments()
     assert segments[0].start == 0 and segments[-1].end == 20
     for one, next_ in itertools.pairwise(segments):
@@ -86,17 +86,17 @@ def test_segments_are_the_most_probable_class_at_every_moment(seed):
 
 
 def test_one_window_between_two_scenes_makes_no_segment():
-    found = windows(320, 30.0, frames=8, stride=4)
+    result = windows(320, 30.0, frames=8, stride=4)
     tops = np.eye(3)[[0] * 9 + [2] + [1] * 9] * 0.7 + 0.1
-    segments = Timeline(found.starts, found.ends, tops).segments()
+    segments = Timeline(result.starts, result.ends, tops).segments()
     assert [segment.label for segment in segments] == [0, 2, 1]  # as sure as its neighbours
     tops[9] = [0.3, 0.3, 0.4]
-    segments = Timeline(found.starts, found.ends, tops).segments()
+    segments = Timeline(result.starts, result.ends, tops).segments()
     assert [segment.label for segment in segments] == [0, 1]
-    assert abs(segments[0].end - found.starts[10]) < 0.6
+    assert abs(segments[0].end - result.starts[10]) < 0.6
 
 
-def test_times_are_written_as_people_write_them():
+def test_clock_formats_minutes_and_hours():
     assert [clock(s) for s in (0.0, 7.4, 59.6, 750.0, 3723.0)] == [
         "0:00", "0:07", "1:00", "12:30", "1:02:03",
     ]  # fmt: skip

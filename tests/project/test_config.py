@@ -1,4 +1,4 @@
-"""The keys of the config, the files that set them, and how these travel in a wheel."""
+"""Keys of the config, config files, and their packaging in a wheel."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_choices_are_those_of_the_code():
     }  # fmt: skip
 
 
-def test_the_architectures_fields_are_keys():
+def test_fields_of_the_architecture_are_keys():
     base = config.base()
     fields = {field.name for field in dataclasses.fields(MViTConfig)}
     assert set(base.model) - {"variant", *custom.KINDS} == fields - {"num_classes"}
@@ -71,7 +71,7 @@ def test_the_architectures_fields_are_keys():
         ("model.positions", "polar", "model.positions must be one of none, space, separate"),
     ],
 )
-def test_a_wrong_value_is_one_sentence(key, value, sentence):
+def test_a_wrong_value_is_a_one_sentence_error(key, value, sentence):
     c = config.base()
     section, _, field = key.rpartition(".")
     plain = type(c)(c.to_dict(), type_safe=False)  # like values that were read from a file
@@ -81,7 +81,7 @@ def test_a_wrong_value_is_one_sentence(key, value, sentence):
     assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
 
 
-def test_keys_that_can_be_none_take_it_again():
+def test_optional_keys_can_be_set_to_none():
     c = config.load("kinetics", "mvit_b_16x4")
     for name, key in config.KEYS.items():
         if key.can_be_none:
@@ -97,20 +97,20 @@ def test_a_run_older_than_a_key_has_its_default(tmp_path):
     c = workdir.frozen(tmp_path)
     config.check(c)
     assert (c.seed, c.eval.ensemble, c.mesh.fsdp) == (3, "mean", 1)
-    workdir.freeze(c, tmp_path)  # goes on
+    workdir.freeze(c, tmp_path)  # resumes
     c.eval.ensemble = "max"
     with pytest.raises(UserError, match=r"eval\.ensemble was 'mean' and is now 'max'"):
         workdir.freeze(c, tmp_path)
 
 
-def test_a_run_older_than_a_renamed_key_goes_on(tmp_path):
+def test_a_run_older_than_a_renamed_key_resumes(tmp_path):
     old = json.loads(config.base().to_json())
     new = old["augment"].pop("mixup_group_size"), old["augment"].pop("random_erase_prob")
     old["augment"] |= {"group": 2, "erase": 0.25}
     (tmp_path / "config.json").write_text(json.dumps(old))
     c = workdir.frozen(tmp_path)
     assert (c.augment.mixup_group_size, c.augment.random_erase_prob) == (2, 0.25) != new
-    workdir.freeze(c, tmp_path)  # goes on
+    workdir.freeze(c, tmp_path)  # resumes
     with pytest.raises(UserError, match=r"augment\.mixup_group_size was 2 and is now 4"):
         workdir.freeze(config.base(), tmp_path)
     keys = set(config.KEYS)
@@ -127,12 +127,12 @@ def test_config_files_load_without_jax_within_a_second():
     assert float(seconds) < 1 and imported == "[]"
 
 
-def test_files_of_the_working_directory_go_first(tmp_path, monkeypatch):
+def test_config_files_of_the_working_directory_have_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config.load("ssv2").batch == 128
-    own = "from mvit_jax import config\n\ndef get_config():\n    c = config.base()\n"
+    code = "from mvit_jax import config\n\ndef get_config():\n    c = config.base()\n"
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "ssv2.py").write_text(f"{own}    c.batch = 7\n    return c\n")
+    (tmp_path / "configs" / "ssv2.py").write_text(f"{code}    c.batch = 7\n    return c\n")
     assert config.load("ssv2").batch == config.load("configs/ssv2.py").batch == 7
     assert config.load("charades").batch == 256
     with pytest.raises(UserError, match=r"there is no config 'ssv3': .* has charades, custom"):
@@ -140,7 +140,7 @@ def test_files_of_the_working_directory_go_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_printed_experiment_gives_the_same_config(recipe):
+def test_a_printed_experiment_loads_as_the_same_config(recipe):
     name, _, arg = recipe.partition(":")
     c = config.load(name, arg)
     namespace = {}
@@ -151,16 +151,16 @@ def test_a_printed_experiment_gives_the_same_config(recipe):
 def test_describe_prints_an_experiment(tmp_path):
     flags = ["--config=configs/kinetics.py:mvit_b_16x4", "--config.augment.crop_area=None",
              "--config.model.frames=None", "--config.optim.lr=1e-4"]  # fmt: skip
-    status, said = commands.run("describe", *flags, cwd=tmp_path)
-    assert status == 0 and all(len(line) <= 100 for line in said.splitlines())
-    assert "    c.augment.crop_area = None\n" in said and "# c.model.width = 96  # chan" in said
+    status, output = commands.run("describe", *flags, cwd=tmp_path)
+    assert status == 0 and all(len(line) <= 100 for line in output.splitlines())
+    assert "    c.augment.crop_area = None\n" in output and "# c.model.width = 96  # chan" in output
     namespace = {}
-    exec(said, namespace)
+    exec(output, namespace)
     c = namespace["get_config"]()
     assert (c.optim.lr, c.augment.crop_area, c.augment.random_erase_prob) == (1e-4, None, 0.25)
-    assert all(f"c.{name} = " in said for name in config.KEYS)
-    status, said = commands.run("describe", flags[0], "--config.batch=None", cwd=tmp_path)
-    assert status == 1 and said == "error: batch cannot be None: its default is 512\n"
+    assert all(f"c.{name} = " in output for name in config.KEYS)
+    status, output = commands.run("describe", flags[0], "--config.batch=None", cwd=tmp_path)
+    assert status == 1 and output == "error: batch cannot be None: its default is 512\n"
 
 
 @pytest.mark.slow

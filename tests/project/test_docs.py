@@ -1,8 +1,8 @@
 """The documentation site: it builds without a warning, and every code block of its pages runs.
 
-Blocks of a page run from top to bottom, Python ones in one namespace, in an empty folder that has
-`configs/` as a clone has. What a page states is checked: `expression  # -> repr of its value`, and
-a `text` block after a `sh` block is what that prints (a line `...` stands for any lines). A Python
+Blocks of a page run from top to bottom, Python ones in one namespace, in an empty folder with
+`configs/`. Stated outputs are checked: `expression  # -> repr of its value`, and a `text` block
+with the output of the `sh` block before it (a line `...` stands for any lines). A Python
 block that begins with a comment `# configs/NAME.py` or `# my_ideas.py` is written there. A block
 that cannot run here has the line `% not run: why` before it.
 
@@ -92,20 +92,20 @@ class CodeBlock:
 
 
 def blocks(page: Path) -> list[CodeBlock]:
-    """The fenced blocks of a page but for directives, ```{name}."""
-    found, lines = [], page.read_text().splitlines()
+    """Returns the fenced blocks of a page, without directives, ```{name}."""
+    code_blocks, lines = [], page.read_text().splitlines()
     for token in MarkdownIt().parse(page.read_text()):
         if token.type == "fence" and not token.info.startswith("{"):
             assert token.map
             fence = token.map[0]
             not_run = fence > 0 and lines[fence - 1].startswith("% not run: ")
             code = token.content.removesuffix("\n")
-            found.append(CodeBlock(token.info, code, fence + 2, not_run))
-    return found
+            code_blocks.append(CodeBlock(token.info, code, fence + 2, not_run))
+    return code_blocks
 
 
 def run_page(page: Path) -> int:
-    """Runs the blocks of a page in this process and folder; returns how many outputs held."""
+    """Runs the blocks of a page in this folder; returns the number of checked outputs."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     checked, printed = 0, ""
     for block in blocks(page):
@@ -128,12 +128,12 @@ def run_page(page: Path) -> int:
             assert re.fullmatch(pattern, printed), f"{where}: it prints\n{printed}"
             checked += 1
         else:
-            raise AssertionError(f"{where}: nobody knows how to run {block.language!r}")
+            raise AssertionError(f"{where}: blocks of {block.language!r} cannot be run")
     return checked
 
 
 def run_python(block: CodeBlock, namespace: dict[str, Any], where: str) -> int:
-    """Executes a block, or writes the file that it is; returns how many outputs held."""
+    """Executes a block, or writes the file that it is; returns the number of checked outputs."""
     file = re.match(r"# (configs/\w+\.py|my_ideas\.py)\n", block.code)
     if file:
         Path(file[1]).write_text(block.code + "\n")
@@ -169,15 +169,15 @@ def run_in_empty_folder(page: Path, folder: Path, *, nightly: bool) -> int:
     env["PATH"] = f"{shim.parent}{os.pathsep}{env['PATH']}"
     code = (
         "import sys, pathlib; from tests.project import test_docs\n"
-        f"{'' if nightly else 'test_docs.make_trials_small()'}\n"
+        f"{'' if nightly else 'test_docs.shrink_in_memory_runs()'}\n"
         "print('\\nheld:', test_docs.run_page(pathlib.Path(sys.argv[1])))"
     )
     out = commands.printed(code, page, fork=True, cwd=folder, env=env)
     return int(out.rsplit("held: ", 1)[1])
 
 
-def make_trials_small() -> None:
-    """Has trials of this process train the tiny model, not that of the default experiment."""
+def shrink_in_memory_runs() -> None:
+    """Makes in-memory runs train the tiny model instead of the default experiment's."""
     read = in_memory.read_config
     small = {f"model.{key}": value for key, value in tiny.MODEL.items()}
     small |= {"data.short_side": 32, "batch": 8, "eval.batch": 8}
@@ -186,7 +186,7 @@ def make_trials_small() -> None:
 
 @pytest.mark.parametrize("nightly", [slow(False, id="check"), nightly(True, id="whole")])
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
-def test_every_code_block_runs_and_says_what_is_true(page, nightly, tmp_path):
+def test_every_code_block_runs_with_the_stated_outputs(page, nightly, tmp_path):
     held = run_in_empty_folder(page, tmp_path, nightly=nightly)
     assert held == len(re.findall(r"# -> |^```text$", page.read_text(), re.MULTILINE))
 
@@ -216,7 +216,7 @@ def test_the_site_builds_without_a_warning_and_has_every_public_name(site):
 
 
 @pytest.mark.slow
-def test_what_is_made_from_the_code_is_in_the_site(site):
+def test_generated_tables_flags_and_figures_are_in_the_site(site):
     from mvit_jax.models.ablations import ABLATIONS
     from mvit_jax.models.variants import VARIANTS
 
@@ -231,16 +231,16 @@ def test_what_is_made_from_the_code_is_in_the_site(site):
     for flag in ("workdir", "shuffle_frames", "serve", "inflate"):
         assert f">--{flag}<" in programs
     assert programs.count(">--coordinator<") == 2  # of training and test
-    how = (site / "model.html").read_text()
-    assert how.count("<svg role=") == 5 and "8×14×14" in how
-    assert "currentColor" in how and "#010203" not in how
+    model = (site / "model.html").read_text()
+    assert model.count("<svg role=") == 5 and "8×14×14" in model
+    assert "currentColor" in model and "#010203" not in model
     # In docstrings an indented command line is a block of its own, and backticks are code.
     page = (site / "api" / "data.html").read_text()
     assert "`" not in re.sub(r"<script.*?</script>|<pre>.*?</pre>", "", page, flags=re.DOTALL)
     assert "highlight-python" in page
 
 
-def test_every_notebook_begins_with_what_it_is_for_and_is_on_its_page():
+def test_every_notebook_begins_with_its_purpose_and_is_listed():
     page = (DOCS / "notebooks.md").read_text()
     for path in (tiny.ROOT / "notebooks").glob("*.ipynb"):
         first = "".join(json.loads(path.read_text())["cells"][0]["source"])

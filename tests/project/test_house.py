@@ -1,4 +1,4 @@
-"""The house rules: which room imports which, what importing costs, that configs know every key."""
+"""House rules: imports between rooms, cost of importing, public names, README examples."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from tests.support import commands, tiny, warm
 from tests.support.marks import nightly, slow
 
 PACKAGE = tiny.ROOT / "mvit_jax"
-# Which room may import which, besides itself; commands may import every room.
+# Imports allowed to each room, besides its modules; commands may import every room.
 _RUN = "training/distributed training/state weights models models/plan config common"
 ROOMS = {
     "analysis": "training training/run weights data models models/plan config common",
@@ -53,7 +53,7 @@ def imports(path):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
-def test_rooms_import_only_from_rooms_further_down(path):
+def test_rooms_import_only_from_their_listed_rooms(path):
     room = room_of(path.relative_to(PACKAGE).with_suffix("").parts)
     for name in imports(path):
         parts = name.split(".")
@@ -67,16 +67,16 @@ def test_rooms_import_only_from_rooms_further_down(path):
             assert to == room or to in ROOMS[room].split(), f"{path} imports {name}"
 
 
-def test_the_config_is_spent_in_build():
+def test_only_build_reads_keys_of_the_config():
     """Below `training/build.py` no module reads a key of the config."""
     names = "run distributed loop.py step.py state.py evaluation.py optimizer.py"
-    places = [PACKAGE / "training" / name for name in names.split()]
-    places += [PACKAGE / name for name in ("weights", "data", "models", "common")]
-    files = [f for place in places for f in ([place] if place.suffix else place.rglob("*.py"))]
+    roots = [PACKAGE / "training" / name for name in names.split()]
+    roots += [PACKAGE / name for name in ("weights", "data", "models", "common")]
+    files = [f for root in roots for f in ([root] if root.suffix else root.rglob("*.py"))]
     sections = "|".join({name.partition(".")[0] for name in KEYS if "." in name} - {"model"})
     read = re.compile(rf"\bconfig\.({sections})\.")
-    found = [f"{f}: {m[0]}" for f in files for m in read.finditer(without_texts(f))]
-    assert len(files) > 60 and not found, found
+    uses = [f"{f}: {m[0]}" for f in files for m in read.finditer(without_texts(f))]
+    assert len(files) > 60 and not uses, uses
 
 
 def without_texts(path) -> str:
@@ -88,14 +88,14 @@ def without_texts(path) -> str:
     return ast.unparse(tree)
 
 
-def test_no_room_has_more_names_than_a_reader_can_hold():
+def test_no_room_has_more_than_13_names():
     for folder in [PACKAGE, *(p for p in PACKAGE.rglob("*") if p.is_dir())]:
         names = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/*")}
         names -= {"__init__", "__pycache__"}
         assert len(names) <= (15 if folder == PACKAGE else 13), (folder, sorted(names))
 
 
-def test_importing_is_quick_and_brings_no_tensorflow():
+def test_importing_is_quick_and_loads_no_tensorflow():
     code = (
         "import time; began = time.process_time()\n"
         "import sys, mvit_jax\n"
@@ -103,11 +103,11 @@ def test_importing_is_quick_and_brings_no_tensorflow():
         "mvit_jax.create_model, mvit_jax.plan\n"
         "print(seconds, 'tensorflow' in sys.modules, 'torch' in sys.modules)"
     )
-    seconds, *brought = commands.printed(code).split()
-    assert float(seconds) < 3 and brought == ["False", "False"]
+    seconds, *loaded = commands.printed(code).split()
+    assert float(seconds) < 3 and loaded == ["False", "False"]
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_exists():
     for name in mvit_jax.__all__:
         assert getattr(mvit_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
@@ -115,7 +115,7 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("arg", ["mvit", "vit"])
-def test_the_default_experiment_keeps_its_labels_true(arg):
+def test_the_default_experiment_has_no_augmentation_that_changes_labels(arg):
     config = tiny.load_config_file("moving_digits").get_config(arg)
     assert config.augment.flip == config.augment.cutmix == config.augment.mixup == 0
     assert config.augment.crop_area is None
@@ -124,10 +124,10 @@ def test_the_default_experiment_keeps_its_labels_true(arg):
 
 
 @pytest.mark.slow
-def test_every_module_imports_and_every_program_helps():
+def test_every_program_prints_help_and_every_benchmark_imports():
     for program in warm.programs():
-        _, said = commands.run(program, "--help")  # absl's exits with 1
-        assert f"python -m mvit_jax.{program}" in said
+        _, output = commands.run(program, "--help")  # absl's exits with 1
+        assert f"python -m mvit_jax.{program}" in output
     for path in (tiny.ROOT / "benchmarks").glob("*.py"):
         commands.printed(f"import benchmarks.{path.stem}", fork=True)
 
@@ -153,7 +153,7 @@ SIZES = [slow(True, id="small"), nightly(False, id="as it is")]
 
 
 @pytest.mark.parametrize("small", SIZES)
-def test_the_readmes_example_runs_and_its_shapes_are_true(small, tmp_path):
+def test_the_readmes_example_runs_with_the_stated_shapes(small, tmp_path):
     check = "print(logits.shape, features['stages'][0].shape)"
     code, printed = run_readme(0, check, tmp_path, small=small)
     assert printed == "(2, 8) (2, 4, 16, 16, 64)"

@@ -1,4 +1,4 @@
-"""The two locks: what the programs need, and what tests, pages and linters need in addition."""
+"""The two locks: packages of the programs, and additional ones of tests, pages and linters."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def lock(name):
-    """Versions by package."""
+    """Returns the versions of a lock by package."""
     lines = [x for x in (tiny.ROOT / name).read_text().splitlines() if not x.startswith("#")]
     versions = {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines)}
     assert all(versions.values()) and len(versions) == len(lines)
@@ -26,7 +26,7 @@ def lock(name):
 
 
 def closure(requirements):
-    """Names of all packages that the requirements lead to, by the metadata of those installed."""
+    """Returns the names of all packages that the requirements lead to, by installed metadata."""
     left, seen = [(Requirement(text), "") for text in requirements], set()
     names = set()
     while left:
@@ -42,17 +42,17 @@ def closure(requirements):
     return names
 
 
-def test_each_package_is_in_the_lock_that_needs_it():
-    programs, others = lock("requirements.txt"), lock("requirements-dev.txt")
-    assert not programs.keys() & others.keys()
+def test_each_required_package_is_in_its_lock():
+    programs, tools = lock("requirements.txt"), lock("requirements-dev.txt")
+    assert not programs.keys() & tools.keys()
     assert closure(PROJECT["dependencies"]) == programs.keys()
     everything = [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["docs"]]
-    assert closure(everything) <= programs.keys() | others.keys()
+    assert closure(everything) <= programs.keys() | tools.keys()
     for extra in ("tpu", "gcs", "prepare", "demo"):  # which the scripts of launch/ constrain
-        assert closure(EXTRAS[extra]) <= programs.keys() | others.keys()
+        assert closure(EXTRAS[extra]) <= programs.keys() | tools.keys()
     for text in everything:
         requirement = Requirement(text)
-        version = (programs | others)[canonicalize_name(requirement.name)]
+        version = (programs | tools)[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), text
 
 
@@ -113,7 +113,7 @@ def test_the_programs_run_with_the_first_lock_alone(python, digits, tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.slow
-def test_a_package_that_is_not_installed_is_one_sentence(python, digits, tmp_path, package, flags):
+def test_a_missing_package_is_a_one_sentence_error(python, digits, tmp_path, package, flags):
     program, *flags = (flag.format(run=tmp_path, digits=digits) for flag in flags)
     done = python("-m", f"mvit_jax.{program}", *flags)
     assert done.returncode == 1

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks") / "digits"
 
 
-# Beside the tour, the check runs the one of those that train which compiles the least.
+# The check runs the tour, and the training notebook that compiles the least.
 RUNS = [
     *(slow(name, True, id=name) for name in ("tour", "weights")),
     *(nightly(name, False, id=f"{name} as it is") for name in sorted(TRAIN)),
@@ -65,12 +65,12 @@ def test_notebooks_run_from_top_to_bottom(name, narrow, data):
     commands.printed(program, fork=True, input=json.dumps(cells), cwd=path.parent)
 
 
-def test_the_notebooks_are_these():
+def test_the_list_of_notebooks_is_complete():
     assert {path.stem for path in NOTEBOOKS} == TRAIN | {"tour"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_what_notebooks_import_and_call_exists(path):
+def test_imports_and_calls_of_notebooks_exist(path):
     """Imports work, attributes of modules resolve, and calls of them name parameters."""
     tree = ast.parse("\n".join(c.source for c in read(path).cells if c.cell_type == "code"))
     names: dict = {}
@@ -95,8 +95,8 @@ def test_what_notebooks_import_and_call_exists(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_keep_pictures_alone(path):
-    """Text that was printed goes stale, and says on what machine it was."""
+def test_notebooks_store_images_as_their_only_outputs(path):
+    """Printed text becomes stale and names the machine."""
     for cell in read(path).cells:
         if cell.cell_type == "code":
             assert cell.execution_count is None

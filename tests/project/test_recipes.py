@@ -1,6 +1,6 @@
 """The recipes in configs/, against the papers' and the released configs' values typed anew.
 
-Rates are typed as the source states them: for one node, times nodes.
+Learning rates are typed as in the source: for one node, times nodes.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from tests.support.marks import nightly, slow
 GREY, IMAGENET = ((0.45,) * 3, (0.225,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NODES = 16  # of 8 GPUs: the papers' 128 GPUs
 
-# epochs, warm-up, batch in clips, repeats, highest, first and last rate at that batch, decay,
-# gradient limit, layer decay, mixup and cutmix
+# epochs, warm-up, batch in clips, repeats, highest, first and last learning rate at that batch,
+# weight decay, gradient clipping, layer decay, mixup and cutmix
 SCRATCH = (200, 30, 16 * 2 * NODES, 2, 1e-4 * NODES, 1e-6 * NODES, 1e-6 * NODES, 0.05, 1, 1, True)
 FROM_1K = (100, 15, 512, 2, 4.8e-4, 4.8e-6, 4.8e-6, 0.05, 1, 1, True)
 FROM_21K = (75, 11.25, 512, 2, 1.6e-4, 1.6e-6, 1.6e-6, 0.05, 1, 1, True)
@@ -140,7 +140,7 @@ def recipe(name):
 
 
 def data_of(name):
-    """Which data a recipe is for, of CLASSES."""
+    """Returns the data set of a recipe, a key of CLASSES."""
     file, _, arg = name.partition(":")
     if file == "kinetics":
         return arg[:4] if arg.startswith("k") else file
@@ -204,14 +204,14 @@ def test_a_recipe_has_the_papers_values(name):
 
 
 @pytest.mark.parametrize("file", ["kinetics", "imagenet", "ssv2", "charades"])
-def test_every_recipe_that_a_file_names_is_in_the_table(file):
+def test_every_recipe_of_a_config_file_is_in_the_table(file):
     with pytest.raises(ValueError, match=f"configs/{file}.py has .*, not 'no_such'") as error:
         tiny.load_config_file(file).get_config("no_such")
     named = str(error.value).partition(" has ")[2].partition(", not ")[0].split(", ")
     assert {f"{file}:{arg}" for arg in named} == {name for name in ROWS if name.startswith(file)}
 
 
-def test_the_papers_gpus_share_a_mixing_weight():
+def test_the_mixup_group_size_is_the_papers_batch_per_gpu():
     groups = {name: recipe(name).augment.mixup_group_size for name in ROWS}
     assert groups["kinetics:mvit_b_16x4"] == groups["kinetics:mvitv2_b_32x3"] == 4
     assert groups["imagenet:mvitv2_s"] == 256 // 8
@@ -220,7 +220,7 @@ def test_the_papers_gpus_share_a_mixing_weight():
     assert all(recipe(name).batch % group == 0 for name, group in groups.items())
 
 
-def test_where_weights_come_from():
+def test_recipes_name_the_weights_that_they_need():
     def needed(name):
         return recipe(name).init.needed
 
@@ -231,13 +231,13 @@ def test_where_weights_come_from():
     assert needed("kinetics:mvitv2_s_16x4_in1k") == "weights of mvitv2_s trained on ImageNet-1k"
     assert "model.expand=attention" in needed("kinetics:mvitv2_l_16x4_in1k")
     assert needed("charades:mvit_b_64x3").endswith("kinetics.py:mvit_b_64x3")
-    # What it names is a recipe of that file.
+    # The named weights are those of a recipe of that file.
     for name in ROWS:
         if name.startswith(("ssv2", "charades")):
             assert f"kinetics:{needed(name).rpartition(':')[2]}" in ROWS, name
 
 
-def test_images_may_lie_in_folders():
+def test_imagenet_recipes_can_read_folders_of_images():
     plain, folders = (recipe(f"imagenet:mvitv2_s{end}") for end in ("", ",folders"))
     assert (plain.data.tfds, plain.data.val_list) == ("imagenet2012:5.1.0", "validation")
     assert (folders.data.tfds, folders.data.source) == (None, "folders")
@@ -248,12 +248,12 @@ def test_images_may_lie_in_folders():
         tiny.load_config_file("imagenet").get_config("mvitv2_s,shards")
 
 
-def test_the_24_blocks_of_the_released_config_have_its_pools():
+def test_the_24_block_model_has_the_costs_of_the_released_config():
     """53.1 M parameters and 235.8 G multiply-adds by that config; the paper's have 3x3x3."""
     config = recipe("kinetics:mvit_b24_32x3")
-    found = cost(build.model_config(config, 400))
-    assert found.parameters / 1e6 == pytest.approx(53.1, rel=1e-3)
-    assert found.multiply_adds / 1e9 == pytest.approx(235.8, rel=1e-3)
+    total = cost(build.model_config(config, 400))
+    assert total.parameters / 1e6 == pytest.approx(53.1, rel=1e-3)
+    assert total.multiply_adds / 1e9 == pytest.approx(235.8, rel=1e-3)
     assert recipe("kinetics:k600_mvit_b24_32x3").model.pool_kernel is None
 
 
@@ -274,13 +274,13 @@ def source_of(name):
         return small_model(name)
     if name.startswith(("ssv2", "charades")):
         return small_model(f"kinetics:{needed.rpartition(':')[2]}")
-    known = needed.split()[2]
+    source = needed.split()[2]
     if "ImageNet" in needed:
         grown = {"expand": "attention"} if "model.expand=attention" in needed else {}
-        trained = f"{known}_in21k" if ending == "in21k" and "in21k" not in known else known
+        trained = f"{source}_in21k" if ending == "in21k" and "in21k" not in source else source
         return small_model(f"imagenet:{trained}", **grown)
     data = {"600": "k600_", "700": "k700_"}.get(needed[-3:], "")
-    return small_model(f"kinetics:{data}{known}")
+    return small_model(f"kinetics:{data}{source}")
 
 
 def alike(model):
@@ -311,7 +311,7 @@ def distinct(key, names):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", distinct(transfer, [n for n in ROWS if recipe(n).init.needed]))
-def test_the_weights_that_a_recipe_names_fit_it(name):
+def test_the_weights_that_a_recipe_names_fit_its_model(name):
     source, target, inflate = transfer(name)
     source = dataclasses.replace(source, num_classes=3)
     shapes = jax.eval_shape(functional(source).init, jax.random.key(0))
@@ -345,5 +345,5 @@ def test_every_published_row_of_the_variants_has_a_recipe():
     files = {"Kinetics-400": "kinetics:", "Kinetics-600": "kinetics:k6", "ImageNet-1k": "imagenet"}
     for model, row in PUBLISHED.items():
         names = [n for n in ROWS if n.startswith(files[row.data]) and model[:8] in n]
-        found = any(f"{row.top1}" in recipe(name).published for name in names)
-        assert found or model == "mvit_b_32x2", model
+        listed = any(f"{row.top1}" in recipe(name).published for name in names)
+        assert listed or model == "mvit_b_32x2", model
