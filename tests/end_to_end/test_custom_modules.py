@@ -144,6 +144,9 @@ def test_custom_modules_work_in_every_program(ideas, digits, tmp_path, monkeypat
     assert "the source of model.block" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"has changed since .* delete .*custom\.json"):
         train.train(config, str(folder))
+    other.model.attention = NAMES["model.attention"]
+    with pytest.raises(UserError, match=r"resume=.*: the source of .* has changed .* restore"):
+        train.train(other, str(tmp_path / "other"))
     sys.modules.pop("my_ideas")
     ideas.unlink()
     with pytest.raises(UserError, match="No module named 'my_ideas'"):

@@ -19,9 +19,10 @@ from mvit_jax.describe import config_file
 from mvit_jax.models.ops.dispatch import OPS
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.run_blocks import REMAT
-from mvit_jax.training import build, custom
+from mvit_jax.training import build, custom, in_memory
 from mvit_jax.training.evaluation import Ensemble
 from mvit_jax.training.run import nan_policy, workdir
+from mvit_jax.training.run_folder import RunFolder
 from mvit_jax.weights.adapt import INFLATIONS
 from tests.support import commands, tiny
 from tests.support.environment import of_process
@@ -115,6 +116,33 @@ def test_a_run_older_than_a_renamed_key_resumes(tmp_path):
         workdir.freeze(config.base(), tmp_path)
     keys = set(config.KEYS)
     assert set(config.RENAMED.values()) <= keys and not keys & set(config.RENAMED)
+
+
+def test_an_opened_run_is_checked_and_its_changes_too(tmp_path):
+    values = json.loads(config.base().to_json())
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert RunFolder(tmp_path, {"eval.crops": 3, "eval.clips": None}).config.eval.crops == 3
+    with pytest.raises(UserError, match=r"eval\.crop=1: there is no such key; did you mean"):
+        RunFolder(tmp_path, {"eval.crop": 1})
+    with pytest.raises(UserError, match=r"eval\.crops='x': "):
+        RunFolder(tmp_path, {"eval.crops": "x"})
+    values["eval"]["crops"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"eval\.crops must be one of 1, 3, not 2"):
+        RunFolder(tmp_path, {})
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json cannot be read as a config"):
+        RunFolder(tmp_path)
+
+
+def test_old_names_of_keys_are_explained_in_files_and_notebooks(tmp_path):
+    with pytest.raises(UserError, match=r"it is now called 'augment\.mixup_group_size'"):
+        in_memory.read_config("moving_digits", **{"augment.group": 2})
+    lines = "from mvit_jax import config\n\ndef get_config():\n    c = config.base()\n"
+    (tmp_path / "mine.py").write_text(f"{lines}    c.augment.group = 2\n    return c\n")
+    status, output = commands.run("train", f"--config={tmp_path}/mine.py", "--dry_run")
+    assert status == 1
+    assert output == "error: the config key augment.group is now called augment.mixup_group_size\n"
 
 
 def test_config_files_load_without_jax_within_a_second():
