@@ -1,7 +1,7 @@
 """State dicts as PySlowFast writes them, at a tiny size: names and shapes written out by hand.
 
-Four blocks, one, two and one a stage, of 8, 16 and 32 channels in heads of 8; 64 tokens a frame.
-Nothing here reads the package's own tables, so that the two can be compared.
+Four blocks in three stages, 8, 16 and 32 channels wide, in heads of 8; 64 tokens a frame. The
+package's key tables are not used, so that the two can be compared.
 """
 
 import zlib
@@ -11,7 +11,7 @@ import numpy as np
 from tests.reference import make_outputs
 
 CLASSES = 5
-CHANNELS = {  # of each block: in, of the attention, out
+CHANNELS = {  # of each block: width, attention width, output width
     "v1": [(8, 8, 16), (16, 16, 16), (16, 16, 32), (32, 32, 32)],  # grow in a stage's last MLP
     "v2": [(8, 8, 8), (8, 16, 16), (16, 16, 16), (16, 32, 32)],  # in a stage's first attention
 }
@@ -25,32 +25,39 @@ VARIANTS = {"v1 video": "mvit_b_16x4", "v1 image": "mvit_b16",
 TINY = {"width": 8, "depths": (1, 2, 1), "size": 32}
 
 
-def fields(kind: str, **more) -> dict:
-    """What to override in the variant of that kind."""
+def fields(kind: str, **overrides) -> dict:
+    """Returns the fields to override in the variant of that kind."""
     video = {"frames": 4, "kv_stride": (1, 4, 4)} if kind.endswith("video") else {}
-    return TINY | video | more
+    return TINY | video | overrides
 
 
 def shapes(
     kind: str, *, qkv: str = "fused", last_pools: bool = True, pool_axes: int = 5
 ) -> dict[str, tuple[int, ...]]:
-    """`kind` is a key of VARIANTS; `qkv` "fused" or "separate". Without `last_pools` the keys and
-    values of the last block, whose stride is 1, are not pooled, as in the first release."""
-    version, what = kind.split()
-    video = what == "video"
+    """Returns the shapes of a state dict by name.
+
+    Args:
+        kind: A key of VARIANTS.
+        qkv: "fused" or "separate".
+        last_pools: False leaves out the pools of keys and values in the last block, whose stride
+            is 1, as in the first release.
+        pool_axes: Axes of the pooling kernels of image models.
+    """
+    version, medium = kind.split()
+    video = medium == "video"
     time = (3,) if video else (1,) if pool_axes == 5 else ()
     kernel = (1, *time, 3, 3)
-    found: dict[str, tuple[int, ...]] = {
+    result: dict[str, tuple[int, ...]] = {
         "patch_embed.proj.weight": (8, 3, 3, 7, 7) if video else (8, 3, 7, 7),
         "patch_embed.proj.bias": (8,),
     }
     if video or version == "v1":
-        found["cls_token"] = (1, 1, 8)
+        result["cls_token"] = (1, 1, 8)
     if kind == "v1 video":
-        found |= {"pos_embed_spatial": (1, 64, 8), "pos_embed_temporal": (1, FRAMES, 8),
+        result |= {"pos_embed_spatial": (1, 64, 8), "pos_embed_temporal": (1, FRAMES, 8),
                   "pos_embed_class": (1, 1, 8)}  # fmt: skip
     if kind == "v1 image":
-        found["pos_embed"] = (1, 65, 8)
+        result["pos_embed"] = (1, 65, 8)
     for i, (width, attention, out) in enumerate(CHANNELS[version]):
         block: dict[str, tuple[int, ...]] = {"norm1.weight": (width,), "norm1.bias": (width,)}
         for name in ("qkv",) if qkv == "fused" else "qkv":
@@ -73,41 +80,41 @@ def shapes(
         }  # fmt: skip
         if width != out:
             block |= {"proj.weight": (out, width), "proj.bias": (out,)}
-        found |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return found | {
+        result |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return result | {
         "norm.weight": (32,), "norm.bias": (32,),
         "head.projection.weight": (CLASSES, 32), "head.projection.bias": (CLASSES,),
     }  # fmt: skip
 
 
 def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Numbers that depend on the name, no two alike."""
+    """Returns normal random tensors, seeded by their names."""
     return {
         name: np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
         for name, shape in shapes.items()
     }
 
 
-def slowfast(kind: str, **how) -> dict[str, np.ndarray]:
-    return filled(shapes(kind, **how))
+def slowfast(kind: str, **options) -> dict[str, np.ndarray]:
+    return filled(shapes(kind, **options))
 
 
 def original(case: str) -> dict[str, np.ndarray]:
-    """Another project's state dict, of a case of `make_outputs`."""
+    """Returns another project's state dict, of a case of `make_outputs`."""
     shapes, _ = make_outputs.stored(case)
     return {name: make_outputs.draw_weight(name, shape) for name, shape in shapes.items()}
 
 
-def same(mine, theirs) -> None:
+def same(tensors, expected) -> None:
     """Asserts that tensors by name are equal bit for bit, in float32."""
-    assert mine.keys() == theirs.keys()
-    for name, values in theirs.items():
-        ours = np.asarray(mine[name])
-        assert ours.dtype == values.dtype == np.float32 and ours.shape == values.shape, name
-        assert ours.tobytes() == values.tobytes(), name
+    assert tensors.keys() == expected.keys()
+    for name, values in expected.items():
+        array = np.asarray(tensors[name])
+        assert array.dtype == values.dtype == np.float32 and array.shape == values.shape, name
+        assert array.tobytes() == values.tobytes(), name
 
 
-# Each with what is peculiar to it.
+# Each with its options of `shapes`.
 FORMS = {
     "v1 video, fused": ("v1 video", {}),
     "v1 video, separate": ("v1 video", {"qkv": "separate"}),

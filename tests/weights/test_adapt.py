@@ -1,4 +1,4 @@
-"""Weights made to fit: cubic interpolation against torch's own, kernels between image and video."""
+"""Adapted weights: cubic interpolation against torch, kernels between images and video."""
 
 import math
 
@@ -29,28 +29,28 @@ BICUBIC = {
 
 
 @pytest.mark.parametrize(("old", "new"), BICUBIC)
-def test_cubic_interpolation_is_torchs(old, new):
+def test_cubic_interpolation_equals_torch(old, new):
     weights = cubic_weights(old, new)
     table = (np.arange(old * old) ** 2 % 17).reshape(old, old)
-    moved = weights @ table @ weights.T
-    np.testing.assert_allclose(moved, BICUBIC[old, new], rtol=0, atol=1e-7)
+    resized = weights @ table @ weights.T
+    np.testing.assert_allclose(resized, BICUBIC[old, new], rtol=0, atol=1e-7)
 
 
 def cubic(values, length):
-    """One row: a weighted mean of the four nearest, with a = -0.75, ends repeated."""
+    """Interpolates a row from its four nearest values with a = -0.75, ends repeated."""
     a, old, out = -0.75, len(values), np.zeros(length)
-    near, far = [a + 2, -(a + 3), 0, 1], [a, -5 * a, 8 * a, -4 * a]  # up to 1 away, and up to 2
+    near, far = [a + 2, -(a + 3), 0, 1], [a, -5 * a, 8 * a, -4 * a]  # distances to 1, to 2
     for i in range(length):
-        place = (i + 0.5) * old / length - 0.5
-        for j in range(math.floor(place) - 1, math.floor(place) + 3):
-            away = abs(place - j)
-            share = np.polyval(near if away <= 1 else far, away)
-            out[i] += share * values[min(max(j, 0), old - 1)]
+        position = (i + 0.5) * old / length - 0.5
+        for j in range(math.floor(position) - 1, math.floor(position) + 3):
+            distance = abs(position - j)
+            weight = np.polyval(near if distance <= 1 else far, distance)
+            out[i] += weight * values[min(max(j, 0), old - 1)]
     return out
 
 
 @pytest.mark.parametrize(("old", "new"), [(1, 4), (2, 3), (5, 5), (7, 3), (7, 14), (14, 20)])
-def test_cubic_weights_are_the_loop(old, new):
+def test_cubic_weights_equal_a_loop(old, new):
     values = np.random.default_rng(0).standard_normal(old)
     np.testing.assert_allclose(cubic_weights(old, new) @ values, cubic(values, new), atol=1e-12)
 
@@ -62,35 +62,37 @@ def test_positions_are_resized_cubically_in_space_and_linearly_in_time():
     assert fitted.done == "resized" and fitted.values is not None
     rows = np.apply_along_axis(cubic, 1, joint, 5)
     # Two frames to four, centres at half-integers: ends repeated, thirds would be aligned corners.
-    shares = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
-    expected = np.einsum("ij,jhwc->ihwc", shares, rows)
+    weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    expected = np.einsum("ij,jhwc->ihwc", weights, rows)
     np.testing.assert_allclose(fitted.values, expected, rtol=0, atol=1e-12)
 
 
 # Kernels.
 
 
-@pytest.mark.parametrize("how", INFLATIONS)
+@pytest.mark.parametrize("inflation", INFLATIONS)
 @pytest.mark.parametrize("frames", [1, 3, 4])
-def test_what_was_inflated_is_deflated_to_the_same(how, frames):
+def test_deflation_reverses_inflation(inflation, frames):
     kernel = np.random.default_rng(0).standard_normal((1, 3, 2, 5))
-    there = inflated(kernel, frames, how)
-    assert there.shape == (frames, 3, 2, 5)
-    np.testing.assert_allclose(inflated(there, 1, how), kernel, rtol=0, atol=1e-12)
+    deep = inflated(kernel, frames, inflation)
+    assert deep.shape == (frames, 3, 2, 5)
+    np.testing.assert_allclose(inflated(deep, 1, inflation), kernel, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", INFLATIONS)
-def test_an_inflated_kernel_on_a_still_video(how):
-    """On identical frames "centre" and "mean" answer as the image's kernel does, "repeat" with
-    three times that; where padding is seen, at the first and last frame, only "centre" does."""
+@pytest.mark.parametrize("inflation", INFLATIONS)
+def test_an_inflated_kernel_on_equal_frames_is_a_multiple_of_the_image(inflation):
+    """On equal frames "centre" and "mean" are equal to the image's kernel, "repeat" is thrice it.
+
+    At the first and the last frame, which meet the padding, only "centre" is equal to it.
+    """
     rng = np.random.default_rng(0)
     image, kernel = rng.standard_normal((1, 1, 5, 4, 2)), rng.standard_normal((1, 3, 3, 2))
     still = np.repeat(image, 4, axis=1)
     with jax.enable_x64(True):
         flat = pooling.pool(jnp.array(image), Pool("conv", (1, 3, 3), (1, 2, 2)), jnp.array(kernel))
-        frames = jnp.array(inflated(kernel, 3, how))
+        frames = jnp.array(inflated(kernel, 3, inflation))
         deep = pooling.pool(jnp.array(still), Pool("conv", (3, 3, 3), (1, 2, 2)), frames)
-    inner = {"centre": 1, "mean": 1, "repeat": 3}[how]
-    outer = {"centre": 1, "mean": 2 / 3, "repeat": 2}[how]
+    inner = {"centre": 1, "mean": 1, "repeat": 3}[inflation]
+    outer = {"centre": 1, "mean": 2 / 3, "repeat": 2}[inflation]
     for frame, factor in enumerate((outer, inner, inner, outer)):
         np.testing.assert_allclose(deep[0, frame], factor * np.array(flat[0, 0]), atol=1e-12)

@@ -1,4 +1,4 @@
-"""Weights out: what came in goes back bit for bit, and other projects' names are met exactly."""
+"""Export of weights: round trips bit for bit, and names of other projects' full-size models."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ from tests.weights.foreign import same
 FORMS = [*CASES, *foreign.FORMS]
 
 
-def asked(form: str) -> tuple[str, dict]:
-    """Its variant, and what to override."""
+def variant_and_fields(form: str) -> tuple[str, dict]:
+    """Returns the variant of a case and the fields to override."""
     if form in CASES:
         return CASES[form]
     kind, _ = foreign.FORMS[form]
@@ -41,40 +41,40 @@ def tensors_of(form: str) -> dict[str, np.ndarray]:
 
 @functools.cache
 def loaded(form: str) -> Loaded:
-    name, fields = asked(form)
+    name, fields = variant_and_fields(form)
     return load(tensors_of(form), name, **fields)
 
 
-# There and back.
+# Round trips.
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_came_in_goes_back_bit_for_bit(form):
-    """Also without an origin, where a family always gives kernels as many axes."""
-    found = loaded(form)
-    family = found.origin.family
-    same(state_dict(found.params, found.config, family, found.origin), tensors_of(form))
-    made = state_dict(found.params, found.config, family)
+def test_exported_tensors_equal_the_imported_ones_bit_for_bit(form):
+    """Also without an origin, for which a format has a fixed number of kernel axes."""
+    result = loaded(form)
+    family = result.origin.family
+    same(state_dict(result.params, result.config, family, result.origin), tensors_of(form))
+    tensors = state_dict(result.params, result.config, family)
     if form == "v2 image, 5-D pools":
-        shapes = {name: values.shape for name, values in made.items()}
+        shapes = {name: values.shape for name, values in tensors.items()}
         assert shapes == foreign.shapes("v2 image", pool_axes=4)  # the image models' repository
     else:
-        same(made, tensors_of(form))
+        same(tensors, tensors_of(form))
 
 
 @pytest.mark.parametrize("form", ["torchvision_v2", "timm", "pytorchvideo", "v1 video, separate",
                                   "v2 image, 4-D pools", "v2 image, 5-D pools"])  # fmt: skip
-def test_so_do_files_in_the_familys_own_format_and_in_safetensors(form, tmp_path):
-    found = loaded(form)
-    family = found.origin.family
+def test_files_of_torch_and_safetensors_hold_the_imported_tensors(form, tmp_path):
+    result = loaded(form)
+    family = result.origin.family
     for to in (family, "safetensors"):
-        done = save_torch(found.params, found.config, tmp_path / to, to, origin=found.origin)
-        assert (done.family, done.tensors) == (family, len(tensors_of(form)))
-        read = read_tensors(tmp_path / to)
-        same(read.tensors, tensors_of(form))
-        assert read.format == ("safetensors" if to == "safetensors" else "torch")
-        # PySlowFast looks for its wrapper; torchvision and timm load the dict itself.
-        assert read.wrapper == ("model_state" if to == "slowfast" else "")
+        saved = save_torch(result.params, result.config, tmp_path / to, to, origin=result.origin)
+        assert (saved.family, saved.tensors) == (family, len(tensors_of(form)))
+        stored = read_tensors(tmp_path / to)
+        same(stored.tensors, tensors_of(form))
+        assert stored.format == ("safetensors" if to == "safetensors" else "torch")
+        # PySlowFast loads from a wrapper; torchvision and timm load the dict itself.
+        assert stored.wrapper == ("model_state" if to == "slowfast" else "")
     assert {path.name for path in tmp_path.iterdir()} == {family, "safetensors"}
 
 
@@ -90,19 +90,18 @@ def test_so_do_files_in_the_familys_own_format_and_in_safetensors(form, tmp_path
         ("v2 image, 5-D pools", "timm"), ("v1 image", "timm"), ("v1 image", "pytorchvideo"),
     ],
 )  # fmt: skip
-def test_through_another_family_and_back_nothing_changes(form, to):
-    """A conversion from A to B, then from B to A."""
-    found = loaded(form)
-    there = state_dict(found.params, found.config, to)
-    fields = dataclasses.asdict(found.config)
-    fields |= {"separate_qkv": found.config.separate_qkv}  # other families fuse the three
-    back = load(there, asked(form)[0], **fields)
+def test_a_round_trip_through_another_format_is_exact(form, to):
+    result = loaded(form)
+    exported = state_dict(result.params, result.config, to)
+    fields = dataclasses.asdict(result.config)
+    fields |= {"separate_qkv": result.config.separate_qkv}  # other families fuse the three
+    back = load(exported, variant_and_fields(form)[0], **fields)
     assert back.origin.family == to
-    origin = found.origin
-    same(state_dict(back.params, found.config, origin.family, origin), tensors_of(form))
+    origin = result.origin
+    same(state_dict(back.params, result.config, origin.family, origin), tensors_of(form))
 
 
-def test_fixed_positions_are_written_for_slowfast_and_not_read():
+def test_sincos_embeddings_are_exported_to_slowfast_and_not_loaded():
     config = variant("mvit_b_16x4", **foreign.fields("v1 video", width=16, positions="sincos"))
     params = unflatten_dict(foreign.filled(functional(config).shapes()), sep="/")
     tensors = state_dict(params, config, "slowfast")
@@ -118,7 +117,7 @@ def test_fixed_positions_are_written_for_slowfast_and_not_read():
     assert [line.source for line in back.report.lines if line.done == "unused"] == ["pos_embed"]
 
 
-# What strict loading on the other side needs, at full size.
+# Strict loading by other projects, at full size.
 
 OURS = {
     "torchvision mvit_v1_b": "mvit_b_16x4",
@@ -143,22 +142,22 @@ MODELS = [
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_full_size_models_have_exactly_the_other_sides_names_and_shapes(model):
-    """And theirs are taken whole; but for the largest, whose 80 blocks in float32 are 2.7 GB."""
+def test_full_size_exports_have_the_names_and_shapes_of_the_originals(model):
+    """Loads them back too, but for the largest, whose 80 blocks in float32 are 2.7 GB."""
     family, config = model.split()[0], VARIANTS[OURS[model]]
-    # One byte a number, and that one byte for all of them, since only shapes are compared.
+    # Only shapes are compared: all arrays are broadcast from one byte.
     flat = {path: np.broadcast_to(np.int8(0), s) for path, s in functional(config).shapes().items()}
-    made = state_dict(unflatten_dict(flat, sep="/"), config, family)
-    assert {name: values.shape for name, values in made.items()} == make_names.stored()[model]
+    tensors = state_dict(unflatten_dict(flat, sep="/"), config, family)
+    assert {name: values.shape for name, values in tensors.items()} == make_names.stored()[model]
     if "huge" not in model:
-        found = load(made, OURS[model])
-        assert found.report.ok and found.origin.family == family
-        assert {line.source for line in found.report.lines} == set(made)
-        assert [b.kv_pool for b in plan(found.config)] == [b.kv_pool for b in plan(config)]
-        assert functional(found.config).shapes() == functional(config).shapes()
+        result = load(tensors, OURS[model])
+        assert result.report.ok and result.origin.family == family
+        assert {line.source for line in result.report.lines} == set(tensors)
+        assert [b.kv_pool for b in plan(result.config)] == [b.kv_pool for b in plan(config)]
+        assert functional(result.config).shapes() == functional(config).shapes()
 
 
-# What a family cannot hold.
+# Models that a format cannot hold.
 
 V1, V2 = ("mvit_b_16x4", "v1 video"), ("mvitv2_s_16x4", "v2 video")
 IMAGE, IMAGE2 = ("mvit_b16", "v1 image"), ("mvitv2_s", "v2 image")
@@ -190,7 +189,9 @@ IMAGE, IMAGE2 = ("mvit_b16", "v1 image"), ("mvitv2_s", "v2 image")
         ("safetensors", V1, {"skip": "plain"}, ["slowfast cannot hold this model"]),
     ],
 )  # fmt: skip
-def test_what_a_family_cannot_hold_is_refused_with_every_reason(to, kind, changes, words, tmp_path):
+def test_a_model_that_a_format_cannot_hold_is_refused_with_all_reasons(
+    to, kind, changes, words, tmp_path
+):
     name, form = kind
     config = variant(name, **foreign.fields(form, **changes))
     params = unflatten_dict(
@@ -205,20 +206,20 @@ def test_what_a_family_cannot_hold_is_refused_with_every_reason(to, kind, change
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_does_not_exist_is_refused(tmp_path):
-    found = loaded("timm")
+def test_an_unknown_target_is_refused(tmp_path):
+    result = loaded("timm")
     with pytest.raises(UserError, match=f"can go to {', '.join(TARGETS)}, not to 'onnx'"):
-        save_torch(found.params, found.config, tmp_path / "out", "onnx")
+        save_torch(result.params, result.config, tmp_path / "out", "onnx")
 
 
-def test_what_the_other_side_computes_otherwise_is_said(tmp_path):
-    """Norms after pools, in PyTorchVideo 0.1; and whether the class token's query is added."""
-    found = loaded("pytorchvideo")
-    assert found.config.pool_norm_eps == 1e-5
-    done = save_torch(found.params, found.config, tmp_path / "a", "torchvision")
-    assert len(done.notes) == 1 and "eps 1e-05 here" in done.notes[0]
-    found = loaded("timm_class_token")
-    done = save_torch(found.params, found.config, tmp_path / "b", "slowfast")
-    assert len(done.notes) == 1 and "residual pooling" in done.notes[0]
-    found = loaded("torchvision_v2")
-    assert not save_torch(found.params, found.config, tmp_path / "c", "torchvision").notes
+def test_differences_in_computation_are_noted(tmp_path):
+    """Norms after pools in PyTorchVideo 0.1; residual pooling of the class token."""
+    result = loaded("pytorchvideo")
+    assert result.config.pool_norm_eps == 1e-5
+    saved = save_torch(result.params, result.config, tmp_path / "a", "torchvision")
+    assert len(saved.notes) == 1 and "eps 1e-05 here" in saved.notes[0]
+    result = loaded("timm_class_token")
+    saved = save_torch(result.params, result.config, tmp_path / "b", "slowfast")
+    assert len(saved.notes) == 1 and "residual pooling" in saved.notes[0]
+    result = loaded("torchvision_v2")
+    assert not save_torch(result.params, result.config, tmp_path / "c", "torchvision").notes

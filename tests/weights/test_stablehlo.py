@@ -1,4 +1,4 @@
-"""Models as files that JAX runs alone, in a process in which this package cannot be imported."""
+"""StableHLO exports, run by JAX in a process that cannot import this package."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def clips():
 
 @pytest.fixture(scope="module")
 def expected(params, clips):
-    """The logits of the normalised clips."""
+    """Returns the logits of the normalised clips."""
     return np.asarray(jax.jit(functional(VIDEO).apply)(params, normalised(clips))[0])
 
 
@@ -53,9 +53,7 @@ def normalised(clips):
     return ((clips / 255 - MEAN) / STD).astype(np.float32)
 
 
-def test_a_file_runs_without_this_package_and_gives_the_same_logits(
-    params, clips, expected, tmp_path
-):
+def test_a_file_runs_without_this_package_with_equal_logits(params, clips, expected, tmp_path):
     save_stablehlo(functional(VIDEO), params, tmp_path / "model", mean=MEAN, std=STD)
     np.save(tmp_path / "clips.npy", clips)
     env = {k: v for k, v in of_process(1).items() if k != "PYTHONPATH"}
@@ -68,20 +66,22 @@ def test_a_file_runs_without_this_package_and_gives_the_same_logits(
 
 
 @pytest.mark.parametrize("batch", [None, 2])
-def test_any_or_a_fixed_number_of_clips_on_any_platform(batch, params, clips, expected, tmp_path):
-    """Of any number, one clip here; the file above takes three."""
+def test_symbolic_and_fixed_batches_are_exported_for_all_platforms(
+    batch, params, clips, expected, tmp_path
+):
+    """Runs one clip for a symbolic batch; the test above runs three."""
     platforms, count = ("cpu", "cuda", "tpu"), batch or 1
-    made = save_stablehlo(
+    saved = save_stablehlo(
         functional(VIDEO), params, tmp_path / "model", batch=batch, platforms=platforms
     )
     exported = export.deserialize(bytearray((tmp_path / "model").read_bytes()))
-    assert exported.platforms == made.platforms == platforms
+    assert exported.platforms == saved.platforms == platforms
     assert str(exported.in_avals[0]) == f"float32[{batch or 'batch'},4,32,32,3]"
     logits = jax.jit(exported.call)(normalised(clips)[:count])
     np.testing.assert_allclose(logits, expected[:count], atol=1e-5)
 
 
-def test_a_file_for_tpus_alone_has_the_kernels(params, tmp_path):
+def test_a_file_for_tpus_alone_has_the_tpu_kernels(params, tmp_path):
     exported = save_stablehlo(
         functional(VIDEO), params, tmp_path / "model", batch=2, platforms=("tpu",)
     )
@@ -89,7 +89,7 @@ def test_a_file_for_tpus_alone_has_the_kernels(params, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
+def test_a_fixed_batch_of_images_is_exported_in_bfloat16(tmp_path):
     config = variant("mvitv2_t", **SMALL)
     params = functional(config).init(jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
@@ -107,7 +107,7 @@ def test_a_fixed_number_of_images_in_bfloat16(tmp_path):
     assert saved > 2 * 0.9 * kernels
 
 
-def test_what_cannot_be_written_is_one_sentence(params, tmp_path, monkeypatch):
+def test_exports_that_fail_end_with_a_one_sentence_error(params, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="platforms are cpu, cuda, rocm, tpu, not gpu"):
         save_stablehlo(functional(VIDEO), params, tmp_path / "model", platforms=["cpu", "gpu"])
     with pytest.raises(UserError, match="cannot be written"):
@@ -120,9 +120,11 @@ def test_what_cannot_be_written_is_one_sentence(params, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, 1])
-def test_relative_positions_do_not_blow_up_the_program(batch):
-    """At full size: what surrounds the weights is half a percent of them, and no constant in it
-    holds a value for each pair of places (vision#7003 is such a graph)."""
+def test_relative_positions_add_no_large_constants(batch):
+    """At full size the graph has half a percent of the bytes of the weights.
+
+    No constant holds a value for each pair of positions (vision#7003 is such a graph).
+    """
     config = mvit_jax.variant("mvitv2_s_16x4")
     shapes = jax.eval_shape(functional(config).init, jax.random.key(0))
     forward = inference.forward_function(functional(config), mean=MEAN, std=STD)

@@ -1,4 +1,4 @@
-"""Files of tensors: what torch wrote is read, what is written is right, nothing is ever run."""
+"""Tensor files: reading and writing of torch's and safetensors' formats, and malicious files."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def text(value):
 
 
 def storage(kind=b"FloatStorage", key="0", size=b"K\x02"):
-    """The opcodes of a storage of two float32."""
+    """Returns the opcodes of a storage of two float32."""
     head = b"(" + text("storage") + b"ctorch\n" + kind + b"\n"
     return head + text(key) + text("cpu") + size + b"tQ"
 
@@ -39,20 +39,20 @@ STORAGE = storage()
 
 
 def tensor(saved=STORAGE, offset=b"K\x00", size=b"K\x02\x85", stride=b"K\x01\x85"):
-    """The opcodes of a tensor of two float32 in storage 0."""
+    """Returns the opcodes of a tensor of two float32 in storage 0."""
     hooks = b"\x89ccollections\nOrderedDict\n)R"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + saved + offset + size + stride + hooks + b"tR"
 
 
-A = b"}" + text("a") + tensor() + b"s"  # a mapping of that name to it
+A = b"}" + text("a") + tensor() + b"s"  # a mapping with one tensor
 
 
-def zipped(path, value, entries=None, prefix="any/", **how):
-    """A file as torch's with `value` as its pickle's opcodes, and eight bytes in storage 0."""
+def zipped(path, value, entries=None, prefix="any/", **options):
+    """Writes a file as torch does, with `value` as opcodes and eight bytes in storage 0."""
     entries = {"data/0": np.array([1, 2], "<f4").tobytes()} if entries is None else entries
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in {"data.pkl": b"\x80\x02" + value + b".", **entries}.items():
-            archive.writestr(prefix + name, data, **how)
+            archive.writestr(prefix + name, data, **options)
     return path
 
 
@@ -63,36 +63,36 @@ def legacy(path, value):
     return path
 
 
-def same(array, wanted):
+def same(array, values):
     assert isinstance(array, np.ndarray)
     assert array.flags.c_contiguous and array.dtype.isnative
-    assert array.dtype == wanted.dtype and array.shape == wanted.shape
-    assert array.tobytes() == wanted.tobytes()
+    assert array.dtype == values.dtype and array.shape == values.shape
+    assert array.tobytes() == values.tobytes()
 
 
-# What torch wrote
+# Reading of torch's files
 
 
 @pytest.mark.parametrize("name", ["plain.pt", "plain_legacy.pt", "plain_legacy_protocol4.pt"])
-def test_reads_every_kind_of_tensor_that_torch_writes(name):
+def test_every_kind_of_torch_tensor_is_read(name):
     read = read_tensors(FOLDER / name)
     assert (read.wrapper, read.dropped, read.format) == ("", (), "torch")
-    wanted = expected()
-    assert list(read.tensors) == list(wanted)
+    arrays = expected()
+    assert list(read.tensors) == list(arrays)
     # Eighths to 2 are exact in bfloat16: the first half of float32's bits.
-    wanted["bfloat16"] = (GRID.view(np.uint32) >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
-    for key in wanted:
-        same(read.tensors[key], wanted[key])
+    arrays["bfloat16"] = (GRID.view(np.uint32) >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
+    for key in arrays:
+        same(read.tensors[key], arrays[key])
     read.tensors["float"][:] = 0
     assert read.tensors["tied"].any(), "arrays share memory"
 
 
-def test_reads_a_dtype_without_a_storage_class_of_its_own():
+def test_a_dtype_without_a_storage_class_is_read():
     same(read_tensors(FOLDER / "untyped_legacy.pt").tensors["odd"], np.arange(3, dtype=np.uint16))
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "checkpoint_legacy", "checkpoint_protocol5"])
-def test_finds_the_state_dict_in_a_checkpoint(name):
+def test_the_state_dict_of_a_checkpoint_is_read(name):
     read = read_tensors(FOLDER / f"{name}.pyth")
     assert read.wrapper == "model_state"
     assert {"epoch", "cfg", "best", "matrix", "milestones", "kinds"} <= set(read.dropped)
@@ -104,7 +104,7 @@ def test_finds_the_state_dict_in_a_checkpoint(name):
         assert "optimizer_state" in read.dropped
 
 
-def test_what_stands_beside_the_tensors_is_read_as_plain_values():
+def test_other_values_of_a_checkpoint_are_read_as_plain_values():
     with zipfile.ZipFile(FOLDER / "checkpoint.pyth") as archive:
         raw = archive.read("checkpoint/data.pkl")
     value, storages = torch_pickle.load(io.BytesIO(raw), FOLDER)
@@ -115,11 +115,11 @@ def test_what_stands_beside_the_tensors_is_read_as_plain_values():
     assert set(storages) == {str(i) for i in range(len(storages))}
 
 
-# What is written
+# Writing
 
 
 def filled(rng):
-    """Random bits in every dtype, so NaNs of every kind; and the shapes that are special."""
+    """Yields random bits in every dtype, NaNs included, and special shapes."""
     for dtype in DTYPES:
         width = np.dtype(dtype).itemsize
         bits = rng.integers(0, 2 if dtype == "bool" else 256, 15 * width, dtype=np.uint8)
@@ -131,7 +131,7 @@ def filled(rng):
 
 
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_every_dtype_comes_back_bit_for_bit(tmp_path, write):
+def test_every_dtype_is_restored_bit_for_bit(tmp_path, write):
     tensors = dict(filled(np.random.default_rng(0)))
     write(tmp_path / "x", tensors)
     read = read_tensors(tmp_path / "x")
@@ -139,15 +139,15 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path, write):
     assert read.format == ("torch" if write is write_torch else "safetensors")
     if write is write_torch:
         assert list(read.tensors) == list(tensors)
-    for name, wanted in tensors.items():
-        same(read.tensors[name], wanted.astype(wanted.dtype.newbyteorder("=")))
+    for name, values in tensors.items():
+        same(read.tensors[name], values.astype(values.dtype.newbyteorder("=")))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     (tmp_path / "other").touch()
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 class Independent(pickle.Unpickler):
-    """Python's own unpickler, with torch's three names written out naively."""
+    """Python's unpickler with naive versions of torch's three names."""
 
     def __init__(self, archive):
         super().__init__(io.BytesIO(archive.read("archive/data.pkl")))
@@ -176,7 +176,7 @@ class Independent(pickle.Unpickler):
         return storage.reshape(size)
 
 
-def test_a_written_pickle_means_to_python_what_it_means_here(tmp_path):
+def test_a_written_pickle_is_read_equally_by_python(tmp_path):
     tensors = {
         **FLOATS,
         "ä.scalar": np.array(-5),
@@ -197,114 +197,115 @@ def test_a_written_pickle_means_to_python_what_it_means_here(tmp_path):
     assert list(value) == ["model_state", *extra] and type(value["model_state"]) is OrderedDict
     assert {name: value[name] for name in extra} == extra and value["on"] is True
     assert list(value["model_state"]) == list(tensors)
-    for name, wanted in tensors.items():
-        same(value["model_state"][name], wanted)
+    for name, values in tensors.items():
+        same(value["model_state"][name], values)
     read = read_tensors(tmp_path / "x")
     assert (read.wrapper, read.dropped) == ("model_state", tuple(extra))
 
 
-def test_equal_input_gives_equal_bytes(tmp_path):
+def test_equal_tensors_are_written_as_equal_bytes(tmp_path):
     write_torch(tmp_path / "x", FLOATS)
     write_torch(tmp_path / "y", FLOATS)
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
-def test_refuses_to_write_what_readers_would_not_understand(tmp_path):
+def test_unreadable_dtypes_and_ambiguous_names_are_not_written(tmp_path):
     for write in (write_torch, write_safetensors):
         for dtype in ("complex64", "uint16", "U3", object):
             with pytest.raises(UserError, match=r"a has the dtype .*: convert"):
                 write(tmp_path / "x", {"a": np.zeros(2, dtype)})
-    for how in ({"wrapper": "model", "extra": {"model": 1}}, {"extra": {"epoch": 1}}):
+    for options in ({"wrapper": "model", "extra": {"model": 1}}, {"extra": {"epoch": 1}}):
         with pytest.raises(UserError, match="another name"):
-            write_torch(tmp_path / "x", FLOATS, **how)
+            write_torch(tmp_path / "x", FLOATS, **options)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
 @pytest.mark.parametrize("before", [None, b"before"])
-@pytest.mark.parametrize("fails", ["replace", "write", "interrupt"])
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch, write, before, fails):
+@pytest.mark.parametrize("failure", ["replace", "write", "interrupt"])
+def test_files_are_written_atomically(tmp_path, monkeypatch, write, before, failure):
     path = tmp_path / "x"
     if before:
         path.write_bytes(before)
 
-    def half(*_, **__):
+    def fail(*_, **__):
         (tmp_path / f".x.{os.getpid()}").write_bytes(b"half")
-        raise KeyboardInterrupt if fails == "interrupt" else OSError(28, "No space left on device")
+        error = OSError(28, "No space left on device")
+        raise KeyboardInterrupt if failure == "interrupt" else error
 
-    if fails == "replace":
-        monkeypatch.setattr(Path, "replace", half)
+    if failure == "replace":
+        monkeypatch.setattr(Path, "replace", fail)
     else:
-        monkeypatch.setattr(zipfile.ZipFile, "writestr", half)
-        monkeypatch.setattr(safetensors.numpy, "save_file", half)
-    with pytest.raises(KeyboardInterrupt if fails == "interrupt" else UserError) as caught:
+        monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
+        monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt if failure == "interrupt" else UserError) as caught:
         write(path, FLOATS)
-    if fails != "interrupt":
+    if failure != "interrupt":
         assert str(caught.value) == f"{path} cannot be written (No space left on device)"
     assert [p.name for p in tmp_path.iterdir()] == (["x"] if before else [])
     assert not before or path.read_bytes() == before
 
 
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_a_folder_that_is_not_there_says_so(tmp_path, write):
+def test_writing_to_a_missing_folder_is_an_error(tmp_path, write):
     with pytest.raises(UserError, match=r"cannot be written .*No such file or directory"):
         write(tmp_path / "none" / "x", FLOATS)
 
 
-# Nothing is run
+# Malicious pickles
 
 
-def attacks(mark):
-    """Pickles that make the file `mark` if Python unpickles them, and what they ask for."""
-    command, code = text(f"touch {mark}"), text(f"open({str(mark)!r}, 'w')")
+def attacks(marker):
+    """Returns pickles that create `marker` when Python unpickles them, and the functions called."""
+    command, code = text(f"touch {marker}"), text(f"open({str(marker)!r}, 'w')")
     module = os.system.__module__
-    system, called = f"{module}\nsystem\n".encode(), f"{module}.system"
+    system, target = f"{module}\nsystem\n".encode(), f"{module}.system"
     glob = b"c" + system
     partial = b"cfunctools\npartial\ncbuiltins\nprint\n\x85R"
     state = b"(" + glob + command + b"\x85}Nt"
     return {
-        "REDUCE": (glob + command + b"\x85R", called),
+        "REDUCE": (glob + command + b"\x85R", target),
         "exec": (b"cbuiltins\nexec\n" + code + b"\x85R", "builtins.exec"),
         "python2": (b"c__builtin__\neval\n" + code + b"\x85R", "builtins.eval"),
         "Popen": (
-            b"csubprocess\ncheck_call\n(" + text("touch") + text(str(mark)) + b"l\x85R",
+            b"csubprocess\ncheck_call\n(" + text("touch") + text(str(marker)) + b"l\x85R",
             "subprocess.check_call",
         ),
-        "INST": (b"(" + command + b"i" + system, called),
+        "INST": (b"(" + command + b"i" + system, target),
         "OBJ": (b"(" + b"cbuiltins\neval\n" + code + b"o", "builtins.eval"),
-        "STACK_GLOBAL": (text(module) + text("system") + b"\x93" + command + b"\x85R", called),
+        "STACK_GLOBAL": (text(module) + text("system") + b"\x93" + command + b"\x85R", target),
         "BUILD": (partial + state + b"b)R", "functools.partial"),
         "attribute": (
             text("os") + text("path.os.system") + b"\x93" + command + b"\x85R",
             "os.path.os.system",
         ),
-        "factory": (b"ccollections\ndefaultdict\n" + glob + command + b"\x85R\x85R", called),
+        "factory": (b"ccollections\ndefaultdict\n" + glob + command + b"\x85R\x85R", target),
     }
 
 
 @pytest.mark.parametrize("form", attacks("x"))
 @pytest.mark.parametrize("container", [zipped, legacy])
 def test_no_code_in_a_file_is_run(tmp_path, form, container):
-    mark = tmp_path / "mark"
-    attack, asked = attacks(mark)[form]
-    # The attack is one: Python's unpickler falls for it (OBJ calls only classes).
+    marker = tmp_path / "mark"
+    attack, target = attacks(marker)[form]
+    # Python's unpickler runs the attack (OBJ calls only classes).
     if form != "OBJ":
         try:
-            # Protocol 2 knows Python 2's names, protocol 4 dotted ones.
+            # Protocol 2 maps Python 2's names, protocol 4 allows dotted ones.
             pickle.loads((b"\x80\x02" if form == "python2" else b"\x80\x04") + attack + b".")
         except TypeError:
             assert form == "factory"
-        assert mark.exists()
-        mark.unlink()
+        assert marker.exists()
+        marker.unlink()
     value = b"}(" + text("model_state") + b"}(" + text("a") + tensor() + b"u" + text("x")
     path = container(tmp_path / "file", value + attack + b"u")
-    says = re.escape(f"{path} refers to {asked}, which is neither a plain tensor nor a plain")
-    with pytest.raises(UserError, match=says):
+    message = re.escape(f"{path} refers to {target}, which is neither a plain tensor nor a plain")
+    with pytest.raises(UserError, match=message):
         read_tensors(path)
-    assert not mark.exists()
+    assert not marker.exists()
 
 
-def test_what_the_attacks_hide_in_would_be_read(tmp_path):
+def test_the_files_around_the_attacks_are_valid(tmp_path):
     value = b"}(" + text("model_state") + b"}(" + text("a") + tensor() + b"u" + text("x") + b"Nu"
     for container in (zipped, legacy):
         read = read_tensors(container(tmp_path / "file", value))
@@ -324,22 +325,22 @@ def test_what_the_attacks_hide_in_would_be_read(tmp_path):
         ("builtins", "bytearray"),
     ],
 )
-def test_other_names_are_refused_by_name(tmp_path, module, name):
+def test_unknown_globals_are_refused_by_name(tmp_path, module, name):
     value = b"}" + text("args") + f"c{module}\n{name}\n".encode() + b")Rs"
     with pytest.raises(UserError, match=rf"refers to {module}\.{name}, which"):
         read_tensors(zipped(tmp_path / "x", value))
 
 
-def test_names_by_number_are_refused(tmp_path):
+def test_extension_opcodes_are_refused(tmp_path):
     for opcode in (b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00"):
         with pytest.raises(UserError, match="opcode EXT"):
             read_tensors(zipped(tmp_path / "x", b"}" + text("a") + opcode + b")Rs"))
 
 
-# Wild files
+# Malformed files
 
 MANY = struct.pack("<q", 2**62)
-WILD = {
+MALFORMED = {
     "outside": tensor(size=b"K\x03\x85"),
     "far outside": tensor(offset=b"\x8a\x08" + MANY),
     "negative offset": tensor(offset=b"J\xff\xff\xff\xff"),
@@ -380,7 +381,7 @@ WILD = {
 }  # fmt: skip
 
 
-SAYS = {
+MESSAGES = {
     "outside": "lies outside its storage",
     "expanded": "its tensors claim 262144 bytes",
     "deep key": "a key in it is a tuple",
@@ -396,25 +397,25 @@ SAYS = {
 
 @pytest.mark.parametrize(
     ("container", "name"),
-    [(zipped, name) for name in WILD]
-    + [(legacy, name) for name in WILD if not name.startswith("deep")],  # a second each
+    [(zipped, name) for name in MALFORMED]
+    + [(legacy, name) for name in MALFORMED if not name.startswith("deep")],  # a second each
 )
-def test_wild_pickles_are_refused_in_one_sentence(tmp_path, container, name):
-    path = container(tmp_path / "x", b"}" + text("a") + WILD[name] + b"s")
+def test_malformed_pickles_are_refused_in_one_sentence(tmp_path, container, name):
+    path = container(tmp_path / "x", b"}" + text("a") + MALFORMED[name] + b"s")
     with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
         read_tensors(path)
-    assert SAYS.get(name, "") in str(caught.value)
+    assert MESSAGES.get(name, "") in str(caught.value)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_a_large_memo_index_and_deep_nesting_cost_nothing(tmp_path):
+def test_a_large_memo_index_and_deep_nesting_are_read(tmp_path):
     value = b"}r\xff\xff\xff\xff" + text("a") + tensor() + b"s"
     deep = b"0" + b"]" * 100_000 + b"a" * 99_999 + b"0j\xff\xff\xff\xff"
     read = read_tensors(zipped(tmp_path / "x", value + deep))
     same(read.tensors["a"], np.array([1, 2], np.float32))
 
 
-def test_tensors_that_claim_one_storage_many_times_are_refused(tmp_path):
+def test_many_tensors_of_one_storage_are_refused(tmp_path):
     many = b"J\x00\x00\x02\x00"
     value = tensor(storage(size=many), size=many + b"\x85") + b"q\x000}("
     value += b"".join(text(f"{i}") + b"h\x00" for i in range(2000)) + b"u"
@@ -422,7 +423,7 @@ def test_tensors_that_claim_one_storage_many_times_are_refused(tmp_path):
         read_tensors(zipped(tmp_path / "x", value, {"data/0": bytes(2**19)}))
 
 
-def test_a_file_cut_off_anywhere_says_so(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     write_torch(tmp_path / "zip", FLOATS)
     write_safetensors(tmp_path / "safetensors", FLOATS)
     (tmp_path / "legacy").write_bytes((FOLDER / "plain_legacy.pt").read_bytes())
@@ -430,12 +431,12 @@ def test_a_file_cut_off_anywhere_says_so(tmp_path):
         raw = (tmp_path / kind).read_bytes()
         for length in [*range(0, 64), *range(64, len(raw), 13), *range(len(raw) - 40, len(raw))]:
             (tmp_path / "cut").write_bytes(raw[:length])
-            says = "cut off or damaged" if length > 64 else None
-            with pytest.raises(UserError, match=says):
+            message = "cut off or damaged" if length > 64 else None
+            with pytest.raises(UserError, match=message):
                 read_tensors(tmp_path / "cut")
 
 
-def test_a_wrong_check_sum_says_so(tmp_path):
+def test_a_wrong_checksum_is_refused(tmp_path):
     path = zipped(tmp_path / "x", A)
     raw = path.read_bytes()
     data = np.array([1, 2], "<f4").tobytes()
@@ -445,7 +446,7 @@ def test_a_wrong_check_sum_says_so(tmp_path):
         read_tensors(path)
 
 
-def test_byte_order_is_the_files(tmp_path):
+def test_the_byte_order_of_the_file_is_used(tmp_path):
     entries = {"data/0": np.array([1, 2], ">f4").tobytes(), "byteorder": b"big"}
     read = read_tensors(zipped(tmp_path / "x", A, entries))
     same(read.tensors["a"], np.array([1, 2], np.float32))
@@ -454,7 +455,7 @@ def test_byte_order_is_the_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("options", "message"),
     [
         ({"entries": {}}, "damaged .it has no data/0"),
         ({"entries": {"data/0": b"1234567"}}, "the storage of a is cut off"),
@@ -464,13 +465,13 @@ def test_byte_order_is_the_files(tmp_path):
         ({"compress_type": zipfile.ZIP_DEFLATED}, "is a compressed zip"),
     ],
 )
-def test_other_zips_say_what_they_are(tmp_path, how, says):
-    path = zipped(tmp_path / "x", A, **how)
-    with pytest.raises(UserError, match=says):
+def test_other_zips_are_refused_with_the_reason(tmp_path, options, message):
+    path = zipped(tmp_path / "x", A, **options)
+    with pytest.raises(UserError, match=message):
         read_tensors(path)
 
 
-def test_encrypted_and_ambiguous_zips_say_so(tmp_path):
+def test_encrypted_and_ambiguous_zips_are_refused(tmp_path):
     path = zipped(tmp_path / "x", A)
     raw = path.read_bytes()
     start = raw.index(b"PK\x01\x02")
@@ -491,7 +492,7 @@ FLOAT8 = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'  # nothin
 
 
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("raw", "message"),
     [
         (b"", "is empty"),
         (b"\n <!DOCTYPE html><html>", "is a web page"),
@@ -507,9 +508,9 @@ FLOAT8 = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'  # nothin
         (struct.pack("<Q", len(FLOAT8)) + FLOAT8 + b"\x00", "holds a as F8_E4M3"),
     ],
 )
-def test_other_files_say_what_they_are(tmp_path, raw, says):
+def test_other_files_are_refused_with_the_reason(tmp_path, raw, message):
     (tmp_path / "x").write_bytes(raw)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_tensors(tmp_path / "x")
 
 
@@ -522,14 +523,14 @@ def test_a_safetensors_header_that_looks_like_a_pickle_is_read(tmp_path):
     assert len(read_tensors(tmp_path / "x").tensors) == 1
 
 
-def test_paths_without_a_file_say_so(tmp_path):
+def test_paths_without_a_file_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, says in ((".", "is a folder"), ("none", "is no file"), ("pipe", "is no file")):
-        with pytest.raises(UserError, match=says):
+    for name, message in ((".", "is a folder"), ("none", "is no file"), ("pipe", "is no file")):
+        with pytest.raises(UserError, match=message):
             read_tensors(tmp_path / name)
 
 
-# Which mapping is the state dict
+# The state dict in a container
 
 ONE, TWO = np.ones(1), np.full(2, 2.0)
 
@@ -554,15 +555,15 @@ ONE, TWO = np.ones(1), np.full(2, 2.0)
         ),
     ],
 )
-def test_the_state_dict_is_found_in_its_wrapper(container, wrapper, dropped):
-    found = state_dict(container)
-    assert (found.wrapper, found.dropped) == (wrapper, dropped)
-    ((_, array),) = found.tensors.items()
+def test_the_state_dict_is_unwrapped(container, wrapper, dropped):
+    result = state_dict(container)
+    assert (result.wrapper, result.dropped) == (wrapper, dropped)
+    ((_, array),) = result.tensors.items()
     same(array, ONE)
 
 
 @pytest.mark.parametrize(
-    ("container", "says"),
+    ("container", "message"),
     [
         ({}, "holds no state dict, only nothing"),
         ({"model_state": {}}, "holds no state dict, only 'model_state'"),
@@ -577,21 +578,21 @@ def test_the_state_dict_is_found_in_its_wrapper(container, wrapper, dropped):
         ({"a": np.array([1j])}, "a has the dtype complex128"),
     ],
 )
-def test_what_is_no_state_dict_says_why(container, says):
-    with pytest.raises(UserError, match=says):
+def test_other_mappings_are_refused_with_the_reason(container, message):
+    with pytest.raises(UserError, match=message):
         state_dict(container)
 
 
 @pytest.mark.parametrize(
     "value", [b"K\x01", b"](" + tensor() + b"e", tensor(), b"}K\x00" + tensor() + b"s"]
 )
-def test_files_without_a_state_dict_say_so(tmp_path, value):
+def test_files_without_a_state_dict_are_refused(tmp_path, value):
     with pytest.raises(UserError, match=r"save a state_dict|not a name with a tensor: 0"):
         read_tensors(zipped(tmp_path / "x", value))
 
 
 class FakeTensor:
-    """A tensor of torch's as seen from outside; with gradient or bfloat16, NumPy refuses it."""
+    """A stand-in for torch's tensors; NumPy refuses those with gradients or in bfloat16."""
 
     def __init__(self, values, dtype="torch.float32", grad=True):
         self.values, self.dtype, self.grad = values, dtype, grad

@@ -1,4 +1,4 @@
-"""Broken files by the thousand: each is read or refused, nothing is run, nothing grows."""
+"""Fuzzing of tensor files: each is read or refused; nothing is run, memory is bounded."""
 
 import io
 import itertools
@@ -25,13 +25,13 @@ from tests.weights.test_tensor_files import attacks, legacy, tensor, text, zippe
 
 MEMORY = 2**30
 SECONDS = 20  # for one file, on a loaded machine
-# Audit events (docs.python.org/3/library/audit_events.html) of what reading never does.
+# Audit events (docs.python.org/3/library/audit_events.html) that reading must not raise.
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec")
 FORBIDDEN += ("compile", "import", "pickle.find_class", "socket.connect", "os.remove", "os.mkdir")
 
 
 def seeds(folder):
-    """Good files of each format, and files whose pickles would run something."""
+    """Returns valid files of each format, and files whose pickles would run code."""
     good = [path.read_bytes() for path in sorted(FOLDER.iterdir())]
     for write in (write_torch, write_safetensors):
         write(folder / "seed", expected())
@@ -48,26 +48,26 @@ def seeds(folder):
 def flipped(raw, draw, start=0, end=None):
     raw = bytearray(raw)
     for _ in range(draw.choice([1, 1, 2, 4, 8])):
-        place = draw.randrange(start, min(end or len(raw), len(raw)))
-        raw[place] = draw.choice([0, 1, 0x28, 0x7F, 0x80, 0xFF, draw.randrange(256)])
+        index = draw.randrange(start, min(end or len(raw), len(raw)))
+        raw[index] = draw.choice([0, 1, 0x28, 0x7F, 0x80, 0xFF, draw.randrange(256)])
     return bytes(raw)
 
 
 def operated(raw, draw):
-    """A pickle with opcodes taken out, doubled, exchanged, or with another one put in."""
-    places = [place for _, _, place in pickletools.genops(raw)] + [len(raw)]
-    parts = [raw[a:b] for a, b in itertools.pairwise(places)]
+    """Returns a pickle with opcodes removed, duplicated, exchanged or inserted."""
+    offsets = [offset for _, _, offset in pickletools.genops(raw)] + [len(raw)]
+    parts = [raw[a:b] for a, b in itertools.pairwise(offsets)]
     for _ in range(draw.choice([1, 1, 2, 5])):
-        at, other = draw.randrange(len(parts)), draw.randrange(len(parts))
+        at, source = draw.randrange(len(parts)), draw.randrange(len(parts))
         match draw.randrange(5):
             case 0:
                 parts[at] = b""
             case 1:
-                parts.insert(at, parts[other])
+                parts.insert(at, parts[source])
             case 2:
-                parts[at], parts[other] = parts[other], parts[at]
+                parts[at], parts[source] = parts[source], parts[at]
             case 3:
-                parts[at] = parts[other]
+                parts[at] = parts[source]
             case 4:
                 opcode = draw.choice(pickletools.opcodes).code.encode("latin1")
                 parts.insert(at, opcode + draw.choice([b"", draw.randbytes(4), b"\xff" * 8]))
@@ -75,7 +75,7 @@ def operated(raw, draw):
 
 
 def repacked(raw, change):
-    """A zip with its pickle changed, whose check sums are right again."""
+    """Returns a zip with its pickle changed and valid checksums."""
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(packed, "w") as new:
         for name in old.namelist():
@@ -100,11 +100,11 @@ def mutated(raw, other, draw):
     if raw[:1] == b"\x80":
         if kind != "opcodes":
             return flipped(raw, draw, end=200 if kind == "header" else None)
-        stream, places = io.BytesIO(raw), []
+        stream, offsets = io.BytesIO(raw), []
         for _ in range(4):  # the fourth has the tensors
             list(pickletools.genops(stream))
-            places.append(stream.tell())
-        start, end = places[2:]
+            offsets.append(stream.tell())
+        start, end = offsets[2:]
         return raw[:start] + operated(raw[start:end], draw) + raw[end:]
     length = int.from_bytes(raw[:8], "little")
     header = flipped(raw[8 : 8 + length], draw) + draw.choice([b"", b" ", b"}"])
@@ -115,7 +115,7 @@ def mutated(raw, other, draw):
 def fuzz(folder, count, seed):
     draw = random.Random(seed)
     good, bad = seeds(folder)
-    for number, raw in enumerate(good + bad):  # also imports what is imported late
+    for number, raw in enumerate(good + bad):  # also triggers late imports
         (folder / "file").write_bytes(raw)
         try:
             assert isinstance(read_tensors(folder / "file"), Tensors) and number < len(good)
@@ -130,12 +130,12 @@ def fuzz(folder, count, seed):
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    watching, ran = True, []
+    watching, events = True, []
 
     def watch(event, args):
         writes = event == "open" and isinstance(args[1], str) and "r" not in args[1]
         if watching and (event in FORBIDDEN or writes):
-            ran.append((event, str(args)[:200]))
+            events.append((event, str(args)[:200]))
 
     sys.addaudithook(watch)
     outcomes, slowest = Counter(), 0.0
@@ -156,11 +156,11 @@ def fuzz(folder, count, seed):
         signal.alarm(0)
         slowest = max(slowest, time.perf_counter() - began)
         outcomes[outcome] += 1
-        assert not ran, (number, ran)
+        assert not events, (number, events)
     watching = False
     assert not (folder / "mark").exists()
     print(dict(outcomes), f"slowest {slowest:.2f} s")
-    # Both happen, or the fuzzing hits nothing.
+    # Both outcomes occur, or the fuzzing tests nothing.
     assert outcomes["read"] > count / 20 and outcomes["refused"] > count / 4
 
 
@@ -171,7 +171,7 @@ def fuzz(folder, count, seed):
         pytest.param(8000, 0, marks=pytest.mark.nightly),
     ],
 )
-def test_broken_files_are_read_or_refused(count, seed, tmp_path):
+def test_mutated_files_are_read_or_refused(count, seed, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(tmp_path), str(count), str(seed)],
         cwd=tiny.ROOT, env=of_process(1), capture_output=True, text=True,
