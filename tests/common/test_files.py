@@ -1,4 +1,4 @@
-"""Paths that people name, and files: written whole or not at all, refused before the work."""
+"""Paths and buckets of arguments, atomic writes, and early errors for unwritable paths."""
 
 import sys
 from pathlib import Path
@@ -11,25 +11,25 @@ from mvit_jax.common.errors import UserError
 from tests.support import bucket
 
 
-@pytest.mark.parametrize("named", ["runs/b", "runs/b/", "/runs", ".", "", "gs:/b", "C:\\runs", "~"])
-def test_what_is_no_address_is_a_path_as_before(named):
-    assert files.to_path(named) == Path(named) == files.local_path(named)
-    assert isinstance(files.to_path(Path(named)), Path)
+@pytest.mark.parametrize("name", ["runs/b", "runs/b/", "/runs", ".", "", "gs:/b", "C:\\runs", "~"])
+def test_names_without_a_scheme_are_local_paths(name):
+    assert files.to_path(name) == Path(name) == files.local_path(name)
+    assert isinstance(files.to_path(Path(name)), Path)
 
 
-@pytest.mark.parametrize("named", ["s3://b/runs", "http://host/runs", "file:///runs", "gs://"])
-def test_other_addresses_are_refused_in_one_sentence(named, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["s3://b/runs", "http://host/runs", "file:///runs", "gs://"])
+def test_other_addresses_are_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is neither a folder nor in a bucket"):
-        files.to_path(named)
+        files.to_path(name)
     with pytest.raises(UserError, match="is neither a folder nor in a bucket"):
-        files.write_whole(named, "")
+        files.write_whole(name, "")
     with pytest.raises(UserError, match="is not a local path"):
-        files.local_path(named)
+        files.local_path(name)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_are_written_whole(tmp_path):
+def test_files_are_replaced_without_remains(tmp_path):
     for path in (tmp_path / "a", epath.Path(tmp_path) / "b"):
         files.write_whole(path, "before, ä\n")
         files.write_whole(path, b"after")
@@ -39,13 +39,13 @@ def test_files_are_written_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_what_cannot_be_written_is_one_sentence(tmp_path):
+def test_a_failed_write_ends_with_a_one_sentence_error(tmp_path):
     for folder in (tmp_path, epath.Path(tmp_path)):
         with pytest.raises(UserError, match=r"missing/a cannot be written \(No such file"):
             files.write_whole(folder / "missing" / "a", "text")
 
 
-def test_faults_in_buckets_are_told_shortly():
+def test_bucket_errors_are_shortened():
     error = OSError('HTTP response code 403 with body \'{\n "message": "refused"}\'\n\t when')
     assert files.why(error) == "HTTP response code 403"
     assert files.why(PermissionError(13, "Permission denied")) == "Permission denied"
@@ -62,39 +62,39 @@ def storage(tmp_path, monkeypatch):
         files._check_bucket.cache_clear()
 
 
-def test_a_bucket_is_looked_at_once(storage):
+def test_a_bucket_is_checked_once(storage):
     path = files.to_path("gs://a-bucket/runs/b/")
     assert str(path / "config.json") == "gs://a-bucket/runs/b/config.json"
     assert not files.is_local(path) and path.name == "b"
-    asked = len(storage.requests)
-    assert asked > 0
+    count = len(storage.requests)
+    assert count > 0
     files.to_path("gs://a-bucket/runs/c")
     assert files.to_path(path) is path
-    assert len(storage.requests) == asked
+    assert len(storage.requests) == count
 
 
-def test_a_bucket_that_cannot_be_used_is_one_sentence(storage):
+def test_an_unusable_bucket_ends_with_a_one_sentence_error(storage):
     with pytest.raises(UserError, match=r"^there is no bucket gs://no-bucket: .*\n?$"):
         files.to_path("gs://no-bucket/runs")
     for denied in ("^GET /storage/v1/b/a-bucket", "^GET /storage/v1/b/a-bucket/o"):
         storage.denied = denied
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             files.to_path("gs://a-bucket/runs")
-        assert str(told.value).startswith("the bucket gs://a-bucket cannot be used (")
-        assert "give this account roles/storage.objectUser" in str(told.value)
-        assert "\n" not in str(told.value)
+        assert str(error.value).startswith("the bucket gs://a-bucket cannot be used (")
+        assert "give this account roles/storage.objectUser" in str(error.value)
+        assert "\n" not in str(error.value)
     storage.denied = None
     assert str(files.to_path("gs://a-bucket/runs")) == "gs://a-bucket/runs"
 
 
-def test_without_googles_clients_the_pip_line_is_told(monkeypatch):
+def test_without_the_gcs_clients_the_error_has_the_pip_line(monkeypatch):
     files._check_bucket.cache_clear()
     monkeypatch.setitem(sys.modules, "google.cloud", None)
     with pytest.raises(UserError, match=r"gs://some needs .*: pip install -e '.\[gcs\]'"):
         files.to_path("gs://some/runs")
 
 
-def test_what_can_be_written_is_not_touched(tmp_path):
+def test_checking_a_writable_path_leaves_it_unchanged(tmp_path):
     files.check_writable(tmp_path / "new.json")
     assert not any(tmp_path.iterdir())
     (tmp_path / "old.json").write_text("old")
@@ -103,7 +103,7 @@ def test_what_can_be_written_is_not_touched(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["folder", "missing/new.json", "file/new.json"])
-def test_what_cannot_be_written_is_refused_by_both(name, tmp_path):
+def test_unwritable_paths_are_refused_by_check_and_write(name, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("x")
     for write in (files.check_writable, lambda path: files.write_whole(path, "x")):
@@ -111,7 +111,7 @@ def test_what_cannot_be_written_is_refused_by_both(name, tmp_path):
             write(tmp_path / name)
 
 
-def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(UserError, match="is not writable"):
         files.check_writable(tmp_path / "new.json")

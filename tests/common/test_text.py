@@ -1,11 +1,11 @@
-"""Plain text that people read."""
+"""Tables, sections and nouns of plain-text output."""
 
 import pytest
 
 from mvit_jax.common import text
 
 
-def test_numbers_stand_to_the_right_of_their_column_if_wanted():
+def test_numbers_in_tables_are_right_aligned_unless_disabled():
     rows = [("7", "1,200", "3 x 4"), ("long", "-5", "")]
     assert text.table(("name", "number", "mesh"), rows) == (
         "name  number  mesh\n"
@@ -21,11 +21,11 @@ def test_a_section_is_aligned_and_indented():
     assert text.section("Data", [("a", "1"), ("long", "2")]) == "Data\n  a     1\n  long  2"
 
 
-@pytest.mark.parametrize("count, said", [(0, "0 chips"), (1, "1 chip"), (1024, "1,024 chips")])
-def test_nouns_are_counted(count, said):
-    assert text.plural(count, "chip") == said
+@pytest.mark.parametrize("count, expected", [(0, "0 chips"), (1, "1 chip"), (1024, "1,024 chips")])
+def test_plurals_follow_the_count(count, expected):
+    assert text.plural(count, "chip") == expected
 
 
-def test_an_error_is_told_in_a_line():
+def test_the_first_line_of_an_error_is_returned():
     assert text.first_line(ValueError("\n one\ntwo")) == "one"
     assert text.first_line(ValueError()) == "ValueError"

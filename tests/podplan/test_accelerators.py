@@ -1,4 +1,4 @@
-"""Which slices of TPUs exist, and the least time of collectives, against figures worked by hand."""
+"""TPU slices and roofline bounds against figures worked by hand."""
 
 import math
 import re
@@ -25,19 +25,19 @@ from mvit_jax.podplan.hlo.cost import Collective, Counts, Operation
         ("v5p:16x16x24", "v5p:16x16x24", 6144, 1536),
     ],
 )
-def test_slices_are_known_by_shape_and_by_accelerator(text, name, chips, hosts):
+def test_slices_are_parsed_by_shape_and_by_accelerator(text, name, chips, hosts):
     topology = accelerators.parse(text)
     assert (topology.name, topology.chips, topology.hosts) == (name, chips, hosts)
 
 
-def test_several_slices_have_as_many_chips_and_hosts_each():
+def test_chips_and_hosts_of_several_slices_are_summed():
     topology = accelerators.parse("v5e:16x16", 4)
     assert (topology.chips, topology.chips_per_slice, topology.hosts) == (1024, 256, 256)
     assert str(topology) == "4 slices of v5e:16x16"
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("v5e:16x32", r"no slice v5e:16x32: v5e has 1x1 \(1\), 2x2 \(4\), .*16x16 \(256\)"),
         ("v5e:4x2", "no slice v5e:4x2"),  # sides rise
@@ -52,26 +52,26 @@ def test_several_slices_have_as_many_chips_and_hosts_each():
         ("v5e:4x4;rm", "no topology"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_what_does(text, said):
-    with pytest.raises(UserError, match=said):
+def test_unknown_slices_are_refused_with_the_valid_ones(text, message):
+    with pytest.raises(UserError, match=message):
         accelerators.parse(text)
 
 
-def test_there_is_at_least_one_slice():
+def test_zero_slices_are_refused():
     with pytest.raises(UserError, match="--slices=0 must be at least 1"):
         accelerators.parse("v5e:4x4", 0)
 
 
 @pytest.mark.parametrize("kind", accelerators.CHIPS)
-def test_every_slice_that_is_named_is_taken(kind):
+def test_every_listed_slice_is_accepted(kind):
     for shape in accelerators.shapes(kind):
         name = f"{kind}:{'x'.join(map(str, shape))}"
         assert accelerators.parse(name).shape == shape
         assert math.prod(shape) <= accelerators.CHIPS[kind].most
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         accelerators.parse(f"{kind}:3x3")
-    # Names in the refusal can be given as they stand there.
-    for word in re.findall(r"(\d+x[\dx]+) \(", str(refused.value)):
+    # Names in the message are valid arguments.
+    for word in re.findall(r"(\d+x[\dx]+) \(", str(error.value)):
         accelerators.parse(f"{kind}:{word}")
 
 
@@ -80,7 +80,7 @@ def collective(kind, size, devices, *, trips=1, between_slices=False):
 
 
 @pytest.mark.parametrize(
-    "given, moved",
+    "operation, expected",
     [
         (collective("all-reduce", 800, 4), 1200),  # 600 to scatter the sum, 600 to gather it
         (collective("all-gather", 800, 4), 600),
@@ -91,24 +91,24 @@ def collective(kind, size, devices, *, trips=1, between_slices=False):
         (collective("all-reduce", 800, 2, between_slices=True), 800),
     ],
 )
-def test_bytes_that_a_chip_sends(given, moved):
-    assert accelerators.moved(given) == moved
+def test_collectives_move_the_expected_bytes_per_chip(operation, expected):
+    assert accelerators.moved(operation) == expected
 
 
-def test_the_longest_part_bounds_a_step():
-    """v5e: 197 TFLOP/s, 819 GB/s of HBM, 200 GB/s each way to its slice, 3.125 GB/s outside."""
+def test_the_longest_roof_bounds_a_step():
+    """v5e: 197 TFLOP/s, 819 GB/s of HBM, 200 GB/s each way within a slice, 3.125 GB/s between."""
     work = Operation("dot", "dot", "matrix", "", 2, int(98.5e9), 0, 0, 0, int(81.9e9), int(98.5e9))
-    passed = (
+    collectives = (
         collective("all-gather", 400_000_000, 2, trips=3),  # 3 x 0.2 GB
         collective("all-reduce", 3_125_000, 2, between_slices=True),  # 3.125 MB
     )
     chip = accelerators.CHIPS["v5e"]
-    found = accelerators.roofs(Counts((work,), passed, ()), chip)
-    assert found.compute == pytest.approx(2e-3)
-    assert found.memory == pytest.approx(0.2)
-    assert found.links == pytest.approx(3e-3)
-    assert found.outside == pytest.approx(1e-3)
-    assert (found.longest, found.bound) == (found.memory, "memory")
-    rows = accelerators.by_kind(passed, chip)
+    roofs = accelerators.roofs(Counts((work,), collectives, ()), chip)
+    assert roofs.compute == pytest.approx(2e-3)
+    assert roofs.memory == pytest.approx(0.2)
+    assert roofs.links == pytest.approx(3e-3)
+    assert roofs.outside == pytest.approx(1e-3)
+    assert (roofs.longest, roofs.bound) == (roofs.memory, "memory")
+    rows = accelerators.by_kind(collectives, chip)
     assert rows[0][:3] == ("all-gather", 2, 1_200_000_000)
     assert rows[1][:3] == ("all-reduce between slices", 2, 3_125_000)

@@ -1,6 +1,6 @@
-"""Steps compiled for TPUs that are not here: what passes between chips, what is held, what fits.
+"""Ahead-of-time compilation for TPUs: collectives, memory by kind, and steps that do not fit.
 
-Collectives are compared with what a product of known sizes must send, and a step's with the number
+Collectives are compared with those of a matrix product of known sizes, and a step's with the number
 of its parameters.
 """
 
@@ -38,19 +38,18 @@ WEIGHT = 4 * WIDTH * OUT  # bytes, in whole tiles of 8 x 128
         ("INTERNAL: something else", None),
     ],
 )
-def test_the_compilers_message_says_how_much_is_wanted(message, size):
+def test_required_memory_is_parsed_from_the_compilers_message(message, size):
     assert compile.required_bytes(message) == (None if size is None else int(size))
 
 
-def test_libtpu_that_is_not_installed_gets_the_line_that_installs_it(monkeypatch):
+def test_without_libtpu_the_error_has_the_pip_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[tpu\]'"):
         compile.tpu_mesh(accelerators.parse("v5e:2x2"))
 
 
-def passed(slices, fsdp, effort):
-    """Collectives of a step that learns one weight by gradient descent: {(kind, among, between
-    slices): bytes of a chip}."""
+def collective_bytes(slices, fsdp, effort):
+    """Returns bytes by (kind, devices, between slices) of a step that learns one weight."""
     mesh = compile.tpu_mesh(accelerators.parse("v5e:4x4", slices), -1, fsdp)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
@@ -81,41 +80,41 @@ IN_GROUPS = {
 @pytest.mark.parametrize(
     ("slices", "fsdp", "effort", "expected"),
     [
-        # Copied weights need one sum of their gradients.
+        # Replicated weights require one sum of their gradients.
         (1, 1, QUICK, {("all-reduce", 16, False): WEIGHT}),
-        # Where all chips of a slice share one copy, the compiler sums whole and then cuts.
+        # Sharded over all chips of a slice: whole gradients are summed, then sliced.
         (1, 16, QUICK, GATHERED),
-        # Groups scatter gradients and sum what they hold.
+        # Sharded over groups: gradients are scattered in a group, then summed over groups.
         (1, 4, QUICK, IN_GROUPS),
-        # Full effort makes the gathering part of several fusions, which must not count it again.
+        # At full effort the all-gather is part of several fusions and must be counted once.
         pytest.param(1, 4, 0.0, IN_GROUPS, marks=pytest.mark.nightly),
-        # Each of 16 chips has a part of the sum, and gives that alone to other slices.
+        # Each of 16 chips sends its shard of the sum to the other slices.
         (2, 16, QUICK, GATHERED | {("all-reduce", 2, True): WEIGHT // 16}),
     ],
 )
 @pytest.mark.slow
-def test_what_chips_send_each_other_to_learn_one_weight(slices, fsdp, effort, expected):
-    assert passed(slices, fsdp, effort) == expected
+def test_collectives_of_a_step_that_learns_one_weight(slices, fsdp, effort, expected):
+    assert collective_bytes(slices, fsdp, effort) == expected
 
 
 def measure(topology, *, fsdp=1, slices=1, clips=8, **changes):
-    """The tiny experiment, averages included, with so many clips on each chip."""
-    place = accelerators.parse(topology, slices)
-    keys = {"batch": clips * place.chips, "optim.ema": 0.9, **MODEL, **changes}
+    """Measures the tiny experiment, averages included, with `clips` on each chip."""
+    pod = accelerators.parse(topology, slices)
+    keys = {"batch": clips * pod.chips, "optim.ema": 0.9, **MODEL, **changes}
     config = tiny.config("nowhere", **keys)
     model = build.model_config(config, 8)
-    return compile.measure(config, model, compile.tpu_mesh(place, -1, fsdp), effort=QUICK), model
+    return compile.measure(config, model, compile.tpu_mesh(pod, -1, fsdp), effort=QUICK), model
 
 
 @pytest.fixture(scope="module")
 def small():
-    """On one host of four chips."""
+    """Measures the step on one host of four chips."""
     return measure("v5e:2x2")
 
 
 @pytest.fixture(scope="module")
 def split():
-    """On 16 chips, four of which share a copy of the state."""
+    """Measures the step on 16 chips, the state sharded over groups of four."""
     return measure("v5e:4x4", fsdp=4)
 
 
@@ -125,102 +124,105 @@ def parameters(model):
 
 @pytest.mark.slow
 def test_a_step_on_four_chips_sums_every_gradient_once(small):
-    found, model = small
-    assert isinstance(found, Figures)
-    (among,) = {c.devices for c in found.counts.collectives}
-    assert among == 4
-    size = sum(c.trips * c.bytes for c in found.counts.collectives)
-    assert {c.kind for c in found.counts.collectives} == {"all-reduce"}
+    measured, model = small
+    assert isinstance(measured, Figures)
+    (devices,) = {c.devices for c in measured.counts.collectives}
+    assert devices == 4
+    size = sum(c.trips * c.bytes for c in measured.counts.collectives)
+    assert {c.kind for c in measured.counts.collectives} == {"all-reduce"}
     # In float32; small tensors are padded to whole tiles.
     assert 4 * parameters(model) <= size < 2 * 4 * parameters(model)
-    assert not found.counts.unknown_loops
-    # Attention, and pooling of K and V (of Q too in a stage's first block), there and back; of
-    # four blocks two are one loop.
-    assert len(found.counts.kernels) >= 2 * (2 + 3 + 2)
+    assert not measured.counts.unknown_loops
+    # Attention, and pooling of K and V (of Q too in a stage's first block), forward and backward;
+    # of four blocks two are one loop.
+    assert len(measured.counts.kernels) >= 2 * (2 + 3 + 2)
 
 
 @pytest.mark.nightly
-def test_gradients_cross_chips_in_the_type_that_the_step_computes_in(small):
-    found, model = measure("v5e:2x2", dtype="bfloat16")
-    assert isinstance(found, Figures)
+def test_gradients_are_summed_over_chips_in_the_compute_dtype(small):
+    measured, model = measure("v5e:2x2", dtype="bfloat16")
+    assert isinstance(measured, Figures)
     whole, half = (
-        sum(c.trips * c.bytes for c in step.counts.collectives) for step in (small[0], found)
+        sum(c.trips * c.bytes for c in step.counts.collectives) for step in (small[0], measured)
     )
     assert half == pytest.approx(whole / 2, rel=0.05)
-    assert found.kinds["parameters"] == small[0].kinds["parameters"]  # which stay in float32
+    assert measured.kinds["parameters"] == small[0].kinds["parameters"]  # stay in float32
     assert 2 * parameters(model) <= half
 
 
 @pytest.mark.slow
-def test_memory_is_told_by_kind(small):
-    found, model = small
-    assert sum(found.kinds.values()) == found.used == found.memory.peak
+def test_memory_is_reported_by_kind(small):
+    measured, model = small
+    assert sum(measured.kinds.values()) == measured.used == measured.memory.peak
     held = 4 * parameters(model)
-    assert held <= found.kinds["parameters"] < 1.5 * held
-    assert found.kinds["average"] == found.kinds["parameters"]
-    # Two moments of each, and a counter or two.
-    assert found.kinds["optimiser"] == pytest.approx(2 * found.kinds["parameters"], rel=0.01)
+    assert held <= measured.kinds["parameters"] < 1.5 * held
+    assert measured.kinds["average"] == measured.kinds["parameters"]
+    # Two moments of each parameter, and a counter or two.
+    assert measured.kinds["optimiser"] == pytest.approx(2 * measured.kinds["parameters"], rel=0.01)
     clips = 8 * 4 * 32 * 32 * 3
-    assert clips <= found.kinds["batch"] < 4.1 * clips  # its layout is padded to whole tiles
-    assert found.kinds["activations"] > 0 and found.kinds["program"] > 0
+    assert clips <= measured.kinds["batch"] < 4.1 * clips  # its layout is padded to whole tiles
+    assert measured.kinds["activations"] > 0 and measured.kinds["program"] > 0
 
 
 @pytest.mark.nightly
-def test_a_split_step_holds_a_share_and_gathers_the_rest(small, split):
-    (whole, model), (found, _) = small, split
+def test_a_sharded_step_holds_a_shard_and_gathers_the_rest(small, split):
+    (whole, model), (measured, _) = small, split
     for kind in compile.STATE:
-        assert 0.25 <= found.kinds[kind] / whole.kinds[kind] < 0.6  # small tensors are copied
+        # Small tensors are replicated.
+        assert 0.25 <= measured.kinds[kind] / whole.kinds[kind] < 0.6
     moved = Counter()
-    for c in found.counts.collectives:
+    for c in measured.counts.collectives:
         moved[c.kind] += c.trips * c.bytes
     size = 4 * parameters(model)
     assert 0.8 * size < moved["all-gather"] < 4 * size  # forward, and again backward
     assert moved["reduce-scatter"] > 0.3 * size
-    # What passes between chips are weights and their gradients, never a batch of activations.
+    # Collectives move weights and their gradients, never a batch of activations.
     largest = 4 * max(map(math.prod, functional(model).shapes().values()))
-    assert all(c.bytes <= 4 * largest for c in found.counts.collectives if c.kind != "all-reduce")
-    assert len(found.counts.kernels) == len(whole.counts.kernels)
+    assert all(
+        c.bytes <= 4 * largest for c in measured.counts.collectives if c.kind != "all-reduce"
+    )
+    assert len(measured.counts.kernels) == len(whole.counts.kernels)
     # Each chip has as many clips as before, and as much to compute.
-    assert found.counts.kernel_flops == whole.counts.kernel_flops
-    assert found.counts.flops == pytest.approx(whole.counts.flops, rel=0.1)
+    assert measured.counts.kernel_flops == whole.counts.kernel_flops
+    assert measured.counts.flops == pytest.approx(whole.counts.flops, rel=0.1)
 
 
 @pytest.mark.slow
-def test_a_step_of_several_slices_sums_over_the_network():
-    found, model = measure("v5e:2x2", slices=2, fsdp=4)
-    assert isinstance(found, Figures)
-    outside = [c for c in found.counts.collectives if c.between_slices]
+def test_gradients_of_several_slices_are_summed_over_the_network():
+    measured, model = measure("v5e:2x2", slices=2, fsdp=4)
+    assert isinstance(measured, Figures)
+    outside = [c for c in measured.counts.collectives if c.between_slices]
     assert outside and {c.devices for c in outside} == {2}
     size = sum(c.bytes for c in outside)
-    # What each chip holds of them, in layouts that pad gradients more; without scattering them
+    # Each chip sends its shard, in layouts that pad gradients more; without a reduce-scatter
     # first it would be thrice as much.
-    assert found.kinds["parameters"] <= size < 2 * found.kinds["parameters"]
-    assert found.kinds["parameters"] < 3 * parameters(model)
-    assert all(c.devices <= 4 for c in found.counts.collectives if not c.between_slices)
-    roofs = accelerators.roofs(found.counts, accelerators.CHIPS["v5e"])
+    assert measured.kinds["parameters"] <= size < 2 * measured.kinds["parameters"]
+    assert measured.kinds["parameters"] < 3 * parameters(model)
+    assert all(c.devices <= 4 for c in measured.counts.collectives if not c.between_slices)
+    roofs = accelerators.roofs(measured.counts, accelerators.CHIPS["v5e"])
     assert roofs.outside > roofs.links > 0
 
 
 @pytest.mark.slow
-def test_a_step_that_does_not_fit_says_what_it_would_take():
-    found, _ = measure("v5e:2x2", clips=65536)
-    assert isinstance(found, TooLarge)
-    assert found.used > accelerators.CHIPS["v5e"].memory
-    assert found.kinds["batch"] == 65536 * (4 * 32 * 32 * 3 + 4 + 4)
-    assert sum(found.kinds.values()) == found.used
+def test_a_step_that_does_not_fit_reports_its_required_memory():
+    measured, _ = measure("v5e:2x2", clips=65536)
+    assert isinstance(measured, TooLarge)
+    assert measured.used > accelerators.CHIPS["v5e"].memory
+    assert measured.kinds["batch"] == 65536 * (4 * 32 * 32 * 3 + 4 + 4)
+    assert sum(measured.kinds.values()) == measured.used
 
 
 @pytest.mark.slow
-def test_the_forward_pass_of_a_test_is_compiled_too(small):
+def test_the_forward_pass_is_measured_alone(small):
     config = tiny.config("nowhere", batch=32, **MODEL)
     model = build.model_config(config, 8)
     mesh = compile.tpu_mesh(accelerators.parse("v5e:2x2"))
-    found = compile.measure(config, model, mesh, which="forward", effort=QUICK)
-    assert isinstance(found, Figures)
-    assert 0 < found.counts.flops < 0.5 * small[0].counts.flops
+    measured = compile.measure(config, model, mesh, which="forward", effort=QUICK)
+    assert isinstance(measured, Figures)
+    assert 0 < measured.counts.flops < 0.5 * small[0].counts.flops
     whole = small[0].kinds
-    assert found.kinds["parameters"] == pytest.approx(whole["parameters"], rel=0.01)
-    assert found.kinds["batch"] == pytest.approx(whole["batch"], rel=0.01)
-    assert found.kinds["optimiser"] == found.kinds["average"] == 0
-    assert 0 < found.kinds["activations"] < whole["activations"]
-    assert sum(found.kinds.values()) == found.used
+    assert measured.kinds["parameters"] == pytest.approx(whole["parameters"], rel=0.01)
+    assert measured.kinds["batch"] == pytest.approx(whole["batch"], rel=0.01)
+    assert measured.kinds["optimiser"] == measured.kinds["average"] == 0
+    assert 0 < measured.kinds["activations"] < whole["activations"]
+    assert sum(measured.kinds.values()) == measured.used

@@ -1,4 +1,4 @@
-"""The search for the most clips that fit, where clips come in pairs."""
+"""Search for the largest number of clips that fits, with clips in pairs."""
 
 import pytest
 
@@ -9,7 +9,7 @@ MEMORY = 16
 
 
 def search(first: int, slope: float) -> dict[int, Tried]:
-    """Of pairs that take `slope` bytes each, and a byte more for all."""
+    """Runs the search for pairs of `slope` bytes each and one more byte in all."""
     tried, pairs = {}, first
     while pairs is not None:
         used = 1 + slope * pairs
@@ -19,7 +19,7 @@ def search(first: int, slope: float) -> dict[int, Tried]:
 
 
 @pytest.mark.parametrize(
-    "first, slope, said",
+    "first, slope, answer",
     [
         (1, 20, "0 clips fit, 2 do not"),
         (4, 20, "0 clips fit, 2 do not"),
@@ -28,13 +28,13 @@ def search(first: int, slope: float) -> dict[int, Tried]:
         (8, 0.5, "56 clips fit and take 94% of the memory"),
     ],
 )
-def test_the_answer_counts_clips(first, slope, said):
+def test_the_answer_is_a_number_of_clips(first, slope, answer):
     tried = search(first, slope)
-    assert largest.answer(tried, MEMORY, 2) == said
+    assert largest.answer(tried, MEMORY, 2) == answer
     assert largest.is_found(tried, MEMORY)
 
 
-def test_what_did_not_fit_is_told_beside_what_nearly_fills_the_chip():
+def test_a_number_that_did_not_fit_is_reported_above_90_percent():
     tried = {6: Tried(15, True), 7: Tried(17, False)}
     assert largest.answer(tried, MEMORY, 2, "image") == (
         "12 images fit and take 94% of the memory, 14 do not"

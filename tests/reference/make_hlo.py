@@ -2,7 +2,7 @@
 
 `python -m tests.reference.make_hlo`, from the repository's root; needs the extra `tpu`, no TPU.
 
-In it, on clips that are dealt to the chips: a loop of 5 matrix products, a depthwise convolution,
+On clips sharded over the chips it has a loop of 5 matrix products, a depthwise convolution,
 a product with a batch dimension, a custom kernel, and a mean over all chips.
 """
 
@@ -38,8 +38,13 @@ def double(x):
 
 
 def program(clips, kernel, weights):
-    """clips [CLIPS, SIDE, SIDE, CHANNELS], kernel [3, 3, 1, CHANNELS], weights [LAYERS, CHANNELS,
-    CHANNELS], all bfloat16: a scalar, and gradients of the weights summed over the chips."""
+    """Computes the program's output [tokens, CHANNELS], summed over the chips.
+
+    Args:
+        clips: [CLIPS, SIDE, SIDE, CHANNELS], like all others in bfloat16.
+        kernel: [3, 3, 1, CHANNELS].
+        weights: [LAYERS, CHANNELS, CHANNELS].
+    """
     with jax.named_scope("pool"):
         x = lax.conv_general_dilated(
             clips, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"),

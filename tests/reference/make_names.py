@@ -13,7 +13,7 @@ from tests.reference.make_outputs import packed, unpacked
 FILE = Path(__file__).with_name("names.npz")
 
 TORCHVISION = ("mvit_v1_b", "mvit_v2_s")
-TIMM = {  # and their classes
+TIMM = {  # and their numbers of classes
     "mvitv2_tiny": 1000,
     "mvitv2_small": 1000,
     "mvitv2_base": 1000,
@@ -25,7 +25,7 @@ TIMM = {  # and their classes
 
 
 def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Of every model, the shapes of its tensors by name. No tensor is ever made."""
+    """Returns the shapes of every model's tensors by name, without allocating them."""
     import timm
     import torch
     from torchvision.models import video
@@ -41,7 +41,7 @@ def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def stored() -> dict[str, dict[str, tuple[int, ...]]]:
-    """The same from the file."""
+    """Returns the stored `shapes`."""
     return {model: unpacked(values) for model, values in np.load(FILE).items()}
 
 

@@ -1,5 +1,6 @@
-"""Makes `optimizers.npz` and `learning_rates.json`: steps of torch's own optimisers, and learning
-rates by the reference code's formula.
+"""Makes `optimizers.npz` and `learning_rates.json`.
+
+These are steps of torch's optimisers, and learning rates by the reference code's formula.
 
 `python -m tests.reference.make_optimizers`, from the repository's root; needs the extra `parity`,
 which the tests themselves do not. Weights and gradients are formulas, here and in the test alike.
@@ -33,7 +34,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def gradients(step: int) -> dict[str, np.ndarray]:
-    """Of a norm that is now above, now below CLIP."""
+    """Returns gradients whose norm is above CLIP at some steps and below at others."""
     size = 0.1 + 0.4 * (step % 3)
     return {
         name: size * _waves(17 * step + i + 100, shape)
@@ -50,7 +51,7 @@ def _waves(start: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def torch_steps(name: str) -> dict[str, np.ndarray]:
-    """The weights after STEPS steps."""
+    """Returns the weights after STEPS steps."""
     import torch
 
     tensors = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in weights().items()}
@@ -74,7 +75,7 @@ def torch_steps(name: str) -> dict[str, np.ndarray]:
 
 
 def learning_rates() -> list[tuple[int, float]]:
-    """Step and rate for Kinetics-400: 200 epochs of 939 steps, 30 of them warm-up."""
+    """Returns (step, learning rate) for Kinetics-400: 200 epochs of 939 steps, 30 of warm-up."""
     base, start, end, warmup, epochs, steps = 1.6e-3, 1.6e-5, 1.6e-5, 30, 200, 939
     table = []
     for step in [0, 1, 500, 939, 14085, 28169, 28170, 28171, *range(30000, 187800, 7919), 187799]:

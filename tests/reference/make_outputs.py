@@ -1,4 +1,4 @@
-"""Makes `outputs/`: what MViTs of torchvision, timm and PyTorchVideo answer, at tiny sizes.
+"""Makes `outputs/`: outputs of torchvision's, timm's and PyTorchVideo's MViTs at tiny sizes.
 
 `python -m tests.reference.make_outputs`, from the repository's root; needs the extra `parity`
 (torch, torchvision, timm, pytorchvideo), which the tests themselves do not. Weights and clips are
@@ -20,7 +20,7 @@ CLIPS = {  # frames (none for images), pixels a side
     "torchvision_v2": (4, 32),
     "torchvision_v2_44": (6, 44),  # grids that are no multiples of each other
     "torchvision_v2_60": (4, 60),
-    "torchvision_v2_156": (2, 156),  # 39 queries meet 10 keys: rounding decides on distances
+    "torchvision_v2_156": (2, 156),  # 39 queries, 10 keys: distances depend on rounding
     "timm": (32,),
     "timm_class_token": (32,),
     "timm_mlp": (32,),
@@ -35,13 +35,13 @@ CLIPS = {  # frames (none for images), pixels a side
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 numbers that depend on the name and the shape alone."""
+    """Returns standard normal float32 numbers, seeded by the name."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     return rng.standard_normal(shape).astype(np.float32)
 
 
 def draw_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of an original: no bias is zero, no scale of a norm is one, no table is tiny."""
+    """Returns a tensor of an original: biases are not 0, scales not 1, embeddings not small."""
     values = draw(name, shape)
     if not name.endswith("weight"):  # biases, class token, positions
         return values * np.float32(0.3)
@@ -51,13 +51,13 @@ def draw_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def clip(case: str) -> np.ndarray:
-    """Channels first, as the originals take it: [batch, 3, (T,) H, W]."""
+    """Returns a clip with channels first, [batch, 3, (T,) H, W]."""
     *frames, side = CLIPS[case]
     return draw("clip", (BATCH, 3, *frames, side, side))
 
 
 def probe(tokens: np.ndarray) -> np.ndarray:
-    """Of each token how far it goes along a direction that has a part of all channels."""
+    """Returns the projection of each token on a random direction."""
     channels = tokens.shape[-1]
     return tokens @ (draw("probe", (channels,)) / np.float32(channels**0.5))
 
@@ -142,7 +142,7 @@ _BUILD = {"torchvision": _torchvision, "timm": _timm, "pytorchvideo": _pytorchvi
 
 
 def outputs(case: str) -> dict[str, np.ndarray]:
-    """Everything that is stored of a case."""
+    """Returns everything that is stored of a case."""
     import torch
 
     family = case.split("_")[0]
@@ -151,34 +151,36 @@ def outputs(case: str) -> dict[str, np.ndarray]:
     weights = {name: torch.from_numpy(draw_weight(name, s)) for name, s in shapes.items()}
     model.load_state_dict(weights)
 
-    kept = {}
+    captured = {}
     blocks = [*model.blocks] if family != "timm" else [b for s in model.stages for b in s.blocks]
-    watched = {f"block{i}": blocks[i] for i in STAGE_ENDS}
-    watched["tokens"] = model.norm_embed if family == "pytorchvideo" else model.norm
-    for name, module in watched.items():
+    modules = {f"block{i}": blocks[i] for i in STAGE_ENDS}
+    modules["tokens"] = model.norm_embed if family == "pytorchvideo" else model.norm
+    for name, module in modules.items():
         module.register_forward_hook(
-            lambda module, inputs, output, name=name: kept.update(
+            lambda module, inputs, output, name=name: captured.update(
                 {name: output[0] if isinstance(output, tuple) else output}
             )
         )
     logits = model(torch.from_numpy(clip(case)))
     (logits * torch.from_numpy(draw("loss", (BATCH, CLASSES)))).sum().backward()
 
-    # Of each gradient its length, and how far it goes along a drawn direction.
+    # The norm of each gradient, and its projection on a random direction.
     gradients = {name: p.grad.double().numpy() for name, p in model.named_parameters()}
     lengths = [np.linalg.norm(gradients[name]) for name in shapes]
-    along = [(gradients[name] * draw("direction/" + name, s)).sum() for name, s in shapes.items()]
+    projections = [
+        (gradients[name] * draw("direction/" + name, s)).sum() for name, s in shapes.items()
+    ]
     return {
         "names": packed(shapes),
         "logits": logits.detach().numpy(),
-        **{name: probe(tokens.detach().numpy()) for name, tokens in kept.items()},
+        **{name: probe(tokens.detach().numpy()) for name, tokens in captured.items()},
         "gradient_lengths": np.array(lengths, np.float32),
-        "gradient_projections": np.array(along, np.float32),
+        "gradient_projections": np.array(projections, np.float32),
     }
 
 
 def stored(case: str) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
-    """The shapes of a case's tensors by name, and what its model answered."""
+    """Returns the shapes of a case's tensors by name, and its model's outputs."""
     values = dict(np.load(FOLDER / f"{case}.npz"))
     return unpacked(values.pop("names")), values
 

@@ -1,4 +1,4 @@
-"""Makes `randaugment.npz`: what timm's RandAugment operations make of two small frames.
+"""Makes `randaugment.npz`: two small frames after each of timm's RandAugment operations.
 
 `python -m tests.reference.make_randaugment`, from the repository's root; needs the extra `parity`
 (timm), which the tests themselves do not. The frames are not stored: `frames` draws them.
@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 
 FILE = Path(__file__).with_name("randaugment.npz")
-MAGNITUDES = (3.37, 7.0, 9.81)  # neither of the others is a round number, nor are its arguments
+MAGNITUDES = (3.37, 7.0, 9.81)  # two are no round numbers, nor are their arguments
 FILL = (124, 116, 104)
 OPERATIONS = {  # ours: timm's
     "AutoContrast": "AutoContrast",
@@ -32,7 +32,7 @@ OPERATIONS = {  # ours: timm's
 
 
 def frames() -> np.ndarray:
-    """Two frames [2, 18, 22, 3]: one of noise that leaves out extremes, one with plain parts."""
+    """Returns frames [2, 18, 22, 3]: noise without extreme values, and areas of one colour."""
     rng = np.random.default_rng(5)
     noise = rng.integers(20, 230, (18, 22, 3), dtype=np.uint8)
     plain = np.full((18, 22, 3), (200, 90, 30), np.uint8)
@@ -54,7 +54,7 @@ def main() -> None:
     for name, theirs in OPERATIONS.items():
         for magnitude in MAGNITUDES:
             operation = auto_augment.AugmentOp(theirs, 1.0, magnitude, hparams=settings)
-            for sign, drawn in ((1, 0.1), (-1, 0.9)):  # negated where the draw is above a half
+            for sign, drawn in ((1, 0.1), (-1, 0.9)):  # negated if the draw is above a half
                 with mock.patch.object(auto_augment.random, "random", lambda drawn=drawn: drawn):
                     outputs = [operation(Image.fromarray(frame)) for frame in frames()]
                 made[key(name, magnitude, sign)] = np.stack([np.asarray(out) for out in outputs])

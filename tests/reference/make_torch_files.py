@@ -1,4 +1,4 @@
-"""Makes `torch_files/`: small files that torch itself wrote, in each of its formats.
+"""Makes `torch_files/`: small files written by torch, in each of its formats.
 
 `python -m tests.reference.make_torch_files`, from the repository's root; needs the extra `parity`,
 which the tests themselves do not. The values are formulas, here and in the test alike.
@@ -15,7 +15,7 @@ GRID = np.arange(24, dtype=np.float32).reshape(4, 6) / 8 - 1
 
 
 def expected() -> dict[str, np.ndarray]:
-    """What `plain`, the first value below, holds; bfloat16 and uint16 apart."""
+    """Returns the arrays of `plain`; bfloat16 differs."""
     return {
         "float": GRID,
         "tied": GRID,
@@ -50,7 +50,7 @@ def plain():
 
 
 def checkpoint():
-    """As PySlowFast writes it, with some of what other programs add."""
+    """Returns a checkpoint as PySlowFast writes it, with values of other programs."""
     import torch
 
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
-"""Collectives as TPUs' compiler writes them, in programs of a few lines; what real programs send is
-compared in `tests/podplan/test_compile.py`."""
+"""Collectives as the TPU compiler writes them, in programs of a few lines.
+
+Those of real programs are compared in `tests/podplan/test_compile.py`.
+"""
 
 from mvit_jax.podplan.hlo import cost
 
@@ -17,7 +19,7 @@ def program(*computations: str) -> str:
 
 
 def scatter(number: int) -> str:
-    """A sum of two arrays over 4 chips, each of which keeps a quarter of both."""
+    """Returns a sum of two arrays over 4 chips, each of which keeps a quarter of both."""
     return f"""\
 %all-reduce-scatter.{number} (a: f32[8,128], b: f32[16,128]) -> (f32[2,128], f32[4,128]) {{
   %a = f32[8,128]{{1,0}} parameter(0)
@@ -33,8 +35,8 @@ replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, to_apply=%add
 }}"""
 
 
-def test_sums_of_several_arrays_of_which_parts_are_kept_are_reduce_scatters():
-    """Two of them with one channel, as the compiler gives it to what it combines."""
+def test_sliced_sums_of_several_arrays_are_reduce_scatters():
+    """Two of them share a channel, as in programs whose collectives were combined."""
     entry = """\
 ENTRY %main (a: f32[8,128], b: f32[16,128]) -> (f32[2,128], f32[4,128]) {
   %a = f32[8,128]{1,0} parameter(0), metadata={op_name="state.params[\\'w\\']"}
@@ -98,18 +100,18 @@ ENTRY %main (a: f32[8,128], x: f32[64]) -> f32[32,128] {{
 )
 
 
-def test_a_collective_that_goes_on_while_others_compute_counts_once():
+def test_an_asynchronous_collective_is_counted_once():
     counts = cost.count(program(*ASYNC))
     (gather,) = counts.collectives
     assert (gather.kind, gather.bytes, gather.devices) == ("all-gather", 4 * 32 * 128, 4)
     assert not counts.kernels
-    # What is gathered and what it gives, and beside it 64 numbers read and 64 written; flags aside.
+    # The all-gather's input and output, and 64 numbers read and 64 written; flags aside.
     moved = 4 * (8 + 32) * 128 + 2 * 4 * 64
     assert moved <= counts.bytes <= moved + 32
     assert counts.flops == 64
 
 
-def test_a_group_may_say_which_device_is_where():
+def test_replica_groups_with_device_ids_are_parsed():
     entry = """\
 ENTRY %main (a: f32[8,128]) -> f32[32,128] {
   %a = f32[8,128]{1,0} parameter(0)
@@ -120,7 +122,7 @@ ENTRY %main (a: f32[8,128]) -> f32[32,128] {
     assert gather.devices == 4
 
 
-def test_slices_talk_by_sends_that_stand_for_a_collective():
+def test_sends_between_slices_are_counted_as_a_collective():
     entry = """\
 ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0} parameter(0)
@@ -142,7 +144,7 @@ _xla_megascale_target="{1,2,3,4}x{0:255}",_xla_megascale_transfer_type="ALL_REDU
     assert summed.between_slices and not counts.kernels
 
 
-def test_an_ordinary_send_is_no_collective():
+def test_an_ordinary_send_is_not_counted_as_a_collective():
     entry = """\
 ENTRY %main (a: f32[8,128]) -> token[] {
   %a = f32[8,128]{1,0} parameter(0)

@@ -1,4 +1,4 @@
-"""What compiled programs do, counted from their text, beside XLA's count, formulas and sums."""
+"""Costs counted from the text of compiled programs, against XLA's counts and formulas."""
 
 import functools
 import json
@@ -47,9 +47,13 @@ def unrolled(x, weights):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_scanned_and_unrolled_forms_have_the_same_totals(gradient):
-    forms = [jax.grad(form, (0, 1)) if gradient else form for form in (scanned, unrolled)]
-    loop, flat = (count(form, ones(ROWS, WIDTH), ones(LAYERS, WIDTH, WIDTH)) for form in forms)
+def test_scanned_and_unrolled_programs_have_the_same_totals(gradient):
+    functions = [
+        jax.grad(function, (0, 1)) if gradient else function for function in (scanned, unrolled)
+    ]
+    loop, flat = (
+        count(function, ones(ROWS, WIDTH), ones(LAYERS, WIDTH, WIDTH)) for function in functions
+    )
     assert max(op.trips for op in loop.operations) == LAYERS
     assert max(op.trips for op in flat.operations) == 1
     assert loop.unknown_loops == ()
@@ -57,20 +61,20 @@ def test_scanned_and_unrolled_forms_have_the_same_totals(gradient):
     assert loop.matrix_flops == (3 if gradient else 1) * 2 * LAYERS * ROWS * WIDTH * WIDTH
     np.testing.assert_allclose(loop.flops, flat.flops, rtol=0.02)
     np.testing.assert_allclose(loop.transcendentals, flat.transcendentals, rtol=0.02)
-    # A loop moves something of its own: a layer's weights are cut out, and where there is a
-    # gradient, six activations of each layer are put on stacks and taken from there.
+    # A loop moves more bytes: it slices a layer's weights, and for gradients it writes six
+    # activations of each layer to stacked arrays and reads them back.
     stacked = gradient * 2 * 2 * 6 * LAYERS * ROWS * WIDTH * 4
     np.testing.assert_allclose(loop.bytes, flat.bytes + stacked, rtol=0.25)
 
 
-def test_a_loops_bytes_grow_with_its_trips():
+def test_the_bytes_of_a_loop_grow_with_its_trip_count():
     def total(layers: int) -> int:
         return count(jax.grad(scanned), ones(ROWS, WIDTH), ones(layers, WIDTH, WIDTH)).bytes
 
     assert total(9) - total(6) == total(6) - total(3) > 3 * ROWS * WIDTH * 4
 
 
-def test_loops_in_loops_multiply():
+def test_trip_counts_of_nested_loops_are_multiplied():
     def outer(x, weights):
         return lax.fori_loop(0, 4, lambda _, x: lax.scan(inner, x, weights)[0], x)
 
@@ -82,7 +86,7 @@ def test_loops_in_loops_multiply():
     assert counts.transcendentals == 4 * LAYERS * ROWS * WIDTH
 
 
-def test_counters_are_followed_where_the_compiler_does_not_say_how_often_a_loop_runs():
+def test_trip_counts_are_inferred_without_the_compilers_annotation():
     def steps(x):
         def by_three(carry):
             return carry[0] + 3, jnp.tanh(carry[1])
@@ -94,17 +98,17 @@ def test_counters_are_followed_where_the_compiler_does_not_say_how_often_a_loop_
         )
 
     text = compile_(steps, ones(ROWS)).as_text()
-    told, followed = (
+    annotated, inferred = (
         cost.count(re.sub(removed, "", text)) for removed in ("$^", r'"known_trip_count":\S*?}')
     )
     assert "known_trip_count" in text
-    assert followed == told
-    assert told.unknown_loops == ()
-    assert told.transcendentals == (7 + 4) * ROWS  # at 2, 5, ... 20; at 4, 3, 2, 1
-    assert max(op.trips for op in told.operations) == 3 * 5
+    assert inferred == annotated
+    assert annotated.unknown_loops == ()
+    assert annotated.transcendentals == (7 + 4) * ROWS  # at 2, 5, ... 20; at 4, 3, 2, 1
+    assert max(op.trips for op in annotated.operations) == 3 * 5
 
 
-def test_a_loop_of_unknown_length_is_told():
+def test_a_loop_of_unknown_length_is_reported():
     def halved(x):
         return lax.while_loop(lambda x: x.sum() > 1, lambda x: x / 2, x)
 
@@ -113,7 +117,7 @@ def test_a_loop_of_unknown_length_is_told():
     assert all(op.trips == 1 for op in counts.operations)
 
 
-def test_of_two_branches_the_one_with_more_traffic_counts():
+def test_the_branch_with_more_traffic_is_counted():
     def either(which, x):
         return lax.cond(which, lambda x: x @ x, lambda x: x, x)
 
@@ -133,7 +137,7 @@ def test_of_two_branches_the_one_with_more_traffic_counts():
         ((4, 8, 8, 6), (3, 3, 6, 4), {"batch_group_count": 2}),
     ],
 )
-def test_convolutions_count_products_with_elements_that_are_there(image, kernel, options):
+def test_convolutions_count_products_outside_of_padding_and_dilation(image, kernel, options):
     """A convolution of ones with ones sums up to the number of its products."""
     options = {"window_strides": (1, 1), "padding": ((0, 0), (0, 0))} | options
 
@@ -144,13 +148,13 @@ def test_convolutions_count_products_with_elements_that_are_there(image, kernel,
     assert count(convolve, x, w).matrix_flops == 2 * float(convolve(x, w).sum())
 
 
-def test_of_what_is_only_sliced_the_slices_count():
+def test_only_the_slices_of_a_sliced_array_are_counted():
     x = ones(4096, 512)
     counts = count(lambda x: jnp.tanh(x[10:20]), x)
     assert counts.bytes == 2 * 10 * 512 * 4
 
 
-def test_rows_that_a_loop_writes_in_place_count_and_not_their_array():
+def test_in_place_updates_in_a_loop_count_rows_and_not_the_array():
     def fill(x):
         return lax.fori_loop(0, ROWS, lambda i, x: x.at[i].set(jnp.sin(x[i - 1]) + 1), x)
 
@@ -158,40 +162,48 @@ def test_rows_that_a_loop_writes_in_place_count_and_not_their_array():
     assert ROWS * 512 * 4 * 2 <= count(fill, x).bytes < ROWS * 512 * 4 * 10
 
 
-def test_collectives_by_hand():
+def test_collectives_have_the_bytes_and_devices_worked_by_hand():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
-    def talk(x):  # [16, 32] on each device
+    def communicate(x):  # [16, 32] on each device
         total = lax.psum(x, ("a", "b"))
         gathered = lax.all_gather(x + total, "b", tiled=True)
         scattered = lax.psum_scatter(gathered * 2, "a", tiled=True)
         return lax.ppermute(scattered, "a", [(0, 1), (1, 0)])
 
     spec = PartitionSpec(("a", "b"))
-    talk = jax.shard_map(talk, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    found = {c.kind: (c.bytes, c.devices) for c in count(talk, ones(8 * 16, 32)).collectives}
+    communicate = jax.shard_map(
+        communicate, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    collectives = {
+        c.kind: (c.bytes, c.devices) for c in count(communicate, ones(8 * 16, 32)).collectives
+    }
     share = 16 * 32 * 4
-    assert found["all-reduce"] == (share, 8)
-    assert found["all-gather"] == (4 * share, 4)
-    assert found["reduce-scatter"] == (4 * share, 2)
-    assert found["collective-permute"][0] == 2 * share
+    assert collectives["all-reduce"] == (share, 8)
+    assert collectives["all-gather"] == (4 * share, 4)
+    assert collectives["reduce-scatter"] == (4 * share, 2)
+    assert collectives["collective-permute"][0] == 2 * share
 
 
-def test_collectives_in_a_loop_run_as_often_as_it():
+def test_collectives_in_a_loop_have_its_trip_count():
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
 
-    def talk(x):
+    def communicate(x):
         return lax.fori_loop(0, 5, lambda _, x: lax.psum(x, "a") / 8, x)
 
     spec = PartitionSpec("a")
-    talk = jax.shard_map(talk, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    (found,) = count(talk, ones(8, 100)).collectives
-    assert (found.kind, found.trips, found.bytes, found.devices) == ("all-reduce", 5, 400, 8)
+    communicate = jax.shard_map(
+        communicate, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    (total,) = count(communicate, ones(8, 100)).collectives
+    assert (total.kind, total.trips, total.bytes, total.devices) == ("all-reduce", 5, 400, 8)
 
 
-def test_a_models_totals_are_those_of_xla():
-    """Where there is no loop, no kernel and no slice beside another of the same array, the two
-    counts are of the same thing: so in a block without pools."""
+def test_the_totals_of_a_model_equal_those_of_xla():
+    """Compares a block without pooling, whose counts have one meaning.
+
+    It has no loop, no kernel and no two slices of one array.
+    """
     config = variant("vit_b16", size=64, width=16, heads=1, depths=(1,), num_classes=5)
     params = jax.eval_shape(functional(config).init, jax.random.key(0))
     clip = jax.ShapeDtypeStruct((2, 17, 16), jnp.float32)
@@ -207,23 +219,23 @@ def test_a_models_totals_are_those_of_xla():
     np.testing.assert_allclose(counts.bytes, xla["bytes accessed"], rtol=1e-3)
 
 
-def test_memory_is_that_of_the_compiler():
+def test_memory_equals_that_of_the_compiler():
     x = ones(1000, 1000)
     program = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
-    found = cost.memory(program)
-    assert (found.arguments, found.results, found.aliased) == (x.nbytes,) * 3
-    assert x.nbytes <= found.peak < 1.1 * x.nbytes
+    memory = cost.memory(program)
+    assert (memory.arguments, memory.results, memory.aliased) == (x.nbytes,) * 3
+    assert x.nbytes <= memory.peak < 1.1 * x.nbytes
 
 
-def test_a_program_for_tpus():
+def test_a_tpu_program_has_the_costs_worked_by_hand():
     text = TPU.read_text()
     counts = cost.count(text)
     clips, side, channels = make_hlo.CLIPS // 4, make_hlo.SIDE, make_hlo.CHANNELS
     tokens = side * side
     per_layer = 2 * clips * tokens * channels * channels
     scores = 2 * clips * tokens * tokens * channels
-    pooling = 2 * clips * channels * (3 * side - 2) ** 2  # the taps that padding does not meet
-    # The compiler makes a sum and a product of the last product's two clips.
+    pooling = 2 * clips * channels * (3 * side - 2) ** 2  # kernel elements outside of the padding
+    # The compiler turns the last product of two clips into a sum and a product.
     assert counts.matrix_flops == make_hlo.LAYERS * per_layer + scores + pooling
     (kernel,) = counts.kernels
     assert counts.kernel_flops == kernel.kernel_flops == clips * tokens * tokens
@@ -232,12 +244,12 @@ def test_a_program_for_tpus():
     assert (mean.kind, mean.bytes, mean.devices) == ("all-reduce", tokens * channels * 2, 4)
     (depthwise,) = (op for op in counts.operations if op.category == "depthwise")
     assert cost.scopes(depthwise.op_name) == ("pool", "conv_general_dilated")
-    # The clips come from main memory, and the result stays on the chip.
+    # The clips are read from HBM, and the result stays on the chip.
     assert depthwise.hbm_bytes == clips * tokens * channels * 2
     assert counts.hbm_bytes < counts.bytes / 2
 
 
-def test_a_program_for_tpus_has_the_totals_of_xla_but_for_its_loop():
+def test_the_totals_of_a_tpu_program_equal_those_of_xla_but_for_its_loop():
     xla = json.loads(TPU.with_suffix(".json").read_text())
     text = TPU.read_text()
     assert text.count("constant(5)") == 1  # the loop's bound
@@ -261,16 +273,16 @@ def test_a_program_for_tpus_has_the_totals_of_xla_but_for_its_loop():
         ("token[]", 0, 0),
     ],
 )
-def test_sizes_of_arrays_in_memory(text, size, space):
+def test_sizes_of_arrays_follow_their_layouts(text, size, space):
     (shape,) = parser.shapes(text)
     assert (shape.bytes, shape.space) == (size, space)
 
 
-def test_scopes_lose_what_jax_puts_around_them():
+def test_scopes_are_stripped_of_jax_transformations():
     name = "jit(train_step)/transpose(jvp(stage1))/block0/attn/bqhd,bkhd->bhqk/dot_general"
     assert cost.scopes(name)[:3] == ("stage1", "block0", "attn")
 
 
-def test_what_is_no_program_is_told():
+def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no program"):
         cost.count("HloModule empty\n")
