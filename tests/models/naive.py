@@ -1,7 +1,6 @@
-"""MViT in plain float64 numpy, one clip at a time: what PySlowFast computes, said a second way.
+"""MViT in float64 NumPy, one clip at a time: an independent version of PySlowFast's computation.
 
-It reads a state dict with PySlowFast's names and shapes. Nothing of `mvit_jax` is used, and nothing
-here is fast.
+It reads a state dict with PySlowFast's names and shapes, does not import `mvit_jax` and is slow.
 """
 
 import itertools
@@ -30,7 +29,7 @@ class Block(NamedTuple):
 @dataclass(frozen=True)
 class Settings:
     blocks: tuple[Block, ...]
-    grid: tuple = (2, 4, 4)  # of tokens, for which positions were made
+    grid: tuple = (2, 4, 4)  # of tokens, for the positional embeddings
     patch: tuple = ((3, 7, 7), (2, 4, 4), (1, 3, 3))  # kernel, stride, padding
     classes: int = 5
     class_token: bool = True
@@ -48,7 +47,7 @@ class Settings:
 
 
 def shapes(s: Settings) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the state dict."""
+    """Returns the shapes of all tensors of the state dict."""
     out: dict[str, tuple[int, ...]] = {}
 
     def linear(name, inputs, outputs, bias=True):
@@ -109,42 +108,42 @@ def shapes(s: Settings) -> dict[str, tuple[int, ...]]:
 
 
 def forward(state: dict[str, np.ndarray], s: Settings, clip: np.ndarray) -> np.ndarray:
-    """Logits of one clip [3, T, H, W]; an image has T = 1."""
+    """Returns the logits of one clip [3, T, H, W]; an image has T = 1."""
     p = {name: np.asarray(values, np.float64) for name, values in state.items()}
     kernel = p["patch_embed.proj.weight"].reshape(s.blocks[0].width, 3, *s.patch[0])
-    cubes, grid = windows(np.moveaxis(clip.astype(np.float64), 0, -1), *s.patch, fill=0.0)
-    tokens = np.einsum("nthwc,octhw->no", cubes, kernel) + p["patch_embed.proj.bias"]
+    patches, grid = windows(np.moveaxis(clip.astype(np.float64), 0, -1), *s.patch, fill=0.0)
+    tokens = np.einsum("nthwc,octhw->no", patches, kernel) + p["patch_embed.proj.bias"]
     x = add_positions(p, s, tokens, grid)
     if s.stem_norm:
         x = norm(p, "norm_stem", x)
     for i, block in enumerate(s.blocks):
         x, grid = run_block(p, f"blocks.{i}.", s, block, x, grid)
     if s.mean_pooling:
-        read = norm(p, "norm", x[int(s.class_token) :].mean(0))
+        pooled = norm(p, "norm", x[int(s.class_token) :].mean(0))
     else:
         x = norm(p, "norm", x)
-        read = x[0] if s.class_token else x.mean(0)
-    return linear(p, "head.projection", read)
+        pooled = x[0] if s.class_token else x.mean(0)
+    return linear(p, "head.projection", pooled)
 
 
 def add_positions(p, s: Settings, tokens, grid):
     first, width = int(s.class_token), tokens.shape[-1]
-    table = np.zeros((first + math.prod(s.grid), width))
+    embeddings = np.zeros((first + math.prod(s.grid), width))
     if s.positions == "joint":
-        table = p["pos_embed"].reshape(table.shape)
+        embeddings = p["pos_embed"].reshape(embeddings.shape)
     elif s.positions == "sincos":
-        table[first:] = sincos(s.grid, width)
+        embeddings[first:] = sincos(s.grid, width)
     elif s.positions != "none":
-        table[:first] = p["pos_embed_class"][0] if first else 0
-        for n, (t, h, w) in enumerate(places(s.grid)):
-            table[first + n] = p["pos_embed_spatial"][0, h * s.grid[2] + w]
+        embeddings[:first] = p["pos_embed_class"][0] if first else 0
+        for n, (t, h, w) in enumerate(positions_of(s.grid)):
+            embeddings[first + n] = p["pos_embed_spatial"][0, h * s.grid[2] + w]
             if s.positions == "separate":
-                table[first + n] += p["pos_embed_temporal"][0, t]
-    on_grid = table[first:].reshape(*s.grid, width)
+                embeddings[first + n] += p["pos_embed_temporal"][0, t]
+    on_grid = embeddings[first:].reshape(*s.grid, width)
     for axis in range(3):
         on_grid = np.moveaxis(resize(np.moveaxis(on_grid, axis, 0), grid[axis]), 0, axis)
     tokens = tokens + on_grid.reshape(tokens.shape)
-    return np.concatenate([p["cls_token"][0] + table[:1], tokens]) if first else tokens
+    return np.concatenate([p["cls_token"][0] + embeddings[:1], tokens]) if first else tokens
 
 
 def run_block(p, name, s: Settings, b: Block, x, grid):
@@ -170,7 +169,7 @@ def skip_of(p, name, s: Settings, x, normalised, width):
 
 
 def attention(p, name, s: Settings, b: Block, x, grid):
-    """Tokens [n, width] on a grid to tokens [m, attention] on the grid of the queries."""
+    """Maps tokens [n, width] on a grid to tokens [m, attention] on the grid of the queries."""
     rows, grids = {}, {}
     for index, which in enumerate("qkv"):
         kernel, stride = (b.q_kernel, b.q_stride) if index == 0 else (b.kv_kernel, b.kv_stride)
@@ -210,7 +209,7 @@ def project(p, name, s: Settings, index, x):
 
 
 def relative_scores(p, name, q, q_grid, k_grid):
-    """q.R for every pair of places, with q not scaled; nothing for the class token."""
+    """Returns q.R for every pair of positions, with q not scaled; zero for the class token."""
     first = len(q) - math.prod(q_grid)
     out = np.zeros((len(q), first + math.prod(k_grid)))
     for axis, letter in enumerate("thw"):
@@ -219,14 +218,14 @@ def relative_scores(p, name, q, q_grid, k_grid):
             continue
         table = resize(table, 2 * max(q_grid[axis], k_grid[axis]) - 1)
         rows = distances(q_grid[axis], k_grid[axis])
-        for i, query in enumerate(places(q_grid), start=first):
-            for j, key in enumerate(places(k_grid), start=first):
+        for i, query in enumerate(positions_of(q_grid), start=first):
+            for j, key in enumerate(positions_of(k_grid), start=first):
                 out[i, j] += q[i] @ table[rows[query[axis], key[axis]]]
     return out
 
 
 def distances(queries: int, keys: int) -> np.ndarray:
-    """The distance of two places on the finer grid, from 0, cut: in float32, step by step."""
+    """Returns distances on the finer grid, from 0, truncated, in float32 step by step."""
     f, q_ratio, k_ratio = np.float32, max(keys / queries, 1.0), max(queries / keys, 1.0)
     out = np.zeros((queries, keys), int)
     for i, j in itertools.product(range(queries), range(keys)):
@@ -236,55 +235,55 @@ def distances(queries: int, keys: int) -> np.ndarray:
 
 
 def pool(x, grid, mode, kernel, stride, weight=None):
-    """Pools tokens [n, dim]; a class token before them stays as it is."""
+    """Pools tokens [n, dim] except for a class token before them."""
     first = len(x) - math.prod(grid)
     padding = tuple(k // 2 for k in kernel)
     on_grid = x[first:].reshape(*grid, x.shape[-1])
     fill = -np.inf if mode == "max" else 0.0
-    found, new_grid = windows(on_grid, kernel, stride, padding, fill)
+    patches, new_grid = windows(on_grid, kernel, stride, padding, fill)
     if mode == "max":
-        out = found.max((1, 2, 3))
+        out = patches.max((1, 2, 3))
     elif mode == "avg":  # padding counts
-        out = found.mean((1, 2, 3))
+        out = patches.mean((1, 2, 3))
     else:
-        out = np.einsum("nthwd,dthw->nd", found, weight.reshape(-1, *kernel))
+        out = np.einsum("nthwd,dthw->nd", patches, weight.reshape(-1, *kernel))
     return np.concatenate([x[:first], out]), new_grid
 
 
 def windows(on_grid, kernel, stride, padding, fill):
-    """The windows [n, *kernel, channels] of a padded grid, and the grid on which they lie."""
+    """Returns the windows [n, *kernel, channels] of a padded grid, and their grid."""
     padded = np.pad(on_grid, [*((n, n) for n in padding), (0, 0)], constant_values=fill)
     grid = tuple((n - k) // s + 1 for n, k, s in zip(padded.shape, kernel, stride, strict=False))
-    found = []
-    for place in places(grid):
-        t, h, w = (n * s for n, s in zip(place, stride, strict=True))
-        found.append(padded[t : t + kernel[0], h : h + kernel[1], w : w + kernel[2]])
-    return np.array(found), grid
+    patches = []
+    for position in positions_of(grid):
+        t, h, w = (n * s for n, s in zip(position, stride, strict=True))
+        patches.append(padded[t : t + kernel[0], h : h + kernel[1], w : w + kernel[2]])
+    return np.array(patches), grid
 
 
-def places(grid):
+def positions_of(grid):
     return itertools.product(*(range(n) for n in grid))
 
 
 def resize(table: np.ndarray, length: int) -> np.ndarray:
-    """Linear interpolation of rows, their centres at half-integers, ends repeated."""
+    """Interpolates rows linearly, centres at half-integers, ends repeated."""
     old = len(table)
     out = []
     for i in range(length):
-        place = min(max((i + 0.5) * old / length - 0.5, 0), old - 1)
-        low = math.floor(place)
+        position = min(max((i + 0.5) * old / length - 0.5, 0), old - 1)
+        low = math.floor(position)
         high = min(low + 1, old - 1)
-        out.append(table[low] * (1 - (place - low)) + table[high] * (place - low))
+        out.append(table[low] * (1 - (position - low)) + table[high] * (position - low))
     return np.array(out)
 
 
 def sincos(grid, width: int) -> np.ndarray:
-    """A quarter of the channels for time, the rest for column and row, in this order."""
+    """Returns embeddings with a quarter of the channels for time, then column, then row."""
     rows = []
-    for t, h, w in places(grid):
+    for t, h, w in positions_of(grid):
         parts = []
-        for place, channels in ((t, width // 4), (w, width * 3 // 8), (h, width * 3 // 8)):
-            waves = [place / 10000 ** (2 * i / channels) for i in range(channels // 2)]
+        for position, channels in ((t, width // 4), (w, width * 3 // 8), (h, width * 3 // 8)):
+            waves = [position / 10000 ** (2 * i / channels) for i in range(channels // 2)]
             parts += [math.sin(x) for x in waves] + [math.cos(x) for x in waves]
         rows.append(parts)
     return np.array(rows)
@@ -305,7 +304,7 @@ def norm(p, name, x, eps=1e-6):
 
 def stages(depths, *, attention=False, growth=2, q=(1, 2, 2), kv=(1, 4, 4), kernel=(3, 3, 3),
            pool_queries=False, adaptive=True):  # fmt: skip
-    """Blocks of stages that start at 8 channels and 1 head; `kernel` None is stride + 1."""
+    """Returns blocks of stages that start at 8 channels and 1 head; `kernel` None is stride + 1."""
 
     def kernel_of(stride):
         return kernel or tuple(n + 1 if n > 1 else 1 for n in stride)
@@ -337,7 +336,7 @@ IMAGE = {"grid": (1, 6, 6), "patch": ((1, 7, 7), (1, 4, 4), (0, 3, 3)), "positio
 
 
 def settings(blocks=None, **changes) -> Settings:
-    """A model of two blocks on 2 x 6 x 6 tokens; `blocks` goes to `stages`."""
+    """Returns a model of two blocks on 2 x 6 x 6 tokens; `blocks` are arguments of `stages`."""
     blocks = stages((1, 1), **{"kv": (1, 2, 2)} | (blocks or {}))
     return Settings(blocks=blocks, **{"grid": (2, 6, 6)} | changes)
 

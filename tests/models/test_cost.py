@@ -1,4 +1,4 @@
-"""Costs by formula, against published figures and against the model itself."""
+"""Costs by formula, against published figures and against the model."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def count(tree) -> int:
     ("name", "parameters", "billions"),
     [("mvit_b_16x4", 36_610_672, 70.599), ("mvitv2_s_16x4", 34_537_744, 64.224)],
 )
-def test_costs_are_those_that_torchvision_declares(name, parameters, billions):
+def test_costs_equal_those_declared_by_torchvision(name, parameters, billions):
     total = cost(variant(name))
     assert total.parameters == parameters
     assert round(total.multiply_adds / 1e9, 3) == billions
@@ -53,7 +53,7 @@ def test_costs_are_those_that_torchvision_declares(name, parameters, billions):
         ("maskfeat_s_16x4", {}, 36_475_120),
     ],
 )
-def test_parameters_are_exact(name, overrides, parameters):
+def test_parameters_equal_those_of_the_originals(name, overrides, parameters):
     assert cost(variant(name, **overrides)).parameters == parameters
 
 
@@ -63,7 +63,7 @@ ROWS += [(f"{a.published.source}, {a.setting}", a.variant, a.overrides, a.publis
 
 
 @pytest.mark.parametrize(("row", "name", "overrides", "p"), ROWS, ids=[row[0] for row in ROWS])
-def test_costs_are_within_a_percent_of_the_papers_or_the_row_says_why(row, name, overrides, p):
+def test_costs_are_within_a_percent_of_the_papers_unless_explained(row, name, overrides, p):
     total = cost(variant(name, num_classes=CLASSES[p.data], **overrides))
     ours = {"parameters": total.parameters / 1e6, "multiply_adds": total.multiply_adds / 1e9}
     near = [
@@ -80,7 +80,7 @@ QUICK = ("mvit_b_16x4", "vit_b16")  # tracing a variant takes seconds
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.nightly) for n in VARIANTS]
 )
-def test_parameters_are_those_of_the_model(name):
+def test_parameters_equal_those_of_the_model(name):
     assert cost(VARIANTS[name]).parameters == sum(
         map(math.prod, functional(VARIANTS[name]).shapes().values())
     )
@@ -93,7 +93,7 @@ V2 = {
     "full_q_pool": True,
     "expand": "attention",
 }
-OTHERS = {
+CONFIGS = {
     "conv": TINY,
     "max": dataclasses.replace(TINY, pool_mode="max"),
     "avg, no class token": dataclasses.replace(TINY, pool_mode="avg", class_token=False),
@@ -117,9 +117,9 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_parameters_of_each_part_are_those_of_the_model(name):
-    config = OTHERS[name]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_of_each_module_equal_those_of_the_model(name):
+    config = CONFIGS[name]
     params = drawn.shapes(functional(config))
     assert embedding_cost(config).parameters == count(
         [params["patch_embed"], params.get("positions", {}), params.get("stem_norm", {})]
@@ -131,16 +131,16 @@ def test_parameters_of_each_part_are_those_of_the_model(name):
     assert head_cost(config).parameters == count([params["norm"], params["head"]])
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_multiply_adds_are_those_of_the_model(name):
-    config = OTHERS[name]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_multiply_adds_equal_those_of_the_model(name):
+    config = CONFIGS[name]
     clip = jax.ShapeDtypeStruct((1, config.frames, config.size, config.size, 3), jnp.float32)
     model = functional(config, ops="reference")
     program = jax.make_jaxpr(model.apply)(drawn.shapes(model), clip)
-    assert cost(config).multiply_adds == products(program) - appended(config)
+    assert cost(config).multiply_adds == products(program) - relative_products(config)
 
 
-def test_loops_are_counted_as_often_as_they_run():
+def test_products_in_loops_are_counted_once_per_iteration():
     x = jnp.ones((2, 3, 3))
 
     def looped(x):
@@ -150,9 +150,8 @@ def test_loops_are_counted_as_often_as_they_run():
     assert products(jax.make_jaxpr(looped)(x)) == 3 * 27
 
 
-def appended(config: MViTConfig) -> int:
-    """Products of the features by which relative positions enter the scores: they stand for
-    additions, so they are no part of what papers count."""
+def relative_products(config: MViTConfig) -> int:
+    """Counts products of relative features, which are additions in the papers' counts."""
     total = 0
     sizes = grids(config, config.frames, config.size, config.size)
     for block, g in zip(plan(config), sizes, strict=True):

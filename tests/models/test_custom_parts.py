@@ -29,7 +29,7 @@ CLIP = np.random.default_rng(0).standard_normal((2, 2, 8, 8, 3))
 
 
 class Mixing(nnx.Module):
-    """In the place of attention: a linear layer of the mean token."""
+    """A replacement of attention: a linear layer of the mean token."""
 
     def __init__(self, plan, *, pooling, dtype, rngs):
         self.plan = plan
@@ -42,7 +42,7 @@ class Mixing(nnx.Module):
 
 
 class LocalBlock(nnx.Module):
-    """Not a `Block`, though it has one: no `attn`, and the drop path rate is a level deeper."""
+    """A wrapper of `Block`: it has no `attn`, and the drop path rate is a level deeper."""
 
     def __init__(self, plan, drop_path, **rest):
         self.block = Block(plan, drop_path, **rest)
@@ -55,7 +55,7 @@ class LocalBlock(nnx.Module):
 
 
 class Gated(nnx.Module):
-    """A pooling with weights of its own beside ours, one of them weakly typed."""
+    """A pooling with additional weights, one of them weakly typed."""
 
     def __init__(self, pool, channels, *, dtype, rngs):
         self.pool = ConvPool(pool, channels, dtype=dtype, rngs=rngs)
@@ -75,7 +75,7 @@ class MeanSquare(AvgPool):
 
 
 class Deciding(Block):
-    """Decides in Python on its rate, which must therefore stay a number."""
+    """A block that branches in Python on its rate, which must therefore be a float."""
 
     def __call__(self, x, grid, key=None):
         x = super().__call__(x, grid, key)
@@ -83,7 +83,7 @@ class Deciding(Block):
 
 
 class Numbered(Block):
-    """Differs from block to block by more than its weights."""
+    """A block whose instances differ by more than weights."""
 
     made = 0
 
@@ -96,7 +96,7 @@ class Numbered(Block):
 
 
 class Counting(Block):
-    """Has state besides weights, which a loop would not update."""
+    """A block with state besides weights, which a loop would not update."""
 
     def __init__(self, *args, **rest):
         super().__init__(*args, **rest)
@@ -108,7 +108,7 @@ class Counting(Block):
 
 
 class Cached(Block):
-    """Uses its rate in ways that no array allows."""
+    """A block that uses its rate as no array can be used."""
 
     def __call__(self, x, grid, key=None):
         x = super().__call__(x, grid, key)
@@ -130,7 +130,7 @@ class Property(nnx.Module):
 
 
 def plain_block(plan, drop_path, **rest):
-    """A block without weights that is no module: the same function at every place."""
+    """Returns the same function for every block, without weights."""
     return double
 
 
@@ -139,18 +139,18 @@ def double(x, grid, key=None):
 
 
 class Widening(Block):
-    """Returns float32 whatever it gets, as a part that ignores `dtype` does."""
+    """A block that returns float32 for any input, as modules that ignore `dtype` do."""
 
     def __call__(self, x, grid, key=None):
         return super().__call__(x, grid, key).astype(jnp.float32)
 
 
 def guide():
-    """The classes of docs/variants.md, as they stand there."""
+    """Returns the classes of docs/variants.md."""
     page = (tiny.ROOT / "docs" / "variants.md").read_text()
     code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     kinds = ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef
-    # The page imports its own classes from the file that it has written.
+    # The page imports its classes from the file that it writes.
     code = re.sub(r"^from my_ideas import .*$", "", code, flags=re.MULTILINE)
     nodes = [node for node in ast.parse(code).body if isinstance(node, kinds)]
     namespace = {}
@@ -182,7 +182,7 @@ NOT_LOOPED = {
     "block with a property": {"block": Property},
     "block that is a function": {"block": plain_block},
 }
-PARTS = LOOPED | NOT_LOOPED
+MODULES = LOOPED | NOT_LOOPED
 
 
 def slow(value):
@@ -201,15 +201,15 @@ WAYS = [
 
 @functools.lru_cache
 def weights(name):
-    """Weights, and a program's value and gradients with them."""
-    params = drawn.weights(functional(CONFIG, **PARTS[name]))
+    """Returns weights, and the loss and gradients with them."""
+    params = drawn.weights(functional(CONFIG, **MODULES[name]))
     return params, jax.jit(jax.value_and_grad(loss(name)))(params)
 
 
 def loss(name, **way):
     def run(params):
         clip = jnp.asarray(CLIP)
-        model = functional(CONFIG, dtype=clip.dtype, **PARTS[name])
+        model = functional(CONFIG, dtype=clip.dtype, **MODULES[name])
         logits, _ = model.apply(params, clip, key=jax.random.key(3), **way)
         return (logits * jnp.arange(1.0, 4)[None]).sum()
 
@@ -218,29 +218,31 @@ def loss(name, **way):
 
 QUICK = ("attention", "block", "pooling", "all three")
 MORE = ("guide's attention", "block that reads its rate", "blocks that differ")
-NAMES = [name if name in QUICK else slow(name) if name in MORE else nightly(name) for name in PARTS]
+NAMES = [
+    name if name in QUICK else slow(name) if name in MORE else nightly(name) for name in MODULES
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_custom_parts_train_alike_however_blocks_are_run(name, way):
+def test_custom_modules_have_equal_gradients_however_blocks_are_run(name, way):
     with jax.enable_x64(True):
         params, expected = weights(name)
-        ours = jax.jit(jax.value_and_grad(loss(name, **way)))(params)
-        for mine, plain in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
-            np.testing.assert_allclose(mine, plain, rtol=1e-9, atol=1e-9)
+        results = jax.jit(jax.value_and_grad(loss(name, **way)))(params)
+        for actual, correct in zip(*map(jax.tree.leaves, (results, expected)), strict=True):
+            np.testing.assert_allclose(actual, correct, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_custom_parts_are_scanned_and_lowered_for_accelerators(name):
-    params = drawn.shapes(functional(CONFIG, **PARTS[name]))
+@pytest.mark.parametrize("name", MODULES)
+def test_custom_modules_are_scanned_and_lowered_for_accelerators(name):
+    params = drawn.shapes(functional(CONFIG, **MODULES[name]))
     traced = jax.jit(jax.grad(loss(name, scan=True, remat="blocks"))).trace(params)
     assert ("length=3" in str(traced.jaxpr)) == (name in LOOPED)
     for platform in ("tpu", "cuda"):
         assert "func.func" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_state_besides_weights_is_updated_where_blocks_are_scanned():
+def test_state_besides_weights_is_updated_with_scan():
     for scan in (False, True):
         model = MViT(CONFIG, rngs=nnx.Rngs(0), block=Counting)
         run = nnx.jit(functools.partial(MViT.forward, scan=scan))
@@ -249,8 +251,8 @@ def test_state_besides_weights_is_updated_where_blocks_are_scanned():
         assert [float(block.calls[...]) for block in model.blocks] == [2, 2, 2]
 
 
-def test_a_block_that_changes_the_dtype_is_looped_over_where_it_no_longer_does():
-    """In bfloat16 the first of three equal blocks widens its tokens, the others keep float32."""
+def test_blocks_are_scanned_after_one_that_changes_the_dtype():
+    """In bfloat16 the first of three equal blocks casts to float32, the others do not."""
     clip = jnp.array(CLIP, jnp.float32)
     model = functional(CONFIG, block=Widening, dtype=jnp.bfloat16)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -259,12 +261,14 @@ def test_a_block_that_changes_the_dtype_is_looped_over_where_it_no_longer_does()
         for scan in (False, True)
     )
     assert "length=2" in str(looped.jaxpr) and "length=3" not in str(looped.jaxpr)
-    (ours, _), (theirs, _) = (traced.lower().compile()(params, clip) for traced in (looped, plain))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.std(theirs))
+    (scanned, _), (expected, _) = (
+        traced.lower().compile()(params, clip) for traced in (looped, plain)
+    )
+    np.testing.assert_allclose(scanned, expected, rtol=0, atol=2e-2 * np.std(expected))
 
 
 @pytest.mark.parametrize("name", ["ours", "attention", slow("guide's block"), "pooling"])
-def test_parts_go_into_the_module_and_into_the_functions(name):
+def test_custom_modules_are_used_by_the_module_and_the_functions(name):
     model = functional(CONFIG, **LOOPED[name])
     params = drawn.weights(model)
     clip = jnp.array(CLIP, jnp.float32)
@@ -280,20 +284,20 @@ def test_parts_go_into_the_module_and_into_the_functions(name):
         assert attention["pool_k"].keys() == attention["pool_v"].keys() == {"pool", "gate", "share"}
 
 
-def test_weak_types_do_not_survive_init():
-    """An update would take them away, and the step would be compiled again."""
+def test_initial_weights_are_not_weakly_typed():
+    """An update would make the types strong, and the step would be compiled again."""
     model = functional(CONFIG, block=LocalBlock, pooling=Gated)
     for params in (jax.eval_shape(model.init, jax.random.key(0)), model.init(jax.random.key(0))):
         assert not any(leaf.weak_type for leaf in jax.tree.leaves(params))
 
 
-def test_q_k_and_v_each_have_a_pooling_of_their_own():
-    made = []
+def test_q_k_and_v_have_separate_poolings():
+    pools = []
 
     class Strided(nnx.Module):
         def __init__(self, pool, channels, *, dtype, rngs):
             self.pool = pool
-            made.append((pool, channels))
+            pools.append((pool, channels))
 
         def __call__(self, tokens, grid):
             t, h, w = self.pool.stride
@@ -303,7 +307,7 @@ def test_q_k_and_v_each_have_a_pooling_of_their_own():
     first, second = plan(config)
     model = functional(config, pooling=Strided)
     params = drawn.shapes(model)
-    assert made == [
+    assert pools == [
         (first.kv_pool, 4), (first.kv_pool, 4),
         (second.q_pool, 8), (second.kv_pool, 8), (second.kv_pool, 8),
     ]  # fmt: skip
@@ -325,7 +329,7 @@ class Unpooled(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("parts", "sentence"),
+    ("modules", "message"),
     [
         (
             {"block": Losing},
@@ -334,16 +338,16 @@ class Unpooled(nnx.Module):
         ({"pooling": Unpooled}, r"Unpooled returns 5 tokens, .* grid \(1, 1, 1\) requires 2"),
     ],
 )
-def test_a_wrong_number_of_tokens_is_named(parts, sentence):
-    model = functional(CONFIG, **parts)
+def test_a_wrong_number_of_tokens_is_named(modules, message):
+    model = functional(CONFIG, **modules)
     clip = jax.ShapeDtypeStruct(CLIP.shape, jnp.float32)
     for scan in (False, True):
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=message):
             jax.eval_shape(functools.partial(model.apply, scan=scan), drawn.shapes(model), clip)
 
 
-def test_equal_handles_share_what_is_compiled():
-    """Handles are static arguments; those that compute in other ways are not equal."""
+def test_equal_handles_share_a_compilation():
+    """Handles are static arguments; those of other implementations are not equal."""
     ours, again = (functional(CONFIG, pooling=Gated, dtype=d) for d in ("float32", jnp.float32))
     assert ours == again and hash(ours) == hash(again)
     assert ours != functional(CONFIG, pooling=Gated, ops="reference")

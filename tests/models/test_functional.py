@@ -1,4 +1,4 @@
-"""The handle: operations by definition with forward-mode derivatives, and counted costs."""
+"""The handle: reference operations with forward-mode derivatives, and counted costs."""
 
 import dataclasses
 import functools
@@ -39,8 +39,8 @@ NAMES = [slow("v1"), "v2", "max", slow("avg")]
 
 
 @functools.cache
-def given(name):
-    """Weights, and a number that the model computes from them."""
+def weights_and_loss(name):
+    """Returns weights and a scalar loss of the model."""
     clip = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 8, 8, 3)))
     models = {
         ops: functional(CONFIGS[name], dtype=clip.dtype, ops=ops) for ops in ("auto", "reference")
@@ -58,30 +58,30 @@ def dot(one, other):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_by_definition_the_model_has_forward_mode_derivatives(name):
-    """Of the weights, in any direction: as in reverse mode, and as by finite differences."""
+def test_reference_operations_have_forward_mode_derivatives(name):
+    """Compares them in a random direction with reverse mode and with finite differences."""
     with jax.enable_x64(True):
-        params, loss = given(name)
+        params, loss = weights_and_loss(name)
         auto, gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, "auto")))(params)
         reference = functools.partial(loss, ops="reference")
         rng = np.random.default_rng(1)
-        way = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), params)
-        value, slope = jax.jit(lambda p, v: jax.jvp(reference, (p,), (v,)))(params, way)
+        direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), params)
+        value, slope = jax.jit(lambda p, v: jax.jvp(reference, (p,), (v,)))(params, direction)
         np.testing.assert_allclose(value, auto, rtol=1e-10)
-        np.testing.assert_allclose(slope, dot(gradient, way), rtol=1e-9)
+        np.testing.assert_allclose(slope, dot(gradient, direction), rtol=1e-9)
         run, step = jax.jit(reference), 1e-6
         up, down = (
-            run(jax.tree.map(lambda x, v, s=sign * step: x + s * v, params, way))
+            run(jax.tree.map(lambda x, v, s=sign * step: x + s * v, params, direction))
             for sign in (1, -1)
         )
         np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_by_definition_the_model_has_a_hessian(name):
-    """By the bias of the cubes, which everything else is after: as differences of gradients."""
+def test_reference_operations_have_a_hessian(name):
+    """Compares that of the patch embedding's bias with differences of gradients."""
     with jax.enable_x64(True):
-        params, loss = given(name)
+        params, loss = weights_and_loss(name)
 
         def of_bias(bias, ops):
             proj = params["patch_embed"]["proj"] | {"bias": bias}
@@ -99,7 +99,7 @@ def test_by_definition_the_model_has_a_hessian(name):
         np.testing.assert_allclose(hessian, hessian.T, rtol=1e-9, atol=1e-9 * np.abs(rows).max())
 
 
-def test_by_definition_no_operation_has_a_form_or_a_gradient_of_its_own():
+def test_reference_operations_have_no_custom_gradients_or_kernels():
     for config in (V2, CONFIGS["max"]):
         clip = jax.ShapeDtypeStruct((2, 2, 8, 8, 3), jnp.float32)
         for ops in ("auto", "reference"):
@@ -109,22 +109,22 @@ def test_by_definition_no_operation_has_a_form_or_a_gradient_of_its_own():
                 assert (word in program) == (ops == "auto")
 
 
-def test_other_operations_are_refused():
+def test_unknown_operations_are_refused():
     with pytest.raises(UserError, match="ops must be one of auto, reference, not 'fast'"):
         functional(V1, ops="fast").init(jax.random.key(0))
 
 
-class Doubled(Block):
-    """Twice the MLP."""
+class DoubleMLP(Block):
+    """A block that adds its MLP twice."""
 
     def __call__(self, x, grid, key=None, record=None):
         x = super().__call__(x, grid, key, record)
         return x if x.shape[-1] != self.plan.attention_width else x + self.mlp(x)
 
 
-def test_costs_of_custom_parts_are_counted():
+def test_costs_of_custom_modules_are_counted():
     config = dataclasses.replace(V1, depths=(2,))
     tokens, width = 1 + 2 * 4 * 4, 4
     assert functional(config).cost() == cost(config)
-    more = functional(config, block=Doubled).cost().multiply_adds - cost(config).multiply_adds
+    more = functional(config, block=DoubleMLP).cost().multiply_adds - cost(config).multiply_adds
     assert more == 2 * tokens * 2 * width * 4 * width

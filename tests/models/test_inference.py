@@ -1,4 +1,4 @@
-"""The callable for use, against `apply` on each batch."""
+"""The inference callable against `apply` on each clip."""
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,16 @@ def clips():
 
 @pytest.fixture(scope="module")
 def expected(params, clips):
-    """One clip at a time: what no batching can change."""
+    """Returns the logits of one clip at a time."""
     apply = jax.jit(functional(CONFIG).apply)
     logits = np.concatenate([apply(params, clip[None])[0] for clip in clips])
-    assert logits.std(0).min() > 1e-3  # or any order of clips would do
+    assert logits.std(0).min() > 1e-3  # or the order of clips would not matter
     return logits
 
 
 @pytest.fixture
 def traced(monkeypatch):
-    """The shapes for which `apply` is traced, which is once for each compilation."""
+    """Records the shapes for which `apply` is traced, once for each compilation."""
     shapes = []
 
     def counted(model, params, clips, **options):
@@ -50,19 +50,17 @@ def traced(monkeypatch):
     return shapes
 
 
-def test_any_number_of_clips_gives_the_logits_of_apply_by_few_compilations(
-    params, clips, expected, traced
-):
+def test_any_batch_has_the_logits_of_apply_with_few_compilations(params, clips, expected, traced):
     run = Inference(functional(CONFIG), params, buckets=(4, 1))
     for count in (1, 2, 3, 4, 5, 6, 7, 3, 0):
-        for given in (clips[:count], jnp.asarray(clips[:count])):
-            logits = run(given)
+        for batch in (clips[:count], jnp.asarray(clips[:count])):
+            logits = run(batch)
             assert logits.shape == (count, 5) and logits.dtype == jnp.float32
             np.testing.assert_allclose(logits, expected[:count], atol=1e-5)
     assert [shape[0] for shape in traced] == [1, 4]
 
 
-def test_the_default_buckets_compile_for_powers_of_two(params, clips, expected, traced):
+def test_default_buckets_are_powers_of_two(params, clips, expected, traced):
     run = Inference(functional(CONFIG), params)
     np.testing.assert_allclose(run(clips[:5]), expected[:5], atol=1e-5)
     np.testing.assert_allclose(run(clips), expected, atol=1e-5)
@@ -70,7 +68,7 @@ def test_the_default_buckets_compile_for_powers_of_two(params, clips, expected, 
     assert run.buckets == (1, 2, 4, 8, 16)
 
 
-def test_bytes_are_normalised_inside(params, traced):
+def test_uint8_clips_are_normalised(params, traced):
     clips = np.random.default_rng(1).integers(0, 256, (2, 4, 32, 32, 3)).astype(np.uint8)
     run = Inference(functional(CONFIG), params, mean=MEAN, std=STD)
     normalised = ((clips / 255 - MEAN) / STD).astype(np.float32)
@@ -78,7 +76,7 @@ def test_bytes_are_normalised_inside(params, traced):
     assert len(traced) == 2  # one for each kind of input
 
 
-def test_bfloat16_gives_what_apply_does_with_float32_weights(params, clips, expected):
+def test_bfloat16_equals_apply_with_float32_weights(params, clips, expected):
     run = Inference(functional(CONFIG, dtype=jnp.bfloat16), params)
     apply = jax.jit(functional(CONFIG, dtype=jnp.bfloat16).apply)
     logits = run(clips[:4])
@@ -88,8 +86,8 @@ def test_bfloat16_gives_what_apply_does_with_float32_weights(params, clips, expe
     assert 0 < rms < 2e-2 * expected.std()
 
 
-def test_weights_are_converted_once_but_for_norms_and_positions(params):
-    kept = {
+def test_weights_are_converted_except_norms_and_positions(params):
+    unconverted = {
         path
         for path, leaf in flatten_dict(
             Inference(functional(CONFIG, dtype=jnp.bfloat16), params).params, sep="/"
@@ -97,20 +95,20 @@ def test_weights_are_converted_once_but_for_norms_and_positions(params):
         if leaf.dtype != jnp.bfloat16
     }
     parts = ("norm", "relative", "positions")
-    assert kept == {
+    assert unconverted == {
         path for path in flatten_dict(params, sep="/") if any(part in path for part in parts)
     }
     assert all(
-        ours is given
-        for ours, given in zip(
+        converted is original
+        for converted, original in zip(
             jax.tree.leaves(Inference(functional(CONFIG), params).params),
             jax.tree.leaves(params),
             strict=True,
         )
-    )  # float32 needs no second copy
+    )  # float32 requires no second copy
 
 
-def test_batches_are_split_over_devices(params, clips, expected, traced):
+def test_batches_are_sharded_over_devices(params, clips, expected, traced):
     run = Inference(functional(CONFIG), params, buckets=(3, 9), devices=jax.devices())
     assert run.buckets == (8, 16)
     for count in (1, 7):
@@ -118,7 +116,7 @@ def test_batches_are_split_over_devices(params, clips, expected, traced):
     assert [shape[0] for shape in traced] == [8]
 
 
-def test_a_model_of_images_takes_images():
+def test_an_image_model_accepts_images():
     config = variant("mvitv2_t", size=32, width=16, depths=(1, 1), num_classes=3)
     params = functional(config).init(jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
@@ -126,7 +124,7 @@ def test_a_model_of_images_takes_images():
     np.testing.assert_allclose(Inference(functional(config), params)(images), logits, atol=1e-5)
 
 
-def test_what_cannot_be_is_one_sentence(params):
+def test_bad_arguments_end_with_a_one_sentence_error(params):
     with pytest.raises(UserError, match=r"batch sizes of at least 1, not \(\)"):
         Inference(functional(CONFIG), params, buckets=())
     with pytest.raises(UserError, match=r"not \(4, 0\)"):

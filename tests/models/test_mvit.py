@@ -1,4 +1,4 @@
-"""What a model refuses, and what it draws in training."""
+"""The model: inputs that are refused, and stochastic depth in training."""
 
 import dataclasses
 
@@ -32,21 +32,21 @@ IMAGES = variant("mvit_b16", size=16, width=4, depths=(1, 1))
         (IMAGES, (16, 16, 3), "float32", r"takes \[batch, H, W, 3\] images"),
     ],
 )
-def test_other_inputs_say_what_is_wrong(config, shape, dtype, words):
+def test_inputs_of_other_shapes_or_dtypes_are_refused(config, shape, dtype, words):
     model = functional(config)
     with pytest.raises(UserError, match=words):
         jax.eval_shape(model.apply, drawn.shapes(model), jax.ShapeDtypeStruct(shape, dtype))
 
 
-def test_drop_path_leaves_each_branch_out_for_some_clips():
+def test_drop_path_drops_each_branch_for_some_clips():
     rate, grid = SMALL.drop_path, (1, 2, 2)
     model = functional(SMALL)
     block = model.module(drawn.weights(model)).blocks[2]
     x = jax.random.normal(jax.random.key(0), (48, 5, 8))
 
     @jax.jit
-    def both(x, key):
-        """The block, and what it may be: each branch left out, kept, scaled [3, 3, clip, ...]."""
+    def run(x, key):
+        """Returns the block's outputs, and those of branches scaled by 0, 1 and 1 / (1 - rate)."""
         attended = block.attn(block.norm1(x), grid)
         rows = []
         for first in (0, 1, 1 / (1 - rate)):
@@ -55,29 +55,31 @@ def test_drop_path_leaves_each_branch_out_for_some_clips():
             rows.append(jnp.stack([y + second * mlp for second in (0, 1, 1 / (1 - rate))]))
         return block(x, grid, key), block(x, grid), jnp.stack(rows)
 
-    out, kept, cases = both(x, jax.random.key(1))
-    np.testing.assert_allclose(kept, cases[1, 1], rtol=0, atol=1e-4)  # without a key
-    taken = np.abs(cases - out[None, None]).max((3, 4)) < 1e-3
-    assert (taken.sum((0, 1)) == 1).all()
-    # All four cases occur, and no others: branches and clips are drawn apart.
-    assert taken.any(2).tolist() == [[True, False, True], [False] * 3, [True, False, True]]
-    np.testing.assert_array_equal(out, both(x, jax.random.key(1))[0])
-    assert (out != both(x, jax.random.key(2))[0]).any()
+    out, inference, cases = run(x, jax.random.key(1))
+    np.testing.assert_allclose(inference, cases[1, 1], rtol=0, atol=1e-4)  # without a key
+    matches = np.abs(cases - out[None, None]).max((3, 4)) < 1e-3
+    assert (matches.sum((0, 1)) == 1).all()
+    # All four cases occur, and no others: branches and clips are drawn independently.
+    assert matches.any(2).tolist() == [[True, False, True], [False] * 3, [True, False, True]]
+    np.testing.assert_array_equal(out, run(x, jax.random.key(1))[0])
+    assert (out != run(x, jax.random.key(2))[0]).any()
 
 
-def test_what_is_drawn_at_once_is_what_each_key_gives():
-    """Runs that were begun with one draw after the other go on with the same ones."""
+def test_masks_drawn_together_equal_those_of_separate_keys():
+    """Runs that began with separate draws resume with the same masks."""
     key = jax.random.key(3)
     branches = drop_path_masks(key, 0.25, 50)
     for i, branch in enumerate(branches):
-        alone = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - jnp.float32(0.25), (50, 1, 1))
-        np.testing.assert_array_equal(branch, alone)
+        expected = jax.random.bernoulli(
+            jax.random.fold_in(key, i), 1 - jnp.float32(0.25), (50, 1, 1)
+        )
+        np.testing.assert_array_equal(branch, expected)
     for i, folded in enumerate(layers.fold_keys(key, 5)):
         assert folded == jax.random.fold_in(key, i)
     assert drop_path_masks(key, 0.0, 4) == drop_path_masks(None, 0.25, 4) == (None, None)
 
 
-def test_training_draws_from_the_key_alone():
+def test_randomness_in_training_depends_on_the_key_alone():
     model, key = functional(SMALL), jax.random.key(5)
     params, run = drawn.weights(model), jax.jit(model.apply)
     clip = jax.random.normal(jax.random.key(7), (16, 2, 8, 8, 3))
@@ -86,12 +88,12 @@ def test_training_draws_from_the_key_alone():
     np.testing.assert_array_equal(training, run(params, clip, key=key)[0])
     other, other_features = run(params, clip, key=jax.random.key(6))
     assert (training != inference).any() and (training != other).any()
-    # Nothing is left out in the first block.
+    # The first block drops nothing.
     np.testing.assert_array_equal(features["stages"][0], other_features["stages"][0])
     assert (features["stages"][1] != other_features["stages"][1]).any()
 
 
-def test_every_block_draws_from_a_key_of_its_own():
+def test_every_block_has_a_separate_key():
     keys = []
 
     class Passing(nnx.Module):
@@ -111,14 +113,14 @@ def test_every_block_draws_from_a_key_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ({"num_classes": 7}, r"head/classifier/bias is \[3\] there and \[7\] in this model"),
         ({"depths": (1, 1, 2)}, r"blocks/1/.* there and .* in this model"),
     ],
 )
-def test_parameters_of_another_architecture_are_refused_by_name(change, sentence):
+def test_parameters_of_another_architecture_are_refused_by_name(change, message):
     params = drawn.shapes(functional(SMALL))
     other = functional(dataclasses.replace(SMALL, **change))
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         jax.eval_shape(other.apply, params, jax.ShapeDtypeStruct((1, 2, 8, 8, 3), jnp.float32))

@@ -1,6 +1,6 @@
-"""The model against a naive one, for all that no package but PySlowFast has.
+"""The model against the naive one, for options that only PySlowFast has.
 
-`naive.py` is itself held to the stored outputs of torchvision, timm and PyTorchVideo first.
+`naive.py` is compared with the stored outputs of torchvision, timm and PyTorchVideo first.
 """
 
 import functools
@@ -17,7 +17,7 @@ from tests.models import naive
 from tests.models.naive import IMAGE, Settings, settings, stages, v2
 from tests.reference import make_outputs as reference
 
-# First the naive model itself.
+# The naive model against the stored outputs.
 
 TIMM = {"blocks": stages((1, 2, 1), attention=True, kernel=(1, 3, 3), pool_queries=True),
         "grid": (1, 8, 8), "patch": IMAGE["patch"], "relative": "space", "residual": "all",
@@ -50,7 +50,7 @@ ANCHORS = {
     ),
 }
 
-# From each family's names to PySlowFast's, one substitution after the other.
+# Substitutions from each format's names to PySlowFast's, applied in order.
 NAMES = {
     "torchvision": [
         (r"^conv_proj", "patch_embed.proj"),
@@ -83,8 +83,8 @@ NAMES = {
 
 
 @pytest.mark.parametrize("case", ANCHORS)
-def test_the_naive_model_is_the_packages_own(case):
-    settings, (theirs, answers) = ANCHORS[case], reference.stored(case)
+def test_the_naive_model_equals_the_stored_outputs(case):
+    settings, (theirs, outputs) = ANCHORS[case], reference.stored(case)
     shapes = naive.shapes(settings)
     state = {}
     for name, shape in theirs.items():
@@ -94,12 +94,12 @@ def test_the_naive_model_is_the_packages_own(case):
         state[ours] = reference.draw_weight(name, shape).reshape(shapes[ours])
     assert state.keys() == shapes.keys()
     clips = reference.clip(case)
-    for clip, expected in zip(clips, answers["logits"], strict=True):
+    for clip, expected in zip(clips, outputs["logits"], strict=True):
         logits = naive.forward(state, settings, clip.reshape(3, -1, *clip.shape[-2:]))
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
-# Then ours, in float64.
+# Our model against the naive one, in float64.
 
 FRAMES, SIZE = 4, 24  # 2 x 6 x 6 tokens
 BASE = {"frames": FRAMES, "size": SIZE, "num_classes": 5, "width": 8, "depths": (1, 1),
@@ -109,7 +109,7 @@ OURS_V2 = {"positions": "none", "relative_positions": "both", "residual_pool": "
 
 
 NO_KERNEL = {"kernel": None}
-CASES = {  # our fields, the naive model's settings, the clip where it is not the nominal one
+CASES = {  # our fields, the naive model's settings, and a clip size that is not nominal
     "v1": ({}, settings()),
     "separate qkv": ({"separate_qkv": True}, settings(separate=True)),
     "v2": (OURS_V2, v2()),
@@ -183,7 +183,7 @@ CASES = {  # our fields, the naive model's settings, the clip where it is not th
     "one pixel": ({}, settings(), (1, 1, 1)),
     "one pixel, v2": (OURS_V2, v2(), (1, 1, 1)),
     "image": ({"frames": 1}, settings({"kernel": (1, 3, 3)}, **IMAGE)),
-    "distances that rounding decides": (  # 39 queries meet 10 keys
+    "distances that depend on rounding": (  # 39 queries, 10 keys
         OURS_V2 | {"frames": 1, "size": 156, "kv_stride": (1, 4, 4), "relative_positions": "space"},
         v2(
             blocks={"kernel": (1, 3, 3), "kv": (1, 4, 4)},
@@ -200,13 +200,13 @@ CASES = {  # our fields, the naive model's settings, the clip where it is not th
 }
 
 
-def vit(**same):
-    """One stage without pooling, on patches that do not overlap."""
+def vit(**options):
+    """Returns one stage without pooling, on patches that do not overlap."""
     patch = (1, 4, 4), (1, 4, 4), (0, 0, 0)
     fields = dict(zip(("patch_kernel", "patch_stride", "patch_padding"), patch, strict=True))
     fields |= {"heads": 2, "depths": (2,), "pool_kernel": "stride + 1", "kv_stride": (1, 1, 1)}
     blocks = (naive.Block(8, 8, 8, 2),) * 2
-    return fields | same, Settings(blocks=blocks, grid=(4, 6, 6), patch=patch, **same)
+    return fields | options, Settings(blocks=blocks, grid=(4, 6, 6), patch=patch, **options)
 
 
 VITS = {
@@ -226,11 +226,11 @@ QUICK = VITS.keys() | {
     "case",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
-def test_the_model_is_the_naive_one(case):
+def test_the_model_equals_the_naive_one(case):
     compare(*CASES[case])
 
 
-def test_sincos_positions_need_no_table_in_the_file():
+def test_sincos_embeddings_are_not_required_in_the_file():
     compare(*CASES["sincos"], without=("pos_embed",))
 
 

@@ -1,7 +1,7 @@
-"""The model against the originals: torchvision's, timm's and PyTorchVideo's own classes.
+"""The model against the originals: classes of torchvision, timm and PyTorchVideo.
 
 At tiny sizes, with weights drawn by name; `tests/reference/make_outputs.py` made the outputs. The
-weights go through the importer, so that what it does to names and shapes is tested with them.
+weights are imported, so that the importer's names and shapes are tested too.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ TINY = {"width": 8, "depths": (1, 2, 1)}
 VIDEO = TINY | {"frames": 4, "size": 32, "kv_stride": (1, 4, 4)}
 IMAGE = TINY | {"size": 32}
 
-CASES = {  # the variant, and what to override for the size and for the options of the case
+CASES = {  # the variant, and the fields to override
     "torchvision_v1": ("mvit_b_16x4", VIDEO | {"size": 28}),
     "torchvision_v2": ("mvitv2_s_16x4", VIDEO),
     "torchvision_v2_44": ("mvitv2_s_16x4", VIDEO | {"frames": 6, "size": 44}),
@@ -51,7 +51,7 @@ SOME = ("torchvision_v1", "torchvision_v2", "timm")  # one of each kind of archi
 
 
 def cases(names, quick=(), slow=()):
-    """The rest is nightly: a video model takes 3 seconds to compile, its gradients 8."""
+    """Marks all other cases nightly: a video model takes 3 s to compile, its gradients 8 s."""
     marks = dict.fromkeys(slow, pytest.mark.slow)
     return pytest.mark.parametrize(
         "case",
@@ -77,7 +77,7 @@ def stored(case):
 
 
 def imported(case, draw):
-    """The case's tensors, drawn in the original's shapes and imported."""
+    """Returns the case's tensors, drawn in the original's shapes and imported."""
     shapes, _ = stored(case)
     variant, overrides = CASES[case]
     return load({n: draw(n, s) for n, s in shapes.items()}, variant, **overrides)
@@ -89,51 +89,51 @@ def weights(case):
 
 
 def clip(case):
-    """Channels last."""
+    """Returns the case's clip, channels last."""
     return jnp.array(np.moveaxis(reference.clip(case), 1, -1))
 
 
 @functools.cache
 def model(case, dtype=jnp.float32):
-    """Compiled once for all tests."""
+    """Returns the compiled model of a case, as a function of parameters."""
     run = jax.jit(functional(weights(case).config, dtype=dtype).apply)
     return lambda params: run(params, clip(case))
 
 
-def difference(mine, theirs) -> float:
-    return np.abs(np.array(mine) - theirs).max() / theirs.std()
+def difference(ours, theirs) -> float:
+    return np.abs(np.array(ours) - theirs).max() / theirs.std()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_architecture_is_read_off_the_originals_tensors(case):
+def test_the_architecture_is_inferred_from_the_originals_tensors(case):
     loaded, (shapes, _) = weights(case), stored(case)
     assert loaded.origin.family == case.split("_")[0] and loaded.report.ok
-    # Every tensor of the original goes somewhere, none twice but the table of joint positions.
+    # Every tensor of the original is used, and only joint positional embeddings twice.
     sources = [line.source for line in loaded.report.lines]
     assert set(sources) == set(shapes)
-    twice = {s for s in sources if sources.count(s) > 1}
-    assert twice <= {"pos_embed", "cls_positional_encoding.pos_embed"}
+    repeated = {s for s in sources if sources.count(s) > 1}
+    assert repeated <= {"pos_embed", "cls_positional_encoding.pos_embed"}
     config: MViTConfig = loaded.config
     sizes = grids(config, config.frames, config.size, config.size)
     ends = [sizes[i].output for i in reference.STAGE_ENDS]
-    _, answers = stored(case)
+    _, outputs = stored(case)
     for end, grid in zip(reference.STAGE_ENDS, ends, strict=True):
-        assert answers[f"block{end}"].shape[1] == math.prod(grid) + config.class_token
+        assert outputs[f"block{end}"].shape[1] == math.prod(grid) + config.class_token
 
 
 @cases(CASES, quick=CASES.keys() - VARIATIONS, slow=VARIATIONS)
-def test_outputs_are_the_originals(case):
+def test_outputs_equal_the_originals(case):
     logits, features = model(case)(weights(case).params)
     _, theirs = stored(case)
     assert difference(logits, theirs["logits"]) <= TOLERANCE
     for stage, block in zip(features["stages"], reference.STAGE_ENDS, strict=True):
-        mine = reference.probe(stage.reshape(len(stage), -1, stage.shape[-1]))
-        assert difference(mine, theirs[f"block{block}"][:, -mine.shape[1] :]) <= TOLERANCE
+        ours = reference.probe(stage.reshape(len(stage), -1, stage.shape[-1]))
+        assert difference(ours, theirs[f"block{block}"][:, -ours.shape[1] :]) <= TOLERANCE
     assert difference(reference.probe(features["tokens"]), theirs["tokens"]) <= TOLERANCE
 
 
 @cases(CASES, slow=["torchvision_v1", "timm"])
-def test_gradients_are_the_originals(case):
+def test_gradients_equal_the_originals(case):
     shapes, theirs = stored(case)
     factors = jnp.array(reference.draw("loss", (reference.BATCH, reference.CLASSES)))
 
@@ -141,22 +141,22 @@ def test_gradients_are_the_originals(case):
         return (functional(weights(case).config).apply(params, clip(case))[0] * factors).sum()
 
     gradients = jax.jit(jax.grad(loss))(jax.tree.map(jnp.array, weights(case).params))
-    mine = by_name(case, flatten_dict(gradients, sep="/"))
-    # The same entries in the same order, since the importer moves and never changes them.
+    ours = by_name(case, flatten_dict(gradients, sep="/"))
+    # Entries have the same order, since the importer does not change values.
     directions = imported(case, lambda name, shape: reference.draw("direction/" + name, shape))
     directions = by_name(case, flatten_dict(directions.params, sep="/"))
     largest = theirs["gradient_lengths"].max()
-    for name, length, along in zip(
+    for name, norm, projection in zip(
         shapes, theirs["gradient_lengths"], theirs["gradient_projections"], strict=True
     ):
-        # Some gradients are zero but for rounding: of a bias that the softmax cancels.
-        tolerance = 1e-4 * length + 1e-6 * largest
-        assert abs(np.linalg.norm(mine[name]) - length) <= tolerance, name
-        assert abs(mine[name] @ directions[name] - along) <= tolerance, name
+        # Some gradients are zero but for rounding: those of a bias that the softmax cancels.
+        tolerance = 1e-4 * norm + 1e-6 * largest
+        assert abs(np.linalg.norm(ours[name]) - norm) <= tolerance, name
+        assert abs(ours[name] @ directions[name] - projection) <= tolerance, name
 
 
 def by_name(case, params) -> dict[str, np.ndarray]:
-    """Our tensors, flat, joined under the name of the original's tensor that they came from."""
+    """Returns our tensors, flat, concatenated by the original's tensor name."""
     parts = defaultdict(list)
     for line in weights(case).report.lines:
         parts[line.source].append(np.array(params[line.path], np.float64).ravel())
@@ -164,7 +164,7 @@ def by_name(case, params) -> dict[str, np.ndarray]:
 
 
 @cases(SOME, slow=["timm"])
-def test_outputs_in_bfloat16_are_near_the_originals(case):
+def test_outputs_in_bfloat16_agree_with_the_originals(case):
     logits, _ = model(case, jnp.bfloat16)(weights(case).params)
     assert logits.dtype == jnp.float32
     _, theirs = stored(case)
@@ -173,7 +173,7 @@ def test_outputs_in_bfloat16_are_near_the_originals(case):
 
 
 @pytest.mark.slow
-def test_the_comparison_notices_in_which_order_distances_are_rounded():
+def test_the_comparison_detects_another_rounding_of_distances():
     case = "torchvision_v2_156"
     config = dataclasses.replace(weights(case).config, relative_distances="slowfast")
     logits, _ = jax.jit(functional(config).apply)(weights(case).params, clip(case))
@@ -181,12 +181,11 @@ def test_the_comparison_notices_in_which_order_distances_are_rounded():
 
 
 def without_effect(path: str, config: MViTConfig) -> bool:
-    """Whether the logits cannot depend on a tensor.
+    """Returns True if the logits do not depend on a tensor.
 
-    The bias of the norm after K's pool adds the same to the scores of a query with all keys, class
-    token among them, so the softmax takes it away. And where the head reads the class token, that
-    is all that is read of the last block: its own query is neither pooled by the convolution nor
-    given relative positions.
+    The bias of the norm after K's pooling adds a constant to all scores of a query, which the
+    softmax cancels. A head that reads the class token uses only that token's query of the last
+    block, which has neither pooling nor relative positions.
     """
     if path.endswith("/pool_k/norm/bias"):
         return True
@@ -195,19 +194,19 @@ def without_effect(path: str, config: MViTConfig) -> bool:
 
 
 @cases(SOME, quick=SOME)
-def test_the_comparison_notices_any_tensor(case):
+def test_the_comparison_detects_a_change_of_any_tensor(case):
     loaded, (_, theirs) = weights(case), stored(case)
     leaves = flatten_dict(loaded.params, sep="/")
-    unseen = 0
+    unaffected = 0
     for path, leaf in leaves.items():
         noise = reference.draw("noise/" + path, leaf.shape)
-        # By a fifth of its spread: by a tenth, one bias of timm's (blocks/0/norm2) moves the logits
-        # by 7.3 tolerances only; by a fifth, every tensor does by 15 or more.
-        moved = leaf + np.float32(0.2) * leaf.std() * noise
-        logits, _ = model(case)(unflatten_dict(leaves | {path: moved}, sep="/"))
+        # Noise of a fifth of the tensor's deviation changes the logits by 15 tolerances or more;
+        # a tenth changes them by only 7.3 for one bias of timm's (blocks/0/norm2).
+        perturbed = leaf + np.float32(0.2) * leaf.std() * noise
+        logits, _ = model(case)(unflatten_dict(leaves | {path: perturbed}, sep="/"))
         if without_effect(path, loaded.config):
-            unseen += 1
+            unaffected += 1
             assert difference(logits, theirs["logits"]) <= TOLERANCE, path
         else:
             assert difference(logits, theirs["logits"]) > 10 * TOLERANCE, path
-    assert unseen == {"torchvision_v1": 4 + 1, "torchvision_v2": 4 + 4, "timm": 4}[case]
+    assert unaffected == {"torchvision_v1": 4 + 1, "torchvision_v2": 4 + 4, "timm": 4}[case]

@@ -1,4 +1,4 @@
-"""The architecture as data: blocks and grids of the papers' tables, and what is refused."""
+"""The plan: blocks and grids of the papers' tables, and configs that are refused."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ TINY = MViTConfig(
 )
 
 
-def test_the_table_of_mvit_b_16x4():
+def test_blocks_of_mvit_b_16x4_are_those_of_the_paper():
     config = variant("mvit_b_16x4")
     blocks = plan(config)
     assert len(blocks) == 16
@@ -44,14 +44,14 @@ def test_the_table_of_mvit_b_16x4():
     assert [b.mlp_width for b in blocks] == [4 * b.width for b in blocks]
 
 
-def test_the_grids_of_mvit_b_16x4():
+def test_grids_of_mvit_b_16x4_are_those_of_the_paper():
     config = variant("mvit_b_16x4")
     assert patch_grid(config, 16, 224, 224) == (8, 56, 56)
     rows = grids(config, 16, 224, 224)
     sides = [56] * 2 + [28] * 2 + [14] * 11 + [7]
     assert [g.input for g in rows] == [(8, side, side) for side in sides]
     assert [g.output for g in rows] == [(8, side, side) for side in [*sides[1:], 7]]
-    # 7x7 keys a frame; four times as many where the input is not pooled yet.
+    # 7x7 keys a frame; four times as many for inputs that are not pooled yet.
     keys = [14 if i in (1, 3, 14) else 7 for i in range(16)]
     assert [g.keys for g in rows] == [(8, side, side) for side in keys]
 
@@ -65,8 +65,7 @@ def test_the_grids_of_mvit_b_16x4():
         ({"pool_mode": "max", "q_stride": (1, 3, 3)}, (4, 144, 144)),  # kernels follow odd strides
     ],
 )
-def test_grids_are_where_a_window_starts(overrides, size):
-    """Sizes of convolutions, by counting the windows that fit into the padded axis."""
+def test_grids_count_the_windows_of_padded_axes(overrides, size):
     config = variant("mvit_b_16x4", **overrides)
 
     def fits(*axes):
@@ -86,13 +85,13 @@ def test_grids_are_where_a_window_starts(overrides, size):
             assert block.skip_pool.output(row.input) == row.output
 
 
-def test_kernels_of_the_modes():
+def test_pooling_kernels_follow_mode_and_stride():
     def kernels(**overrides):
         blocks = plan(variant("mvit_b_16x4", **overrides))
         return [b.kv_pool and b.kv_pool.kernel for b in blocks[:4]], blocks[-1].kv_pool
 
     by_stride = [(1, 9, 9), (1, 5, 5), (1, 5, 5), (1, 3, 3)]
-    # A pool of stride 1 and, with it, kernel 1 does not exist.
+    # Stride 1 implies kernel 1, which is no pooling.
     assert kernels(pool_mode="max") == kernels(pool_mode="avg") == (by_stride, None)
     assert kernels(pool_kernel="stride + 1") == (by_stride, None)
     assert kernels(pool_kernel="stride")[0] == [(1, 8, 8), (1, 4, 4), (1, 4, 4), (1, 2, 2)]
@@ -137,7 +136,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda x: str(x)[:40])
-def test_bad_values_say_what_is_wrong(overrides, words):
+def test_bad_values_are_refused_with_the_reason(overrides, words):
     with pytest.raises(UserError, match=words):
         variant("mvit_b_16x4", **overrides)
 
@@ -160,16 +159,16 @@ def test_bad_values_say_what_is_wrong(overrides, words):
         ("qkv_bias", "yes", "qkv_bias must be True or False"),
     ],
 )
-def test_bad_types_say_what_is_wrong(field, value, words):
-    # The tests' own check of signatures would come first: this is what a program's user meets.
+def test_bad_types_are_refused_with_the_reason(field, value, words):
+    # In the constructor the tests' check of signatures would raise first.
     config = copy.copy(TINY)
     object.__setattr__(config, field, value)
     with pytest.raises(UserError, match=words):
         config.__post_init__()
 
 
-def test_the_table_of_mvitv2_s_16x4():
-    """Li et al. 2022, Table 1, and the lengths of the released tables of relative positions."""
+def test_blocks_of_mvitv2_s_16x4_are_those_of_the_paper():
+    """Li et al. 2022, Table 1, and lengths of the released relative positional embeddings."""
     blocks = plan(variant("mvitv2_s_16x4"))
     assert [b.width for b in blocks] == [96] * 2 + [192] * 2 + [384] * 11 + [768]
     assert [b.attention_width for b in blocks] == [96] + [192] * 2 + [384] * 11 + [768] * 2
@@ -186,7 +185,7 @@ def test_the_table_of_mvitv2_s_16x4():
     assert {b.residual_pool for b in blocks} == {"grid"}
 
 
-def test_names_that_do_not_exist_name_the_nearest():
+def test_unknown_names_are_refused_with_the_nearest_one():
     with pytest.raises(UserError, match="no variant 'mvit_b_16x5'; did you mean 'mvit_b_16x4'"):
         variant("mvit_b_16x5")
     with pytest.raises(UserError, match=r"'num_clases' is no field .* mean 'num_classes'"):

@@ -1,4 +1,4 @@
-"""Blocks as a loop, and what is computed again: results stay, and each does what it is for."""
+"""Scanned blocks and rematerialisation policies: equal results, less saved or compiled."""
 
 import functools
 from collections import Counter
@@ -37,7 +37,7 @@ def loss(params, clip, config, **way):
 
 
 @functools.lru_cache
-def given(config):
+def params_and_reference(config):
     params = functional(config).init(jax.random.key(0))
     clip = jax.random.normal(jax.random.key(1), (3, 4, 16, 16, 3), jnp.float64)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
@@ -60,34 +60,34 @@ CASES = [case(*named, way) for named in (("v1", V1), ("v2", V2)) for way in WAYS
 
 
 @pytest.mark.parametrize(("config", "way"), CASES)
-def test_no_way_of_running_the_blocks_changes_loss_or_gradients(config, way):
+def test_scan_and_remat_change_neither_loss_nor_gradients(config, way):
     with jax.enable_x64(True):
-        params, clip, plain = given(config)
+        params, clip, plain = params_and_reference(config)
         run = functools.partial(loss, config=config, **way)
         value, gradients = jax.jit(jax.value_and_grad(run))(params, clip)
         np.testing.assert_allclose(value, plain[0], rtol=1e-12)
-        for mine, expected in zip(*map(jax.tree.leaves, (gradients, plain[1])), strict=True):
-            np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-10)
+        for actual, expected in zip(*map(jax.tree.leaves, (gradients, plain[1])), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
 
 
-def kept(**way) -> Counter[tuple[int, ...]]:
-    """Shapes of all that the forward pass hands to the backward pass, weights left out."""
+def saved_activations(**way) -> Counter[tuple[int, ...]]:
+    """Counts the shapes of saved activations [clips, tokens, channels]."""
     run = functools.partial(loss, clip=jnp.zeros((3, 4, 16, 16, 3)), config=V1, **way)
     _, vjp = jax.eval_shape(lambda params: jax.vjp(run, params), drawn.shapes(functional(V1)))
     leaves = jax.tree.leaves(vjp)
     return Counter(leaf.shape for leaf in leaves if leaf.ndim == 3 and leaf.shape[0] == 3)
 
 
-def test_what_is_computed_again_is_not_kept():
+def test_rematerialised_activations_are_not_saved():
     hidden_first, hidden = (3, 33, 16), (3, 9, 32)  # of the MLPs in stage 0 and in stage 1
-    none, cheap, first, blocks = (kept(remat=remat) for remat in run_blocks.REMAT)
+    none, cheap, first, blocks = (saved_activations(remat=remat) for remat in run_blocks.REMAT)
     assert none[hidden] >= 3 and none[hidden_first] >= 1
     assert hidden_first not in first and first[hidden] >= 2  # block 1 begins on that grid too
     assert not {hidden_first, hidden} & set(blocks)
     assert sum(blocks.values()) < sum(cheap.values()) < sum(none.values())
 
 
-def test_equal_blocks_are_one_loop_and_named_for_profiles():
+def test_equal_blocks_are_one_loop_with_a_name_in_profiles():
     def lowered(scan):
         run = jax.jit(functools.partial(loss, config=V1, scan=scan))
         return run.lower(drawn.shapes(functional(V1)), CLIP).as_text(debug_info=True)
@@ -99,8 +99,8 @@ def test_equal_blocks_are_one_loop_and_named_for_profiles():
 
 
 @pytest.mark.slow
-def test_cheap_computes_no_product_again():
-    """Each product's gradient has two; one more is a product made anew."""
+def test_the_cheap_policy_recomputes_no_matrix_product():
+    """Each product's gradient has two; a third would be a recomputed product."""
 
     def products(**way):
         run = jax.jit(jax.grad(functools.partial(loss, config=V1, **way)))

@@ -1,5 +1,7 @@
-"""Any number of frames, any height and width; and where a size leaves no token, the least that
-does. Shapes alone: nothing here is computed but one tiny model."""
+"""Sizes of clips: any frames, height and width, and errors that name the smallest clip.
+
+All but one tiny model are only traced.
+"""
 
 import math
 import re
@@ -16,21 +18,21 @@ from tests.support import drawn
 
 
 def traced(config, frames, height, width):
-    """Shapes of logits and of each stage's grid."""
+    """Returns the shapes of logits and of each stage's grid."""
     model = functional(config)
     clip = jax.ShapeDtypeStruct((1, frames, height, width, 3), jnp.float32)
     logits, features = jax.eval_shape(model.apply, drawn.shapes(model), clip)
     return logits.shape, [stage.shape[1:4] for stage in features["stages"]]
 
 
-# The rest takes over two seconds each, or is of the same kind.
+# The others take over two seconds each, or are of the same kind.
 QUICK = ("mvit_b_16x4", "vit_b_8x8")
 
 
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.nightly) for n in VARIANTS]
 )
-def test_every_variant_takes_rectangles_other_frames_and_the_smallest_clip(name):
+def test_every_variant_accepts_other_sizes_and_the_smallest_clip(name):
     config = VARIANTS[name]
     least = smallest_clip(config)
     frames = 1 if config.patch_kernel[0] == 1 and config.frames == 1 else config.frames + 3
@@ -41,7 +43,7 @@ def test_every_variant_takes_rectangles_other_frames_and_the_smallest_clip(name)
         assert logits == (1, config.num_classes)
         expected = grids(config, *size)
         assert stages == [expected[end].output for end in ends]
-        assert stages[0][1:] != stages[0][:0:-1] or size != sizes[1]  # a rectangle stays one
+        assert stages[0][1:] != stages[0][:0:-1] or size != sizes[1]  # rectangles are kept
     too_small = [(least[0], least[1] - 1, least[2]), (least[0], least[1], least[2] - 1)]
     for size in too_small:
         if min(size) < 1:
@@ -57,26 +59,26 @@ def test_every_variant_takes_rectangles_other_frames_and_the_smallest_clip(name)
 TINY = {"width": 8, "depths": (1, 2, 1), "frames": 4, "size": 32, "num_classes": 5}
 CONFIGS = {
     "3x3x3": {},
-    "side by side": {"pool_kernel": "stride", "kv_stride": (1, 4, 4)},
-    "side by side along time": {"pool_kernel": "stride", "kv_stride": (2, 4, 4),
+    "no overlap": {"pool_kernel": "stride", "kv_stride": (1, 4, 4)},
+    "no overlap along time": {"pool_kernel": "stride", "kv_stride": (2, 4, 4),
                                 "q_stride": (2, 2, 2)},
-    "side by side, keys far apart": {"pool_kernel": "stride", "kv_stride": (1, 2, 2),
+    "no overlap, keys far apart": {"pool_kernel": "stride", "kv_stride": (1, 2, 2),
                                      "kv_adaptive": False},
     "max": {"pool_mode": "max"},
     "2 stride + 1": {"pool_kernel": "2 stride + 1"},
     "unpadded patches": {"patch_stride": (2, 8, 8), "patch_kernel": (3, 8, 8),
                          "patch_padding": (0, 0, 0), "kv_stride": (1, 2, 2)},
-    "a wide cube": {"patch_kernel": (5, 9, 11), "patch_padding": (1, 1, 0)},
+    "a wide patch": {"patch_kernel": (5, 9, 11), "patch_padding": (1, 1, 0)},
     "five steps along time": {"q_stride": (2, 2, 2), "kv_stride": (4, 4, 4),
                               "pool_kernel": "stride"},
 }  # fmt: skip
 
 
-FEW = ("side by side", "unpadded patches")
+FEW = ("no overlap", "unpadded patches")
 
 
-def possible(config, size) -> bool:
-    """Whether windows fit into the grid, axis by axis and block by block."""
+def windows_fit(config, size) -> bool:
+    """Returns True if windows fit into the grid on each axis and in each block."""
     for axis in range(3):
         n = size[axis] + 2 * config.patch_padding[axis]
         if n < config.patch_kernel[axis]:
@@ -89,22 +91,22 @@ def possible(config, size) -> bool:
             kv = max(kv // q, 1) if config.kv_adaptive else kv
             strides = {"q": (q, config.q_stride if first else (1, 1, 1)),
                        "kv": (kv, None)}  # fmt: skip
-            fits = {which: places(config, n, s) for which, (s, _) in strides.items()}
+            fits = {which: windows(config, n, s) for which, (s, _) in strides.items()}
             if min(fits.values()) < 1:
                 return False
             n = fits["q"]
     return True
 
 
-def beside(axis, side):
-    """A size that is large but along one axis."""
+def large_but_for(axis, side):
+    """Returns a size that is large except along one axis."""
     size = [64, 64, 64]
     size[axis] = side
     return tuple(size)
 
 
-def places(config, n, stride) -> int:
-    """How many windows a pool of this stride has on n places."""
+def windows(config, n, stride) -> int:
+    """Returns the number of windows of a pool with this stride on n positions."""
     if config.pool_kernel == "stride":
         return n // stride  # no padding
     return math.ceil(n / stride)  # odd windows, padded by half: one starts at every stride
@@ -113,38 +115,38 @@ def places(config, n, stride) -> int:
 @pytest.mark.parametrize(
     "case", [c if c in FEW else pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS]
 )
-def test_what_is_possible_is_so_by_brute_force(case):
+def test_accepted_sizes_equal_a_brute_force_search(case):
     config = variant("mvit_b_16x4", **TINY, **CONFIGS[case])
-    found = []
+    shortest = []
     for axis, longest in enumerate((12, 40, 40)):  # no axis depends on another
         sides = range(1, longest + 1)
-        fitting = [side for side in sides if possible(config, beside(axis, side))]
+        fitting = [side for side in sides if windows_fit(config, large_but_for(axis, side))]
         for side in sides:
             if side in fitting:
-                grids(config, *beside(axis, side))
+                grids(config, *large_but_for(axis, side))
             else:
                 with pytest.raises(UserError, match="leaves no token"):
-                    grids(config, *beside(axis, side))
-        found.append(min(fitting))
+                    grids(config, *large_but_for(axis, side))
+        shortest.append(min(fitting))
     least = smallest_clip(config)
-    assert least == tuple(found) and possible(config, least)
+    assert least == tuple(shortest) and windows_fit(config, least)
     assert traced(config, *least)[0] == (1, 5)
     for size in ((4, 32, 32), (5, 47, 33), (12, 37, 64)):
-        if possible(config, size):
+        if windows_fit(config, size):
             assert traced(config, *size)[0] == (1, 5)
 
 
-def test_a_size_without_a_token_names_the_least_whichever_axis_it_is():
-    config = variant("mvit_b_16x4", **TINY, **CONFIGS["side by side"])
+def test_a_size_without_a_token_is_refused_with_the_smallest_size():
+    config = variant("mvit_b_16x4", **TINY, **CONFIGS["no overlap"])
     least = smallest_clip(config)
     assert least[1] == least[2] > 8
     for size in ((4, least[1] - 1, 64), (4, 64, least[2] - 1), (4, 1, 1)):
-        for ask in (grids, traced):
+        for function in (grids, traced):
             with pytest.raises(UserError, match=re.escape("x".join(map(str, least)))):
-                ask(config, *size)
-    none = variant("mvit_b_16x4", **TINY, **CONFIGS["unpadded patches"])
+                function(config, *size)
+    unpadded = variant("mvit_b_16x4", **TINY, **CONFIGS["unpadded patches"])
     with pytest.raises(UserError, match=r"a clip of 2x32x32 .* takes is 3x8x8"):
-        patch_grid(none, 2, 32, 32)
+        patch_grid(unpadded, 2, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_size_without_a_token_names_the_least_whichever_axis_it_is():
         {"relative_positions": "both", "positions": "none"},
     ],
 )
-def test_a_model_computes_on_a_rectangle_with_other_frames(fields):
+def test_a_model_runs_on_a_rectangle_with_other_frames(fields):
     config = variant("mvit_b_16x4", **(TINY | {"depths": (1, 1), "drop_path": 0.0} | fields))
     model = functional(config)
     clip = jax.random.normal(jax.random.key(0), (2, 7, 36, 52, 3))

@@ -1,4 +1,4 @@
-"""What ports of MViT get wrong, where no comparison with another model shows it."""
+"""Known mistakes of MViT ports that no comparison with another model shows."""
 
 import dataclasses
 import math
@@ -25,13 +25,15 @@ BASE = {"frames": 4, "size": 24, "num_classes": 5, "width": 8, "depths": (1, 1),
         "kv_stride": (1, 2, 2)}  # fmt: skip
 
 
-def state_of(plain):
-    return {name: draw_weight(name, shape) for name, shape in naive.shapes(plain).items()}
+def state_of(settings):
+    return {name: draw_weight(name, shape) for name, shape in naive.shapes(settings).items()}
 
 
 def test_trap_02_biases_start_at_zero_and_convolutions_as_in_pytorch():
-    """Convolutions are uniform within 1 / sqrt(fan in), all else N(0, 0.02), cut at two standard
-    deviations."""
+    """Convolutions are uniform within 1 / sqrt(fan in).
+
+    All others are N(0, 0.02), truncated at two standard deviations.
+    """
     model = functional(variant("mvitv2_s_16x4", **BASE | {"positions": "joint"}))
     params = flatten_dict(model.init(jax.random.key(0)), sep="/")
     for path, values in params.items():
@@ -53,7 +55,7 @@ def test_trap_02_biases_start_at_zero_and_convolutions_as_in_pytorch():
     assert all((other[path] != values).any() for path, values in params.items() if "kernel" in path)
 
 
-def test_trap_06_tables_at_312_pixels_are_interpolated_inside_the_model():
+def test_trap_06_relative_positions_at_312_pixels_are_interpolated():
     for name, frames in (("mvitv2_l_32x3_312", 31), ("mvitv2_l_40x3_312", 39)):
         blocks = plan(variant(name))
         assert [b.relative_space for b in blocks] == [155] * 2 + [77] * 6 + [37] * 37 + [17] * 3
@@ -74,24 +76,27 @@ IMAGE_V2 = v2(
 )
 
 
-def test_trap_13_a_still_video_is_the_image_after_inflation_at_the_centre():
-    """Without a class token: every frame's tokens are the image's, and attention to copies of the
-    same keys is attention to one. The other two ways see the padding at the first frame."""
+def test_trap_13_centre_inflation_of_equal_frames_equals_the_image():
+    """Without a class token all frames have the image's tokens.
+
+    Attention to copies of the same keys equals attention to one. The other two inflations depend on
+    the padding at the first frame.
+    """
     state, image = state_of(IMAGE_V2), draw("image", (1, 1, 24, 24, 3))
     expected = naive.forward(state, IMAGE_V2, np.moveaxis(image[0], -1, 0))
     run, differences = jax.jit(Functional.apply, static_argnums=0), {}
-    for how in INFLATIONS:
-        loaded = load(state, "mvitv2_s_16x4", inflate=how, **BASE, class_token=False)
+    for inflation in INFLATIONS:
+        loaded = load(state, "mvitv2_s_16x4", inflate=inflation, **BASE, class_token=False)
         logits, _ = run(functional(loaded.config), loaded.params, jnp.repeat(image, 4, axis=1))
-        differences[how] = np.abs(logits[0] - expected).max()
+        differences[inflation] = np.abs(logits[0] - expected).max()
     assert differences["centre"] < 1e-5
     assert differences["mean"] > 1e-2 and differences["repeat"] > 1e-2
 
 
-def test_trap_14_two_networks_are_called_large():
+def test_trap_14_two_architectures_are_called_large():
     other = variant("mvitv2_l_in21k", num_classes=1000, class_token=False)
     assert cost(other).parameters == cost(variant("mvitv2_l", expand="attention")).parameters
-    # The file of the one is not loaded as the other.
+    # The file of one is refused as the other.
     fields = {"size": 24, "width": 8, "heads": 1, "depths": (1, 1), "kv_stride": (1, 2, 2)}
     for grown, name in ((True, "mvitv2_l"), (False, "mvitv2_l_in21k")):
         blocks = {"kernel": (1, 3, 3), "attention": grown}
@@ -101,7 +106,7 @@ def test_trap_14_two_networks_are_called_large():
             load(state, name, **fields)
 
 
-def test_trap_15_maskfeat_fine_tunes_a_hybrid():
+def test_trap_15_maskfeat_is_a_hybrid_of_mvit_and_mvitv2():
     config = variant("maskfeat_s_16x4")
     assert round(cost(config).multiply_adds / 1e9) == 71
     assert {b.attention_width == b.width for b in plan(config)} == {True}  # channels grow in MLPs

@@ -94,7 +94,7 @@ def test_a_round_trip_through_another_format_is_exact(form, to):
     result = loaded(form)
     exported = state_dict(result.params, result.config, to)
     fields = dataclasses.asdict(result.config)
-    fields |= {"separate_qkv": result.config.separate_qkv}  # other families fuse the three
+    fields |= {"separate_qkv": result.config.separate_qkv}  # other formats fuse them
     back = load(exported, variant_and_fields(form)[0], **fields)
     assert back.origin.family == to
     origin = result.origin

@@ -169,7 +169,7 @@ def test_other_dtypes_become_float32_and_are_reported(dtype):
     result = loaded(tensors)
     same(flat(result), by_hand({name: v.astype(np.float32) for name, v in tensors.items()}))
     assert all(f"from {np.dtype(dtype)}" in line.done for line in result.report.lines)
-    if dtype != np.float64:  # half precision goes back bit for bit
+    if dtype != np.float64:  # half precision is exported bit for bit
         back = export.state_dict(result.params, result.config, "slowfast", result.origin)
         assert back.keys() == tensors.keys()
         for name, values in tensors.items():
@@ -347,7 +347,7 @@ CHANGES = {
 VALID = {
     "a row": r"(cls_token|pos_embed_class)$",
     "one more": r"(.*rel_pos_[hw]|pos_embed_temporal)$",
-    "last axis longer": r".*pool_[qk].weight$",  # of pool_k, that pool_v has another
+    "last axis longer": r".*pool_[qk].weight$",  # pool_k and pool_v may differ
 }
 
 
@@ -427,7 +427,7 @@ def test_every_name_of_a_prefixed_copy_collides():
     assert all("collides with" in line for line in lines)
 
 
-OTHERS = [  # one line for models that are no MViT
+OTHER_MODELS = [  # one line for models that are no MViT
     ({"conv1.weight": (64, 3, 7, 7), "fc.bias": (10,)}, r"^.* is no MViT .*conv1\.weight.*$"),
     ({"rev_backbone.layers.0.F.norm.weight": (8,)}, "^.*reversible.*rev_backbone.*$"),
     ({"cls_token": (1, 1, 8), "pos_embed": (1, 5, 8), "patch_embed.proj.weight": (8, 3, 4, 4),
@@ -437,7 +437,7 @@ OTHERS = [  # one line for models that are no MViT
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("shapes", "message"), OTHERS)
+@pytest.mark.parametrize(("shapes", "message"), OTHER_MODELS)
 def test_checkpoints_of_other_models_are_refused(shapes, message):
     with pytest.raises(UserError, match=message):
         loaded(foreign.filled(shapes))
@@ -467,7 +467,7 @@ def test_a_wrong_variant_ends_with_an_error_that_names_the_right_one(expected, r
     names = re.split(r" or |, ", re.sub(r".*what fits is |;.*", "", hint))
     assert expected in names and requested not in names
     assert f"another model than {requested}" in hint
-    # All that fit are of one kind: images or video, as many blocks, as wide.
+    # Suggested variants are of one kind: images or video, depths, width.
     kinds = {(VARIANTS[n].patch_kernel[0], VARIANTS[n].depths, VARIANTS[n].width) for n in names}
     assert len(kinds) == 1
     assert ("inflate" in hint) == (kinds.pop()[0] != VARIANTS[requested].patch_kernel[0])

@@ -1,4 +1,4 @@
-"""Layer norm against its definition in NumPy, and its gradient against differences."""
+"""Layer norm against NumPy, and its gradient against finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -17,36 +17,36 @@ def draw(shape, dtype):
     return [a.astype(dtype) for a in (x, *rng.standard_normal((2, shape[-1])))]
 
 
-def defined(x, scale, bias):
+def naive(x, scale, bias):
     rows = [(row - row.mean()) / np.sqrt(row.var() + EPS) for row in x.reshape(-1, x.shape[-1])]
     return np.stack(rows).reshape(x.shape) * scale + bias
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 4, 6)])  # tokens; tokens by head
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_it_is_the_definition(shape, dtype):
+def test_layer_norm_equals_the_naive_computation(shape, dtype):
     arguments = draw(shape, np.float64)
     with jax.enable_x64(True):
         x = jnp.array(arguments[0], dtype)
         scale, bias = (jnp.array(a, jnp.promote_types(dtype, jnp.float32)) for a in arguments[1:])
         out = jax.jit(layer_norm, static_argnums=3)(x, scale, bias, EPS)
         assert out.dtype == scale.dtype
-        expected = defined(*(np.array(a, np.float64) for a in (x, scale, bias)))
+        expected = naive(*(np.array(a, np.float64) for a in (x, scale, bias)))
         tolerance = 1e-12 if dtype == "float64" else 5e-6
         np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 4, 6)])
-def test_gradients_are_finite_differences(shape):
+def test_gradients_equal_finite_differences(shape):
     run = jax.jit(lambda *arguments: layer_norm(*arguments, EPS))
     with jax.enable_x64(True):
         check_grads(run, draw(shape, np.float64), 1, ["rev"], atol=1e-7, rtol=1e-7, eps=1e-5)
 
 
-def test_a_mean_far_from_zero_does_not_cancel():
+def test_a_large_mean_causes_no_cancellation():
     x = 1000 + np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     out = layer_norm(jnp.array(x), jnp.ones(64), jnp.zeros(64), EPS)
-    np.testing.assert_allclose(out, defined(x.astype(np.float64), 1, 0), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(out, naive(x.astype(np.float64), 1, 0), rtol=0, atol=2e-3)
 
 
 def test_gradients_have_the_dtypes_of_their_arguments():

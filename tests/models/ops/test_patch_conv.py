@@ -1,4 +1,4 @@
-"""The patch convolution on this platform against a loop over windows, and XLA's own gradients."""
+"""Patch convolutions against a loop over windows, and their gradients against XLA's."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from mvit_jax.models.ops.patch_conv import convolve
 CASES = [  # kernel, stride, padding, size of the clip
     ((3, 7, 7), (2, 4, 4), (1, 3, 3), (4, 9, 12)),
     ((1, 7, 7), (1, 4, 4), (0, 3, 3), (1, 8, 11)),
-    ((2, 4, 4), (2, 4, 4), (0, 0, 0), (5, 8, 9)),  # the ViT's: no overlap, an end that is left out
+    ((2, 4, 4), (2, 4, 4), (0, 0, 0), (5, 8, 9)),  # ViT: no overlap, an incomplete last window
 ]
 
 
@@ -27,28 +27,28 @@ def naive(clip, weight, stride, padding):
     kernel = weight.shape[:3]
     size = [(n - k) // s + 1 for n, k, s in zip(clip.shape[1:4], kernel, stride, strict=True)]
     out = np.zeros((len(clip), *size, weight.shape[-1]))
-    for place in np.ndindex(*size):
-        cut = [slice(i * s, i * s + k) for i, s, k in zip(place, stride, kernel, strict=True)]
-        out[:, *place] = np.tensordot(clip[:, *cut], weight, 4)
+    for position in np.ndindex(*size):
+        cut = [slice(i * s, i * s + k) for i, s, k in zip(position, stride, kernel, strict=True)]
+        out[:, *position] = np.tensordot(clip[:, *cut], weight, 4)
     return out
 
 
-FORMS = {"here": convolve, "TPU": patch_conv._by_cubes}
+IMPLEMENTATIONS = {"here": convolve, "TPU": patch_conv._by_cubes}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_the_loop_over_windows(case, form):
+def test_every_implementation_equals_the_loop_over_windows(case, implementation):
     clip, weight = draw(case)
-    out = jax.jit(FORMS[form], static_argnums=(2, 3))(
+    out = jax.jit(IMPLEMENTATIONS[implementation], static_argnums=(2, 3))(
         jnp.array(clip, jnp.float32), jnp.array(weight, jnp.float32), *case[1:3]
     )
     np.testing.assert_allclose(out, naive(clip, weight, *case[1:3]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_are_those_of_the_convolution(case, form):
+def test_gradients_equal_those_of_the_convolution(case, implementation):
     _, stride, padding, _ = case
     with jax.enable_x64(True):
         clip, weight = map(jnp.array, draw(case))
@@ -62,6 +62,8 @@ def test_gradients_are_those_of_the_convolution(case, form):
             loss = lambda *arguments: jnp.sin(function(*arguments)).sum()  # noqa: E731
             return jax.jit(jax.grad(loss, (0, 1)))(clip, weight)
 
-        mine = gradients(lambda clip, weight: FORMS[form](clip, weight, stride, padding))
-        for gradient, expected in zip(mine, gradients(plain), strict=True):
+        actual = gradients(
+            lambda clip, weight: IMPLEMENTATIONS[implementation](clip, weight, stride, padding)
+        )
+        for gradient, expected in zip(actual, gradients(plain), strict=True):
             np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-11)

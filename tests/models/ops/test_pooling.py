@@ -1,4 +1,4 @@
-"""Every form of pooling against a loop over windows, and its gradients."""
+"""Implementations of pooling and their gradients against a loop over windows."""
 
 import functools
 import itertools
@@ -16,45 +16,45 @@ from mvit_jax.training.distributed import sharding
 CASES = [  # (kernel, stride, size of the grid), each time x height x width
     ((3, 3, 3), (1, 1, 1), (2, 3, 4)),
     ((3, 3, 3), (1, 2, 2), (2, 5, 6)),  # queries
-    ((3, 3, 3), (1, 8, 8), (3, 9, 18)),  # keys and values: taps that lie far apart
+    ((3, 3, 3), (1, 8, 8), (3, 9, 18)),  # keys and values: distant kernel elements
     ((3, 3, 3), (1, 8, 8), (2, 3, 2)),  # a grid smaller than the stride
     ((3, 3, 3), (2, 2, 2), (1, 4, 5)),  # one frame, with a stride along time
     ((1, 3, 3), (1, 2, 2), (1, 5, 7)),  # images
     ((1, 5, 5), (1, 4, 4), (1, 8, 11)),  # kernel = stride + 1
-    ((3, 1, 5), (2, 3, 1), (5, 7, 4)),  # every axis of its own
+    ((3, 1, 5), (2, 3, 1), (5, 7, 4)),  # different values on every axis
     ((2, 4, 2), (2, 3, 1), (3, 7, 4)),  # even kernels
-    ((1, 1, 1), (1, 2, 2), (2, 5, 4)),  # windows that leave places out
+    ((1, 1, 1), (1, 2, 2), (2, 5, 4)),  # windows that skip positions
 ]
 BATCH, CHANNELS = 2, 3
 
 
 def windows(grid, case):
-    """(place of the output, the window's places by tap), for each output place."""
+    """Yields each output position and its window's values by kernel index."""
     kernel, stride, size = case
     padding = [k // 2 for k in kernel]
     output = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *case[:2], padding, strict=True)]
-    for place in itertools.product(*(range(n) for n in output)):
+    for position in itertools.product(*(range(n) for n in output)):
         window = {}
         for tap in itertools.product(*(range(k) for k in kernel)):
-            where = tuple(
-                o * s - p + k for o, s, p, k in zip(place, stride, padding, tap, strict=True)
+            index = tuple(
+                o * s - p + k for o, s, p, k in zip(position, stride, padding, tap, strict=True)
             )
-            if all(0 <= i < n for i, n in zip(where, size, strict=True)):
-                window[tap] = grid[:, *where]
-        yield place, window
+            if all(0 <= i < n for i, n in zip(index, size, strict=True)):
+                window[tap] = grid[:, *index]
+        yield position, window
 
 
 def naive(grid, weight, case, mode):
     kernel, *_ = case
     outputs = {}
-    for place, window in windows(grid, case):
+    for position, window in windows(grid, case):
         values = np.stack(list(window.values()))
         if mode == "max":
-            outputs[place] = values.max(0)
+            outputs[position] = values.max(0)
         elif mode == "avg":
-            outputs[place] = values.sum(0) / np.prod(kernel)
+            outputs[position] = values.sum(0) / np.prod(kernel)
         else:
-            outputs[place] = sum(weight[tap] * value for tap, value in window.items())
+            outputs[position] = sum(weight[tap] * value for tap, value in window.items())
     shape = [max(i) + 1 for i in zip(*outputs, strict=True)]
     stacked = np.stack(list(outputs.values()), axis=1)
     return stacked.reshape(len(grid), *shape, grid.shape[-1])
@@ -67,7 +67,7 @@ def draw(case, dtype: type = np.float32):
     return grid, weight
 
 
-FORMS = {
+IMPLEMENTATIONS = {
     "max": ("max", lambda grid, weight, plan: pooling.max_pool(grid, plan)),
     "avg": ("avg", lambda grid, weight, plan: pooling.average_pool(grid, plan)),
     "depthwise_conv": ("conv", pooling.depthwise_conv),
@@ -78,10 +78,12 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("pool,")])
+@pytest.mark.parametrize(
+    "implementation", [name for name in IMPLEMENTATIONS if not name.startswith("pool,")]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_form_is_the_loop_over_windows(case, form):
-    mode, function = FORMS[form]
+def test_each_implementation_equals_the_loop_over_windows(case, implementation):
+    mode, function = IMPLEMENTATIONS[implementation]
     grid, weight = draw(case)
     plan = Pool(mode, *case[:2])
     pooled = jax.jit(function, static_argnums=2)(jnp.array(grid), jnp.array(weight), plan)
@@ -91,10 +93,10 @@ def test_each_form_is_the_loop_over_windows(case, form):
     np.testing.assert_allclose(pooled, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_the_dtype_is_the_grids(dtype, form):
-    mode, function = FORMS[form]
+def test_the_output_has_the_dtype_of_the_grid(dtype, implementation):
+    mode, function = IMPLEMENTATIONS[implementation]
     case = CASES[1]
     grid, weight = draw(case, np.float64)
     with jax.enable_x64(True):
@@ -110,27 +112,27 @@ def test_the_dtype_is_the_grids(dtype, form):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_by_hand_are_those_of_the_convolution(case, dtype, tolerance):
+def test_custom_gradients_equal_those_of_the_convolution(case, dtype, tolerance):
     plan = Pool("conv", *case[:2])
     shape = (BATCH, *plan.output(case[2]), CHANNELS)
     factors = np.random.default_rng(1).standard_normal(shape).astype(dtype)
     with jax.enable_x64(True):
-        given = [jnp.array(x) for x in draw(case, dtype)]
+        arrays = [jnp.array(x) for x in draw(case, dtype)]
 
         def gradients(function):
-            loss = lambda *given: (function(*given, plan) * factors).sum()  # noqa: E731
-            return jax.jit(jax.grad(loss, (0, 1)))(*given)
+            loss = lambda *arrays: (function(*arrays, plan) * factors).sum()  # noqa: E731
+            return jax.jit(jax.grad(loss, (0, 1)))(*arrays)
 
-        by_hand, by_autodiff = map(gradients, (pooling.depthwise_slices, pooling.depthwise_conv))
-        for mine, expected in zip(by_hand, by_autodiff, strict=True):
-            assert mine.dtype == dtype
-            np.testing.assert_allclose(mine, expected, rtol=0, atol=tolerance)
+        actual, correct = map(gradients, (pooling.depthwise_slices, pooling.depthwise_conv))
+        for gradient, expected in zip(actual, correct, strict=True):
+            assert gradient.dtype == dtype
+            np.testing.assert_allclose(gradient, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradients_of_taps_are_summed_by_rows(rows, dtype, monkeypatch):
-    """As many sums as a large grid has: in bfloat16 they would not go far."""
+def test_kernel_gradients_are_summed_by_rows_in_float32(rows, dtype, monkeypatch):
+    """Sums as many rows as a large grid has, too many for bfloat16."""
     monkeypatch.setattr(pooling, "_rows_in_cache", lambda grid: rows)
     case = ((3, 3, 3), (1, 2, 1), (8, 36, 5))
     grid, weight = (jnp.array(x, dtype) for x in draw(case))
@@ -141,8 +143,8 @@ def test_gradients_of_taps_are_summed_by_rows(rows, dtype, monkeypatch):
     padded = np.pad(np.float64(grid), [(0, 0), (1, 1), (1, 1), (1, 1), (0, 0)])
     expected = np.zeros((3, 3, 3, CHANNELS))
     for t, y, x in np.ndindex(3, 3, 3):
-        met = padded[:, t : t + 8, y : y + 36 : 2, x : x + 5]
-        expected[t, y, x] = (met * np.float64(factors)).sum((0, 1, 2, 3))
+        values = padded[:, t : t + 8, y : y + 36 : 2, x : x + 5]
+        expected[t, y, x] = (values * np.float64(factors)).sum((0, 1, 2, 3))
     assert taps.dtype == dtype
     error = (np.float64(taps) - expected) / expected.std()
     if dtype == jnp.bfloat16:
@@ -151,8 +153,8 @@ def test_gradients_of_taps_are_summed_by_rows(rows, dtype, monkeypatch):
         assert np.abs(error).max() < 1e-5
 
 
-def test_devices_add_up_gradients_of_taps_once():
-    """Each has a clip of its own, and sums over its rows before it asks the others."""
+def test_kernel_gradients_require_one_all_reduce():
+    """Each device sums over the rows of its clip before the all-reduce."""
     case = ((3, 3, 3), (1, 2, 2), (4, 6, 6))
     rng = np.random.default_rng(0)
     grid = rng.standard_normal((8, *case[2], CHANNELS)).astype(np.float32)
@@ -172,34 +174,34 @@ def test_devices_add_up_gradients_of_taps_once():
     np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5 * np.std(whole))
 
 
-def test_a_convolution_without_taps_says_so():
+def test_a_convolution_without_a_kernel_is_refused():
     with pytest.raises(ValueError, match="requires weight"):
         pooling.pool(jnp.zeros((1, 1, 2, 2, 1)), Pool("conv", (1, 3, 3), (1, 2, 2)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_of_equal_values_the_first_gets_the_gradient(case):
+def test_the_first_of_equal_maxima_gets_the_gradient(case):
     rng = np.random.default_rng(0)
     grid = rng.integers(-1, 2, (BATCH, *case[2], CHANNELS)).astype(np.float32)
     plan = Pool("max", *case[:2])
     factors = rng.standard_normal((BATCH, *plan.output(case[2]), CHANNELS)).astype(np.float32)
     expected = np.zeros(grid.shape)
-    for place, window in windows(grid, case):
-        first = np.stack(list(window.values())).argmax(0)  # in the order of taps
+    for position, window in windows(grid, case):
+        first = np.stack(list(window.values())).argmax(0)  # in the order of kernel elements
         for b, c in np.ndindex(first.shape):
             tap = list(window)[first[b, c]]
-            where = [
+            index = [
                 o * s - p + k
-                for o, s, p, k in zip(place, plan.stride, plan.padding, tap, strict=True)
+                for o, s, p, k in zip(position, plan.stride, plan.padding, tap, strict=True)
             ]
-            expected[b, *where, c] += factors[b, *place, c]
+            expected[b, *index, c] += factors[b, *position, c]
     loss = jax.jit(jax.grad(lambda grid: (pooling.max_pool(grid, plan) * factors).sum()))
     np.testing.assert_allclose(loss(jnp.array(grid)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["max", "avg", "conv"])
-def test_batches_without_clips_and_of_an_open_number(mode):
-    """The number is symbolic, as in an exported program."""
+def test_empty_and_symbolic_batches_are_pooled(mode):
+    """Symbolic batches are those of exported programs."""
     plan = Pool(mode, (1, 3, 3), (1, 2, 2))
     weight = jnp.ones((1, 3, 3, 4)) if mode == "conv" else None
     assert pooling.pool(jnp.ones((0, 2, 6, 6, 4)), plan, weight).shape == (0, 2, 3, 3, 4)

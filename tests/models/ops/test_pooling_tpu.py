@@ -1,4 +1,4 @@
-"""The TPU's pooling kernels, interpreted on the CPU, against XLA's convolution of the grid."""
+"""TPU pooling kernels, interpreted on the CPU, against XLA's convolution."""
 
 import math
 
@@ -17,13 +17,13 @@ CASES = [  # (kernel, stride, grid)
     ((3, 3, 3), (1, 1, 1), (2, 4, 8)),
     ((3, 3, 3), (1, 2, 2), (3, 8, 6)),  # queries
     ((1, 3, 3), (1, 2, 2), (1, 6, 8)),  # images
-    ((1, 3, 3), (1, 2, 2), (1, 7, 7)),  # which come whole, or not at all
+    ((1, 3, 3), (1, 2, 2), (1, 7, 7)),  # only as whole clips
     ((2, 4, 2), (2, 3, 1), (3, 8, 4)),  # even kernels
-    ((1, 1, 1), (1, 2, 2), (2, 4, 4)),  # windows that leave places out
+    ((1, 1, 1), (1, 2, 2), (2, 4, 4)),  # windows that skip positions
     ((3, 3, 3), (1, 8, 8), (2, 4, 4)),  # a grid smaller than the stride
 ]
 WHOLE = {"all frames at once": 2048, "a frame at a time": 0}
-CHANNELS = 130  # more than a TPU's vectors have, and no multiple of it
+CHANNELS = 130  # more than a TPU's vector length, and no multiple of it
 
 
 def draw(case, first, dtype=np.float32):
@@ -50,7 +50,7 @@ def slow(case):
     ],
     ids=str,
 )
-def test_the_kernels_are_the_convolution_and_its_gradients(case, first, whole, monkeypatch):
+def test_the_kernels_equal_the_convolution_and_its_gradients(case, first, whole, monkeypatch):
     monkeypatch.setattr(pooling_tpu, "WHOLE", WHOLE[whole])
     plan, x, weight, gradient = draw(case, first)
     grid = case[2]
@@ -66,9 +66,9 @@ def test_the_kernels_are_the_convolution_and_its_gradients(case, first, whole, m
     taps = weight.reshape(-1, CHANNELS)
     y = pooling_tpu.forward(x, taps, grid=grid, plan=plan, interpret=True)
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
-    mine = pooling_tpu.backward(x, taps, gradient, grid=grid, plan=plan, interpret=True)
-    np.testing.assert_allclose(mine[0], dx, rtol=0, atol=2e-5)
-    np.testing.assert_allclose(mine[1].reshape(weight.shape), dweight, rtol=0, atol=5e-5)
+    gradients = pooling_tpu.backward(x, taps, gradient, grid=grid, plan=plan, interpret=True)
+    np.testing.assert_allclose(gradients[0], dx, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(gradients[1].reshape(weight.shape), dweight, rtol=0, atol=5e-5)
 
 
 def test_bfloat16_is_summed_in_float32():
@@ -82,7 +82,7 @@ def test_bfloat16_is_summed_in_float32():
     assert dtypes == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_what_the_kernels_do_not_take_goes_another_way():
+def test_unsupported_grids_and_modes_do_not_use_the_kernels():
     x = jnp.zeros((1, 1 + 8 * 78 * 78, 96))
     plan = Pool("conv", (3, 3, 3), (1, 2, 2))
     assert not pooling_tpu.fits(x, (8, 78, 78), plan)  # frames of 6,084 rows begin within tiles
