@@ -25,7 +25,7 @@ from tests.support.tiny import MODEL
 
 @functools.cache
 def state_of(seed=0, ema=0.5, **changes):
-    """A state of drawn numbers, counters at `seed`."""
+    """Returns a state of random parameters, with counters at `seed`."""
     config = variant("mvit_b_16x4", num_classes=4, **(MODEL | changes))
     transform = optimizer.adamw(weight_decay=0.05)
     shapes = jax.eval_shape(
@@ -42,7 +42,7 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """States of steps 1 to 3, the last two of which are kept; the best is that of step 2."""
+    """Folder of a run that saved steps 1 to 3 and kept the last two; step 2 is the best."""
     folder = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(folder, keep=2)
     for step, top1 in ((1, 50.0), (2, 70.0), (3, 60.0)):
@@ -57,14 +57,14 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run")
 
 
-def test_the_best_parameters_are_kept_beside_the_last(folder):
+def test_the_best_checkpoint_is_saved_beside_the_last(folder):
     checkpoints = Checkpoints(folder)
     assert checkpoints.step("best") == 2
     assert_equal(checkpoints.restore_params(state_of(0).params, "best"), state_of(2).params)
     assert_equal(checkpoints.restore_params(state_of(0).ema, item="ema"), state_of(3).ema)
 
 
-def test_a_state_comes_back_onto_another_mesh(folder, monkeypatch):
+def test_a_state_is_restored_onto_another_mesh(folder, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
     mesh = sharding.make_mesh(2, 4, jax.devices())
     like = jax.device_put(state_of(0), sharding.state_shardings(mesh, state_of(0)))
@@ -75,7 +75,7 @@ def test_a_state_comes_back_onto_another_mesh(folder, monkeypatch):
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
 
 
-def test_no_checkpoint_is_none_to_resume_and_an_error_to_test(tmp_path):
+def test_restoring_without_a_checkpoint_returns_none_or_raises(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore(state_of()) is None
     with pytest.raises(UserError, match=r"no checkpoint in .*train first"):
@@ -86,13 +86,13 @@ def test_no_checkpoint_is_none_to_resume_and_an_error_to_test(tmp_path):
     ("changes", "tensor"),
     [({"width": 32}, "blocks/0/attn/pool_k/kernel"), ({"depths": (1, 2)}, "blocks/2/")],
 )
-def test_another_architecture_is_refused_by_name(folder, changes, tensor):
+def test_another_architecture_raises_with_the_name_of_a_tensor(folder, changes, tensor):
     with pytest.raises(UserError, match=f"of another architecture: {tensor}"):
         Checkpoints(folder).restore(state_of(**changes))
 
 
-def test_another_optimiser_is_refused_by_name(folder):
-    """And is no damage."""
+def test_another_optimiser_raises_with_the_name_of_a_tensor(folder):
+    """The checkpoint is not set aside as damaged."""
     other = init_state(state_of().params, optimizer.sgd(weight_decay=0.05), 0.5)
     for strip in (False, True):
         if strip:
@@ -103,7 +103,7 @@ def test_another_optimiser_is_refused_by_name(folder):
 
 
 def without_digests(folder):
-    """As checkpoints were before there were digests, and what was the best was Orbax's to tell."""
+    """Turns checkpoints into those of older code: no digests, and top-1 in Orbax's metrics."""
     for path in folder.glob("*/*/digests"):
         top1 = json.loads((path / "digests.json").read_text()).get("top1")
         if top1 is not None:
@@ -111,12 +111,12 @@ def without_digests(folder):
             (path.parent / "metrics" / "metrics").write_text(json.dumps({"top1": top1}))
         shutil.rmtree(path)
         contents = path.parent / "_CHECKPOINT_METADATA"
-        told = json.loads(contents.read_text())
-        del told["item_handlers"]["digests"]
-        contents.write_text(json.dumps(told))
+        metadata = json.loads(contents.read_text())
+        del metadata["item_handlers"]["digests"]
+        contents.write_text(json.dumps(metadata))
 
 
-def test_checkpoints_of_older_code_have_no_digests_and_are_taken(folder):
+def test_checkpoints_of_older_code_without_digests_are_restored(folder):
     without_digests(folder)
     checkpoints = Checkpoints(folder, keep=2)
     assert_equal(checkpoints.resume(state_of(0)), state_of(3))
@@ -128,7 +128,7 @@ def test_checkpoints_of_older_code_have_no_digests_and_are_taken(folder):
 
 
 @pytest.mark.parametrize("harm", ["", "{"])
-def test_damage_to_the_best_does_no_harm_to_the_last(folder, harm):
+def test_a_damaged_best_checkpoint_does_not_affect_the_last(folder, harm):
     (folder / "best" / "2" / "digests" / "digests.json").write_text(harm)
     checkpoints = Checkpoints(folder, keep=2)
     assert_equal(checkpoints.resume(state_of(0)), state_of(3))
@@ -138,31 +138,31 @@ def test_damage_to_the_best_does_no_harm_to_the_last(folder, harm):
     assert checkpoints.best_top1 is None
 
 
-def test_a_folder_with_nothing_in_it_is_no_checkpoint(folder):
+def test_an_empty_step_folder_is_no_checkpoint(folder):
     (folder / "checkpoints" / "9").mkdir()
-    said = []
+    messages = []
     with pytest.raises(UserError, match="9 is no checkpoint: it has no params"):
         Checkpoints(folder).read_params()
-    assert_equal(Checkpoints(folder, keep=2).resume(state_of(0), said.append), state_of(3))
-    assert len(said) == 1 and "checkpoints/9 is no checkpoint" in said[0]
+    assert_equal(Checkpoints(folder, keep=2).resume(state_of(0), messages.append), state_of(3))
+    assert len(messages) == 1 and "checkpoints/9 is no checkpoint" in messages[0]
 
 
 def values_of(folder, step, item="params", which="checkpoints"):
-    """The largest of the files that hold the values of an item's tensors."""
+    """Returns the largest file with values of an item's tensors."""
     files = (folder / which / str(step) / item).rglob("d/*")
     return max(files, key=lambda file: file.stat().st_size)
 
 
 def flip(file):
-    """Some bits, all over a file: Orbax alone would not notice them among values."""
+    """Flips bits all over a file, which Orbax alone does not detect among values."""
     content = bytearray(file.read_bytes())
-    for place in range(1, 20):
-        content[place * len(content) // 20] ^= 1 << 4
+    for part in range(1, 20):
+        content[part * len(content) // 20] ^= 1 << 4
     file.write_bytes(content)
 
 
-# Values lie beside TensorStore's index of them, which may be hit as well.
-NOTICED = r"(is damaged: (params|ema|training)/.* is not as saved|cannot be read)"
+# The file holds TensorStore's index too, which the flipped bits may hit.
+DETECTED = r"(is damaged: (params|ema|training)/.* is not as saved|cannot be read)"
 
 
 def contents(folder):
@@ -170,33 +170,33 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def cut(file):
+def truncate(file):
     file.write_bytes(file.read_bytes()[:500])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "why"),
+    ("spoil", "message"),
     [
-        (lambda f: flip(values_of(f, 3)), f"3 {NOTICED}"),
-        (lambda f: flip(values_of(f, 3, "training")), f"3 {NOTICED}"),
-        (lambda f: flip(values_of(f, 3, "ema")), f"3 {NOTICED}"),
-        (lambda f: cut(values_of(f, 3)), "checkpoints/3 cannot be read"),
+        (lambda f: flip(values_of(f, 3)), f"3 {DETECTED}"),
+        (lambda f: flip(values_of(f, 3, "training")), f"3 {DETECTED}"),
+        (lambda f: flip(values_of(f, 3, "ema")), f"3 {DETECTED}"),
+        (lambda f: truncate(values_of(f, 3)), "checkpoints/3 cannot be read"),
         (lambda f: flip(f / "checkpoints/3/params/_METADATA"), "checkpoints/3"),
         (lambda f: flip(f / "checkpoints/3/digests/digests.json"), "checkpoints/3"),
         (lambda f: shutil.rmtree(f / "checkpoints/3/digests"), "digests.json"),
         (lambda f: (f / "checkpoints/3/params/manifest.ocdbt").unlink(), "cannot be read"),
     ],
 )
-def test_damage_is_noticed_and_the_checkpoint_before_it_is_used(folder, spoil, why):
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(folder, spoil, message):
     spoil(folder)
     before = contents(folder / "checkpoints" / "3")
-    with pytest.raises(DamagedError, match=why):
+    with pytest.raises(DamagedError, match=message):
         Checkpoints(folder, keep=2).restore(state_of())
-    said = []
+    messages = []
     checkpoints = Checkpoints(folder, keep=2)
-    assert_equal(checkpoints.resume(state_of(0), said.append), state_of(2))
-    (sentence,) = said
-    assert re.search(why, sentence) and f"moved to {folder}/damaged/3" in sentence
+    assert_equal(checkpoints.resume(state_of(0), messages.append), state_of(2))
+    (logged,) = messages
+    assert re.search(message, logged) and f"moved to {folder}/damaged/3" in logged
     assert checkpoints.step() == 2
     # Nothing is deleted.
     assert contents(folder / "damaged" / "3") == before
@@ -208,7 +208,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_it_is_used(folder, spoil, w
     assert sorted(p.name for p in (folder / "damaged").iterdir()) == ["3", "3.1"]
 
 
-def test_where_all_are_damaged_nothing_is_moved_and_nothing_starts_anew(folder):
+def test_resume_raises_and_moves_nothing_if_all_checkpoints_are_damaged(folder):
     for step in (2, 3):
         flip(values_of(folder, step))
     with pytest.raises(UserError, match=r"no checkpoint is left .*checkpoints/3.*checkpoints/2"):
@@ -216,8 +216,8 @@ def test_where_all_are_damaged_nothing_is_moved_and_nothing_starts_anew(folder):
     assert not (folder / "damaged").exists()
 
 
-def test_what_cannot_be_read_just_now_is_not_taken_for_damage(folder, monkeypatch):
-    """A bucket that does not answer, say: to go on from an older state would cost work."""
+def test_an_unavailable_bucket_is_not_reported_as_damage(folder, monkeypatch):
+    """Resuming from an older checkpoint would lose steps."""
 
     def restore(*args, **kwargs):
         raise ValueError("UNAVAILABLE: Error reading gs://bucket")
@@ -230,62 +230,63 @@ def test_what_cannot_be_read_just_now_is_not_taken_for_damage(folder, monkeypatc
     assert checkpoints.step() == 3
 
 
-def test_damage_to_parameters_is_noticed_when_they_alone_are_read(folder):
+def test_reading_parameters_alone_detects_damage(folder):
     flip(values_of(folder, 2, which="best"))
     flip(values_of(folder, 3, "ema"))
     checkpoints = Checkpoints(folder)
     like = state_of().params
     for read in (checkpoints.read_params, lambda w: checkpoints.restore_params(like, w)):
-        with pytest.raises(UserError, match=rf"best/2 {NOTICED}.*: move that folder away"):
+        with pytest.raises(UserError, match=rf"best/2 {DETECTED}.*: move that folder away"):
             read("best")
-    with pytest.raises(UserError, match=rf"checkpoints/3 {NOTICED}"):
+    with pytest.raises(UserError, match=rf"checkpoints/3 {DETECTED}"):
         checkpoints.read_params(item="ema")
-    assert_equal(checkpoints.read_params(), state_of(3).params)  # which are whole
+    assert_equal(checkpoints.read_params(), state_of(3).params)  # not damaged
     assert not (folder / "damaged").exists()
 
 
-def test_a_save_that_fails_leaves_the_one_before_whole_and_is_made_good(tmp_path):
-    """Files may not grow, as on a full disk: the operating system itself refuses."""
-    said = []
+def test_a_failed_save_leaves_the_checkpoint_before_it_valid(tmp_path):
+    """The operating system limits the size of files, with the same effect as a full disk."""
+    messages = []
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state_of(1), 1)
     checkpoints.wait()
     with files_of_at_most(3000):
-        checkpoints.save(state_of(2), 2, log=said.append)
+        checkpoints.save(state_of(2), 2, log=messages.append)
         with contextlib.suppress(NotSavedError):
             checkpoints.wait()
         assert checkpoints.step() == 1
-        checkpoints.save(state_of(3), 3, log=said.append)
-        checkpoints.settle(said.append)  # before files may grow again
-    checkpoints.save(state_of(4), 4, log=said.append)
+        checkpoints.save(state_of(3), 3, log=messages.append)
+        checkpoints.settle(messages.append)  # before files may grow again
+    checkpoints.save(state_of(4), 4, log=messages.append)
     checkpoints.close()
-    assert len(said) == 1 and "checkpoints/3 could not be written (File too large" in said[0]
-    assert "the checkpoint of step 1 is intact; training continues" in said[0]
+    assert len(messages) == 1
+    assert "checkpoints/3 could not be written (File too large" in messages[0]
+    assert "the checkpoint of step 1 is intact; training continues" in messages[0]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert_equal(Checkpoints(tmp_path).restore(state_of()), state_of(4))
 
 
-def test_saves_that_fail_again_and_again_end_the_run(tmp_path):
-    said = []
+def test_repeated_failures_to_save_end_the_run(tmp_path):
+    messages = []
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state_of(1), 1)
     checkpoints.wait()
     with files_of_at_most(3000):
         for step in (2, 3):
-            checkpoints.save(state_of(step), step, log=said.append)
+            checkpoints.save(state_of(step), step, log=messages.append)
         with pytest.raises(NotSavedError, match="3 in a row"):
             for step in (4, 5):
-                checkpoints.save(state_of(step), step, log=said.append)
-    assert len(said) == 2
+                checkpoints.save(state_of(step), step, log=messages.append)
+    assert len(messages) == 2
     assert_equal(Checkpoints(tmp_path).restore(state_of()), state_of(1))
 
 
-def test_the_last_save_of_all_is_tried_twice_and_must_succeed(tmp_path):
-    said = []
+def test_the_final_save_is_retried_once_and_must_succeed(tmp_path):
+    messages = []
     checkpoints = Checkpoints(tmp_path)
     with files_of_at_most(3000), pytest.raises(NotSavedError, match="no earlier checkpoint"):
-        checkpoints.save(state_of(2), 2, end=True, log=said.append)
-    assert len(said) == 1 and said[0].endswith("retrying once")
+        checkpoints.save(state_of(2), 2, end=True, log=messages.append)
+    assert len(messages) == 1 and messages[0].endswith("retrying once")
     checkpoints.save(state_of(2), 2, end=True)
     assert_equal(Checkpoints(tmp_path).restore(state_of()), state_of(2))
 
@@ -305,9 +306,10 @@ mesh = sharding.make_mesh(2, 2)
 
 def placed(seed):
     state = jax.tree.map(np.asarray, state_of(seed))
-    where = sharding.state_shardings(mesh, state)
+    shardings = sharding.state_shardings(mesh, state)
     return jax.tree.map(
-        lambda x, at: jax.make_array_from_callback(x.shape, at, lambda part: x[part]), state, where
+        lambda x, at: jax.make_array_from_callback(x.shape, at, lambda part: x[part]),
+        state, shardings,
     )
 
 assert checksums.digests(placed(3)) == checksums.digests(state_of(3))
@@ -329,7 +331,7 @@ assert checkpoints.last.all_steps() == [2, 3]
 
 
 @pytest.mark.slow
-def test_two_processes_verify_and_set_aside_together(tmp_path):
+def test_two_processes_set_a_damaged_checkpoint_aside_together(tmp_path):
     for done in group.finish(group.start([*group.together(TWO), str(tmp_path)], 2, 2), 300):
         assert done.status == 0, done.err[-3000:]
         assert "checkpoints/3" in done.out and f"moved to {tmp_path}/damaged/3" in done.out
@@ -347,17 +349,17 @@ def files_of_at_most(length):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_save_that_was_broken_off_is_ignored(folder):
+def test_an_interrupted_save_is_ignored(folder):
     (folder / "checkpoints" / "9.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     assert_equal(Checkpoints(folder).restore(state_of()), state_of(3))
-    # Who saves makes room.
+    # The process that saves deletes it.
     checkpoints = Checkpoints(folder, keep=2, tidy=True)
     checkpoints.save(state_of(10), 10)
     checkpoints.close()
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["10", "3"]
 
 
-def test_saving_a_step_again_is_harmless(folder):
+def test_saving_a_step_twice_leaves_the_checkpoint_unchanged(folder):
     checkpoints = Checkpoints(folder, keep=2)
     checkpoints.save(state_of(3), 3)
     checkpoints.save_if_best(state_of(2), 2, 70.0)
@@ -365,8 +367,8 @@ def test_saving_a_step_again_is_harmless(folder):
     assert_equal(Checkpoints(folder).restore(state_of()), state_of(3))
 
 
-def test_a_checkpoint_in_a_bucket_counts_when_orbax_has_ended_it(tmp_path):
-    """There it has its name from the beginning, and its last file tells that it is whole."""
+def test_a_checkpoint_in_a_bucket_requires_orbaxs_commit_file(tmp_path):
+    """In a bucket its folder has the final name from the start; the last file marks it complete."""
     assert not workdir.has_checkpoint(tmp_path) and not workdir.has_checkpoint(epath.Path(tmp_path))
     step = tmp_path / "checkpoints" / "4"
     step.mkdir(parents=True)

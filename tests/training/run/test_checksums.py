@@ -8,12 +8,12 @@ from mvit_jax.training.run import checksums
 
 
 def by_definition(x: np.ndarray) -> list[int]:
-    """The sums word by word, in Python's whole numbers."""
+    """Returns the sums word by word, in Python's integers."""
     size = {1: 1, 2: 2}.get(x.dtype.itemsize, 4)
     words = np.frombuffer(x.tobytes(), f"<u{size}").tolist()
     first = second = 0
-    for place, word in enumerate(words):
-        mixed = place * 2654435761 % 2**32
+    for index, word in enumerate(words):
+        mixed = index * 2654435761 % 2**32
         mixed ^= mixed >> 15
         first += word * (mixed | 1)
         mixed = mixed * 2246822519 % 2**32
@@ -24,7 +24,7 @@ def by_definition(x: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "float64"])
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3, 4)])
-def test_they_are_the_sums_of_the_definition(dtype, shape):
+def test_digests_equal_the_sums_in_python_integers(dtype, shape):
     values = np.random.default_rng(0).normal(0, 50, shape)
     with jax.enable_x64(True):
         x = np.asarray(jnp.asarray(values).astype(dtype))
@@ -32,7 +32,7 @@ def test_they_are_the_sums_of_the_definition(dtype, shape):
     assert digest == {"dtype": dtype, "shape": list(shape), "sums": by_definition(x)}
 
 
-def test_they_do_not_depend_on_the_mesh(monkeypatch):
+def test_digests_do_not_depend_on_the_mesh(monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 16)
     random = np.random.default_rng(1)
     tree = {"a": random.normal(size=(24, 16)).astype(np.float32), "b": np.float32(3).reshape(())}
@@ -47,23 +47,23 @@ def test_they_do_not_depend_on_the_mesh(monkeypatch):
             assert not placed["a"].sharding.is_fully_replicated
 
 
-def test_every_change_of_one_bit_and_every_exchange_is_noticed():
+def test_digests_detect_flipped_bits_and_exchanged_values():
     x = np.random.default_rng(2).normal(size=(6, 5)).astype(np.float32)
-    kept = checksums.digests({"x": x})
-    assert checksums.first_mismatch({"x": x}, kept) is None
-    for place in range(x.size):
+    saved = checksums.digests({"x": x})
+    assert checksums.first_mismatch({"x": x}, saved) is None
+    for index in range(x.size):
         for bit in range(0, 32, 5):
             other = x.copy()
-            other.view(np.uint32).flat[place] ^= np.uint32(1 << bit)
-            assert checksums.first_mismatch({"x": other}, kept) == "x"
-    for place in range(x.size - 1):
+            other.view(np.uint32).flat[index] ^= np.uint32(1 << bit)
+            assert checksums.first_mismatch({"x": other}, saved) == "x"
+    for index in range(x.size - 1):
         other = x.copy()
-        other.flat[[place, place + 1]] = other.flat[[place + 1, place]]
-        assert checksums.first_mismatch({"x": other}, kept) == "x"
+        other.flat[[index, index + 1]] = other.flat[[index + 1, index]]
+        assert checksums.first_mismatch({"x": other}, saved) == "x"
     assert checksums.first_mismatch({"x": np.negative(np.zeros(3, np.float32))}, {}) == "x"
 
 
-def test_what_is_restored_in_another_dtype_is_not_compared():
+def test_tensors_restored_in_another_dtype_are_not_compared():
     x = np.arange(6, dtype=np.float32)
-    kept = checksums.digests({"x": x})
-    assert checksums.first_mismatch({"x": x.astype(np.float16)}, kept) is None
+    saved = checksums.digests({"x": x})
+    assert checksums.first_mismatch({"x": x.astype(np.float16)}, saved) is None

@@ -1,4 +1,4 @@
-"""The split of wall time adds up, and blames the input only for what the devices waited for."""
+"""Phases of wall time, goodput of a run, and advice on slow input."""
 
 import json
 import random
@@ -25,7 +25,7 @@ class Clock:
 
 
 class Ends:
-    """In place of the thread that waits for steps: they end when they are told to."""
+    """Stand-in for the thread that waits for steps: a test sets their end."""
 
     ended: float | None = None
 
@@ -40,33 +40,33 @@ class Ends:
 
 
 def spans(clock):
-    made = goodput.Spans(clock)
-    made._ends = ends = Ends()
-    return made, ends
+    timer = goodput.Spans(clock)
+    timer._ends = ends = Ends()
+    return timer, ends
 
 
-def spent(made):
-    return {phase: seconds for phase, seconds in made.lap().items() if seconds}
+def spent(timer):
+    return {phase: seconds for phase, seconds in timer.lap().items() if seconds}
 
 
-def test_a_phase_inside_another_is_at_its_expense():
+def test_a_nested_phase_is_not_counted_in_the_outer_phase():
     clock = Clock()
-    made, _ = spans(clock)
+    timer, _ = spans(clock)
     clock.sleep(5)
-    with made.measure("checkpoint"):
+    with timer.measure("checkpoint"):
         clock.sleep(1)
-        with made.measure("step"):
+        with timer.measure("step"):
             clock.sleep(2)
         clock.sleep(4)
     clock.sleep(3)
-    assert spent(made) == {"start": 8, "checkpoint": 5, "step": 2}
+    assert spent(timer) == {"start": 8, "checkpoint": 5, "step": 2}
     clock.sleep(1)
-    assert spent(made) == {"start": 1}
+    assert spent(timer) == {"start": 1}
 
 
-def test_whatever_is_measured_adds_up_to_the_wall_time():
+def test_phases_add_up_to_the_wall_time():
     clock, draw = Clock(), random.Random(0)
-    made, ends = spans(clock)
+    timer, ends = spans(clock)
     whole = 0.0
 
     def nest(depth):
@@ -74,7 +74,7 @@ def test_whatever_is_measured_adds_up_to_the_wall_time():
             clock.sleep(draw.randrange(8) / 4)
             if depth < 5:
                 try:
-                    with made.measure(draw.choice(list(goodput.PHASES))):
+                    with timer.measure(draw.choice(list(goodput.PHASES))):
                         nest(depth + 1)
                         if draw.random() < 0.2:
                             raise KeyError
@@ -87,25 +87,25 @@ def test_whatever_is_measured_adds_up_to_the_wall_time():
             yield number
 
     began = clock.now
-    for _ in made.waiting(batches()):
+    for _ in timer.waiting(batches()):
         nest(0)
         ends.ended = draw.choice([None, clock.now - 1, clock.now + 1])
         if draw.random() < 0.3:
-            whole += sum(made.lap().values())
-    assert whole + sum(made.lap().values()) == clock.now - began > 30
+            whole += sum(timer.lap().values())
+    assert whole + sum(timer.lap().values()) == clock.now - began > 30
 
 
 @pytest.mark.parametrize(
     ("ends_after", "expected"),
     [
-        (None, {"step": 4}),  # still under way when the batch came
-        (0, {"data": 4}),  # it had ended before
+        (None, {"step": 4}),  # still running when the batch arrives
+        (0, {"data": 4}),  # it ended before
         (3, {"step": 3, "data": 1}),
     ],
 )
-def test_only_the_wait_that_the_step_does_not_fill_is_for_data(ends_after, expected):
+def test_only_waits_after_the_end_of_a_step_count_as_data(ends_after, expected):
     clock = Clock()
-    made, ends = spans(clock)
+    timer, ends = spans(clock)
 
     def batches():
         clock.sleep(2)
@@ -115,32 +115,32 @@ def test_only_the_wait_that_the_step_does_not_fill_is_for_data(ends_after, expec
         clock.sleep(4)
         yield "second"
 
-    given = made.waiting(batches())
-    assert next(given) == "first"
-    assert spent(made) == {"start": 2}
-    made.sent("a step")
-    assert next(given) == "second"
-    assert spent(made) == expected
+    batches_in_time = timer.waiting(batches())
+    assert next(batches_in_time) == "first"
+    assert spent(timer) == {"start": 2}
+    timer.sent("a step")
+    assert next(batches_in_time) == "second"
+    assert spent(timer) == expected
     clock.sleep(1)
-    assert next(given, None) is None
-    assert spent(made) == {"rest": 1}
+    assert next(batches_in_time, None) is None
+    assert spent(timer) == {"rest": 1}
 
 
-def test_the_end_of_a_step_is_noticed_while_the_host_does_other_things():
-    made = goodput.Spans()
+def test_the_end_of_a_step_is_recorded_in_the_background():
+    timer = goodput.Spans()
     gates = [threading.Event(), threading.Event()]
     for gate in gates:
         computed = SimpleNamespace(block_until_ready=lambda gate=gate: gate.wait(20))
-        made.sent({"loss": (computed, jnp.zeros(()))})
+        timer.sent({"loss": (computed, jnp.zeros(()))})
         time.sleep(0.05)
-        assert made._ends.last() is None
+        assert timer._ends.last() is None
         before = time.monotonic()
         gate.set()
-        while made._ends.last() is None and time.monotonic() < before + 10:
+        while timer._ends.last() is None and time.monotonic() < before + 10:
             time.sleep(0.001)
-        ended = made._ends.last()
+        ended = timer._ends.last()
         assert ended is not None and before <= ended <= time.monotonic()
-    made.close()
+    timer.close()
 
 
 METRICS = {
@@ -150,21 +150,23 @@ METRICS = {
 
 
 def train(folder, steps, *, wait, work, watch=None):
-    """A loop like the training program's, with clips that come `wait` seconds after they are
-    wanted and steps that take `work`, both really slept. Returns its seconds, to the last line."""
+    """Runs a loop that sleeps `wait` seconds for each batch and `work` seconds for each step.
+
+    Returns the seconds up to the last line of the history.
+    """
     began = time.monotonic()
-    made = goodput.Spans()
-    laps, lap, there = [], made.lap, [began]
-    made.lap = lambda: (lap(), laps.append(time.monotonic()))[0]
+    timer = goodput.Spans()
+    laps, lap, end = [], timer.lap, [began]
+    timer.lap = lambda: (lap(), laps.append(time.monotonic()))[0]
 
     class Steps(Ends):
         def watch(self, arrays):
-            there[0] = time.monotonic() + work
+            end[0] = time.monotonic() + work
 
         def last(self):
-            return there[0] if there[0] <= time.monotonic() else None
+            return end[0] if end[0] <= time.monotonic() else None
 
-    made._ends = Steps()
+    timer._ends = Steps()
 
     def batches():
         for number in range(steps):
@@ -172,11 +174,11 @@ def train(folder, steps, *, wait, work, watch=None):
                 time.sleep(wait if number else 0.05)
             yield number
 
-    log = metrics.Logbook(folder, start=0, steps=steps, batch=8, every=5, spans=made, watch=watch)
+    log = metrics.Logbook(folder, start=0, steps=steps, batch=8, every=5, spans=timer, watch=watch)
     log.begin({"classes": 3})
-    for done, _ in enumerate(made.waiting(batches()), start=1):
-        with made.measure("compile" if done == 1 else "step"):  # as reading the step before does
-            time.sleep(max(there[0] - time.monotonic(), 0))
+    for done, _ in enumerate(timer.waiting(batches()), start=1):
+        with timer.measure("compile" if done == 1 else "step"):  # as long as reading the metrics
+            time.sleep(max(end[0] - time.monotonic(), 0))
         log.step(done, METRICS, 0.5)
     log.close()
     return laps[-1] - began
@@ -186,7 +188,7 @@ def train(folder, steps, *, wait, work, watch=None):
     ("wait", "work", "data_share"),
     [(0.1, 0.0, 1.0), (0.0, 0.1, 0.0), (0.05, 0.25, 0.0), (0.3, 0.1, 2 / 3)],
 )
-def test_slow_clips_and_slow_steps_are_told_apart(tmp_path, wait, work, data_share):
+def test_slow_clips_and_slow_steps_are_distinguished(tmp_path, wait, work, data_share):
     wall = train(tmp_path, 10, wait=wait, work=work)
     lines = read_lines(tmp_path)
     assert [line["kind"] for line in lines] == ["start", "train", "train", "end"]
@@ -204,7 +206,7 @@ def read_lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_tensorboard_has_the_scalars_by_their_names(tmp_path):
+def test_tensorboard_has_the_share_and_the_seconds_of_each_phase(tmp_path):
     train(tmp_path, 10, wait=0.01, work=0.01)
     scalars = read_scalars(tmp_path)
     lines = {line["step"]: line for line in read_lines(tmp_path) if line["kind"] == "train"}
@@ -212,19 +214,19 @@ def test_tensorboard_has_the_scalars_by_their_names(tmp_path):
     assert tuple(goodput.PHASES) == phases
     for phase in phases:
         for name, key in (("time_share", "share"), ("time_per_step", "per_step")):
-            found = scalars[f"{name}/{phase}"]
-            assert found.keys() == lines.keys() == {5, 10}
-            for step, value in found.items():
+            values = scalars[f"{name}/{phase}"]
+            assert values.keys() == lines.keys() == {5, 10}
+            for step, value in values.items():
                 assert value == pytest.approx(lines[step][key][phase], abs=1e-6)
 
 
-def seconds(data, step, **others):
-    return dict.fromkeys(goodput.PHASES, 0.0) | {"data": data, "step": step} | others
+def seconds(data, step, **phases):
+    return dict.fromkeys(goodput.PHASES, 0.0) | {"data": data, "step": step} | phases
 
 
 def advice(threads=4, processes=0, **changes):
-    known = {"packed": False, "randaugment": False, "cores": 16}
-    return goodput.advice(threads, processes, **known | changes)
+    settings = {"packed": False, "randaugment": False, "cores": 16}
+    return goodput.advice(threads, processes, **settings | changes)
 
 
 def watch(**changes):
@@ -232,21 +234,22 @@ def watch(**changes):
     return goodput.InputWatch(**load | changes)
 
 
-def test_the_first_interval_and_small_waits_say_nothing():
-    made = watch()
-    for given in (seconds(9.0, 1.0), seconds(1.9, 8.1), seconds(0.0, 0.0, validation=5.0)):
-        assert made.sentence(given) is None
+def test_the_first_interval_and_short_waits_log_nothing():
+    bottleneck = watch()
+    for phases in (seconds(9.0, 1.0), seconds(1.9, 8.1), seconds(0.0, 0.0, validation=5.0)):
+        assert bottleneck.sentence(phases) is None
 
 
-def test_a_bottleneck_is_told_once_and_again_when_it_is_much_worse():
-    made = watch()
-    made.sentence(seconds(0.0, 1.0))
-    said = [made.sentence(seconds(share, 1 - share)) for share in (0.3, 0.35, 0.3, 0.45, 0.55, 0.6)]
-    assert [s is not None for s in said] == [True, False, False, False, True, False]
-    # A validation within the interval hides nothing.
-    assert made.sentence(seconds(9.0, 1.0, validation=1000.0)) is not None
-    assert "30 % of the time" in str(said[0]) and "55 % of the time" in str(said[4])
-    assert "raise data.processes from 0 to 4 (this host has 16 cores)" in str(said[0])
+def test_a_bottleneck_is_logged_again_only_if_it_is_much_worse():
+    bottleneck = watch()
+    bottleneck.sentence(seconds(0.0, 1.0))
+    shares = (0.3, 0.35, 0.3, 0.45, 0.55, 0.6)
+    messages = [bottleneck.sentence(seconds(share, 1 - share)) for share in shares]
+    assert [message is not None for message in messages] == [True, False, False, False, True, False]
+    # A validation in the interval does not hide the bottleneck.
+    assert bottleneck.sentence(seconds(9.0, 1.0, validation=1000.0)) is not None
+    assert "30 % of the time" in str(messages[0]) and "55 % of the time" in str(messages[4])
+    assert "raise data.processes from 0 to 4 (this host has 16 cores)" in str(messages[0])
 
 
 @pytest.mark.parametrize(
@@ -263,27 +266,27 @@ def test_a_bottleneck_is_told_once_and_again_when_it_is_much_worse():
         (1, 0, 1, "this host has 1 core, and"),
     ],
 )
-def test_the_knob_depends_on_the_cores_that_are_left(threads, processes, cores, words):
-    said = advice(threads, processes, cores=cores)
-    assert words in said
-    # What it advises is not advised again.
-    if "raise data.processes" in said:
-        raised = int(said.split(" to ")[1].split()[0])
+def test_the_advice_depends_on_the_number_of_free_cores(threads, processes, cores, words):
+    text = advice(threads, processes, cores=cores)
+    assert words in text
+    # The advised number of processes fits the cores.
+    if "raise data.processes" in text:
+        raised = int(text.split(" to ")[1].split()[0])
         assert max(threads, 1) * raised <= cores and raised > processes
 
 
-def test_only_what_is_left_to_do_is_advised():
-    said = advice(2, packed=True, cores=2)
-    assert "pack" not in said and "randaugment" not in said and "raise data.repeats" in said
+def test_the_advice_omits_settings_already_in_use():
+    text = advice(2, packed=True, cores=2)
+    assert "pack" not in text and "randaugment" not in text and "raise data.repeats" in text
     assert "make augment.randaugment weaker" in advice(2, randaugment=True, cores=2)
 
 
 @pytest.mark.parametrize("wait", [0.0, 0.05])
-def test_the_log_says_that_the_input_is_slow(tmp_path, capsys, wait):
+def test_slow_input_is_logged(tmp_path, capsys, wait):
     train(tmp_path, 20, wait=wait, work=0.02, watch=watch(threads=2, cores=2))
-    said = capsys.readouterr().out
-    assert said.count("the input is the bottleneck") == (1 if wait else 0)
-    assert ("2 cores, and data.threads=2" in said) == bool(wait)
+    output = capsys.readouterr().out
+    assert output.count("the input is the bottleneck") == (1 if wait else 0)
+    assert ("2 cores, and data.threads=2" in output) == bool(wait)
 
 
 TWO = """
@@ -293,21 +296,21 @@ from mvit_jax.training.run import goodput
 seconds = dict.fromkeys(goodput.PHASES, 0.0)
 seconds |= {"data": (0.5, 4.0)[jax.process_index()], "step": (9.0, 6.0)[jax.process_index()]}
 with jax.set_mesh(sharding.make_mesh()):
-    told, slowest = goodput.over_processes(seconds)
+    combined, slowest = goodput.over_processes(seconds)
 watch = goodput.InputWatch(threads=0, processes=0, packed=True, randaugment=False, cores=7)
-watch.sentence(told, slowest)
-print(told["data"], told["step"], slowest, watch.sentence(told, slowest))
+watch.sentence(combined, slowest)
+print(combined["data"], combined["step"], slowest, watch.sentence(combined, slowest))
 """
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_one_that_waits_longest_counts():
-    """The other one waits for it in the step, which needs both."""
+def test_the_slowest_of_two_processes_determines_the_bottleneck():
+    """The other process waits for the slowest in the step, which needs both."""
     both = group.finish(group.start(group.together(TWO), 2, 1), 120)
-    said = [done.out.splitlines()[-1] for done in both]
+    lines = [done.out.splitlines()[-1] for done in both]
     sentence = (
         "the input is the bottleneck: {} % of the time of the last steps went into waiting for "
         "clips by process 1 of 2; raise data.threads from 0 to 7 (this host has 7 cores)"
     )
-    assert said[0] == "4.0 5.5 1 " + sentence.format(42)
-    assert said[1] == "4.0 6.0 1 " + sentence.format(40)
+    assert lines[0] == "4.0 5.5 1 " + sentence.format(42)
+    assert lines[1] == "4.0 6.0 1 " + sentence.format(40)

@@ -1,4 +1,4 @@
-"""Memory that was freed is used again, instead of being taken from the system anew."""
+"""Reuse of freed memory, in place of new pages from the operating system."""
 
 import pytest
 
@@ -41,17 +41,20 @@ print(faults() - before)
 """
 
 
-@pytest.mark.parametrize("way", ["keep", "leave"])
-def test_the_pages_of_freed_memory_stay(way):
-    said = printed(PROGRAM, way)
-    if said == "none":  # not glibc: nothing to keep
+@pytest.mark.parametrize("setting", ["keep", "default"])
+def test_the_pages_of_freed_memory_are_reused_with_the_setting_alone(setting):
+    output = printed(PROGRAM, setting)
+    if output == "none":  # not glibc: no such setting
         return
     # 16 MiB are 4,096 pages, or 8 large ones; ten times without the setting.
-    assert int(said) < 8 if way == "keep" else int(said) >= 8
+    assert int(output) < 8 if setting == "keep" else int(output) >= 8
 
 
-def test_so_do_those_of_xla_in_the_calling_thread():
-    """Arrays of 128 MiB: in other threads the C library keeps nothing so large, and twenty runs
-    take all 32,768 pages twenty times. Here a run may find no free place that is large enough."""
+def test_the_pages_of_xla_are_reused_in_the_calling_thread():
+    """Twenty runs on arrays of 128 MiB cause fewer page faults than ten times 32,768 pages.
+
+    In other threads the C library returns arrays of this size, and every run faults. Some runs
+    fault even in the calling thread, for lack of a free block of this size.
+    """
     faults = printed(IN_XLA)
     assert faults == "none" or int(faults) < 10 * 2**15

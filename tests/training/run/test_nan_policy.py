@@ -1,4 +1,4 @@
-"""Losses that are not finite, caused at chosen steps; what must then be is computed by hand."""
+"""Policies for losses that are not finite, compared with a plain training loop."""
 
 import contextlib
 import signal
@@ -27,7 +27,7 @@ RECIPE = tiny.RECIPE | {"eval.every_epochs": 0.0}
 
 
 def spoiled(state, batch, learning_rate, *, apply, optimizer, recipe):
-    """The training step, whose loss is NaN where the batch says so."""
+    """Runs the training step, with a loss of NaN for batches marked as bad."""
 
     def model(*args, **more):
         logits, features = apply(*args, **more)
@@ -52,7 +52,7 @@ def program(config, settings, mesh):
 
 @contextlib.contextmanager
 def bad_at(*steps):
-    """Within, `train` has losses that are NaN at these steps."""
+    """Patches `train` so that the loss is NaN at these steps."""
 
     def spoiling(config, settings, videos, mesh, last, start=0):
         batches = BATCHES(config, settings, videos, mesh, last, start)
@@ -72,28 +72,31 @@ def run(digits, folder, *steps, **changes):
 
 
 def by_hand(digits, at):
-    """The final tensors of a plain loop; `at(step, states)` gives the state after a step that is
-    not to be done, of all states before, else None."""
+    """Returns the final tensors of a plain loop.
+
+    `at(step, states)` returns the state after a step that is replaced, computed from all states
+    before it, and None for other steps.
+    """
     config = tiny.config(digits, **RECIPE)
     videos = build.videos(config, "train")
     settings = build.settings(config, len(videos.class_names))
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), bad_at():
-        made = build.program(config, settings, mesh)
-        do, state = made.step, made.first_state()
+        built = build.program(config, settings, mesh)
+        run_step, state = built.step, built.first_state()
         rates = build.schedule(config, len(videos))
         states = [jax.tree.map(jnp.copy, state)]
         for step, batch in enumerate(build.batches(config, settings, videos, mesh, 9), start=1):
             state = at(step, states)
             if state is None:
                 copy, rate = jax.tree.map(jnp.copy, states[-1]), np.float32(rates(step - 1))
-                state, _ = do(copy, sharding.to_devices(batch, mesh), rate)
+                state, _ = run_step(copy, sharding.to_devices(batch, mesh), rate)
             states.append(state)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def counted(state, step):
-    """The same weights and moments after another number of steps."""
+def with_step(state, step):
+    """Returns a state with the same weights and moments and another number of steps."""
     counts = jax.tree.map(
         lambda x: jnp.full_like(x, step) if x.dtype == jnp.int32 else x, state.opt_state
     )
@@ -114,60 +117,59 @@ def plain(digits, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_skipping_leaves_the_batch_out_and_counts_it(digits, tmp_path, plain, capsys):
+def test_skip_drops_the_update_of_a_bad_batch_and_counts_it(digits, tmp_path, plain, capsys):
     ours = run(digits, tmp_path, 4, 5, on_nan="skip")
-    assert_same(ours, by_hand(digits, lambda n, s: counted(s[-1], n) if n in (4, 5) else None))
+    assert_same(ours, by_hand(digits, lambda n, s: with_step(s[-1], n) if n in (4, 5) else None))
     assert any((ours[name] != plain[name]).any() for name in plain)
-    said = capsys.readouterr().out
-    assert "loss is nan at step 4: its update is skipped (1 in a row)" in said
-    assert "loss is nan at step 5: its update is skipped (2 in a row)" in said
-    told = history.read(tmp_path).train
-    skipped = {line["step"]: line["skipped"] for line in told}
+    output = capsys.readouterr().out
+    assert "loss is nan at step 4: its update is skipped (1 in a row)" in output
+    assert "loss is nan at step 5: its update is skipped (2 in a row)" in output
+    lines = history.read(tmp_path).train
+    skipped = {line["step"]: line["skipped"] for line in lines}
     assert skipped == {2: 0, 4: 1, 6: 1, 8: 0, 9: 0}
-    assert all(np.isfinite(line["loss"]) for line in told)
+    assert all(np.isfinite(line["loss"]) for line in lines)
 
 
 @pytest.mark.slow
-def test_rolling_back_goes_on_from_the_last_checkpoint_after_the_bad_batch(
+def test_rollback_resumes_from_the_last_checkpoint_after_the_bad_batch(
     digits, tmp_path, plain, capsys
 ):
-    """Step 5 is found out at step 6, where its metrics have come; the checkpoint is of step 4."""
+    """The metrics of step 5 arrive at step 6; the last checkpoint is that of step 4."""
     ours = run(digits, tmp_path, 5, on_nan="rollback")
-    assert_same(ours, by_hand(digits, lambda n, s: counted(s[4], 6) if n == 6 else None))
+    assert_same(ours, by_hand(digits, lambda n, s: with_step(s[4], 6) if n == 6 else None))
     assert any((ours[name] != plain[name]).any() for name in plain)
-    said = capsys.readouterr().out
-    assert (
-        "loss is nan at step 5: training continues after step 6 with the weights of step 4" in said
-    )
+    output = capsys.readouterr().out
+    message = "loss is nan at step 5: training continues after step 6 with the weights of step 4"
+    assert message in output
     assert int(ours["['training']['step']"]) == 9
 
 
 @pytest.mark.slow
-def test_stopping_keeps_the_checkpoint_before_and_may_go_on_otherwise(digits, tmp_path):
+def test_stop_keeps_the_last_checkpoint_and_allows_another_policy(digits, tmp_path):
     with pytest.raises(NotFiniteError, match=r"loss is nan at step 5: .*on_nan=skip"):
         run(digits, tmp_path, 5)
     assert Checkpoints(tmp_path).step() == 4
     ours = run(digits, tmp_path, 5, on_nan="skip")
-    assert_same(ours, by_hand(digits, lambda n, s: counted(s[-1], n) if n == 5 else None))
+    assert_same(ours, by_hand(digits, lambda n, s: with_step(s[-1], n) if n == 5 else None))
 
 
 @pytest.mark.slow
-def test_too_many_in_a_row_end_the_run(digits, tmp_path):
+def test_too_many_skips_in_a_row_end_the_run(digits, tmp_path):
     more = {"epochs": 8.0, "on_nan": "skip"}
     with pytest.raises(NotFiniteError, match=rf"at step {2 + SKIPS}, the last of {SKIPS} in a row"):
         run(digits, tmp_path, *range(3, 24), **more)
     saved = final_state(tmp_path)
     assert all(np.isfinite(value).all() for value in saved.values())
-    # Fewer do not, nor as many that are not in a row.
+    # Fewer in a row do not end the run, nor do others apart from each other.
     run(digits, tmp_path / "fewer", *range(3, 2 + SKIPS), 13, 15, 17, **more)
 
 
 @pytest.mark.nightly
-def test_rollbacks_that_lead_nowhere_end_the_run(digits, tmp_path, capsys):
+def test_rollbacks_without_progress_end_the_run(digits, tmp_path, capsys):
     with pytest.raises(NotFiniteError, match=f"after {ROLLBACKS} rollbacks without a checkpoint"):
         run(digits, tmp_path, *range(3, 24), epochs=8.0, on_nan="rollback")
     assert capsys.readouterr().out.count("with the weights of step") == ROLLBACKS
-    # Those with progress in between do not.
+    # Rollbacks with progress in between do not end the run.
     run(digits, tmp_path / "apart", 5, 9, 13, 17, 21, epochs=8.0, on_nan="rollback")
 
 
@@ -180,7 +182,7 @@ def test_a_rollback_before_the_first_checkpoint_ends_the_run(digits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path, policy):
-    """A finite gradient times such a rate: there is no batch to pass over."""
+    """The gradient is finite and the learning rate too large: no batch can be skipped."""
     rates = {"optim.start_lr": 1e-3, "optim.lr": 1e30, "optim.warmup_epochs": 1.0}
     with pytest.raises(NotFiniteError, match="param_norm is inf at step"):
         run(digits, tmp_path, **(rates | {"checkpoint.every": 1, "on_nan": policy}))
@@ -224,8 +226,8 @@ with t.bad_at(7):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_while_it_rolls_back_ends_with_the_same_parameters(digits, tmp_path, moment):
-    """By kill -9, before the state that was rolled back is saved, and when it just is."""
+def test_a_run_killed_during_a_rollback_ends_with_the_same_parameters(digits, tmp_path, moment):
+    """SIGKILL arrives just before or just after the save of the state after the rollback."""
     more = {"on_nan": "rollback", "log_every": 1}
     whole = run(digits, tmp_path / "whole", 7, **more)
     folder = tmp_path / "killed"

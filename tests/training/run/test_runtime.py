@@ -1,4 +1,4 @@
-"""Programs that find in a second process what the first one compiled."""
+"""The compilation cache on disk, shared between processes."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mvit_jax.training.run import runtime
 from tests.support import commands
 
-# Prints how many compilations were found on disk and how many were not.
+# Prints the numbers of compilation cache hits and misses.
 PROGRAM = """
 import jax
 from mvit_jax.models.functional import functional
@@ -34,22 +34,22 @@ def run(folder: Path, **env) -> str:
 
 
 @pytest.mark.slow
-def test_a_second_process_need_not_compile(tmp_path):
+def test_a_second_process_loads_the_compiled_program(tmp_path):
     assert run(tmp_path) == "0 1"
     assert list((tmp_path / "mvit_jax" / "compiled").glob("*/jit_apply-*"))
     assert run(tmp_path) == "1 0"
 
 
 @pytest.mark.slow
-def test_jaxs_own_variables_come_first(tmp_path):
-    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
-    assert run(tmp_path / "default", **own) == "0 1"
+def test_environment_variables_of_jax_take_precedence(tmp_path):
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    assert run(tmp_path / "default", **variables) == "0 1"
     assert list((tmp_path / "own").glob("jit_apply-*"))
     assert run(tmp_path / "default", JAX_ENABLE_COMPILATION_CACHE="0") == "0 0"
     assert not (tmp_path / "default").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
+def test_an_unwritable_cache_folder_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert runtime.default_folder() is None
@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
     assert at_home == tmp_path / "home" / ".cache" / "mvit_jax" / "compiled" / folder.name
 
 
-def test_machines_with_other_instructions_share_nothing(monkeypatch):
+def test_cpus_with_other_instruction_sets_share_no_cache(monkeypatch):
     cores = "processor : {}\nmodel name : A\ncpu MHz : {}\nflags : fpu avx2{}\n\n"
 
     def name(*values):

@@ -1,4 +1,4 @@
-"""One run in one folder at a time."""
+"""The lock of a workdir and the record of its last validation."""
 
 import os
 
@@ -8,18 +8,18 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.training.run import workdir
 
 
-def test_a_second_start_waits_and_is_then_refused(tmp_path, monkeypatch):
+def test_a_second_run_in_a_locked_workdir_ends_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "LOCK_SECONDS", 1)
-    said = []
+    messages = []
     refused = pytest.raises(UserError, match=f"in use: process {os.getpid()} of .* trains there")
-    with workdir.locked(tmp_path), refused, workdir.locked(tmp_path, said.append):
+    with workdir.locked(tmp_path), refused, workdir.locked(tmp_path, messages.append):
         pass
-    assert len(said) == 1 and "waiting until it has ended" in said[0]
-    with workdir.locked(tmp_path, said.append):  # whatever an earlier one has left
-        assert len(said) == 1
+    assert len(messages) == 1 and "waiting until it has ended" in messages[0]
+    with workdir.locked(tmp_path, messages.append):  # the lock file of an earlier run is there
+        assert len(messages) == 1
 
 
-def test_where_a_file_system_has_no_locks_training_goes_on(tmp_path, monkeypatch):
+def test_file_systems_without_locks_are_accepted(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError(38, "Function not implemented")
 
@@ -28,7 +28,7 @@ def test_where_a_file_system_has_no_locks_training_goes_on(tmp_path, monkeypatch
         pass
 
 
-def test_the_last_step_that_was_validated_is_noted(tmp_path):
+def test_the_last_validated_step_is_recorded(tmp_path):
     assert workdir.validated(tmp_path) == 0
     workdir.keep_validated(tmp_path, 12)
     assert workdir.validated(tmp_path) == 12
