@@ -1,4 +1,4 @@
-"""What is known of a training step before there is a state, beside the real state and batch."""
+"""Abstract state and batch of a training step, compared with real arrays."""
 
 import jax
 import numpy as np
@@ -12,31 +12,31 @@ from tests.support import tiny
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_described_shapes_and_places_are_those_of_what_runs(multi_label):
+def test_abstract_shapes_and_shardings_equal_those_of_real_arrays(multi_label):
     changes = {"data.multi_label": multi_label, "augment.mixup": 0.0, "augment.cutmix": 0.0}
     config = tiny.config("", **{"data.stride": 1, **changes})
     videos = Synthetic(videos=16, classes=5, height=32, width=40, multi_label=multi_label)
     model = build.model_config(config, 5)
     mesh = sharding.make_mesh(2, 4, jax.devices())
     with jax.set_mesh(mesh):
-        described = build.program(config, build.settings(config, 5), mesh)
+        abstract = build.program(config, build.settings(config, 5), mesh)
         settings = build.settings(config, model.num_classes).clips
         batches = pipeline.train_batches(videos, settings, seed=0, batch=config.batch, steps=1)
         batch = sharding.to_devices(next(iter(batches)), mesh)
-        state = described.first_state()
-        same(described.state, state)
-        same(build.batch_shapes(config, model, mesh), batch)
+        state = abstract.first_state()
+        assert_same_shapes(abstract.state, state)
+        assert_same_shapes(build.batch_shapes(config, model, mesh), batch)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 
-def same(described, real) -> None:
-    assert jax.tree.structure(described) == jax.tree.structure(real)
-    for shape, array in zip(jax.tree.leaves(described), jax.tree.leaves(real), strict=True):
+def assert_same_shapes(abstract, real) -> None:
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    for shape, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
         assert shape.sharding.is_equivalent_to(array.sharding, np.ndim(array))
 
 
-def test_other_rates_compile_no_other_step():
+def test_other_learning_rates_lower_to_the_same_step():
     def lowered(**changes):
         config = tiny.config("", **{"data.stride": 1, **changes})
         settings, mesh = build.settings(config, 5), sharding.make_mesh()

@@ -12,7 +12,7 @@ CLIPS, CLASSES = 8, 8
 @pytest.fixture(scope="module")
 def batch():
     clip = jax.random.normal(jax.random.key(1), (CLIPS, 2, 12, 10, 3))
-    return clip, jnp.eye(CLASSES)  # clip i has class i, so targets tell who was mixed
+    return clip, jnp.eye(CLASSES)  # clip i has class i: targets identify mixed clips
 
 
 def both(batch, seed, **changes):
@@ -20,7 +20,7 @@ def both(batch, seed, **changes):
     return device_augment.mix(*batch, jax.random.key(seed), **settings)
 
 
-def test_flip_mirrors_whole_clips_at_its_rate():
+def test_flip_mirrors_whole_clips_with_its_probability():
     clip = jax.random.normal(jax.random.key(0), (400, 2, 3, 4, 3))
     flipped = device_augment.flip(clip, jax.random.key(1), 0.3)
     same = (flipped == clip).all((1, 2, 3, 4))
@@ -34,7 +34,7 @@ HEIGHT, WIDTH = 40, 60
 
 @pytest.fixture(scope="module")
 def erased():
-    """Of 3000 clips of two frames, where pixels changed: [clips, frames, height, width]."""
+    """Mask of erased pixels in 3000 clips of two frames: [clips, frames, height, width]."""
     erase = jax.jit(device_augment.erase, static_argnums=(2, 3))
     clip = jnp.full((3000, 2, HEIGHT, WIDTH, 3), 7.0)
     done = np.asarray(erase(clip, jax.random.key(0), 1.0, "const"))
@@ -43,7 +43,7 @@ def erased():
 
 
 def boxes(changed):
-    """Top, left, height, width of every clip's box; asserts that there is one."""
+    """Returns top, left, height, width of every clip's box; asserts that there is one."""
     rows, columns = changed.any(2), changed.any(1)
     assert (changed == rows[:, :, None] & columns[:, None, :]).all()
     top, left = rows.argmax(1), columns.argmax(1)
@@ -54,27 +54,31 @@ def boxes(changed):
 
 
 def timms_boxes(count, rng):
-    """The definition: area uniform, aspect log-uniform, ten tries, strictly within the frame."""
-    found = []
-    while len(found) < count:
+    """Returns boxes drawn as timm draws them.
+
+    The area is uniform, the aspect ratio log-uniform. A box that is not strictly within the
+    frame is drawn again, ten times at most.
+    """
+    drawn = []
+    while len(drawn) < count:
         for _ in range(10):
             area = rng.uniform(0.02, 1 / 3) * HEIGHT * WIDTH
             aspect = np.exp(rng.uniform(np.log(0.3), -np.log(0.3)))
             height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
             if width < WIDTH and height < HEIGHT:
-                place = rng.integers(HEIGHT - height + 1), rng.integers(WIDTH - width + 1)
-                found.append((*place, height, width))
+                corner = rng.integers(HEIGHT - height + 1), rng.integers(WIDTH - width + 1)
+                drawn.append((*corner, height, width))
                 break
-    return np.array(found).T
+    return np.array(drawn).T
 
 
-def test_erased_boxes_are_the_same_in_all_frames_and_distributed_as_timms(erased):
+def test_erased_boxes_are_equal_in_all_frames_and_distributed_as_in_timm(erased):
     assert (erased[:, :1] == erased).all()
     ours = boxes(erased[:, 0])
     for mine, theirs in zip(ours, timms_boxes(3000, np.random.default_rng(0)), strict=True):
         values = np.arange(61)
         shares = [np.searchsorted(np.sort(x), values, "right") / 3000 for x in (mine, theirs)]
-        assert np.abs(shares[0] - shares[1]).max() < 0.05  # Kolmogorov-Smirnov, a thousandth
+        assert np.abs(shares[0] - shares[1]).max() < 0.05  # Kolmogorov-Smirnov at 0.1 %
     top, left, height, width = ours
     assert height.max() < HEIGHT and width.max() < WIDTH
     area = height * width / (HEIGHT * WIDTH)
@@ -82,7 +86,7 @@ def test_erased_boxes_are_the_same_in_all_frames_and_distributed_as_timms(erased
     assert np.corrcoef(top / (HEIGHT - height), left / (WIDTH - width))[0, 1] < 0.06
 
 
-def test_erasing_has_its_rate_and_leaves_the_rest():
+def test_erasing_has_its_probability_and_changes_no_other_clip():
     clip = jax.random.normal(jax.random.key(1), (2000, 1, 12, 10, 3))
     for mode in ("pixel", "const"):
         done = device_augment.erase(clip, jax.random.key(2), 0.25, mode)
@@ -93,7 +97,7 @@ def test_erasing_has_its_rate_and_leaves_the_rest():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_erased_pixels_are_normal_noise_each_its_own(dtype):
+def test_erased_pixels_are_independent_normal_noise(dtype):
     clip = jnp.full((32, 3, 32, 32, 3), 100.0, dtype)
     done = device_augment.erase(clip, jax.random.key(0), 1.0, "pixel")
     assert done.dtype == dtype
@@ -109,13 +113,13 @@ def test_erased_pixels_are_normal_noise_each_its_own(dtype):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.3
 
 
-def test_a_frame_that_no_box_fits_into_is_left():
-    # A fiftieth of the area or more, and at most ten times as wide as high: two pixels high.
+def test_a_frame_too_small_for_a_box_is_unchanged():
+    # A box has 2 % of the area or more and an aspect ratio of at most 10/3: two pixels of height.
     clip = jnp.ones((50, 2, 1, 400, 3))
     assert (device_augment.erase(clip, jax.random.key(0), 1.0, "const") == clip).all()
 
 
-def test_erasing_does_not_depend_on_the_devices_that_hold_the_batch():
+def test_erasing_does_not_depend_on_the_sharding_of_the_batch():
     clip = jax.random.normal(jax.random.key(1), (8, 2, 16, 16, 3))
     erase = jax.jit(device_augment.erase, static_argnums=(2, 3))
     whole = erase(clip, jax.random.key(5), 0.5, "pixel")
@@ -127,13 +131,13 @@ def test_erasing_does_not_depend_on_the_devices_that_hold_the_batch():
     assert (whole != clip).any() and (whole == clip).any()
 
 
-def test_another_mode_of_erasing_is_refused():
+def test_an_unknown_erasing_mode_raises():
     with pytest.raises(UserError, match="not 'rand'"):
         device_augment.erase(jnp.ones((1, 1, 8, 8, 3)), jax.random.key(0), 0.0, "rand")
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixup_mixes_clips_as_their_targets_say(batch, seed):
+def test_mixup_mixes_clips_and_targets_by_the_same_weight(batch, seed):
     clip, targets = both(batch, seed, cutmix=0.0)
     weights = set()
     for group in (range(0, 4), range(4, 8)):
@@ -148,7 +152,7 @@ def test_mixup_mixes_clips_as_their_targets_say(batch, seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_cutmix_pastes_one_box_whose_area_is_the_weight(batch, seed):
+def test_cutmix_pastes_one_box_with_an_area_equal_to_the_weight(batch, seed):
     clip, targets = both(batch, seed, mixup=0.0)
     for i in range(CLIPS):
         partner = 4 * (i // 4) + 3 - i % 4
@@ -162,7 +166,7 @@ def test_cutmix_pastes_one_box_whose_area_is_the_weight(batch, seed):
         assert not len(rows) or np.ptp(rows) == len(rows) - 1
 
 
-def test_weights_follow_their_beta_distributions():
+def test_mixup_weights_follow_a_beta_distribution():
     many = jnp.zeros((4096, 1, 1, 1, 3)), jnp.tile(jnp.eye(2), (2048, 1))
     _, targets = both(many, 3, cutmix=0.0, group=2)
     weights = targets[::2, 0]
@@ -171,14 +175,14 @@ def test_weights_follow_their_beta_distributions():
     assert float(weights.var()) == pytest.approx(1 / (4 * 2.6), rel=0.06)
 
 
-def test_switch_is_the_chance_of_cutmix():
+def test_switch_is_the_probability_of_cutmix():
     clip = jnp.arange(600.0)[:, None, None, None, None] * jnp.ones((1, 1, 8, 8, 3))
     mixed, _ = both((clip, jnp.zeros((600, 2))), 0, mixup=1.0, switch=0.3, group=2)
-    # Cutmix leaves only whole values of the two clips; mixup makes others.
+    # Cutmix has values of the two clips alone, which are integers; mixup has others.
     whole = (mixed == jnp.round(mixed)).all((1, 2, 3, 4))
     assert 0.2 < float(whole.mean()) < 0.4
 
 
-def test_off_is_off(batch):
+def test_zero_alphas_leave_the_batch_unchanged(batch):
     clip, targets = both(batch, 0, mixup=0.0, cutmix=0.0)
     assert clip is batch[0] and targets is batch[1]

@@ -15,13 +15,13 @@ def described(file, arg, devices=8, **changes):
 
 
 def row(text, title, *names):
-    """The fields of the line that begins with `names`, of the section `title`."""
+    """Returns the fields of the line in section `title` that begins with `names`."""
     section = next(part for part in text.split("\n\n") if part.startswith(title))
     lines = [re.split(r"\s{2,}", line.strip()) for line in section.splitlines()]
     return next(fields for fields in lines if fields[: len(names)] == list(names))
 
 
-def test_the_plan_of_kinetics_without_the_data():
+def test_the_plan_of_kinetics_requires_no_data():
     """Computed by hand: 240,436 videos twice in batches of 512; positions (56^2 + 8 + 1) x 96."""
     text = described("kinetics", "mvit_b_16x4")
     assert "published  78.4 / 93.5 (MViT, Table 4)" in text
@@ -34,15 +34,15 @@ def test_the_plan_of_kinetics_without_the_data():
     assert row(text, "Steps", "warm-up")[1] == "28,176.09 of them = 30 epochs"
     assert row(text, "Learning rate", "0") == ["0", "0.00", "1.6e-05"]
     assert row(text, "Learning rate", "28,177") == ["28,177", "30.00", "0.0016"]
-    # Half of the cosine: the mean of highest and last rate.
+    # Half of the cosine: the mean of the highest and the last learning rate.
     assert row(text, "Learning rate", "108,009")[2] == "0.000808"
     assert row(text, "Learning rate", "187,839")[2] == "1.6e-05"
     assert row(text, "Weight decay", "0.05", "positional embeddings")[2:] == ["3", "301,920"]
     assert row(text, "Weight decay", "0.05", "class token")[2:] == ["1", "96"]
-    # Every norm has a scale and a bias: 16 x 2, the last, and those after 3 + 16 x 2 pools.
+    # Norms have scale and bias: 2 in each of 16 blocks, the last, 1 after each of 3 + 16 x 2 pools.
     norms = 16 * 2 + 1 + 3 + 16 * 2
     assert row(text, "Weight decay", "0", "scales of norms: one-dimensional")[2] == str(norms)
-    # ... and every linear layer a bias: 16 x 4, 3 skips, the head; and the cubes.
+    # Linear layers have a bias: 4 in each of 16 blocks, 3 skips, the head, the patch embedding.
     assert row(text, "Weight decay", "0", "biases")[2] == str(norms + 16 * 4 + 3 + 1 + 1)
     parameters = re.findall(r"^  0\S*  .*  ([\d,]+)$", text, re.MULTILINE)
     assert len(parameters) == 6
@@ -52,7 +52,7 @@ def test_the_plan_of_kinetics_without_the_data():
     assert row(text, "Tests", "validation")[1].startswith("every 9,392 steps")
 
 
-def test_augmentation_stands_in_its_order():
+def test_augmentation_is_listed_in_order_of_application():
     text = described("kinetics", "mvit_b_16x4")
     words = ["short side of 256", "RandAugment rand-m7-n4", "random crop of 8 to 100 %", "flip",
              "/ 0.225", "erasing", "cutmix (alpha 1) with probability", "smoothing"]  # fmt: skip
@@ -64,8 +64,8 @@ def test_augmentation_stands_in_its_order():
 
 
 @pytest.mark.slow
-def test_the_plan_of_a_recipe_that_starts_from_weights(tmp_path):
-    """168,913 videos in batches of 128, 40 times: 52,785.3. The published 213.1 M parameters."""
+def test_the_plan_of_a_fine_tuning_recipe_names_its_weights(tmp_path):
+    """168,913 videos, 40 epochs in batches of 128: 52,785.3 steps; published 213.1 M parameters."""
     text = described("ssv2", "mvitv2_l_40x3_312_in21k")
     assert "213,129,534 parameters" in text and "174 classes" in text
     assert "weights    MISSING: weights of configs/kinetics.py:mvitv2_l_40x3_312_in21k" in text
@@ -75,15 +75,15 @@ def test_the_plan_of_a_recipe_that_starts_from_weights(tmp_path):
     assert "mixup" not in text and "flip" not in text
     views = row(text, "Tests", "views")[1]
     assert views == "1 clip x 3 crops: short side to 312, three squares of 312"
-    given = described("kinetics", "mvitv2_s_16x4_in1k", **{"init.checkpoint": str(tmp_path)})
-    assert f"weights    of {tmp_path} (should be weights of mvitv2_s" in given
-    assert "image to video: centre" in given
-    absent = described("kinetics", "mvit_b_64x3", **{"init.checkpoint": "no/such"})
-    assert "of no/such (missing)" in absent
+    text = described("kinetics", "mvitv2_s_16x4_in1k", **{"init.checkpoint": str(tmp_path)})
+    assert f"weights    of {tmp_path} (should be weights of mvitv2_s" in text
+    assert "image to video: centre" in text
+    text = described("kinetics", "mvit_b_64x3", **{"init.checkpoint": "no/such"})
+    assert "of no/such (missing)" in text
 
 
-def test_layers_and_their_rates():
-    """0.75 ^ 17 for the cubes of 16 blocks, at 9.6e-3."""
+def test_the_plan_lists_learning_rates_by_layers():
+    """Layer decay of 0.75 ^ 17 for the patch embedding below 16 blocks, at 9.6e-3."""
     text = described("kinetics", "maskfeat_s_16x4")
     first = row(text, "Learning rates by layers", "0")
     assert first[:4] == ["0", "patch and positional embeddings", "0.007517", "7.216e-05"]
@@ -92,15 +92,15 @@ def test_layers_and_their_rates():
     assert "by layers" not in described("kinetics", "mvit_b_16x4")
 
 
-def test_another_batch_has_other_rates_and_a_share_that_must_divide():
+def test_another_batch_size_scales_rates_and_must_be_divisible():
     text = described("kinetics", "mvit_b_16x4", batch=256)
     assert row(text, "Optimiser", "rates")[1].endswith("for 512 clips; scaled by 0.5")
     assert row(text, "Learning rate", "0")[2] == "8e-06"
     assert "does not divide" in described("kinetics", "mvit_b_16x4", devices=7)
 
 
-def test_where_the_data_is_its_lists_are_counted(digits):
-    """24 videos in batches of 8, 3 times."""
+def test_existing_lists_of_videos_are_counted(digits):
+    """24 videos in batches of 8, 3 epochs."""
     text = dry_run.describe(tiny.config(digits, epochs=3.0), 8)
     assert row(text, "Data", "train") == ["train", f"{digits}/train.csv: 24"]
     assert row(text, "Data", "test") == ["test", f"{digits}/test.csv: 10"]
@@ -110,21 +110,21 @@ def test_where_the_data_is_its_lists_are_counted(digits):
         dry_run.describe(tiny.config("no/such"), 8)
 
 
-def test_charades_is_scored_otherwise():
+def test_charades_is_scored_by_mean_average_precision():
     text = described("charades", "mvit_b_16x4")
     assert row(text, "Tests", "scores")[1] == "sigmoids, highest of the views"
     assert row(text, "Tests", "metrics")[1] == "mean average precision"
     assert "7,985" in row(text, "Data", "train")[1]
 
 
-def test_the_program_prints_the_plan_and_starts_nothing(tmp_path):
+def test_the_program_prints_the_plan_and_writes_no_files(tmp_path):
     flags = ["--config=configs/kinetics.py:mvit_b_64x3", "--dry_run"]
     status, output = commands.run("train", *flags, cwd=tmp_path)
     assert status == 0 and "published  81.2 / 95.1 (MViT, Table 4)" in output
     assert not list(tmp_path.iterdir())
 
 
-def test_training_refuses_to_start_without_the_weights_of_a_recipe(tmp_path):
+def test_training_without_the_weights_of_a_recipe_raises(tmp_path):
     config = tiny.load_config_file("kinetics").get_config("mvit_b_64x3")
     with pytest.raises(UserError, match=r"weights of mvit_b_32x3 .* --config.init.checkpoint=DIR"):
         train.train(config, str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Scores of videos from those of their views, against loops; and how many broken ones may be."""
+"""Scores of videos from their views, compared with plain loops; limits of decode failures."""
 
 import contextlib
 
@@ -21,7 +21,7 @@ SETTINGS = ClipSettings(frames=2, stride=4, size=8, short_side=8)
 
 
 class Memory:
-    """Videos in memory: of video i frame n has the brightness 10 * i + n, in three classes."""
+    """Videos of three classes in memory: frame n of video i has the brightness 10 * i + n."""
 
     class_names, list_file = ("a", "b", "c"), "memory.csv"
 
@@ -46,7 +46,7 @@ class Memory:
 
 
 def brightness(params, clip):
-    """Three numbers that tell a view: its mean brightness b, 255 - b and 128."""
+    """Returns three numbers that identify a view: its mean brightness b, 255 - b and 128."""
     mean = clip.astype(jnp.float32).mean((2, 3, 4, 5))
     return jnp.stack([mean, 255 - mean, jnp.full_like(mean, 128.0)], -1) / 255
 
@@ -58,21 +58,21 @@ def evaluate(videos, **kwargs):
 
 
 @pytest.mark.parametrize("ensemble", ["mean", "max"])
-def test_scores_of_each_number_of_clips_in_one_pass(ensemble):
-    """Against the definition: K starts, k * floor(delta / (K - 1)), frames at 0 and 7 of 8."""
+def test_one_pass_scores_each_number_of_clips(ensemble):
+    """By definition K clips start at k * floor(delta / (K - 1)), with frames 0 and 7 of 8."""
     one, three = evaluate(Memory(7), ensemble=ensemble)
     for scores, starts in ((one, [11]), (three, [0, 11, 22])):
         assert scores.tested.all() and scores.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
         for video in range(7):
             views = [10 * video + start + 3.5 for start in starts]
-            told = np.array([[b, 255 - b, 128] for b in views]) / 255
-            expected = told.mean(0) if ensemble == "mean" else told.max(0)
+            view_scores = np.array([[b, 255 - b, 128] for b in views]) / 255
+            expected = view_scores.mean(0) if ensemble == "mean" else view_scores.max(0)
             np.testing.assert_allclose(scores.probabilities[video], expected, atol=1e-6)
     differ = ensemble == "max"  # of evenly spread clips, the mean is the middle one's
     assert np.allclose(one.probabilities, three.probabilities, atol=1e-6) != differ
 
 
-def test_broken_videos_are_left_out_up_to_a_share():
+def test_decode_failures_are_excluded_up_to_a_limit():
     (scores,) = evaluate(Memory(10, broken=(2, 5)), clips=(2,), max_broken=0.2)
     assert np.flatnonzero(~scores.tested).tolist() == [2, 5]
     assert scores.metrics()["videos"] == 8
@@ -83,7 +83,7 @@ def test_broken_videos_are_left_out_up_to_a_share():
         evaluate(Memory(10, broken=(2, 5)), clips=(2,), max_broken=0.1)
 
 
-def test_sets_of_classes_have_a_mean_average_precision():
+def test_multi_label_metrics_have_a_mean_average_precision():
     random = np.random.default_rng(0)
     sets = (random.random((40, 5)) < 0.3).astype(np.uint8)
     sets[:, 3] = 0  # a class that does not occur
@@ -103,15 +103,15 @@ def test_sets_of_classes_have_a_mean_average_precision():
     assert metrics["confusion"] == counted.tolist()
 
 
-def test_sets_of_classes_come_through_batches_and_padding():
+def test_multi_label_targets_survive_batching_and_padding():
     sets = np.random.default_rng(1).integers(0, 2, (5, 3), np.uint8)
     (scores,) = evaluate(Memory(5, broken=(1,), sets=sets), clips=(1,))
-    kept = [0, 2, 3, 4]
-    assert np.array_equal(scores.labels[kept], sets[kept])
-    assert scores.hit[kept].tolist() == [bool(sets[i, scores.predicted[i]]) for i in kept]
+    tested = [0, 2, 3, 4]
+    assert np.array_equal(scores.labels[tested], sets[tested])
+    assert scores.hit[tested].tolist() == [bool(sets[i, scores.predicted[i]]) for i in tested]
 
 
-def test_one_class_each_counts_as_ever():
+def test_single_label_metrics_have_no_mean_average_precision():
     probabilities = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.4, 0.5, 0.1], [0.3, 0.3, 0.4]])
     tested = np.array([True] * 3 + [False])
     metrics = Scores(probabilities, np.array([0, 1, 0, 2]), tested).metrics()
@@ -121,21 +121,24 @@ def test_one_class_each_counts_as_ever():
     assert "map" not in metrics
 
 
-def told(broken, clips):
+def metrics_of(broken, clips):
     numbers = {"loss": (1.0 * clips, clips), "accuracy": (0.0, clips), "broken": (broken, clips)}
     return {name: tuple(map(jnp.asarray, pair)) for name, pair in numbers.items()}
 
 
 @pytest.mark.parametrize(("share", "ends_at"), [(0.2, 11), (0.0, 5), (0.5, None)])
-def test_too_many_broken_videos_end_a_run(tmp_path, share, ends_at):
-    """Steps of 25 clips, from the fifth on with eight of them replaced: 8 (n - 4) of 25 n, and of
-    fewer than 200 clips nothing is concluded but at a limit of none."""
+def test_too_many_decode_failures_end_a_run(tmp_path, share, ends_at):
+    """Steps of 25 clips; from the fifth step on eight of them are replaced.
+
+    After n steps 8 (n - 4) of 25 n clips are replaced. Limits other than zero apply from 200 clips
+    on.
+    """
     log = Logbook(tmp_path, start=0, steps=20, batch=25, every=5, max_broken=share)
     seen = 0
     with contextlib.closing(log):
         try:
             for seen in range(1, 21):
-                log.step(seen, told(8 if seen >= 5 else 0, 25), 1e-3)
+                log.step(seen, metrics_of(8 if seen >= 5 else 0, 25), 1e-3)
                 log.flush()
         except BrokenDataError as error:
             message = f"{8 * (seen - 4)} of {25 * seen} clips were replaced"

@@ -1,5 +1,4 @@
-"""Where weights start from: this workdir, then another run, then a run's or a converted folder's
-weights, then nothing."""
+"""Sources of initial weights: the workdir, `resume`, `init.checkpoint`, random initialisation."""
 
 import dataclasses
 import signal
@@ -57,7 +56,7 @@ def drawn(config, salt, classes=8):
 
 
 def make_run(folder, config, digits, salt, step=3):
-    """A run as it would be after some steps; the averaged weights are twice the others."""
+    """Saves a run after some steps; averaged parameters are twice the parameters."""
     workdir.freeze(config, folder)
     state = state_of(config, digits, drawn(config, salt))
     state = dataclasses.replace(state, step=jax.numpy.asarray(step, jax.numpy.int32))
@@ -70,7 +69,7 @@ def make_run(folder, config, digits, salt, step=3):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A folder as `convert` writes it; and the parameters in it."""
+    """A folder written by `convert`, and its parameters."""
     here = tmp_path_factory.mktemp("converted")
     write_torch(here / "in.pyth", foreign.slowfast(KIND), wrapper="model_state")
     folder = here / "out"
@@ -88,8 +87,8 @@ def initial(config, classes=8):
     return flat, words
 
 
-def same_but(ours, theirs, *new) -> None:
-    """Equal, but for paths that begin so."""
+def assert_same_except(ours, theirs, *new) -> None:
+    """Asserts that tensors are equal, except those whose paths begin with `new`."""
     assert ours.keys() == theirs.keys()
     for path, values in theirs.items():
         if not path.startswith(new):
@@ -99,48 +98,48 @@ def same_but(ours, theirs, *new) -> None:
 # Weights.
 
 
-def test_a_converted_folder_gives_its_weights_and_a_new_head(converted, digits):
+def test_a_converted_folder_initialises_all_weights_but_the_head(converted, digits):
     folder, source = converted
     config = settings(digits, **{"init.checkpoint": str(folder)})
     ours, words = initial(config)
-    same_but(ours, source, "head/")
+    assert_same_except(ours, source, "head/")
     assert ours["head/classifier/kernel"].shape == (32, 8)
     assert 0.01 < ours["head/classifier/kernel"].std() < 0.03
     assert not ours["head/classifier/bias"].any()
     assert str(folder) in words and "2 new" in words and "head/classifier/kernel" in words
     ours, words = initial(config, classes=foreign.CLASSES)
-    same_but(ours, source)
+    assert_same_except(ours, source)
     assert "new" not in words
 
 
-def test_a_run_gives_its_averaged_weights(digits, tmp_path):
+def test_a_run_initialises_from_its_averaged_parameters(digits, tmp_path):
     for ema in (0.0, 0.5):
         config = settings(digits, **{"optim.ema": ema})
         theirs = make_run(tmp_path / str(ema), config, digits, 0)
         ours, words = initial(settings(digits, **{"init.checkpoint": str(tmp_path / str(ema))}))
-        same_but(ours, theirs)
+        assert_same_except(ours, theirs)
         assert "new" not in words
 
 
-def test_other_frames_and_sizes_resize_positions_and_nothing_else(converted, digits):
+def test_other_clip_sizes_resize_positional_embeddings_alone(converted, digits):
     folder, source = converted
     larger = {"model.frames": 8, "model.size": 48, "data.short_side": 48}
     config = settings(digits, **{"init.checkpoint": str(folder)}, **larger)
     ours, words = initial(config, classes=foreign.CLASSES)
-    same_but(ours, source, "positions/space", "positions/time")
+    assert_same_except(ours, source, "positions/space", "positions/time")
     assert ours["positions/space"].shape == (12, 12, 8) and ours["positions/time"].shape == (4, 8)
     assert "2 resized" in words
 
 
-@pytest.mark.parametrize("how", ["centre", "mean", "repeat"])
-def test_an_image_models_weights_are_inflated(how, digits, tmp_path):
+@pytest.mark.parametrize("inflation", ["centre", "mean", "repeat"])
+def test_an_image_models_weights_are_inflated(inflation, digits, tmp_path):
     image = settings(digits, **IMAGE)
     theirs = make_run(tmp_path, image, digits, 0)
     video = {"model.variant": "mvitv2_s_16x4", "init.checkpoint": str(tmp_path)}
-    ours, words = initial(settings(digits, **video, **{"init.inflate": how}))
+    ours, words = initial(settings(digits, **video, **{"init.inflate": inflation}))
     kernel, one = ours["patch_embed/proj/kernel"], theirs["patch_embed/proj/kernel"][0]
-    frames = {"centre": [0 * one, one, 0 * one], "mean": [one / 3] * 3, "repeat": [one] * 3}[how]
-    np.testing.assert_allclose(kernel, frames, rtol=1e-6)
+    frames = {"centre": [0 * one, one, 0 * one], "mean": [one / 3] * 3, "repeat": [one] * 3}
+    np.testing.assert_allclose(kernel, frames[inflation], rtol=1e-6)
     assert "inflated" in words
     for path in ("blocks/1/attn/qkv/kernel", "norm/scale", "head/classifier/kernel"):
         np.testing.assert_array_equal(ours[path], theirs[path])
@@ -153,17 +152,17 @@ def test_an_image_models_weights_are_inflated(how, digits, tmp_path):
     [({"model.width": 16}, "blocks/0/attn"), ({"model.depths": (1, 1, 1)}, "blocks/3/"),
      ({"model.mlp_ratio": 2}, "mlp/fc1")],
 )  # fmt: skip
-def test_weights_of_another_architecture_are_refused(converted, digits, changes, word):
+def test_weights_of_another_architecture_raise_an_error(converted, digits, changes, word):
     with pytest.raises(WeightsError) as error:
         initial(settings(digits, **{"init.checkpoint": str(converted[0])}, **changes))
     assert word in str(error.value) and "problem: " in str(error.value)
 
 
-# What comes before what.
+# Order of the sources.
 
 
 def first(config, digits, folder):
-    """What a run starts from: its parameters and step; and what is said."""
+    """Returns the parameters and the step that a run starts from, and its message."""
     fresh = state_of(config, digits, drawn(config, salt=0.5))
     model = build.settings(config, 8).model
     started = workdir.has_checkpoint(folder)
@@ -174,33 +173,33 @@ def first(config, digits, folder):
 
 
 @pytest.fixture
-def places(digits, tmp_path):
-    """Three runs: one is gone on with, one is resumed, one gives its weights."""
-    own, other, source = (tmp_path / name for name in ("own", "other", "source"))
+def sources(digits, tmp_path):
+    """Three runs: of this workdir, of `resume`, of `init.checkpoint`; and their weights."""
+    here, other, source = (tmp_path / name for name in ("here", "other", "source"))
     config = settings(digits)
     weights = {
         path: make_run(path, config, digits, salt, step)
-        for path, salt, step in ((own, 1, 3), (other, 2, 4), (source, 4, 5))
+        for path, salt, step in ((here, 1, 3), (other, 2, 4), (source, 4, 5))
     }
-    return own, other, source, weights
+    return here, other, source, weights
 
 
-def test_this_workdir_comes_before_resume_before_init_before_nothing(places, digits, tmp_path):
-    own, other, source, weights = places
+def test_the_workdir_precedes_resume_and_resume_init_checkpoint(sources, digits, tmp_path):
+    here, other, source, weights = sources
     new, fresh = tmp_path / "new", flatten_dict(drawn(settings(digits), 0.5), sep="/")
     both = {"resume": str(other), "init.checkpoint": str(source)}
-    for named, folder, expected, number, told in (
-        (both, own, weights[own], 3, "this workdir's last checkpoint"),
+    for changes, folder, expected, number, message in (
+        (both, here, weights[here], 3, "this workdir's last checkpoint"),
         (both, new, weights[other], 4, str(other)),
         ({"init.checkpoint": str(source)}, new, weights[source], 0, str(source)),
         ({}, new, fresh, 0, "starts from fresh weights"),
     ):
-        params, step, words = first(settings(digits, **named), digits, folder)
-        same_but(params, expected)
-        assert step == number and told in words
+        params, step, words = first(settings(digits, **changes), digits, folder)
+        assert_same_except(params, expected)
+        assert step == number and message in words
 
 
-def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digits, tmp_path):
+def test_averaged_parameters_start_as_a_copy_of_the_parameters(converted, digits, tmp_path):
     changes = {"init.checkpoint": str(converted[0]), "optim.ema": 0.9}
     config = settings(digits, **changes)
     fresh = state_of(config, digits, drawn(config, 0.5))
@@ -208,10 +207,10 @@ def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digit
     with closing(Checkpoints(tmp_path)) as checkpoints:
         state, _ = train.first_state(config, fresh, checkpoints, initial)
     assert state.ema is not None and int(state.step) == 0
-    same_but(flatten_dict(state.params, sep="/"), converted[1], "head/")
-    same_but(flatten_dict(state.ema, sep="/"), flatten_dict(state.params, sep="/"))
+    assert_same_except(flatten_dict(state.params, sep="/"), converted[1], "head/")
+    assert_same_except(flatten_dict(state.ema, sep="/"), flatten_dict(state.params, sep="/"))
     pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True)
-    # The training step is given both to reuse their memory.
+    # The training step donates the buffers of both.
     assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in pairs)
 
 
@@ -221,35 +220,35 @@ def test_averaged_weights_start_from_the_same_and_are_their_own(converted, digit
         ({"resume": "{gone}"}, "resume={gone} holds no checkpoint"),
         ({"resume": "{empty}"}, "resume={empty} holds no checkpoint"),
         ({"resume": "{narrow}"}, "is of another architecture"),
-        ({"resume": "{folder}"}, "{folder}"),  # converted: it has no state to go on from
+        ({"resume": "{folder}"}, "{folder}"),  # converted: no state to resume from
         ({"init.checkpoint": "{gone}"}, "{gone} holds no run"),
         ({"init.checkpoint": "{empty}"}, "there is no checkpoint in {empty}"),
     ],
 )  # fmt: skip
-def test_folders_that_hold_nothing_of_use_are_one_sentence(
+def test_unusable_source_folders_raise_a_one_sentence_error(
     changes, sentence, converted, digits, tmp_path
 ):
-    places = {name: tmp_path / name for name in ("gone", "empty", "narrow")}
-    workdir.freeze(settings(digits), places["empty"])
-    make_run(places["narrow"], settings(digits, **{"model.mlp_ratio": 2}), digits, 0)
-    places["folder"] = converted[0]
-    config = settings(digits, **{key: value.format(**places) for key, value in changes.items()})
-    before = {p for p in tmp_path.rglob("*") if places["empty"] not in p.parents}
+    folders = {name: tmp_path / name for name in ("gone", "empty", "narrow")}
+    workdir.freeze(settings(digits), folders["empty"])
+    make_run(folders["narrow"], settings(digits, **{"model.mlp_ratio": 2}), digits, 0)
+    folders["folder"] = converted[0]
+    config = settings(digits, **{key: value.format(**folders) for key, value in changes.items()})
+    before = {p for p in tmp_path.rglob("*") if folders["empty"] not in p.parents}
     with pytest.raises(UserError) as error:
         first(config, digits, tmp_path / "run")
-    assert sentence.format(**places) in str(error.value)
+    assert sentence.format(**folders) in str(error.value)
     assert "\n" not in str(error.value)
-    # A folder that is only read from is not made.
-    after = {p for p in tmp_path.rglob("*") if places["empty"] not in p.parents}
-    made = {p for p in after - before if tmp_path / "run" not in (p, *p.parents)}
-    assert made == set()
+    # No folder that is only read from is created.
+    after = {p for p in tmp_path.rglob("*") if folders["empty"] not in p.parents}
+    created = {p for p in after - before if tmp_path / "run" not in (p, *p.parents)}
+    assert created == set()
 
 
 # The program.
 
 
 @pytest.mark.slow
-def test_another_workdir_goes_on_from_a_run_and_ends_as_if_never_stopped(
+def test_resuming_in_another_workdir_equals_an_uninterrupted_run(
     reference, digits, tmp_path, capsys
 ):
     stopped, resumed = tmp_path / "stopped", tmp_path / "resumed"

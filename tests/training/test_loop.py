@@ -1,4 +1,4 @@
-"""What a stop does to a validation that is due: it is left to the next start, and never lost."""
+"""Validations of a run that is stopped, killed or cannot write its workdir."""
 
 import os
 import signal
@@ -22,8 +22,10 @@ def validated(folder):
 
 
 @pytest.mark.parametrize("at", [3, 9])
-def test_a_stop_where_a_validation_is_due_saves_first(at, reference, digits, tmp_path, monkeypatch):
-    """At its last step the run ends as it would have, but for being killed while it validates."""
+def test_a_stop_before_a_validation_saves_and_validates_on_resume(
+    at, reference, digits, tmp_path, monkeypatch
+):
+    """At the last step the run completes, unless it is killed during the validation."""
     steps = iter(range(1, 10))
 
     def stop(*args):
@@ -33,7 +35,7 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, reference, digits, tmp
     validate = train.validate
 
     def killed(*args, **options):
-        if Checkpoints(tmp_path).step() == 9:  # what was trained is safe
+        if Checkpoints(tmp_path).step() == 9:  # the last step is saved
             raise SystemExit(9)
         return validate(*args, **options)
 
@@ -55,8 +57,10 @@ def test_a_stop_where_a_validation_is_due_saves_first(at, reference, digits, tmp
     group.assert_same_state(tmp_path, reference)
 
 
-def test_a_validation_that_cannot_be_noted_ends_nothing(digits, tmp_path, monkeypatch, capsys):
-    """The best checkpoint was kept; at worst the next start validates again."""
+def test_training_continues_if_a_validation_cannot_be_recorded(
+    digits, tmp_path, monkeypatch, capsys
+):
+    """The best checkpoint is saved; the next start may validate again."""
     write_whole = workdir.write_whole
 
     def full(path, content):

@@ -4,7 +4,7 @@ import numpy as np
 from mvit_jax.training.step import binary_cross_entropy, cross_entropy, soft_targets
 
 
-def test_soft_targets_share_the_smoothing_among_all_classes():
+def test_label_smoothing_is_shared_among_all_classes():
     targets = soft_targets(jnp.array([2, 0]), 4, 0.1)
     expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
     np.testing.assert_allclose(targets, expected, atol=1e-7)
@@ -19,7 +19,7 @@ def test_cross_entropy_of_targets_that_do_not_sum_to_one():
 
 
 def test_binary_cross_entropy_is_the_mean_over_all_classes():
-    """By the definition, in float64; what the exponential cannot hold stays finite."""
+    """The definition in float64; logits whose exponential overflows have a finite loss."""
     logits = np.array([[1.0, -2.0, 0.5], [3.0, 3.0, -1.0]])
     targets = np.array([[1.0, 0.0, 1.0], [0.0, 0.3, 0.0]])
     p = 1 / (1 + np.exp(-logits))

@@ -17,8 +17,8 @@ from tests.support import tiny
 REFERENCE = tiny.ROOT / "tests" / "reference"
 
 
-def test_learning_rates_are_those_of_the_reference_codes_formula():
-    """The recipe of Kinetics-400 at fractions of epochs; the table is made by another program."""
+def test_learning_rates_equal_those_of_the_reference_code():
+    """The recipe of Kinetics-400 at fractions of epochs; another program wrote the table."""
     arguments = {"lr": 1.6e-3, "start_lr": 1.6e-5, "end_lr": 1.6e-5}
     schedule = optimizer.learning_rate(
         **arguments, warmup_epochs=30.0, epochs=200.0, steps_per_epoch=939.0
@@ -29,7 +29,7 @@ def test_learning_rates_are_those_of_the_reference_codes_formula():
         assert schedule(step) == pytest.approx(expected, rel=1e-12), step
 
 
-def test_learning_rates_of_epochs_that_are_no_whole_number_of_steps():
+def test_learning_rates_of_epochs_with_a_fractional_number_of_steps():
     """2.5 steps an epoch: a warm-up of one epoch ends between steps 2 and 3."""
     schedule = optimizer.learning_rate(
         lr=1.0, start_lr=0.1, end_lr=0.01, warmup_epochs=1.0, epochs=5.0, steps_per_epoch=2.5
@@ -40,7 +40,7 @@ def test_learning_rates_of_epochs_that_are_no_whole_number_of_steps():
         assert float(schedule(step)) == pytest.approx(0.01 + 0.495 * (1 + math.cos(turned)))
 
 
-def test_learning_rates_without_warm_up_and_with_nothing_else():
+def test_learning_rates_without_warm_up_and_with_warm_up_alone():
     rates = {"lr": 1.0, "start_lr": 0.5, "end_lr": 0.0, "epochs": 2.0, "steps_per_epoch": 3.0}
     without = optimizer.learning_rate(**rates, warmup_epochs=0.0)
     assert [float(without(step)) for step in (0, 3)] == pytest.approx([1.0, 0.5])
@@ -48,15 +48,15 @@ def test_learning_rates_without_warm_up_and_with_nothing_else():
     assert [float(nothing_else(step)) for step in (0, 3, 6)] == pytest.approx([0.5, 0.75, 1.0])
 
 
-def test_rates_follow_the_batch(digits):
-    """24 videos in batches of 8: 3 steps an epoch. The rates are meant for batches of 32."""
+def test_learning_rates_scale_with_the_batch_size(digits):
+    """24 videos in batches of 8: 3 steps an epoch. The learning rates are for batches of 32."""
     keys = {"optim.lr_batch": 32, "optim.start_lr": 0.4, "optim.end_lr": 0.2, "optim.lr": 1.0}
     config = tiny.config(digits, **keys, **{"epochs": 4.0, "optim.warmup_epochs": 1.0})
     schedule = build.schedule(config, len(build.videos(config, "train")))
     assert [float(schedule(step)) for step in (0, 3, 12)] == pytest.approx([0.1, 0.25, 0.05])
 
 
-def test_repeats_are_clips_of_the_batch(digits):
+def test_repeated_clips_count_towards_the_batch_size(digits):
     """24 videos in batches of 8 clips, two of each video: 6 steps an epoch."""
     config = tiny.config(digits, **{"data.repeats": 2, "epochs": 4.0, "optim.warmup_epochs": 2.0})
     videos = build.videos(config, "train")
@@ -67,9 +67,12 @@ def test_repeats_are_clips_of_the_batch(digits):
 
 
 @pytest.mark.parametrize("name", ["mvit_b_16x4", "mvitv2_s_16x4", "mvit_b16", "mvitv2_s"])
-def test_tensors_are_decayed_and_in_layers_as_pyslowfasts_names_say(name):
-    """No decay for what ends in .bias, and what has one dimension there. Layers are blocks, with
-    cubes and positions below, and what is left above."""
+def test_weight_decay_and_layers_agree_with_names_in_pyslowfast(name):
+    """Names in PySlowFast decide on decay and layers.
+
+    Biases and norms, which have one dimension there, are not decayed. Layer 0 is the patch
+    embedding and the positional embeddings, each block is a layer, the last is norm and head.
+    """
     changes = {"width": 8, "depths": (1, 2), "size": 32, "kv_stride": (1, 2, 2)}
     config = variant(name, **changes)
     params = jax.eval_shape(functional(config).init, jax.random.key(0))
@@ -93,7 +96,7 @@ def test_tensors_are_decayed_and_in_layers_as_pyslowfasts_names_say(name):
 
 
 @pytest.mark.parametrize("name", reference.OPTIMIZERS)
-def test_ten_steps_equal_torchs_own(name):
+def test_ten_steps_equal_those_of_pytorch(name):
     kind, _, with_layers = name.partition("_")
     expected = np.load(REFERENCE / "optimizers.npz")
     with jax.enable_x64(True):

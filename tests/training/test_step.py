@@ -61,13 +61,13 @@ def distance(a, b) -> float:
     return float(optax.tree.norm(optax.tree.sub(a, b), ord=jnp.inf))
 
 
-def test_a_batch_is_learned_by_heart():
+def test_the_step_overfits_one_batch():
     run, state = make(lr=3e-3)
     losses = []
     for _ in range(30):
         state, metrics = run(state, batch())
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-    # The least that smoothed targets allow: their entropy.
+    # The minimum of the loss is the entropy of the smoothed targets.
     entropy = -(0.925 * np.log(0.925) + 3 * 0.025 * np.log(0.025))
     assert losses[0] == pytest.approx(np.log(4), abs=0.4)
     assert losses[-1] < entropy + 0.1
@@ -75,15 +75,15 @@ def test_a_batch_is_learned_by_heart():
 
 
 @pytest.mark.slow
-def test_accumulated_parts_give_the_whole_batchs_update():
+def test_accumulated_micro_batches_give_the_update_of_the_whole_batch():
     with jax.enable_x64(True):
         whole, state = make(dtype=jnp.float64)
         parts, _ = make(dtype=jnp.float64, accumulate=4)
         one, metrics_one = whole(state, batch())
         four, metrics_four = parts(state, batch())
         assert distance(state.params, one.params) > 1e-4
-        # Gradients of key biases are zero but for rounding, which Adam would blow up: compare what
-        # Adam is fed.
+        # Gradients of key biases are zero up to rounding, which Adam amplifies: compare the
+        # gradients in its first moment.
         assert distance(one.opt_state[1][0].mu, four.opt_state[1][0].mu) < 1e-12
         for name in metrics_one:
             assert float(metrics_one[name][0]) == pytest.approx(float(metrics_four[name][0]), 1e-9)
@@ -93,9 +93,9 @@ def test_accumulated_parts_give_the_whole_batchs_update():
 def test_gradient_equals_finite_differences():
     with jax.enable_x64(True):
         run, state = make(dtype=jnp.float64)
-        fed = run(state, batch())[0].opt_state[1][0].mu  # 0.1 x clipped gradient
+        moment = run(state, batch())[0].opt_state[1][0].mu  # 0.1 x clipped gradient
         norm = float(run(state, batch())[1]["grad_norm"][0])
-        gradient = optax.tree.scale(10 * max(1.0, norm), fed)
+        gradient = optax.tree.scale(10 * max(1.0, norm), moment)
         direction = optax.tree.random_like(jax.random.key(0), gradient)
 
         def loss(amount):
@@ -108,7 +108,7 @@ def test_gradient_equals_finite_differences():
 
 
 @pytest.mark.slow
-def test_ema_is_the_running_mean_of_parameters():
+def test_ema_is_the_exponential_moving_average_of_parameters():
     run, state = make(ema=0.75)
     first = state.params
     after_one, _ = run(state, batch())
@@ -122,7 +122,7 @@ def test_ema_is_the_running_mean_of_parameters():
 
 
 @pytest.mark.slow
-def test_what_is_random_follows_from_seed_and_step():
+def test_randomness_depends_on_seed_and_step_alone():
     config = variant("mvit_b_16x4", num_classes=4, drop_path=0.5, dropout=0.5, **MODEL)
     run, state = make(config, flip=0.5, mixup=0.8, cutmix=1.0)
     other_seed, _ = make(config, flip=0.5, mixup=0.8, cutmix=1.0, seed=1)
@@ -136,30 +136,30 @@ def test_what_is_random_follows_from_seed_and_step():
 
 
 @pytest.mark.slow
-def test_sets_of_classes_are_learned_by_sigmoids_and_counted():
-    """Fan et al. 2021, D.3: a sigmoid and a binary cross-entropy for each class."""
+def test_multi_label_targets_train_by_binary_cross_entropy():
+    """Fan et al. 2021, D.3: sigmoid and binary cross-entropy for each class."""
     run, state = make(lr=3e-3, multi_label=True, label_smoothing=0.0)
     sets = np.random.default_rng(0).integers(0, 2, (8, 4), np.uint8)
-    fed = batch() | {"label": jnp.asarray(sets)}
+    inputs = batch() | {"label": jnp.asarray(sets)}
     logits = functional(CONFIG).apply(
-        state.params, (fed["clip"].astype(jnp.float32) / 255 - 0.45) / 0.225
+        state.params, (inputs["clip"].astype(jnp.float32) / 255 - 0.45) / 0.225
     )[0]
-    chance = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
-    expected = -np.where(sets == 1, np.log(chance), np.log(1 - chance)).mean()
-    state, metrics = run(state, fed)
+    probability = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    expected = -np.where(sets == 1, np.log(probability), np.log(1 - probability)).mean()
+    state, metrics = run(state, inputs)
     assert float(metrics["loss"][0]) / 8 == pytest.approx(expected, rel=1e-5)
     hits = sets[np.arange(8), np.asarray(logits).argmax(1)].sum()
     assert float(metrics["accuracy"][0]) == 100 * hits
     for _ in range(40):
-        state, metrics = run(state, fed)
+        state, metrics = run(state, inputs)
     assert float(metrics["loss"][0]) / 8 < 0.3
 
 
 @pytest.mark.slow
-def test_clips_that_stand_for_broken_videos_are_counted():
+def test_decode_failures_in_a_batch_are_counted():
     run, state = make()
-    fed = batch() | {"broken": jnp.asarray([-1, 3, -1, 0, -1, -1, 5, -1], jnp.int32)}
-    assert [int(x) for x in run(state, fed)[1]["broken"]] == [3, 8]
+    inputs = batch() | {"broken": jnp.asarray([-1, 3, -1, 0, -1, -1, 5, -1], jnp.int32)}
+    assert [int(x) for x in run(state, inputs)[1]["broken"]] == [3, 8]
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_weights():

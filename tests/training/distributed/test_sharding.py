@@ -1,4 +1,4 @@
-"""On 8 simulated devices: the same results as on one; parameters gathered, never activations."""
+"""Meshes of 8 simulated devices: equal results, collectives, shards and rows of hosts."""
 
 import dataclasses
 import functools
@@ -25,13 +25,13 @@ MODELS = {
     "mvitv2": variant("mvitv2_s_16x4", **RATES, **MODEL),
     "vit": variant("vit_b_8x8", **RATES, **VIT),
 }
-CLIPS = 88  # 11 a device: no dimension of a parameter is a multiple of 11
+CLIPS = 88  # 11 per device: no dimension of a parameter is a multiple of 11
 # The last one is that of two slices of four chips.
 MESHES = {"one": (1, 1), "data 8": (8, 1), "fsdp 8": (1, 8), "data 2 x fsdp 4": (2, 4)}
 
 
 @pytest.fixture(autouse=True)
-def small_leaves_are_sharded_too(monkeypatch):
+def shard_small_leaves(monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
 
 
@@ -39,7 +39,7 @@ def setup(shape, dtype=jnp.float32, config=MODELS["mvit"]):
     data, fsdp = shape
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     changes = {"flip": 0.5, "mixup": 0.8, "cutmix": 1.0, "mixup_group_size": 11, "ema": 0.9}
-    # Not AdamW: it would blow up the rounding of gradients that are zero in theory, the key biases.
+    # AdamW would amplify the rounding of gradients that are zero in theory, those of key biases.
     sgd = optax.sgd(0.1, momentum=0.9)
     run, state = make(config, dtype=dtype, transform=sgd, jit=lambda run: run, **changes)
     shardings = sharding.state_shardings(mesh, state)
@@ -72,8 +72,8 @@ def run(shape, dtype, config):
 
 
 @pytest.mark.parametrize("model", [slow("mvitv2"), nightly("mvit"), nightly("vit")])
-def test_meshes_train_alike(model):
-    """Losses, parameters and their average, with one clip's randomness wherever it is computed."""
+def test_training_on_every_mesh_equals_training_on_one_device(model):
+    """Losses, parameters and averaged parameters; a clip has the same randomness on any device."""
     with jax.enable_x64(True):
         losses, trees = run(MESHES["one"], jnp.float64, MODELS[model])
         assert np.ptp(losses) > 1e-3
@@ -96,20 +96,20 @@ def test_fsdp_gathers_parameters_and_never_activations():
     with jax.set_mesh(mesh):
         batch = sharding.to_devices(next(batches()), mesh)
         text = step.lower(state, batch).compile().as_text()
-    found = [
+    collectives = [
         (kind, [int(n) for n in shape.split(",") if n]) for shape, kind in COLLECTIVE.findall(text)
     ]
     largest = max(x.size for x in jax.tree.leaves(state.params))
-    assert len(found) >= 10  # or this test has missed them
-    assert any(kind == "all-gather" for kind, _ in found)
-    for kind, shape in found:
-        # Activations have an axis of clips, or one that clips and tokens share.
+    assert len(collectives) >= 10  # the pattern matches them
+    assert any(kind == "all-gather" for kind, _ in collectives)
+    for kind, shape in collectives:
+        # Activations have an axis of clips, or of clips times tokens.
         assert all(n % 11 for n in shape), f"{kind} of activations {shape}"
         assert np.prod(shape) <= largest
     assert "all-reduce" in text or "reduce-scatter" in text  # of gradients
 
 
-def test_each_device_holds_its_share_of_the_state():
+def test_fsdp_shards_the_state_over_the_devices():
     def bytes_per_device(shape):
         _, state, _ = setup(shape)
         device = jax.devices()[0]
@@ -120,13 +120,13 @@ def test_each_device_holds_its_share_of_the_state():
             if shard.device == device
         )
 
-    whole, copied, eighth, quarter = (bytes_per_device(MESHES[name]) for name in MESHES)
-    assert copied == whole
-    # All but norms and biases is cut in four or eight.
+    whole, replicated, eighth, quarter = (bytes_per_device(MESHES[name]) for name in MESHES)
+    assert replicated == whole
+    # All parameters but norms and biases are sharded in four or eight.
     assert quarter < 0.3 * whole and eighth < 0.18 * whole
 
 
-def test_the_largest_dimension_that_divides_is_cut():
+def test_the_largest_divisible_dimension_is_sharded():
     mesh = sharding.make_mesh(2, 4, jax.devices())
     shapes = {"a": (3, 64, 96), "b": (3, 64, 97), "c": (5, 7, 101), "d": (4,)}
     tree = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
@@ -134,7 +134,7 @@ def test_the_largest_dimension_that_divides_is_cut():
     assert specs == {"a": (None, None, "fsdp"), "b": (None, "fsdp", None), "c": (), "d": ()}
 
 
-def test_meshes_that_do_not_fit_say_so():
+def test_meshes_and_batches_that_do_not_divide_raise_an_error():
     with pytest.raises(UserError, match=r"mesh\.fsdp=3 does not divide the 8 devices"):
         sharding.make_mesh(-1, 3, jax.devices())
     with pytest.raises(UserError, match="are 12 devices, and there are 8"):
@@ -145,7 +145,7 @@ def test_meshes_that_do_not_fit_say_so():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a device of a pod as orders it."""
+    """The attributes of a device that determine its position in a mesh."""
 
     id: int
     process_index: int
@@ -155,8 +155,10 @@ class Chip:
 
 
 def two_slices():
-    """Two slices of 16 chips, 4 a host; numbered as TPUs are, row by row of the slice, so that a
-    host's chips are no neighbours; in no order."""
+    """Returns two slices of 16 chips, 4 per host, in random order.
+
+    Chips are numbered row by row of the slice, as TPUs are: those of a host are no neighbours.
+    """
     chips = [
         Chip(16 * part + 4 * y + x, 4 * part + 2 * (y // 2) + x // 2, part)
         for part in range(2) for y in range(4) for x in range(4)
@@ -165,27 +167,27 @@ def two_slices():
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16])
-def test_a_group_stays_in_its_slice_and_a_host_reads_neighbouring_rows(fsdp):
+def test_fsdp_groups_stay_in_a_slice_and_hosts_read_contiguous_rows(fsdp):
     mesh = sharding.make_mesh(-1, fsdp, two_slices())
     assert mesh.shape["data"] == 32 // fsdp
     for group in mesh.devices:
         assert len({chip.slice_index for chip in group}) == 1
     rows = [sharding.local_rows(64, mesh, host) for host in range(8)]
     assert [row for part in rows for row in part] == list(range(64))
-    # What JAX would put on the chips of a host is what the host has read.
-    dealt = np.repeat([chip.process_index for chip in mesh.devices.flat], 2)
+    # JAX puts on the chips of a host the rows that the host has read.
+    hosts_of_rows = np.repeat([chip.process_index for chip in mesh.devices.flat], 2)
     for host, part in enumerate(rows):
-        np.testing.assert_array_equal(dealt[part.start : part.stop], host)
+        np.testing.assert_array_equal(hosts_of_rows[part.start : part.stop], host)
 
 
-def test_a_group_in_two_slices_is_refused():
+def test_an_fsdp_group_across_two_slices_raises():
     with pytest.raises(UserError, match=r"mesh\.fsdp=32 does not divide the 16 chips of slice 0"):
         sharding.make_mesh(-1, 32, two_slices())
     machines = [dataclasses.replace(chip, platform="gpu") for chip in two_slices()]
     assert sharding.make_mesh(-1, 32, machines).shape["fsdp"] == 32
 
 
-def test_hosts_with_unequal_shares_read_as_many_rows_as_their_devices_take():
+def test_hosts_read_rows_in_proportion_to_their_devices():
     chips = [Chip(0, 0, 0), Chip(1, 1, 0), Chip(2, 1, 0), Chip(3, 1, 0)]
     mesh = sharding.make_mesh(devices=chips)
     assert [sharding.local_rows(8, mesh, host) for host in (0, 1)] == [range(2), range(2, 8)]
