@@ -1,21 +1,21 @@
-"""Settings for all tests; what concerns XLA must be set before JAX starts."""
+"""Settings and fixtures of all tests. Settings of XLA come before the import of JAX."""
 
 import gc
 
 from tests.support import environment
 
 environment.prepare()
-# Tracing makes millions of objects: Python's default thresholds cost an eighth of the CPU time.
+# Tracing creates millions of objects: default thresholds cost an eighth of the CPU time.
 gc.set_threshold(100_000, 50, 100)
 
 from jaxtyping import install_import_hook
 
-# Shapes and dtypes in signatures are checked in the tests, and in the tests alone.
+# Checks shapes and dtypes in signatures, in the tests alone.
 hook = install_import_hook("mvit_jax", "beartype.beartype")
 
 import jax
 
-# An array that is broadcast by accident is a bug; on purpose, it says so.
+# Implicit rank promotion is a bug.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -28,8 +28,8 @@ from tests.support import tiny
 
 pytest_plugins = ["tests.support.cpu_seconds"]
 
-# Programs that run in the tests' own process use one of its devices: a step for eight takes several
-# times as long to compile and to run. Tests of sharding name the devices that they use.
+# Programs in the process of the tests use one of its devices: a step for eight takes several times
+# as long to compile and to run. Tests of sharding pass their devices.
 _make_mesh = sharding.make_mesh
 
 
@@ -50,7 +50,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(digits, tmp_path_factory):
-    """The folder of an uninterrupted run of `tiny.RECIPE`, to be read or copied."""
+    """Folder of an uninterrupted run of `tiny.RECIPE`, which tests read or copy."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     assert train.train(tiny.config(digits, **tiny.RECIPE), str(folder)) == 0
     return folder
@@ -64,7 +64,7 @@ def eight_devices(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def settings_of_jax():
-    """Fails a test that leaves JAX with other settings, which change the results of later tests."""
+    """Fails a test that leaves settings of JAX changed, and restores them."""
     yield
     settings = ("jax_numpy_rank_promotion", "jax_default_matmul_precision", "jax_enable_x64")
     left = [getattr(jax.config, name) for name in settings]
@@ -76,7 +76,7 @@ def settings_of_jax():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A test that is skipped tests nothing: only what needs an accelerator may be."""
+    """Turns a skip into a failure, except for tests that need an accelerator."""
     report = yield
     if report.skipped and item.get_closest_marker("accelerator") is None:
         report.outcome = "failed"
@@ -84,7 +84,7 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-# Files that take minutes, the longest first: one that begins last leaves the other worker idle.
+# Files that take minutes, the longest first: a long last file would leave the other worker idle.
 LONG = (
     "test_processes", "test_docs", "test_bucket", "test_programs", "test_parity",
     "test_custom_parts", "test_custom_modules", "test_survival", "test_run_blocks", "test_kill",
@@ -95,6 +95,6 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items):
-    """Sorts by file; xdist itself would begin with those that have the most tests."""
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    """Sorts tests by file, the longest first; xdist begins with files of many tests."""
+    positions = {name: position for position, name in enumerate(LONG)}
+    items.sort(key=lambda item: positions.get(item.path.stem, len(LONG)))

@@ -1,4 +1,4 @@
-"""launch/ without a cluster: scripts with stand-ins for programs, files by their linters."""
+"""launch/ without a cluster: scripts with stand-ins for programs, linters for other files."""
 
 import math
 import os
@@ -15,7 +15,7 @@ import yaml
 from jax._src.clusters import cloud_tpu_cluster
 
 from tests.support import tiny
-from tests.support.stand_ins import ASKED, LOST, PREEMPTED, until
+from tests.support.stand_ins import FLAGS, LOST, PREEMPTED, until
 
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
@@ -25,7 +25,7 @@ POD = JOB_SPEC["template"]["spec"]
 
 
 def check(program: str, path: Path) -> None:
-    """Runs a linter, which pip installs beside Python."""
+    """Runs a linter that pip installs beside Python."""
     folders = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     executable = shutil.which(program, path=folders)
     assert executable, f"{program} is not installed: pip install -r requirements-dev.txt"
@@ -34,13 +34,13 @@ def check(program: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_careful(path):
+def test_scripts_pass_shellcheck_and_exit_on_errors(path):
     assert "\nset -euo pipefail\n" in path.read_text() and os.access(path, os.X_OK)
     check("shellcheck", path)
 
 
 @pytest.mark.parametrize("path", [p for p in SCRIPTS if "on_host/install" not in str(p)], ids=str)
-def test_scripts_refuse_missing_arguments_in_one_sentence(path, clone):
+def test_missing_arguments_end_scripts_with_a_one_sentence_error(path, clone):
     status, out, err = clone.run([clone.clone / path.relative_to(tiny.ROOT)])
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 250
@@ -48,7 +48,7 @@ def test_scripts_refuse_missing_arguments_in_one_sentence(path, clone):
 
 
 @pytest.mark.parametrize("path", [p for p in SCRIPTS if 'usage="' in p.read_text()], ids=str)
-def test_scripts_help(path, clone):
+def test_scripts_print_their_usage(path, clone):
     status, out, err = clone.run([clone.clone / path.relative_to(tiny.ROOT), "--help"])
     assert (status, err) == (0, "") and not clone.calls()
     assert out.startswith(f"usage: {path.relative_to(tiny.ROOT)} ")
@@ -57,7 +57,7 @@ def test_scripts_help(path, clone):
 # Slurm.
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"}
-SBATCH = ("launch/slurm/train.sbatch", *ASKED)
+SBATCH = ("launch/slurm/train.sbatch", *FLAGS)
 AGAIN = ["scontrol", "requeue", "7"]
 
 
@@ -68,11 +68,11 @@ AGAIN = ["scontrol", "requeue", "7"]
         (1, "RUNNING", False),
         (PREEMPTED, "RUNNING", True),
         (LOST, "RUNNING", True),
-        (PREEMPTED, "COMPLETING", False),  # it is being cancelled
-        (PREEMPTED, "PREEMPTED", False),  # Slurm does it
+        (PREEMPTED, "COMPLETING", False),  # the user cancels the job
+        (PREEMPTED, "PREEMPTED", False),  # Slurm requeues the job
     ],
 )
-def test_a_job_goes_back_into_the_queue_after_143_and_134_alone(status, state, again, clone):
+def test_a_job_is_requeued_after_statuses_143_and_134_alone(status, state, again, clone):
     clone.trains(status)
     clone.answer(("squeue", [(state, 0)]))
     assert clone.run(SBATCH, **JOB)[0] == status
@@ -80,13 +80,13 @@ def test_a_job_goes_back_into_the_queue_after_143_and_134_alone(status, state, a
     python = ".venv/bin/python"
     assert clone.calls()[0] == [
         "srun", "--ntasks-per-node=8", "--gpus-per-node=8", "--kill-on-bad-exit=0", python, "-m",
-        "mvit_jax.train", *ASKED,
+        "mvit_jax.train", *FLAGS,
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_job_that_loses_a_process_again_and_again_ends(clone):
-    """Slots that ran their full time, which Slurm counts too, are no losses."""
+def test_a_job_ends_after_repeated_losses_of_processes(clone):
+    """Slurm counts preempted starts as well, which are no losses."""
     clone.answer(("squeue", [("RUNNING", 0)]))
     statuses = [LOST, LOST, *12 * [PREEMPTED], *11 * [LOST]]
     clone.trains(*statuses)
@@ -110,7 +110,7 @@ def test_sigterm_to_the_job_reaches_the_program(clone):
     assert AGAIN in clone.calls()
 
 
-def test_a_job_wants_one_process_a_gpu(clone):
+def test_a_job_requires_one_process_per_gpu(clone):
     status, _, err = clone.run(SBATCH, **JOB | {"SLURM_NTASKS_PER_NODE": "1"})
     assert status == 2 and "1 processes and 8 GPUs" in err and not clone.calls()
     clone.trains(0)
@@ -138,7 +138,7 @@ def test_kubernetes_accepts_the_job_of_the_jobset(version):
     kubernetes_validate.validate(head | {"spec": JOB_SPEC}, version, strict=True)
 
 
-def test_the_jobset_starts_again_after_the_programs_two_statuses_alone():
+def test_the_jobset_restarts_after_statuses_143_and_134_alone():
     _, codes = JOB_SPEC["podFailurePolicy"]["rules"]
     assert codes["action"] == "FailJob" and codes["onExitCodes"]["operator"] == "NotIn"
     assert codes["onExitCodes"]["values"] == [LOST, PREEMPTED]
@@ -146,13 +146,13 @@ def test_the_jobset_starts_again_after_the_programs_two_statuses_alone():
 
 def test_xpk_starts_the_same_run(clone):
     arguments = ["n", "c", "z", "v5litepod-16", "image:tag"]
-    assert clone.run(["launch/gke/xpk.sh", *arguments, *ASKED], DRY_RUN="1")[0] == 0
+    assert clone.run(["launch/gke/xpk.sh", *arguments, *FLAGS], DRY_RUN="1")[0] == 0
     [call] = clone.calls()
     assert call[:3] == ["xpk", "workload", "create"]
-    given = dict(word.removeprefix("--").partition("=")[::2] for word in call[3:])
-    command = given.pop("command")
+    flags = dict(word.removeprefix("--").partition("=")[::2] for word in call[3:])
+    command = flags.pop("command")
     assert command == r"exec python -m mvit_jax.train --config=c.py --workdir=a\ folder"
-    assert given == {
+    assert flags == {
         "workload": "n", "cluster": "c", "zone": "z", "tpu-type": "v5litepod-16",
         "docker-image": "image:tag", "num-slices": "1", "max-restarts": "100",
         "termination-grace-period-seconds": "300", "dry-run": "", "skip-validation": "",
@@ -162,16 +162,16 @@ def test_xpk_starts_the_same_run(clone):
 # The image.
 
 
-def test_the_dockerfile_has_no_fault_and_its_sources_are_there():
+def test_the_dockerfile_passes_hadolint_and_its_sources_exist():
     check("hadolint", LAUNCH / "Dockerfile")
     text = (LAUNCH / "Dockerfile").read_text()
-    # Programs run without root's rights, under an init that passes signals on.
+    # Programs run without root's rights, under an init process that forwards signals.
     assert re.search(r"^USER [1-9]\d*$", text, re.M)
     assert text.index("\nUSER ") < text.index('\nENTRYPOINT ["tini", "--", "python", "-m"]')
     copied = re.findall(r"^COPY (.*) \S+$", text, re.M)
-    let_in = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    included = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     for source in " ".join(copied).split():
-        assert (tiny.ROOT / source).exists() and f"!{source.partition('/__')[0]}" in let_in
+        assert (tiny.ROOT / source).exists() and f"!{source.partition('/__')[0]}" in included
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -179,7 +179,7 @@ def pins(path: Path) -> dict[str, str]:
     return {name.lower(): version for name, _, version in (x.partition("==") for x in lines)}
 
 
-def test_the_image_of_gpus_is_pinned_and_fits_the_lock():
+def test_gpu_requirements_are_pinned_and_agree_with_the_lock():
     cuda, lock = pins(LAUNCH / "cuda12.txt"), pins(tiny.ROOT / "requirements.txt")
     assert all(cuda.values()) and not cuda.keys() & lock.keys()
     assert cuda["jax-cuda12-plugin"] == cuda["jax-cuda12-pjrt"] == lock["jax"]

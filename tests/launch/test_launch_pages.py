@@ -1,4 +1,4 @@
-"""The pages about launching: their commands run with stand-ins, and name what there is."""
+"""Commands in the pages about launching, run with stand-ins; flags and keys in all pages."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ PAGES = [tiny.ROOT / "docs" / name for name in test_docs.ELSEWHERE]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_command_of_a_page_runs(page, clone):
-    """With stand-ins for what is not here: `python` and `pip` are recorded as well."""
+    """Stand-ins record the calls, those of `python` and `pip` included."""
     for name in ("python", "python3", "pip", "ssh-agent"):
         shutil.copy(clone.folder / "bin" / "gcloud", clone.folder / "bin" / name)
     for name in ("python", "pip"):  # of the clone
@@ -34,11 +34,11 @@ def test_every_command_of_a_page_runs(page, clone):
     script = "\n".join(block.code for block in blocks)
     status, out, err = clone.run(["bash", "-euo", "pipefail", "-c", script])
     assert status == 0, f"{out}\n{err}"
-    told = {" ".join(call) for call in clone.calls()}
-    assert not any("WORKDIR" in call or "None" in call for call in told)
+    calls = {" ".join(call) for call in clone.calls()}
+    assert not any("WORKDIR" in call or "None" in call for call in calls)
 
 
-def commands_of_ours() -> list[tuple[str, str, list[str]]]:
+def documented_commands() -> list[tuple[str, str, list[str]]]:
     """Returns file, program and flags of each command in launch/, the README and the pages."""
     commands = []
     pages = [tiny.ROOT / "README.md", *LAUNCH.rglob("*.s*"), *(tiny.ROOT / "docs").rglob("*.md")]
@@ -58,7 +58,7 @@ def commands_of_ours() -> list[tuple[str, str, list[str]]]:
 
 
 def test_flags_and_keys_of_all_commands_exist():
-    commands = commands_of_ours()
+    commands = documented_commands()
     assert len({file for file, _, flags in commands if flags}) >= 15
     defined = {program: flags_of(program) for program in {program for _, program, _ in commands}}
     for file, program, flags in commands:
@@ -70,7 +70,7 @@ def test_flags_and_keys_of_all_commands_exist():
 
 
 def flags_of(program: str) -> set[str]:
-    """Returns the flags that a program and the modules which it imports for flags define."""
+    """Returns the flags defined by a program and by the modules that it imports for flags."""
     package = tiny.ROOT / "mvit_jax"
     program = next(package.glob(f"{program}.py"), package / program / "__main__.py")
     texts = [program, package / "config.py", package / "training" / "distributed" / "launch.py"]

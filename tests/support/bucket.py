@@ -1,8 +1,7 @@
-"""A Cloud Storage of one machine: buckets in memory, behind the JSON API as far as it is used here.
+"""A Cloud Storage server on this machine: buckets in memory, and a part of the JSON API.
 
-Three libraries speak to it, each in its own way: Google's client and TensorStore are told another
-address; TensorFlow, which cannot be told one, goes through a proxy, which this is too, and finds a
-certificate that it is told to trust.
+Three libraries connect to it. Google's client and TensorStore have settings for the address.
+TensorFlow has none: the server is its proxy as well, with a certificate that TensorFlow trusts.
 """
 
 import datetime
@@ -25,7 +24,7 @@ HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 
 @dataclass
 class Storage:
-    """What the server holds, and what it refuses."""
+    """The objects of the server, its requests, and requests to be denied."""
 
     buckets: dict[str, dict[str, bytes]]  # contents of objects by bucket and name
     environment: dict[str, str] = field(default_factory=dict)
@@ -60,7 +59,10 @@ class Storage:
 
 @contextmanager
 def serve(folder: Path, *buckets: str):
-    """A server with these empty buckets; `environment` makes processes use it. Keys in `folder`."""
+    """Yields the storage of a server with these empty buckets.
+
+    Processes with its `environment` use the server. The certificate and its key are in `folder`.
+    """
     storage = Storage({name: {} for name in buckets})
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
@@ -74,7 +76,7 @@ def serve(folder: Path, *buckets: str):
         "no_proxy": "127.0.0.1,localhost",
         "CURL_CA_BUNDLE": str(folder / "authority.pem"),
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-        "NO_GCE_CHECK": "true",  # which is asked for a token otherwise
+        "NO_GCE_CHECK": "true",  # no request for a token
         "GCS_RETRY_CONFIG_MAX_RETRIES": "2",
     }
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -108,11 +110,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self._body()
-        asked = f"{self.command} {self.path}"
+        request = f"{self.command} {self.path}"
         with self.storage.lock:
-            denied = self.storage.denied and re.search(self.storage.denied, asked)
+            denied = self.storage.denied and re.search(self.storage.denied, request)
             status, content, headers = (403, _error(403), {}) if denied else self._route(body)
-            self.storage.requests.append(f"{asked} {status}")
+            self.storage.requests.append(f"{request} {status}")
         if isinstance(content, dict):
             content = json.dumps(content).encode()
             headers = {"Content-Type": "application/json"} | headers
@@ -142,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, storage = url.path, self.storage
         if "upload_id" in query:
             bucket, name = storage.uploads[query["upload_id"]]
-            # How much has arrived? Of a file that is empty, that is all.
+            # A query for the bytes received; for an empty file it ends the upload.
             if re.fullmatch(r"bytes \*/[1-9]\d*", self.headers.get("Content-Range", "")):
                 return 308, b"", {}
             storage.put(bucket, name, body)
@@ -215,37 +217,37 @@ class _Handler(BaseHTTPRequestHandler):
         if query["uploadType"] == "resumable":
             number = str(len(storage.uploads))
             storage.uploads[number] = bucket, name
-            place = f"https://{HOSTS[0]}/upload/storage/v1/b/{bucket}/o?upload_id={number}"
-            return 200, b"", {"Location": place}
+            location = f"https://{HOSTS[0]}/upload/storage/v1/b/{bucket}/o?upload_id={number}"
+            return 200, b"", {"Location": location}
         storage.put(bucket, name, body)
         return 200, storage.resource(bucket, name), {}
 
     def _list(self, bucket: str, query: dict[str, str]):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         first, end = query.get("startOffset", ""), query.get("endOffset", "")
-        found = {}  # resources and prefixes by their names
+        by_name = {}  # resources and prefixes by their names
         for name in self.storage.names(bucket, prefix):
             if name < first or (end and name >= end):
                 continue
             rest = name[len(prefix) :]
             if delimiter and delimiter in rest:
                 folder = prefix + rest.partition(delimiter)[0] + delimiter
-                found[folder] = folder
+                by_name[folder] = folder
             else:
-                found[name] = self.storage.resource(bucket, name)
-        entries = [found[name] for name in sorted(found)]
-        # Few to a page, so that clients have to turn pages.
+                by_name[name] = self.storage.resource(bucket, name)
+        entries = [by_name[name] for name in sorted(by_name)]
+        # Small pages, so that clients request several.
         start = int(query.get("pageToken") or 0)
         size = min(int(query.get("maxResults") or 50), 50)
         page = entries[start : start + size]
-        found = {
+        listing = {
             "kind": "storage#objects",
             "items": [entry for entry in page if isinstance(entry, dict)],
             "prefixes": [entry for entry in page if isinstance(entry, str)],
         }
         if start + size < len(entries):
-            found["nextPageToken"] = str(start + size)
-        return 200, found, {}
+            listing["nextPageToken"] = str(start + size)
+        return 200, listing, {}
 
 
 def _error(status: int, message: str = "refused"):
@@ -253,7 +255,7 @@ def _error(status: int, message: str = "refused"):
 
 
 def _tls(folder: Path) -> ssl.SSLContext:
-    """A certificate for Google's hosts, of an authority that nobody else trusts."""
+    """Returns a TLS context with a certificate for Google's hosts, signed by its own key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a bucket of the tests")])
     now = datetime.datetime.now(datetime.UTC)

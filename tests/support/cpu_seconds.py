@@ -1,7 +1,7 @@
 """CPU seconds per test, of its process and of the processes that it started and waited for.
 
 `pytest --cpu-seconds=FILE` appends a line `seconds<TAB>test` for each test as it ends, and prints
-the files that took the most. Wall-clock durations say little where two workers share two noisy
+the files that took the most. Wall-clock durations are unreliable with two workers on two noisy
 cores. A session-wide fixture is charged to the first test that uses it, the process behind
 `commands.py` to the last test of its worker.
 """
@@ -27,7 +27,7 @@ def spent() -> float:
 
 
 class Recorder:
-    """Measures on the workers, where tests run, and writes where their reports arrive."""
+    """Measures on the workers that run tests, writes on the process that collects reports."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)

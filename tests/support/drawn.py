@@ -1,4 +1,4 @@
-"""Parameters for tests of models: their shapes, and weights of which none is zero or one."""
+"""Parameters for tests of models: shapes, and random weights without exact zeros or ones."""
 
 from typing import Any
 

@@ -2,8 +2,8 @@
 
 Tests compile much, most of it the same tiny models, and run little. XLA's older emitters compile
 in half the time of its fusion emitters: 1.9 s against 4.0 s of CPU for the gradients of a model of
-five blocks (jaxlib 0.10.2, 2026-11-30). A program that one process has compiled is loaded by the
-others from a folder of these tests alone, or of several suites: MVIT_JAX_TEST_CACHE.
+five blocks (jaxlib 0.10.2, 2026-11-30). Processes share
+compiled programs in a temporary folder, or in the folder MVIT_JAX_TEST_CACHE of several test runs.
 """
 
 import atexit
@@ -36,5 +36,5 @@ def prepare() -> None:
 
 
 def of_process(devices: int) -> dict[str, str]:
-    """The environment of a process with so many devices."""
+    """Returns the environment of a process with `devices` simulated devices."""
     return os.environ | {"XLA_FLAGS": COMPILER, "JAX_NUM_CPU_DEVICES": str(devices)}

@@ -1,19 +1,19 @@
-"""Reads TensorBoard's event files, by TensorBoard's own reader."""
+"""Scalars of TensorBoard's event files, read by TensorBoard."""
 
 from pathlib import Path
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """The scalars of a folder's events: the value at each step, by name."""
+    """Returns the scalars in a folder's events: the value at each step, by name."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util import tensor_util
 
-    found: dict[str, dict[int, float]] = {}
+    scalars: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("events.*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.HasField("tensor") and value.metadata.plugin_data.plugin_name != "text":
                     array = tensor_util.make_ndarray(value.tensor)
                     if array.dtype.kind == "f" and array.ndim == 0:
-                        found.setdefault(value.tag, {})[event.step] = array.item()
-    return found
+                        scalars.setdefault(value.tag, {})[event.step] = array.item()
+    return scalars

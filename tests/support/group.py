@@ -26,7 +26,7 @@ TRAIN = ("-m", "mvit_jax.train", "--config=configs/moving_digits.py", *tiny.FLAG
 
 @dataclass
 class Done:
-    """What a process printed, and its exit status (negative: the signal that ended it)."""
+    """Output and exit status of a process (negative: the signal that ended it)."""
 
     status: int
     out: str
@@ -37,7 +37,7 @@ def start(
     program: Sequence[str], processes: int, devices: int, *,
     each: Sequence[Sequence[str]] = (), **environment: str,
 ) -> list[subprocess.Popen[str]]:  # fmt: skip
-    """Starts `processes` of a program with `devices` each; `each` has flags for one alone."""
+    """Starts `processes` of a program with `devices` each; `each` has flags of each process."""
     env = of_process(devices) | environment
     port = free_port()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -55,7 +55,7 @@ def start(
 
 
 def program(before: str, main: str = "train.main") -> list[str]:
-    """Returns a program that runs `main` after `before`, which sets other values of constants."""
+    """Returns a program that runs `main` after `before`, which may change constants."""
     code = (
         "import os, sys, time\n"
         "from mvit_jax import train\n"
@@ -73,7 +73,7 @@ def together(work: str, before: str = "") -> list[str]:
 
 
 def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 600) -> list[Done]:
-    """Waits for all; whoever takes longer is killed."""
+    """Waits for all processes; kills those that exceed the timeout."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in started]
     finally:
@@ -89,12 +89,12 @@ def free_port() -> int:
 
 
 def wait_for(process: subprocess.Popen[str], beginning: str, lines: int = 1) -> str:
-    """Returns the line when a process has printed so many that begin so."""
+    """Waits until a process has printed `lines` lines that begin so; returns the last one."""
     return lines_until(process, beginning, lines)[-1] + "\n"
 
 
 def lines_until(process: subprocess.Popen[str], beginning: str, lines: int = 1) -> list[str]:
-    """Returns all lines that a process prints up to the one that wait_for returns."""
+    """Returns all lines that a process prints up to the line that `wait_for` returns."""
     assert process.stdout is not None
     printed = []
     for line in process.stdout:
@@ -106,14 +106,14 @@ def lines_until(process: subprocess.Popen[str], beginning: str, lines: int = 1) 
 
 
 def final_state(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the last checkpoint, by its path, whatever processes have saved it."""
+    """Returns the tensors of the last checkpoint by path, from any number of processes."""
     checkpoints = Checkpoints(folder)
     step = checkpoints.step()
     assert step is not None
     items = {k: v for k, v in checkpoints.last.item_metadata(step).items() if v is not None}
     like = {k: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), v) for k, v in items.items()}
-    wanted = {k: ocp.args.StandardRestore(v) for k, v in like.items()}
-    tree = checkpoints.last.restore(step, args=ocp.args.Composite(**wanted))
+    restore_args = {k: ocp.args.StandardRestore(v) for k, v in like.items()}
+    tree = checkpoints.last.restore(step, args=ocp.args.Composite(**restore_args))
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree.items()))
@@ -130,7 +130,7 @@ def assert_same_state(folder: Path, other: Path) -> None:
 
 @contextlib.contextmanager
 def at_step(number: int, act: Callable[[], object]) -> Iterator[None]:
-    """Within, a training run in this process calls `act` when it has logged that step."""
+    """Has a training run in this process call `act` after it has logged step `number`."""
 
     class Acting(train.Logbook):
         def step(self, step, *args):

@@ -1,4 +1,4 @@
-"""Cases of a table that only the whole check runs, or the nightly tests."""
+"""Parameters of slow and nightly cases."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""A run as the report gets it, with names as bad as can be, and a reader of pages."""
+"""A run with names that must be escaped in reports, and a parser of HTML pages."""
 
 import base64
 import io
@@ -75,7 +75,7 @@ def run(**changes) -> Run:
 
 
 class Page(HTMLParser):
-    """What a page holds: its text, the text of each id, its tags, and whether they are closed."""
+    """Text of a page, text of each id, and tags; asserts that all tags are closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

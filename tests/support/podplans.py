@@ -1,11 +1,11 @@
-"""Many runs of `podplan` in one process that has read it once, with a stand-in for the compiler.
+"""Many runs of `podplan` after one import, with a stand-in for the compiler.
 
     python -m tests.support.podplans < runs.json
 
-Reads a list of lists of flags; prints a list of [exit status, output, complaints]. A program of the
-stand-in takes 1.5 GiB of state and 1.05 GiB for each clip that is worked on at a time (of 16 frames
-or fewer), halved by `remat=blocks`. It does 197 GFLOP, which are 1 ms on a v5e, and main memory
-takes twice as long. With 13 clips on a chip the stand-in fails.
+Reads a list of lists of flags; prints a list of [exit status, stdout, stderr]. A program of the
+stand-in has 1.5 GiB of state and 1.05 GiB for each clip of a micro-batch (of 16 frames or fewer),
+halved by `remat=blocks`. It computes 197 GFLOP, 1 ms on a v5e; main memory takes twice as long. It
+fails for 13 clips on a chip.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ WORK = Operation("dot", "dot", "matrix", "", 1, int(197e9), 0, 0, 0, int(0.819e1
 
 @dataclass(frozen=True)
 class Chip:
-    """What a mesh asks of a device."""
+    """The attributes of a device that a mesh reads."""
 
     id: int
     process_index: int
@@ -59,30 +59,30 @@ def measure(config, model, mesh, *, which="train", effort=0.0):
     return compile.Figures(counts, Memory(used, 0, 0, 0, 0), kinds | {"program": 0}, 0.0, 0.0)
 
 
-def run(given):
-    """In a process of its own, as flags are read once."""
-    got, put = os.pipe()
+def run(flags):
+    """Runs `podplan` in a fork, as flags can be parsed only once."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child:
-        os.close(put)
-        with os.fdopen(got) as file:
-            told = json.load(file)
+        os.close(writer)
+        with os.fdopen(reader) as file:
+            result = json.load(file)
         os.waitpid(child, 0)
-        return told
+        return result
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            sys.argv[:] = ["podplan", *given]  # where keys of --config are looked for
+            sys.argv[:] = ["podplan", *flags]  # read for keys of --config
             errors._guarded(podplan.main, errors._parse(sys.argv))
         except SystemExit as end:
             status = end.code
         except BaseException as error:
             status = repr(error)
-    with os.fdopen(put, "w") as file:
+    with os.fdopen(writer, "w") as file:
         json.dump([status, out.getvalue(), err.getvalue()], file)
     os._exit(0)
 
 
 if __name__ == "__main__":
     compile.measure, compile.tpu_mesh = measure, tpu_mesh
-    json.dump([run(given) for given in json.load(sys.stdin)], sys.stdout)
+    json.dump([run(flags) for flags in json.load(sys.stdin)], sys.stdout)

@@ -1,4 +1,4 @@
-"""Mistakes of people, each of which gets one sentence."""
+"""Errors of one sentence for mistakes of users."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ def refused(*parts: object, by: type[UserError] = UserError) -> Iterator[None]:
     """Expects an error of one line that holds these parts."""
     with pytest.raises(by) as caught:
         yield
-    said = str(caught.value)
-    assert "\n" not in said
+    message = str(caught.value)
+    assert "\n" not in message
     for part in parts:
-        assert str(part) in said, said
+        assert str(part) in message, message

@@ -1,6 +1,6 @@
-"""Stand-ins for the programs of clusters: they write down how they are called, and answer.
+"""Stand-ins for the programs of clusters, which record their calls and print set answers.
 
-Scripts are run for real, with these first on the path, in a copy of what they need of a clone.
+Scripts run in a copy of the files of a clone that they need, with the stand-ins first on the path.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.support import tiny
 
 # Flags of a training program: the space must survive all shells.
-ASKED = ("--config=c.py", "--workdir=a folder")
+FLAGS = ("--config=c.py", "--workdir=a folder")
 PREEMPTED, LOST = 143, 134
 
 CLUSTER = (
@@ -32,7 +32,7 @@ with open("{folder}/calls", "a") as file:
 answers = json.load(open("{folder}/answers"))
 for number, (part, outputs) in enumerate(answers):
     if part in " ".join(call):
-        # One after the other; the last stays.
+        # In order; the last one repeats.
         answers[number][1] = outputs[1:] or outputs
         json.dump(answers, open("{folder}/answers", "w"))
         text, status = outputs[0]
@@ -40,8 +40,8 @@ for number, (part, outputs) in enumerate(answers):
         sys.exit(status)
 """
 
-# A training program: it notes its start, and ends with the next status of the file `statuses`. The
-# word `wait` has it wait for SIGTERM, "save", and end with 143.
+# A training program: records its start and ends with the next status of the file `statuses`. For
+# the word `wait` it waits for SIGTERM, "saves" and ends with 143.
 PROGRAM = """#!{python} -IS
 import json, os, signal, sys, time
 folder = "{folder}"
@@ -60,7 +60,7 @@ if statuses[0] == "wait":
 sys.exit(int(statuses[0]))
 """
 
-# srun, of one process: as the real one, it sends signals on and ends with the process's status.
+# srun for one process: like the real one, it forwards signals and ends with the process's status.
 SRUN = """#!{python} -IS
 import json, signal, subprocess, sys
 with open("{folder}/calls", "a") as file:
@@ -76,7 +76,7 @@ sys.exit(process.wait())
 
 @dataclass(frozen=True)
 class Stage:
-    """A folder `mvit_jax` as a clone has it, with stand-ins."""
+    """A folder `mvit_jax` with the files of a clone, and stand-ins."""
 
     folder: Path
 
@@ -85,19 +85,19 @@ class Stage:
         return self.folder / "mvit_jax"
 
     def environment(self, **more: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XLA"))}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XLA"))}
         path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        return kept | {"PATH": path, "HOME": str(self.folder), "POLL": "0"} | more
+        return inherited | {"PATH": path, "HOME": str(self.folder), "POLL": "0"} | more
 
     def start(self, command: Sequence[str | Path], **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(word) for word in command], cwd=self.clone, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment(**environment),
-            start_new_session=True,  # as a terminal's Ctrl-C, a signal may go to all its processes
+            start_new_session=True,  # for signals to the process group, as Ctrl-C sends them
         )  # fmt: skip
 
     def run(self, command: Sequence[str | Path], **environment: str) -> tuple[int, str, str]:
-        """Status, standard output and standard error."""
+        """Returns exit status, standard output and standard error."""
         process = self.start(command, **environment)
         out, err = process.communicate(timeout=120)
         return process.returncode, out, err
@@ -105,12 +105,12 @@ class Stage:
     def on_host(
         self, call: Sequence[str], home: Path | None = None, **environment: str
     ) -> tuple[int, str, str]:
-        """Runs what a call of gcloud sends to the hosts, as the shell of one would."""
+        """Runs the command that a call of gcloud sends to the hosts, in a shell."""
         [command] = [w.removeprefix("--command=") for w in call if w.startswith("--command=")]
         return self.run(["bash", "-c", f"cd {home or self.folder}\n{command}"], **environment)
 
     def commit(self) -> None:
-        """Commits what the clone has in launch/."""
+        """Commits the files in launch/."""
         git = ["git", "-c", "user.name=n", "-c", "user.email=e"]
         for command in (
             ["init", "-q"],
@@ -120,14 +120,14 @@ class Stage:
             subprocess.run([*git, *command], cwd=self.clone, check=True)
 
     def answer(self, *answers: tuple[str, list[tuple[str, int]]]) -> None:
-        """What a call that holds these words prints, and its status, one after the other."""
+        """Sets output and status of successive calls that contain these words."""
         (self.folder / "answers").write_text(json.dumps(answers))
 
     def calls(self) -> list[list[str]]:
         return self._lines("calls")
 
     def trains(self, *statuses: int | str) -> None:
-        """What the training program does, start after start."""
+        """Sets the exit statuses of successive starts of the training program, or "wait"."""
         (self.folder / "statuses").write_text(" ".join(map(str, statuses)))
 
     def starts(self) -> list[list[str]]:
@@ -143,18 +143,18 @@ def until(condition: Callable[[], object]) -> None:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not happen within 10 s")
+    raise AssertionError("the condition is not met after 10 s")
 
 
 def stage(folder: Path) -> Stage:
-    made = Stage(folder)
-    shutil.copytree(tiny.ROOT / "launch", made.clone / "launch")
-    texts = {made.clone / ".venv" / "bin" / "python": PROGRAM, folder / "bin" / "srun": SRUN}
+    staged = Stage(folder)
+    shutil.copytree(tiny.ROOT / "launch", staged.clone / "launch")
+    texts = {staged.clone / ".venv" / "bin" / "python": PROGRAM, folder / "bin" / "srun": SRUN}
     texts |= {folder / "bin" / name: RECORDER for name in CLUSTER}
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.format(python=sys.executable, folder=folder))
         path.chmod(0o755)
-    made.answer()
-    made.trains()
-    return made
+    staged.answer()
+    staged.trains()
+    return staged

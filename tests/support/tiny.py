@@ -1,4 +1,4 @@
-"""A run so small that tests can do many: a model of 2 blocks on clips of 4 x 32 x 32 pixels."""
+"""A tiny training run: a model of 2 blocks on clips of 4 x 32 x 32 pixels."""
 
 import importlib.util
 from pathlib import Path
@@ -29,8 +29,8 @@ SMALL = {f"model.{key}": value for key, value in MODEL.items()} | {
     "data.short_side": 32, "batch": 8, "eval.batch": 8, "eval.clips": 2, "log_every": 2,
 }  # fmt: skip
 
-# What the tests of whole runs train, so that they compile one step and can share one run of it:
-# 24 videos in batches of 8 are 9 steps.
+# The recipe of tests of whole runs, which share its compiled step and one run: 24 videos in batches
+# of 8 are 9 steps.
 RECIPE = {
     "epochs": 3.0, "checkpoint.every": 2, "eval.every_epochs": 1.0, "optim.ema": 0.5,
     "model.drop_path": 0.3,
@@ -42,7 +42,7 @@ FLAGS = RECIPE_FLAGS[: len(SMALL)]
 
 
 def config(folder: str | Path, **changes) -> ConfigDict:
-    """The default experiment with a tiny model; `changes` are flattened keys: `{"optim.lr": 1}`."""
+    """Returns the default config with a tiny model; `changes` are flattened keys."""
     c = load_config_file("moving_digits").get_config()
     c.update_from_flattened_dict(SMALL | {"data.folder": str(folder)} | changes)
     return c

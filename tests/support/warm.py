@@ -4,8 +4,8 @@
         subprocess.run([executable, "-m", "mvit_jax.train", "--config=...", ...])
 
 An import of `mvit_jax.train` takes 2 CPU seconds, a fork 0.02. The executable accepts `-m` and
-`-c`; other command lines, and those with other JAX_* variables, get an interpreter of their own. No
-fork sees flags, backends or settings of another: what forks imports no program, computes nothing.
+`-c`; other command lines, and those with other JAX_* variables, get an interpreter of their own.
+Forks share no flags, backends or settings: their parent imports no program and computes nothing.
 """
 
 import atexit
@@ -118,7 +118,7 @@ def serve(address: str) -> None:
 
 
 def reap() -> None:
-    """Waits for the forks that have ended, so that their CPU seconds count."""
+    """Reaps forks that have ended, so that their CPU seconds count."""
     with contextlib.suppress(ChildProcessError):  # none is left
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -144,15 +144,15 @@ def answer(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(env)
     sys.path[0] = folder
-    option, what, *flags = arguments
-    sys.argv[:] = ["-c" if option == "-c" else what, *flags]
+    option, source, *flags = arguments
+    sys.argv[:] = ["-c" if option == "-c" else source, *flags]
     status: object = 0
     try:
         if option == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
+            runpy.run_module(source, run_name="__main__", alter_sys=True)
         else:
             sys.modules["__main__"] = module = types.ModuleType("__main__")
-            exec(compile(what, "<string>", "exec"), module.__dict__)
+            exec(compile(source, "<string>", "exec"), module.__dict__)
     except SystemExit as end:
         status = end.code or 0
         if isinstance(status, str):
@@ -160,7 +160,7 @@ def answer(connection: socket.socket) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    # The rest of an interpreter's end, taking all modules apart, takes a second and no part in it.
+    # Finalising all modules would take a second: exit without it.
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
