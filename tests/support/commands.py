@@ -35,7 +35,7 @@ def fresh(program: str, *flags: object, cwd: object = warm.ROOT) -> tuple[int, s
 
 
 def printed(code: str, *arguments: object, fork: bool = False, **options: Any) -> str:
-    """Returns what Python code prints, which must succeed."""
+    """Returns the output of Python code; asserts that the code succeeds."""
     executable, env = (python(), warm.environment()) if fork else (sys.executable, of_process(1))
     done = subprocess.run(
         [executable, "-c", code, *map(str, arguments)],

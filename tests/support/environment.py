@@ -1,9 +1,9 @@
 """Settings of XLA and JAX for the tests, and for processes that tests start.
 
-Tests compile much, most of it the same tiny models, and run little. XLA's older emitters compile
-in half the time of its fusion emitters: 1.9 s against 4.0 s of CPU for the gradients of a model of
-five blocks (jaxlib 0.10.2, 2026-11-30). Processes share
-compiled programs in a temporary folder, or in the folder MVIT_JAX_TEST_CACHE of several test runs.
+Tests compile many tiny models, often the same, and run little. XLA's older emitters compile in half
+the time of its fusion emitters: 1.9 s against 4.0 s of CPU for the gradients of a model of five
+blocks (jaxlib 0.10.2, 2026-11-30). Processes share compiled programs in a temporary folder, or in
+the folder MVIT_JAX_TEST_CACHE of several test runs.
 """
 
 import atexit
