@@ -16,7 +16,7 @@ NAMES = {
 }  # fmt: skip
 FILES = [
     path
-    for folder in ("mvit_jax", "configs", "benchmarks", "docs")
+    for folder in ("mvit_jax", "configs", "benchmarks", "docs", "tests")
     for path in sorted((tiny.ROOT / folder).rglob("*.py"))
 ]
 
