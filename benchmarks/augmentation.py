@@ -2,9 +2,10 @@
 
     python -m benchmarks.augmentation
 
-Clips are 16x256x340, on one thread. The implementations alternate within one run, as machines are
-shared: compare the ratios. "cropped" computes only the pixels within the random resized crop, as
-training does. Random draws follow the recipe. Images are cropped before RandAugment.
+Clips are 16x256x340, and all code runs on one thread. The implementations alternate within one run,
+as machines are shared: compare the ratios. "cropped" computes only the pixels within the random
+resized crop, as training does. Operations and crops are drawn as in the recipes. Images are cropped
+before RandAugment.
 """
 
 import time

@@ -132,12 +132,12 @@ def videos(raw: Source, shards: Source) -> None:
 
 
 def turns(
-    contestants: dict[str, Callable[[int, np.random.Generator], object]], count: int, each: int
+    readers: dict[str, Callable[[int, np.random.Generator], object]], count: int, each: int
 ) -> dict[str, float]:
-    """Returns items per second of CPU time: medians over rounds in which contestants alternate."""
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    """Returns the median items per second of CPU time; readers alternate within a round."""
+    rates: dict[str, list[float]] = {name: [] for name in readers}
     for turn in range(ROUNDS.value + 1):
-        for name, do in contestants.items():
+        for name, do in readers.items():
             rng = np.random.default_rng(turn)
             began = time.process_time()
             for i in range(count):

@@ -41,7 +41,7 @@ from mvit_jax.models.variants import variant
 from mvit_jax.training.run.runtime import release_freed_memory
 from mvit_jax.training.step import cross_entropy
 
-# The library of the original, and batch sizes.
+# By variant: the library of the original model, and the batch sizes.
 CASES = {
     "mvit_b_16x4": ("torchvision", (1, 4)),
     "mvitv2_s_16x4": ("torchvision", (1, 4)),

@@ -44,7 +44,10 @@ def grown(mask: np.ndarray, pixels: int = 4) -> np.ndarray:
 
 
 def ratios(heat: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Returns each clip's share near the digit over a uniform map's share; 0 for an empty map."""
+    """Returns, per clip, the share of `heat` inside the mask, divided by a uniform map's share.
+
+    An empty map has 0.
+    """
     share = (heat * masks).sum((1, 2, 3)) / np.maximum(heat.sum((1, 2, 3)), 1e-12)
     return share / masks.mean((1, 2, 3))
 

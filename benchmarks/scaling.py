@@ -76,7 +76,9 @@ def cases_of(options: argparse.Namespace) -> list[tuple[accelerators.Topology, i
     shares = numbers("fsdp", options.fsdp)
     for fsdp in shares:
         if all(topology.chips_per_slice % fsdp for topology in topologies):
-            raise UserError(f"--fsdp={fsdp} divides the chips of no slice of {options.topologies}")
+            raise UserError(
+                f"--fsdp={fsdp} does not divide the chips of a slice in {options.topologies}"
+            )
     return [
         (topology, fsdp, clips)
         for topology, fsdp, clips in itertools.product(
@@ -96,7 +98,7 @@ def parse(text: str) -> accelerators.Topology:
 def measure(
     name: str, topology: accelerators.Topology, fsdp: int, clips: int, effort: float
 ) -> Any:
-    """Returns the costs of one mesh; bytes and FLOPs are per chip and step."""
+    """Returns the costs of one training step on a mesh; bytes and FLOPs are per chip."""
     config = in_memory.read_config("kinetics" if variant(name).frames > 1 else "imagenet", name)
     with config.unlocked():
         config.update_from_flattened_dict(

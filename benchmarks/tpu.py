@@ -133,7 +133,7 @@ def chosen(text: str, allowed: Any = None) -> list[str]:
     words = [word for word in text.split(",") if word]
     for word in words:
         if allowed is not None and word not in allowed:
-            raise UserError(f"{word} is none of {', '.join(allowed)}")
+            raise UserError(f"{word!r} is not one of {', '.join(allowed)}")
     return words
 
 
@@ -236,7 +236,7 @@ def line(case: Case, row: Row | int) -> str:
 
 
 def groups(rows: list[tuple[Case, Row | int]]) -> dict[Case, Rows]:
-    """Groups cases that differ in the number of clips alone."""
+    """Groups cases that differ only in the number of clips."""
     by_group: dict[Case, Rows] = {}
     for case, row in rows:
         by_group.setdefault(dataclasses.replace(case, clips=0), {})[case.clips] = row

@@ -113,7 +113,7 @@ def from_imagenet_21k(c: Any) -> None:
 
 
 def from_shorter_clips(c: Any) -> None:
-    """Sets the schedule of MViT-B 64x3."""
+    """Sets the training recipe of MViT-B 64x3."""
     from_scratch(c)
     c.epochs = 5.0
     c.batch = 128
@@ -126,7 +126,7 @@ def from_shorter_clips(c: Any) -> None:
 
 
 def from_shorter_clips_v2(c: Any) -> None:
-    """Sets the schedule of MViTv2-L with 32 or 40 frames."""
+    """Sets the training recipe of MViTv2-L with 32 or 40 frames."""
     from_shorter_clips(c)
     c.epochs = 30.0
     c.data.repeats = 1

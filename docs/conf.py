@@ -37,7 +37,7 @@ nitpick_ignore_regex = [
 ]
 
 smartquotes = False  # True turns the two hyphens of a flag into a dash
-# Pages link to their own headings.
+# Generates anchors for headings, to which pages link.
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

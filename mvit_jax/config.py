@@ -266,7 +266,7 @@ _WORDS = {
 
 
 def base() -> Config:
-    """Returns all keys with their defaults; the config takes no others."""
+    """Returns a locked config of all keys with their defaults."""
     config: Any = ConfigDict()
     for name, key in KEYS.items():
         section, _, field = name.rpartition(".")
@@ -281,7 +281,7 @@ def base() -> Config:
 
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Renames the old keys of a config's nested values in place, and returns these."""
+    """Renames old keys in the nested values of a config, in place; returns the values."""
     for old, new in RENAMED.items():
         section, _, field = old.rpartition(".")
         if field in values.get(section, {}):
@@ -329,7 +329,9 @@ def check(config: Config) -> None:
     if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
         raise UserError(f"augment.crop_area must be two shares, 0 < low <= high <= 1, not {area}")
     if jitter is not None and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
-        raise UserError(f"augment.jitter must be two sides, 0 < low <= high pixels, not {jitter}")
+        raise UserError(
+            f"augment.jitter must be two short sides, 0 < low <= high pixels, not {jitter}"
+        )
     if area is not None and jitter is not None:
         raise UserError(
             "augment.crop_area and augment.jitter are two ways to crop: set one of them to None"
@@ -359,9 +361,9 @@ def check_start(config: Config) -> None:
     """Raises `UserError` if a recipe that starts from weights has none."""
     if missing_weights(config):
         raise UserError(
-            f"this experiment starts from {config.init.needed}: give them with "
-            "--config.init.checkpoint=DIR, a run's folder or one that mvit_jax.convert made "
-            "(or start without them, by --config.init.needed=)"
+            f"this experiment starts from {config.init.needed}: set --config.init.checkpoint=DIR "
+            "to a run's folder or one made by mvit_jax.convert; to start from fresh weights, set "
+            "--config.init.needed="
         )
 
 

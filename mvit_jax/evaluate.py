@@ -148,7 +148,7 @@ def numbers(texts: list[str] | None) -> list[int]:
             raise ValueError
     except ValueError:
         raise errors.UserError(
-            f"--clips={','.join(texts or [])} must be numbers of at least 1, like 5 or 1,5,10"
+            f"--clips={','.join(texts or [])} must be integers from 1, like 5 or 1,5,10"
         ) from None
     return counts
 

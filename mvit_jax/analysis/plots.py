@@ -207,7 +207,7 @@ def budgets(
 
 
 def short(name: str) -> str:
-    """Truncates a name to `LONGEST` letters."""
+    """Truncates a name to `LONGEST` characters, the last one an ellipsis."""
     return name if len(name) <= LONGEST else name[: LONGEST - 1].rstrip() + "…"
 
 

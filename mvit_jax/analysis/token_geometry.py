@@ -62,7 +62,7 @@ def pooled_centres(pool: Pool | None, centres: Axes) -> Axes:
 
 
 def block_centres(config: MViTConfig, clip: Triple) -> list[Axes]:
-    """Returns the centres of each block's input tokens and, last, of the last block's output."""
+    """Returns the token centres at each block's input, followed by those at the last output."""
     centres = [cube_centres(config, clip)]
     for block in plan(config):
         centres.append(pooled_centres(block.q_pool, centres[-1]))

@@ -79,7 +79,7 @@ def _parse(argv: list[str]) -> list[str]:
             _end_unknown(unknown[1] or unknown[2])
         _end(message.replace("\n", " "))
     except OSError as error:
-        # Of a file that is not there, config_flags lists where it looked.
+        # For a missing file, the message of config_flags lists the paths it tried.
         name = error.filename or re.sub(r"(?s).*Attempted.*?\n\s+(\S+)\n.*", r"\1", str(error))
         _end(f"{name} cannot be read: check --config")
 

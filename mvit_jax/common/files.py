@@ -43,7 +43,9 @@ def to_path(path: str | os.PathLike[str]) -> AnyPath:
         return Path(path)
     bucket = text.removeprefix("gs://").partition("/")[0]
     if not text.startswith("gs://") or not bucket:
-        raise UserError(f"{text} is neither a folder nor in a bucket: name DIR or gs://BUCKET/DIR")
+        raise UserError(
+            f"{text} is neither a local folder nor in a bucket: give a local folder or gs://BUCKET/DIR"
+        )
     _check_bucket(bucket)
     from etils import epath
 

@@ -1,4 +1,4 @@
-"""Progress over videos: a bar on a terminal, elsewhere a line for every tenth of them."""
+"""Progress over videos: a bar on a terminal, elsewhere a line at each 10 %."""
 
 import sys
 from collections.abc import Iterable, Iterator

@@ -214,8 +214,8 @@ def rotate_source(degrees: float, frame: Box, region: Box) -> Box:
 
 
 def _has_centre_pixel(frame: Box) -> bool:
-    # A rotation maps the centre pixel to itself up to rounding, and the rounding then determines
-    # its value. It must be Pillow's rounding, so the whole frame is rotated.
+    # The source of the centre pixel depends on rounding. A transform of a region rounds otherwise
+    # than Pillow's transform of the frame, so the whole frame is rotated.
     return frame.height % 2 == 1 and frame.width % 2 == 1
 
 

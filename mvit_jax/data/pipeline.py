@@ -36,7 +36,7 @@ class ClipSettings:
 
     Attributes:
       frames: T, frames of a clip; 1 for images, from image files or video files.
-      stride: tau, distance of neighbouring frames, see `sampling`.
+      stride: tau, temporal stride between neighbouring frames, see `sampling`.
       size: side of the square clip in pixels.
       short_side: short side in pixels to which test frames are scaled for a single crop. For three
         crops the short side is `size`, as in the released code.
@@ -130,8 +130,8 @@ def train_batches(
     rows = _check_rows(rows, batch)
     if batch % repeats or rows.start % repeats or len(rows) % repeats:
         raise UserError(
-            f"a batch of {batch} clips, {len(rows)} of them on this host, does not divide into "
-            f"{repeats} repeats of each video: set batch to a multiple of {repeats} for each host"
+            f"the batch ({batch} clips, {len(rows)} on this host) must be a multiple of "
+            f"data.repeats={repeats} on each host: change batch"
         )
     decoded = range(rows.start // repeats, rows.stop // repeats)
     load = _TrainElements(videos, settings, seed, batch // repeats, start, decoded, repeats)

@@ -28,7 +28,7 @@ class ActiveReads:
     that is stopped could hold a lock for ever.
 
     Args:
-      slots: number of slots, above the number of elements ever under way.
+      slots: number of slots, above the number of elements in progress at once.
       shared: True if worker processes write to the table, which is then pickled for them.
     """
 

@@ -81,7 +81,8 @@ class Inference:
     ) -> Float[Array, "batch num_classes"]:
         """Returns the logits of `[batch, T, H, W, 3]` clips or `[batch, H, W, 3]` images.
 
-        Clips are normalised, (value / 255 - mean) / std, or uint8 if `mean` and `std` are set.
+        Clips are floats, normalised to (value / 255 - mean) / std, or uint8 if `mean` and `std` are
+        set.
         Computation is asynchronous, as always in JAX: prepare the next batch before reading the
         logits of the last.
 

@@ -162,7 +162,7 @@ class MViT(nnx.Module):
 
 
 class CubeEmbedding(nnx.Module):
-    """The patch embedding: a strided convolution of cubes, which overlap except in the ViT."""
+    """The cube embedding, for images patch embedding: a strided convolution."""
 
     def __init__(self, config: MViTConfig, *, dtype, rngs: nnx.Rngs) -> None:
         self.stride, self.padding = config.patch_stride, config.patch_padding

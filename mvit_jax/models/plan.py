@@ -68,7 +68,7 @@ class MViTConfig:
     # Decomposed relative positional embeddings (MViTv2, equation 4): of height and width, time, or
     # both.
     relative_positions: Literal["none", "space", "time", "both"] = "none"
-    # Library whose order of float32 operations computes the truncated distances; the two differ
+    # Library whose order of float32 operations the truncated distances follow. The orders differ
     # only if neither of the query and key grids is a multiple of the other.
     relative_distances: Literal["slowfast", "torchvision"] = "slowfast"
     # Residual pooling, adding the pooled queries to the attention's output (MViTv2, section 4.1):

@@ -83,7 +83,7 @@ class RelativePositions(nnx.Module):
     def __call__(
         self, queries: Triple, keys: Triple
     ) -> dict[str, Float[Array, "queries_of_axis keys_of_axis dim"]]:
-        """Returns, per axis with an embedding, its row for each pair of query and key indices."""
+        """Returns, for each axis, the embedding of each pair of query and key indices."""
         return {
             axis: self._rows(axis, q, k)
             for axis, q, k in zip(("time", "height", "width"), queries, keys, strict=True)
@@ -96,11 +96,11 @@ class RelativePositions(nnx.Module):
 
 
 def distances(queries: int, keys: int, order: str) -> Int[np.ndarray, "queries keys"]:
-    """Returns the row of a relative positional embedding for each pair of query and key indices.
+    """Returns the index of the relative positional embedding of each pair of query and key.
 
-    The embedding has 2 max(queries, keys) - 1 rows. Indices are scaled to the finer grid, and their
+    There are 2 max(queries, keys) - 1 embeddings. Indices are scaled to the finer grid, and their
     distance is truncated to an integer. Where one grid is no multiple of the other (at 312 pixels,
-    78 queries and 10 keys), rounding decides the row. The float32 operations therefore follow the
+    78 queries and 10 keys), rounding decides the index. The float32 operations therefore follow the
     order of the library that `order` names.
 
     Args:

@@ -20,9 +20,8 @@ from mvit_jax.models.ops.attention import SAVED, Record, Tokens
 from mvit_jax.models.ops.dispatch import keep_batch_sharded
 from mvit_jax.models.plan import BlockPlan, Triple
 
-# Rematerialisation policies. The backward pass rematerialises nothing; norms, activations and drop
-# path ("cheap"); the blocks on the first stage's grid, which have most of the saved activations; or
-# all blocks.
+# Rematerialisation policies: nothing; norms, activation functions and drop path ("cheap"); blocks
+# on the first stage's grid, which have most of the saved activations; all blocks.
 REMAT = ("none", "cheap", "first_stage", "blocks")
 
 

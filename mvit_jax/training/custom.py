@@ -20,7 +20,7 @@ from mvit_jax.common.text import first_line
 from mvit_jax.config import Config
 from mvit_jax.models.functional import Functional
 
-# Their frames do not show where a user's code fails.
+# Stack frames in these libraries do not show where a user's code fails.
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(jax.__file__).parents[1]))
 KINDS = ("block", "attention", "pooling")  # arguments of `functional`, keys of `config.model`
 

@@ -82,7 +82,8 @@ class Scores:
         Returns:
           A JSON-serialisable dictionary. All accuracies are in percent.
 
-          * "top1", "top5": share of the videos with one of their classes among the most probable.
+          * "top1", "top5": share of the videos for which one of the 1 or 5 most probable classes is
+            correct.
           * "per_class": accuracy of each class; for multi-label data its average precision. None
             for classes without tested videos.
           * "confusion": `confusion[i][j]` counts videos of class i predicted as class j. A

@@ -1,4 +1,6 @@
-"""Short training runs for notebooks, with the data, step and test of the commands; no files.
+"""Short training runs for notebooks, which write no workdir.
+
+They use the data pipeline, training step and test of the commands.
 
 In a notebook:
 

@@ -228,7 +228,10 @@ def _linear(values: np.ndarray, config: MViTConfig) -> Shaped:
 
 
 def _rows(values: np.ndarray) -> np.ndarray:
-    """Reshapes positional embeddings [1, rows, channels] or [channels] to [rows, channels]."""
+    """Returns positional embeddings as [indices, channels].
+
+    Accepts a leading axis of 1, and [channels] for a single embedding.
+    """
     if values.ndim == 0 or values.ndim > 3 or (values.ndim == 3 and values.shape[0] != 1):
         raise ValueError("is not of a shape of positional embeddings")
     return values.reshape(-1, values.shape[-1])

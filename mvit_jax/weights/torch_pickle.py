@@ -391,7 +391,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     },
     **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
 }
-# Callable names, and names of storage types, dtypes and a defaultdict's factories.
+# Names that a pickle may refer to: callables, storage types, dtypes, factories of a defaultdict.
 _ALLOWED = {
     *_CALLS,
     *(f"torch.{name}" for name in STORAGES),

@@ -28,7 +28,7 @@ def test_valid_meshes_of_each_topology_are_compiled():
     [
         ({"fsdp": "0"}, "--fsdp takes numbers, like 2,4,16, not '0'"),
         ({"fsdp": "x"}, "--fsdp takes numbers"),
-        ({"fsdp": "1,3"}, "--fsdp=3 divides the chips of no slice"),
+        ({"fsdp": "1,3"}, "--fsdp=3 does not divide the chips of a slice"),
         ({"clips": "0"}, "--clips takes numbers"),
         ({"topologies": "v5e:2x2,v5e:3x3"}, "no slice v5e:3x3"),
         ({"topologies": "v5e:2x2*x"}, "is no topology"),

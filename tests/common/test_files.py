@@ -20,9 +20,9 @@ def test_names_without_a_scheme_are_local_paths(name):
 @pytest.mark.parametrize("name", ["s3://b/runs", "http://host/runs", "file:///runs", "gs://"])
 def test_other_addresses_are_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="is neither a folder nor in a bucket"):
+    with pytest.raises(UserError, match="is neither a local folder nor in a bucket"):
         files.to_path(name)
-    with pytest.raises(UserError, match="is neither a folder nor in a bucket"):
+    with pytest.raises(UserError, match="is neither a local folder nor in a bucket"):
         files.write_whole(name, "")
     with pytest.raises(UserError, match="is not a local path"):
         files.local_path(name)

@@ -148,7 +148,7 @@ def test_repeats_must_divide_the_rows_of_a_host(good):
         {"repeats": 2, "rows": range(3)},
         {"repeats": 4, "rows": range(2, 6)},
     ):
-        with pytest.raises(UserError, match="does not divide into"):
+        with pytest.raises(UserError, match=r"must be a multiple of data\.repeats="):
             train(good, **kwargs)
 
 

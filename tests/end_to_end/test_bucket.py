@@ -201,7 +201,7 @@ def test_two_processes_write_one_run_to_a_bucket(storage, digits, tmp_path):
         ("gs://no-such-bucket/runs/b", None, "there is no bucket gs://no-such-bucket"),
         ("gs://a-bucket/new", "^GET /storage/v1/b/a-bucket", "roles/storage.objectUser"),
         ("gs://a-bucket/new", "^POST /upload", "the workdir gs://a-bucket/new cannot be"),
-        ("s3://a-bucket/new", None, "s3://a-bucket/new is neither a folder nor in a bucket"),
+        ("s3://a-bucket/new", None, "s3://a-bucket/new is neither a local folder nor in a bucket"),
     ],
     ids=["missing", "not read", "not written", "of another kind"],
 )

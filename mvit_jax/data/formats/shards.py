@@ -172,7 +172,7 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     shards = manifest.shards
     ids = tuple(name for shard in shards for name in shard.ids)
     labels = np.array([label for shard in shards for label in shard.labels], np.int32)
-    # With record counts, so that ArrayRecordDataSource does not open shards to count records.
+    # The record counts spare ArrayRecordDataSource from opening each shard.
     parts: list[Any] = [
         SimpleNamespace(filename=str(root / file), skip=0, take=count, examples_in_shard=count)
         for file, count in ((shard.file, len(shard.ids)) for shard in shards)

@@ -35,7 +35,7 @@ class SyntheticVideo:
         """
         numbers = np.asarray(indices, np.int64)
         if numbers.min() < 0 or numbers.max() >= self.num_frames:
-            raise IndexError(f"frames {indices} of a video of {self.num_frames} frames")
+            raise IndexError(f"frames {indices} are out of range for {self.num_frames} frames")
         size = self.height * self.width * 3
         noise = np.frombuffer(np.random.default_rng(self.seed).bytes(size), np.uint8)
         steps = (numbers % 256).astype(np.uint8)

@@ -102,7 +102,7 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     cached = height is not None and width is not None and 3 * count * height * width <= IN_MEMORY
     names = tuple(features["label"].names)
     opened = TfdsSplit(examples, names, f"{title}/{split}", {} if cached else None)
-    # Checks the first image only, which may be damaged.
+    # Checks the first label only. That its image is damaged is no error here.
     with contextlib.suppress(DecodeError):
         if opened.label(0) < 0:  # test splits, like that of imagenet2012
             raise UserError(f"the images of {opened.list_file} have no labels: name another split")

@@ -120,8 +120,8 @@ def _unpack(folder: Path, to: Path) -> dict[str, str]:
             ) from None
         if hashlib.sha256(content).hexdigest() != expected:
             raise UserError(
-                f"{file} is not Fashion-MNIST's file of this name (MNIST's digits have the same "
-                "names): fetch it again"
+                f"{file} is not Fashion-MNIST's file of this name (MNIST uses the same names): "
+                "fetch it again"
             )
         (to / name).write_bytes(content)
         paths[name] = str(to / name)

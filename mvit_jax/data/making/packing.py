@@ -376,7 +376,7 @@ def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
         elif not died:
             died.append(str(args.exc_value).rpartition("with ")[2])
             timer.start()
-            # An OS signal to the main thread: `_thread.interrupt_main` does not end its waits.
+            # A signal interrupts a blocking call of the main thread; `interrupt_main` does not.
             signal.pthread_kill(main, signal.SIGURG)
 
     threading.excepthook = hook

@@ -58,10 +58,10 @@ class Encoded:
 
 
 def encode(file: str | bytes, encoding: Encoding, name: str | None = None) -> Encoded:
-    """Re-encodes a video with small frames, upright, frequent key frames and no sound.
+    """Re-encodes a video upright, with smaller frames, frequent key frames and no sound.
 
-    The number of frames and their presentation times are preserved. If the times of a file are not
-    reliable, frames are spaced by its average rate. The result is decoded once to check that all
+    All frames are preserved, and so are their presentation times, unless the times are unreliable:
+    then frames are evenly spaced at the average rate. The result is decoded once to check that all
     frames are present.
 
     Args:

@@ -84,7 +84,7 @@ def batch_axes() -> tuple[str, ...]:
 
 
 def batch_is_divisible(batch: Any) -> bool:
-    """Returns True if kernels can run on a batch: it is divisible over the mesh.
+    """Returns True if kernels can run on a batch of this size, divisible by the batch's shards.
 
     Returns False for an exported program's symbolic batch size, for a mesh whose axes are not all
     `AxisType.Auto`, and inside `without_kernels`.

@@ -58,10 +58,10 @@ def _gradients(x, scale, bias, mean, inverse, gradient) -> tuple[Array, Array, A
 def _gradients_cpu(x, scale, bias, mean, inverse, gradient) -> tuple[Array, Array, Array]:
     """Returns the gradients by operations that are fast on CPUs.
 
-    There XLA writes every broadcast operand of a sum to memory, and sums products of rows slowly.
-    Here sums over channels are products with the scale, and a barrier makes XLA compute operands of
-    two sums once. Takes 0.1 to 0.3 of the processor time of XLA's gradients (float32, 1,569 tokens
-    of 384 channels to 25,089 of 96, 2026-11-23).
+    On CPUs XLA writes every broadcast operand of a sum to memory, and sums products of rows slowly.
+    Here sums over channels are products with the scale, and a barrier prevents operands shared by
+    two sums from being computed twice. Takes 0.1 to 0.3 of the processor time of XLA's gradients
+    (float32, 1,569 tokens of 384 channels to 25,089 of 96, 2026-11-23).
     """
     normal = lax.optimization_barrier((x - mean) * inverse)
     product = lax.optimization_barrier(gradient * normal)

@@ -236,12 +236,12 @@ depthwise_slices.defvjp(saving_inputs(depthwise_slices), _slices_backward)
 
 
 def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Grid:
-    """Returns the gradient of the grid, summed by phase: the position modulo the stride.
+    """Returns the gradient of the grid, computed for each phase (position modulo the stride).
 
     Positions of the same phase are read by the same taps. Along each axis, tap k is chunk * stride
     + phase. The gradient at position (m, phase) is the sum over chunks of gradient[m - chunk] *
-    weight[chunk, phase]. This has ceil(kernel / stride) terms per axis, each an outer product over
-    phases, instead of a padded term for each tap.
+    weight[chunk, phase]. This sums ceil(kernel / stride) shifted terms per axis, each an outer
+    product over phases. A sum over taps would need one zero-padded term for each tap.
     """
     phases = _split_phases(weight, _chunks(plan), plan.stride)
     return _by_phases(

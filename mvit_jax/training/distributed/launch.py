@@ -81,8 +81,8 @@ def connect(
     _check(*address)
     if local_device_ids is None and address == (None,) * 3:
         local_device_ids = slurm_devices(os.environ)
-    # JAX ends a start that times out by abort() and a C++ stack dump. This timer ends it before,
-    # with one sentence.
+    # When a start times out, JAX calls abort() and prints a C++ stack. This timer fires earlier and
+    # prints one sentence.
     watchdog = threading.Timer(coordination.START_SECONDS, _exit_startup_timeout, (coordinator,))
     watchdog.daemon = True
     watchdog.start()

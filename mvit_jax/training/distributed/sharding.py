@@ -61,7 +61,7 @@ def _in_order(devices) -> list:
 
 
 def _slice(device) -> int:
-    """Returns the slice index of a device, by default 0; on GPUs, hosts with a common NVLink."""
+    """Returns the slice index of a device; 0 if the device has none."""
     return getattr(device, "slice_index", None) or 0
 
 

@@ -120,7 +120,7 @@ class Policy:
 
 
 def at_step(state: State, step: int) -> State:
-    """Returns a state with another step count, also in the optimiser, whose schedules use it."""
+    """Returns the state with `step` as its step count, in the optimiser too."""
 
     def moved(leaf: Any) -> Any:
         if leaf.ndim > 0 or not jnp.issubdtype(leaf.dtype, jnp.integer):

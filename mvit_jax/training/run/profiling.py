@@ -33,10 +33,10 @@ class Profile:
         Args:
           folder: the workdir.
           window: first and last step to trace, counted from 1 at this start of the run. A window
-            beyond the end of the run is moved to the last steps. None for no trace.
+            that extends past the last step is moved back to end there. None for no trace.
           start: steps done before this start.
           steps: steps of the whole run.
-          log: called with a sentence on the folder of the trace, or on an error.
+          log: called with a message: the trace's folder, or the reason for no trace.
         """
         self._folder, self._log = to_path(folder) / "profile", log
         # JAX traces into local folders only: the trace of a run in a bucket is uploaded from here.
