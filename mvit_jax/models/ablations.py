@@ -1,7 +1,7 @@
 """The papers' ablations as overrides of a variant: `variant("mvit_b_16x4", **overrides)`.
 
-Results are on Kinetics-400, except for Table A.3 and Table 17 (ImageNet-1k). MViT's ablations use
-max pooling unless the setting names another mode.
+Results are on Kinetics-400, except for Table A.3 and Table 17 (ImageNet-1k). MViT's ablations on
+video use max pooling unless the setting names another mode.
 """
 
 from dataclasses import dataclass

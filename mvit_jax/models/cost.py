@@ -1,7 +1,8 @@
 """Formulas for an architecture's parameters and its multiply-adds per clip.
 
-Papers print multiply-adds as "FLOPs". One multiplication and its addition count as one, in linear
-layers, convolutions and attention products. Norms, softmax and GELU do not count.
+Papers print multiply-adds as "FLOPs". A multiplication and the addition after it count as one
+multiply-add. Linear layers, convolutions and attention products count; norms, softmax and GELU do
+not.
 """
 
 import math
@@ -13,7 +14,7 @@ from mvit_jax.models.plan import BlockGrids, BlockPlan, MViTConfig, grids, patch
 
 @dataclass(frozen=True)
 class Cost:
-    """Number of parameters, and of multiply-adds per clip."""
+    """The number of parameters and the number of multiply-adds per clip."""
 
     parameters: int
     multiply_adds: int
@@ -75,7 +76,7 @@ def _attention_cost(block: BlockPlan, grids: BlockGrids, class_token: bool) -> C
     for projected in (queries, keys, keys) if block.pool_first else (tokens_in,) * 3:
         total += _linear(block.width, a, projected, bias=block.qkv_bias)
     total += Cost(0, 2 * a * queries * keys)  # scores, and their product with the values
-    # Relative positional embeddings: a product of each query with each key index, per axis.
+    # Relative positional embeddings: a product of each query with one row per key index and axis.
     rows = block.relative_time + 2 * block.relative_space
     time, *space = grids.keys
     indices = (time if block.relative_time else 0) + (sum(space) if block.relative_space else 0)
@@ -101,9 +102,9 @@ def _linear(inputs: int, outputs: int, tokens: int, bias: bool = True) -> Cost:
 def products(program: Any) -> int:
     """Returns the multiply-adds of matrix products and convolutions in a traced program.
 
-    The body of a `scan` counts once per iteration. Of the branches of a `lax.cond`, the largest
-    counts. The body of a `while` counts once, as its number of iterations is unknown. Unlike
-    `cost`, this includes the products of the features that `attention.relative_features` appends.
+    The body of a `scan` counts once per iteration. A `lax.cond` counts as its most expensive
+    branch. The body of a `while` counts once, as its number of iterations is unknown. The product
+    of the query and key features from `attention.relative_features` counts too; `cost` omits it.
 
     Args:
       program: a jaxpr, or an object with the attribute `jaxpr`.

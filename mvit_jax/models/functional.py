@@ -1,8 +1,9 @@
 """The functional API: `model = functional(config)`, `model.init(key)`, `model.apply(...)`.
 
-Parameters are a nested dict with string keys, `params["blocks"]["3"]["attn"]`. A `Functional` holds
-the architecture, custom modules, dtype and implementation of the operations. It is hashable and may
-be a static argument of `jax.jit`; equal instances share compiled programs.
+Parameters are a nested dict with string keys, such as `params["blocks"]["3"]["attn"]`. A
+`Functional` holds the architecture, the custom modules, the dtype and the choice of implementations
+(`ops`). Instances are hashable and may be static arguments of `jax.jit`. Equal instances share
+compiled programs.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class Functional:
       block: a class with the signatures of `Block`, or None for `Block`.
       attention: a class with the signatures of `PooledAttention`, or None for `PooledAttention`.
       pooling: a class with the signatures of `ConvPool`, or None for the config's `pool_mode`.
-      dtype: of the computation; parameters are float32.
+      dtype: the dtype of the computation; parameters are float32.
       ops: "auto" for each platform's fastest implementations of the operations, or "reference" for
         their reference implementations.
     """
@@ -51,13 +52,13 @@ class Functional:
 
     @property
     def is_custom(self) -> bool:
-        """True with custom modules."""
+        """True if any module is custom."""
         return (self.block, self.attention, self.pooling) != (None, None, None)
 
     def init(self, key: Array) -> Params:
         """Returns float32 parameters, initialised from `key`."""
-        # An optimizer's update removes weak types (`jnp.full(shape, 0.1)` has one), which would
-        # compile the training step twice.
+        # Arrays such as `jnp.full(shape, 0.1)` are weakly typed. The optimizer's first update would
+        # make their types strong, so the training step would compile a second time.
         strong = lambda x: lax.convert_element_type(x, x.dtype)  # noqa: E731
         return jax.tree.map(strong, params_of(self._build(_Keys(key))))
 
@@ -71,13 +72,13 @@ class Functional:
         scan: bool = False,
         remat: str = "none",
     ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
-        """Returns logits and features of normalised clips, see `MViT.forward`.
+        """Returns logits and features of normalised clips; see `MViT.forward`.
 
         A `key` selects training mode, with drop path and dropout: block i draws from
         `fold_in(key, i)`. Without a key the model is in inference mode.
 
         Raises:
-          UserError: the parameters are of another architecture, or the clips have an unsupported
+          UserError: the parameters belong to another architecture, or the clips have an unsupported
             shape or dtype.
         """
         model = self.module(params)
@@ -87,7 +88,7 @@ class Functional:
         """Returns a module that shares the arrays of `params`.
 
         Raises:
-          UserError: the parameters are of another architecture.
+          UserError: the parameters belong to another architecture.
         """
         graph, abstract = _structure(self)
         difference = first_difference(nnx.to_pure_dict(abstract), params)
@@ -98,22 +99,22 @@ class Functional:
         return nnx.merge(graph, state)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every parameter by its path, as "blocks/3/attn/qkv/kernel"."""
+        """Returns the shape of every parameter by its path, like "blocks/3/attn/qkv/kernel"."""
         _, abstract = _structure(self)
         leaves = _by_path(nnx.to_pure_dict(abstract))
         return {path: tuple(leaves[path].shape) for path in sorted(leaves)}
 
     def cost(self) -> cost.Cost:
-        """Returns the parameters, and the multiply-adds of one clip of the configured size.
+        """Returns the numbers of parameters and of multiply-adds for a clip of the configured size.
 
-        Built-in modules are counted by formula. Custom modules are initialised and traced: every
-        product in the traced program counts (see `cost.products`).
+        The cost of built-in modules follows from formulas. A model with custom modules is traced
+        instead, and every product in the traced program counts (see `cost.products`).
         """
         if not self.is_custom:
             return cost.cost(self.config)
         c = self.config
         clip = jax.ShapeDtypeStruct((1, c.frames, c.size, c.size, 3), jnp.float32)
-        # "auto" would trace the implementations of all platforms and count them all.
+        # "auto" would trace every platform's implementation and count the most expensive one.
         model = dataclasses.replace(self, ops="reference")
         params = jax.eval_shape(model.init, jax.random.key(0))
         program = jax.make_jaxpr(lambda params, clip: model.apply(params, clip)[0])(params, clip)
@@ -135,10 +136,10 @@ def functional(
 ) -> Functional:
     """Returns a model without its parameters: architecture, custom modules, dtype and operations.
 
-    With `model = functional(config, attention=Mine)`, `model.init(key)` returns parameters, a
-    nested dict, and `model.apply(params, clips)` returns logits and features. See `Functional` for
-    the arguments and `docs/variants.md` for custom modules. `ops="reference"` selects the reference
-    implementations, which `jax.jvp` and `jax.hessian` can differentiate.
+    After `model = functional(config, attention=Mine)`, `model.init(key)` returns the parameters as
+    a nested dict, and `model.apply(params, clips)` returns logits and features. See `Functional`
+    for the arguments and `docs/variants.md` for custom modules. `ops="reference"` selects the
+    reference implementations, which `jax.jvp` and `jax.hessian` can differentiate.
     """
     return Functional(config, block, attention, pooling, jnp.dtype(dtype), ops)
 
@@ -160,7 +161,7 @@ def create_model(
     of `MViTConfig`; for custom modules see `MViT`.
 
     Raises:
-      UserError: there is no such variant, or no such field.
+      UserError: there is no such variant, no such field, or a value is out of range.
     """
     config = variant(name, **overrides)
     model = functional(
@@ -177,7 +178,8 @@ def params_of(module: nnx.Module) -> Params:
 def first_difference(model: Any, other: Any) -> str | None:
     """Returns a message on the first tensor whose shape differs between two trees, or None.
 
-    Leaves are arrays or abstract arrays; `model` is "this model" in the message.
+    Leaves are arrays or abstract arrays. The message calls the tree `model` "this model" and the
+    tree `other` "there".
     """
     shapes, other_shapes = (
         {path: list(leaf.shape) for path, leaf in _by_path(tree).items()} for tree in (model, other)
@@ -190,7 +192,8 @@ def first_difference(model: Any, other: Any) -> str | None:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    # flax's `flatten_dict` requires dicts; a checkpoint's metadata is none, and has integer keys.
+    # flax's `flatten_dict` accepts only dicts. A checkpoint's metadata is no dict and has integer
+    # keys.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
@@ -198,8 +201,8 @@ def _by_path(tree: Any) -> dict[str, Any]:
 class _Keys(nnx.Rngs):
     """A source of the same keys as `nnx.Rngs(params=key)`, with a Python counter.
 
-    The counter of `nnx.Rngs` is an array. While tracing, each draw takes longer than the last: two
-    minutes in all for the shapes of MViTv2-H (flax 0.12.8).
+    The counter of `nnx.Rngs` is an array, so during tracing each draw takes longer than the
+    previous one. The draws for the shapes of MViTv2-H took two minutes in all (flax 0.12.8).
     """
 
     def __init__(self, key: Array) -> None:

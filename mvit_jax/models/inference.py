@@ -16,7 +16,7 @@ from mvit_jax.models.functional import Functional, Params
 
 BUCKETS = (1, 2, 4, 8, 16)
 
-Colour = Sequence[float]  # a value each for red, green and blue
+Colour = Sequence[float]  # one value each for red, green and blue
 
 
 class Inference:
@@ -26,8 +26,8 @@ class Inference:
         logits = run(clips)  # float32 [batch, num_classes]
 
     The logits equal those of `apply`. The model is compiled once per batch size in `buckets`. A
-    batch is padded with zeros to the next bucket; a batch larger than all buckets is split. As
-    compilation takes longer than many clips, use few buckets. The weights of linear layers and
+    batch is padded with zeros to the next bucket; a batch larger than all buckets is split. Use few
+    buckets, as compiling takes longer than computing many clips. The weights of linear layers and
     convolutions are converted to `model.dtype` once, not for every batch.
     """
 
@@ -42,17 +42,19 @@ class Inference:
         devices: Sequence[Any] | None = None,
         **options: Any,
     ) -> None:
-        """Converts the parameters and places them on the devices; the first batch compiles.
+        """Converts the parameters and places them on the devices, if `devices` is set.
+
+        The first batch of each bucket's size compiles the model.
 
         Args:
-          model: computes in `model.dtype`; logits are always float32.
+          model: the model; logits are float32, or float64 if `model.dtype` is float64.
           params: from `model.init`, `params_of` or a checkpoint.
           mean: the mean of each colour, in [0, 1]; required for uint8 clips.
           std: the standard deviation of each colour; required with `mean`.
           buckets: the batch sizes to compile for.
           devices: the devices to shard batches over, such as `jax.devices()`. Parameters are
-            replicated, and buckets rounded up to multiples of the number of devices. None computes
-            on the device of `params`.
+            replicated, and buckets are rounded up to multiples of the number of devices. None
+            computes on the device of `params`.
           **options: passed to `model.apply`.
 
         Raises:
@@ -82,9 +84,8 @@ class Inference:
         """Returns the logits of `[batch, T, H, W, 3]` clips or `[batch, H, W, 3]` images.
 
         Clips are floats, normalised to (value / 255 - mean) / std, or uint8 if `mean` and `std` are
-        set.
-        Computation is asynchronous, as always in JAX: prepare the next batch before reading the
-        logits of the last.
+        set. Computation is asynchronous, as always in JAX: prepare the next batch before
+        reading the logits of the current batch.
 
         Raises:
           UserError: the clips have an unsupported shape or dtype.
@@ -106,7 +107,8 @@ class Inference:
         count = len(clips)
         missing = next(size for size in self.buckets if size >= count) - count
         if missing:
-            # NumPy arrays are padded on the host: a device would compile a program per batch size.
+            # NumPy arrays are padded on the host. Padding on a device would compile one program
+            # per batch size.
             pad = np.pad if isinstance(clips, np.ndarray) else jnp.pad
             clips = pad(clips, [(0, missing), *[(0, 0)] * (clips.ndim - 1)])
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
@@ -141,7 +143,8 @@ def with_dtype(params: Params, dtype: Any) -> Params:
     """Returns parameters with the kernels and biases of linear layers and convolutions in `dtype`.
 
     Results stay the same, bit for bit, as the model converts these parameters before using them.
-    Norms compute in float32, and positional embeddings are interpolated first: both stay as is.
+    All other parameters are returned as is: norms compute in float32, and positional embeddings are
+    interpolated before the model converts them.
     """
     convert = functools.partial(jnp.asarray, dtype=dtype)
     return {
@@ -157,7 +160,7 @@ def with_dtype(params: Params, dtype: Any) -> Params:
 def normalise(
     clip: UInt8[Array, "*batch 3"], mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
 ) -> Float[Array, "*batch 3"]:
-    """Returns (value / 255 - mean) / std of uint8 values, per colour channel."""
+    """Returns uint8 values normalised to (value / 255 - mean) / std, per colour channel."""
     shape = (1,) * (clip.ndim - 1) + (3,)
     scale = jnp.asarray([1 / (255 * s) for s in std], dtype).reshape(shape)
     offset = jnp.asarray([m / s for m, s in zip(mean, std, strict=True)], dtype)

@@ -1,4 +1,4 @@
-"""Layers that the blocks share: linear layers, layer norm, stochastic depth; and the head."""
+"""The small layers of the model: linear layers, layer norm, stochastic depth and the head."""
 
 import functools
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from mvit_jax.models.ops.attention import Tokens
 from mvit_jax.models.ops.layer_norm import Rows, layer_norm
 from mvit_jax.models.plan import MViTConfig
 
-# Of linear weights, positional embeddings and class token (reference code).
+# Standard deviation of initial linear weights, positional embeddings and class token (reference
+# code).
 INITIAL_STD = 0.02
 linear_init = nnx.initializers.truncated_normal(INITIAL_STD)
-# PyTorch's default for convolutions, weight and bias alike: uniform within 1 / sqrt(fan in).
+# PyTorch's default for weights and biases of convolutions: uniform up to +-1 / sqrt(fan in).
 conv_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -57,13 +58,13 @@ class ClassificationHead(nnx.Module):
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-# Stochastic depth (drop path): a block's branch is dropped for a random part of the clips.
+# Stochastic depth (drop path): a block's branch is dropped for randomly chosen clips.
 
 
 def fold_keys(key: Array | None, count: int) -> Sequence[Array | None]:
     """Returns `fold_in(key, i)` for i < count, or Nones without a `key`.
 
-    A single vmapped operation makes all keys, which compiles as fast as one key.
+    One vmapped operation makes all keys, and compiles as fast as a single `fold_in`.
     """
     return [None] * count if key is None else list(_folded(key, count))
 
@@ -75,7 +76,7 @@ def _folded(key: Array, count: int) -> Array:
 def drop_path_masks(key: Array | None, rate: Any, clips: Any) -> Sequence[Array | None]:
     """Draws one mask `[clips, 1, 1]` for each of a block's two branches: True keeps the branch.
 
-    Each entry is True with probability 1 - `rate`. A None instead of a mask stands for all True.
+    Each entry is True with probability 1 - `rate`. None stands for a mask that is True throughout.
     """
     if key is None or (isinstance(rate, float | int) and rate == 0):
         return None, None

@@ -6,7 +6,8 @@ queries, adaptive key/value strides, skip connections and relative positional em
 * MViT, Fan et al. 2021 (arXiv 2104.11227), section 3;
 * MViTv2, Li et al. 2022 (arXiv 2112.01526), section 4 and appendix B.1.
 
-`cost.py` counts parameters and multiply-adds of a plan; `python -m mvit_jax.describe` prints them.
+`cost.py` counts the parameters and multiply-adds of an architecture, and
+`python -m mvit_jax.describe` prints these counts.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class MViTConfig:
     `size` set the sizes of the positional embeddings; a model runs on clips of other sizes too.
     """
 
-    frames: int = 16  # of a clip
+    frames: int = 16  # per clip
     size: int = 224  # side of the square crop, pixels
     num_classes: int = 400
     patch_kernel: Triple = (3, 7, 7)  # of the patch embedding
@@ -52,29 +53,30 @@ class MViTConfig:
     mlp_ratio: int = 4  # hidden channels of the MLP, as a multiple of the width
     # "conv" shares its weights between heads; "conv_unshared" does not, and requires pool_first.
     pool_mode: Literal["conv", "conv_unshared", "max", "avg"] = "conv"
-    # None selects the papers' kernel: 3x3x3 for convolutions, stride + 1 for "max" and "avg" (MViT,
-    # Table 15). A rule such as "stride + 1" applies to each axis with a stride above 1.
+    # None selects the papers' kernel: 3x3x3 for convolutions (1x3x3 for images), stride + 1 for
+    # "max" and "avg" (MViT, Table 15). A rule such as "stride + 1" applies to each axis with a
+    # stride above 1; the kernel is 1 along the other axes.
     pool_kernel: Triple | KernelRule | None = None
-    q_kernels: tuple[Triple, ...] = ()  # pooling kernels per block, in place of pool_kernel
+    q_kernels: tuple[Triple, ...] = ()  # of each block, instead of pool_kernel
     kv_kernels: tuple[Triple, ...] = ()  # likewise; (1, 1, 1) with stride 1 means no pooling
     q_stride: Triple = (1, 2, 2)  # in the first block of stages 2, 3, ...
     full_q_pool: bool = False  # pool queries in every block, also with stride 1 (MViTv2, 4.1)
     kv_stride: Triple = (1, 8, 8)  # in the first stage
-    kv_adaptive: bool = True  # each q_stride divides kv_stride (MViT, section 3.2 and Table 14)
+    kv_adaptive: bool = True  # divide kv_stride by each q_stride (MViT, section 3.2, Table 14)
     pool_first: bool = False  # pool before the projections to Q, K and V
     pool_norm_eps: float = 1e-6  # of the norms after pooling; 1e-5 in PyTorchVideo 0.1
     separate_qkv: bool = False  # three linear layers for Q, K and V; implied by pool_first
     qkv_bias: bool = True  # biases of the projections to Q, K and V
-    # Decomposed relative positional embeddings (MViTv2, equation 4): of height and width, time, or
-    # both.
+    # Decomposed relative positional embeddings (MViTv2, equation 4). "space" has one along height
+    # and one along width.
     relative_positions: Literal["none", "space", "time", "both"] = "none"
-    # Library whose order of float32 operations the truncated distances follow. The orders differ
-    # only if neither of the query and key grids is a multiple of the other.
+    # Library whose order of float32 operations decides how distances are truncated. The order
+    # matters only if neither the query grid nor the key grid is a multiple of the other.
     relative_distances: Literal["slowfast", "torchvision"] = "slowfast"
-    # Residual pooling, adding the pooled queries to the attention's output (MViTv2, section 4.1):
-    # on the grid's tokens, or on all tokens, class token included (timm).
+    # Residual pooling adds the pooled queries to the attention's output (MViTv2, section 4.1):
+    # "grid" for all tokens but the class token, "all" for the class token too (timm).
     residual_pool: Literal["none", "grid", "all"] = "none"
-    mean_pooling: bool = False  # the head reads the norm of the grid's mean (MaskFeat)
+    mean_pooling: bool = False  # the head reads the grid's mean, then normalised (MaskFeat)
     drop_path: float = 0.2  # rate of the last block; rises linearly from 0 at the first
     dropout: float = 0.5  # before the classifier
 
@@ -136,7 +138,7 @@ class BlockPlan:
 
     @property
     def pooled_width(self) -> int:
-        """The width of each of the three tensors that are pooled."""
+        """The channels that pooling acts on: of Q, K and V, or of the input with `pool_first`."""
         return self.width if self.pool_first else self.attention_width
 
     def output(self, grid: Triple) -> Triple:
@@ -169,8 +171,8 @@ def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
             first = i == 0 and stage > 0
             q_stride = config.q_stride if first else (1, 1, 1)
             if config.kv_adaptive:
-                # The number of keys stays about the same through the stages: a grid that the
-                # queries' stride has shrunk needs a smaller stride for the keys.
+                # A smaller stride for the smaller grids of later stages keeps the number of keys
+                # about the same. A stage's first block has more keys: its input grid is larger.
                 kv_stride = _triple(
                     max(kv // q, 1) for kv, q in zip(kv_stride, q_stride, strict=True)
                 )
@@ -218,7 +220,7 @@ def patch_grid(config: MViTConfig, frames: int, height: int, width: int) -> Trip
     """Returns the token grid of a clip after the patch embedding.
 
     Raises:
-      UserError: an axis has no token.
+      UserError: the clip is too small and leaves no token.
     """
     size = (frames, height, width)
     grid = conv_output(size, config.patch_kernel, config.patch_stride, config.patch_padding)
@@ -231,7 +233,7 @@ def grids(config: MViTConfig, frames: int, height: int, width: int) -> tuple[Blo
     """Returns the token grids of every block for clips of `frames` x `height` x `width` pixels.
 
     Raises:
-      UserError: a block has no token.
+      UserError: the clip is too small and leaves some block no token.
     """
     rows = _grids(config, (frames, height, width))
     if rows is None:
@@ -279,7 +281,7 @@ def _too_small(config: MViTConfig, size: Triple) -> UserError:
 
 
 def _widths(config: MViTConfig, stage: int, i: int) -> tuple[int, int, int, int]:
-    """Returns the widths in, of the attention and out, and the heads, of block `i` of a stage."""
+    """Returns input width, attention width, output width and heads of block `i` of a stage."""
     width = config.width * config.growth**stage
     heads = config.heads * config.growth**stage
     if config.expand == "attention":
@@ -291,7 +293,7 @@ def _widths(config: MViTConfig, stage: int, i: int) -> tuple[int, int, int, int]
 def _relative_rows(
     config: MViTConfig, grid: Triple, q_stride: Triple, kv_stride: Triple
 ) -> tuple[int, int]:
-    """Returns the rows of the relative positional embeddings: along time, and height or width."""
+    """Returns the numbers of relative positional embeddings: along time, and per axis of space."""
     kind = config.relative_positions
     side = max(grid[1:])
     longest = max(side // q_stride[1], side // kv_stride[1], 1)
@@ -322,7 +324,11 @@ def _pool(config: MViTConfig, kernel: Triple, stride: Triple, heads: int) -> Poo
 
 
 def _skip_pool(config: MViTConfig, q_stride: Triple) -> Pool | None:
-    """Returns the skip connection's pool: max in every mode, kernel stride + 1 (reference code)."""
+    """Returns the skip connection's pool, or None for stride 1.
+
+    The skip connection is max-pooled in every mode. The kernel is stride + 1 (reference code), or
+    the stride if `pool_kernel` is "stride".
+    """
     if math.prod(q_stride) == 1:
         return None
     disjoint = config.pool_kernel == "stride"
@@ -335,7 +341,7 @@ def _triple(values) -> Triple:
     return (t, h, w)
 
 
-# Checks of configured values, which would otherwise fail late, within the shape arithmetic.
+# Checks of configured values. Without them, invalid values would fail later, in shape arithmetic.
 
 
 def _check(config: MViTConfig) -> None:
@@ -368,8 +374,7 @@ def _check(config: MViTConfig) -> None:
 
 
 def _check_skips(config: MViTConfig) -> None:
-    # With padding kernel // 2, an even kernel yields one position more than an odd one on some
-    # grids.
+    # With padding kernel // 2, even kernels yield one position more than odd kernels on some grids.
     for i, block in enumerate(plan(config)):
         if block.skip_pool is None:
             if block.q_pool and any(k % 2 == 0 for k in block.q_pool.kernel):

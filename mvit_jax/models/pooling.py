@@ -79,7 +79,7 @@ def pooled(module: Callable[..., Any] | None, pool: Pool | None, x: Tokens, grid
     """Returns the tokens pooled by `module`, or the tokens themselves without a `pool`.
 
     Raises:
-      UserError: the module returns another number of tokens than `pool.output(grid)` has.
+      UserError: the module returns a number of tokens that does not fit `pool.output(grid)`.
     """
     if module is None or pool is None:
         return x

@@ -1,7 +1,7 @@
 """Absolute and relative positional embeddings for token grids of any size.
 
-Positional embeddings have the size of the configured grid. For other grids they are interpolated
-linearly along each axis, with pixel centres at half-integers, as in the reference code.
+The stored embeddings fit the configured grid. For other grids they are interpolated linearly along
+each axis, with pixel centres at half-integers, as in the reference code.
 """
 
 import functools
@@ -24,9 +24,9 @@ def _embedding(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
 class Positions(nnx.Module):
     """Adds absolute positional embeddings to tokens and prepends the class token.
 
-    `config.positions` selects the kind (MViT, Table 11): "separate", the sum of an embedding of
-    space and one of time (section 4.1); "joint", one of space-time; "space", space alone; "sincos",
-    fixed sines and cosines; or "none".
+    `config.positions` selects the kind (MViT, Table 11). "separate" adds an embedding of space and
+    an embedding of time (section 4.1). "joint" has one embedding for each position in space-time.
+    "space" embeds space alone, and "sincos" uses fixed sines and cosines.
     """
 
     def __init__(self, config: MViTConfig, *, dtype, rngs: nnx.Rngs) -> None:
@@ -98,14 +98,14 @@ class RelativePositions(nnx.Module):
 def distances(queries: int, keys: int, order: str) -> Int[np.ndarray, "queries keys"]:
     """Returns the index of the relative positional embedding of each pair of query and key.
 
-    There are 2 max(queries, keys) - 1 embeddings. Indices are scaled to the finer grid, and their
-    distance is truncated to an integer. Where one grid is no multiple of the other (at 312 pixels,
-    78 queries and 10 keys), rounding decides the index. The float32 operations therefore follow the
-    order of the library that `order` names.
+    There are 2 max(queries, keys) - 1 embeddings. Positions are scaled to the finer grid, and their
+    distance is truncated to an integer. Where neither grid is a multiple of the other (78 queries
+    and 10 keys, at 312 pixels), float32 rounding can decide the index. The operations therefore
+    follow the order of the library that `order` names.
 
     Args:
-      queries: positions along the axis of the queries' grid.
-      keys: positions along the axis of the keys' grid.
+      queries: number of query positions along the axis.
+      keys: number of key positions along the axis.
       order: "slowfast" or "torchvision", as `MViTConfig.relative_distances`.
     """
     f = np.float32
@@ -117,7 +117,7 @@ def distances(queries: int, keys: int, order: str) -> Int[np.ndarray, "queries k
 
 
 def resize(values: Array, length: int, axis: int) -> Array:
-    """Returns `values` interpolated linearly to `length` along `axis`; as is at equal length."""
+    """Returns `values` interpolated linearly to `length` along `axis`, if the length differs."""
     if values.shape[axis] == length:
         return values
     weights = jnp.asarray(linear_weights(values.shape[axis], length), values.dtype)
@@ -129,7 +129,7 @@ def resize(values: Array, length: int, axis: int) -> Array:
 def linear_weights(old: int, new: int) -> Float[np.ndarray, "{new} {old}"]:
     """Returns the matrix of linear interpolation: row i has the weights of output i.
 
-    Positions beyond the first and last pixel centre repeat the end values.
+    Outputs beyond the first and the last pixel centre repeat the end values.
     """
     positions = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(old)[None]))

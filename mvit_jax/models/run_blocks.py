@@ -1,7 +1,7 @@
-"""Runs the blocks, optionally scanning over identical ones, under a rematerialisation policy.
+"""Execution of the blocks: scans over identical blocks, and rematerialisation policies.
 
-Saved activations dominate the memory of a training step; identical blocks dominate its compile
-time. Neither the scan nor the policy changes results.
+Saved activations take most of the memory of a training step, and identical blocks most of its
+compile time. Neither the scan nor the policy changes results.
 """
 
 import functools
@@ -20,8 +20,9 @@ from mvit_jax.models.ops.attention import SAVED, Record, Tokens
 from mvit_jax.models.ops.dispatch import keep_batch_sharded
 from mvit_jax.models.plan import BlockPlan, Triple
 
-# Rematerialisation policies: nothing; norms, activation functions and drop path ("cheap"); blocks
-# on the first stage's grid, which have most of the saved activations; all blocks.
+# Rematerialisation policies. "cheap" rematerialises norms, activation functions and drop path.
+# "first_stage" rematerialises the blocks whose input is on the first stage's grid, which have most
+# of the saved activations. "blocks" rematerialises all blocks.
 REMAT = ("none", "cheap", "first_stage", "blocks")
 
 
@@ -39,14 +40,15 @@ def run(
     """Runs tokens on `grid` through all blocks.
 
     Args:
-      blocks: called with (tokens, grid, key), and `record=` with `capture`.
+      blocks: callables of (tokens, grid, key); `capture` also passes `record=`.
       plans: the plan of each block.
       x: the tokens, class token first.
       grid: the grid of `x`.
       keys: a PRNG key for each block, or Nones for inference.
       capture: captures each block's intermediates; turns `scan` off.
-      scan: runs consecutive identical blocks as one loop, which compiles faster. CPUs run loops'
-        backward passes slowly. Blocks that a loop cannot run (see `_loop_end`) run one by one.
+      scan: runs consecutive identical blocks as one loop, which compiles faster. On CPUs, the
+        backward pass of a loop is slow. Blocks that a loop cannot run (see `_loop_end`) run one by
+        one.
       remat: a policy of `REMAT`.
 
     Returns:
@@ -54,7 +56,8 @@ def run(
       `capture` a record of intermediates per block.
 
     Raises:
-      UserError: a block returns another number of tokens than its plan's grid has.
+      UserError: a block returns a number of tokens that does not fit its plan's output grid.
+      ValueError: `remat` is not in `REMAT`.
     """
     if remat not in REMAT:
         raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")
@@ -99,10 +102,11 @@ def _loop_end(
     key: Array | None,
     call: Callable,
 ) -> int:
-    """Returns the end of the longest loop that begins with block `start`; `start + 1` for none.
+    """Returns the index after the last block that one loop from block `start` can run.
 
-    Equal plans do not suffice for custom blocks. Their modules must be equal except for weights and
-    drop path rates. Called with array rates, a block must keep the shape and dtype of its tokens.
+    `start + 1` means no loop. Equal plans do not suffice for custom blocks: their modules must be
+    equal except for weights and drop path rates. With rates that are arrays, as in the loop, a
+    block must run and keep the shape and dtype of its tokens.
     """
     plan = plans[start]
     equal_plans = itertools.takewhile(lambda other: other == plan, plans[start:])
@@ -124,8 +128,8 @@ def _loop_end(
 def _structure(block: Any) -> Any:
     """Returns a block's structure without weights and drop path rates, for comparison.
 
-    A block that is no `nnx.Module`, or has state other than weights, equals no other block: a loop
-    would not update such state (statistics, counters).
+    A block that is not an `nnx.Module`, or has state other than weights, equals no other block. A
+    loop would not update other state, such as statistics and counters.
     """
     if not isinstance(block, nnx.Module):
         return object()
@@ -154,7 +158,7 @@ def _call(block, x: Tokens, key: Array | None, *, grid: Triple, remat: str, **re
 
 
 def _loop(blocks: Sequence[Any], x: Tokens, keys: Sequence[Array | None], call: Callable) -> Tokens:
-    """Runs identical blocks, which leave the grid as it is, as one scan over stacked parameters."""
+    """Runs identical blocks, which keep the grid, as one scan over stacked parameters."""
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(b) for b in blocks))
     rates = [[module.drop_path for module in _with_rate(block)] for block in blocks]
     stacked = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])

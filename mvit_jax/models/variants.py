@@ -120,7 +120,7 @@ VARIANTS: dict[str, MViTConfig] = {
 
 @dataclass(frozen=True)
 class Published:
-    """A paper's row: parameters in millions, multiply-adds of a view in billions, accuracy in %.
+    """A published result: millions of parameters, billions of multiply-adds per view, top-1 in %.
 
     `why` explains a difference of more than 1 % from our counts, or is empty.
     """
@@ -201,7 +201,7 @@ class Preprocessing:
     frames: int  # T; 1 for images
     stride: int  # tau, the step between sampled frames at 30 frames a second
     size: int  # side of the square crop, pixels
-    short_side: int  # short side of a frame when scaled, before the centre crop, pixels
+    short_side: int  # short side of the scaled frame, before the centre crop, pixels
     mean: tuple[float, float, float]  # of red, green, blue in [0, 1]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]  # bicubic is antialiased, as in PIL
@@ -213,7 +213,7 @@ def preprocessing(name: str, /, **overrides: Any) -> Preprocessing:
     The short side is size / 0.875, rounded down: 256 for crops of 224 pixels, 356 for 312.
 
     Raises:
-      UserError: there is no such variant, or no such field.
+      UserError: there is no such variant, no such field, or a value is out of range.
     """
     config = variant(name, **overrides)
     image = VARIANTS[name].frames == 1
@@ -246,9 +246,12 @@ def variant(name: str, /, **overrides: Any) -> MViTConfig:
 
 
 def override(text: str) -> tuple[str, Any]:
-    """Returns field and value of the command line's "field=value".
+    """Returns the field and the value of a command-line argument "field=value".
 
-    A value that is no Python literal stays a string.
+    A value that is not a Python literal stays a string.
+
+    Raises:
+      UserError: the text has no "=".
     """
     name, equals, value = text.partition("=")
     if not equals:

@@ -1,10 +1,11 @@
 """Multi-head pooling attention (MViT, section 3.1), as functions on arrays.
 
 Tokens are one sequence `[batch, 1 + THW, channels]`, class token first, or `[batch, THW, channels]`
-in models without a class token. Functions get the grid (T, H, W) as a separate argument, and only
-pooling reshapes tokens to their grid. A class token in a separate array would double the operations
-to compile. It would also move 1 to 20 % more bytes in a TPU's training step: 42.2 GB with a flat
-grid, against 41.8 GB (4 clips of MViT-B 16x4, compiled for v5e, 2026-11-22,
+in models without a class token. Functions get the grid (T, H, W) as a separate argument.
+
+A class token in a separate array would double the number of operations to compile. A TPU's training
+step would also move 1 to 20 % more bytes, depending on the layout: 42.2 GB with the other tokens as
+one sequence, against 41.8 GB here (4 clips of MViT-B 16x4, compiled for v5e, 2026-11-22,
 `benchmarks/token_layout.py`).
 """
 
@@ -30,7 +31,7 @@ from mvit_jax.models.ops.dispatch import (
 )
 from mvit_jax.models.plan import Triple
 
-# Leading underscores leave jaxtyping's sizes unbound: inputs and outputs of a function differ.
+# Leading underscores disable jaxtyping's check that a size is equal in all arguments and outputs.
 Tokens = Float[Array, "batch _tokens _channels"]
 QueryFeatures = Float[Array, "batch _queries _heads _features"]
 KeyFeatures = Float[Array, "_keys _features"]
@@ -39,7 +40,7 @@ Record = dict[str, Array]  # the captured intermediates of a block's attention
 
 
 def mark_saved(x: Any) -> Any:
-    """Marks activations that are expensive to compute: `remat="cheap"` saves them."""
+    """Marks activations that are expensive to compute, so that `remat="cheap"` saves them."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, SAVED), x)
 
 
@@ -79,15 +80,16 @@ def relative_features(
 ) -> tuple[QueryFeatures, KeyFeatures]:
     """Returns relative positional embeddings as features of queries and keys (MViTv2, equation 4).
 
-    Equation 4 adds q.R to each score, for the distance along each axis. A dot product of appended
-    features computes this sum. The features of a query are its q.R for each key index along each
-    axis; the features of a key are the one-hot vectors of its indices. No array of all pairs is
-    needed, so fused attention kernels can be used. The queries in q.R are not scaled, as in the
-    reference code and unlike in the paper. The class token's features are zeros.
+    For each axis, equation 4 adds to a score the product q.R of the query q with the embedding R of
+    the distance from query to key. Features appended to q and the key add these products within the
+    score's dot product. A query's features are its products q.R for every key index along each
+    axis. A key's features are its indices along the axes, as one-hot vectors. No array of all
+    query-key pairs is needed, so fused attention kernels can be used. The q in q.R is not scaled,
+    as in the reference code and unlike in the paper. The class token's features are zeros.
 
     Args:
       queries: pooled and normalised queries, class token first.
-      tables: the rows R for each pair of query and key index, for some of the axes "time",
+      tables: the embeddings R for each pair of query and key index, by axis: any of "time",
         "height" and "width".
       query_grid: (T, H, W) of the queries.
       key_grid: (T, H, W) of the keys.
@@ -169,8 +171,8 @@ def _by_head(queries, keys, values, by_query, by_key, heads: int) -> tuple[Array
     return q, k, v
 
 
-# An operation whose implementation is chosen when a program is lowered for a platform, in the
-# forward and the backward pass alike.
+# The implementation of `fused` is chosen when a program is lowered for a platform, for the forward
+# and for the backward pass.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -196,7 +198,7 @@ def _fused_forward(queries, keys, values, by_query, by_key, heads: int):
 
     # `platform_dependent` requires equal outputs; only the CPU implementation saves the softmax.
     def without_softmax(function):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), softmax)  # XLA allocates none
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), softmax)  # not allocated
         return lambda *arrays: (function(*arrays), zeros)
 
     implementations: dict[str, Callable] = {"cpu": on_cpu}
@@ -266,7 +268,8 @@ def _cudnn(queries, keys, values, by_query, by_key, heads: int):
     """Computes attention by cuDNN, with relative positional features appended.
 
     cuDNN requires one width for Q, K and V, a multiple of 8. Its gradients require even numbers of
-    queries and keys. Zeros pad all three, and sequence lengths mask padded tokens.
+    queries and keys. Q, K and V are padded with zeros to fit, and sequence lengths mask the padded
+    tokens.
     """
     q, k, v = _by_head(queries, keys, values, by_query, by_key, heads)
     width = -(-q.shape[-1] // 8) * 8

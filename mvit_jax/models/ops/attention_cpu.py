@@ -1,12 +1,12 @@
-"""softmax(Q K^T) V on CPUs, by blocks of queries whose scores stay in cache.
+"""softmax(Q K^T) V on CPUs, in blocks of queries whose scores stay in cache.
 
-Materialised scores pass through memory six times in a training step. In MViT's early blocks they
-are the largest tensor (79 MB for a clip in block 1 of MViT-B 16x4). Here a loop runs over blocks of
-queries, and the backward pass rematerialises the softmax, so scores never reach memory. If all
-scores fit into the cache, the softmax is saved for the backward pass instead.
+In a training step, materialised scores pass through memory six times. In MViT's early blocks,
+scores are the largest tensor (79 MB for a clip in block 1 of MViT-B 16x4). Here a loop runs over
+blocks of queries, and the backward pass rematerialises the softmax, so scores never reach memory.
+If all scores fit into the cache, the softmax is saved for the backward pass instead.
 
-Both ways divide the much smaller outputs, not the scores, by the softmax's sums. The softmax's
-gradient needs no sum over scores: sum(P * dP) equals sum(O * dO) in each row.
+In both cases the outputs are divided by the softmax's sums, as outputs are much smaller than
+scores. The softmax's gradient needs no sum over scores: sum(P * dP) equals sum(O * dO) in each row.
 
 Processor time of MViT-B 16x4's attention, relative to the reference implementation with XLA's
 gradients (2 cores, float32, 2026-11-23):
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Scores of a block of queries: 4 MB in float32. A quarter takes up to 1.2 times as long; twice as
-# many take the same time.
+# Number of scores in a block of queries, 4 MB in float32. Blocks of a quarter of this size take up
+# to 1.2 times as long; blocks of twice this size take the same time.
 BLOCK_SCORES = 2**20
 # Maximum number of scores whose softmax is saved: 20 MB in float32.
 SAVED_SCORES = 5 * 2**20
@@ -46,8 +46,8 @@ def forward(
 ) -> tuple[Queries, Softmax]:
     """Returns softmax(Q K^T + by_query by_key^T) V for each head, and the softmax for `backward`.
 
-    Queries must be scaled. Unlike in the reference implementation, probabilities are rounded to the
-    values' dtype before normalisation.
+    Queries must be scaled. Unlike the reference implementation, this one rounds the softmax's
+    numerators to the inputs' dtype, and normalises only the output.
     """
     q, k = _with_features(queries, keys, by_query, by_key, heads)
     v = _split(values, heads)
@@ -109,8 +109,8 @@ def _out(weights, scale, v) -> Array:
 def _gradients(q, k, v, weights, scale, out, do) -> tuple[Array, Array, Array]:
     """Returns the gradients of q, `[batch, heads, queries, dim]`, and of k and v, transposed.
 
-    Gradients of k and v are `[batch, heads, dim, keys]`, which avoids transposing the scores, the
-    largest operand of their products.
+    The gradients of k and v are `[batch, heads, dim, keys]`. Computing them in this layout avoids a
+    transpose of the scores, the largest operand.
     """
     do = do * scale
     row_sums = (do * out).sum(-1, keepdims=True)

@@ -1,13 +1,14 @@
 """softmax(Q K^T) V on TPUs, as Pallas kernels that never write scores to HBM.
 
-Pooled keys are few: 393 in every stage of MViT-B 16x4, 2,421 in the largest variant. All keys and
-values of a clip therefore stay in VMEM while the kernel visits blocks of queries. Each row of
-scores is complete, so no online softmax is needed. The forward pass saves only its inputs, and the
-backward kernel rematerialises the softmax: a TPU has arithmetic to spare, while memory traffic
-bounds the step. Heads stay side by side in the channels, as in the projections, without transposes.
+Pooled keys are few. Most blocks of MViT-B 16x4 have 393, and the first blocks of stages 2 to 4 have
+1,569; in MViTv2-L 40x3 at 352 pixels these are 2,421 and 9,681. All keys and values of a clip
+therefore stay in VMEM while the kernel visits blocks of queries. Each row of scores is complete, so
+no online softmax is needed. The backward kernel rematerialises the softmax from the inputs: a TPU
+has arithmetic to spare, while memory traffic bounds the step. Heads stay side by side in the
+channels, as the projections produce them, so nothing is transposed.
 
-Relative positional embeddings are a second product in the kernel, of the features from
-`attention.relative_features`.
+Relative positional embeddings are a second product in the kernel: query features times key features
+(see `attention.relative_features`).
 """
 
 import functools
@@ -27,17 +28,17 @@ Keys = Float[Array, "batch keys channels"]
 
 
 def vmem_budget() -> int:
-    """Returns the bytes of VMEM that a kernel may use; larger cases run without kernels."""
+    """Returns the bytes of VMEM that a kernel may use; operations that need more use no kernel."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     large = kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3", "TPU v4")
-    return 2**20 * (48 if large else 14)  # of at least 64 MiB, or of 16 MiB (also if unknown)
+    return 2**20 * (48 if large else 14)  # of 64 MiB or more, or of 16 MiB (old or unknown)
 
 
 def fits(queries: Queries, keys: Keys) -> bool:
     """Returns True if the kernels support the dtype and their buffers fit into VMEM.
 
-    The backward kernel's buffers count, as they are larger than the forward kernel's.
+    The buffers are those of the backward kernel, which needs more than the forward kernel.
     """
     count, channels, itemsize = keys.shape[1], keys.shape[2], keys.dtype.itemsize
     # Keys and values, double-buffered, and their gradients.
@@ -70,8 +71,8 @@ def forward(
 ) -> Queries:
     """Returns softmax(Q K^T + by_query by_key^T) V for each head.
 
-    Queries must be scaled. Unlike in the reference implementation, probabilities are rounded to the
-    values' dtype before normalisation.
+    Queries must be scaled. Unlike the reference implementation, this one rounds the softmax's
+    numerators to the values' dtype, and normalises only the output.
     """
     arrays = _named(queries, keys, values, by_query, by_key)
     return _call(_forward, arrays, {"o": queries}, heads, interpret)[0]
@@ -106,7 +107,7 @@ def _named(queries, keys, values, by_query, by_key) -> dict[str, Array]:
 
 
 def _call(kernel, arrays: dict, outputs: dict, heads: int, interpret: bool):
-    """Runs a kernel for each clip and block of queries; it gets a dict of refs."""
+    """Runs a kernel for each clip and block of queries, with a dict of refs as its argument."""
     batch, queries, channels = arrays["q"].shape
     keys = arrays["k"].shape[1]
     block = block_of(queries, keys)
@@ -200,7 +201,7 @@ def _put(ref, head: int, heads: int, value, add: bool = False) -> None:
 
 
 def _dot(a, b, axes):
-    # Pallas supports two precisions, HIGHEST for float32 alone; "high" is rounded up to it.
+    # Pallas supports only DEFAULT, and HIGHEST for float32: "high" becomes HIGHEST.
     setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     exact = a.dtype == jnp.float32 and setting in ("high", "highest", "tensorfloat32", "float32")
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT

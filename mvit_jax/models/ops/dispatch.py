@@ -1,7 +1,7 @@
 """Selection of the implementation of each operation, and sharding of batches and kernels.
 
-An operation has a reference implementation and faster ones for some platforms. The mesh is the one
-entered by `jax.set_mesh`; without a mesh, a program runs on one device.
+An operation has a reference implementation and faster implementations for some platforms. The mesh
+is set by `jax.set_mesh`; without a mesh, a program runs on one device.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ _KERNELS = contextvars.ContextVar("kernels", default=True)
 def operations(ops: str) -> Iterator[None]:
     """Selects the implementations that are traced inside this context.
 
-    A model enters this context whenever it is called, so a cached trace always has its setting.
+    Every call of a model enters this context, so tracing always uses the model's own setting.
 
     Args:
-      ops: "auto" for the platform's fastest implementations, "reference" for the reference ones.
+      ops: "auto" for the platform's fastest implementations, or "reference".
     """
     token = _OPS.set(ops)
     try:
@@ -63,7 +63,7 @@ def kernels_allowed() -> bool:
 def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
     """Returns `kernel`, which has no gradient, with the gradient of `plain`.
 
-    Second derivatives need it: they differentiate the forward and backward kernels.
+    Second derivatives need this gradient, as they differentiate the forward and backward kernels.
     """
     function = jax.custom_vjp(kernel)
     function.defvjp(
@@ -74,7 +74,7 @@ def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
 
 
 def saving_inputs(function: Callable) -> Callable:
-    """Returns the forward pass of a `jax.custom_vjp` of two arrays that saves both arrays."""
+    """Returns the forward pass of a `jax.custom_vjp` that saves its two array arguments."""
     return lambda x, weight, *fixed: (function(x, weight, *fixed), (x, weight))
 
 
@@ -84,7 +84,7 @@ def batch_axes() -> tuple[str, ...]:
 
 
 def batch_is_divisible(batch: Any) -> bool:
-    """Returns True if kernels can run on a batch of this size, divisible by the batch's shards.
+    """Returns True if kernels can run on a batch of this size, divisible by the number of shards.
 
     Returns False for an exported program's symbolic batch size, for a mesh whose axes are not all
     `AxisType.Auto`, and inside `without_kernels`.
@@ -98,7 +98,7 @@ def batch_is_divisible(batch: Any) -> bool:
 
 
 def batch_is_sharded() -> bool:
-    """Returns True if the mesh has several devices along the batch."""
+    """Returns True if the mesh shards the batch over several devices."""
     return _batch_shards() > 1
 
 
@@ -108,9 +108,9 @@ def _batch_shards() -> int:
 
 
 def on_each_device(function: Callable) -> Callable:
-    """Returns `function` mapped over the mesh's devices: XLA cannot partition a kernel.
+    """Returns `function` mapped over the mesh's devices, as XLA cannot partition a kernel.
 
-    Two-dimensional arrays, which are weights, are replicated; all others are sharded by batch.
+    Two-dimensional arrays (weights, key features) are replicated. All others are sharded by batch.
     """
     if not batch_axes():
         return function
@@ -124,9 +124,9 @@ def on_each_device(function: Callable) -> Callable:
 
 
 def keep_batch_sharded(x: Array) -> Array:
-    """Constrains activations to be sharded by batch, so that XLA gathers weights instead.
+    """Constrains activations to be sharded by batch, so that XLA gathers weights, not activations.
 
-    Returns `x` as is without a mesh.
+    Without a mesh, `x` is returned unchanged.
     """
     axes = batch_axes()
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x

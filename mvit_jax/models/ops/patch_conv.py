@@ -18,7 +18,7 @@ Grid = Float[Array, "batch time height width channels"]
 
 
 def convolve(clip: Clip, kernel: Kernel, stride: Triple, padding: Triple) -> Grid:
-    """Returns the strided convolution of a zero-padded clip; sizes are rounded down."""
+    """Returns the strided convolution of a zero-padded clip; output sizes are rounded down."""
     return (_plain if uses_reference() else _convolve)(clip, kernel, stride, padding)
 
 
@@ -67,9 +67,9 @@ _convolve.defvjp(saving_inputs(_convolve), _backward)
 def _by_columns(clip, kernel, stride: Triple, padding: Triple):
     """Convolves on CPUs by one matrix product over all windows (im2col).
 
-    Takes 0.4 to 0.7 of the processor time of XLA's convolution forward, and 0.3 to 0.5 with the
-    kernel's gradient (a clip and 8 images of 224 pixels, 2026-11-23). The backward pass
-    rematerialises the windows, which have 5 times the clip's size.
+    This takes 0.4 to 0.7 of the processor time of XLA's convolution forward, and 0.3 to 0.5 with
+    the kernel's gradient (a clip, and 8 images, of 224 pixels, 2026-11-23). The backward pass
+    rematerialises the windows, which take about 5 times the clip's memory.
     """
     columns = _columns(clip, kernel.shape, stride, padding)
     return columns @ kernel.reshape(-1, kernel.shape[-1])
@@ -78,9 +78,9 @@ def _by_columns(clip, kernel, stride: Triple, padding: Triple):
 def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     """Convolves on TPUs with stride 1, after moving cubes of the stride's size into the channels.
 
-    TPUs pad 3 channels to 128 lanes: a clip of 19 MB became 822 MB. Cubes have 96 channels in
-    MViT-B 16x4. Zeros pad the kernel to a multiple of the stride. A value that is not finite
-    spreads along its row of pixels.
+    TPUs pad 3 channels to 128 lanes: an input of 19 MB became 822 MB. In MViT-B 16x4 a cube makes
+    96 channels. The kernel is padded with zeros to a multiple of the stride. A NaN or an infinity
+    in the clip spreads along its row of pixels.
     """
     size, taps = clip.shape[1:4], kernel.shape[:3]
     cubes = [-(-k // s) for k, s in zip(taps, stride, strict=True)]
@@ -89,7 +89,8 @@ def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
     ends = [(p, m - n - p, 0) for p, m, n in zip(padding, whole, size, strict=True)]
     x = lax.pad(clip, jnp.zeros((), clip.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
     t, h, w = stride
-    # A product with zeros and ones assigns columns to cubes: a TPU moves data across lanes slowly.
+    # A product with a matrix of zeros and ones assigns pixel columns to cubes. A transpose would be
+    # slow, as a TPU moves data across lanes slowly.
     assign = jnp.asarray(np.eye(x.shape[3]).reshape(-1, x.shape[3] // w, w), x.dtype)
     x = rearrange(x, "b (T t) (H h) W rgb -> b T t H h W rgb", t=t, h=h)
     exact = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
@@ -102,7 +103,7 @@ def _by_cubes(clip, kernel, stride: Triple, padding: Triple):
 
 
 def _columns(clip, kernel: tuple[int, ...], stride: Triple, padding: Triple):
-    """Returns the windows `[batch, time, height, width, kt * kh * kw * rgb]`, sliced by axis."""
+    """Returns the windows `[batch, time, height, width, kt * kh * kw * rgb]`."""
     x = jnp.pad(clip, [(0, 0), *((p, p) for p in padding), (0, 0)])
     for axis in (3, 2, 1):
         size, step = kernel[axis - 1], stride[axis - 1]

@@ -1,8 +1,8 @@
 """The pooling operator P(.; kernel, stride, padding) on token grids (MViT, section 3.1).
 
-Every implementation maps a grid `[batch, T, H, W, channels]` to `[batch, T', H', W', channels]` in
-the grid's dtype, with `plan.padding` and sizes rounded down. `models/pooling.py` has the modules
-that hold the weights.
+Pooling maps a grid `[batch, T, H, W, channels]` to `[batch, T', H', W', channels]` in the same
+dtype, with `plan.padding` and sizes rounded down. The modules that hold the weights are in
+`models/pooling.py`.
 """
 
 import functools
@@ -40,10 +40,10 @@ def pool(grid: Grid, plan: Pool, weight: Taps | None = None) -> Pooled:
 
 
 def pool_tokens(x: Tokens, grid: Triple, plan: Pool, weight: Taps | None = None) -> Tokens:
-    """Returns tokens on `grid`, pooled like in `pool`; a class token passes through unchanged.
+    """Returns tokens on `grid` after pooling; a class token passes through unchanged.
 
     Raises:
-      ValueError: a convolution mode without `weight`.
+      ValueError: `weight` is missing in a convolution mode.
     """
     if plan.mode in ("max", "avg"):
         function = max_pool if plan.mode == "max" else average_pool
@@ -118,7 +118,7 @@ _pool_tokens.defvjp(saving_inputs(_pool_tokens), _pool_tokens_backward)
 def max_pool(grid: Grid, plan: Pool) -> Pooled:
     """Returns the maximum over each window; padding is minus infinity.
 
-    The gradient goes to the first position in the window with the maximum, as in XLA.
+    If several positions of a window have the maximum, the first gets the gradient, as in XLA.
     """
     return (_max if uses_reference() else _max_pool)(grid, plan)
 
@@ -146,10 +146,11 @@ _max_pool.defvjp(lambda grid, plan: (_max_pool(grid, plan), grid), _max_backward
 def _max_gradient_by_phases(grid: Grid, gradient: Pooled, plan: Pool) -> Grid:
     """Returns the gradient of `max_pool` by operations that are fast on CPUs.
 
-    Comparing shifted slices of the grid yields each window's tap with the maximum. The position of
-    this tap gets the gradient, summed by phase as in `_grid_gradient`. Takes 0.05 to 0.13 of the
-    processor time of XLA's select-and-scatter (the skip connections of MViT-B 16x4, `max_pool` with
-    its gradient, 2026-11-23).
+    Comparisons of shifted slices of the grid find the tap that reads each window's maximum. The
+    position that this tap reads gets the window's gradient. Gradients are summed for each phase
+    (position modulo the stride), see `_grid_gradient`. This takes 0.05 to 0.13 of the processor
+    time of XLA's select-and-scatter (`max_pool` with its gradient, in the skip connections of
+    MViT-B 16x4, 2026-11-23).
     """
     padded = _pad(grid, plan.padding, -jnp.inf)
     taps = jnp.arange(math.prod(plan.kernel), dtype=jnp.int32)
@@ -192,16 +193,16 @@ def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
     )
 
 
-# Depthwise convolution for CPUs, as a sum of shifted slices. XLA's grouped convolution and its
-# gradients take 64 to 188 times as long there. On TPUs slices are probably slower: a prototype's
-# training step, compiled for v5e, moved twice the bytes with them. The gradients are hand-written,
-# since autodiff's gradients of the slices take 1.1 to 3.2 times as long (`python -m
-# benchmarks.pooling`, 2 cores, 2026-11-23).
+# Depthwise convolution for CPUs, as a sum of shifted slices. On CPUs, XLA's grouped convolution and
+# its gradients take 64 to 188 times as long. The gradients are hand-written, since autodiff's
+# gradients of the slices take 1.1 to 3.2 times as long (`python -m benchmarks.pooling`, 2 cores,
+# 2026-11-23). On TPUs slices are probably slower: with slices, a prototype's training step, compiled
+# for v5e, moved twice the bytes.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
-    """Returns `depthwise_conv` as a sum over taps: shifted, strided slices times weights."""
+    """Returns the result of `depthwise_conv`, as a sum of shifted slices times a tap's weights."""
     batch, t, h, w, channels = grid.shape
     output = plan.output((t, h, w))
     padded = _pad(grid, plan.padding)
@@ -214,7 +215,7 @@ def depthwise_slices(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
 
 
 def _shifted(padded: Array, tap, shape, stride: Triple) -> Pooled:
-    """Returns the strided slice of the padded grid that `tap` reads; `shape` is the output's."""
+    """Returns the strided slice of the padded grid that `tap` reads for an output of `shape`."""
     batch, *output, channels = shape
     end = [k + (n - 1) * s + 1 for k, n, s in zip(tap, output, stride, strict=True)]
     return lax.slice(padded, (0, *tap, 0), (batch, *end, channels), (1, *stride, 1))
@@ -226,7 +227,7 @@ def _slices_backward(plan: Pool, saved: tuple[Grid, Taps], gradient: Pooled) -> 
     def on_device(gradient, grid):
         return _weight_gradient(gradient, grid, plan)[None]
 
-    # Left to XLA, the devices would run an all-reduce for every row and tap.
+    # If XLA partitioned the loop, devices would run an all-reduce for every block of rows and tap.
     sharded = batch_is_sharded() and batch_is_divisible(grid.shape[0])
     taps = (on_each_device(on_device) if sharded else on_device)(gradient, grid).sum(0)
     return _grid_gradient(gradient, weight, grid, plan), taps.astype(weight.dtype)
@@ -238,10 +239,10 @@ depthwise_slices.defvjp(saving_inputs(depthwise_slices), _slices_backward)
 def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Grid:
     """Returns the gradient of the grid, computed for each phase (position modulo the stride).
 
-    Positions of the same phase are read by the same taps. Along each axis, tap k is chunk * stride
-    + phase. The gradient at position (m, phase) is the sum over chunks of gradient[m - chunk] *
-    weight[chunk, phase]. This sums ceil(kernel / stride) shifted terms per axis, each an outer
-    product over phases. A sum over taps would need one zero-padded term for each tap.
+    Along each axis of the padded grid, only taps chunk * stride + phase read the position
+    m * stride + phase. The position's gradient is the sum over chunks of gradient[m - chunk] *
+    weight[chunk, phase]. This sum has ceil(kernel / stride) terms per axis, and each term covers
+    all phases. A sum over taps would have one zero-padded term for each tap.
     """
     phases = _split_phases(weight, _chunks(plan), plan.stride)
     return _by_phases(
@@ -250,11 +251,11 @@ def _grid_gradient(gradient: Pooled, weight: Taps, grid: Grid, plan: Pool) -> Gr
 
 
 def _by_phases(term, phases: Array, pooled: tuple[Array, ...], shape, plan: Pool) -> Grid:
-    """Returns, at each position, the sum of `term(*pooled, taps)` over the windows that hold it.
+    """Returns the sum of `term(*pooled, taps)` over the windows that contain each position.
 
     Args:
       term: maps slices of `pooled` and the taps of one chunk to a summand.
-      phases: taps from `_split_phases`.
+      phases: the taps' weights or indices, arranged by `_split_phases`.
       pooled: arrays on the pooled grid.
       shape: shape of the result.
       plan: the pooling.
@@ -275,7 +276,7 @@ def _by_phases(term, phases: Array, pooled: tuple[Array, ...], shape, plan: Pool
         total = total + term(*slices, phases[chunk][None, None, :, None, :, None, :])
     whole = [n * s for n, s in zip(positions, plan.stride, strict=True)]
     total = total.reshape(batch, *whole, channels)
-    # Crops the padding; appends zeros at the end, for positions that no window holds.
+    # Crops the padding; appends zeros for positions at the end that no window contains.
     cut = [(-p, n + p - m, 0) for p, n, m in zip(plan.padding, size, whole, strict=True)]
     return lax.pad(total, jnp.zeros((), total.dtype), [(0, 0, 0), *cut, (0, 0, 0)])
 
@@ -296,8 +297,9 @@ def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
     """Returns the gradient of the taps, in float32 at least.
 
     Loops over blocks of rows, and over taps, so that products stay in the cache. This takes 0.2 to
-    0.8 of the time of unblocked grids. Summing by a product with ones takes 0.5 to 0.8 of a sum's
-    time. XLA would merge unrolled taps into one loop and not vectorise it (2026-11-23).
+    0.8 of the time without blocks. A matrix product with ones takes 0.5 to 0.8 of the time of
+    `sum`. The taps are not unrolled, as XLA would merge them into one loop and not vectorise this
+    loop (2026-11-23).
     """
     batch, t, h, w, channels = gradient.shape
     _, stride_h, stride_w = plan.stride
@@ -328,7 +330,7 @@ def _weight_gradient(gradient: Pooled, grid: Grid, plan: Pool) -> Taps:
 
 
 def _rows_in_cache(grid: Grid) -> int:
-    """Returns the largest divisor of the height whose rows, of all clips, take up to 150 kB."""
+    """Returns the rows per block: the largest divisor of the height with up to 150 kB a block."""
     batch, _, height, width, channels = grid.shape
     size = batch * width * channels * grid.dtype.itemsize
     fit = [n for n in range(1, height + 1) if height % n == 0 and n * size <= 150_000]

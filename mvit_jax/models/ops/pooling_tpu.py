@@ -1,13 +1,15 @@
 """Pooling of token sequences on TPUs, as Pallas kernels that read and write every token once.
 
-XLA's convolutions pool grids. XLA therefore slices the class token off, reshapes the rest, and
-copies it into the convolution's layout and back. Compiled for a v5e, pooling and these copies moved
-half the bytes of the first blocks. Here a kernel loads one frame at a time into VMEM and copies it
-into a padded frame. For each tap it then multiplies strided rows by the weight and adds them, in
-float32. The class token passes through unchanged.
+XLA's convolutions pool grids, not sequences. XLA therefore slices the class token off, reshapes the
+other tokens, and copies them into the convolution's layout and back. Compiled for a v5e, pooling
+and these copies moved half the bytes of the first blocks. Here a kernel loads one frame at a time
+into VMEM and copies the frame into a padded frame. For each tap, the kernel multiplies strided rows
+of the padded frame by the tap's weight and adds them up in float32. The class token passes through
+unchanged.
 
-The blocks of frames are rows of the sequence `[batch, 1 + THW, channels]`. A class token shifts
-every frame by one row, so the last row of a frame is in the next block.
+A block is H * W successive rows of the sequence `[batch, 1 + THW, channels]`. The class token
+shifts every frame by one row, so the last row of a frame is in the next block. Short sequences are
+one block each (`WHOLE`).
 """
 
 import functools
@@ -27,9 +29,9 @@ from mvit_jax.models.plan import Pool, Triple
 
 Tokens = Float[Array, "batch _tokens channels"]
 Taps = Float[Array, "taps channels"]
-LANES = 128  # channels of a block; rows at arbitrary offsets can be read of at most 128 channels
+LANES = 128  # channels of a block, the most for which rows can be read at arbitrary offsets
 TILE = 16  # rows of a tile of 16-bit values; blocks of rows begin at multiples of a tile
-WHOLE = 2048  # maximum rows of a sequence that is loaded whole, not frame by frame
+WHOLE = 2048  # maximum rows of a sequence that is loaded as one block, not frame by frame
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class _Layout:
     grid: Triple
     output: Triple
     first: int  # 1 with a class token
-    whole: bool  # one block has all frames, instead of one frame
+    whole: bool  # a block has all frames, not one frame
 
     @property
     def frame(self) -> int:
@@ -61,7 +63,7 @@ class _Layout:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Height and width of the padded frame; windows may end beyond the plan's padding."""
+        """Height and width of the padded frame; it contains windows that exceed the padding."""
         _, h, w = (
             max(n + 2 * p, (m - 1) * s + k)
             for n, p, m, s, k in zip(
@@ -92,7 +94,7 @@ class _Layout:
         return pl.ds(self.first + (frame * h + row) * w, w)
 
     def output_frame(self, frame, dt: int):
-        """Returns the output frame that reads `frame` through tap `dt`, and True if it exists."""
+        """Returns the output frame that reads `frame` by tap `dt`, and True if it exists."""
         position = jnp.int32(frame + self.plan.padding[0] - dt)
         stride = jnp.int32(self.plan.stride[0])
         # Not // and %: floor division uses `sign`, which Pallas cannot lower without a TPU.
@@ -115,7 +117,7 @@ def _layout(x: Tokens, grid: Triple, plan: Pool) -> _Layout | None:
         return None
     layout = _Layout(plan, grid, plan.output(grid), first, whole)
     pooled = first + math.prod(layout.output)
-    # Bytes per lane in the backward pass: double-buffered blocks, and float32 scratch.
+    # Bytes per lane in the backward pass, of double-buffered blocks and float32 scratch.
     size = (4 * 2 + 2 * 4) * layout.rows + 2 * 4 * math.prod(layout.padded) + (4 + 2 * 2) * pooled
     return layout if size * LANES < vmem_budget() else None
 
@@ -145,7 +147,7 @@ def backward(
 
 
 def _call(kernel, layout: _Layout, arrays: list, outputs: dict, interpret: bool):
-    """Runs a kernel for blocks of channels, clips and frames; it gets a dict of refs."""
+    """Runs a kernel for each block of channels, clip and block of frames, with a dict of refs."""
     x, weight, *gradient = arrays
     batch, _, channels = x.shape
     width = min(channels, LANES)
@@ -255,7 +257,7 @@ def _backward(refs: dict, layout: _Layout) -> None:
         refs["dtaps"][...] = jnp.zeros_like(refs["dtaps"])
 
     _load_rows(refs, layout)
-    if layout.shifted:  # the last row of the previous frame
+    if layout.shifted:  # row 0 is the last row of the previous frame
         rows[0:8] = rows[layout.rows : layout.rows + 8]
     if layout.first:
 
@@ -290,7 +292,7 @@ def _backward(refs: dict, layout: _Layout) -> None:
 
 
 def _load_rows(refs: dict, layout: _Layout) -> None:
-    """Loads a block of the sequence as float32, with the first rows of the next block."""
+    """Loads a block as float32, with the next block's first rows if frames are shifted."""
     refs["rows"][0 : layout.rows] = refs["x"][0].astype(jnp.float32)
     if layout.shifted:
         refs["rows"][layout.rows :] = refs["next"][0].astype(jnp.float32)
@@ -305,10 +307,10 @@ def _unfold(rows, frame, layout: _Layout, start) -> None:
 
 
 def _each_frame(layout: _Layout, function) -> None:
-    """Calls `function(time, start)` for each frame of a block; `start` is its first row."""
+    """Calls `function(time, start)` for each frame of a block; `start` is the frame's first row."""
     if layout.whole:
 
-        @pl.loop(0, layout.grid[0], unroll=True)  # traces the body once; tracing dominates
+        @pl.loop(0, layout.grid[0], unroll=True)  # a Python loop would trace every frame
         def _(time):
             function(time, layout.first + time * layout.frame)
 
