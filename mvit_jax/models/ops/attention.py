@@ -4,8 +4,8 @@ Tokens are one sequence `[batch, 1 + THW, channels]`, class token first, or `[ba
 in models without a class token. Functions get the grid (T, H, W) as a separate argument.
 
 A class token in a separate array would double the number of operations to compile. A TPU's training
-step would also move 1 to 20 % more bytes, depending on the layout: 42.2 GB with the other tokens as
-one sequence, against 41.8 GB here (4 clips of MViT-B 16x4, compiled for v5e, 2026-11-22,
+step would also move 1 to 20 % more bytes, depending on the layout. The best such layout moved
+42.2 GB and one sequence 41.8 GB (4 clips of MViT-B 16x4, compiled for v5e, 2026-11-22,
 `benchmarks/token_layout.py`).
 """
 
@@ -80,12 +80,12 @@ def relative_features(
 ) -> tuple[QueryFeatures, KeyFeatures]:
     """Returns relative positional embeddings as features of queries and keys (MViTv2, equation 4).
 
-    For each axis, equation 4 adds to a score the product q.R of the query q with the embedding R of
-    the distance from query to key. Features appended to q and the key add these products within the
-    score's dot product. A query's features are its products q.R for every key index along each
-    axis. A key's features are its indices along the axes, as one-hot vectors. No array of all
-    query-key pairs is needed, so fused attention kernels can be used. The q in q.R is not scaled,
-    as in the reference code and unlike in the paper. The class token's features are zeros.
+    To the score of a query q and a key, equation 4 adds one product q.R per axis. R is the embedding
+    of the distance from query to key along the axis. With features appended to queries and keys,
+    the score's dot product includes these products. A query's features are its products q.R for
+    every key index along each axis. A key's features are its indices as one-hot vectors. No array
+    of all query-key pairs is needed, so fused attention kernels can be used. The q in q.R is not
+    scaled, as in the reference code and unlike in the paper. The class token's features are zeros.
 
     Args:
       queries: pooled and normalised queries, class token first.

@@ -196,8 +196,8 @@ def depthwise_conv(grid: Grid, weight: Taps, plan: Pool) -> Pooled:
 # Depthwise convolution for CPUs, as a sum of shifted slices. On CPUs, XLA's grouped convolution and
 # its gradients take 64 to 188 times as long. The gradients are hand-written, since autodiff's
 # gradients of the slices take 1.1 to 3.2 times as long (`python -m benchmarks.pooling`, 2 cores,
-# 2026-11-23). On TPUs slices are probably slower: with slices, a prototype's training step, compiled
-# for v5e, moved twice the bytes.
+# 2026-11-23). On TPUs slices are probably slower: with slices, a prototype's training step moved
+# twice the bytes (compiled for v5e).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
