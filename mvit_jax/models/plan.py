@@ -30,18 +30,18 @@ class MViTConfig:
     `size` set the sizes of the positional embeddings; a model runs on clips of other sizes too.
     """
 
-    frames: int = 16  # per clip
+    frames: int = 16  # frames per clip
     size: int = 224  # side of the square crop, pixels
     num_classes: int = 400
-    patch_kernel: Triple = (3, 7, 7)  # of the patch embedding
-    patch_stride: Triple = (2, 4, 4)  # of the patch embedding
+    patch_kernel: Triple = (3, 7, 7)  # kernel of the patch embedding
+    patch_stride: Triple = (2, 4, 4)  # stride of the patch embedding
     patch_padding: Triple = (1, 3, 3)  # zeros on either side of the clip
-    class_token: bool = True  # without one, the head reads the mean of the tokens
+    class_token: bool = True  # without a class token, the head reads the mean of the tokens
     # Absolute positional embeddings (MViT, Table 11); "sincos" has no parameters (reference code).
     positions: Literal["none", "space", "separate", "joint", "sincos"] = "separate"
     stem_norm: bool = False  # layer norm after the positional embeddings
     width: int = 96  # channels of the first stage
-    heads: int = 1  # of the first stage
+    heads: int = 1  # attention heads of the first stage
     growth: int = 2  # factor of width and heads from stage to stage
     depths: tuple[int, ...] = (1, 2, 11, 2)  # blocks per stage
     # Growth of the width: in the last MLP of a stage (MViT), or in the attention of a stage's first
@@ -57,18 +57,18 @@ class MViTConfig:
     # "max" and "avg" (MViT, Table 15). A rule such as "stride + 1" applies to each axis with a
     # stride above 1; the kernel is 1 along the other axes.
     pool_kernel: Triple | KernelRule | None = None
-    q_kernels: tuple[Triple, ...] = ()  # of each block, instead of pool_kernel
-    kv_kernels: tuple[Triple, ...] = ()  # likewise; (1, 1, 1) with stride 1 means no pooling
-    q_stride: Triple = (1, 2, 2)  # in the first block of stages 2, 3, ...
+    q_kernels: tuple[Triple, ...] = ()  # of each block's queries, replacing pool_kernel
+    kv_kernels: tuple[Triple, ...] = ()  # of keys and values; 1x1x1 with stride 1 is no pooling
+    q_stride: Triple = (1, 2, 2)  # pooling stride of Q in the first block of stages 2, 3, ...
     full_q_pool: bool = False  # pool queries in every block, also with stride 1 (MViTv2, 4.1)
-    kv_stride: Triple = (1, 8, 8)  # in the first stage
+    kv_stride: Triple = (1, 8, 8)  # pooling stride of K and V in the first stage
     kv_adaptive: bool = True  # divide kv_stride by each q_stride (MViT, section 3.2, Table 14)
     pool_first: bool = False  # pool before the projections to Q, K and V
-    pool_norm_eps: float = 1e-6  # of the norms after pooling; 1e-5 in PyTorchVideo 0.1
+    pool_norm_eps: float = 1e-6  # epsilon of the norms after pooling; 1e-5 in PyTorchVideo 0.1
     separate_qkv: bool = False  # three linear layers for Q, K and V; implied by pool_first
     qkv_bias: bool = True  # biases of the projections to Q, K and V
-    # Decomposed relative positional embeddings (MViTv2, equation 4). "space" has one along height
-    # and one along width.
+    # Decomposed relative positional embeddings (MViTv2, equation 4); "space" means along height and
+    # along width.
     relative_positions: Literal["none", "space", "time", "both"] = "none"
     # Library whose order of float32 operations decides how distances are truncated. The order
     # matters only if neither the query grid nor the key grid is a multiple of the other.
@@ -76,9 +76,9 @@ class MViTConfig:
     # Residual pooling adds the pooled queries to the attention's output (MViTv2, section 4.1):
     # "grid" for all tokens but the class token, "all" for the class token too (timm).
     residual_pool: Literal["none", "grid", "all"] = "none"
-    mean_pooling: bool = False  # the head reads the grid's mean, then normalised (MaskFeat)
+    mean_pooling: bool = False  # the head reads the normalised mean of the grid (MaskFeat)
     drop_path: float = 0.2  # rate of the last block; rises linearly from 0 at the first
-    dropout: float = 0.5  # before the classifier
+    dropout: float = 0.5  # dropout rate before the classifier
 
     def __post_init__(self) -> None:
         _check(self)
@@ -96,7 +96,7 @@ class Pool:
     stride: Triple
     padded: bool = True
     heads: int = 1  # heads that share the weights of a convolution and of its norm
-    norm_eps: float = 1e-6  # of the norm after a convolution
+    norm_eps: float = 1e-6  # epsilon of the norm after a convolution
 
     @property
     def padding(self) -> Triple:
@@ -156,7 +156,7 @@ class BlockGrids:
 
     input: Triple
     keys: Triple
-    output: Triple  # of the output and of the queries
+    output: Triple  # grid of the output and of the queries
 
 
 def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:

@@ -80,12 +80,12 @@ def relative_features(
 ) -> tuple[QueryFeatures, KeyFeatures]:
     """Returns relative positional embeddings as features of queries and keys (MViTv2, equation 4).
 
-    To the score of a query q and a key, equation 4 adds one product q.R per axis. R is the embedding
-    of the distance from query to key along the axis. With features appended to queries and keys,
-    the score's dot product includes these products. A query's features are its products q.R for
-    every key index along each axis. A key's features are its indices as one-hot vectors. No array
-    of all query-key pairs is needed, so fused attention kernels can be used. The q in q.R is not
-    scaled, as in the reference code and unlike in the paper. The class token's features are zeros.
+    Equation 4 adds one product q.R per axis to the score of a query q and a key. R is the embedding
+    of their distance along the axis. With features appended to queries and keys, the score's dot
+    product includes these products. A query's features are its products q.R for every key index
+    along each axis. A key's features are its indices as one-hot vectors. No array of all query-key
+    pairs is needed, so fused attention kernels can be used. The q in q.R is not scaled, as in the
+    reference code and unlike in the paper. The class token's features are zeros.
 
     Args:
       queries: pooled and normalised queries, class token first.

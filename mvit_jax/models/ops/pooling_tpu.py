@@ -4,12 +4,12 @@ XLA's convolutions pool grids, not sequences. XLA therefore slices the class tok
 other tokens, and copies them into the convolution's layout and back. Compiled for a v5e, pooling
 and these copies moved half the bytes of the first blocks. Here a kernel loads one frame at a time
 into VMEM and copies the frame into a padded frame. For each tap, the kernel multiplies strided rows
-of the padded frame by the tap's weight and adds them up in float32. The class token passes through
-unchanged.
+of the padded frame by the tap's weight and adds up the products in float32. The class token passes
+through unchanged.
 
-A block is H * W successive rows of the sequence `[batch, 1 + THW, channels]`. The class token
-shifts every frame by one row, so the last row of a frame is in the next block. Short sequences are
-one block each (`WHOLE`).
+Input blocks are H * W rows of the sequence `[batch, 1 + THW, channels]`. A class token shifts every
+frame by one row, so the last row of a frame is in the next block. A short sequence (`WHOLE`) is one
+block.
 """
 
 import functools
@@ -49,7 +49,7 @@ class _Layout:
         return self.grid[1] * self.grid[2]
 
     @property
-    def rows(self) -> int:  # of a block
+    def rows(self) -> int:  # rows of a block
         return self.first + self.grid[0] * self.frame if self.whole else self.frame
 
     @property
