@@ -57,8 +57,11 @@ class MViTConfig:
     # "max" and "avg" (MViT, Table 15). A rule such as "stride + 1" applies to each axis with a
     # stride above 1; the kernel is 1 along the other axes.
     pool_kernel: Triple | KernelRule | None = None
-    q_kernels: tuple[Triple, ...] = ()  # of each block's queries, replacing pool_kernel
-    kv_kernels: tuple[Triple, ...] = ()  # of keys and values; 1x1x1 with stride 1 is no pooling
+    # Pooling kernel of Q in each block. An empty tuple selects pool_kernel.
+    q_kernels: tuple[Triple, ...] = ()
+    # Pooling kernel of K and V in each block. (1, 1, 1) with stride 1 means no pooling, and an empty
+    # tuple selects pool_kernel.
+    kv_kernels: tuple[Triple, ...] = ()
     q_stride: Triple = (1, 2, 2)  # pooling stride of Q in the first block of stages 2, 3, ...
     full_q_pool: bool = False  # pool queries in every block, also with stride 1 (MViTv2, 4.1)
     kv_stride: Triple = (1, 8, 8)  # pooling stride of K and V in the first stage

@@ -191,7 +191,7 @@ PUBLISHED: dict[str, Published] = {
 CLASSES = {"Kinetics-400": 400, "Kinetics-600": 600, "ImageNet-1k": 1000}
 
 _RGB_VIDEO = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
-_RGB_IMAGE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
+_RGB_IMAGE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of ImageNet
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Preprocessing:
     stride: int  # tau, the step between sampled frames at 30 frames a second
     size: int  # side of the square crop, pixels
     short_side: int  # short side of the scaled frame, before the centre crop, pixels
-    mean: tuple[float, float, float]  # of red, green, blue in [0, 1]
+    mean: tuple[float, float, float]  # mean of red, green and blue in [0, 1]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]  # bicubic is antialiased, as in PIL
 
