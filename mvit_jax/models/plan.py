@@ -59,7 +59,7 @@ class MViTConfig:
     pool_kernel: Triple | KernelRule | None = None
     # Pooling kernel of Q in each block. An empty tuple selects pool_kernel.
     q_kernels: tuple[Triple, ...] = ()
-    # Pooling kernel of K and V in each block. (1, 1, 1) with stride 1 means no pooling, and an empty
+    # Pooling kernel of K and V in each block. (1, 1, 1) with stride 1 means no pooling. An empty
     # tuple selects pool_kernel.
     kv_kernels: tuple[Triple, ...] = ()
     q_stride: Triple = (1, 2, 2)  # pooling stride of Q in the first block of stages 2, 3, ...

@@ -191,7 +191,7 @@ PUBLISHED: dict[str, Published] = {
 CLASSES = {"Kinetics-400": 400, "Kinetics-600": 600, "ImageNet-1k": 1000}
 
 _RGB_VIDEO = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
-_RGB_IMAGE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of ImageNet
+_RGB_IMAGE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # statistics of ImageNet
 
 
 @dataclass(frozen=True)
