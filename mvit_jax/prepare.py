@@ -13,18 +13,18 @@ unchanged.
 
 writes Fashion-MNIST (60,000 training and 10,000 test images, 28x28, grey, ten kinds of clothing)
 as array_record into DIR, the data folder of TensorFlow Datasets. The four published files
-(*-ubyte.gz) are downloaded, or read from the folder --files; the example is that of Debian's
-package dataset-fashion-mnist. The set is written atomically; an existing one stays unchanged.
+(*-ubyte.gz) are downloaded, or read from the folder --files. In the example they come from Debian's
+package dataset-fashion-mnist. The set is written atomically; an existing set stays unchanged.
 
     python -m mvit_jax.prepare videos --csv=lists/train.csv --out=DIR
 
-packs the videos of a list (lines "path label") into ArrayRecord shards in DIR. Videos are scaled to
-a short side of 256 pixels and re-encoded so that random clips decode fast: H.264, no sound, the
-same frames at the same times. The split is named after the list. Its manifest, train.manifest.json,
-lists the content, and the videos that failed with their reasons. The same command resumes an
-interrupted run. Packing runs on Apache Beam (pip install 'mvit_jax[prepare]'), in processes on this
-machine. Flags for Beam come last, after --, as in -- --runner=FlinkRunner; then all workers must
-see the videos and DIR under the same paths.
+packs the videos of a list (lines "path label") into ArrayRecord shards in DIR. Videos are scaled
+down to a short side of 256 pixels and re-encoded so that random clips decode fast: H.264, no sound,
+the same frames at the same times. The split is named after the list. Its manifest,
+train.manifest.json, lists the packed videos, and the failed ones with the reason of each failure.
+The same command resumes an interrupted run. Packing runs on Apache Beam
+(pip install 'mvit_jax[prepare]'), in processes on this machine. Flags for Beam come last, after --,
+as in -- --runner=FlinkRunner; then all workers must see the videos and DIR under the same paths.
 
     python -m mvit_jax.prepare lists --out=DIR [--val=0.1 --test=0.1]
 
@@ -34,8 +34,8 @@ overwritten.
 
     python -m mvit_jax.prepare check DIR [--split=train]
 
-decodes all of a data set of shards or of lists of files. It reports what is broken and where the
-manifests are wrong, and exits with 1 if there is a problem.
+decodes every video and image of a data set, stored in shards or listed in files. The command prints
+each broken file and each error in a manifest, and exits with status 1 if there is any.
 """
 
 import os
@@ -71,7 +71,7 @@ SHARDS = flags.DEFINE_integer("shards", None, "Shards; default: one per 256 vide
 WORKERS = flags.DEFINE_integer("workers", None, "Processes (check: threads); default: all cores.")
 SPLIT = flags.DEFINE_string("split", None, "Split to check; default: all.")
 
-# Each data set or task, and the flags that it takes.
+# Flags that each data set or task accepts.
 DATA_SETS = {
     "moving_digits": ("seed", "train_videos", "val_videos", "test_videos"),
     "fashion_mnist": ("files",),
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         return
     if not OUT.value:
         raise errors.UserError(f"no folder to write {name} into: give --out=DIR")
-    files.local_path(OUT.value)  # data sets are written locally
+    files.local_path(OUT.value)  # data sets cannot be written into a bucket
     if name == "videos":
         _videos(OUT.value, rest)
     elif name == "lists":

@@ -13,15 +13,16 @@ _CHOICES = (
 )  # fmt: skip
 _TPUS = ("dev/accel[0-9]*", "dev/vfio/[0-9]*")
 _GPUS = ("dev/nvidia[0-9]*", "dev/nvidiactl", "dev/dxg", "dev/kfd")
-_GOOGLE = "0x1ae0"  # PCI vendor of TPUs and of virtual disks and network cards
+_GOOGLE = "0x1ae0"  # PCI vendor ID of TPUs, but also of virtual disks and network cards
 _DISKS_AND_NETWORK = ("0x01", "0x02")  # PCI classes
 
 
 def skip() -> None:
-    """Prevents JAX from loading libtpu if no TPU is attached.
+    """Selects the CPU if no accelerator is attached, so that JAX does not load libtpu.
 
-    JAX would load 700 MB, which takes seconds and prints errors. Ahead-of-time compilation for TPUs
-    (`podplan.compile`) still loads libtpu.
+    Loading libtpu reads 700 MB, takes seconds and prints errors. On a machine with a GPU, JAX may
+    still load libtpu, which then prints nothing. Ahead-of-time compilation for TPUs
+    (`podplan.compile`) always loads libtpu.
     """
     if importlib.util.find_spec("libtpu") is None or any(name in os.environ for name in _CHOICES):
         return
@@ -31,7 +32,7 @@ def skip() -> None:
         _any_exists(_GPUS)
         or importlib.util.find_spec("jax_plugins") is not None
         or importlib.metadata.entry_points(group="jax_plugins")
-    ):  # JAX chooses among the other platforms; with these variables set, libtpu prints nothing
+    ):  # JAX chooses among the other platforms; these variables keep libtpu from printing errors
         os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
         return
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 renamed_keys: dict[str, tuple[str, str]] = {}
-"""Old and new names of config keys by the last part of the old ones, from `config.RENAMED`."""
+"""Renamed config keys: last part of the old key to old and new key, filled by `config`."""
 
 
 class UserError(ValueError):
@@ -79,13 +79,13 @@ def _parse(argv: list[str]) -> list[str]:
             _end_unknown(unknown[1] or unknown[2])
         _end(message.replace("\n", " "))
     except OSError as error:
-        # For a missing file, the message of config_flags lists the paths it tried.
+        # For a missing file, the message of config_flags lists all paths that were tried.
         name = error.filename or re.sub(r"(?s).*Attempted.*?\n\s+(\S+)\n.*", r"\1", str(error))
         _end(f"{name} cannot be read: check --config")
 
 
 def _end_unknown(key: str, similar: str | None = None) -> NoReturn:
-    """Ends the program because of a config key, by its last part, that does not exist."""
+    """Ends the program: no config key has the last part `key`."""
     if key in renamed_keys:
         old, new = renamed_keys[key]
         _end(f"the config key {old} is now called {new}")

@@ -3,8 +3,8 @@
 A path in a bucket, gs://BUCKET/FOLDER, is an `etils.epath.Path`. It has the pathlib methods that
 the package uses on a workdir. A file in a bucket is an object: it appears once its upload is
 complete, and nothing can be appended to it. All access uses one account, Google's application
-default credentials. TensorFlow accesses files, TensorStore arrays. Orbax queries the bucket's type
-through Google's storage clients.
+default credentials. Files are accessed through TensorFlow, arrays through TensorStore. Orbax also
+queries the type of the bucket, through Google's storage clients.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from mvit_jax.common.errors import UserError
 
-# The type of `to_path`'s result. `epath` derives from pathlib's pure paths and is slow to import,
-# so type checkers see a plain `Path`.
+# Type of the paths that `to_path` returns. `epath.Path` is a `PurePath` with the methods of `Path`.
+# As importing `epath` is slow, type checkers get `Path`.
 if TYPE_CHECKING:
     AnyPath = Path
 else:
@@ -56,7 +56,7 @@ def local_path(path: str) -> Path:
     """Returns a path on this machine.
 
     Raises:
-      UserError: `path` is an address; pathlib would create a folder of this name.
+      UserError: `path` is an address, which pathlib would take for a local folder.
     """
     if _ADDRESS.match(path):
         raise UserError(
@@ -70,13 +70,13 @@ def is_local(path: AnyPath) -> bool:
 
 
 def faults() -> tuple[type[Exception], ...]:
-    """Returns the exception types that failed reads and writes of paths raise, for `except`."""
+    """Returns the exceptions that reading or writing a path may raise, for use in `except`."""
     tensorflow = sys.modules.get("tensorflow")  # its errors do not derive from `OSError`
     return (OSError,) if tensorflow is None else (OSError, tensorflow.errors.OpError)
 
 
 def why(fault: Exception) -> str:
-    """Returns the reason of one of the `faults` in a few words."""
+    """Returns the reason of a failed read or write (an exception in `faults`) in a few words."""
     reason = getattr(fault, "strerror", None) or str(fault).partition(" with body '")[0].strip()
     reason = re.sub(r"^\{\{function_node .*?\}\} ", "", reason)  # TensorFlow's prefix
     return reason.partition("\n")[0] or type(fault).__name__
@@ -109,7 +109,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises early if a local `path` is not writable, before hours of work.
+    """Checks that the local file `path` can be written, before hours of work.
 
     Raises:
       UserError: the folder of the file does not exist, or the file cannot be written.

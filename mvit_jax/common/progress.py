@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Display of the videos done out of `total`; `done` were finished before its start."""
+    """Progress display for `total` videos, of which `done` are finished at the start."""
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._done = title, total, done

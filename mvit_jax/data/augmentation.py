@@ -1,9 +1,12 @@
 """Augmentation of clips on the host: RandAugment, cropping and resizing, in uint8.
 
 All frames of a clip share the random draws. Flipping, normalisation, random erasing and mixing
-follow on the device. For videos this is the recipes' order. The recipes flip images before
-RandAugment. The distribution is the same: its operations are symmetric, or go left as often as
-right. The exception is ShearY, which fixes the left edge in the recipes and either edge here.
+follow on the device.
+
+For videos, the papers' recipes have the same order. For images, they flip before RandAugment. The
+distribution of clips is the same in both orders, as the operations of RandAugment are symmetric or
+go left as often as right. Only ShearY differs: it fixes the left edge in the recipes, and either
+edge here.
 """
 
 import math
@@ -30,13 +33,13 @@ class Augmentation:
     Attributes:
       crop_area: bounds of the random resized crop's area, as a share of the frame; None for no
         random resized crop.
-      jitter: bounds of the short side in pixels, instead of `crop_area`. The inverse of the short
-        side is drawn uniformly; then a square is cut at a random position. If both are None, the
-        short side is scaled to the square's, and the centre is cut.
+      jitter: bounds of a random short side in pixels, instead of `crop_area`. The inverse of the
+        short side is drawn uniformly; then a square is cut at a random position. If `crop_area` and
+        `jitter` are None, frames are scaled until the central square has the size of the clip.
       short_side: short side in pixels to which frames are scaled first; None to keep their size.
       randaugment: settings of RandAugment; None for no RandAugment.
-      fill: RGB colour outside of frames in RandAugment. In the recipes it is grey for videos and
-        the mean colour for images.
+      fill: RGB colour that RandAugment uses outside of the frame; in the recipes, grey for videos
+        and the mean colour for images.
       interpolation: interpolation of all resizing, see `resize`. RandAugment itself is always
         bicubic, as in the recipes.
 
@@ -77,7 +80,7 @@ def augment(
     rng: np.random.Generator,
     image: bool,
 ) -> UInt8[np.ndarray, "time {size} {size} 3"]:
-    """Returns a training clip made of decoded frames (Fan et al. 2021, appendix D.1).
+    """Makes a training clip from decoded frames (Fan et al. 2021, appendix D.1).
 
     RandAugment precedes the crop for videos, and follows it for images.
 
@@ -138,9 +141,9 @@ def resize(
 ) -> UInt8[np.ndarray, "time {height} {width} 3"]:
     """Resizes every frame, with pixel centres at half-integers, as the reference recipes do.
 
-    "bilinear" is without antialiasing, for video. The values are those of PyTorch's
-    `interpolate(mode="bilinear", align_corners=False)`, up to one level of rounding. "bicubic" is
-    Pillow's, with antialiasing, for images.
+    "bilinear", for video, has no antialiasing. The values differ by at most one level from those of
+    PyTorch's `interpolate(mode="bilinear", align_corners=False)`. "bicubic", for images, is
+    Pillow's, with antialiasing.
     """
     if interpolation == "bicubic":
         frames = (Image.fromarray(np.ascontiguousarray(frame)) for frame in clip)
@@ -190,7 +193,9 @@ def random_box(
     area: tuple[float, float],
     aspect: tuple[float, float] = (0.75, 1.3333),
 ) -> Box:
-    """Draws a box; returns the largest centred box if ten draws do not fit into the frame.
+    """Draws a random box inside the frame.
+
+    After ten draws that do not fit, returns the largest centred box of an allowed aspect ratio.
 
     Args:
       height: height of the frame in pixels.
@@ -223,8 +228,9 @@ def crop_views(
       clip: frames, at least `size` high and wide.
       size: side of the squares in pixels.
       crops: 1 for the centre; 3 for left, centre, right (top, centre, bottom of tall frames).
-      image: True to centre as for images. If an odd number of pixels is left over, the reference
-        protocol of video rounds the offset up, and torchvision's CenterCrop rounds it to even.
+      image: True for images. It matters if an odd number of pixels is left over: the offset of the
+        centre is then rounded to even for images, as by torchvision's CenterCrop, and up for
+        videos, as in the reference protocol.
 
     Raises:
       ValueError: frames smaller than the squares, or another number of crops.

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from mvit_jax.common.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Suffixes of image files, in lower case; upper case is read too."""
+"""Suffixes of image files; upper and lower case are equivalent."""
 
 
 class DecodeError(UserError):
@@ -56,7 +56,7 @@ class Footage(Protocol):
         """Returns RGB frames by their numbers in `range(num_frames)`, in any order.
 
         Raises:
-          DecodeError: the file is broken where these frames are.
+          DecodeError: the file is broken at these frames.
         """
         ...
 
@@ -148,7 +148,7 @@ def _rgb(encoded: bytes) -> np.ndarray:
             if pixels is not None:
                 return np.asarray(pixels)[None]
         if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit greyscale at 255; of 16-bit colours it takes the high byte.
+            # Pillow would clip 16-bit grey at 255, although it keeps the high byte of 16-bit RGB.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.array(image.convert("RGB"))[None]
 

@@ -59,8 +59,8 @@ def batched(
     earlier_processes = frozenset(multiprocessing.active_children())
     reads = None
     if options.timeout > 0:
-        # The elements under way in a process are those in its two buffers and in its threads.
-        # The processes load elements in turn.
+        # More slots than elements in progress. Each process has some of these elements in its
+        # threads and in its two buffers. Their numbers are close, as processes load in turn.
         slots = 4 * max(processes, 1) * (threads + prefetch * rows + 1)
         reads = watchdog.ActiveReads(slots, shared=processes > 0)
         load = replace(load, reads=reads)
@@ -86,7 +86,8 @@ def batched(
 
 def _dataset(load: Any, batches: int, rows: int, options: LoaderOptions, prefetch: int) -> Any:
     # Threads load single elements, not batches, to minimise the time to the first batch. The
-    # caller's thread stacks them: 0.8 ms for a clip of 16x224x224, which took 45 ms to decode.
+    # caller's thread stacks the elements: 0.8 ms for a clip of 16x224x224, which takes 45 ms to
+    # decode.
     reading = grain.ReadOptions(
         num_threads=options.threads, prefetch_buffer_size=max(options.threads, prefetch * rows)
     )
@@ -94,7 +95,7 @@ def _dataset(load: Any, batches: int, rows: int, options: LoaderOptions, prefetc
     if options.processes > 0:
         if not flags.FLAGS.is_parsed():  # in notebooks and scripts; Grain's workers read the flags
             flags.FLAGS.mark_as_parsed()
-        # Python warns of leaked shared memory at exit, although prefetched elements are freed.
+        # Without this, Python warns of leaked shared memory at exit, although it was freed.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         ahead = max(prefetch * rows // options.processes, 1)
         dataset = dataset.mp_prefetch(

@@ -24,7 +24,7 @@ from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, batched
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import Source
 
-# First word of the seeds of random numbers: one per purpose, so that no two share a stream.
+# First word of each random seed, different for each purpose, so that no streams are shared.
 _ORDER, _CLIP, _SHUFFLE = range(3)
 
 _ATTEMPTS = 10
@@ -158,13 +158,13 @@ def test_batches(
     Args:
       videos: data set.
       settings: frame sampling and size of the clips.
-      clips: K, clips spread evenly over a video. For several numbers, the clips of each number
-        follow each other.
+      clips: K, number of clips, spread evenly over a video. If there are several numbers, K is
+        their sum, and the clips of the first number come first.
       crops: crops of each clip, 1 or 3.
       batch: videos per batch over all hosts; the last batch is padded.
       rows: contiguous rows of the global batch that this host loads; None for all.
-      shuffle_seed: permutes the frames of each clip, drawn from (shuffle_seed, index of the video),
-        as the test of Fan et al. 2021, table 9; None to keep their order.
+      shuffle_seed: seed for shuffling the frames of each clip (Fan et al. 2021, table 9), combined
+        with the index of the video; None to keep the order of the frames.
       loader: threads, processes and timeout of the loading; the batches do not depend on them.
       prefetch: number of prefetched batches.
 
@@ -256,7 +256,7 @@ def views(
     indices = np.concatenate([settings.view_indices(video, count) for count in counts])
     if shuffle is not None:
         indices = shuffle.permuted(indices, axis=1)
-    # Clips of a short video share frames: each is decoded and resized once.
+    # Clips of a short video share frames: each frame is decoded and resized once.
     distinct, inverse = np.unique(indices, return_inverse=True)
     cropped = crops_of(video.frames(distinct), settings, crops)
     by_clip = np.moveaxis(cropped[:, inverse.reshape(indices.shape)], 1, 0)

@@ -3,10 +3,11 @@
 Frames are numbered in presentation order. The three samplings are those of PySlowFast's data sets,
 with which the published weights were trained:
 
-- "span" (Kinetics): T frames evenly over T * tau frames at 30 frames per second. At another frame
-  rate, the span has more or fewer source frames (Fan et al. 2021, section 4).
-- "segments" (Something-Something v2): one frame of each of T equal segments of the whole video.
-- "stride" (Charades): each tau-th frame, at any frame rate.
+- "span" (Kinetics): T frames, evenly spaced over the duration of T * tau frames at 30 frames per
+  second. At another frame rate, this span has more or fewer source frames (Fan et al. 2021,
+  section 4).
+- "segments" (Something-Something v2): one frame from each of T equal segments of the whole video.
+- "stride" (Charades): every tau-th frame, whatever the frame rate.
 """
 
 from typing import Literal
@@ -42,9 +43,9 @@ def train_indices(
       num_frames: frames of the video, at least 1.
       fps: frame rate of the video; used by spans only.
       frames: T, frames of the clip.
-      stride: tau, distance of neighbouring frames, for a span at 30 frames per second; not used by
-        segments.
-      rng: generator of the draws: T for segments, otherwise one.
+      stride: tau, distance between neighbouring frames, for a span at 30 frames per second; unused
+        by segments.
+      rng: random generator, from which segments draw T numbers and the others one.
       sampling: kind of sampling.
 
     Returns:
@@ -73,20 +74,20 @@ def view_indices(
 ) -> Int64[np.ndarray, "clips frames"]:
     """Returns the frame numbers of the test protocol's clips, spread evenly over the video.
 
-    Let delta be the number of source frames minus the length of a clip, at least 0. Clip k of K
-    starts at
+    Let K be `clips`, and delta the number of source frames minus the length of a clip, at least 0.
+    Clip k, counted from 0, starts at
 
     - k * floor(delta / (K - 1)) for spans,
     - round(k * delta / (K - 1)) for strided clips, with halves rounded to even,
     - floor(delta / 2), the middle, if K is 1. (PySlowFast has no single strided clip, as it divides
       by K - 1.)
 
-    Segments have one clip, of the middle frame of each segment.
+    Sampling by segments has one clip, of the middle frame of each segment.
 
     Arguments and result are as for `train_indices`, with one row per clip.
 
     Raises:
-      UserError: segments with more than one clip.
+      UserError: more than one clip is requested of sampling by segments.
     """
     if sampling == "segments":
         if clips != 1:
@@ -128,7 +129,7 @@ def spread(
 def segments(
     num_frames: int, frames: int
 ) -> tuple[Int64[np.ndarray, " frames"], Int64[np.ndarray, " frames"]]:
-    """Returns the first and last frames of `frames` equal segments; neighbours share a frame."""
+    """Returns the first and last frame of each of equal segments; neighbours share a frame."""
     edges = np.rint((num_frames - 1) / frames * np.arange(frames + 1)).astype(np.int64)
     return edges[:-1], edges[1:]
 

@@ -19,7 +19,7 @@ from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.images import Footage
 
 SOURCES = ("list", "folders", "shards", "ssv2", "charades", "synthetic")
-"""Values of `data.source`, besides which `open_source` reads TFDS data sets."""
+"""Values of `data.source`; `data.tfds` selects a data set of TFDS instead."""
 
 
 @runtime_checkable  # for beartype, in the tests
@@ -50,19 +50,18 @@ class Source(Protocol):
 
         Args:
           index: number of the element.
-          frames: frame numbers of a clip; the label is then that of the clip. It differs from the
-            video's only where frames have labels (Charades): a clip has the classes of all frames
-            from its first to its last.
+          frames: frame numbers of a clip, for the label of this clip; None for the label of the
+            video. The labels differ only where each frame has labels (Charades): a clip has the
+            classes of all frames from its first to its last.
 
         Returns:
-          The class, in `range(len(class_names))`. In multi-label data sets a multi-hot vector, 1
-          for each class of the element, which may have none. All labels of a source are of one
-          kind.
+          The class, in `range(len(class_names))`. In a multi-label data set, a multi-hot vector
+          with 1 for each class of the element, or only zeros. All labels of a source have one shape.
 
         Raises:
           DecodeError: the label cannot be read.
         """
-        # One label at a time: reading all is slow if they are stored with the images.
+        # One label at a time: reading all labels is slow where they are stored with the images.
         ...
 
     def item(self, index: int) -> str:
@@ -95,10 +94,10 @@ def open_source(
 
     Args:
       folder: folder of the data set; None only for synthetic videos.
-      list_name: name of the list, folder or split of training, validation or test in `folder`.
+      list_name: name of the split's list, subfolder or manifest in `folder`; for TFDS, a split.
       source: one of `SOURCES`.
       tfds: name of a data set prepared by TFDS; replaces `source`.
-      train_list: name of the training list, whose subfolders define the classes of class folders.
+      train_list: name of the training split, whose subfolders define the classes (class folders).
       prefix: folder that the paths of a list are relative to.
       separator: separator of path and label in a list; None for white space.
       multi_label: True if an element may have any number of classes.

@@ -1,4 +1,4 @@
-"""Timeouts for loading batches, for disks, network file systems and workers that hang.
+"""Timeouts for batch loading, in case disks, network file systems or worker processes hang.
 
 A thread that hangs in a read cannot be interrupted. Therefore a separate thread loads the batches,
 and the caller stops blocking on this thread after the timeout.
@@ -24,12 +24,12 @@ _SLOT = struct.Struct("qq")  # number of the element plus 1, or 0 if free; index
 class ActiveReads:
     """A table of the videos being read by all threads of all loading processes.
 
-    Each element under way has its own slot, which is overwritten without a lock: a worker process
-    that is stopped could hold a lock for ever.
+    Each element in progress has its own slot, which is written without a lock: a stopped worker
+    process could hold a lock for ever.
 
     Args:
       slots: number of slots, above the number of elements in progress at once.
-      shared: True if worker processes write to the table, which is then pickled for them.
+      shared: True if worker processes write to the table, which then lies in shared memory.
     """
 
     def __init__(self, slots: int, shared: bool) -> None:
@@ -48,7 +48,7 @@ class ActiveReads:
             _SLOT.pack_into(self._bytes, offset, 0, 0)
 
     def oldest(self) -> int | None:
-        """Returns the video of the first element being read, which blocks the next batch."""
+        """Returns the video of the first element being read, or None; it blocks the next batch."""
         slots = (_SLOT.unpack_from(self._bytes, i * _SLOT.size) for i in range(self._slots))
         return min((slot for slot in slots if slot[0] > 0), default=(0, None))[1]
 
@@ -70,13 +70,13 @@ def record_read(
 
 @dataclass(frozen=True)
 class Timeout:
-    """A time limit of batches, and the error raised after it.
+    """A time limit for each batch, and the error raised when a batch exceeds the limit.
 
     Attributes:
       seconds: time limit of a batch.
-      reads: videos being read.
+      reads: table of the videos being read.
       name: function from the index of a video to its name in messages.
-      earlier_processes: child processes older than the workers.
+      earlier_processes: child processes started before the workers; `error` does not kill them.
     """
 
     seconds: float

@@ -23,14 +23,14 @@ def read_class_folders(
     """Reads the files in `folder/LIST/CLASS/`, sorted by class, then by name.
 
     The classes are the lines of `folder/labels.txt`. Without this file they are the folders of the
-    training list, sorted by name as in torchvision's `ImageFolder`; a validation folder that lacks
-    some of them has the same labels. Hidden files and folders are skipped. Files that are neither
-    videos nor images are skipped, and their number is printed on stderr.
+    training list, sorted by name as in torchvision's `ImageFolder`. So the labels are the same in a
+    validation folder that lacks some classes. Hidden files and folders are skipped. Files that are
+    neither videos nor images are skipped, and the number of skipped files is printed on stderr.
 
     Args:
       list_name: the folder LIST; a suffix `.csv` is dropped, so `train.csv` names `train`.
-      train_list: the LIST of training. If its folder does not exist, for example beside a mere
-        validation set, the classes are the folders of `list_name`.
+      train_list: the LIST of training. If its folder does not exist, as in a data set that has only
+        a validation split, the classes are the folders of `list_name`.
 
     Raises:
       UserError: the folder does not exist, has no class folders, or has a folder that is no class

@@ -77,8 +77,9 @@ class FrameFiles:
 class FrameFolders(VideoList):
     """Videos of one split, where `paths` are folders of frames; a `data.source.Source`.
 
-    A folder is listed when its video is opened, since there are hundreds of thousands of folders.
-    The frames are the images of a folder in natural order: numbers in names are compared by value.
+    The files of a folder are listed only when the video is opened, since there are hundreds of
+    thousands of folders. The frames are the images of a folder in natural order: numbers in names
+    are compared by value.
     If the folder does not exist, the video file `FOLDER.webm` or `FOLDER.mp4` is read instead.
     """
 
@@ -109,7 +110,8 @@ class FrameFolders(VideoList):
 
 
 def _natural_order(name: str) -> tuple[list[str | int], str]:
-    # Text and numbers alternate, so numbers are compared with numbers; the name orders 1 and 01.
+    # Text and numbers alternate, so numbers are compared with numbers. The name itself decides
+    # between equal numbers like 1 and 01.
     parts = re.split(r"(\d+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
@@ -167,18 +169,18 @@ class FrameList:
 
 
 class Rows(NamedTuple):
-    """Paths of a video's frames, as listed, and the unparsed labels of each."""
+    """Paths of a video's frames, as listed, and the unparsed labels of each frame."""
 
     paths: tuple[str, ...]
     labels: tuple[bytes, ...]
 
 
 def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
-    """Indexes a frame list; returns it and each video's distinct, unparsed frame labels.
+    """Indexes a frame list; returns the index and each video's distinct, unparsed labels.
 
     Raises:
-      UserError: the file does not exist, lacks the header, has no frames, has a line of other
-        fields, or has the frames of a video in two places.
+      UserError: the file does not exist, lacks the header, lists no frames, has a line without the
+        header's five fields, or lists the frames of a video in two places.
     """
     if not list_file.is_file():
         raise UserError(
@@ -210,13 +212,13 @@ class _WrongLineError(Exception):
         self.offset, self.reason = offset, reason
 
 
-# Lines that begin with the same name, and blank lines. A Python loop over millions of lines would
-# take as long even without checking all of their fields.
+# Consecutive lines of one video, and blank lines. Matching them and checking all fields takes no
+# longer than a Python loop over the millions of lines without checks.
 _LINES_OF_A_VIDEO = re.compile(rb"\s*(\S+)[ \t][^\n]*\n?(?:[ \t]*\1[ \t][^\n]*\n?|[ \t\r]*\n)*")
 
 
 def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[bytes]]]:
-    """Returns the offset of each video's first line, from `begin` on, and its unparsed labels."""
+    """Returns each video's first offset, from `begin` on, and distinct unparsed labels."""
     starts: dict[bytes, int] = {}
     texts: list[set[bytes]] = []
     for match in _LINES_OF_A_VIDEO.finditer(content, begin):
@@ -281,8 +283,8 @@ class ListedFrames:
     ) -> int | UInt8[np.ndarray, " classes"]:
         """Returns the class, or for multi-label data a multi-hot vector.
 
-        The vector has the labels of all frames from the clip's first to its last, or without
-        `frames` those of the whole video.
+        The vector has 1 for each label of the frames from the clip's first to its last. If `frames`
+        is None, it covers the whole video.
         """
         if self.labels.ndim == 1:
             return int(self.labels[index])

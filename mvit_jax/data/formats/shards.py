@@ -3,7 +3,8 @@
 A split NAME consists of `NAME.manifest.json` and the shards `NAME-00000-of-00016.array_record` and
 so on, with one record per video in the order of the packed list. A record is a msgpack map of "id"
 (str), "label" (int), "video" (bytes of an mp4 file, H.264) and the fields of `video.Index`, which
-make parsing the container unnecessary. The manifest has all metadata that needs no decoding.
+make parsing the container unnecessary. The manifest has the names, labels and lengths of all
+videos, so a split is opened without reading the shards.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ class Manifest:
     shards: Sequence[Shard]
 
     def encoded(self) -> str:
-        """Returns the manifest as JSON, one shard per line, with totals for readers."""
+        """Returns the manifest as JSON, one shard per line, with totals for human readers."""
         totals = {
             "listed": sum(len(shard.ids) + len(shard.failed) for shard in self.shards),
             "videos": sum(len(shard.ids) for shard in self.shards),
@@ -99,8 +100,8 @@ class ShardedVideos:
       labels: class of each video, in `range(len(class_names))`.
       class_names: name of each class.
       list_file: path of the manifest, for messages.
-      records: record of each video by index. Shards are opened on first use, in any thread, and
-        again in each process.
+      records: record of each video by index. Each process opens a shard on the first use, from
+        any thread.
     """
 
     ids: tuple[str, ...]
@@ -144,7 +145,7 @@ def encode_record(name: str, label: int, video: bytes, index: Index) -> bytes:
 
 
 def decode_record(record: bytes) -> dict[str, Any]:
-    """Decodes "id", "label", "video" and "index"; raises ValueError or KeyError."""
+    """Decodes a record to "id", "label", "video" and "index"; raises ValueError or KeyError."""
     values = msgpack.unpackb(record)
     index = Index(**{field.name: values[field.name] for field in fields(Index)})
     return {"id": values["id"], "label": values["label"], "video": values["video"], "index": index}
@@ -158,8 +159,8 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
       split: name of the split, or of the packed list (train.csv).
 
     Raises:
-      UserError: the folder or split does not exist or is incomplete; the manifest cannot be read,
-        or is inconsistent in itself or with the shards.
+      UserError: the folder or split does not exist or is incomplete; or the manifest cannot be read,
+        is inconsistent in itself, or does not match the shards.
     """
     from array_record.python import array_record_data_source as sources  # takes half a second
 
@@ -172,7 +173,7 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     shards = manifest.shards
     ids = tuple(name for shard in shards for name in shard.ids)
     labels = np.array([label for shard in shards for label in shard.labels], np.int32)
-    # The record counts spare ArrayRecordDataSource from opening each shard.
+    # Without the record counts, ArrayRecordDataSource would open each shard.
     parts: list[Any] = [
         SimpleNamespace(filename=str(root / file), skip=0, take=count, examples_in_shard=count)
         for file, count in ((shard.file, len(shard.ids)) for shard in shards)
@@ -245,7 +246,7 @@ def _shard(content: dict[str, Any]) -> Shard:
 
 
 def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
-    """Yields a sentence for each fault of a split that shows without reading shards."""
+    """Yields a sentence for each fault of a split that is detected without reading shards."""
     if not manifest.complete:
         yield f"{path} is of a split that is not finished: repeat the interrupted command"
         return

@@ -23,11 +23,11 @@ def read_ssv2(
 ) -> FrameFolders | ListedFrames:
     """Opens a split of the data set.
 
-    The labels file must be beside the list. A list with the suffix `.json` is one of the data
-    set's own, like `something-something-v2-validation.json`. Its video ID is the folder of images
-    `folder/prefix/ID/` or the file `folder/prefix/ID.webm` (or `.mp4`). Any other list is a frame
-    list (`frame_lists`) with paths relative to `folder/prefix`. Beside a frame list must be the
-    data set's own lists, which have the labels.
+    The labels file must be in the folder of the list. A list with the suffix `.json` is one of the
+    data set's own, like `something-something-v2-validation.json`. A video with the id ID is read
+    from the folder of images `folder/prefix/ID/` or from the file `folder/prefix/ID.webm` (or
+    `.mp4`). Any other list is a frame list (`frame_lists`) with paths relative to `folder/prefix`.
+    The data set's own lists, which have the labels, must then be in the folder of the frame list.
 
     Raises:
       UserError: a file is missing or malformed, or a video's label is missing or not in the labels

@@ -11,9 +11,10 @@ from jaxtyping import Int
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.images import DecodeError, Frames, check_still, decode_image
 
-# Limit in bytes. Sets up to this size are read at once: 7 microseconds per 28x28 image, against 130
-# to 300 for separate reads. Decoded pixels up to this size are cached, which halves the time of
-# loading. Neither would matter for images like ImageNet's, which take milliseconds to decode.
+# Limit in bytes. A set up to this size is read into memory at once, in 7 microseconds per 28x28
+# image, against 130 to 300 for separate reads. Decoded pixels up to this size are cached, which
+# halves the loading time. Images like ImageNet's would gain little, as each takes milliseconds to
+# decode.
 IN_MEMORY = 256 * 2**20
 
 
@@ -23,7 +24,7 @@ class TfdsSplit:
     """One split of a prepared image data set; a `data.source.Source`.
 
     Attributes:
-      examples: "image" (bytes of an image file) and "label", by index.
+      examples: sequence of dictionaries with "image" (bytes of an image file) and "label".
       class_names: name of each class.
       list_file: name, version and split of the set, for messages.
       decoded: cache of decoded images by index; None for no cache.
@@ -63,16 +64,17 @@ class TfdsSplit:
 def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     """Opens a split of a data set that was prepared as array_record in TFDS's data folder.
 
-    Pillow decodes the images, as it does image files, so the pixels are equal; grey becomes RGB.
+    The images are decoded as by `images.read_image`; grey becomes RGB.
 
     Args:
       name: TFDS's "name", "name:version", "name/config" or "name/config:version".
       folder: TFDS's `data_dir`.
-      split: a split or a part of a split, like `train[:55000]`.
+      split: a split, or a part of one like `train[:55000]`.
 
     Raises:
-      UserError: the set, version or split does not exist, is not prepared, lacks random access, or
-        is not one of labelled images. The message has the command to prepare it.
+      UserError: the set, version or split does not exist; the set is not prepared, lacks random
+        access, or does not consist of labelled images. The message has the command that prepares
+        the set, where this helps.
     """
     import tensorflow_datasets as tfds  # takes a second, and few data sets need it
 
@@ -102,7 +104,7 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     cached = height is not None and width is not None and 3 * count * height * width <= IN_MEMORY
     names = tuple(features["label"].names)
     opened = TfdsSplit(examples, names, f"{title}/{split}", {} if cached else None)
-    # Checks the first label only. That its image is damaged is no error here.
+    # Checks the first label only. A damaged first record is not an error here.
     with contextlib.suppress(DecodeError):
         if opened.label(0) < 0:  # test splits, like that of imagenet2012
             raise UserError(f"the images of {opened.list_file} have no labels: name another split")
@@ -114,7 +116,7 @@ def prepare_command(name: str, folder: str, downloaded: str = "") -> str:
 
     Args:
       folder: TFDS's `data_dir` for the prepared set.
-      downloaded: the `data_dir` with earlier or manual downloads; "" for `folder`.
+      downloaded: the `data_dir` of earlier or manual downloads; "" for `folder`.
     """
     if name.partition(":")[0] == "fashion_mnist":
         return f"`python -m mvit_jax.prepare fashion_mnist --out={folder}`"
@@ -154,7 +156,7 @@ def prepared_builder(name: str, folder: str) -> Any:
 def _check_features(title: str, features: Any) -> None:
     import tensorflow_datasets as tfds
 
-    # Features without names are a single feature.
+    # Without names, the set has a single feature.
     named = dict(features.items()) if hasattr(features, "items") else {}
     image, label = named.get("image"), named.get("label")
     # TFDS stores floating-point images as PNGs of their raw bytes, not of pixels.
@@ -167,6 +169,6 @@ def _check_features(title: str, features: Any) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """Returns the first line of TFDS's message, without the arguments of its call."""
+    """Returns the first line of a TFDS error, without the arguments of the failed call."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rsplit('}": ', 1)[-1].strip().rstrip(".:")

@@ -75,7 +75,7 @@ def read_video_list(
 
     Raises:
       UserError: the folder, the list or a video file does not exist, a line is not `path label`,
-        a label is outside of the classes, or the list is empty. Names the file and line.
+        a label is outside of the classes, or the list is empty.
     """
     root = Path(folder).expanduser().absolute()
     if not root.is_dir():
@@ -139,8 +139,7 @@ def names_in(folders: Iterable[str], chosen: Callable[[os.DirEntry[str]], bool])
             return []
 
     # Lists folders instead of testing each file: Kinetics has 240,000 files in 400 folders. On a
-    # network disk each request takes about a millisecond, regardless of the number of concurrent
-    # requests.
+    # network disk, a request takes about a millisecond, also if other requests run concurrently.
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(names, folders))
 
@@ -152,7 +151,7 @@ class _BadLineError(Exception):
 
 
 def _parse(lines: Sequence[str], base: str, separator: str | None) -> tuple[list[str], list[int]]:
-    """Returns absolute path and label of each line that is not blank."""
+    """Returns the absolute paths and the labels of the lines that are not blank."""
     paths, labels = [], []
     for number, line in enumerate(lines, start=1):
         line = line.strip()
@@ -204,7 +203,7 @@ def _suggest_separator(separator: str | None) -> str:
     return f"the separator seems to be {separator!r}: set data.separator to it"
 
 
-_MAX_CLASSES = 1_000_000  # without a list of their names
+_MAX_CLASSES = 1_000_000  # if there is no labels.txt
 
 
 def _class_names(root: Path, num_classes: int | None, labels_seen: int) -> tuple[str, ...]:
