@@ -2,8 +2,9 @@
 
 Each result equals that of Pillow frame by frame, byte for byte; `benchmarks/augmentation.py`
 measures the speedup. Most operations compute only the part of the frames that a later crop needs.
-Their arguments are boxes: `frame` is the whole frame, `window` the part that `clip` holds, and
-`region` the part to compute. `fill` is the RGB colour of pixels from outside of the frame.
+Boxes describe the parts: `frame` is the whole frame, `window` the part that `clip` holds, and
+`region` the part to compute. `fill` is the RGB colour of pixels whose source lies outside of the
+frame.
 """
 
 import math
@@ -33,12 +34,12 @@ class Box(NamedTuple):
     width: int
 
     def cut(self, clip: np.ndarray, window: "Box") -> np.ndarray:
-        """Returns a view of this part of the frames, of which `clip` holds the part `window`."""
+        """Returns a view of this part of the frames; `clip` holds their part `window`."""
         top, left = self.top - window.top, self.left - window.left
         return clip[:, top : top + self.height, left : left + self.width]
 
 
-# Lookup tables that are the same for all frames and colours.
+# Lookup tables that are the same for all frames and colour channels.
 
 
 def invert() -> UInt8[np.ndarray, "256"]:
@@ -46,7 +47,7 @@ def invert() -> UInt8[np.ndarray, "256"]:
 
 
 def posterize(bits: int) -> UInt8[np.ndarray, "256"]:
-    """Returns the table that keeps the `bits` highest bits of each value, 0 to 8."""
+    """Returns the table that keeps only the highest `bits` (0 to 8) bits of each value."""
     return np.arange(256, dtype=np.uint8) & np.uint8(256 - (1 << (8 - bits)))
 
 
@@ -67,11 +68,11 @@ def brightness(factor: float) -> UInt8[np.ndarray, "256"]:
     return _blend(np.zeros((1, 256), np.uint8), np.arange(256, dtype=np.uint8)[None], factor)[0]
 
 
-# Lookup tables of each frame and colour, which depend on the whole frame.
+# Lookup tables of each frame and colour channel, which depend on the whole frame.
 
 
 def autocontrast(clip: Clip) -> UInt8[np.ndarray, "time 256 3"]:
-    """Returns the tables that stretch each colour of each frame to 0..255."""
+    """Returns the tables that stretch each colour channel of each frame to 0..255."""
     present = _histograms(clip) > 0
     low, high = present.argmax(-1), 255 - present[..., ::-1].argmax(-1)
     scale = 255.0 / np.maximum(high - low, 1)
@@ -83,7 +84,7 @@ def autocontrast(clip: Clip) -> UInt8[np.ndarray, "time 256 3"]:
 
 
 def equalize(clip: Clip) -> UInt8[np.ndarray, "time 256 3"]:
-    """Returns the tables that equalise the histogram of each colour of each frame."""
+    """Returns the tables that equalise the histogram of each colour channel of each frame."""
     counts = _histograms(clip)
     last = 255 - (counts > 0)[..., ::-1].argmax(-1)
     of_last = np.take_along_axis(counts, last[..., None], -1)
@@ -214,14 +215,14 @@ def rotate_source(degrees: float, frame: Box, region: Box) -> Box:
 
 
 def _has_centre_pixel(frame: Box) -> bool:
-    # The source of the centre pixel depends on rounding. A transform of a region rounds otherwise
-    # than Pillow's transform of the frame, so the whole frame is rotated.
+    # The source of the centre pixel depends on rounding, which differs between a transform of a
+    # region and Pillow's transform of the frame. So the whole frame is rotated.
     return frame.height % 2 == 1 and frame.width % 2 == 1
 
 
 def _rotation(degrees: float, frame: Box) -> tuple[float, ...]:
     """Returns a to f of the map x' = ax + by + c, y' = dx + ey + f to source pixels."""
-    # Pillow's arithmetic, for the same bits.
+    # In the order of Pillow's code, for bit-identical values.
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = frame.width / 2, frame.height / 2
@@ -238,9 +239,9 @@ def shift_rows(
 ) -> Clip:
     """Shifts rows: pixel x of row y gets the value at x + shifts[y] of the same row.
 
-    This implements shearing and translation, for which Pillow reads 16 pixels although only 4
-    matter. `shifts` are in pixels, one per row of `region`. `window` contains the box of
-    `shift_source`.
+    This implements shearing and translation. For each value, Pillow reads 16 pixels, of which only
+    the 4 of one row matter. `shifts` are in pixels, one per row of `region`. `window` contains the
+    box of `shift_source`.
     """
     clip = clip[:, region.top - window.top :]
     out = np.empty((len(clip), region.height, region.width, 3), np.uint8)
@@ -279,8 +280,8 @@ def transpose(clip: Clip) -> Clip:
 
 
 def _source_box(frame: Box, rows: Bounds, columns: Bounds) -> Box:
-    # The bicubic kernel reads two pixels on either side; one more is for rounding. If no pixel of
-    # the frame is read, the box is a pixel of its edge.
+    # The bicubic kernel reads two pixels on either side; one more allows for rounding. If the
+    # source lies outside of the frame, the box is one pixel wide or high, at the frame's edge.
     bounds = []
     for (low, high), size in ((rows, frame.height), (columns, frame.width)):
         start = min(max(math.floor(low) - 3, 0), size - 1)
@@ -306,8 +307,8 @@ def _cubic(taps: np.ndarray, fraction: np.ndarray, out: np.ndarray) -> None:
 
     The kernel (a = -1) and the order of operations are Pillow's:
     v2 + d (v3 - v1 + d (2 v1 - 2 v2 + v3 - v4 + d (v2 - v1 + v4 - v3))).
-    In another order, some whole numbers would be rounded down slightly and truncated to the next
-    lower one.
+    In another order, some results that should be whole numbers would come out slightly smaller and
+    be truncated to the next lower number.
     """
     n = out.shape[-1]
     step = taps[..., 3:] - taps[..., :-3]

@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al. 2020) of clips: a few random operations, the same for all frames.
 
-The strings, operations and ranges are timm's, which the papers' recipes use. The fifteen operations
-are stronger at larger magnitudes. They are drawn with replacement, and each drawn operation is
-applied with probability 0.5.
+The strings, operations and ranges are timm's, which the papers' recipes use. Twelve of the fifteen
+operations are stronger at larger magnitudes; AutoContrast, Equalize and Invert have no magnitude.
+The operations of a clip are drawn with replacement, and each is applied with probability 0.5.
 
 For videos, only the pixels inside of the random crop are computed. RandAugment and crop of a clip
 are thus 1.6 to 1.7 times as fast as on whole frames: 18.8 ms instead of 31.7 in
@@ -51,7 +51,8 @@ class RandAugment:
     Attributes:
       magnitude: mean of the magnitudes, 0 to 10.
       layers: number of operations drawn per clip.
-      std: standard deviation of the magnitudes. They are normal, then clipped to 0..10.
+      std: standard deviation of the magnitudes, which are drawn from a normal distribution and
+        clipped to 0..10.
     """
 
     magnitude: int
@@ -120,7 +121,7 @@ def parse(text: str) -> RandAugment:
 
 
 def operation(name: str, magnitude: int | float, sign: int) -> Operation:
-    """Returns an operation at a magnitude of 0 to 10; `sign`, 1 or -1, is its direction if any."""
+    """Returns an operation at a magnitude of 0 to 10, in the direction `sign` (1 or -1) if any."""
     level = magnitude / 10
     match name:
         case "Rotate":
@@ -152,12 +153,12 @@ def apply(
     """Applies operations in order to all frames.
 
     The values are Pillow's. If only a part of a rotated frame is computed, the coordinates differ
-    in their thirteenth decimal, which changed none of 1.6 * 10^8 values.
+    from Pillow's in the thirteenth decimal. This changed none of 1.6 * 10^8 values.
 
     Args:
       clip: frames.
       operations: operations of the clip.
-      fill: RGB colour of pixels from outside of the frame.
+      fill: RGB colour of pixels whose source lies outside of the frame.
       box: part of the frames to return, for a later crop; None for all. Only pixels that affect
         this part are computed.
 
@@ -242,7 +243,7 @@ def _table(name: str, argument: float, clip: Clip) -> image_ops.Table:
 
 
 def _shifts(op: Operation, frame: Box, region: Box) -> np.ndarray:
-    """Returns the row shifts of `region` in pixels; for column shifts, boxes are transposed."""
+    """Returns the shifts of the rows of `region` in pixels; for columns, pass transposed boxes."""
     if op.name.startswith("Shear"):
         return op.argument * (np.arange(region.top, region.top + region.height) + 0.5)
     return np.full(region.height, op.argument * frame.width)

@@ -56,7 +56,8 @@ class Source(Protocol):
 
         Returns:
           The class, in `range(len(class_names))`. In a multi-label data set, a multi-hot vector
-          with 1 for each class of the element, or only zeros. All labels of a source have one shape.
+          with 1 for each class of the element, or only zeros. All labels of a source have the same
+          shape.
 
         Raises:
           DecodeError: the label cannot be read.

@@ -30,8 +30,9 @@ from mvit_jax.data.images import (
     read_image,
 )
 
-# Headers often state a frame or two too many; PySlowFast then repeats the last frame. A file
-# truncated by a broken download lacks far more.
+# A file with a smaller share of its stated frames counts as cut off. Headers often state a frame or
+# two too many; PySlowFast then repeats the last frame. A file truncated by a broken download lacks
+# far more.
 _MIN_SHARE_OF_STATED_FRAMES = 0.9
 
 # Codecs whose decoders can skip single frames that no other frame refers to. Skipping those that
@@ -69,7 +70,7 @@ class Index:
       offsets: byte offset of each packet in the file, in decoding order.
       sizes: size of each packet in bytes.
       times: presentation time of each packet, in units of `time_base`, all distinct.
-      keys: positions of the key frames in this order.
+      keys: positions of the key frames in `offsets`.
       extradata: codec parameters, which the decoder requires before the first packet.
       time_base: numerator and denominator of the time unit, in seconds.
       fps: average frames per second.
@@ -88,9 +89,9 @@ class Video:
     """An open video file, or the bytes of one; a context manager.
 
     Opening reads all packets once (3 % of the time of decoding them), as the frame count of a
-    container may be missing or wrong. The packets' presentation times make frame numbers exact at
-    variable frame rates and from any key frame. With an index the container is not read: opening
-    takes 0.1 ms instead of 2 for 300 frames of 340x256.
+    container may be missing or wrong. The packets' presentation times make frame numbers exact, at
+    variable frame rates too and from whichever key frame decoding starts. With an index, the
+    container is not read: opening takes 0.1 ms instead of 2 for 300 frames of 340x256.
 
     Args:
       file: path of a video file, or its bytes.
@@ -100,7 +101,7 @@ class Video:
     Attributes:
       path: path of the file, or its name in messages.
       num_frames: number of frames, which are numbered by presentation time.
-      fps: average frames per second; 30 if the file does not state it.
+      fps: average frames per second; 30 if the file states no rate.
 
     Raises:
       DecodeError: the file is missing, is not a video, is broken or is truncated.
@@ -160,7 +161,7 @@ class Video:
           RGB frames, turned upright if the file states a rotation of the camera.
 
         Raises:
-          DecodeError: the file is broken where these frames are.
+          DecodeError: the file is broken at these frames.
           IndexError: a frame number is out of range.
         """
         numbers, inverse = distinct(indices, self.num_frames)
@@ -246,9 +247,9 @@ class Video:
     ) -> Iterator[tuple[int, UInt8[np.ndarray, "height width 3"]]]:
         """Yields pairs of frame number and RGB frame, for ascending numbers.
 
-        The frames are those of `frames`, but only one is in memory. `frames` called for
-        consecutive parts of a video would decode each part from the key frame before it: a time
-        quadratic in the length of a file with a single key frame.
+        The frames equal those of `frames`, but only one is in memory at a time. Calling `frames`
+        for one part of a video after the other would decode each part from the key frame before
+        the part. In a file with a single key frame, this takes quadratic time.
 
         Raises:
           DecodeError: while iterating, the file is broken.
@@ -260,16 +261,16 @@ class Video:
             yield number, image
 
     def times(self) -> tuple[Fraction, list[int]]:
-        """Returns a time base in seconds, and the frames' presentation times in it, from 0 on.
+        """Returns a time base in seconds, and the presentation times in its units, from 0 on.
 
-        Frames have the average rate if the file has no reliable presentation times.
+        Frames are evenly spaced at the average rate if the file has no reliable presentation times.
         """
         if not self._times or self._time_base is None:
             return 1 / Fraction(self.fps).limit_denominator(1001), list(range(self.num_frames))
         return self._time_base, [time - self._times[0] for time in self._times]
 
     def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yields frames as `in_order`, but as decoded: neither RGB nor turned upright."""
+        """Yields frames like `in_order`, but as decoded: neither RGB nor turned upright."""
         numbers = list(numbers)
         try:
             yield from self._pictures(numbers)
@@ -299,11 +300,11 @@ class Video:
         yield from ((requested, frame) for requested in numbers[done:])
 
     def _decoded(self, numbers: list[int], jumping: bool) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decodes the requested frames, from the key frame before the first of them on.
+        """Decodes the requested frames, starting at the key frame before the first one.
 
-        Yields pairs of frame number and frame, in ascending order, also of frames that were not
-        requested. With `jumping`, packets that no requested frame depends on are skipped: those
-        after a requested frame, up to the key frame before the next one.
+        Yields pairs of frame number and frame in ascending order, including frames that were not
+        requested. With `jumping`, packets that no requested frame depends on are skipped: from a
+        requested frame to the key frame before the next requested frame.
         """
         codec = self._codec
         packets = self._packets(numbers[0])
@@ -356,22 +357,22 @@ class Video:
         return runs
 
     def _key_frame(self, time: int) -> _KeyFrame:
-        """Returns the last key frame presented at `time` or before, else the file's first."""
+        """Returns the last key frame presented at or before `time`, or else the file's first."""
         index = bisect_right(self._key_times, time) - 1
         if index < 0:
             return min(self._key_frames, key=lambda key: key.position)
         return self._key_frames[index]
 
     def _packets(self, first: int) -> Iterator[av.Packet]:
-        """Returns packets in decoding order, from the key frame of frame `first` or before."""
+        """Returns packets in decoding order, starting at or before the key frame of `first`."""
         if self._index is not None:
             self._codec.flush_buffers()
             return self._indexed(self._index, self._key_frame(self._times[first]).position)
         assert self._container
         if self._times:
             start = self._key_frame(self._times[first])
-            # The index of mp4 files has decoding times, that of Matroska presentation times, and
-            # some indexes are wrong: so the position reached is checked.
+            # The index of mp4 files is in decoding times, that of Matroska in presentation times,
+            # and some indexes are wrong. So the position after seeking is checked.
             for stamp in (start.pts, start.dts):
                 if stamp is None:
                     continue

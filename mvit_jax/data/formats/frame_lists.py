@@ -218,7 +218,7 @@ _LINES_OF_A_VIDEO = re.compile(rb"\s*(\S+)[ \t][^\n]*\n?(?:[ \t]*\1[ \t][^\n]*\n
 
 
 def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[bytes]]]:
-    """Returns each video's first offset, from `begin` on, and distinct unparsed labels."""
+    """Returns the offset and the distinct unparsed labels of each video, from `begin` on."""
     starts: dict[bytes, int] = {}
     texts: list[set[bytes]] = []
     for match in _LINES_OF_A_VIDEO.finditer(content, begin):

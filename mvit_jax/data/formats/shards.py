@@ -159,8 +159,8 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
       split: name of the split, or of the packed list (train.csv).
 
     Raises:
-      UserError: the folder or split does not exist or is incomplete; or the manifest cannot be read,
-        is inconsistent in itself, or does not match the shards.
+      UserError: the folder or split does not exist or is incomplete, or the manifest cannot be
+        read, is inconsistent in itself, or does not match the shards.
     """
     from array_record.python import array_record_data_source as sources  # takes half a second
 

@@ -1,7 +1,7 @@
 """Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) in TFDS's format, downloaded or from files.
 
-70,000 grey images of 28x28 pixels of ten kinds of clothing. Does not need TensorFlow, which TFDS's
-own code for downloads, for the published files and for PNG imports.
+70,000 grey images of 28x28 pixels of ten kinds of clothing. TFDS's own code imports TensorFlow to
+download the published files, to read them and to write PNGs; this module does not.
 """
 
 import gzip
@@ -95,7 +95,7 @@ def _download(address: str, folder: Path) -> Path:
 def examples(
     num_examples: int, data_path: str, label_path: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields index, PNG image and label of each example; replaces TFDS's function."""
+    """Yields the index, PNG image and label of each example; replaces TFDS's function."""
     pixels = np.frombuffer(Path(data_path).read_bytes(), np.uint8, offset=16)
     labels = np.frombuffer(Path(label_path).read_bytes(), np.uint8, offset=8)
     images = pixels.reshape(num_examples, 28, 28)
@@ -129,6 +129,6 @@ def _unpack(folder: Path, to: Path) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    cause = getattr(error, "reason", error)  # URLError has one
+    cause = getattr(error, "reason", error)  # URLError has a `reason`
     text = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
     return text.strip().splitlines()[0].rstrip(".").lower()

@@ -1,12 +1,13 @@
 """Moving digits: handwritten digits in H.264 files, with labels that depend on motion alone.
 
 The eight classes form four pairs, each class of a pair being the other played backwards: left and
-right, up and down, clockwise and counter_clockwise, growing and shrinking. A motion is a phase of
-constant velocity. The phase is a position on the frame as a torus, an angle, or the logarithm of a
-size that jumps back at its end. The phase of the first frame is uniform, and the classes of a pair
-differ only in the velocity's sign. So single frames have the same distribution in both classes of a
-pair, and shuffled frames reveal at best the pair. A horizontal flip turns left into right and
-clockwise into counter_clockwise, so flips do not preserve the labels.
+right, up and down, clockwise and counter_clockwise, growing and shrinking. Each video has a phase
+that changes at constant velocity. The phase drives the position (with wrap-around at the edges of
+the frame), the angle, or the logarithm of the size (which jumps back at the end of its range). The
+phase of the first frame is uniformly random, and the classes of a pair differ only in the sign of
+the velocity. So single frames have the same distribution in both classes of a pair, and shuffled
+frames reveal at best the pair. A horizontal flip turns left into right and clockwise into
+counter_clockwise, so flips do not preserve the labels.
 
 The handwriting is scikit-learn's: 1,797 digits of 8x8 pixels, disjoint between the splits.
 """
@@ -33,11 +34,11 @@ VERSION = 1
 
 SIZE = 64  # px, both sides of a frame
 FRAME_RATE = 30  # frames per second
-# A clip of 8 frames with stride 4 spans 32 frames, so the views of a video differ.
+# More than the 32 frames of a clip of 8 frames with stride 4, so that a video's views differ.
 LENGTHS = (40, 56)  # frames, both ends included
 SIDES = (16.0, 44.0)  # px, range of growing and shrinking digits
 
-# The quantity that follows the phase, and the sign of the velocity. The y axis points down, so
+# The parameter driven by the phase, and the sign of the velocity. The y axis points down, so
 # positive angles turn clockwise.
 CLASSES = {
     "left": ("x", -1),
@@ -50,7 +51,7 @@ CLASSES = {
     "shrinking": ("side", -1),
 }
 
-# Cycles per frame, fast enough for a span of 32 frames and slow enough for a stride of 4. Digits
+# Cycles per frame: fast enough to show in 32 frames, slow enough to follow at a stride of 4. Digits
 # move 2.4 to 6 px or 10 to 24 degrees in 4 frames. Sizes change by a factor of 1.65 to 2.2 in 32
 # frames, with at most one jump.
 SPEEDS = {
@@ -63,7 +64,7 @@ SPEEDS = {
 # Number of digits of each split, 1,797 in total.
 HANDWRITING = {"train": 1297, "val": 200, "test": 300}
 
-_CELL = 8  # px of the enlarged digit per px of the handwriting
+_CELL = 8  # px of the enlarged digit for each px of the handwriting
 _MARGIN = 2  # px of padding around the handwriting, for the interpolation at its edges
 
 
@@ -71,14 +72,14 @@ _MARGIN = 2  # px of padding around the handwriting, for the interpolation at it
 class Scene:
     """The random parameters of one video, from which `render` makes the frames.
 
-    `driven` names the parameter among `x`, `y`, `angle` and `side` that follows the phase. The
-    other three are constant: `x`, `y` in px right of and below the frame's centre, `angle` in
+    `driven` names the parameter among `x`, `y`, `angle` and `side` that the phase drives. The other
+    three are constant: `x`, `y` in px right of and below the frame's centre, `angle` in
     degrees clockwise, `side` in px for the 8 px of handwriting.
     """
 
     driven: str
     start: float  # phase of the first frame, cycles
-    velocity: float  # cycles per frame, negative for every second class of a pair
+    velocity: float  # cycles per frame, negative for one class of each pair
     digit: Float[np.ndarray, "8 8"]  # ink, 0 to 1
     x: float
     y: float
@@ -92,11 +93,11 @@ class Scene:
 @functools.cache
 def handwriting(seed: int) -> dict[str, Float[np.ndarray, "digits 8 8"]]:
     """Splits the digits, ink 0 to 1, by a permutation from `seed`; the splits are disjoint."""
-    # Imported here since it takes a second, which a finished folder does not need.
+    # Imported here, since the import takes a second and a finished folder needs no digits.
     from sklearn.datasets import load_digits
 
     images = np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8) / 16
-    # NumPy pads entropy with zeros, so (seed, 0) differs from all (seed, split from 1, index).
+    # NumPy pads seeds with zeros: this is (seed, 0, 0). Videos have 1 to 3 in the middle.
     order = np.random.default_rng((seed, 0)).permutation(len(images))
     parts = np.split(images[order], np.cumsum(list(HANDWRITING.values()))[:-1])
     return dict(zip(HANDWRITING, parts, strict=True))
@@ -183,7 +184,10 @@ def encode(frames: UInt8[np.ndarray, "time height width"]) -> bytes:
 
 
 def video(seed: int, split: str, index: int) -> bytes:
-    """Makes the mp4 file of one video from its arguments alone; its label is `index` modulo 8."""
+    """Makes the mp4 file of a video, whose label is `index` modulo 8.
+
+    The file depends on the arguments alone.
+    """
     rng = np.random.default_rng((seed, 1 + list(HANDWRITING).index(split), index))
     return encode(render(draw(index % len(CLASSES), handwriting(seed)[split], rng)))
 

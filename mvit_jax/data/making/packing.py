@@ -1,8 +1,8 @@
 """Packing of a list's videos into shards, re-encoded, on Apache Beam.
 
 A shard is one element of the pipeline. A worker encodes the shard's videos, writes the shard
-atomically, and writes a note file with its manifest entry. The notes are merged into the manifest
-at the end. So workers exchange no data, a finished shard with a note is not written again, and the
+atomically, and writes a note: a file with the shard's manifest entry. The notes are merged into the
+manifest at the end. So workers exchange no data, a shard with a note is not written again, and the
 bytes of a shard depend only on its videos and the settings.
 """
 
@@ -84,8 +84,8 @@ def prepare(
 ) -> Manifest:
     """Packs the videos of a list into shards, or resumes an interrupted run.
 
-    The split is named after the list and has its order; each shard is a contiguous part. Videos
-    that cannot be packed are skipped and recorded with their reasons in the manifest.
+    The split is named after the list and keeps the order of the list; each shard is a contiguous
+    part. Videos that cannot be packed are skipped and recorded with their reasons in the manifest.
 
     Args:
       csv: list of lines `path label`. The class names are in `labels.txt` beside it, which is
@@ -117,7 +117,7 @@ def prepare(
         list_file.parent, list_file.name, prefix=prefix, separator=separator, max_missing=1.0
     )
     if not (list_file.parent / "labels.txt").is_file():
-        # The number of classes in one list may differ from that in another list.
+        # The lists of one data set may differ in their number of classes.
         raise UserError(
             f"there is no labels.txt in {list_file.parent}: write the names of the classes there, "
             "one per line, label 0 first"
@@ -164,7 +164,7 @@ def prepare(
 def _plan(
     videos: VideoList, split: str, root: Path, base: Path, encoding: Encoding, shards: int | None
 ) -> tuple[list[Job], dict[str, Any]]:
-    """Returns the jobs and the settings, both functions of the list and the arguments alone."""
+    """Returns the jobs and the settings; both depend only on the list and the arguments."""
     ids = [path.removeprefix(f"{base}/") for path in videos.paths]
     count = min(shards or max(LEAST_SHARDS, -(-len(ids) // VIDEOS_A_SHARD)), len(ids))
     rows = list(zip(ids, videos.paths, videos.labels.tolist(), strict=True))
@@ -183,7 +183,10 @@ def _plan(
 
 
 def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
-    """Writes labels.txt and the `new` manifest, or returns an earlier one of equal settings."""
+    """Returns the earlier manifest at `path`, or writes and returns `new` if there is none.
+
+    Also copies labels.txt. Raises `UserError` if the earlier settings or classes differ.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -271,8 +274,8 @@ def _sync(folder: Path) -> None:
 class DeadWorkerError(UserError):
     """A `UserError` for a worker process that died.
 
-    Programs should then exit with `os._exit`: the interpreter's exit would block on Beam's threads,
-    and these on workers that may still be busy.
+    Programs should then exit with `os._exit`. The interpreter's normal exit would block on Beam's
+    threads, which block on workers that may still be busy.
     """
 
 
@@ -292,7 +295,7 @@ def run_jobs(
       UserError: Beam is not installed.
       DeadWorkerError: a worker died.
     """
-    logging.disable(logging.WARNING)  # importing Beam logs warnings of optional parts
+    logging.disable(logging.WARNING)  # importing Beam logs warnings about optional parts
     try:
         import apache_beam as beam
     except ImportError as error:
@@ -340,7 +343,7 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
         environment = SubprocessSDKEnvironment.from_command_string(  # pyright: ignore
             f"exec {shlex.quote(sys.executable)} -c {shlex.quote(worker)}"
         )
-    # Beam's default local runner is Prism, a program that it downloads.
+    # Not Beam's default local runner Prism, a program that Beam would download.
     runner = FnApiRunner(default_environment=environment)
     return runner, PipelineOptions([f"--direct_num_workers={workers}", *flags])
 
@@ -349,8 +352,8 @@ def _runner(workers: int, flags: Sequence[str]) -> tuple[Any, Any]:
 def _dead_workers(patience: float = 20.0) -> Iterator[list[str]]:
     """Interrupts the main thread when a worker process dies; Beam would block forever.
 
-    Beam may block again while it shuts down, in about one of thirty deaths. Then this process exits
-    after `patience` seconds. The other workers exit when they lose their connection to it.
+    In about one of thirty such cases, Beam also blocks while shutting down. Then this process exits
+    after `patience` seconds. The other workers exit when they lose the connection to this process.
 
     Yields:
       A list that receives the exit status of the first dead worker.

@@ -20,8 +20,8 @@ def write_lists(
 
     `folder` must have a folder of videos or images for each class. The split is stratified: each
     list has about the same share of every class. The same files and seed give the same lists.
-    Files of one source (one person, one film) should be in one list only. Sources are not detected,
-    so write the lists by hand for such data.
+    Sources are not detected: if several files come from one source (one person, one film), write
+    the lists by hand so that these files are in one list only.
 
     Args:
       val: share of each class for validation.

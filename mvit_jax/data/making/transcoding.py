@@ -1,4 +1,4 @@
-"""Re-encoding of a video with small frames, for fast decoding of random clips."""
+"""Re-encoding of videos at a small size, for fast decoding of random clips."""
 
 import io
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ class Encoding:
     """Settings of the video encoder.
 
     Attributes:
-      short_side: short side in pixels, even. Larger frames are scaled down to it; smaller frames
-        keep their size.
-      gop: distance of key frames in frames; random access decodes at most this many frames.
+      short_side: short side in pixels, even. Larger frames are scaled down to this short side;
+        smaller frames keep their size, rounded to even numbers.
+      gop: number of frames from one key frame to the next; decoding any single frame decodes at
+        most this many.
       crf: x264's constant rate factor, 0 (exact) to 51; lower means better and larger.
 
     Raises:
@@ -50,7 +51,7 @@ class Encoded:
 
     Attributes:
       file: content of an mp4 file, H.264, without sound.
-      index: packet positions and times of the file; frames per second of the original.
+      index: packet index of `file`, with the frame rate of the original.
     """
 
     file: bytes
@@ -60,9 +61,9 @@ class Encoded:
 def encode(file: str | bytes, encoding: Encoding, name: str | None = None) -> Encoded:
     """Re-encodes a video upright, with smaller frames, frequent key frames and no sound.
 
-    All frames are preserved, and so are their presentation times, unless the times are unreliable:
-    then frames are evenly spaced at the average rate. The result is decoded once to check that all
-    frames are present.
+    All frames and their presentation times are preserved; the times start at 0. If the times in the
+    file are unreliable, frames are evenly spaced at the average rate. The result is decoded once to
+    check that all frames are present.
 
     Args:
       file: path or content of any file that `Video` reads.
@@ -98,14 +99,14 @@ def _encode(video: Video, encoding: Encoding) -> Encoded:
                 width=size[0],
                 height=size[1],
                 format="yuv420p",
-                # The conversion matrix for RGB pictures; others keep their own.
+                # Conversion matrix for RGB pictures; YUV pictures keep theirs.
                 dst_colorspace=Colorspace.ITU601 if picture.format.is_rgb else None,
                 interpolation=Interpolation.BICUBIC,
                 threads=1,
             )
             picture = _rotate(picture, degrees)
             picture.pts, picture.time_base = times[number], time_base
-            picture.pict_type = PictureType.NONE  # otherwise x264 keeps the original's type
+            picture.pict_type = PictureType.NONE  # otherwise x264 keeps the original frame's type
             if stream is None:
                 stream = _stream(container, picture, encoding, video.fps)
                 stream.codec_context.time_base = time_base
@@ -141,7 +142,7 @@ def _stream(container, picture: av.VideoFrame, encoding: Encoding, fps: float):
         "crf": str(encoding.crf),
         "g": str(encoding.gop),
         "keyint_min": str(encoding.gop),
-        "sc_threshold": "0",  # no key frames at scene cuts, which cost bytes without use for clips
+        "sc_threshold": "0",  # no key frames at scene cuts: more bytes, no gain for clips
         # Three of four frames are B-frames that no other frame refers to. They are not decoded
         # unless a clip contains them. (With gop=1 there are none.)
         "bf": "3",
@@ -161,7 +162,7 @@ def _stream(container, picture: av.VideoFrame, encoding: Encoding, fps: float):
 
 
 def _size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Returns the scaled width and height, even as yuv420p requires, never enlarged."""
+    """Returns width and height scaled down if larger, and rounded to even for yuv420p."""
     scale = min(1.0, short_side / min(width, height))
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 

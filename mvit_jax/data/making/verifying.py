@@ -39,9 +39,10 @@ def check(
     separator: str | None = None,
     workers: int | None = None,
 ) -> list[Report]:
-    """Decodes all of a data set of shards or of lists of files.
+    """Decodes every video and image of a data set, stored in shards or listed in files.
 
-    For shards, also compares number, size, digest and content with the manifest.
+    For shards, also compares the manifest with the size, digest and number of records of each shard
+    and with the id, label and number of frames of each video.
 
     Args:
       folder: folder of manifests, or of lists (`*.csv`) if it has no manifests.
@@ -79,7 +80,7 @@ def _check_shards(root: Path, split: str, threads: int) -> Report:
     videos = sum(len(shard.ids) for shard in manifest.shards)
     problems = list(shards.problems(root, path, manifest))
     problems += _digest_mismatches(root, path, manifest)
-    if not problems:  # otherwise the split cannot be opened, or each video would be reported
+    if not problems:  # otherwise opening fails, or each video would be reported
         opened = shards.read_shards(root, split)
         problems += _decode_failures(split, opened, threads)
         problems += _manifest_mismatches(path, manifest, opened)
