@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 renamed_keys: dict[str, tuple[str, str]] = {}
-"""Renamed config keys: last part of the old key to old and new key, filled by `config`."""
+"""Renamed config keys, filled by `config`: last part of the old key to (old key, new key)."""
 
 
 class UserError(ValueError):

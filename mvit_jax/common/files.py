@@ -76,7 +76,7 @@ def faults() -> tuple[type[Exception], ...]:
 
 
 def why(fault: Exception) -> str:
-    """Returns the reason for a failed read or write in a few words; `fault` is of `faults`."""
+    """Returns the reason for a failed read or write in a few words, from the exception."""
     reason = getattr(fault, "strerror", None) or str(fault).partition(" with body '")[0].strip()
     reason = re.sub(r"^\{\{function_node .*?\}\} ", "", reason)  # TensorFlow's prefix
     return reason.partition("\n")[0] or type(fault).__name__

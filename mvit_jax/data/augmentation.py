@@ -35,7 +35,8 @@ class Augmentation:
         random resized crop.
       jitter: bounds of a random short side in pixels, instead of `crop_area`. The inverse of the
         short side is drawn uniformly; then a square is cut at a random position. If `crop_area` and
-        `jitter` are None, frames are scaled until the central square has the size of the clip.
+        `jitter` are None, the short side is scaled to the clip's size, and the central square is
+        cut.
       short_side: short side in pixels to which frames are scaled first; None to keep their size.
       randaugment: settings of RandAugment; None for no RandAugment.
       fill: RGB colour that RandAugment uses outside of the frame; in the recipes, grey for videos
@@ -228,9 +229,9 @@ def crop_views(
       clip: frames, at least `size` high and wide.
       size: side of the squares in pixels.
       crops: 1 for the centre; 3 for left, centre, right (top, centre, bottom of tall frames).
-      image: True for images. It matters if an odd number of pixels is left over: the offset of the
-        centre is then rounded to even for images, as by torchvision's CenterCrop, and up for
-        videos, as in the reference protocol.
+      image: True for images. If an odd number of pixels is left over, the offset of the centre is
+        rounded to even for images (torchvision's CenterCrop) and up for videos (the reference
+        protocol).
 
     Raises:
       ValueError: frames smaller than the squares, or another number of crops.

@@ -34,7 +34,7 @@ class Box(NamedTuple):
     width: int
 
     def cut(self, clip: np.ndarray, window: "Box") -> np.ndarray:
-        """Returns a view of this part of the frames; `clip` holds their part `window`."""
+        """Returns this part of the frames as a view of `clip`, which holds the part `window`."""
         top, left = self.top - window.top, self.left - window.left
         return clip[:, top : top + self.height, left : left + self.width]
 

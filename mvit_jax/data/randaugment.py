@@ -121,7 +121,7 @@ def parse(text: str) -> RandAugment:
 
 
 def operation(name: str, magnitude: int | float, sign: int) -> Operation:
-    """Returns an operation at a magnitude of 0 to 10, in the direction `sign` (1 or -1) if any."""
+    """Returns an operation at a magnitude of 0 to 10; `sign` (1 or -1) is the direction, if any."""
     level = magnitude / 10
     match name:
         case "Rotate":

@@ -45,7 +45,7 @@ def train_indices(
       frames: T, frames of the clip.
       stride: tau, distance between neighbouring frames, for a span at 30 frames per second; unused
         by segments.
-      rng: random generator, from which segments draw T numbers and the others one.
+      rng: random generator; T numbers are drawn for segments, otherwise one.
       sampling: kind of sampling.
 
     Returns:
@@ -87,7 +87,7 @@ def view_indices(
     Arguments and result are as for `train_indices`, with one row per clip.
 
     Raises:
-      UserError: more than one clip is requested of sampling by segments.
+      UserError: `clips` is above 1 for segments.
     """
     if sampling == "segments":
         if clips != 1:
@@ -129,7 +129,7 @@ def spread(
 def segments(
     num_frames: int, frames: int
 ) -> tuple[Int64[np.ndarray, " frames"], Int64[np.ndarray, " frames"]]:
-    """Returns the first and last frame of each of equal segments; neighbours share a frame."""
+    """Returns the first and last frame of each equal segment; neighbours share a frame."""
     edges = np.rint((num_frames - 1) / frames * np.arange(frames + 1)).astype(np.int64)
     return edges[:-1], edges[1:]
 

@@ -98,7 +98,7 @@ def open_source(
       list_name: name of the split's list, subfolder or manifest in `folder`; for TFDS, a split.
       source: one of `SOURCES`.
       tfds: name of a data set prepared by TFDS; replaces `source`.
-      train_list: name of the training split, whose subfolders define the classes (class folders).
+      train_list: name of the training split; for class folders, it defines the classes.
       prefix: folder that the paths of a list are relative to.
       separator: separator of path and label in a list; None for white space.
       multi_label: True if an element may have any number of classes.

@@ -89,9 +89,9 @@ class Video:
     """An open video file, or the bytes of one; a context manager.
 
     Opening reads all packets once (3 % of the time of decoding them), as the frame count of a
-    container may be missing or wrong. The packets' presentation times make frame numbers exact, at
-    variable frame rates too and from whichever key frame decoding starts. With an index, the
-    container is not read: opening takes 0.1 ms instead of 2 for 300 frames of 340x256.
+    container may be missing or wrong. The packets' presentation times make frame numbers exact,
+    even at variable frame rates and after a seek to any key frame. With an index, the container is
+    not read: opening takes 0.1 ms instead of 2 for 300 frames of 340x256.
 
     Args:
       file: path of a video file, or its bytes.

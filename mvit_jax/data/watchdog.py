@@ -48,7 +48,10 @@ class ActiveReads:
             _SLOT.pack_into(self._bytes, offset, 0, 0)
 
     def oldest(self) -> int | None:
-        """Returns the video of the first element being read, or None; it blocks the next batch."""
+        """Returns the index of the video that blocks the next batch.
+
+        This is the video of the first element being read; None if no element is being read.
+        """
         slots = (_SLOT.unpack_from(self._bytes, i * _SLOT.size) for i in range(self._slots))
         return min((slot for slot in slots if slot[0] > 0), default=(0, None))[1]
 
