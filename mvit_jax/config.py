@@ -1,4 +1,4 @@
-"""Every key of an experiment, once: default, type, unit, range or choices, meaning.
+"""The keys of an experiment: default, type, unit, range or choices, and meaning of each.
 
     from mvit_jax import config
 
@@ -6,11 +6,11 @@
     c.optim.lr = 1e-3
     config.check(c)
 
-An experiment is a file with a function `get_config()` that does so. Setting a key that is not in
-`KEYS` is an error. From the command line:
-`--config=configs/moving_digits.py --config.optim.lr=1e-3`; None is written `None`.
+An experiment is a file with a function `get_config()` that returns such a config. Setting a key
+that is not in `KEYS` is an error. On the command line, keys are flags:
+`--config=configs/moving_digits.py --config.optim.lr=1e-3`. The text `None` sets a key to None.
 
-Loads without JAX.
+This module does not import JAX.
 """
 
 import difflib
@@ -28,7 +28,7 @@ from mvit_jax.models.plan import MViTConfig
 Config = Any  # a ConfigDict: no type checker knows its keys
 
 _PACKAGE = Path(__file__).parent
-# In a wheel they lie in the package, in a clone beside it.
+# In a wheel, the folder configs/ is inside the package; in a clone, it is next to the package.
 RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 """The folder of the experiments that come with the package."""
 
@@ -38,11 +38,12 @@ class Key:
     """A key of the config: its default and valid values.
 
     `low` and `high` are inclusive bounds, `above` is an exclusive lower bound. A key whose default
-    is None, or that is `optional`, can be None. `kind` is the type where the default has another.
+    is None, or that is `optional`, can be None. `kind` is the type of the values; it must be set if
+    the default has another type, such as None.
     """
 
     default: Any
-    meaning: str = ""  # of the keys of `model`: the comment in `MViTConfig`
+    meaning: str = ""  # empty for `model.*`, explained by comments in `MViTConfig`
     _: KW_ONLY
     unit: str = ""
     low: int | float | None = None
@@ -61,7 +62,7 @@ class Key:
 
     @property
     def limits(self) -> str:
-        """Range or choices in words; empty where every value of the type is valid."""
+        """Range or choices in words; empty if every value of the type is valid."""
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
         if self.above is not None:
@@ -71,7 +72,7 @@ class Key:
         return "" if self.low is None else f"at least {self.low}"
 
     def allows(self, value: Any) -> bool:
-        """Returns True if a value other than None is within range or choices."""
+        """Returns True if a value other than None is in the range or among the choices."""
         if self.choices:
             return value in self.choices
         if self.above is not None:
@@ -80,7 +81,7 @@ class Key:
 
 
 def _model_key(annotation: Any) -> Key:
-    """Returns the key of a field of `MViTConfig`. None stands for the variant's own value."""
+    """Returns the key for a field of `MViTConfig`; the default None means the variant's value."""
     origin = get_origin(annotation)
     if origin is Literal:
         return Key(None, kind=str, choices=get_args(annotation))
@@ -128,7 +129,7 @@ KEYS: dict[str, Key] = {
 
     "model.variant": Key("mvit_b_16x4", "variant by name, see `python -m mvit_jax.describe --all`"),
     **{f"model.{field.name}": _model_key(field.type) for field in fields(MViTConfig)
-       if field.name != "num_classes"},  # which follows from the data
+       if field.name != "num_classes"},  # the data determine num_classes
     "model.block": Key(None, "custom block, MODULE:CLASS (docs/variants.md)", kind=str),
     "model.attention": Key(None, "custom attention, likewise", kind=str),
     "model.pooling": Key(None, "custom pooling of Q, K and V, likewise", kind=str),
@@ -171,7 +172,7 @@ KEYS: dict[str, Key] = {
     "data.threads": Key(4, "decoding threads per host; 0 decodes in the main thread", low=0),
     "data.processes": Key(0, "decoding processes per host, each with the threads above; 0 for "
                           "none", low=0),
-    # The operating system takes few more.
+    # The upper bound is far below the longest timeout of the operating system.
     "data.timeout": Key(600.0, "time limit to load a batch, after which the run saves and ends; "
                         "0 for no limit", unit="seconds", low=0, high=10**6),
     "data.max_broken": Key(0.2, "share of decode failures above which a run ends: of a test's "
@@ -243,7 +244,7 @@ RENAMED = {
     "augment.switch": "augment.mixup_switch_prob",
     "augment.group": "augment.mixup_group_size",
 }
-"""New names of keys by their old ones, which `config.json` of older runs has."""
+"""Renamed keys: new names by old names, which `config.json` of older runs contains."""
 
 SECTIONS = {
     "": "the run",
@@ -290,7 +291,7 @@ def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def value(config: Config, name: str) -> Any:
-    """Returns the value of a key by its name with dots."""
+    """Returns the value of a key by its dotted name, like "optim.lr"."""
     section, _, field = name.rpartition(".")
     return (config[section] if section else config)[field]
 
@@ -310,7 +311,7 @@ def change(config: Config, changes: Mapping[str, Any]) -> None:
 
 
 def nearest(name: str) -> str:
-    """Returns the end of a sentence about an unknown key: its new name, or the most similar key."""
+    """Returns a hint about an unknown key, for the end of a message: the new or a similar name."""
     if name in RENAMED:
         return f"; it is now called {RENAMED[name]!r}"
     close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
@@ -318,10 +319,10 @@ def nearest(name: str) -> str:
 
 
 def check(config: Config) -> None:
-    """Checks every value, and rules about several keys.
+    """Checks every value, and the combinations of values.
 
     Raises:
-      UserError: the first value that is not valid.
+      UserError: a value or a combination is invalid; the message names the first one.
     """
     for name, key in KEYS.items():
         _check_key(name, key, value(config, name))
@@ -358,7 +359,7 @@ def _check_key(name: str, key: Key, value: Any) -> None:
 
 
 def check_start(config: Config) -> None:
-    """Raises `UserError` if a recipe that starts from weights has none."""
+    """Raises `UserError` if the recipe requires initial weights and the config names none."""
     if missing_weights(config):
         raise UserError(
             f"this experiment starts from {config.init.needed}: set --config.init.checkpoint=DIR "
@@ -368,13 +369,13 @@ def check_start(config: Config) -> None:
 
 
 def missing_weights(config: Config) -> bool:
-    """Returns True if a recipe starts from weights and the config names none."""
+    """Returns True if the recipe requires initial weights and the config names none."""
     has_weights = config.init.checkpoint is not None or config.resume is not None
     return bool(config.init.needed) and not has_weights
 
 
 def find(path: str) -> Path:
-    """Returns the file of an experiment: `path`, or configs/NAME.py that came with the package."""
+    """Returns the file of an experiment; a missing configs/NAME.py is taken from the package."""
     local = Path(path)
     installed = RECIPES / local.name
     if local.parent == Path("configs") and not local.exists() and installed.exists():
@@ -383,10 +384,13 @@ def find(path: str) -> Path:
 
 
 def load(name: str, arg: str | None = None) -> Config:
-    """Returns the experiment `configs/NAME.py`, with `arg` as after the colon of `--config`.
+    """Returns the config of the experiment `configs/NAME.py`.
 
-    `name` may also be a path that ends with .py. A file below the working directory goes before
-    one that came with the package.
+    A file in the working directory takes precedence over the package's file of the same name.
+
+    Args:
+      name: NAME, or a path that ends with .py.
+      arg: the part after the colon in `--config=configs/NAME.py:ARG`.
 
     Raises:
       UserError: there is no such file.
@@ -403,7 +407,7 @@ def load(name: str, arg: str | None = None) -> Config:
 
 
 def define_flag() -> Any:
-    """Defines the flag --config=FILE[:ARG] with its keys; returns its holder.
+    """Defines the flag --config=FILE[:ARG] and a flag for each key; returns the flag holder.
 
     Like `config_flags.DEFINE_config_file`, but finds files as `load` does, and accepts None for
     every key (`check` rejects it where it is not valid).
@@ -413,10 +417,10 @@ def define_flag() -> Any:
     from ml_collections.config_flags.tuple_parser import TupleParser
 
     renamed_keys.update({old.rpartition(".")[2]: (old, new) for old, new in RENAMED.items()})
-    flags.disclaim_key_flags()  # --help shows the flag as one of the program
+    flags.disclaim_key_flags()  # so that --help lists --config under the program
 
     class OrNone(flags.ArgumentParser):
-        """A parser of the word None as None, and of all else by another parser."""
+        """A parser that returns None for the word None, and calls `parse` for all other texts."""
 
         def __init__(self, parse: Callable[[Any], Any]) -> None:
             self._parse = parse

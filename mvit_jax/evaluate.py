@@ -1,4 +1,4 @@
-"""The test command: K clips x C crops of every video, with probabilities averaged over the views.
+"""The test command: class probabilities of every video, aggregated over K clips x C crops.
 
     python -m mvit_jax.evaluate --workdir=DIR
     python -m mvit_jax.evaluate --workdir=DIR --shuffle_frames     (MViT, Table 9)
@@ -12,15 +12,16 @@ Writes into DIR
     confusion.png, per_class.png    confusion matrix and per-class accuracy as figures
     scores.npz                      per-video results: "probabilities" [videos, classes], "labels",
                                     "tested", "videos", "classes"
-    videos.csv                      the tested videos (copies of a data set differ), each with its
-                                    label and most probable class
+    videos.csv                      the tested videos (copies of a data set may differ), each with
+                                    label, predicted class and its probability
     clips.json                      the example clips of the report
-    report.html                     the HTML report of the run; it opens from disk
+    report.html                     the HTML report of the run, which needs no server
 
-File names get the suffix `_shuffled` for --shuffle_frames, which writes no clips.json, and likewise
-a suffix for another list or checkpoint. Several values of --clips are tested in one pass over the
-list. The largest value is the evaluation; views.json and views.png hold all of them. --compare
-tests nothing: it prints a table of the runs and writes it as an HTML page.
+With --which=best, --shuffle_frames or another list, all names but report.html have a suffix, like
+`_val_best_shuffled`. --shuffle_frames writes no clips.json. Several values of --clips are tested
+in one pass over the list: the files above describe the largest value, and views.json and views.png
+compare all values. --compare tests nothing; it prints a table of the runs and writes it as an HTML
+page.
 """
 
 import csv
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
         raise errors.UserError("give --workdir=DIR, the folder of a run")
     runtime.run_in_calling_thread()
     launch.start()
-    # With several processes JAX handles SIGTERM for training loops; here nothing is to be saved.
+    # With several processes, JAX intercepts SIGTERM for training to save; a test saves nothing.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     runtime.cache_compiled_programs()
     with failure.together():
@@ -137,10 +138,10 @@ def test(folder: AnyPath) -> None:
 
 
 def numbers(texts: list[str] | None) -> list[int]:
-    """Parses --clips to distinct numbers in ascending order.
+    """Parses --clips into distinct numbers in ascending order.
 
     Raises:
-      UserError: a text is no integer of at least 1.
+      UserError: a text is not an integer of at least 1.
     """
     try:
         counts = sorted({int(text) for text in texts or []})
@@ -162,7 +163,7 @@ def compare(folders: list[str], out: str) -> None:
 
 
 def suffix(results: dict[str, Any], which: str) -> str:
-    """Returns the suffix of file names for a list, checkpoint or frame order off the default."""
+    """Returns the file name suffix for a list, checkpoint or frame order other than the default."""
     checkpoint = results["checkpoint"]
     parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
     parts.append("shuffled" if results["shuffled_frames"] else "")
@@ -204,7 +205,7 @@ def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> l
 def write_views(
     folder: AnyPath, by_count: dict[int, dict[str, Any]], results: dict[str, Any], end: str
 ) -> list[AnyPath]:
-    """Prints accuracy against the number of clips, writes it as JSON and figure; returns paths."""
+    """Prints accuracy by number of clips, writes it as JSON and as a figure; returns the paths."""
     measures = [name for name in ("top1", "top5", "map") if name in results]
     rows = [{"clips": n} | {m: metrics[m] for m in measures} for n, metrics in by_count.items()]
     print("clips  " + "  ".join(f"{m:>6}" for m in measures))

@@ -1,4 +1,4 @@
-r"""The training command: flags, setup and the call of the training loop (`training.loop`).
+r"""The training command: flags, setup, and the call of the training loop (`training.loop`).
 
     python -m mvit_jax.train --config=configs/moving_digits.py --workdir=DIR
     python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=DIR \
@@ -11,15 +11,16 @@ The same command resumes a stopped run and ends with the parameters of an uninte
 On Ctrl-C or SIGTERM the program finishes the step, saves a checkpoint and exits with status
 128 + the signal's number.
 
---contact_sheet draws the first clips as the model would get them, without training. --profile
-traces steps 10 to 15 after the start into DIR/profile, for TensorBoard or xprof;
---profile=FIRST:LAST traces those steps instead.
+--contact_sheet draws the first training clips after all augmentation, without training. --profile
+traces steps 10 to 15 of this start into DIR/profile, for TensorBoard or xprof;
+--profile=FIRST:LAST traces other steps.
 
 Compiled programs are cached on disk (`training.run.runtime`): a second start need not recompile.
 
 On several hosts the same command runs in every process. Cloud TPUs, SLURM and Kubernetes are
 detected; elsewhere pass --coordinator, --num_processes and --process_id. A signal to one process
-stops all processes after the same step; an error in one process ends all of them with its message.
+stops all processes after the same step. An error in one process ends all processes, and each prints
+the message.
 """
 
 import functools
@@ -127,7 +128,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
 
     Args:
       config: the experiment.
-      folder: the workdir, new or of the same run.
+      folder: the workdir: a new folder, or the workdir of the run to resume.
       profile: first and last step to trace, counted from 1 at this start; None for no trace.
 
     Returns:
@@ -146,7 +147,8 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     settings, mesh, program = run.settings, run.mesh, run.program
     intervals = Intervals(run.steps, config.checkpoint.every, run.validation_steps)
     started = workdir.has_checkpoint(folder)
-    initial = None if started else initial_weights(config, settings.model)  # read before any write
+    # Initial weights are read first, so that a read error leaves no new workdir.
+    initial = None if started else initial_weights(config, settings.model)
     with coordination.first_then_others("workdir", files.to_path(folder) / "config.json"):
         workdir.enter(folder, config, videos.class_names, custom.digests(config))
     with (
@@ -179,7 +181,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             evaluate = functools.partial(
                 validate,
                 predict=program.predict,
-                videos=validation or videos,  # not called without a validation list
+                videos=validation or videos,  # `validate` is not called without a list
                 settings=settings.clips,
                 protocol=settings.validation,
                 mesh=mesh,
@@ -203,10 +205,11 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
 
 
 def lists(config: Config) -> tuple[Source, Source | None]:
-    """Opens the training list and the validation list; None for no validation.
+    """Opens the training and the validation list; the latter is None without validation.
 
     Raises:
-      UserError: a list cannot be read, the lists differ in their classes, or processes differ.
+      UserError: a list cannot be read, the two lists differ in their classes, or a list differs
+        between processes.
     """
     videos = build.videos(config, "train")
     coordination.same_everywhere("list of videos", fingerprint(videos))
@@ -227,7 +230,8 @@ def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None
     """Reads the initial weights of `config.init`, adapted to `model`, and checks `config.resume`.
 
     Returns:
-      Parameters and a summary for the log; None if the config names no initial weights.
+      Parameters and a summary for the log; None if `config.init` names no weights or the run
+      resumes from another (`config.resume`).
     """
     if config.resume is not None:
         check_resume(config.resume, model, config)
@@ -242,14 +246,14 @@ def first_state(
 ) -> tuple[State, str]:
     """Returns the state to start from and a sentence for the log about its origin.
 
-    The first that exists of: the workdir's last checkpoint, the last checkpoint of the run
-    `config.resume`, the initial weights of `config.init`, newly initialised parameters.
+    The origin is the first of these that exists: the workdir's last checkpoint, the last
+    checkpoint of the run `config.resume`, the weights of `config.init`, fresh weights.
 
     Args:
       config: the experiment.
       fresh: the newly initialised state.
-      checkpoints: of the workdir.
-      initial: of `initial_weights`.
+      checkpoints: the workdir's checkpoints.
+      initial: the result of `initial_weights`.
     """
     state = checkpoints.resume(fresh, coordination.print_once)
     if state is not None:
@@ -266,7 +270,7 @@ def first_state(
 
 
 def logbook(config: Config, folder: str, start: int, steps: int, spans: goodput.Spans) -> Logbook:
-    """Opens the log of a run, with the input settings from which it advises on slow loading."""
+    """Opens the log of a run, which also warns of slow loading and suggests other settings."""
     watch = goodput.InputWatch(
         threads=config.data.threads,
         processes=config.data.processes,
@@ -312,14 +316,14 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
 
 
 def command() -> str | None:
-    """Returns the command line of this program; None if `train` was called from another."""
+    """Returns the command line of this program; None if another program called `train`."""
     if Path(sys.argv[0]).name != Path(__file__).name:
         return None
     return shlex.join(["python", "-m", "mvit_jax.train", *sys.argv[1:]])
 
 
 def report(folder: str) -> None:
-    """Prints the goodput and writes the run's HTML report; only process 0 does.
+    """Prints the goodput and writes the run's HTML report, in process 0 only.
 
     A failure is printed and does not change the exit status of the training.
     """

@@ -1,7 +1,7 @@
 """The plan of an experiment as text (`train --dry_run`).
 
-All numbers are computed by the functions that training uses. Without the data, its size is taken
-from `data.train_videos` and `data.classes`.
+All numbers are computed by the functions that training uses. Without a training list, the numbers
+of videos and classes are taken from `data.train_videos` and `data.classes`.
 """
 
 import math
@@ -61,7 +61,7 @@ def describe(config: Config, devices: int) -> str:
 
 
 def data_and_model(config: Config) -> tuple[int, MViTConfig]:
-    """Returns the number of training videos, and the architecture with the data's classes.
+    """Returns the number of training videos, and the architecture for the data's classes.
 
     Raises:
       UserError: there is neither a training list nor `data.train_videos`.
@@ -226,7 +226,7 @@ def _steps(config: Config, videos: int, devices: int) -> Lines:
 
 
 def _rates(config: Config, videos: int) -> str:
-    """Returns a table of learning rates at the ends and in the middle of warm-up and cosine."""
+    """Returns a table of learning rates: start, middle and end of the warm-up, cosine quarters."""
     schedule = build.schedule(config, videos)
     steps = build.count_steps(config, config.epochs, videos)
     per_epoch = videos * config.data.repeats / config.batch
@@ -253,7 +253,7 @@ def _optimizer(config: Config) -> Lines:
 
 
 def _decay(config: Config, params: Any) -> str:
-    """Returns a table of tensors and parameters with and without weight decay, by kind."""
+    """Returns a table with the numbers of tensors and parameters by weight decay and kind."""
     groups: dict[tuple[float, str], list[int]] = {}
     decays = flatten_dict(optimizer.decayed(params), sep="/")
     shapes: dict[str, Any] = flatten_dict(params, sep="/")

@@ -1,4 +1,4 @@
-"""The test protocol: scores every video once from several views, and the metrics of the scores."""
+"""The test protocol: class probabilities of every video over several views, and their metrics."""
 
 import time
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Protocol:
     """The test protocol: the views of a video and the ensemble of their probabilities.
 
     Attributes:
-      clips: numbers of clips, spread evenly over a video. Each number n is a test of its own, with
+      clips: numbers of clips, spread evenly over a video. Each number n is a separate test with
         n x `crops` views.
       crops: square crops per clip, 1 or 3.
       batch: videos at a time; rounded up to a multiple of the number of devices.
@@ -149,13 +149,13 @@ def evaluate(
     """Scores every video of a list in one pass.
 
     Args:
-      predict: of `predictor`.
-      params: of the model.
-      videos: the list.
+      predict: the function returned by `predictor`.
+      params: the model's parameters.
+      videos: the list of videos.
       settings: frames and size of a clip.
       protocol: the views, the ensemble and the batch size.
-      mesh: of the devices.
-      loader: decoding threads and processes.
+      mesh: the device mesh.
+      loader: decoding threads, processes and timeout.
       shuffle_seed: seed to shuffle the frames of each clip (MViT, Table 9); None for no shuffling.
       progress: called with the number of finished videos after each batch.
 
@@ -163,7 +163,8 @@ def evaluate(
       Scores for each of `protocol.clips`.
 
     Raises:
-      UserError: the share of broken videos exceeds `protocol.max_broken`.
+      UserError: the share of broken videos exceeds `protocol.max_broken`. If all videos are broken,
+        `Scores.metrics` raises instead.
       HungError: loading a batch exceeds `loader.timeout`.
     """
     count, clips, crops = len(videos), protocol.clips, protocol.crops
@@ -171,7 +172,7 @@ def evaluate(
     labels = np.zeros(0, np.int32)
     seen, tested = np.zeros(count, bool), np.zeros(count, bool)
     views = np.split(np.arange(sum(clips) * crops), np.cumsum(clips)[:-1] * crops)
-    batch = -(-protocol.batch // mesh.size) * mesh.size  # a multiple of the devices
+    batch = -(-protocol.batch // mesh.size) * mesh.size  # a multiple of the number of devices
     rows = local_rows(batch, mesh)
     for loaded in pipeline.test_batches(
         videos, settings, clips=clips, crops=crops, batch=batch, rows=rows,
@@ -215,7 +216,7 @@ def validate(
     mesh: Mesh,
     loader: LoaderOptions,
 ) -> dict[str, float]:
-    """Validates a state, by its averaged parameters if it has them; arguments as in `evaluate`.
+    """Validates a state, with its averaged parameters if it has any; arguments as for `evaluate`.
 
     Returns:
       "top1", "top5" and, for multi-label data, "map", in percent; "videos", the number of tested
@@ -234,7 +235,7 @@ def over_views(
     probabilities: Float[np.ndarray, "..."], ensemble: Ensemble, axis: int
 ) -> Float[np.ndarray, "..."]:
     """Reduces the probabilities of the views along `axis` to their mean or maximum, in float64."""
-    # In float64 the mean does not depend on how the views were batched; the maximum never does.
+    # In float64, the mean is independent of the batching of views, as the maximum always is.
     return (np.mean if ensemble == "mean" else np.max)(probabilities.astype(np.float64), axis=axis)
 
 
@@ -248,8 +249,8 @@ def predictor(
     Args:
       apply: `Functional.apply`.
       recipe: normalisation, dtype and `multi_label`.
-      params: of the model, arrays or shapes.
-      mesh: of the devices.
+      params: the model's parameters, as arrays or shapes.
+      mesh: the device mesh.
     """
     return jax.jit(
         partial(predict_step, apply=apply, recipe=recipe),
@@ -259,7 +260,7 @@ def predictor(
 
 
 def _gather(x: jax.Array) -> np.ndarray:
-    """Gathers an array that is sharded over processes."""
+    """Returns an array in host memory, gathered if it is sharded over processes."""
     if x.is_fully_addressable:
         return np.asarray(x)
     from jax.experimental import multihost_utils

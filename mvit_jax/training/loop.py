@@ -29,7 +29,7 @@ class Intervals:
     Attributes:
       steps: total number of steps of the run.
       checkpoint: steps between checkpoints; the last step is always saved.
-      validation: steps between validations; the last step is always validated. 0: no validation.
+      validation: steps between validations; the last step is always validated. 0 turns validation off.
     """
 
     steps: int
@@ -41,7 +41,7 @@ class Intervals:
         return self.validation > 0 and (step == self.steps or step % self.validation == 0)
 
     def owes_validation(self, folder: str, start: int) -> bool:
-        """Returns True if an earlier start saved step `start` but stopped before its validation."""
+        """Returns True if an earlier start saved step `start` but ended before validating it."""
         if self.validation == 0:
             return False
         validated = coordination.from_first("validated", workdir.validated(folder))
@@ -68,14 +68,14 @@ def train(
       state: the state after step `start`.
       step: the jitted training step.
       batches: this process's rows of the batches after step `start`.
-      upkeep: saves, validates and rolls back between steps.
+      upkeep: the work between steps: saves, validations and rollbacks.
       start: number of finished steps.
       videos: the training list, to name videos that cannot be decoded.
       clip_frames: frames of a clip.
-      mesh: of the devices.
+      mesh: the device mesh.
       learning_rate: function from the number of finished steps to the learning rate.
-      stop: set by SIGINT and SIGTERM.
-      profile: traces some of the steps.
+      stop: the stop request, set by SIGINT and SIGTERM.
+      profile: the profiler, which traces some of the steps.
 
     Returns:
       The exit status: 0 after the last step, 128 + the signal's number if stopped by a signal.
@@ -119,11 +119,11 @@ class Upkeep:
     """The work between steps: checkpoints, validations and rollbacks.
 
     Attributes:
-      intervals: between checkpoints and validations.
-      start: number of steps before this start of the run.
-      checkpoints: of the run.
-      log: of the run; its `on_nan` policy handles states that are not finite.
-      evaluate: returns the metrics of a state on the validation list.
+      intervals: the checkpoint and validation intervals.
+      start: number of steps done before this start of the run.
+      checkpoints: the run's checkpoints.
+      log: the run's log, whose `on_nan` policy handles states that are not finite.
+      evaluate: function that returns the metrics of a state on the validation list.
     """
 
     intervals: Intervals
@@ -133,7 +133,7 @@ class Upkeep:
     evaluate: Callable[[State], dict[str, float]]
 
     def after_step(self, state: State, done: int, stopping: bool) -> State:
-        """Saves, validates or rolls back the state after step `done`, as the intervals require.
+        """Saves or validates the state after step `done` if due, and rolls it back if not finite.
 
         The checkpoint comes before the validation, because a validation may outlast the grace
         period of a scheduler.
@@ -201,7 +201,7 @@ def _next_batch(
         save()
         return None
     except errors.UserError:
-        if jax.process_count() == 1:  # saving is a collective, which would block here
+        if jax.process_count() == 1:  # with several, saving would block on the others
             save()
         raise
 

@@ -55,10 +55,10 @@ def train_step(
       state: the training state.
       batch: "clip", uint8 [batch, T, H, W, 3]; "label", int32 [batch], or 0 and 1 as uint8
         [batch, num_classes] for multi-label data; "broken", int32 [batch], the index of the
-        undecodable video that a clip replaces, or a negative number.
-      learning_rate: of this step.
+        broken video that a clip replaces, or a negative number if it replaces none.
+      learning_rate: learning rate of this step.
       apply: `Functional.apply` of a model that computes in `recipe.dtype`.
-      optimizer: of `training.optimizer`.
+      optimizer: an optimiser from `training.optimizer`.
       recipe: augmentation and loss settings.
 
     Returns:
@@ -115,10 +115,11 @@ def predict_step(
     """Returns the class probabilities of each view.
 
     Args:
-      params: of the model.
+      params: the model's parameters.
       clip: uint8 views [batch, views, T, H, W, 3].
       apply: `Functional.apply`.
-      recipe: mean, deviation and dtype of the input; `multi_label` selects sigmoids over softmax.
+      recipe: mean, standard deviation and dtype of the input; `multi_label` selects sigmoids
+        instead of a softmax.
 
     Returns:
       Probabilities [batch, views, num_classes].
@@ -179,9 +180,9 @@ def _select_finite(finite: Array, after: State, before: State) -> State:
 
 
 def _accumulate_gradients(value_and_grad, parts: int, params, batch: tuple, key: Array):
-    """Returns mean loss and gradients over `parts` micro-batches (gradient accumulation).
+    """Returns the means of loss and gradients over `parts` micro-batches, and the correct clips.
 
-    Micro-batch p has rows p, p + parts, ..., so that no row moves to another device.
+    Micro-batch p consists of rows p, p + parts, ..., so that no row moves to another device.
     """
     if parts == 1:
         return value_and_grad(params, *batch, key)
