@@ -1,6 +1,6 @@
 """Builds model, data, optimiser and the jitted step from a config.
 
-The returned objects read no key of the config, nor do `loop`, `step` and `evaluation`.
+The modules `loop`, `step` and `evaluation` use the returned objects and do not read the config.
 """
 
 import dataclasses
@@ -63,12 +63,12 @@ class Program:
     Attributes:
       step: `(state, batch, learning_rate) -> (state, metrics)`; the state is donated.
       predict: `(params, clips [batch, views, T, H, W, 3]) -> probabilities`.
-      first_state: returns the newly initialised state, created sharded over the mesh: no device
-        holds all of it at any time.
+      first_state: returns the newly initialised state. Each device creates only its shard, so no
+        device ever holds a whole state that is sharded.
       state: shapes, dtypes and shardings of the state.
     """
 
-    step: Any  # returned by jax.jit, whose type is private
+    step: Any  # the type of jitted functions is private
     predict: Any
     first_state: Callable[[], State]
     state: State
@@ -76,16 +76,16 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """An experiment with its training list: the inputs of a training loop.
+    """The inputs of a training loop, for an experiment and its training list.
 
     Attributes:
-      settings: of all components.
-      mesh: of the devices.
+      settings: the settings of all components.
+      mesh: the device mesh.
       program: the jitted functions.
       steps: total number of steps of the run.
       validation_steps: steps between validations; 0 for no validation.
       learning_rate: function from the number of finished steps to the learning rate.
-      batches: `(start=0)` yields this host's rows of the batches from step `start` on.
+      batches: `(start=0) -> batches`: this process's rows of the batches from step `start` on.
     """
 
     settings: Settings
@@ -98,7 +98,7 @@ class Training:
 
 
 def training(config: Config, videos: Source, **modules: Any) -> Training:
-    """Builds the training of `config` on `videos`; `modules` as in `settings`.
+    """Builds the inputs of the training loop; `modules` are as in `settings`.
 
     Raises:
       UserError: values of the config contradict each other, or a custom module fails.
@@ -127,7 +127,7 @@ def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
     Args:
       config: the experiment.
       num_classes: number of classes of the data or of the checkpoint.
-      modules: `block`, `attention` and `pooling` of `functional`; they override the config's.
+      modules: custom modules `block`, `attention` and `pooling`, which override the config's.
 
     Raises:
       UserError: values of the config contradict each other, or a custom module is missing.
@@ -152,7 +152,7 @@ def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
 
 
 def model_config(config: Config, num_classes: int) -> MViTConfig:
-    """Returns the architecture of `config.model`: the variant with the section's changes."""
+    """Returns the architecture of `config.model`: the variant with the changes in that section."""
     fields = {field.name for field in dataclasses.fields(MViTConfig)}
     values = {k: _as_tuple(v) for k, v in config.model.items() if k in fields and v is not None}
     return variant(config.model.variant, num_classes=num_classes, **values)
@@ -161,8 +161,8 @@ def model_config(config: Config, num_classes: int) -> MViTConfig:
 def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
     """Returns the config section `model` of an architecture: the inverse of `model_config`.
 
-    The section has the variant's name and the fields that differ from the variant. It has no
-    number of classes, which follows from the data.
+    The section has the variant's name and the fields that differ from the variant. The number of
+    classes is left out, as it follows from the data.
     """
     base = variant(name)
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(MViTConfig)}
@@ -196,7 +196,7 @@ def videos(config: Config, which: str) -> Source:
 
 
 def check_batch(config: Config, devices: int) -> None:
-    """Checks that the batch is divisible over devices, micro-batches and mixup groups.
+    """Checks that the batch is divisible by devices, repeats, micro-batches and mixup groups.
 
     Raises:
       UserError: the batch is not divisible; the message names a valid multiple or divisor.
@@ -224,7 +224,7 @@ def check_batch(config: Config, devices: int) -> None:
 def batches(
     config: Config, settings: Settings, videos: Source, mesh: Mesh, steps: int, start: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yields this host's rows of the training batches of steps `start` to `steps - 1`."""
+    """Yields this process's rows of the training batches of steps `start` to `steps - 1`."""
     return pipeline.train_batches(
         videos,
         settings.clips,
@@ -241,7 +241,7 @@ def batches(
 def count_steps(config: Config, epochs: float, videos: int) -> int:
     """Returns the steps of `epochs` passes over `videos` videos, rounded down, at least 1.
 
-    A batch may span two epochs; the reference code drops the incomplete batch of each epoch.
+    A batch may span two epochs here. The reference code drops the incomplete batch of each epoch.
     """
     return max(int(epochs * videos * config.data.repeats / config.batch), 1)
 
@@ -273,9 +273,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 
 def model_apply(config: Config, model: Functional, mesh: Mesh) -> Callable[..., Any]:
-    """Returns `model.apply` with rematerialisation and scanning set for the devices of `mesh`.
+    """Returns `model.apply` with the config's rematerialisation, and a scan except on CPUs.
 
-    Scanning over identical blocks halves the compile time, but its backward pass is slow on CPUs.
+    The scan over identical blocks halves the compile time, but its backward pass is slow on CPUs.
     """
     scan = mesh.devices.flat[0].platform != "cpu"
     return functools.partial(model.apply, remat=config.remat, scan=scan)

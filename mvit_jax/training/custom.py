@@ -1,8 +1,8 @@
 """Custom modules of a config: import, check, and digests of their source.
 
 A config names them as `config.model.block = "my_ideas.layer_scale:Block"`, likewise `attention` and
-`pooling`; docs/variants.md describes these classes. A workdir records the digests, because changed
-source may be another model.
+`pooling`; docs/variants.md describes these classes. A workdir records the digests, because a
+changed source may define another model.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from mvit_jax.models.functional import Functional
 
 # Stack frames in these libraries do not show where a user's code fails.
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(jax.__file__).parents[1]))
-KINDS = ("block", "attention", "pooling")  # arguments of `functional`, keys of `config.model`
+KINDS = ("block", "attention", "pooling")  # arguments of `functional` and keys of `config.model`
 
 
 def load(config: Config) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Augmentation of batches on the device: flip, random erasing, then mixup or cutmix.
 
-The order is that of the recipes. Random numbers are drawn for the whole batch, so the result does
-not depend on the number of devices.
+The order is that of the papers' recipes. Random numbers are drawn for the whole batch, so the
+result does not depend on the number of devices.
 """
 
 import math
@@ -17,7 +17,7 @@ Targets = Float[Array, "batch num_classes"]
 
 
 def flip(clip: Clips, key: Array, rate: float) -> Clips:
-    """Flips each clip left to right with probability `rate`, all frames alike."""
+    """Flips each clip left to right with probability `rate`; all frames or none."""
     chosen = jax.random.bernoulli(key, rate, (clip.shape[0], 1, 1, 1, 1))
     return jnp.where(chosen, clip[..., ::-1, :], clip)
 
@@ -91,9 +91,8 @@ def mix(
 ) -> tuple[Clips, Targets]:
     """Applies mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) to clips and targets.
 
-    Each mixup group draws one method and one weight. It pairs its first clip with its last, the
-    second with the last but one, and so on. No group crosses a device, so the result does not
-    depend on the number of devices.
+    Each mixup group draws one method and one weight. In a group, the first clip is mixed with the
+    last, the second with the last but one, and so on.
 
     Args:
       clip: clips of the batch.
@@ -102,7 +101,8 @@ def mix(
       mixup: alpha of mixup's Beta distribution; 0 turns mixup off.
       cutmix: alpha of cutmix's Beta distribution; 0 turns cutmix off.
       switch: probability of cutmix if both are on.
-      group: mixup group size, in neighbouring clips; divides the batch.
+      group: mixup group size: the number of neighbouring clips in a group. It must divide the
+        batch, and should divide the clips of a device, so that no clip moves between devices.
     """
     if mixup <= 0 and cutmix <= 0:
         return clip, targets
@@ -137,8 +137,8 @@ def _cutmix_box(key: Array, weight, height: int, width: int):
     """Draws cutmix's box, which covers 1 - `weight` of a frame before it is clipped to the frame.
 
     Returns:
-      The box as float32 ones in [height, width], and the share of the frame outside of the clipped
-      box, the weight of the targets.
+      A float32 mask [height, width], 1 inside the box, and the weight of the targets: the share of
+      the frame outside of the clipped box.
     """
     side = jnp.sqrt(1.0 - weight)
     cy, cx = jax.random.uniform(key, (2,)) * jnp.array([height, width])

@@ -1,8 +1,6 @@
 """Short training runs for notebooks, which write no workdir.
 
-They use the data pipeline, training step and test of the commands.
-
-In a notebook:
+They use the same data pipeline, training step and test as the commands. In a notebook:
 
     config = in_memory.read_config("moving_digits", **{"data.folder": "data/moving_digits"})
     result = in_memory.run(config, pooling=MyPool)
@@ -39,7 +37,7 @@ class Trial:
       model: the architecture.
       history: arrays with one value per step: "loss", "accuracy" (percent, on the augmented
         clips), "grad_norm".
-      scores: of the test videos; `scores.metrics()` returns "top1", "confusion" and others.
+      scores: scores of the test videos; `scores.metrics()` returns "top1", "confusion" and others.
       seconds_per_step: median time of the steps after the first, which compiles; NaN for a run of
         one step.
     """
@@ -55,7 +53,7 @@ def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
     """Returns the locked config of the experiment `configs/NAME.py`.
 
     Args:
-      name: of the experiment's file.
+      name: NAME, or a path that ends with .py.
       arg: the argument of `get_config`, after the colon on the command line.
       changes: values by dotted keys: `read_config("moving_digits", **{"optim.lr": 1e-3})`.
 
@@ -71,18 +69,18 @@ def read_config(name: str, arg: str | None = None, **changes: Any) -> Config:
 
 
 def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
-    """Trains and tests the experiment `config` without files, checkpoints or logs.
+    """Trains and tests the experiment `config` without a workdir, checkpoints or logs.
 
     Compiled programs are cached on disk, so that a run in another process need not recompile.
 
     Args:
-      config: of `read_config`; `config.epochs` sets the length of the run.
+      config: a config from `read_config`; `config.epochs` sets the length of the run.
       params: initial parameters (see `weights.adapt.carry_over`); None initialises new ones.
-      modules: custom modules, `block`, `attention` and `pooling` of `functional`.
+      modules: custom modules: the arguments `block`, `attention` and `pooling` of `functional`.
 
     Raises:
-      UserError: as in the training command; the loss is not finite; or `config` names initial
-        weights.
+      UserError: the config or the data is invalid, the loss is not finite, or `config` names
+        initial weights or a run to resume from.
     """
     check(config)
     runtime.cache_compiled_programs()

@@ -29,7 +29,8 @@ class Intervals:
     Attributes:
       steps: total number of steps of the run.
       checkpoint: steps between checkpoints; the last step is always saved.
-      validation: steps between validations; the last step is always validated. 0 turns validation off.
+      validation: steps between validations; the last step is always validated. 0 for no
+        validation.
     """
 
     steps: int

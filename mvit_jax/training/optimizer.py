@@ -1,11 +1,11 @@
-"""AdamW, SGD and learning rate schedule of the papers' recipes (MViT, app. D; MViTv2, app. B).
+"""AdamW, SGD and the learning rate schedule of the papers (MViT, app. D; MViTv2, app. B).
 
-The arithmetic is PyTorch's, with which the published models were trained. The schedule is that of
-the reference code, a function of fractional epochs. The order of a step:
+The arithmetic is the same as in PyTorch, with which the published models were trained. As in the
+reference code, the schedule is a function of fractional epochs. A step has this order:
 
 1. Gradients are clipped to a global norm.
 2. SGD adds weight decay to the gradient (L2); AdamW's weight decay is decoupled.
-3. Updates are multiplied by the learning rate, with layer decay by the rate of the tensor's layer.
+3. Updates are multiplied by the learning rate and, with layer decay, by the factor of the layer.
 """
 
 import math
@@ -29,19 +29,18 @@ def learning_rate(
 ) -> Callable[[int], float]:
     """Returns the learning rate as a function of the step: linear warm-up, then half a cosine.
 
-    The warm-up goes from `start_lr` to `lr`, the cosine from `lr` towards `end_lr`. Step s, from 0,
-    is at epoch e = s / `steps_per_epoch`; the cosine's argument is
-    pi (e - warmup_epochs) / (epochs - warmup_epochs). The last step therefore has slightly more
-    than `end_lr`. Rates are computed on the host, in float64 as in the reference code. They are an
-    argument of the compiled step, so that other rates need no recompilation.
+    Step s, counted from 0, is at epoch e = s / `steps_per_epoch`. The cosine's argument is
+    pi (e - warmup_epochs) / (epochs - warmup_epochs), so the last step's rate is slightly above
+    `end_lr`. As in the reference code, rates are computed on the host in float64. The compiled step
+    takes the rate as an argument, so that other rates need no recompilation.
 
     Args:
-      lr: at the end of the warm-up.
-      start_lr: at step 0.
-      end_lr: at epoch `epochs`.
-      warmup_epochs: length of the warm-up.
-      epochs: length of the run.
-      steps_per_epoch: any positive number, also a fraction.
+      lr: learning rate at the end of the warm-up.
+      start_lr: learning rate at step 0.
+      end_lr: learning rate at epoch `epochs`.
+      warmup_epochs: length of the warm-up in epochs.
+      epochs: length of the run in epochs.
+      steps_per_epoch: a positive number, possibly a fraction.
     """
 
     def schedule(step: int) -> float:
@@ -58,8 +57,8 @@ def learning_rate(
 def decayed(params):
     """Returns the mask of weight decay: True for all but biases and one-dimensional tensors.
 
-    As in every published MViT recipe, positional embeddings (also relative ones), the class token
-    and pooling kernels are decayed; each has at least two dimensions here.
+    As in every published MViT recipe, weight decay applies to positional embeddings (absolute and
+    relative), the class token and pooling kernels. Each has at least two dimensions here.
     """
 
     def rule(path, leaf) -> bool:
@@ -71,8 +70,8 @@ def decayed(params):
 def layers(params):
     """Returns the layer of each tensor for layer decay.
 
-    Layer 0 has the patch embedding, class token and positional embeddings, layer i + 1 block i, and
-    layer depth + 1 all other tensors (final norm, head).
+    Layer 0 is the patch embedding, class token and positional embeddings. Layer i + 1 is block i.
+    Layer depth + 1 is all other tensors (final norm, head).
     """
     depth = len(params["blocks"])
 
@@ -128,7 +127,7 @@ def sgd(
 
 
 def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
-    """Scales by minus the learning rate, the extra argument `learning_rate` of `update`.
+    """Multiplies updates by minus `learning_rate`, an extra argument of `update`.
 
     The state is `optax.ScaleByScheduleState`, for compatibility with older checkpoints.
     """
@@ -155,7 +154,7 @@ def _clip_by_global_norm(clip_norm: float) -> list[optax.GradientTransformation]
 
 
 def _scale_by_layer(layer_decay: float) -> list[optax.GradientTransformation]:
-    """Returns layer decay, the last transformation, so that it scales the weight decay too."""
+    """Returns layer decay; as the last transformation, it also scales AdamW's weight decay."""
 
     def scale(updates, params):
         rates = layer_rates(updates, layer_decay)

@@ -32,8 +32,8 @@ class RunFolder:
     A context manager that closes the checkpoints.
 
     Attributes:
-      path: of the folder.
-      config: of the run, with the changes; keys that the run does not have are at their defaults.
+      path: the folder.
+      config: the run's config with the changes; keys newer than the run have their defaults.
 
     Raises:
       UserError: the folder holds no run, or a change is invalid.
@@ -44,8 +44,8 @@ class RunFolder:
 
         Args:
           folder: the workdir.
-          changes: values by dotted keys, like {"eval.crops": 1}, which override the config in
-            memory; None values are ignored. The config is then checked.
+          changes: values by dotted keys, like {"eval.crops": 1}. They override the config in
+            memory, which is then checked. None values are ignored.
         """
         self.path = to_path(folder)
         if self.path.is_file():
@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints, opened on first use, which is a collective of all processes."""
+        """The checkpoints, opened on first use; all processes must open them together."""
         if self._checkpoints is None:
             self._checkpoints = Checkpoints(self.path)
         return self._checkpoints
@@ -82,7 +82,7 @@ class RunFolder:
     def step(self, which: str = "last") -> int:
         """Returns the step of the "last" or "best" checkpoint."""
         step = self.checkpoints.step(which)
-        assert step is not None  # otherwise `shapes` or `params` has raised before
+        assert step is not None  # callers have read the checkpoint before, which raises if missing
         return step
 
     def num_classes(self, which: str = "last") -> int:
@@ -90,7 +90,7 @@ class RunFolder:
         return self.checkpoints.shapes(which)["head"]["classifier"]["bias"].shape[0]
 
     def settings(self, which: str = "last") -> Settings:
-        """Returns the run's settings, with the number of classes of the checkpoint's classifier.
+        """Returns the run's settings, with as many classes as the checkpoint's classifier.
 
         Prints a warning if the source of a custom module has changed since the run.
 
@@ -109,7 +109,7 @@ class RunFolder:
         return self.checkpoints.read_params(which, self._item)
 
     def params_on(self, mesh: Mesh, which: str = "last") -> Any:
-        """Reads the same parameters in float32, sharded over any `mesh`."""
+        """Reads the parameters, as `params` does, in float32 and sharded over `mesh`."""
         shapes = jax.eval_shape(self.settings(which).model.init, jax.random.key(0))
         like = sharding.placed(shapes, sharding.state_shardings(mesh, shapes))
         return self.checkpoints.restore_params(like, which, self._item)
@@ -166,16 +166,17 @@ def score(
 
     Args:
       run: the workdir, opened with the changes of this test.
-      videos: the list.
+      videos: the list of videos.
       which: the "last" or "best" checkpoint.
-      shuffle: shuffles the frames of each clip.
-      clips: numbers of clips per video, each a test of its own; by default `eval.clips`.
+      shuffle: True to shuffle the frames of each clip.
+      clips: numbers of clips per video, each a separate test; by default `eval.clips`.
 
     Returns:
       Scores for each number of clips, and the float32 parameters on the devices.
 
     Raises:
-      UserError: the classes do not match the model's, or too many videos are broken.
+      UserError: the classes do not match the model's, there is no such checkpoint, or too many
+        videos are broken.
     """
     run.check_classes(videos.class_names, which)
     config, settings = run.config, run.settings(which)
@@ -207,7 +208,7 @@ def initial_params(
 ) -> tuple[Any, str]:
     """Returns the weights in `folder`, adapted to `model`, and a summary for the log.
 
-    Positional embeddings are resized. Tensors that do not match, like a classifier of another
+    Positional embeddings are resized. Tensors that do not match, such as a classifier for another
     number of classes, are newly initialised.
     """
     params, source = read_params(folder)
@@ -221,7 +222,8 @@ def check_resume(folder: str | AnyPath, model: Functional, config: Config) -> No
     """Checks that a run can resume from the workdir `folder` (`config.resume`).
 
     Raises:
-      UserError: the folder has no checkpoint or no optimiser state, or its model differs.
+      UserError: the folder has no checkpoint or no optimiser state, or its architecture or custom
+        modules differ.
     """
     path = to_path(folder)
     if not (path / "checkpoints").is_dir():

@@ -38,7 +38,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, ema: float)
 
 
 def with_params(fresh: State, params: Any) -> State:
-    """Returns `fresh` with `params` in place of its own, sharded as in `fresh`."""
+    """Returns `fresh` with `params` as parameters and their average, sharded as before."""
     put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
     ema = None if fresh.ema is None else jax.tree.map(lambda x: x.copy(), put)
     return dataclasses.replace(fresh, params=put, ema=ema)

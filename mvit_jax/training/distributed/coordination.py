@@ -13,7 +13,7 @@ import jax
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath
 
-# The hosts of a large slice may need minutes until all run the command.
+# Time limit for a start: minutes may pass until all hosts of a large slice run the command.
 START_SECONDS = 300
 
 # Time until a file on a shared disk is visible on the other hosts.
@@ -35,7 +35,7 @@ def print_once(text: str) -> None:
 
 @contextmanager
 def first_then_others(what: str, written: AnyPath) -> Generator[None, None, None]:
-    """Runs the block in process 0 first, and in the others once its file `written` is visible."""
+    """Runs the block in process 0 first, and in the others once they see the file `written`."""
     if jax.process_count() == 1:
         yield
         return
@@ -66,7 +66,7 @@ def from_first(what: str, value: Any) -> Any:
 
 
 def same_everywhere(what: str, values: Mapping[str, Any]) -> None:
-    """Raises unless `values` equal those of process 0; a mismatch would deadlock in a collective.
+    """Checks that `values` equal those of process 0; a mismatch may deadlock in a collective.
 
     Args:
       what: the name of the values in messages.

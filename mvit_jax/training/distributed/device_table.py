@@ -10,11 +10,11 @@ import jax
 from mvit_jax.common.text import plural
 
 Row = dict[str, Any]
-_LONGEST = 16  # processes with a line each; more are grouped by kind
+_LONGEST = 16  # processes with a line each; more processes are grouped by kind
 
 
 def row(environ: Mapping[str, str]) -> Row:
-    """Returns index, host and devices of this process, with the smallest memory in GiB."""
+    """Returns this process's row: index, host, devices, and their smallest memory in GiB."""
     devices = jax.local_devices()
     stats = [device.memory_stats() or {} for device in devices]
     return {
@@ -23,7 +23,7 @@ def row(environ: Mapping[str, str]) -> Row:
         "platform": jax.default_backend(),
         "kind": devices[0].device_kind if devices else "",
         "devices": [device.id for device in devices],
-        # Equal entries of one host are the same GPU. Processes cannot share CPU or TPU devices.
+        # Equal entries on one host are the same GPU. Processes cannot share CPU or TPU devices.
         "hardware": [
             f"{environ.get('CUDA_VISIBLE_DEVICES', '')}/{device.local_hardware_id}"
             for device in devices

@@ -1,7 +1,8 @@
 """Failure handling across processes: an error, a crash or a hang of one process ends all.
 
-Each process writes heartbeats into the key-value store of the coordinator (process 0). A watcher
-thread in each process checks them.
+A watcher thread in each process writes heartbeats into the key-value store of the coordinator
+(process 0). The watcher of process 0 checks the heartbeats. All watchers check that process 0
+answers, and that no process has published an error.
 """
 
 import atexit
@@ -24,17 +25,17 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import first_line
 from mvit_jax.training.distributed import coordination
 
-# A process without a heartbeat for this many beats counts as lost. JAX's own heartbeat has a longer
-# timeout here (`jax.distributed.initialize`). JAX alone would be as fast, but ends with a dump of
-# 30 lines and abort(): status 139, not 134, where Python is process 1 of a container. It also
-# cannot separate a broken collective from an error that a peer is about to report.
+# A process counts as lost after SILENT_BEATS beats without a heartbeat. JAX's own heartbeat has a
+# longer timeout (`launch.connect`), because JAX ends a process with 30 lines of output and abort().
+# The exit status is then 134, but 139 if Python is process 1 of a container. JAX also cannot
+# distinguish a broken collective from an error that a peer is about to report.
 BEAT_SECONDS = 2
 SILENT_BEATS = 45
-FAILED_BEATS = 3  # calls to process 0 that fail at once, before it counts as lost
-# Time that the other processes wait at exit for process 0, which may draw and write for minutes.
+FAILED_BEATS = 3  # calls in a row that fail at once, after which process 0 counts as lost
+# At exit, the other processes wait this long for process 0, which may write reports for minutes.
 LAST_SECONDS = 3600
-# JAX aborts every process that still runs when process 0 exits. So process 0 first waits until its
-# last message is acknowledged, and then until the other processes have exited.
+# JAX aborts every process that still runs when process 0 exits. So after an error, process 0 waits
+# up to PATIENCE_SECONDS until the others have acknowledged it, and LEAVING_SECONDS for their exit.
 PATIENCE_SECONDS = 10
 LEAVING_SECONDS = 2
 
@@ -44,17 +45,17 @@ _ENDED, _HEARD, _DONE = (f"mvit_jax/{key}" for key in ("ended", "heard", "done")
 AGAIN = "the same command on all processes resumes from the last checkpoint"
 
 LOST = 134
-"""The exit status of a process that lost a peer or timed out on it; the run should be restarted.
+"""The exit status of a process that has lost a peer or timed out on it; a restart may succeed.
 
-It equals the status of abort(), with which JAX ends a process that has lost process 0."""
+The status of abort() is the same. JAX calls abort() in a process that has lost process 0."""
 
 
 @contextmanager
 def together() -> Generator[None, None, None]:
-    """Ends all processes on an exception inside, with its reason and exit status 1 or `LOST`.
+    """Ends all processes if the block raises; the exit status is 1, or `LOST` for a lost peer.
 
-    Otherwise the peers would block in a collective. The stack is not unwound, as closing the open
-    contexts may block on the peers in turn. With one process, the exception propagates.
+    Otherwise the peers would block in a collective. The stack is not unwound, because closing the
+    open contexts may block on the peers. With one process, the exception propagates.
     """
     try:
         yield
@@ -72,7 +73,7 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, UserError):
         end_with(str(error))
     if _peer_lost(error):
-        # If the peer reported its error, the watcher reads the report and ends this process first.
+        # If the peer has published an error, the watcher ends this process during this check.
         silent = _silent_processes()
         what = f"{' and '.join(silent)} has died, or its host has"
         if not silent:
@@ -109,7 +110,7 @@ def _silent_processes() -> list[str]:
             for name, beat in before.items()
             if after.get(name) == beat
         ]
-    except jax.errors.JaxRuntimeError:  # its key-value store does not answer
+    except jax.errors.JaxRuntimeError:  # the key-value store of process 0 does not answer
         return ["process 0"]
 
 
@@ -123,10 +124,10 @@ def end_with(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoR
       reason: one sentence, without "error:".
       text: printed in place of the reason, such as a traceback.
       status: the exit status of all processes.
-      dead: the number of peers that are known to be dead, and cannot acknowledge.
+      dead: number of peers that have died and cannot acknowledge.
     """
     if not _ending.acquire(blocking=False):
-        time.sleep(2 * PATIENCE_SECONDS)  # the watcher already ends this process
+        time.sleep(2 * PATIENCE_SECONDS)  # another thread already ends this process
         os._exit(status)
     _print(text or f"error: {reason}")
     client, process, _ = coordination.service()
@@ -134,15 +135,14 @@ def end_with(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoR
         "process": process, "host": socket.gethostname(), "reason": reason, "status": status,
         "dead": dead,
     }  # fmt: skip
-    with suppress(
-        jax.errors.JaxRuntimeError
-    ):  # a peer's notice is already set, or process 0 is gone
+    # Raised if a peer has already set a notice, or process 0 has died.
+    with suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(_ENDED, json.dumps(notice))
     _leave(status, dead)
 
 
 def _leave(status: int, dead: int) -> NoReturn:
-    """Exits this process; process 0, which has the key-value store, exits after all live peers."""
+    """Exits this process; process 0, which hosts the key-value store, exits after its peers."""
     client, process, count = coordination.service()
     if process == 0:
         _wait_for_acknowledgements(client, count - 1 - dead)
@@ -177,19 +177,20 @@ def start_watching() -> None:
         with suppress(jax.errors.JaxRuntimeError):
             if process == 0:
                 client.key_value_set(_DONE, "")
-            else:  # process 0 may write files for long after the last step, and may fail in that
+            else:  # process 0 may write files for long after the last step, and may still fail
                 client.blocking_key_value_get(_DONE, LAST_SECONDS * 1000)
         finished.set()
         watcher.join()  # a thread inside C++ at interpreter exit would abort the process
-        with suppress(jax.errors.JaxRuntimeError):  # so that process 0 does not report it as lost
+        # Without this key, process 0 does not report this process as lost.
+        with suppress(jax.errors.JaxRuntimeError):
             client.key_value_delete(f"{_ALIVE}/{process}")
 
-    atexit.register(end)  # registered after JAX's own handler, so it runs before that
+    atexit.register(end)  # registered after JAX's own handler, and so runs before
     watcher.start()
 
 
 def _watch(finished: threading.Event) -> None:
-    """Ends this process when a peer has failed or its heartbeats have stopped."""
+    """Writes heartbeats, and ends this process if a peer has failed or does not answer."""
     client, process, _ = coordination.service()
     beats: dict[str, tuple[str, int]] = {}
     silent = 0.0
@@ -206,7 +207,7 @@ def _watch(finished: threading.Event) -> None:
             finished.wait(0 if late else BEAT_SECONDS)
             continue
         silent = 0.0
-        with suppress(jax.errors.JaxRuntimeError):  # mostly the timeout: no process has failed
+        with suppress(jax.errors.JaxRuntimeError):  # usually a timeout: no process has failed
             client.key_value_set(f"{_ALIVE}/{process}", str(beat), allow_overwrite=True)
             if process == 0:
                 _check_beats(dict(client.key_value_dir_get(_ALIVE)), beats, beat)
@@ -237,8 +238,8 @@ def _exit_on_peer_failure(notice: dict[str, Any]) -> None:
 def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: int) -> None:
     """Ends the run if a process has sent no heartbeat for `SILENT_BEATS` beats of process 0.
 
-    The limit counts beats of process 0, not seconds, so that a job that was suspended as a whole
-    can continue.
+    The limit counts beats of process 0, not seconds. So a job can continue after all its processes
+    were suspended.
     """
     for name, value in now.items():
         if seen.get(name, ("", 0))[0] != value:

@@ -61,7 +61,7 @@ def connect(
     """Joins the processes of a run and prints their devices; call before any other use of JAX.
 
     On Cloud TPUs and under SLURM, Open MPI and Kubernetes, JAX detects the arguments that are None.
-    Outside of such a cluster, or alone in it, the process runs as a single one.
+    Outside of such a cluster, or as its only process, the program runs in a single process.
 
     Args:
       coordinator: HOST:PORT on which process 0 listens; all processes must reach it.
@@ -191,9 +191,9 @@ def _devices_of(process: int, client: Any) -> dict[str, Any]:
 def alone(environ: Mapping[str, str]) -> bool:
     """Returns True for a single process inside of a cluster, where JAX's detection must not run.
 
-    Examples are a notebook in Kubernetes and a single task of a SLURM allocation. JAX would query
-    Kubernetes for the job of a pod that belongs to none. Under SLURM, JAX takes the number of tasks
-    of the allocation as the number of processes, though only srun starts that many.
+    Examples are a notebook in Kubernetes and a single task of a SLURM allocation. In Kubernetes,
+    JAX would look for the job of a pod that belongs to no job. Under SLURM, JAX would expect a
+    process for each task of the allocation, though only srun starts that many.
     """
     # "localhost" is the value on a single host, on a GPU machine too (`absent_tpu`).
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "localhost")
@@ -207,7 +207,7 @@ def alone(environ: Mapping[str, str]) -> bool:
 
 
 def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """Returns all visible GPUs if SLURM assigns them to this task alone; None leaves it to JAX.
+    """Returns all visible GPUs if only this task uses them; None leaves the choice to JAX.
 
     JAX uses only GPU i for task i of a node (jax issues 16788, 23452, 28194). With one task per
     node, all other GPUs would be idle. With --gpus-per-task each task sees only its own GPUs, so

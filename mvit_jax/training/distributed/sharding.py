@@ -50,12 +50,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 def _in_order(devices) -> list:
     """Sorts devices by slice, process and index.
 
-    Each process then has a contiguous range of the batch's rows, and an fsdp group is a row of
-    hosts. `mesh_utils.create_hybrid_device_mesh` also separates slices, and in addition aligns each
-    axis of the mesh with an axis of the TPU's torus. Its fsdp groups are rings of the torus, but it
-    splits the 2 x 2 chips of a host: on v5e:16x16 with fsdp=16, the rows of 64 hosts lie in 128
-    pieces. Models of at most 218M parameters only need fsdp=1 or fsdp over a whole slice. A group
-    is then all chips of the slice, and their order does not matter.
+    Each process then loads a contiguous range of the batch's rows.
+
+    `mesh_utils.create_hybrid_device_mesh` also separates slices, and aligns the axes of the mesh
+    with the TPU's torus. But it splits the 2 x 2 chips of a host: on v5e:16x16 with fsdp=16, the
+    rows of 64 hosts lie in 128 separate ranges. The alignment would only help if fsdp were more
+    than 1 and less than a slice, which models of up to 218M parameters do not need.
     """
     return sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
 
@@ -66,7 +66,7 @@ def _slice(device) -> int:
 
 
 def _check_slices(devices: list, fsdp: int) -> None:
-    # JAX's slice of GPUs is one machine, and an fsdp group may span several machines.
+    # On GPUs, JAX counts each machine as a slice, and an fsdp group may span machines.
     if devices[0].platform != "tpu":
         return
     chips = Counter(map(_slice, devices))
@@ -91,14 +91,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_shardings(mesh: Mesh, tree):
     """Returns shardings for a tree of arrays or shapes.
 
-    A leaf of at least `SMALLEST_SHARDED` elements is sharded along its largest dimension that the
-    "fsdp" axis divides. All other leaves are replicated.
+    A leaf of at least `SMALLEST_SHARDED` elements is sharded along its largest dimension that is
+    divisible by the size of the "fsdp" axis. All other leaves are replicated.
     """
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), tree)
 
 
 def placed(shapes, shardings):
-    """Returns a tree of shapes with the shardings of a second tree."""
+    """Returns a tree of abstract arrays: `shapes` with the shardings of a second tree."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -136,6 +136,6 @@ def local_rows(batch: int, mesh: Mesh, process: int | None = None) -> range:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a global batch on the mesh, made of the rows that each process has loaded."""
+    """Returns a global batch on the mesh, assembled from the rows that each process has loaded."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

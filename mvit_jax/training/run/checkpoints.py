@@ -45,7 +45,7 @@ class DamagedError(UserError):
 
 
 class NotSavedError(HungError):
-    """A checkpoint that cannot be written, on a full disk for example. See `threads_left`."""
+    """A failure to write a checkpoint, on a full disk for example. See `threads_left`."""
 
 
 def threads_left() -> bool:
@@ -86,8 +86,8 @@ class Checkpoints:
     ) -> None:
         """Saves a state in the background; its buffers may be donated at once.
 
-        A failed save, on a full disk for example, is logged, and training continues. Otherwise the
-        steps since the last checkpoint would be lost. The next save retries.
+        A failed save, on a full disk for example, is logged. Training continues and the next save
+        retries, as an exit would lose the steps since the last checkpoint.
 
         Args:
           state: the state after `step`.
@@ -96,9 +96,8 @@ class Checkpoints:
           log: called with a sentence for each failure.
 
         Raises:
-          NotSavedError: the save at the `end` failed, or `FAILED_SAVES` saves in a row, or any save
-            with several processes, of which only some may have failed. Earlier checkpoints are
-            intact.
+          NotSavedError: the save with `end` failed twice, `FAILED_SAVES` saves in a row failed, or
+            any save failed in a run of several processes. Earlier checkpoints are intact.
         """
         self.settle(log)
         if step in self.last.all_steps():
@@ -106,7 +105,7 @@ class Checkpoints:
         error = self._start_save("last", _items(state), step)
         if end:
             error = error or self._finish_save("last")
-            if error:  # its partial files are removed by now, and some faults are temporary
+            if error:  # partial files are removed by now, and some faults are temporary
                 log(f"{error}; retrying once")
                 error = self._start_save("last", _items(state), step) or self._finish_save("last")
             if error:
@@ -114,7 +113,7 @@ class Checkpoints:
         self._log_or_raise(error, log)
 
     def save_params(self, params: Any) -> None:
-        """Saves parameters without a training state as step 0, for a converted model."""
+        """Saves the parameters of a converted model as step 0, without a training state."""
         error = self._start_save("last", {"params": params}, 0)
         if error:
             raise error
@@ -122,9 +121,9 @@ class Checkpoints:
     def save_if_best(
         self, state: State, step: int, top1: float, log: Callable[[str], None] = print
     ) -> None:
-        """Saves a state as the best checkpoint if its `top1` is above all earlier ones."""
-        # A run that was killed between this save and the record of the validation validates the
-        # same state again. Its `top1` then equals the best, and the state is not saved twice.
+        """Saves a state as best checkpoint if `top1` (mAP if multi-label) exceeds all before it."""
+        # A run that is killed after this save, before the validation is recorded, validates the
+        # state again. Then `top1` equals the best, and the state is not saved twice.
         if self.best_top1 is None or top1 > self.best_top1:
             self._log_or_raise(self._finish_save("best"), log)
             self.best_top1 = top1
@@ -135,7 +134,8 @@ class Checkpoints:
         """Blocks until all saves are on disk, and logs failures.
 
         Raises:
-          NotSavedError: `FAILED_SAVES` saves in a row have failed.
+          NotSavedError: `FAILED_SAVES` saves in a row have failed, or a save in a run of several
+            processes.
         """
         for which in ("best", "last"):
             self._log_or_raise(self._finish_save(which), log)
@@ -160,8 +160,8 @@ class Checkpoints:
     def _start_save(self, which: str, items: dict[str, Any], step: int, top1: float | None = None):
         """Starts a save; returns the error if it fails at once.
 
-        `top1` is stored with the digests. Orbax would store it in a file of its own, and cannot
-        open a folder in which that file is damaged.
+        `top1` is stored with the digests. Orbax would store metrics in a separate file, and could
+        not open the folder if this file were damaged.
         """
         self._under_way[which] = step
         args: dict[str, Any] = {n: ocp.args.StandardSave(item) for n, item in items.items()}
@@ -208,7 +208,7 @@ class Checkpoints:
             raise NotSavedError(
                 f"{sentence}: the same command resumes from the checkpoint before"
             ) from error
-        # After an error, Orbax's manager raises it again, and loses its list of checkpoints.
+        # A manager that has failed raises the same error again, and loses its list of checkpoints.
         with suppress(Exception):
             self._manager(which).close()
         self._remove_partial_saves(which)
@@ -225,7 +225,7 @@ class Checkpoints:
         return problem
 
     def _remove_partial_saves(self, which: str) -> None:
-        """Removes the files of failed saves from a disk, as the next save needs the space."""
+        """Removes the files of failed saves from a local disk, as the next save needs the space."""
         if not is_local(self.folder):  # buckets have space, and Orbax removes the files itself
             return
         for partial in (self.folder / _FOLDERS[which]).glob("*.orbax-checkpoint-tmp*"):
@@ -238,7 +238,7 @@ class Checkpoints:
 
         Args:
           like: a state of arrays or of their shapes.
-          step: of the checkpoint; by default the newest.
+          step: the checkpoint's step; by default the newest.
 
         Returns:
           The state; None if there is no checkpoint.
@@ -256,7 +256,7 @@ class Checkpoints:
     def resume(self, like: State, log: Callable[[str], None] = print) -> State | None:
         """Restores the newest checkpoint that is not damaged; all processes must call this.
 
-        Newer, damaged checkpoints are moved to DIR/damaged and logged. Otherwise as `restore`.
+        Newer, damaged checkpoints are moved to DIR/damaged and logged.
 
         Raises:
           UserError: as for `restore`, or all checkpoints are damaged; then none is moved.
@@ -357,8 +357,8 @@ class Checkpoints:
     def _raise_together(self, which: str, step: int, error: UserError | None = None) -> None:
         """Raises in all processes if any process has an error.
 
-        A process that died during the collective restore makes this collective fail too. So its
-        death is not taken for a file that cannot be read.
+        If a process dies during the collective restore, this collective fails too. So the death is
+        not mistaken for an unreadable file.
         """
         if not _on_all_processes(error is None):
             raise error or DamagedError(
@@ -421,9 +421,7 @@ class Checkpoints:
         path = folder / _DIGESTS / _DIGESTS_FILE
         try:
             if not path.parent.exists():
-                contents = (
-                    folder / "_CHECKPOINT_METADATA"
-                )  # Orbax's file with the names of all items
+                contents = folder / "_CHECKPOINT_METADATA"  # Orbax's list of all items
                 if not contents.exists() or f'"{_DIGESTS}"' not in contents.read_text():
                     return None
             content = json.loads(path.read_text())
@@ -489,13 +487,13 @@ class Checkpoints:
                     barrier_sync_key_prefix=which
                 ),
             ),
-            # Registered here, so that shapes can be read before an item is restored.
+            # Registered explicitly, so that shapes can be read before an item is restored.
             item_handlers={name: ocp.StandardCheckpointHandler() for name in items}
             | {_DIGESTS: ocp.JsonCheckpointHandler(_DIGESTS_FILE)},
         )
 
     def _top1_on_disk(self) -> float | None:
-        """Returns the top-1 of the best checkpoint; None if there is none or it cannot be read."""
+        """Returns the top-1 of the best checkpoint; None if missing or not readable."""
         step = self.best.latest_step()
         if step is None:
             return None
@@ -512,7 +510,7 @@ def _suppress_tensorstore_tracebacks() -> None:
     """Suppresses TensorStore's "Event loop is closed" tracebacks after a failed write.
 
     Orbax closes the event loop when a write fails. Each of the other writes then prints a
-    traceback, a hundred in all, around the one message that matters.
+    traceback: about a hundred in all, which hide the message that matters.
     """
     hook = sys.unraisablehook
 

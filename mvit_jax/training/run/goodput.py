@@ -1,9 +1,9 @@
-"""Accounting of a run's wall time by phase, and advice where the input is the bottleneck.
+"""Accounting of a run's wall time by phase, and advice if data loading is the bottleneck.
 
 From the beginning of `train` on, all time of a start belongs to one of `PHASES`, so the phases add
 up to the wall time. Steps run asynchronously on an accelerator: the host dispatches a step, fetches
-the next batch, and then reads the step's metrics. So the wait for a batch counts as "data" only
-after the devices have finished the step; before that moment it counts as "step".
+the next batch, and then reads the step's metrics. So the wait for a batch counts as "step" while
+the devices still compute, and as "data" after they have finished the step.
 """
 
 import os
@@ -30,17 +30,17 @@ PHASES = {
     "validation": "validation, including its compilation and its loading of clips",
     "rest": "logging and all else",
 }
-"""The phases, by their stable names, with descriptions."""
+"""Descriptions of the phases by name. Histories contain the names, which therefore never change."""
 
 REPEATED = "repeated"
-"""A history's phase of steps that a later start repeated or a rollback undid: no goodput."""
+"""The phase of steps that a later start repeated or a rollback undid; used in histories only."""
 
-BOTTLENECK = 0.2  # share of "data" in "data" and "step", above which a warning is logged
-WORSE = 0.2  # growth of this share since the last warning, for another warning
+BOTTLENECK = 0.2  # a warning is logged if "data" / ("data" + "step") is above this share
+WORSE = 0.2  # another warning is logged after the share has grown by this much
 
 
 class Spans:
-    """Sums of the time of each phase; a phase inside another one is not counted twice.
+    """Time spent in each phase; time in a nested phase counts for the nested phase only.
 
     Args:
       clock: returns seconds of a monotonic clock.
@@ -165,8 +165,8 @@ def history_columns(seconds: Seconds, steps: int) -> dict[str, dict[str, float]]
     """Returns the timing columns of a line of the history.
 
     Args:
-      seconds: of each phase since the line before.
-      steps: number of steps since the line before.
+      seconds: seconds of each phase since the previous line.
+      steps: number of steps since the previous line.
 
     Returns:
       "spent", the seconds of each phase. With at least one step also "share" (of the sum, from 0
@@ -187,9 +187,9 @@ def scalars(columns: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 class InputWatch:
-    """Warnings that the input is the bottleneck, with a suggested setting.
+    """Warnings that data loading is the bottleneck, with a suggested setting.
 
-    A second warning follows only if the share of waiting has grown by `WORSE`.
+    Another warning follows only if the share of waiting has grown by `WORSE`.
 
     Args:
       settings: the keyword arguments of `advice`.
@@ -205,7 +205,7 @@ class InputWatch:
         The first interval is ignored, as it also fills the buffers.
 
         Args:
-          seconds: of each phase in the interval.
+          seconds: seconds of each phase in the interval.
           process: the process with the longest wait.
         """
         first, self._first = self._first, False
@@ -223,7 +223,7 @@ class InputWatch:
 def advice(
     threads: int, processes: int, *, packed: bool, randaugment: bool, cores: int | None = None
 ) -> str:
-    """Returns a sentence with the setting that raises the clips per second.
+    """Returns a sentence that suggests a setting to load more clips per second.
 
     Args:
       threads: `config.data.threads`.

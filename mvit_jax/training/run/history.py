@@ -1,4 +1,4 @@
-"""History of a run: DIR/metrics.jsonl, with a line of JSON for each logged event.
+"""History of a run: the file DIR/metrics.jsonl, with a line of JSON for each logged event.
 
 Each line has a "kind", a "step" and a "time" (seconds since 1970). The kinds are:
 
@@ -6,12 +6,12 @@ Each line has a "kind", a "step" and a "time" (seconds since 1970). The kinds ar
 - "train": means of a log interval.
 - "val": results of a validation.
 - "rollback": a return to the weights of step "to".
-- "end": the last line of a start.
+- "end": the end of a start.
 
 All kinds but "val" have "spent": seconds of each phase (`training.run.goodput.PHASES`) since the
-last line with "spent". The file is only appended to. A kill loses at most the last line, or in a
-bucket the lines of about the last half minute. `read` merges the lines of several starts. Training
-does not depend on this file.
+last line with "spent". Lines are only appended. A kill loses at most the last line; in a bucket, it
+loses the lines of about the last half minute. `read` merges the lines of several starts. Training
+does not read this file.
 """
 
 import json
@@ -36,12 +36,12 @@ class History:
     Attributes:
       starts: one entry for each start of the training program, in the order of time.
       train: "step", "loss", "accuracy" (percent, of augmented clips), "grad_norm", "param_norm",
-        "learning_rate" and "clips_per_second": means since the line before.
-      val: "step", "top1" and "top5" (percent).
-      seconds: training time from each start to its last line, summed over all starts.
-      spent: seconds of each phase (`goodput.PHASES`), summed over all starts. Steps that a later
-        start repeated or a rollback undid are separate, as `goodput.REPEATED`. Empty if no line
-        has "spent".
+        "learning_rate" and "clips_per_second". Metrics are means since the previous line.
+      val: "step", "top1", "top5" and, for multi-label data, "map" (percent).
+      seconds: time from each start to its last line, summed over all starts.
+      spent: seconds of each phase (`goodput.PHASES`), summed over all starts. The time of steps
+        that a later start repeated or a rollback undid is counted as `goodput.REPEATED` instead.
+        Empty if no line has "spent".
     """
 
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class History:
 
     @property
     def goodput(self) -> float | None:
-        """Share of the wall time of all starts that went into steps that count.
+        """Share of the wall time of all starts spent on steps that were not repeated or undone.
 
         From 0 to 1; None if the history has no times.
         """
@@ -68,7 +68,7 @@ class Writer:
 
     def __init__(self, workdir: str | AnyPath) -> None:
         path = to_path(workdir) / NAME
-        # A kill may have left half a line; the next line must not be appended to this half.
+        # A kill may have left an incomplete line; the next line must not be appended to it.
         try:
             if is_local(path):
                 torn = path.exists() and path.stat().st_size > 0 and not _ends_a_line(path)
@@ -82,7 +82,7 @@ class Writer:
             self.file.write("\n")
 
     def line(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Appends a line and flushes the file; an object in a bucket is uploaded later."""
+        """Appends a line and flushes the file; an object in a bucket may be uploaded later."""
         entry = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
@@ -133,9 +133,9 @@ def _ends_a_line(path: AnyPath) -> bool:
 def read(workdir: str | AnyPath) -> History:
     """Reads the history of a run; empty if the folder has no history.
 
-    A start at step s has the state after s steps. So later steps in earlier lines do not lead to
-    this state, and are dropped, even if no later start repeated them. Incomplete lines and lines
-    of unknown kinds are ignored.
+    A start at step s continues from the state after s steps. Earlier lines about steps above s are
+    therefore dropped, even if no later start repeated these steps. Incomplete lines and lines of
+    unknown kinds are ignored.
     """
     path = to_path(workdir) / NAME
     if not path.is_file():
@@ -167,10 +167,10 @@ def _spent(entries: list[dict[str, Any]]) -> dict[str, float]:
     total = dict.fromkeys([*timing.PHASES, timing.REPEATED], 0.0)
     timed = [entry for entry in entries if isinstance(entry.get("spent"), dict)]
     last_valid: float = math.inf
-    # Backwards, as a step counts if no later start or rollback went back to a step before it.
+    # In reverse, because a step counts unless a later start or rollback returned to before it.
     since = [0, *(entry["step"] for entry in timed[:-1])][: len(timed)]
     for entry, before in reversed(list(zip(timed, since, strict=True))):
-        if entry["kind"] == "rollback":  # it also undid the steps of its own interval
+        if entry["kind"] == "rollback":  # a rollback also undoes the steps of its own interval
             last_valid = min(last_valid, float(entry["to"]))
         spent = {p: s for p, s in entry["spent"].items() if p in timing.PHASES and _is_number(s)}
         repeated = _repeated_share(before, entry["step"], last_valid) * spent.get("step", 0.0)

@@ -41,15 +41,15 @@ class Logbook:
     """Metric logger of a run; averages the metrics of steps over intervals.
 
     Args:
-      workdir: of the run.
-      start: steps done before this start of the run.
-      steps: steps of the whole run.
-      batch: clips of a step, over all processes.
-      every: steps of a log interval.
+      workdir: the run's workdir.
+      start: number of steps done before this start of the run.
+      steps: total number of steps of the run.
+      batch: clips per step, over all processes.
+      every: steps per log interval.
       max_broken: share of clips with decode failures above which the run ends.
       on_nan: one of `nan_policy.POLICIES`.
-      spans: times of the phases; by default new ones.
-      watch: warns of a slow input; None for no warnings.
+      spans: the timer of the phases; by default a new one.
+      watch: source of warnings about slow loading; None for no warnings.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Logbook:
         self.last_step = start
 
     def step(self, step: int, metrics: Metrics, learning_rate: Any) -> None:
-        """Registers the metrics of a dispatched step, and reads those of the step before."""
+        """Registers the metrics of a dispatched step, and reads the metrics of earlier steps."""
         self.spans.sent(metrics)
         self.flush()
         self.pending, self.pending_step = metrics, step
@@ -226,14 +226,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-_numbers = itertools.count()  # for different file names of two writers in one process
+_numbers = itertools.count()  # gives two writers in one process different file names
 
 
 class Events:
     """Writer of one TensorBoard event file.
 
-    A write error, such as a full disk, is logged once, and later calls are ignored. So training
-    continues.
+    Training continues after a write error, such as a full disk: the error is logged once, and later
+    calls are ignored.
     """
 
     def __init__(self, workdir: str | AnyPath, log: Callable[[str], None]) -> None:

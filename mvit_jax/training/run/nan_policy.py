@@ -7,8 +7,8 @@ metrics of the step arrive, the policy decides:
 - stop: the run ends. Earlier checkpoints remain.
 - skip: the run continues with the next step, without this batch.
 - rollback: the run restores the weights and moments of the last checkpoint, and continues with the
-  next step. The data are a function of (seed, step), so repeated steps would give the same values.
-  The batches since this checkpoint are not repeated, and their updates are lost.
+  next step. The batches since this checkpoint are not repeated, and their updates are lost. Data
+  and random draws depend only on (seed, step), so repeated steps would have the same result.
 
 Each event is logged with its step. Metrics are sums over all processes, so all processes decide
 alike.
@@ -27,13 +27,13 @@ from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import State
 
 POLICIES = ("stop", "skip", "rollback")
-# The run ends after this many in a row, as the batch is then not the cause.
+# The run ends after this many in a row, as a single bad batch is then not the cause.
 SKIPS = 10  # steps with a skipped update
-ROLLBACKS = 3  # without a checkpoint of steps in between
+ROLLBACKS = 3  # rollbacks without a new checkpoint in between
 
 
 class NotFiniteError(UserError):
-    """A non-finite loss, gradient or weight that ends the run; its state must not be saved."""
+    """A non-finite loss, gradient or weight that ends the run; the state must not be saved."""
 
 
 class Policy:
@@ -68,7 +68,7 @@ class Policy:
         if self.name == "rollback":
             self.rollback_reason = self.rollback_reason or what
             return
-        # Skipped updates do not repair non-finite weights, which a finite gradient has caused.
+        # Skipping cannot repair weights that an applied update has made non-finite.
         if self.name == "skip" and "param_norm" not in values:
             self.skipped += 1
             self._skips += 1

@@ -12,7 +12,8 @@ class StopRequest:
     """Flag that SIGINT or SIGTERM sets; the training loop checks it after each step.
 
     With several processes, the signal may reach all processes or only one. JAX then handles
-    SIGTERM, and agrees on a step that no process has passed. SIGINT is forwarded as SIGTERM.
+    SIGTERM, and makes all processes agree on a step that none has passed. SIGINT is forwarded as
+    SIGTERM.
 
     Attributes:
       signal: number of the signal after which the run stops; 0 for none.

@@ -12,7 +12,8 @@ Files:
     DIR/.lock           lock against a second start
     DIR/metrics.jsonl   history
     DIR/events.*        history for TensorBoard
-    DIR/evaluation*     test results, with clips*.json, confusion*.png, per_class*.png
+    DIR/evaluation*     test results, with other files (`mvit_jax.evaluate`)
+    DIR/profile/        profiler trace, if requested
     DIR/report.html     HTML report
 """
 
@@ -35,7 +36,7 @@ LOCK_SECONDS = 60
 _VALIDATED = "validated.txt"
 _CUSTOM = "custom.json"
 
-# Keys that a resumed run may change: they set paths, speed and logging, not the results.
+# Keys that a resumed run may change: paths, speed, logging, and the handling of failures.
 MAY_CHANGE = (
     "data.folder", "data.threads", "data.processes", "data.timeout", "data.max_broken",
     "data.train_videos", "data.classes", "published",
@@ -45,7 +46,7 @@ MAY_CHANGE = (
 # Orbax writes this file last into a checkpoint in a bucket, which has no atomic rename.
 _COMPLETE = "commit_success.txt"
 
-# Keys of each host's data loading. All other keys must be equal in all processes of a run.
+# Keys that may differ between hosts. All other keys must be equal in all processes of a run.
 _OF_A_HOST = ("data.folder", "data.prefix", "data.threads", "data.processes", "data.timeout")
 
 
@@ -90,8 +91,8 @@ def enter(
 
     Args:
       workdir: the folder.
-      config: of the run.
-      names: class names, stored with the checkpoints for use without the data.
+      config: the run's config.
+      names: class names, written into the workdir for use without the data.
       digests: digests of the source of custom modules (`training.custom`).
 
     Raises:
@@ -112,7 +113,7 @@ def enter(
 
 
 def changed_modules(workdir: str | AnyPath, config: Config, digests: dict[str, str]) -> str | None:
-    """Returns a sentence on custom modules whose source differs from the recorded one, or None."""
+    """Returns a sentence on custom modules with changed source since the run's start, or None."""
     recorded = custom_digests(workdir)
     changed = [
         f"model.{kind}={config.model[kind]}"
@@ -145,7 +146,7 @@ def frozen(workdir: str | AnyPath) -> Config:
     if not path.exists():
         raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
     started_with = ConfigDict(_tuples(with_new_names(read(path))))
-    config = ConfigDict(base().to_dict())  # without placeholders, so that values of any type fit
+    config = ConfigDict(base().to_dict())  # without placeholders, to accept values of any type
     config.update(started_with)
     return config.lock()
 
@@ -224,7 +225,7 @@ def _lock(file: TextIO) -> bool:
 
 
 def check_writable(workdir: str | AnyPath) -> None:
-    """Raises early if the workdir is not writable, before a first save would fail.
+    """Creates the workdir if missing, and checks that it is writable.
 
     Raises:
       UserError: the folder cannot be written.
