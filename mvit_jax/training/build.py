@@ -63,8 +63,8 @@ class Program:
     Attributes:
       step: `(state, batch, learning_rate) -> (state, metrics)`; the state is donated.
       predict: `(params, clips [batch, views, T, H, W, 3]) -> probabilities`.
-      first_state: returns the newly initialised state. Each device creates only its shard, so no
-        device ever holds a whole state that is sharded.
+      first_state: returns the newly initialised state. Each device creates only its shard, so a
+        sharded state is never whole on one device.
       state: shapes, dtypes and shardings of the state.
     """
 
@@ -85,7 +85,8 @@ class Training:
       steps: total number of steps of the run.
       validation_steps: steps between validations; 0 for no validation.
       learning_rate: function from the number of finished steps to the learning rate.
-      batches: `(start=0) -> batches`: this process's rows of the batches from step `start` on.
+      batches: function of `start` (default 0) that yields this process's rows of the batches from
+        step `start` on.
     """
 
     settings: Settings

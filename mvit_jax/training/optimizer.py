@@ -154,7 +154,7 @@ def _clip_by_global_norm(clip_norm: float) -> list[optax.GradientTransformation]
 
 
 def _scale_by_layer(layer_decay: float) -> list[optax.GradientTransformation]:
-    """Returns layer decay; as the last transformation, it also scales AdamW's weight decay."""
+    """Returns layer decay; as the last transformation, it also scales the weight decay."""
 
     def scale(updates, params):
         rates = layer_rates(updates, layer_decay)

@@ -17,7 +17,7 @@ Metrics = dict[str, tuple[Array, Array]]  # (sum, count), so that a mean over st
 class State:
     """The training state, which is also the content of a checkpoint.
 
-    As a pytree it may hold shapes or shardings in place of arrays.
+    The fields may also hold shapes or shardings in place of arrays.
     """
 
     step: Any  # int32, steps done

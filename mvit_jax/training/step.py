@@ -180,7 +180,7 @@ def _select_finite(finite: Array, after: State, before: State) -> State:
 
 
 def _accumulate_gradients(value_and_grad, parts: int, params, batch: tuple, key: Array):
-    """Returns the means of loss and gradients over `parts` micro-batches, and the correct clips.
+    """Returns mean loss, number of correct clips and mean gradients over `parts` micro-batches.
 
     Micro-batch p consists of rows p, p + parts, ..., so that no row moves to another device.
     """

@@ -35,7 +35,7 @@ def print_once(text: str) -> None:
 
 @contextmanager
 def first_then_others(what: str, written: AnyPath) -> Generator[None, None, None]:
-    """Runs the block in process 0 first, and in the others once they see the file `written`."""
+    """Runs the block in process 0 first, and in others when its file `written` is visible there."""
     if jax.process_count() == 1:
         yield
         return
@@ -70,7 +70,7 @@ def same_everywhere(what: str, values: Mapping[str, Any]) -> None:
 
     Args:
       what: the name of the values in messages.
-      values: by the name that a user sets, such as a config key.
+      values: the values by the name that a user sets, such as a config key.
 
     Raises:
       UserError: a value differs.

@@ -185,7 +185,7 @@ def start_watching() -> None:
         with suppress(jax.errors.JaxRuntimeError):
             client.key_value_delete(f"{_ALIVE}/{process}")
 
-    atexit.register(end)  # registered after JAX's own handler, and so runs before
+    atexit.register(end)  # registered after JAX's own handler, so this one runs first
     watcher.start()
 
 

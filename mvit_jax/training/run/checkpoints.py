@@ -259,7 +259,8 @@ class Checkpoints:
         Newer, damaged checkpoints are moved to DIR/damaged and logged.
 
         Raises:
-          UserError: as for `restore`, or all checkpoints are damaged; then none is moved.
+          UserError: as for `restore`, or all checkpoints are damaged. In the latter case none is
+            moved.
         """
         damaged: list[tuple[int, DamagedError]] = []
         steps = coordination.from_first("checkpoints", sorted(self.last.all_steps(), reverse=True))
