@@ -27,7 +27,8 @@ from mvit_jax.weights.report import Line, Report, WeightsError
 Inflation = Literal["centre", "mean", "repeat"]
 INFLATIONS = ("centre", "mean", "repeat")
 
-# Tensors that may be new or unused if the requested architecture differs in one of these fields.
+# Path patterns with fields of `MViTConfig`. If the architectures differ in one of the fields, the
+# matching tensors may be new or unused.
 _OWNERS = (
     (r"head/", {"num_classes"}),
     (r"positions/class_token", {"class_token"}),
@@ -67,7 +68,8 @@ def adapt(
       inflate: conversion between image and video kernels; None allows none.
 
     Returns:
-      All tensors of `model` by path, and the unused paths of `source`, True if allowed.
+      All tensors of `model` by path, and a dict of the unused paths of `source`. Its values are True
+      for tensors that may be unused.
     """
     changed = set(changed)
     shapes = model.shapes()
@@ -77,7 +79,7 @@ def adapt(
     }
     used = {path for tensor in fitted.values() for path in tensor.used}
     unused_paths = sorted(source.keys() - used, key=_order)
-    # Computed here, but PySlowFast stores these embeddings in its files.
+    # Sine-cosine embeddings are computed by the model here; PySlowFast stores them in its files.
     fixed = model.config.positions == "sincos"
     unused = {
         path: may_be_unmatched(path, changed) or (fixed and path.startswith("positions/"))
@@ -95,7 +97,8 @@ def carry_over(
     dropped.
 
     Raises:
-      WeightsError: a tensor that both architectures share does not fit.
+      WeightsError: a tensor does not fit, or it is missing or unused although no differing field
+        explains that.
     """
     source = {path: np.asarray(values) for path, values in flatten_dict(params, sep="/").items()}
     changed = [
@@ -141,8 +144,8 @@ def fit(
       path: path in the new architecture.
       shape: shape in the new architecture.
       source: tensors of the other architecture, by path.
-      changed: fields of `MViTConfig` in which the two may differ. A tensor that is missing because
-        of such a field is initialised.
+      changed: fields of `MViTConfig` in which the two architectures may differ. If one of these
+        fields explains why the tensor is missing, the tensor is initialised.
       inflate: conversion between image and video kernels; None allows none.
     """
     if path not in source:
@@ -223,7 +226,7 @@ def _derive(
         used = ("positions/space", "positions/time")
         return Fitted(_resize_positions(joint, shape), "joined", used)
     if path.endswith("/time") and inflate:
-        # Zeros treat all frames alike, so the image model's outputs are preserved (section 4.3).
+        # Zeros treat all frames alike, which preserves the image model's outputs (MViTv2, 4.3).
         return Fitted(np.zeros(shape, np.float32), "new, zeros")
     if may_be_unmatched(path, changed):
         return Fitted(_initialise(path, shape), "new")
@@ -251,7 +254,8 @@ def _interpolate(values: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarr
 def cubic_weights(old: int, new: int) -> np.ndarray:
     """Returns the matrix `[new, old]` of cubic interpolation along one axis.
 
-    As PyTorch's bicubic: a = -0.75, pixel centres at half-integers, border values repeated.
+    Matches PyTorch's bicubic mode: a = -0.75, pixel centres at half-integers, repeated border
+    values.
     """
     positions = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))

@@ -16,8 +16,8 @@ State = Mapping[str, np.ndarray]
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 
-# Fields that a file determines and that must equal the variant's; another value is another model.
-# For pooling fields and equivalent layouts (`separate_qkv`), the file's value is used.
+# Fields that are detected from the file and must equal those of the variant. The other detected
+# fields, such as pooling kernels and `separate_qkv`, are taken from the file.
 _IDENTITY = (
     "width", "depths", "expand", "mlp_ratio", "patch_kernel", "class_token", "positions",
     "relative_positions", "stem_norm", "qkv_bias",
@@ -52,7 +52,7 @@ def strip_prefixes(state: State) -> tuple[dict[str, np.ndarray], str]:
         shorter = {
             name: short.removeprefix(prefix)
             for name, short in names.items()
-            # If both names are present they collide, which the report lists.
+            # If the short name is taken, the long one stays, and the report lists the collision.
             if prefix and short.startswith(prefix) and short.removeprefix(prefix) not in present
         }
         if not shorter:
@@ -69,7 +69,7 @@ def family(state: State) -> str:
     """Returns the checkpoint format, one of `key_tables.FAMILIES`, by the tensor names.
 
     Raises:
-      UserError: the tensors are of another model than MViT.
+      UserError: the names match no supported MViT.
     """
     if any(name.startswith("rev_backbone.") for name in state):
         raise UserError("this is a reversible MViT (rev_backbone), which is not implemented here")
@@ -88,9 +88,9 @@ class Structure:
     """The architecture of a checkpoint, and its mismatches with the requested variant."""
 
     family: str  # checkpoint format
-    source: MViTConfig  # architecture of the file
+    source: MViTConfig  # `config` with the file's class token and positions, to read the tensors
     config: MViTConfig  # architecture of the model to build
-    fields: Mapping[str, Any]  # those of `MViTConfig` that names and shapes determine
+    fields: Mapping[str, Any]  # fields of `MViTConfig` detected from names and shapes
     crosses: bool  # the file is an image model and the variant a video model, or vice versa
     problems: tuple[str, ...]  # mismatches; empty if the file fits
 
@@ -152,7 +152,7 @@ def _fits(fields: dict[str, Any], config: MViTConfig) -> bool:
 
 
 def _detect_fields(state: State, family: str, config: MViTConfig) -> dict[str, Any]:
-    """Returns the fields of `MViTConfig` that names and shapes determine."""
+    """Detects fields of `MViTConfig` from the names and shapes of tensors."""
     look = _Lookup(state, family, config)
     blocks = look.blocks()
     fields: dict[str, Any] = {
@@ -183,7 +183,7 @@ def _detect_fields(state: State, family: str, config: MViTConfig) -> dict[str, A
 
 
 class _Lookup:
-    """A checkpoint's tensors by this project's paths."""
+    """Access to a checkpoint's tensors by this project's paths."""
 
     def __init__(self, state: State, family: str, config: MViTConfig) -> None:
         self.state, self.family, self.config = state, family, config
@@ -205,7 +205,10 @@ class _Lookup:
         return len({match[0] for match in matches if match})
 
     def depths(self, blocks: int) -> tuple[int, ...]:
-        """Returns the number of blocks of each stage; outside timm, widths separate stages."""
+        """Returns the number of blocks of each stage.
+
+        Only timm's names contain the stage. In other formats, blocks of equal width form a stage.
+        """
         if self.family == "timm":
             matches = (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in self.state)
             stages = [stage for stage, _ in {match.groups() for match in matches if match}]
@@ -221,7 +224,7 @@ class _Lookup:
         shapes = [self.shape(f"blocks/{i}/norm2/scale", 1) for i in range(sum(config.depths))]
         pairs = zip(shapes, plan(config), strict=True)
         widths = [(shape[0], block.attention_width) for shape, block in pairs if shape]
-        # Relative to the first width: a mismatch of the width itself is reported separately.
+        # Widths relative to the first block's; a mismatch of that width is reported separately.
         return all(w * widths[0][1] == widths[0][0] * planned for w, planned in widths)
 
     def positions(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Export of models to files that PySlowFast, torchvision, PyTorchVideo and timm load strictly."""
+"""Export of models to files for PySlowFast, torchvision, PyTorchVideo and timm."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from mvit_jax.weights.tensor_files import write_safetensors, write_torch
 
 TARGETS = (*key_tables.FAMILIES, "safetensors")
 
-# Fields that a project's code supports for some values only.
+# The only values of these fields that each project's code supports.
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "slowfast": {"skip": ("normalised",), "growth": (2,)},
     "torchvision": {
@@ -61,13 +61,14 @@ def save_torch(
     """Writes parameters to a file that another project loads with strict matching.
 
     Args:
-      params: nested as in the model.
+      params: parameters, nested as in the model.
       config: the model's architecture.
       path: the file to write.
-      to: "slowfast", "torchvision", "pytorchvideo", "timm" or "safetensors". The last one writes
-        the tensors as in `origin`, by default as PySlowFast, to a safetensors file.
-      origin: format of the file that the parameters were loaded from. If `to` is the same format,
-        unchanged parameters are written bit for bit as they were read.
+      to: "slowfast", "torchvision", "pytorchvideo", "timm" or "safetensors". "safetensors"
+        writes a safetensors file with the names and shapes of `origin`, by default PySlowFast's.
+      origin: format of the file that the parameters were loaded from. If `to` is the same format
+        and all its tensors had one dtype (float32, float16 or bfloat16), unchanged tensors keep
+        their bits.
 
     Raises:
       UserError: the format cannot hold the model (lists all reasons), or the file cannot be
@@ -91,7 +92,11 @@ def save_torch(
 def state_dict(
     params: Params, config: MViTConfig, family: str, origin: key_tables.Origin | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns parameters by a checkpoint format's names, in its shapes and axis order."""
+    """Returns parameters with the names, shapes and axis order of a checkpoint format.
+
+    Raises:
+      UserError: the format cannot hold the model (lists all reasons).
+    """
     flat = {path: np.asarray(values) for path, values in flatten_dict(params, sep="/").items()}
     if family in ("torchvision", "timm") and config.separate_qkv and not config.pool_first:
         flat = _join_qkv(flat)
@@ -110,7 +115,7 @@ def state_dict(
         name = str(names[path])
         rank = ranks["patch" if path.startswith("patch_embed") else "pool"]
         theirs = key_tables.to_theirs(path, values, family, config, rank)
-        # The class token's embedding is the first row of joint positional embeddings.
+        # The class token's positional embedding is the first row of the joint embeddings.
         first = key_tables.joint_with_class_token(path, config)
         if name in tensors:
             pair = (theirs, tensors[name]) if first else (tensors[name], theirs)
@@ -121,15 +126,16 @@ def state_dict(
     if config.positions == "sincos" and family == "slowfast":
         tensors["pos_embed"] = _sincos(config)
     if origin is not None and origin.family == family and origin.dtype in ("float16", "bfloat16"):
-        # Exact: unchanged values were read from this dtype.
+        # Exact for unchanged values, which were read from this dtype.
         tensors = {name: values.astype(origin.dtype) for name, values in tensors.items()}
     return tensors
 
 
 def _duplicate_pools(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the pooling weights by the second names of PyTorchVideo after version 0.1.
+    """Returns the pooling weights under their second names.
 
-    The same change set the eps of the pooling norms to 1e-6.
+    PyTorchVideo after version 0.1 stores these weights under two names. The same version changed
+    the eps of the pooling norms to 1e-6.
     """
     pattern, second = r"\.attn\.(pool|norm)_([qkv])\.", r".attn._attention_pool_\2.\1."
     return {
@@ -172,8 +178,8 @@ def _notes(config: MViTConfig, family: str) -> list[str]:
 def _ranks(config: MViTConfig, family: str, origin: key_tables.Origin | None) -> dict[str, int]:
     """Returns the number of axes of the patch and pooling kernels.
 
-    PySlowFast pools images in three dimensions, but embeds patches in two. The repository of
-    MViTv2's image models, and timm, do both in two.
+    For images, PySlowFast and PyTorchVideo have 2D patch kernels but 3D pooling kernels. timm and
+    the repository of MViTv2's image models have 2D kernels for both.
     """
     if family == "timm":
         return {"patch": 4, "pool": 4}
@@ -185,7 +191,7 @@ def _ranks(config: MViTConfig, family: str, origin: key_tables.Origin | None) ->
 
 
 def _sincos(config: MViTConfig) -> np.ndarray:
-    """Returns the fixed positional embeddings, which PySlowFast stores among its tensors."""
+    """Returns the fixed sine-cosine embeddings, which PySlowFast stores in its files."""
     grid = tuple(
         n // s
         for n, s in zip((config.frames, config.size, config.size), config.patch_stride, strict=True)

@@ -1,6 +1,6 @@
-"""Key table between this project's parameters and the checkpoint formats of other projects.
+"""Table of parameter names here and in the checkpoint formats of other projects.
 
-The same table serves reading and writing. Parameters of this project are named by paths, such as
+Reading and writing use the same table. Parameters of this project are named by paths, such as
 `blocks/3/attn/qkv/kernel`.
 """
 
@@ -17,8 +17,8 @@ from mvit_jax.models.variants import VARIANTS
 
 FAMILIES: tuple[str, ...] = ("slowfast", "torchvision", "pytorchvideo", "timm")
 
-# Modules and single tensors: the path here, then the names in the order of FAMILIES; None if a
-# format has no such tensor. {} is the block's number; timm has "{stage}.blocks.{index}" instead.
+# Each row has the path of a module or tensor here, then its names in the order of FAMILIES, or None
+# if a format has no such tensor. {} is the block's number; timm numbers blocks within stages.
 _B, _T = "blocks.{}.", "stages.{stage}.blocks.{index}."
 _CLS = "cls_positional_encoding."
 
@@ -88,7 +88,10 @@ def foreign_name(path: str, family: str, config: MViTConfig) -> str | None:
 
 
 def paths_by_name(family: str, config: MViTConfig) -> dict[str, list[str]]:
-    """Returns the paths for every tensor name that a checkpoint format may have for `config`."""
+    """Returns the paths behind each tensor name of a checkpoint format.
+
+    Joint positional embeddings with a class token have one name and two paths.
+    """
     paths: dict[str, list[str]] = {}
     for module, names in TABLE.items():
         name, in_block = names[family], "{}" in module
@@ -137,17 +140,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class Shaped:
-    """A tensor in this project's shape, and the conversion."""
+    """A tensor in this project's shape."""
 
     values: np.ndarray
-    done: str
+    done: str  # the conversion
 
 
 def to_ours(path: str, values: np.ndarray, config: MViTConfig) -> Shaped:
     """Converts a tensor of any checkpoint format to this project's shape.
 
     Raises:
-      ValueError: the shape is not convertible; the message continues the tensor's name.
+      ValueError: the shape is not convertible. The message follows the tensor's name, such as
+        "has 3 axes instead of 2".
     """
     return _RULES[_rule(path, config)].to_ours(values, config)
 
@@ -228,9 +232,9 @@ def _linear(values: np.ndarray, config: MViTConfig) -> Shaped:
 
 
 def _rows(values: np.ndarray) -> np.ndarray:
-    """Returns positional embeddings as [indices, channels].
+    """Returns positional embeddings as [positions, channels].
 
-    Accepts a leading axis of 1, and [channels] for a single embedding.
+    Accepts a leading axis of 1, and the shape [channels] for a single embedding.
     """
     if values.ndim == 0 or values.ndim > 3 or (values.ndim == 3 and values.shape[0] != 1):
         raise ValueError("is not of a shape of positional embeddings")
@@ -256,9 +260,10 @@ def _joint(values: np.ndarray, config: MViTConfig) -> Shaped:
 
 
 def _joint_grid(positions: int, config: MViTConfig) -> tuple[int, int, int]:
-    """Returns time, height and width of joint positional embeddings, which have one flat axis.
+    """Returns time, height and width of the grid of joint positional embeddings.
 
-    The grid is the model's or that of a variant with as many positions; for images, a square.
+    Files have one flat axis of positions. The grid is that of the model, or of a variant, if its
+    number of positions is equal. Otherwise the grid of an image is square.
     """
     for candidate in (config, *VARIANTS.values()):
         grid = patch_grid(candidate, candidate.frames, candidate.size, candidate.size)

@@ -42,7 +42,7 @@ def load_torch(
     dtype=jnp.float32,
     **overrides: Any,
 ) -> tuple[MViT, Report]:
-    """Returns a model with the weights of a PyTorch checkpoint in inference mode, and a report.
+    """Returns a model in inference mode with the weights of a PyTorch checkpoint, and a report.
 
         model, report = load_torch("k400.pyth", "mvit_b_16x4", num_classes=10)
 
@@ -51,12 +51,12 @@ def load_torch(
 
     Args:
       source: a file of PySlowFast, torchvision, PyTorchVideo or timm, in PyTorch's file format or
-        as safetensors; or a mapping of names to arrays.
+        as safetensors; or a mapping of names to arrays or torch tensors.
       variant: a name listed by `python -m mvit_jax.describe --all`.
       inflate: conversion of an image model to a video model or back: "centre", "mean" or "repeat".
       dtype: dtype of the computation; parameters are float32.
       overrides: fields of `MViTConfig`. If `num_classes` differs from the file's, the classifier
-        is initialised; other `frames` or `size` resize the positional embeddings.
+        is newly initialised. If `frames` or `size` differ, positional embeddings are resized.
 
     Raises:
       UserError: the file cannot be read.
@@ -75,7 +75,7 @@ def load(
     inflate: Inflation | None = None,
     **overrides: Any,
 ) -> Loaded:
-    """Loads a checkpoint as `load_torch` does, but returns parameters and config, no module."""
+    """Loads a checkpoint as `load_torch` does, but builds no module."""
     if inflate not in (None, *get_args(Inflation)):
         raise UserError(f"inflate must be centre, mean or repeat, not {inflate!r}")
     config = variant_config(variant, **overrides)
@@ -130,7 +130,10 @@ class _Source:
 def _read(
     state: Mapping[str, np.ndarray], arch: Structure, report: Report
 ) -> dict[str, _Source | None]:
-    """Returns the file's tensors by path; unusable tensors are None and get a line in `report`."""
+    """Returns the file's tensors by path, converted to this project's shapes.
+
+    An unusable tensor is None, and `report` gets a line with the reason.
+    """
     paths_by_name = key_tables.paths_by_name(arch.family, arch.source)
     sources: dict[str, _Source | None] = {}
     for name, values in state.items():
@@ -234,7 +237,10 @@ def _note_resized(
 
 
 def _grid_length(sources: Mapping[str, _Source | None], axis: str) -> int | None:
-    """Returns the grid's length along time or one side, from the file's positional embeddings."""
+    """Returns the length of the token grid along time or along one side.
+
+    The length follows from the file's positional embeddings; None if there are none.
+    """
     separate = sources.get(f"positions/{axis}")
     if separate is not None:
         return len(separate.values)

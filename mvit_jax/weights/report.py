@@ -18,26 +18,26 @@ class Line:
     path: str  # path in the model; "" if the model has no such tensor
     shape: Shape
     done: str  # copied, transposed, split, joined, resized, inflated, new, unused, ...
-    problem: bool = False  # True if the tensor was expected to load and did not
+    problem: bool = False  # True: the checkpoint does not fit because of this tensor
 
 
 @dataclass
 class Report:
-    """One line per tensor, with notes and problems."""
+    """Report of a conversion: one line per tensor, notes and problems."""
 
     title: str
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)  # of the whole file, not of one tensor
+    problems: list[str] = field(default_factory=list)  # that concern the whole file
 
     @property
     def ok(self) -> bool:
-        """True if there is no problem, neither of the file nor of a tensor."""
+        """True if neither the file nor a tensor has a problem."""
         return not self.problems and not any(line.problem for line in self.lines)
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of tensors by conversion; problems count as "problem"."""
+        """The number of tensors by conversion; tensors with a problem count as "problem"."""
         return dict(Counter("problem" if line.problem else line.done for line in self.lines))
 
     def summary(self) -> str:

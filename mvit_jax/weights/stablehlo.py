@@ -38,33 +38,33 @@ def save_stablehlo(
         model = jax.jit(export.deserialize(open(path, "rb").read()).call)
         logits = model(clips)  # float32 [batch, num_classes]
 
-    The program takes clips `[batch, T, H, W, 3]` of the config's frames and size, and image models
-    take `[batch, H, W, 3]`. With `mean` and `std` these are uint8, RGB from 0 to 255, and the
-    program normalises them. Without, they are float32, already normalised: (value / 255 - mean) /
+    The input is clips `[batch, T, H, W, 3]` or images `[batch, H, W, 3]`, with the config's frames
+    and size. With `mean` and `std` the input is uint8, RGB from 0 to 255, and the program
+    normalises it. Without them the input is float32, normalised beforehand: (value / 255 - mean) /
     std.
 
     Args:
-      model: the model; it computes in `model.dtype`, and most of its weights are stored in it.
+      model: the model. `model.dtype` is the dtype of the computation and of most stored weights.
       params: parameters of `model.init`, `params_of` or a checkpoint.
       path: the file to write.
       mean: mean of the colours, in the range from 0 to 1.
       std: standard deviation of the colours, in the same range.
-      batch: batch size; None leaves it open.
-      platforms: some of "cpu", "cuda", "rocm" and "tpu"; None means JAX's present platform.
+      batch: batch size; None allows any.
+      platforms: some of "cpu", "cuda", "rocm" and "tpu"; by default the one that JAX uses now.
       **options: more arguments of `model.apply`.
 
     Returns:
       The exported program; `in_avals`, `out_avals` and `platforms` describe it.
 
     Raises:
-      UserError: the model is too large for the format, a platform is unknown, or the file cannot
-        be written.
+      UserError: the model is too large for the format, a platform is unknown, only one of `mean`
+        and `std` is set, or the file cannot be written.
     """
     platforms = tuple(platforms or [export.default_export_platform()])
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown:
         raise UserError(f"platforms are {', '.join(PLATFORMS)}, not {', '.join(unknown)}")
-    weights = with_dtype(jax.device_get(params), model.dtype)  # from any device
+    weights = with_dtype(jax.device_get(params), model.dtype)  # parameters may be on any device
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     if size > LARGEST:
         raise UserError(
@@ -79,13 +79,16 @@ def save_stablehlo(
 
 
 def exported(function: Callable[..., Any], platforms: tuple[str, ...], *shapes: Any) -> Any:
-    """Exports a function for platforms and argument shapes; custom kernels only for TPU alone."""
+    """Exports a function for platforms and argument shapes.
+
+    Custom kernels are used only if TPU is the single platform.
+    """
     with contextlib.nullcontext() if platforms == ("tpu",) else without_kernels():
         return export.export(jax.jit(function), platforms=platforms)(*shapes)
 
 
 def clip_shape(config: MViTConfig, dtype: Any, batch: int | None = None) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a model's input clips or images; `batch` None leaves that axis open."""
+    """Returns shape and dtype of a model's input; if `batch` is None, any batch size is allowed."""
     rows = export.symbolic_shape("batch")[0] if batch is None else batch
     time = () if config.frames == 1 else (config.frames,)
     return jax.ShapeDtypeStruct((rows, *time, config.size, config.size, 3), dtype)

@@ -1,6 +1,7 @@
 """Reading and writing of tensor files: PyTorch's two formats and safetensors.
 
-Reading runs no code of a file (see torch_pickle.py). The first bytes determine the format.
+Reading a file never executes code from it (see torch_pickle.py). The first bytes of a file
+determine its format.
 safetensors is specified at https://huggingface.co/docs/safetensors.
 """
 
@@ -23,10 +24,11 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.weights import torch_pickle, torch_zip
 from mvit_jax.weights.torch_pickle import shown
 
-# Entries that hold the state dict: PySlowFast; timm and most others; DeiT; EMA; DDP wrappers.
+# Entries that hold the state dict: of PySlowFast, of timm and most others, of DeiT, with averaged
+# parameters (two names), and of distributed wrappers.
 WRAPPERS = ("model_state", "state_dict", "model", "model_ema", "state_dict_ema", "module")
 
-# Exceptions that a malformed file causes here, in zipfile and in pickle.
+# Exceptions that a malformed file causes in this package, zipfile or pickle.
 _BROKEN = (
     *(zipfile.BadZipFile, struct.error, safetensors.SafetensorError, EOFError, NotImplementedError),
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
@@ -37,9 +39,9 @@ _BROKEN = (
 class Tensors:
     """A state dict and its position in a checkpoint."""
 
-    # In the file's order; contiguous, in native byte order, sharing no memory.
+    # Arrays by name in the file's order: contiguous, in native byte order, without shared memory.
     tensors: dict[str, np.ndarray]
-    wrapper: str  # entry of the state dict: "", "model_state", nested as "state_dict.model"
+    wrapper: str  # entry that holds the state dict, such as "model_state"; "" if none
     dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
     format: Literal["torch", "safetensors", "memory"]
 
@@ -47,10 +49,10 @@ class Tensors:
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """Reads the state dict in a PyTorch file (either format) or a safetensors file.
 
-    Arrays have the file's bits and are bool, integers, floats or `ml_dtypes.bfloat16`.
+    Arrays have the dtypes of the file: bool, integers, floats or `ml_dtypes.bfloat16`.
 
     Raises:
-      UserError: the file is missing, damaged, of another format, refers to code or has no state
+      UserError: the file is missing or damaged, has another format, refers to code, or has no state
         dict.
     """
     path = Path(path)
@@ -80,8 +82,8 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
     head = file.read(512)
     file.seek(0)
     length = int.from_bytes(head[:8], "little")
-    # Checked first: a safetensors header of 640 bytes begins like a pickle. The format limits
-    # headers to 100 MB.
+    # Checked before pickles: a safetensors file with a header of 640 bytes begins like a pickle.
+    # safetensors limits headers to 100 MB.
     if head[8:9] == b"{" and length <= 100_000_000:
         return Tensors(_read_safetensors(path), "", (), "safetensors")
     if head.startswith(b"PK\x03\x04"):
@@ -125,10 +127,10 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def state_dict(mapping: Mapping[Any, Any]) -> Tensors:
     """Copies a state dict in memory and removes its wrapper as `read_tensors` does.
 
-    Values are NumPy or JAX arrays or torch tensors.
+    Values may be NumPy arrays, JAX arrays or torch tensors.
 
     Raises:
-      UserError: the mapping has no state dict, or a value is no dense array of numbers.
+      UserError: the mapping has no state dict, or a value is no dense numeric array.
     """
     tensors, wrapper, dropped = _unwrap(mapping, _is_array, "the state dict")
     arrays = {name: _copy(name, value) for name, value in tensors.items()}
@@ -160,7 +162,7 @@ def _is_array(value: Any) -> bool:
 def _unwrap(
     top: Any, is_tensor: Callable[[Any], bool], where: str
 ) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """Returns the state dict in nested mappings, its wrapper and the names of other entries."""
+    """Returns the state dict inside nested mappings, its wrapper, and the other entries' names."""
     if not isinstance(top, Mapping):
         raise UserError(f"{where} holds a {shown(type(top).__name__)}: save a state_dict()")
     keys = _find(top, is_tensor, depth=2)
@@ -209,19 +211,20 @@ def write_torch(
     wrapper: str = "",
     extra: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Writes a file that `torch.load(path, weights_only=True)` reads as an OrderedDict of tensors.
+    """Writes a PyTorch file atomically.
 
-    Writes atomically. Equal input gives equal bytes.
+    `torch.load(path, weights_only=True)` reads the file as an OrderedDict of tensors. Equal inputs
+    produce equal bytes.
 
     Args:
       path: the file to write.
       tensors: arrays by name.
-      wrapper: if not empty, the file holds `{wrapper: OrderedDict, **extra}`.
+      wrapper: if not empty, the file holds the dict `{wrapper: OrderedDict, **extra}` instead.
       extra: further entries beside `wrapper`.
 
     Raises:
-      UserError: the file cannot be written (an existing file is unchanged), or older versions of
-        torch lack the dtype of a tensor.
+      UserError: the file cannot be written (an existing file stays unchanged), a dtype is unknown
+        to older versions of torch, or `extra` has no wrapper or repeats its name.
     """
     if extra and (not wrapper or wrapper in extra):
         raise UserError(
@@ -237,10 +240,10 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.nda
     """Writes a safetensors file atomically; raises `UserError` as `write_torch` does."""
     arrays = _writable(tensors)
     with _atomic(Path(path)) as temporary:
-        # safetensors 0.8.0 makes files that only the owner can read: restore the usual mode.
+        # safetensors 0.8.0 creates files that only the owner can read: restore the usual mode.
         temporary.touch()
         mode = temporary.stat().st_mode
-        # Readers check the metadata: names and layout are PyTorch's.
+        # Some readers require this metadata. "pt" means PyTorch's names and layout.
         safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
 

@@ -1,11 +1,12 @@
 """Safe reading and writing of the pickles in PyTorch's files.
 
 A pickle is a program that imports and calls functions by name. This reader is Python's unpickler
-with a restricted opcode table. A name becomes a `Global`, which is neither imported nor callable. A
-call looks the name up in a table of functions of this module, which build plain containers and
-descriptions of tensors. Names outside the table raise an error.
+with a restricted opcode table. It imports nothing: a name becomes a `Global`, which is not callable.
+For a call, the name is looked up in a table of functions of this module. These build only plain
+containers and descriptions of tensors. Names outside the table raise an error.
 
-Opcodes: Python's `pickletools`. Called functions: torch/_utils.py, numpy/_core/multiarray.
+Python's `pickletools` documents the opcodes. The functions that pickles call are defined in
+torch/_utils.py and numpy/_core/multiarray.
 """
 
 import io
@@ -23,10 +24,10 @@ import numpy as np
 
 from mvit_jax.common.errors import UserError
 
-# Bytes. Real pickles have at most some hundred KB, as tensors are stored outside. One byte of a
-# pickle can take 200 bytes of memory.
+# Largest pickle in bytes. Real ones have at most a few hundred KB, as tensors are stored separately.
+# Each byte of a pickle can occupy 200 bytes of memory.
 LARGEST = 16 * 2**20
-# Limit of copied items over all calls: a pickle can copy one list many times.
+# Most items that all calls together may copy: a pickle can copy one list many times.
 MOST_COPIED = 2**24
 
 STORAGES = {
@@ -64,17 +65,20 @@ class Global:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Storage:
-    """A block of bytes that holds tensors, as the pickle declares it."""
+    """A block of bytes for tensors, as the pickle declares it."""
 
     key: str  # name in the file
     dtype: str | None  # None: untyped
     nbytes: int
-    offset: int = 0  # start of a view, in elements
+    offset: int = 0  # start of a view of the storage, in elements
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
-    """A view of a storage, strides and offset in elements; not yet checked against its size."""
+    """A view of a storage, not yet checked against the storage's size.
+
+    Strides and offset count elements.
+    """
 
     storage: Storage
     dtype: str
@@ -89,7 +93,7 @@ class Tensor:
 
 @dataclass(eq=False, slots=True)
 class NumpyDtype:
-    """A numeric dtype; the pickle sets its byte order after its construction."""
+    """A numeric dtype; `build` sets the byte order that the pickle states."""
 
     code: str
     order: str = "<"
@@ -104,7 +108,7 @@ class NumpyDtype:
 
 @dataclass(eq=False, slots=True)
 class NumpyArray:
-    """A NumPy array inside the pickle, which sets the values after its construction."""
+    """A NumPy array stored inside the pickle; `build` sets its values."""
 
     values: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))
 
@@ -118,13 +122,13 @@ class NumpyArray:
 
 
 def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
-    """Reads one pickle and leaves `stream` at its end.
+    """Reads one pickle from `stream`, and no bytes after it.
 
-    Tensors become `Tensor` or `NumpyArray`, OrderedDict, Counter and defaultdict become dict,
-    NumPy scalars become Python numbers, and dtypes become `Global`.
+    Tensors and arrays become `Tensor` and `NumpyArray`. OrderedDict, Counter and defaultdict become
+    dict. NumPy scalars become Python numbers, and torch's dtypes become `Global`.
 
     Args:
-      stream: the pickle's bytes.
+      stream: bytes that begin with the pickle at the current position.
       where: path of the file, for messages.
 
     Returns:
@@ -132,7 +136,8 @@ def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
 
     Raises:
       UserError: the pickle refers to a name outside the table, or has a forbidden opcode.
-      Damaged: the pickle is malformed. Index, type and value errors of Python mean the same.
+      Damaged: the pickle is malformed. For some malformed pickles, Python's own exceptions, such as
+        IndexError, KeyError and TypeError, are raised instead.
     """
     reader = _Reader(stream, where)
     try:
@@ -141,10 +146,11 @@ def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
         raise Damaged(str(error) or "a pickle without an end") from None
 
 
-# The base class is private, but the same in Python 3.11 to 3.13. The public one, in C, has no
-# replaceable opcode table and grows its memo to any index in a file (64 GiB for five bytes).
+# The base class is private, but the same in Python 3.11 to 3.13. The public class is implemented in
+# C. Its opcode table cannot be replaced, and its memo grows to any index that a pickle states: five
+# bytes can reserve 64 GiB.
 class _Reader(pickle._Unpickler):
-    """Python's unpickler with the opcode table `_OPCODES`; it calls no function of a file."""
+    """Python's unpickler with the opcode table `_OPCODES`; calls only functions in `_CALLS`."""
 
     stack: list[Any]  # an attribute of the base class
 
@@ -190,25 +196,27 @@ class _Reader(pickle._Unpickler):
         self.push(_CALLS[function.name](*args))
 
     def _instantiate(self, klass: Any, args: list[Any]) -> None:
-        # INST and OBJ of the base class call this method.
+        # The opcodes INST and OBJ call this method of the base class.
         self.stack += [klass, tuple(args)]
         self.call()
 
     def build(self) -> None:
         state = self.stack.pop()
-        # Other states are attributes, such as a state dict's `_metadata`, and are ignored.
+        # The state of any other object holds attributes, such as a state dict's `_metadata`, and is
+        # ignored.
         if isinstance(self.stack[-1], NumpyDtype | NumpyArray):
             self.stack[-1].build(state)
 
     def refuse(self, opcode: str) -> None:
-        # Such as names by number (EXT1) and buffers outside the file.
+        # Such as EXT1 (names by number) and NEXT_BUFFER (buffers outside the file).
         raise UserError(
             f"{self.where} holds the pickle opcode {opcode}, which torch.save never writes: "
             "no code of it was run; save only its state dict, with torch.save"
         )
 
 
-# Opcodes whose implementation in Python neither calls, imports, hashes nor reserves memory.
+# Opcodes whose Python implementation calls and imports nothing, hashes nothing from the pickle and
+# reserves no memory that the pickle only claims.
 _HARMLESS = {
     *("STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE"),
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
@@ -217,7 +225,7 @@ _HARMLESS = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_DICT", "EMPTY_SET"),
     *("EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
-    # These call only the methods above.
+    # These call only methods of `_Reader`.
     *("GLOBAL", "STACK_GLOBAL", "BINPERSID", "INST", "OBJ"),
 }
 _NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
@@ -226,11 +234,11 @@ _OPCODES: dict[int, Callable[[Any], Any]] = {
     **dict.fromkeys(range(256), lambda _: _check(False, "its pickle has an unknown opcode")),
     **{code: lambda reader, name=name: reader.refuse(name) for code, name in _NAMES.items()},
     **{code: _ORIGINAL[code] for code, name in _NAMES.items() if name in _HARMLESS},
-    # The originals read ahead (FRAME) or reserve as many bytes as the file claims (BYTEARRAY8).
+    # The original FRAME reads ahead. BYTEARRAY8 reserves as many bytes as the file claims.
     pickle.PROTO[0]: lambda reader: reader.read(1),
     pickle.FRAME[0]: lambda reader: reader.read(8),
     pickle.BYTEARRAY8[0]: _ORIGINAL[pickle.BINBYTES8[0]],
-    # The originals hash any key.
+    # The original implementations hash keys of any type.
     pickle.DICT[0]: lambda reader: reader.push(_paired(reader.pop_mark())),
     pickle.FROZENSET[0]: lambda reader: reader.push(_frozenset(reader.pop_mark())),
     pickle.SETITEM[0]: lambda reader: reader.update(
@@ -238,7 +246,7 @@ _OPCODES: dict[int, Callable[[Any], Any]] = {
     ),
     pickle.SETITEMS[0]: lambda reader: reader.update(dict, _paired(reader.pop_mark())),
     pickle.ADDITEMS[0]: lambda reader: reader.update(set, _frozenset(reader.pop_mark())),
-    # The originals call anything.
+    # The original implementations call any function.
     pickle.REDUCE[0]: _Reader.call,
     pickle.NEWOBJ[0]: _Reader.call,
     pickle.NEWOBJ_EX[0]: lambda reader: reader.call(reader.stack.pop()),
@@ -253,7 +261,7 @@ def _check(condition: bool, message: str = "its pickle is malformed") -> None:
 
 
 def shown(name: object) -> str:
-    """Returns text from a file in printable ASCII of at most 80 characters."""
+    """Returns text from a file as at most 80 characters of printable ASCII, for messages."""
     text = ascii(str(name))[1:-1]
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -262,8 +270,8 @@ _PLAIN = (str, int, float, bool, bytes, type(None), Global)
 
 
 def _key(key: Any) -> Any:
-    # Python hashes nested tuples by recursion in C, which overflows the stack. It hashes a long
-    # tuple or int anew at each of its uses, which take few bytes in a pickle.
+    # Hashing deeply nested tuples overflows the C stack. A long tuple or int is hashed anew at each
+    # use as a key, while each use takes only a few bytes of a pickle.
     items = key if type(key) is tuple else (key,)
     flat = len(items) <= 64 and all(type(item) in _PLAIN for item in items)
     short = flat and all(type(item) is not int or item.bit_length() <= 4096 for item in items)
@@ -305,7 +313,7 @@ def _storage(saved: Any) -> Storage:
     if dtype is None:
         raise Damaged(f"it uses {kind.name} as a storage")
     offset = 0
-    if view and view[0] is not None:  # files before torch 0.4: (view's key, offset, length)
+    if view and view[0] is not None:  # before torch 0.4: (key of the view, offset, length)
         _, offset, length = view[0]
         offset, length = _size([offset, length])
         _check(offset + length <= numel, "a tensor lies outside its storage")
@@ -391,7 +399,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     },
     **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
 }
-# Names that a pickle may refer to: callables, storage types, dtypes, factories of a defaultdict.
+# Names that a pickle may refer to: functions, storage types, dtypes, and factories of a defaultdict.
 _ALLOWED = {
     *_CALLS,
     *(f"torch.{name}" for name in STORAGES),
@@ -405,15 +413,15 @@ _ALLOWED = {
 def dump(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], wrapper: str, extra: Mapping[str, str | int]
 ) -> bytes:
-    """Writes the pickle of `torch.save` for an OrderedDict of contiguous tensors on the CPU.
+    """Returns the pickle that `torch.save` writes for an OrderedDict of contiguous CPU tensors.
 
     Args:
-      tensors: (dtype, shape) by name, in the order of their storages, whose keys are "0", "1", ...
+      tensors: (dtype, shape) by name. The storages have the keys "0", "1", ... in this order.
       wrapper: if not empty, the pickle holds `{wrapper: tensors, **extra}`.
       extra: further entries beside `wrapper`.
 
     Returns:
-      The pickle in protocol 2, which torch uses.
+      The pickle in protocol 2, as in torch.
     """
     state = _ORDERED_DICT + b"("
     for key, (name, (dtype, shape)) in enumerate(tensors.items()):
@@ -422,7 +430,7 @@ def dump(
     if wrapper:
         entries = b"".join(_plain(name) + _plain(value) for name, value in extra.items())
         state = b"}(" + _plain(wrapper) + state + entries + b"u"
-    # Removes the memo entries of `_plain`, which are never read.
+    # Removes the memo entries that `_plain` writes, as they are never read.
     return pickletools.optimize(b"\x80\x02" + state + b".")
 
 
@@ -432,7 +440,7 @@ _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 def _contiguous(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     storage = next(name for name, stored in STORAGES.items() if stored == dtype)
     numel = math.prod(shape)
-    # As in torch: a dimension of 0 counts as 1.
+    # As in torch, a dimension of 0 counts as 1 in the strides.
     stride = tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
     where = b"(" + _plain("storage") + b"ctorch\n" + storage.encode() + b"\n"
     where += _plain(key) + _plain("cpu") + _plain(numel) + b"tQ"
@@ -442,6 +450,6 @@ def _contiguous(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def _plain(value: str | int | tuple[int, ...]) -> bytes:
-    # A subclass, such as `np.str_`, would be pickled with the name of its class.
+    # Converted to a built-in type: a subclass, such as `np.str_`, is pickled with its class name.
     plain: Any = next(kind for kind in (bool, int, str, tuple) if isinstance(value, kind))
     return pickle.dumps(plain(value), 2)[2:-1]

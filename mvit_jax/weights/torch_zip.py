@@ -1,10 +1,12 @@
 """Reading and writing of the two file formats of `torch.save`, without torch.
 
-torch >= 1.6 writes an uncompressed zip: NAME/data.pkl, NAME/byteorder, NAME/data/0, ...
+torch >= 1.6 writes an uncompressed zip file with the entries NAME/data.pkl, NAME/byteorder,
+NAME/data/0, ...
 
-The legacy format, also `_use_new_zipfile_serialization=False`, has five pickles: a magic number, a
-version, the system, the value and the keys of the storages. Each storage follows, preceded by its
-length. Source: torch/serialization.py.
+torch < 1.6, and later versions with `_use_new_zipfile_serialization=False`, write the legacy format.
+It begins with five pickles: a magic number, a version, system information, the saved value, and the
+keys of the storages. Then come the storages, each preceded by its number of elements. Source:
+torch/serialization.py.
 """
 
 import io
@@ -25,13 +27,14 @@ from mvit_jax.weights.torch_pickle import Damaged, shown
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 CHUNK = 16 * 2**20
-# Tensors can share bytes. If their sizes exceed this multiple of the file's, it is an attack.
+# Tensors can share bytes. A file is rejected as malicious if its tensors together are more than this
+# many times as large as the file.
 MOST_SHARED = 16
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An opened file: the unpickled value, and access to the storages, which are not yet read."""
+    """An opened file: the unpickled value, and access to the storages, which are read later."""
 
     value: Any
     storage: Callable[[str], np.ndarray]  # reads the bytes of a storage by its key
@@ -71,7 +74,7 @@ def open_zip(file: io.BufferedReader, path: Path) -> Saved:
 
 
 def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> np.ndarray:
-    """Reads the bytes of one entry and checks its checksum."""
+    """Reads the bytes of one entry and verifies the checksum."""
     if entry.flag_bits & 1:
         raise UserError(f"{path} is encrypted: unpack it and save it again with torch.save")
     # torch does not compress, so no entry is larger than the file.
@@ -96,7 +99,7 @@ def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
         )
     if torch_pickle.load(beginning, path)[0] != PROTOCOL:
         raise Damaged("another version of the format")
-    # Byte order and sizes of types; the format is always little endian.
+    # Skips the system information (byte order, sizes of types): storages are always little-endian.
     torch_pickle.load(beginning, path)
     value, storages = torch_pickle.load(beginning, path)
     keys, _ = torch_pickle.load(beginning, path)
@@ -127,7 +130,7 @@ def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
 def arrays(
     tensors: Mapping[str, torch_pickle.Tensor | torch_pickle.NumpyArray], saved: Saved, path: Path
 ) -> dict[str, np.ndarray]:
-    """Reads the described `tensors` of a file into separate arrays."""
+    """Reads the tensors that `tensors` describes into separate arrays."""
     claimed = sum(tensor.nbytes for tensor in tensors.values())
     if claimed > MOST_SHARED * path.stat().st_size:
         raise Damaged(f"its tensors claim {claimed} bytes")
@@ -160,7 +163,7 @@ def _array(
         raise Damaged(f"{shown(name)} lies outside its storage")
     strides = [stride * dtype.itemsize for stride in tensor.stride]
     view = np.lib.stride_tricks.as_strided(whole[tensor.offset :], tensor.shape, strides)
-    # A tensor that is a whole storage, possibly of several GB, is not copied.
+    # A tensor that fills its whole storage, possibly several GB, is not copied.
     if not (alone and view.flags.c_contiguous and view.size == len(whole)):
         view = view.copy(order="C")
     if order != sys.byteorder:
@@ -169,14 +172,14 @@ def _array(
 
 
 def true_bools(array: np.ndarray) -> np.ndarray:
-    """Sets bool bytes other than 0 to 1; NumPy computes wrong results with other values."""
+    """Sets all nonzero bytes of a bool array to 1: NumPy computes wrong results with others."""
     return np.asarray(array.view(np.uint8) != 0) if array.dtype == np.bool_ else array
 
 
 def write(
     path: Path, tensors: Mapping[str, np.ndarray], wrapper: str, extra: Mapping[str, str | int]
 ) -> None:
-    """Writes a file as `torch.save` does; arrays are contiguous, with dtypes of `STORAGES`."""
+    """Writes a file as `torch.save` does; arrays must be contiguous, with dtypes of `STORAGES`."""
     described = {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, file, "data.pkl", torch_pickle.dump(described, wrapper, extra))
@@ -192,7 +195,7 @@ def _add(
     archive: zipfile.ZipFile, file: io.BufferedWriter, name: str, data: bytes | memoryview
 ) -> None:
     entry = zipfile.ZipInfo(f"archive/{name}")
-    # torch can memory-map a file if its tensors begin at multiples of 64 bytes.
+    # As in torch, the data of an entry begins at a multiple of 64 bytes, for memory mapping.
     start = file.tell() + 30 + len(entry.filename) + 4
     entry.extra = struct.pack("<2sH", b"FB", -start % 64) + bytes(-start % 64)
     archive.writestr(entry, data)
