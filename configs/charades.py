@@ -4,26 +4,26 @@ r"""Charades (MViT, Table 7): multi-label action recognition, fine-tuned from Ki
         --config.data.folder=DIR --config.data.prefix=frames --config.init.checkpoint=RUN
     python -m mvit_jax.evaluate --workdir=runs/charades
 
-The argument after the colon is VARIANT[_k600]. RUN is the workdir of configs/kinetics.py, trained
-on Kinetics-400 or Kinetics-600 (`_k600`), or a folder of released weights, converted by
-`python -m mvit_jax.convert`. `--dry_run` prints the plan with the published result.
+The argument after the colon is VARIANT[_k600]. RUN is the workdir of a training with
+configs/kinetics.py on Kinetics-400 or Kinetics-600 (`_k600`), or a folder of released weights
+converted by `python -m mvit_jax.convert`. `--dry_run` prints the plan with the published result.
 
 DIR holds PySlowFast's lists of frames, `train.csv` and `val.csv`, with paths relative to
-DIR/frames. Results are mean average precision on the validation list over 157 classes. The score
-of a class is its maximum over 10 clips x 3 crops.
+DIR/frames. Results are the mean average precision over 157 classes on the validation list. The
+score of a class is the maximum over 10 clips x 3 crops.
 
 No config was released. The recipe is MViT's appendix D.3: SGD, 200 epochs, batch 256, learning rate
 0.6, weight decay 1e-7, drop path rate 0.45, augmentation of Kinetics-400 without mixup, sigmoids.
-Assumed where the appendix is silent or differs from the released code:
+Assumptions where the appendix is silent or differs from the released code:
 
-* Warm-up is 15 % of the epochs. First and last learning rate are 0.04 and 0.0004 of the highest, as
-  in MViTv2's SGD recipe for Something-Something v2. Gradients are not clipped.
+* Warm-up takes 15 % of the epochs. The first and last learning rates are 0.04 and 0.0004 times the
+  highest, as in MViTv2's SGD recipe for Something-Something v2. Gradients are not clipped.
 * The augmentation of Kinetics includes RandAugment, random erasing, the Inception crop and flips.
-  The released code has no RandAugment for Charades and draws the short side from 256 to 340.
-* "Without mixup" includes cutmix. There is no label smoothing, because each class is binary.
-* A clip takes every stride-th frame; its labels are the actions within its span.
-* MViT-B-24 from Kinetics-400 has no recipe here: its result is only on a web page (46.3, which the
-  paper reports for 64x3).
+  The released code has no RandAugment for Charades and draws the short side from 256 to 340 pixels.
+* "Without mixup" also excludes cutmix. There is no label smoothing, because each class is binary.
+* A clip consists of every stride-th frame. Its labels are the actions that occur within the clip.
+* MViT-B-24 from Kinetics-400 has no recipe here. A result for it is only on a web
+  page (46.3, which in the paper is the result of 64x3).
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ from mvit_jax.models.variants import preprocessing
 
 
 def recipe(variant: str, kinetics: str, published: str) -> Any:  # a ConfigDict
-    """Returns the recipe of `variant` with initial weights of the Kinetics recipe `kinetics`."""
+    """Returns the recipe of `variant`; initial weights come from the Kinetics recipe `kinetics`."""
     c = config.base()
     c.published = published
     c.epochs = 200.0
@@ -75,7 +75,7 @@ def recipe(variant: str, kinetics: str, published: str) -> Any:  # a ConfigDict
     return c
 
 
-# Name: variant, Kinetics recipe of the initial weights, published mAP.
+# By name: the variant, the Kinetics recipe of the initial weights, and the published mAP.
 RECIPES = {
     "mvit_b_16x4": partial(
         recipe, "mvit_b_16x4", "mvit_b_16x4", "40.0 mAP (MViT, Table 7)"),

@@ -1,18 +1,20 @@
-r"""Custom data: fine-tuning on videos or images in one folder per class.
+r"""Custom data: fine-tuning on videos or images, in one folder per class.
 
     python -m mvit_jax.prepare lists --out=DIR
     python -m mvit_jax.train --config=configs/custom.py:WEIGHTS --config.data.folder=DIR \
         --workdir=runs/mine
     python -m mvit_jax.evaluate --workdir=runs/mine
 
-DIR holds one folder of files per class; the first command writes the lists and labels.txt into DIR.
-WEIGHTS is a workdir, or a folder of released weights converted by `python -m mvit_jax.convert`.
-Architecture, frames, scaling, mean and deviation are those of the weights. The name of a variant in
-place of WEIGHTS, like mvitv2_s_16x4, trains from scratch, which takes many more videos and epochs.
+DIR holds one folder of files per class. The first command writes train, validation and test lists
+and labels.txt into DIR. WEIGHTS is a workdir, or a folder of released weights converted by
+`python -m mvit_jax.convert`. Architecture and preprocessing (frame sampling, scaling, mean and
+standard deviation) are those of the weights. With the name of a variant, like mvitv2_s_16x4,
+instead of WEIGHTS, the model trains from scratch, which takes many more videos and epochs.
 
-The recipe is from no paper. It follows MaskFeat's fine-tuning on Kinetics (Wei et al. 2022) with a
-small batch. Layer decay lets layers near the input change slowly; mixup, cutmix and RandAugment
-reduce overfitting to a small data set. If a flip turns one class into another (left and right), set
+The recipe is not from a paper. It follows MaskFeat's fine-tuning on Kinetics (Wei et al. 2022), but
+with a small batch. Layer decay makes layers near the input change slowly. Mixup, cutmix and
+RandAugment reduce overfitting to a small data set. If a flip turns one class into another (left and
+right), set the following, as in configs/moving_digits.py:
 --config.augment.flip=0 --config.augment.mixup=0 --config.augment.cutmix=0.
 """
 
@@ -47,7 +49,7 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
         c.data.update({key: trained.data[key] for key in _FROM_WEIGHTS})
     image = (c.model.frames or VARIANTS[c.model.variant].frames) == 1
 
-    if not image:  # RandAugment processes whole frames, which may be large
+    if not image:  # RandAugment processes whole frames: scale large ones first
         c.augment.short_side = c.data.short_side
     c.augment.randaugment = f"rand-m7-n{2 if image else 4}-mstd0.5-inc1"
     c.augment.random_erase_prob = 0.25

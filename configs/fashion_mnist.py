@@ -1,4 +1,4 @@
-"""Fashion-MNIST: small images of clothing; an image data set that trains on a CPU.
+"""Fashion-MNIST: small images of clothing, on which a model trains on a CPU.
 
     python -m mvit_jax.prepare fashion_mnist --out=data/tfds
     python -m mvit_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
@@ -29,7 +29,7 @@ def get_config() -> Any:  # a ConfigDict
     c.data.folder = "data/tfds"
     c.data.update(train_list="train[:55000]", val_list="train[55000:]", test_list="test")
     c.data.short_side = 28
-    # Passing so small an image between threads takes longer than loading it.
+    # Passing such a small image between threads takes longer than loading it.
     c.data.threads = 0
     c.data.update(mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353))  # of the training images
     c.augment.update(crop_area=None, flip=0.5, mixup=0.0, cutmix=0.0, label_smoothing=0.0)

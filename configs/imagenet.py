@@ -4,53 +4,60 @@ r"""ImageNet-1k and ImageNet-21k (MViT, Table 17; MViTv2, Tables 2 and 3).
         --config.data.folder=DIR
     python -m mvit_jax.evaluate --workdir=runs/mvitv2_s
 
-The argument after the colon is VARIANT[_max][_384|_512][_in21k|_from_21k]: `_in21k` trains on
-ImageNet-21k, `_from_21k` fine-tunes those weights on ImageNet-1k. `--dry_run` prints the plan with
-the published result.
+The argument after the colon is VARIANT[_max][_384|_512][_in21k|_from_21k]. `_in21k` trains on
+ImageNet-21k; `_from_21k` fine-tunes the resulting weights on ImageNet-1k. `--dry_run` prints the
+plan with the published result.
 
 DIR is the `data_dir` of TensorFlow Datasets, which prepares imagenet2012:5.1.0 from the official
 tars. Append `,folders` to read images from DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, as in
 `configs/imagenet.py:mvitv2_s,folders`. ImageNet-21k is always read from folders.
 
-Recipes with initial weights need `--config.init.checkpoint=RUN`, a workdir or a folder written by
-`python -m mvit_jax.convert`. `_384` needs the weights of the same name without `_384`,
-`_512_from_21k` those of `_384_from_21k`, every other `_from_21k` those of `_in21k`.
+Recipes with initial weights require `--config.init.checkpoint=RUN`. RUN is a workdir or a folder
+written by `python -m mvit_jax.convert`, with the weights of another recipe:
+
+    _384             the same name without _384
+    _512_from_21k    _384_from_21k
+    other _from_21k  _in21k
 
 Results are for a centre crop of 224 out of 256 pixels (size / 0.875). With
-`--config.eval.whole_image=True` the whole image is squashed to the crop, as in the papers' column
-"resize"; these results are listed here as (... resized).
+`--config.eval.whole_image=True` the whole image is resized to the crop size without keeping its
+aspect ratio, as in the papers' column "resize". Results of that column are marked "resized".
 
-Batches are global, and learning rates scale with them (`optim.lr_batch`). The reference code states
-learning rates for a node of 256 images: 1e-8 at the start, 2.5e-4 after warm-up, 1e-6 at the end.
-MViT uses batches of 4096 (16 nodes), MViTv2 of 2048.
+Batch sizes are totals over all devices. Learning rates scale with the batch size
+(`optim.lr_batch`). The reference code states learning rates for a node of 256 images: 1e-8 at the
+start, 2.5e-4 after warm-up, 1e-6 at the end. MViT uses batches of 4096 (16 nodes), MViTv2 of 2048.
 
-Assumed where papers and released code differ or are silent:
+Assumptions where papers and released code differ or are silent:
 
 * MViT's paper trains 100 epochs with 3 repeats. Its released config, used here, trains 300 epochs
-  without repeats, with 70 epochs of warm-up and clipping to 1. Both have a learning rate of 9.8e-7
-  per image.
-* RandAugment: the paper has 4 operations with max pooling and 6 with convolutions, as here. The
-  released config for max pooling has 5 and does not clip gradients; here all recipes clip.
+  without repeats, with 70 epochs of warm-up and gradients clipped to a norm of 1. Both have a
+  learning rate of 9.8e-7 per image of the batch.
+* RandAugment applies 4 operations for models with max pooling and 6 for models with convolutions,
+  as in the paper. The released config for max pooling has 5 and does not clip gradients. Here all
+  recipes clip gradients.
 * MViT's larger models are trained like mvit_b16, with a drop path rate of 0.3. mvit_b24 with
   convolutions is only in MViTv2's Table 2.
 * The drop path rate of mvitv2_b is 0.3; the released config intends 0.3 but is broken there.
-* mvitv2_l widens in the MLP here. The released weights and the paper's 218 M parameters agree; the
-  paper's 42.1 G multiply-adds are those of widening in the attention. From ImageNet-21k the model
-  widens in the attention, like the released weights. Its weight decay is 0.1, that of smaller
-  models 0.05 (B.2).
-* MViTv2's image models have no class token in the paper. The released ImageNet-21k weights have a
-  class token, and so have the recipes on and from ImageNet-21k here.
-* 384 pixels from 224 (B.2: 30 epochs, rate 4e-5 at 256 images; L: 5e-4 at 64, no mixup). The
-  batches are those 256 and 64 images. There is no warm-up. Weight decay is 1e-8, as stated for H at
-  512.
-* ImageNet-21k (B.2: 90 epochs, H: 60; rate 6.75e-5 at 256, L and H: 1e-4; weight decay 0.01, L and
-  H: 0.1). Batches are 2048, warm-up is 15 % of the epochs, first and last rate are 1e-8 and
-  1e-6 per node as on ImageNet-1k. The data set is that of winter 2021, joined with ImageNet-1k:
-  19,168 classes, about 13 million images. No accuracy on it was published.
-* From ImageNet-21k, at 224 and 384 pixels (B.2: 30 epochs, 7e-5 at 64, weight decay 0.05, no
-  mixup). Warm-up is 15 % of the epochs; first and last rate are a hundredth of the highest. H at
-  512 (3 epochs, mixup, weight decay 1e-8) has the same rate, which is not stated, and no warm-up.
-* Recipes without mixup keep label smoothing and random erasing.
+* mvitv2_l trained on ImageNet-1k increases the width in the MLP. This matches the released weights
+  and the paper's 218 M parameters; the paper's 42.1 G multiply-adds are those of an increase in the
+  attention. The weight decay is 0.1; smaller models have 0.05 (B.2).
+* mvitv2_l on and from ImageNet-21k increases the width in the attention, like the released weights.
+* MViTv2's image models have no class token in the paper. The released ImageNet-21k weights have
+  one, and so do the models on and from ImageNet-21k here.
+* Fine-tuning at 384 pixels after 224. B.2 states 30 epochs and a learning rate of 4e-5 for 256
+  images; for L, 5e-4 for 64 images and no mixup. Assumed: batches of 256 (L: 64), no warm-up, a
+  last learning rate of a hundredth of the first, and weight decay 1e-8, as stated for H at 512.
+* Training on ImageNet-21k. B.2 states 90 epochs (H: 60), a learning rate of 6.75e-5 for 256 images
+  (L and H: 1e-4), and weight decay 0.01 (L and H: 0.1). Assumed: batches of 2048, warm-up for 15 %
+  of the epochs, and first and last learning rates of 1e-8 and 1e-6 per node, as on ImageNet-1k. The
+  data set is the release of winter 2021 joined with ImageNet-1k: 19,168 classes, about 13 million
+  images. No accuracy on this data set was published.
+* Fine-tuning from ImageNet-21k at 224 and 384 pixels. B.2 states 30 epochs, a learning rate of 7e-5
+  for 64 images, weight decay 0.05 and no mixup. Assumed: warm-up for 15 % of the epochs, and first
+  and last learning rates of a hundredth of the highest.
+* Fine-tuning of H at 512 pixels. B.2 states 3 epochs, mixup and weight decay 1e-8. Assumed: the
+  learning rate of 384 pixels, and no warm-up.
+* Recipes without mixup still have label smoothing and random erasing.
 * Reversible models (Rev-ViT, Rev-MViT) are not implemented.
 """
 
@@ -186,7 +193,7 @@ def recipe(
     size: int | None = None,
     max_pooling: bool = False,
 ) -> Any:  # a ConfigDict
-    """Returns the recipe of `variant`: schedule `train`; `size` overrides the variant's crop."""
+    """Returns the recipe of `variant`; `train` sets the schedule, `size` replaces the crop size."""
     c = config.base()
     c.published = published
     c.init.needed = needed
@@ -214,7 +221,7 @@ def recipe(
     return c
 
 
-# Name: variant, schedule, published top-1 of a centre crop.
+# By name: the variant, the schedule, and the published top-1 of a centre crop.
 RECIPES = {
     "mvit_b16": partial(recipe, "mvit_b16", mvit,
         "83.0 (MViT, Table 17; 82.9 / 96.3 in PySlowFast's zoo)"),
@@ -238,7 +245,7 @@ RECIPES = {
     "mvitv2_b_in21k": partial(recipe, "mvitv2_b_in21k", on_21k, "weights only, no accuracy"),
     "mvitv2_l_in21k": partial(recipe, "mvitv2_l_in21k", on_21k_large, "weights only, no accuracy"),
     "mvitv2_h_in21k": partial(recipe, "mvitv2_h_in21k", on_21k_huge, "weights only, no accuracy"),
-    # The architectures of ImageNet-21k, with class token.
+    # These have the architectures of the ImageNet-21k models, with a class token.
     "mvitv2_l_from_21k": partial(recipe, "mvitv2_l_in21k", from_21k, "87.5 (MViTv2, Table 3)",
         needed="weights of mvitv2_l_in21k trained on ImageNet-21k"),
     "mvitv2_h_from_21k": partial(recipe, "mvitv2_h_in21k", from_21k, "88.0 (MViTv2, Table 3)",

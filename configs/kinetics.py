@@ -4,59 +4,64 @@ r"""Kinetics-400, 600 and 700 (MViT, Tables 4 and 5; MViTv2, Tables 10 to 12 and
         --config.data.folder=DIR
     python -m mvit_jax.evaluate --workdir=runs/mvit_b_16x4
 
-The argument after the colon is [k600_|k700_]VARIANT[_max][_in1k|_in21k]; without a prefix the data
+The argument after the colon is [k600_|k700_]VARIANT[_max][_in1k|_in21k]. Without a prefix the data
 set is Kinetics-400. `--dry_run` prints the plan with the published result. DIR holds `train.csv`,
-`val.csv` and `test.csv` (lines "path label") and `labels.txt`. Public copies lack videos, and the
-papers' lists are not published. Copies of K400's validation set have 19,761 to 19,881 videos, which
-changes top-1 by up to 0.7.
+`val.csv` and `test.csv` (lines "path label") and `labels.txt`. Public copies lack some
+videos, and the papers' lists of videos are not published. Copies of the validation set of
+Kinetics-400 have 19,761 to 19,881 videos, which changes top-1 by up to 0.7.
 
-Recipes with initial weights need `--config.init.checkpoint=RUN`, a workdir or a folder written by
-`python -m mvit_jax.convert`:
+Recipes with initial weights require `--config.init.checkpoint=RUN`. RUN is a workdir or a folder
+written by `python -m mvit_jax.convert`, with these weights:
 
-    long models (64x3, 40x3, 32x3_312)  ..._32x3 (MViT) or ..._l_16x4[_in..] (MViTv2), trained on
-                                        the same data
+    long models (64x3, 40x3, 32x3_312)  mvit_b_32x3 or mvitv2_l_16x4[_in1k|_in21k], trained on the
+                                        same data set
     _in1k, _in21k                       configs/imagenet.py:mvitv2_s or :mvitv2_s_in21k, and so on.
                                         For mvitv2_l_16x4_in1k train mvitv2_l with
-                                        --config.model.expand=attention: the released weights widen
-                                        in the MLP and fit no video model
+                                        --config.model.expand=attention: the released weights
+                                        increase the width in the MLP and fit no video model
     maskfeat_...                        weights pretrained by MaskFeat, which this project converts
                                         but does not train
 
-Batches count clips, 256 videos x 2 repeats = 512, and learning rates scale with them
+Batch sizes count clips: 256 videos x 2 repeats = 512. Learning rates scale with the batch size
 (`optim.lr_batch`). The reference code states learning rates for a node of 32 clips; the papers'
 128 GPUs are 16 nodes.
 
-Assumed where papers and released code differ or are silent:
+Assumptions where papers and released code differ or are silent:
 
-* Fine-tuning has a warm-up of 15 % of the epochs, as from scratch, but no warm-up from weights
-  trained on the same data. First and last rate are a hundredth of the highest, as from scratch.
-* 64x3: 5 epochs (MViT, 4.1). Rate and batch are not stated; they are those of MViTv2's long models.
-* Long models of MViTv2 (B.4: 30 epochs, 1.6e-5 at 128 clips, weight decay 1e-8, no mixup) have one
-  repeat, as in the released test config, and label smoothing. mvitv2_l_16x4..., which provides
-  their initial weights, has no published result. No training config of L was released.
-* L from ImageNet-1k is trained like S and B (100 epochs, 4.8e-4), for which alone this is stated.
-* Image weights are inflated into the centre frame (MViTv2, 4.3). The released code repeats the
-  kernel for every frame without dividing: `--config.init.inflate=repeat`.
+* Fine-tuning from image weights has a warm-up of 15 % of the epochs, as training from scratch has.
+  Fine-tuning of long models has none. First and last learning rates are a hundredth of the highest,
+  as from scratch.
+* 64x3 is trained for 5 epochs (MViT, 4.1). Its learning rate and batch size are not stated; here
+  they are those of MViTv2's long models.
+* MViTv2's long models follow B.4: 30 epochs, a learning rate of 1.6e-5 for 128 clips, weight decay
+  1e-8, no mixup. One repeat, as in the released test config, and label smoothing are assumed. Their
+  initial weights (mvitv2_l_16x4...) have no published result. No training config of MViTv2-L was
+  released.
+* MViTv2-L from ImageNet-1k is trained for 100 epochs with a learning rate of 4.8e-4, as is stated
+  for S and B.
+* Image weights are inflated into the centre frame (MViTv2, 4.3). The released code copies the
+  kernel to every frame without dividing, like `--config.init.inflate=repeat`.
 * mvit_b_32x3 has 16 blocks, as in the paper, and a drop path rate of 0.2. The released config of
-  that name has 24 blocks and no pooling kernels, which default to stride + 1 (keys: 1x9x9, 1x5x5,
-  1x3x3). It is mvit_b24_32x3 on Kinetics-400 here, with a drop path rate of 0.3. On Kinetics-600,
-  without a released config, its pooling kernels are 3x3x3.
-* vit_b_8x8_in21k has MViTv2's recipe from ImageNet-21k. MViT does not state its recipe, only that
-  the recipe reaches 34.3 from scratch.
+  that name has 24 blocks and sets no pooling kernels. Their default is stride + 1 (for keys: 1x9x9,
+  1x5x5, 1x3x3). That model is mvit_b24_32x3 on Kinetics-400 here, with a drop path rate of 0.3. On
+  Kinetics-600 there is no released config, and mvit_b24_32x3 has pooling kernels 3x3x3.
+* vit_b_8x8_in21k has MViTv2's recipe from ImageNet-21k. MViT does not state the recipe of its ViT,
+  only a top-1 of 34.3 for the same recipe from scratch.
 * mvit_s was never released; see `python -m mvit_jax.describe mvit_s_16x4`.
 * mvitv2_b_32x3 on Kinetics-600 and 700 is published with 206 G multiply-adds; it has 225 G here.
-* L has 213 M parameters here, as in the published configs; the papers' 217.6 M are those of
-  widening in the MLP. L's pixels are normalised by ImageNet's mean and deviation, all others by
-  0.45 and 0.225.
-* Training frames have a short side of 256, or size / 0.875 above 224 pixels, where this is not
-  stated; for MaskFeat 320.
-* A single centre crop is cut from a short side of 256, as in the papers. For 3 crops the short side
-  is scaled to the crop size, as in the reference code; the papers state 256.
-* MViT's released configs have 10 x 1 views, the paper 5 x 1. The views of MViTv2's Table 14 are not
-  stated; they are 5 x 1, and 5 x 3 for the model of Table 10 (86.1; Table 14 has 85.7).
-* MaskFeat S follows its config: 100 epochs, 20 of warm-up (the paper: 200 and 5). There the
-  classifier is initialised 1000 times smaller, for which there is no key here. L's config has one
-  repeat.
+* MViTv2-L has 213 M parameters here, as in the published configs. The papers' 217.6 M are those of
+  a model that increases the width in the MLP. MViTv2-L normalises pixels by ImageNet's mean and
+  standard deviation, all other models by 0.45 and 0.225.
+* The short side of training frames is not always stated. It is 256 pixels here, size / 0.875 for
+  crops above 224 pixels, and 320 for MaskFeat.
+* For a single centre crop of 224 pixels the short side is scaled to 256, as in the papers; for 312
+  to 356. For 3 crops it is scaled to the crop size, as in the reference code; the papers state 256.
+* MViT 16x4 and 32x3 are tested with 5 clips x 1 crop, as in the paper; the released configs have
+  10 x 1. For MViTv2's Table 14, clips and crops are not stated. They are 5 x 1 here, but 5 x 3
+  for the model that is also in Table 10 (86.1; Table 14 has 85.7).
+* MaskFeat-S follows its released config: 100 epochs, 20 of them warm-up (in the paper 200 and 5).
+  The config also divides the classifier's initial weights by 1000, for which there is no key here.
+  The config of MaskFeat-L has one repeat.
 * PyTorchVideo's trainer reaches 78.85 / 93.85 (16x4) and 80.30 / 94.69 (32x3) with this recipe.
 * Reversible models (Rev-MViT) are not implemented.
 """
@@ -68,7 +73,7 @@ from typing import Any
 from mvit_jax import config
 from mvit_jax.models.variants import preprocessing
 
-# Numbers of videos at the time of the papers; videos disappear from the web.
+# Numbers of videos at the time of the papers. Since then, videos have disappeared from the web.
 KINETICS_400 = {"train_videos": 240_436, "classes": 400}
 KINETICS_600 = {"train_videos": 366_000, "classes": 600}
 KINETICS_700 = {"train_videos": 535_000, "classes": 700}
@@ -172,7 +177,7 @@ def recipe(
     crops: int = 1,
     model: dict[str, Any] | None = None,
 ) -> Any:  # a ConfigDict
-    """Returns the recipe of `variant`: schedule `train`; `model` overrides architecture fields."""
+    """Returns the recipe of `variant`; `train` sets the schedule, `model` architecture fields."""
     c = config.base()
     c.published = published
     c.init.needed = needed
@@ -195,7 +200,7 @@ def recipe(
 
 
 UNPUBLISHED = "nothing; provides initial weights for the long models"
-# Name: variant, schedule, published top-1 / top-5.
+# By name: the variant, the schedule, and the published top-1 / top-5.
 RECIPES = {
     "vit_b_8x8": partial(recipe, "vit_b_8x8", from_scratch, "68.5 / 86.9 (MViT, Table 4)"),
     "vit_b_8x8_in21k": partial(recipe, "vit_b_8x8", from_imagenet_21k,

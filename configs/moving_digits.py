@@ -1,10 +1,10 @@
-"""Moving digits: videos of handwritten digits in eight motions; the default, trains on a CPU.
+"""Moving digits (default): videos of handwritten digits in eight motions; trains on a CPU.
 
     python -m mvit_jax.prepare moving_digits --out=data/moving_digits
     python -m mvit_jax.train --config=configs/moving_digits.py --workdir=runs/moving_digits
     python -m mvit_jax.train --config=configs/moving_digits.py:vit --workdir=runs/vit
 
-`make train` runs the first two commands and the test. The README has the results.
+`make train` runs the first two commands and evaluates the model. The README has the results.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ def get_config(model: str = "mvit") -> Any:  # a ConfigDict
     c.model.update(frames=8, size=64, drop_path=0.0, dropout=0.0)
     if model == "mvit":
         c.model.update(width=32, heads=1, depths=(1, 2, 3), kv_stride=(1, 4, 4))
-        # Coarser cubes than the paper's 3x7x7 with stride 2x4x4: 1/4 of the tokens, twice as fast.
+        # Coarser than the paper's cubes (3x7x7, stride 2x4x4): 1/4 of the tokens, twice as fast.
         c.model.update(patch_kernel=(3, 9, 9), patch_stride=(2, 8, 8), patch_padding=(1, 4, 4))
     elif model == "vit":
-        # The paper's baseline: one stage without pooling, of similar depth and width.
+        # The paper's baseline: one stage without pooling, with similar depth and width.
         c.model.variant = "vit_b_8x8"
         c.model.update(width=96, heads=3, depths=(6,))
         c.model.update(patch_kernel=(2, 8, 8), patch_stride=(2, 8, 8))
@@ -33,8 +33,8 @@ def get_config(model: str = "mvit") -> Any:  # a ConfigDict
     c.data.folder = "data/moving_digits"
     c.data.short_side = 64
     c.data.threads = 2
-    # Flips and mixtures of different motions would change the label. So would playing clips
-    # backwards, which no augmentation does.
+    # Classes are motions: a flip turns one into another, and two mixed motions are neither. No
+    # augmentation plays clips backwards, which would also change the class.
     c.augment.flip = 0.0
     c.augment.mixup = 0.0
     c.augment.cutmix = 0.0

@@ -4,33 +4,34 @@ r"""Something-Something v2 (MViT, Table 6; MViTv2, Table 13), fine-tuned from Ki
         --config.data.folder=DIR --config.data.prefix=frames --config.init.checkpoint=RUN
     python -m mvit_jax.evaluate --workdir=runs/ssv2
 
-The argument after the colon is VARIANT[_k600|_in21k]. RUN is the workdir of configs/kinetics.py,
-trained on Kinetics-400, on Kinetics-600 (`_k600`), or on Kinetics-400 from ImageNet-21k (`_in21k`).
-RUN may also be a folder of released weights, converted by `python -m mvit_jax.convert`. `--dry_run`
-prints the plan with the published result.
+The argument after the colon is VARIANT[_k600|_in21k]. RUN is the workdir of a training
+with configs/kinetics.py: on Kinetics-400, on Kinetics-600 (`_k600`), or on Kinetics-400 from
+ImageNet-21k weights (`_in21k`). RUN may also be a folder of released weights converted by
+`python -m mvit_jax.convert`. `--dry_run` prints the plan with the published result.
 
-DIR holds the lists of the data set (something-something-v2-train.json and so on) and the frames of
-video ID in DIR/frames/ID. For PySlowFast's lists of frames, set data.train_list, val_list and
-test_list. Labels of the test list are not public, so results are on the validation list.
+DIR holds the data set's lists (something-something-v2-train.json and so on). DIR/frames/ID holds
+the frames of video ID. To use PySlowFast's lists of frames, set data.train_list, data.val_list and
+data.test_list. Labels of the test list are not public, so results are on the validation list.
 
 The video is divided into as many equal segments as a clip has frames. Each segment contributes one
-frame, at random in training and the middle frame in tests. There are no flips, because left and
-right change labels.
+frame: a random frame in training, the middle frame in tests. There are no flips, because labels
+distinguish left and right.
 
-Assumed where papers and released code differ or are silent:
+Assumptions where papers and released code differ or are silent:
 
 * Learning rates of MViTv2 are those of the released configs: 0.0025 (S) and 0.0015 (B) for a node
-  of 16 clips, 0.00125 (L) for a node of 8. At 128 clips they are 0.02, 0.012 and 0.02. The papers
-  state 0.02 at 512 clips (MViT, D.4; MViTv2, B.5), a quarter of the rate per clip. MViT, which has
-  no released config, is trained with the rate of the papers.
-* MViT's warm-up (3 epochs) and ratios of first and last learning rate are not stated; they are
-  those of MViTv2-S. MViT's gradients are not clipped.
-* Frames are scaled to a short side from 256 to 320 (its inverse is drawn uniformly) and cropped at
-  random; for L, 356 to 446. This is the behaviour of the released configs, which lack the keys of
-  the Inception crop. It is also used for MViT, whose paper says "as Kinetics".
-* vit_b_8x8_in21k is trained on ImageNet-21k, then Kinetics-400, then here like MViT.
+  of 16 clips, 0.00125 (L) for a node of 8. For 128 clips this makes 0.02, 0.012 and 0.02. The
+  papers state 0.02 for 512 clips (MViT, D.4; MViTv2, B.5), a quarter of the rate per clip. MViT has
+  no released config and is trained with the papers' rate.
+* MViT's warm-up and its first and last learning rates are not stated. As for MViTv2-S, warm-up
+  takes 3 epochs, and the rates are 0.04 and 0.0004 times the highest. Gradients are not clipped.
+* Frames are scaled to a random short side from 256 to 320 pixels (from 356 to 446 for L), whose
+  inverse is drawn uniformly. Then they are cropped at random. The released configs, which lack the
+  keys of the Inception crop, have this effect. MViT is trained in the same way here; its paper
+  only states "as Kinetics".
+* vit_b_8x8_in21k is pretrained on ImageNet-21k, then on Kinetics-400. Here it is trained like MViT.
 * mvitv2_l_40x3_312_in21k has label smoothing but no mixup or cutmix, as in its config.
-* Tests with 3 crops scale the short side to the crop size, not to 256, as in the reference code.
+* Tests with 3 crops scale the short side to the crop size, as in the reference code, not to 256.
 """
 
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def mvitv2_l(c: Any) -> None:
 
 
 def recipe(variant: str, train: Callable[[Any], None], kinetics: str, published: str) -> Any:
-    """Returns the recipe of `variant` with schedule `train` and weights of recipe `kinetics`."""
+    """Returns the recipe of `variant`; `train` sets the schedule, `kinetics` names the weights."""
     c = config.base()
     c.published = published
     c.init.needed = f"weights of configs/kinetics.py:{kinetics}"
@@ -111,8 +112,8 @@ def recipe(variant: str, train: Callable[[Any], None], kinetics: str, published:
     return c
 
 
-# Name: variant, schedule, Kinetics recipe of the initial weights, published top-1 / top-5 with
-# 1 clip x 3 crops.
+# By name: the variant, the schedule, the Kinetics recipe of the initial weights, and the published
+# top-1 / top-5 with 1 clip x 3 crops.
 RECIPES = {
     "mvit_b_16x4": partial(
         recipe, "mvit_b_16x4", mvit, "mvit_b_16x4", "64.7 / 89.2 (MViT, Table 6)"),
