@@ -1,7 +1,7 @@
 """Configuration of the documentation site: `sphinx-build -W -n docs docs/_build`.
 
-The build generates tables and figures from the code (`directives.py`, `figures.py`) and the
-reference from docstrings (`docstrings.py`). No page has copies of them.
+The build generates tables and figures from the code (`directives.py`, `figures.py`), and the
+reference from docstrings (`docstrings.py`). So pages contain no copies that can become outdated.
 """
 
 import os
@@ -32,12 +32,12 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(fractions|io|multiprocessing|posix)\..*|mvit_jax\..*\.T"),
     ("py:.*", r"(jax|jaxlib|jaxtyping|flax|optax|orbax|grain|numpy|av|PIL|matplotlib)\b.*"),
-    ("py:.*", r"Array|ndarray|'.*'"),  # jaxtyping's arrays and their shapes
+    ("py:.*", r"Array|ndarray|'.*'"),  # arrays and shapes of jaxtyping
     ("py:.*", r"(np|nnx|contextlib|ml_collections|typing|collections|os|pathlib|absl)\b.*"),
 ]
 
 smartquotes = False  # True turns the two hyphens of a flag into a dash
-# Generates anchors for headings, to which pages link.
+# Generates anchors for headings down to level 3, as targets of links.
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

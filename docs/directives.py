@@ -1,8 +1,12 @@
 """Directives that generate page content from the code at build time.
 
-`{drawing}`: a figure of `figures.py`; `{variants}` and `{ablations}`: the papers' tables;
-`{architecture}`: the output of `describe`; `{keys}`: the config; `{programs}`: docstrings and
-flags; `{modules}`: the reference of a subpackage; `{names}`: the public names.
+* `{drawing}`: a figure of `figures.py`
+* `{variants}`, `{ablations}`: computed costs beside the papers' figures
+* `{architecture}`: the output of `describe` for a variant
+* `{keys}`: the config keys
+* `{programs}`: docstrings and flags of the programs
+* `{modules}`: the reference of a subpackage
+* `{names}`: the public names
 """
 
 import ast
@@ -30,7 +34,7 @@ COUNTS = ("parameters", "multiply-adds", "published", "top-1", "on", "source")
 
 
 class Drawing(SphinxDirective):
-    """A figure by name; the content is the caption, `:alt:` the text alternative."""
+    """A figure by name. The directive's content is the caption, `:alt:` the alternative text."""
 
     required_arguments = 1
     has_content = True
@@ -48,7 +52,7 @@ class Drawing(SphinxDirective):
 
 
 class Generated(SphinxDirective):
-    """Markdown of the method `text`; its tables get the CSS class `table`."""
+    """Content that `text` returns as Markdown. Its tables get the CSS class in `table`, if any."""
 
     table = ""
 
@@ -115,7 +119,10 @@ class Keys(Generated):
 
 
 class Programs(Generated):
-    """Docstrings and flags of the programs, parsed and not imported, as flags are global."""
+    """Docstrings and flags of the programs.
+
+    The source is parsed, as importing several programs would define the same flags twice.
+    """
 
     def text(self) -> str:
         return "\n\n".join(f"## {name}\n\n{self._help(name)}" for name in PROGRAMS)
@@ -125,7 +132,7 @@ class Programs(Generated):
         package = program / "__main__.py"
         source = (package if package.exists() else program.with_suffix(".py")).read_text()
         tree = ast.parse(source)
-        # Programs that run as several processes share the flags of launch.py.
+        # Programs that run in several processes also have the flags of launch.py.
         shared = (ROOT / "mvit_jax/training/distributed/launch.py").read_text()
         configs = (ROOT / "mvit_jax/config.py").read_text()
         parsed = [
@@ -175,12 +182,12 @@ class Names(Generated):
 
 
 def _flag(node: ast.AST) -> tuple[str, str, str]:
-    """Returns name, default and help of a flag's definition, or empty strings."""
+    """Returns a flag's name, default and help; empty strings if `node` defines no flag."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return "", "", ""
     if not node.func.attr.startswith("DEFINE"):
         return "", "", ""
-    name, default, *_ = node.args[node.func.attr == "DEFINE" :]  # `DEFINE` has a parser first
+    name, default, *_ = node.args[node.func.attr == "DEFINE" :]  # `DEFINE` begins with a parser
     texts = [a for a in node.args[2:] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     assert isinstance(name, ast.Constant)
     meaning = str(texts[-1].value) if texts else ""
@@ -211,7 +218,7 @@ def _beside(config: MViTConfig, p: Published | None) -> tuple[str, ...]:
 
 
 def _default(key: Key) -> str:
-    """Returns a key's default, or its type in brackets where the default is None."""
+    """Returns a key's default, or its type in brackets if the default is None."""
     if key.default is not None:
         return f"`{key.default!r}`"
     return "" if key.kind is object else f"({key.kind.__name__})"

@@ -1,8 +1,8 @@
 """Conversion of the project's Markdown-style docstrings to reStructuredText for autodoc.
 
-In these docstrings, single backticks and indented paragraphs are code. Fields of dataclasses are
-described in comments beside them. Autodoc reads reStructuredText only: MyST parses pages but no
-docstrings, and napoleon parses Google sections but no backticks.
+In these docstrings, text in single backticks and indented paragraphs are code. Comments describe
+the fields of dataclasses. Autodoc reads only reStructuredText. MyST does not convert docstrings,
+and napoleon converts Google sections but no backticks.
 """
 
 import ast
@@ -17,7 +17,7 @@ from docutils import nodes
 from mvit_jax.describe import comments
 
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Note):$")
-SEPARATOR = "\\ "  # ends inline code before a letter
+SEPARATOR = "\\ "  # separates inline code from an adjacent letter
 
 
 def restructured(lines: list[str]) -> list[str]:
@@ -44,7 +44,10 @@ def _language(code: str) -> str:
 
 
 def _parts(lines: list[str]) -> list[tuple[bool, list[str]]]:
-    """Splits lines into (is code, lines); code is indented, after an empty line, in no section."""
+    """Splits a docstring into parts (is_code, lines).
+
+    Code is indented and follows an empty line. Indented lines of sections and lists are not code.
+    """
     parts: list[tuple[bool, list[str]]] = []
     in_section, after_empty = False, False
     for line in lines:
@@ -62,7 +65,7 @@ def _parts(lines: list[str]) -> list[tuple[bool, list[str]]]:
 
 
 def _literals(text: str) -> str:
-    """Converts `code` to ``code``, also across lines and before an "s"."""
+    """Converts `code` to ``code``, also if it spans lines or touches a letter (a plural "s")."""
 
     def literal(match: re.Match[str]) -> str:
         before, code, after = match.groups()
@@ -74,13 +77,15 @@ def _literals(text: str) -> str:
 
 def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     if what == "module":
-        # Not dedented: all lines after the first may be indented commands.
+        # Autodoc removes common indentation. If all lines after the first are commands, their
+        # indentation would be lost, so the docstring is read again.
         lines[:] = (obj.__doc__ or "").splitlines()
     if what in ("data", "attribute", "property") and lines:
         if lines[0] and str(type(obj).__doc__).startswith(lines[0]):
-            lines.clear()  # the docstring of the type, such as dict
+            lines.clear()  # inherited from the value's type, such as dict
         else:
-            # Napoleon reads text before a colon as a type; RST drops an escaped line end.
+            # Napoleon reads text before a colon as a type, so the colon moves to the next line.
+            # RST drops the escaped line end.
             lines[:] = [*lines[0].replace(": ", "\\\n: ", 1).split("\n"), *lines[1:]]
     if isinstance(obj, type) and dataclasses.is_dataclass(obj):
         if (inspect.getdoc(obj) or "").startswith(f"{obj.__name__}("):
@@ -91,7 +96,7 @@ def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list
 
 
 def _one_name_each(line: str) -> list[str]:
-    """Splits an entry "a, b: text", which napoleon reads as one name, into an entry per name."""
+    """Splits an entry "a, b: text" into one entry per name; napoleon reads "a, b" as one name."""
     entry = re.fullmatch(r"( +)(\w+(?:, \w+)+): (.*)", line)
     if entry is None:
         return [line]
@@ -101,7 +106,7 @@ def _one_name_each(line: str) -> list[str]:
 
 
 def _signature(app: Any, what: str, name: str, obj: Any, options: Any, signature, returns) -> Any:
-    """Shortens the type of arrays, and replaces `<factory>`, a dataclass's default, by "..."."""
+    """Shortens the type of arrays, and replaces the dataclass default `<factory>` by "..."."""
     signature, returns = (
         text and text.replace("jaxlib._jax.Array", "Array").replace("<factory>", "...")
         for text in (signature, returns)
@@ -110,7 +115,7 @@ def _signature(app: Any, what: str, name: str, obj: Any, options: Any, signature
 
 
 def _fields(cls: type) -> list[str]:
-    """Returns the section "Attributes" of a dataclass, from the comments of its fields."""
+    """Returns a section "Attributes" for a dataclass, made from the comments of its fields."""
     fields = {name: comment for name, comment in comments.of_class(cls).items() if comment}
     if not fields:
         return []
@@ -118,14 +123,14 @@ def _fields(cls: type) -> list[str]:
 
 
 def _dashes(app: Any, doctree: nodes.document) -> None:
-    """Sets a dash between a parameter and its description, as smart quotes are disabled."""
+    """Inserts dashes between parameters and descriptions, as smart quotes are disabled."""
     for text in list(doctree.findall(nodes.Text)):
         if text == " -- ":
             text.parent.replace(text, nodes.Text(" – "))
 
 
 def _resolve_reference(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """Resolves a name without its module, such as in `Raises`, in any module."""
+    """Resolves a reference that lacks its module, such as in `Raises`, by searching all modules."""
     internal = "." not in node["reftarget"] or node["reftarget"].startswith("mvit_jax.")
     if node.get("refdomain") != "py" or node.get("refspecific") or not internal:
         return None

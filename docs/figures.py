@@ -1,7 +1,7 @@
-"""Figures of the pages, drawn at build time from the plans that the models are built from.
+"""Figures of the documentation, drawn at build time from the plans that define the models.
 
-Lines and letters have the text colour of the page, so that light and dark themes show them. The
-tints are legible on both.
+Lines and text have the text colour of the page, for light and dark themes. The other colours are
+legible in both.
 """
 
 import io
@@ -25,7 +25,7 @@ from mvit_jax.models.variants import variant
 TEXT = "#010203"  # placeholder of the page's text colour
 QUERIES, KEYS, GRID = "#3b82c4", "#d9822b", "#7a9e5f"
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # keeps text as text
+    "svg.fonttype": "none",  # stores text as text, not as paths
     "font.size": 10,
     "text.color": TEXT,
     "axes.labelcolor": TEXT,
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
 
 
 def svg(name: str, alt: str) -> str:
-    """Draws a figure of this module as an `<svg>` element; `alt` is its text alternative."""
+    """Returns a figure of this module as an `<svg>` element; `alt` is the alternative text."""
     draw: Callable[[], Figure] = globals()[name]
     file = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name, "svg.id": name}):
@@ -49,7 +49,7 @@ def svg(name: str, alt: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Ids must be unique in a page, which may have several figures.
+    # Ids must be unique in a page with several figures.
     text = re.sub(r'id="', f'id="{name}-', text)
     text = re.sub(r"(url\(#|href=\"#)", rf"\1{name}-", text)
     text = text.replace(TEXT, "currentColor")
@@ -58,7 +58,7 @@ def svg(name: str, alt: str) -> str:
 
 
 def cubes() -> Figure:
-    """Draws the kernels of the patch embedding along one side of a frame."""
+    """Draws the pixels in a row of a frame that each token's patch embedding covers."""
     config = variant("mvit_b_16x4")
     kernel, stride, padding = (
         values[2] for values in (config.patch_kernel, config.patch_stride, config.patch_padding)
@@ -183,7 +183,7 @@ def block() -> Figure:
 
 
 def relative() -> Figure:
-    """Draws the index of the relative positional embedding of each pair of query and key."""
+    """Draws the index of the relative positional embedding by query and key row, for two blocks."""
     config = variant("mvitv2_s_16x4")
     blocks, sizes = plan(config), grids(config, config.frames, config.size, config.size)
     chosen = [sum(config.depths[:2]), sum(config.depths[:2]) + 1]

@@ -6,15 +6,16 @@
     python -m mvit_jax.convert DIR --to=torchvision --out=FILE
     python -m mvit_jax.convert DIR --to=stablehlo --out=FILE [--platforms=cpu,cuda,tpu] [--batch=N]
 
-SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read without executing them. DIR is a
-folder for `evaluate`, `predict` and `--config.init.checkpoint`. It has parameters, architecture,
-preprocessing, report.txt with a line per tensor and, with --labels, labels.txt. If an expected
-tensor cannot be loaded, the program ends with an error and writes nothing.
+SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read without executing them. The
+program writes DIR, which `evaluate`, `predict` and `--config.init.checkpoint` read. DIR holds the
+parameters, architecture and preprocessing, and report.txt with a line per tensor, and with
+--labels also labels.txt. If a tensor does not fit the model, the program ends with an error and writes
+nothing.
 
---to=stablehlo writes the whole model, which JAX runs without this package. Its input is uint8 clips
-[batch, T, H, W, 3] (images [batch, H, W, 3]), RGB from 0 to 255, resized and cropped to the model's
-size. It normalises them, computes in the run's dtype and precision, and returns float32 logits
-[batch, classes].
+With --to, DIR may also be the workdir of a run. --to=stablehlo writes the whole model, which JAX
+runs without this package. The model's input is uint8 clips [batch, T, H, W, 3], or images [batch, H,
+W, 3], with RGB from 0 to 255, resized and cropped to the model's size. The model normalises its
+input, computes in the run's dtype and precision, and returns float32 logits [batch, classes].
 """
 
 import dataclasses
@@ -114,7 +115,7 @@ def import_checkpoint(
     try:
         loaded = load(source, variant, inflate=inflate, **overrides)
     except WeightsError as error:
-        print(error.report)  # has every tensor; the error repeats the problems
+        print(error.report)  # lists every tensor; the error has only the problems
         raise
     if labels is not None and len(labels) != loaded.config.num_classes:
         raise errors.UserError(

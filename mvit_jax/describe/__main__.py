@@ -1,4 +1,4 @@
-"""Tables of a variant's architecture and cost beside published figures; or a config file.
+"""Tables of architectures and their cost beside published figures, and generated config files.
 
     python -m mvit_jax.describe mvit_b_16x4
     python -m mvit_jax.describe mvit_b_16x4 frames=8 size=160 pool_mode=max
@@ -6,9 +6,9 @@
     python -m mvit_jax.describe --ablations    the papers' ablations, as overrides
     python -m mvit_jax.describe --config=configs/kinetics.py:mvit_b_16x4 > configs/mine.py
 
-The last line writes an experiment as a config file with every key, as a starting point.
+The last command writes an experiment as a config file with every key, to copy and change.
 
-The papers call multiply-adds FLOPs; XLA counts two operations for each.
+Costs are in multiply-adds, which the papers call FLOPs. XLA counts two FLOPs per multiply-add.
 """
 
 from absl import flags
@@ -79,7 +79,7 @@ def all_ablations() -> str:
 
 
 def _beside(ours: Cost, p: Published | None, notes: list[str]) -> Row:
-    """Returns computed and published counts; appends the reason for a difference to `notes`."""
+    """Returns computed and published figures; appends the reason for a difference to `notes`."""
     millions, billions = ours.parameters / 1e6, ours.multiply_adds / 1e9
     if p is None:
         return (f"{ours.parameters:,}", "", "", f"{billions:.2f}G", "", "", "", "", "")

@@ -1,4 +1,4 @@
-"""The comments beside the fields of a dataclass, as text."""
+"""Extraction of the comments that describe the fields of a dataclass."""
 
 import ast
 import inspect
@@ -8,7 +8,7 @@ import tokenize
 
 
 def of_class(cls: type) -> dict[str, str]:
-    """Returns the comments of each annotated field: first those above, then that beside it."""
+    """Returns each annotated field's comment: the lines above the field, then the text after it."""
     source = textwrap.dedent(inspect.getsource(cls))
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -25,7 +25,7 @@ def of_class(cls: type) -> dict[str, str]:
 
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns comments by line, without "#": whole-line comments, and those after code."""
+    """Returns whole-line comments and comments after code, both by line number, without "#"."""
     whole_line, beside = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

@@ -24,7 +24,7 @@ def get_config():
 
 
 def text(config: Config, source: str) -> str:
-    """Returns Python code whose `get_config()` returns `config`; `source` names the experiment."""
+    """Returns a config file that reproduces `config`; its docstring names `source`."""
     meaning = meanings()
     defaults = variant(config.model.variant)
     lines, last = [_HEAD.format(source=source).rstrip()], None
@@ -34,7 +34,7 @@ def text(config: Config, source: str) -> str:
             lines += ["", *_comment(f"-- {section}: {SECTIONS[section]}".replace("-- :", "--"))]
             last = section
         setting = value(config, name)
-        if section == "model" and setting is None:  # a comment with the variant's value
+        if section == "model" and setting is None:  # the variant's value, in a comment
             assignment = f"# c.{name} = {_literal(getattr(defaults, field, None))}"
         else:
             assignment = f"c.{name} = {_literal(setting)}"
@@ -43,7 +43,7 @@ def text(config: Config, source: str) -> str:
 
 
 def meanings() -> dict[str, str]:
-    """Returns the meaning of every key; for architecture keys, from comments in `MViTConfig`."""
+    """Returns the meaning of every key, for architecture keys from comments in `MViTConfig`."""
     of_field = comments.of_class(MViTConfig)
     return {
         name: key.meaning or of_field[name.removeprefix("model.")] for name, key in KEYS.items()
@@ -51,7 +51,7 @@ def meanings() -> dict[str, str]:
 
 
 def _limits(key: Key, meaning: str) -> str:
-    """Returns unit and range in brackets, without choices that the meaning already lists."""
+    """Returns unit and range in brackets; choices are left out if the meaning lists them."""
     explained = key.choices and all(str(choice) in meaning for choice in key.choices)
     limits = ", ".join(part for part in (key.unit, "" if explained else key.limits) if part)
     return f" [{limits}]" if limits else ""
@@ -65,7 +65,7 @@ def _literal(setting: Any) -> str:
 
 
 def _with_comment(assignment: str, meaning: str) -> list[str]:
-    """Returns an assignment with a comment beside it, or above it if the line were too long."""
+    """Returns an assignment with a comment beside it, or above it if the line would be too long."""
     line = f"    {assignment}  # {meaning}".removesuffix("  # ")
     return [line] if len(line) <= _WIDTH else [*_comment(meaning), f"    {assignment}"]
 

@@ -68,8 +68,8 @@ def adapt(
       inflate: conversion between image and video kernels; None allows none.
 
     Returns:
-      All tensors of `model` by path, and a dict of the unused paths of `source`. Its values are True
-      for tensors that may be unused.
+      All tensors of `model` by path, and the unused paths of `source` in a dict, with True for
+      tensors that may be unused.
     """
     changed = set(changed)
     shapes = model.shapes()

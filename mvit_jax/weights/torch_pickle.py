@@ -1,9 +1,9 @@
 """Safe reading and writing of the pickles in PyTorch's files.
 
 A pickle is a program that imports and calls functions by name. This reader is Python's unpickler
-with a restricted opcode table. It imports nothing: a name becomes a `Global`, which is not callable.
-For a call, the name is looked up in a table of functions of this module. These build only plain
-containers and descriptions of tensors. Names outside the table raise an error.
+with a restricted opcode table. It imports nothing: a name becomes a `Global`, which is not
+callable. For a call, the name is looked up in a table of functions of this module, which build only
+plain containers and descriptions of tensors. Names outside the table raise an error.
 
 Python's `pickletools` documents the opcodes. The functions that pickles call are defined in
 torch/_utils.py and numpy/_core/multiarray.
@@ -24,8 +24,8 @@ import numpy as np
 
 from mvit_jax.common.errors import UserError
 
-# Largest pickle in bytes. Real ones have at most a few hundred KB, as tensors are stored separately.
-# Each byte of a pickle can occupy 200 bytes of memory.
+# Largest pickle in bytes. Real pickles have at most a few hundred KB, as tensors are stored outside
+# them. Each byte of a pickle can occupy 200 bytes of memory.
 LARGEST = 16 * 2**20
 # Most items that all calls together may copy: a pickle can copy one list many times.
 MOST_COPIED = 2**24
@@ -196,7 +196,7 @@ class _Reader(pickle._Unpickler):
         self.push(_CALLS[function.name](*args))
 
     def _instantiate(self, klass: Any, args: list[Any]) -> None:
-        # The opcodes INST and OBJ call this method of the base class.
+        # The base class implements the opcodes INST and OBJ with this method.
         self.stack += [klass, tuple(args)]
         self.call()
 
@@ -399,7 +399,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     },
     **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
 }
-# Names that a pickle may refer to: functions, storage types, dtypes, and factories of a defaultdict.
+# Names that a pickle may refer to: functions, storage types, dtypes and defaultdict factories.
 _ALLOWED = {
     *_CALLS,
     *(f"torch.{name}" for name in STORAGES),

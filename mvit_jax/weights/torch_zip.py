@@ -3,8 +3,8 @@
 torch >= 1.6 writes an uncompressed zip file with the entries NAME/data.pkl, NAME/byteorder,
 NAME/data/0, ...
 
-torch < 1.6, and later versions with `_use_new_zipfile_serialization=False`, write the legacy format.
-It begins with five pickles: a magic number, a version, system information, the saved value, and the
+torch < 1.6, or later with `_use_new_zipfile_serialization=False`, writes the legacy format. It
+begins with five pickles: a magic number, a version, system information, the saved value, and the
 keys of the storages. Then come the storages, each preceded by its number of elements. Source:
 torch/serialization.py.
 """
@@ -27,8 +27,8 @@ from mvit_jax.weights.torch_pickle import Damaged, shown
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 CHUNK = 16 * 2**20
-# Tensors can share bytes. A file is rejected as malicious if its tensors together are more than this
-# many times as large as the file.
+# Tensors can share bytes. A file is rejected as malicious if the sum of its tensors' sizes exceeds
+# the file's size by more than this factor.
 MOST_SHARED = 16
 
 
@@ -172,7 +172,7 @@ def _array(
 
 
 def true_bools(array: np.ndarray) -> np.ndarray:
-    """Sets all nonzero bytes of a bool array to 1: NumPy computes wrong results with others."""
+    """Sets all nonzero bytes of a bool array to 1; NumPy is wrong with other values."""
     return np.asarray(array.view(np.uint8) != 0) if array.dtype == np.bool_ else array
 
 
