@@ -22,8 +22,8 @@ Assumptions where the appendix is silent or differs from the released code:
   The released code has no RandAugment for Charades and draws the short side from 256 to 340 pixels.
 * "Without mixup" also excludes cutmix. There is no label smoothing, because each class is binary.
 * A clip consists of every stride-th frame. Its labels are the actions that occur within the clip.
-* MViT-B-24 from Kinetics-400 has no recipe here. A result for it is only on a web
-  page (46.3, which in the paper is the result of 64x3).
+* MViT-B-24 from Kinetics-400 has no recipe here. Its only published result
+  is on a web page: 46.3, which the paper reports for 64x3.
 """
 
 from functools import partial

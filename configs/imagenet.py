@@ -15,9 +15,10 @@ tars. Append `,folders` to read images from DIR/train/CLASS/FILE and DIR/val/CLA
 Recipes with initial weights require `--config.init.checkpoint=RUN`. RUN is a workdir or a folder
 written by `python -m mvit_jax.convert`, with the weights of another recipe:
 
-    _384             the same name without _384
-    _512_from_21k    _384_from_21k
-    other _from_21k  _in21k
+    recipe           initial weights
+    _384             of the same name without _384
+    _512_from_21k    of _384_from_21k
+    other _from_21k  of _in21k
 
 Results are for a centre crop of 224 out of 256 pixels (size / 0.875). With
 `--config.eval.whole_image=True` the whole image is resized to the crop size without keeping its

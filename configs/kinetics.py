@@ -6,9 +6,9 @@ r"""Kinetics-400, 600 and 700 (MViT, Tables 4 and 5; MViTv2, Tables 10 to 12 and
 
 The argument after the colon is [k600_|k700_]VARIANT[_max][_in1k|_in21k]. Without a prefix the data
 set is Kinetics-400. `--dry_run` prints the plan with the published result. DIR holds `train.csv`,
-`val.csv` and `test.csv` (lines "path label") and `labels.txt`. Public copies lack some
-videos, and the papers' lists of videos are not published. Copies of the validation set of
-Kinetics-400 have 19,761 to 19,881 videos, which changes top-1 by up to 0.7.
+`val.csv` and `test.csv` (lines "path label") and `labels.txt`. Public copies lack some videos, and
+the papers' lists of videos are not published. Copies of the validation set of Kinetics-400 have
+19,761 to 19,881 videos, which changes top-1 by up to 0.7.
 
 Recipes with initial weights require `--config.init.checkpoint=RUN`. RUN is a workdir or a folder
 written by `python -m mvit_jax.convert`, with these weights:

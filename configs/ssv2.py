@@ -4,8 +4,8 @@ r"""Something-Something v2 (MViT, Table 6; MViTv2, Table 13), fine-tuned from Ki
         --config.data.folder=DIR --config.data.prefix=frames --config.init.checkpoint=RUN
     python -m mvit_jax.evaluate --workdir=runs/ssv2
 
-The argument after the colon is VARIANT[_k600|_in21k]. RUN is the workdir of a training
-with configs/kinetics.py: on Kinetics-400, on Kinetics-600 (`_k600`), or on Kinetics-400 from
+The argument after the colon is VARIANT[_k600|_in21k]. RUN is the workdir of a training with
+configs/kinetics.py: on Kinetics-400, on Kinetics-600 (`_k600`), or on Kinetics-400 from
 ImageNet-21k weights (`_in21k`). RUN may also be a folder of released weights converted by
 `python -m mvit_jax.convert`. `--dry_run` prints the plan with the published result.
 

@@ -8,14 +8,14 @@
 
 SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read without executing them. The
 program writes DIR, which `evaluate`, `predict` and `--config.init.checkpoint` read. DIR holds the
-parameters, architecture and preprocessing, and report.txt with a line per tensor, and with
---labels also labels.txt. If a tensor does not fit the model, the program ends with an error and writes
-nothing.
+parameters, architecture, preprocessing, report.txt with a line per tensor, and with --labels also
+labels.txt. If a tensor does not fit the model, the program ends with an error and writes nothing.
 
 With --to, DIR may also be the workdir of a run. --to=stablehlo writes the whole model, which JAX
-runs without this package. The model's input is uint8 clips [batch, T, H, W, 3], or images [batch, H,
-W, 3], with RGB from 0 to 255, resized and cropped to the model's size. The model normalises its
-input, computes in the run's dtype and precision, and returns float32 logits [batch, classes].
+runs without this package. The model's input is uint8 clips [batch, T, H, W, 3], or images
+[batch, H, W, 3], with RGB from 0 to 255, resized and cropped to the model's size. The model
+normalises its input, computes in the run's dtype and precision, and returns float32 logits
+[batch, classes].
 """
 
 import dataclasses

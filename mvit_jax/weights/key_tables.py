@@ -262,8 +262,8 @@ def _joint(values: np.ndarray, config: MViTConfig) -> Shaped:
 def _joint_grid(positions: int, config: MViTConfig) -> tuple[int, int, int]:
     """Returns time, height and width of the grid of joint positional embeddings.
 
-    Files have one flat axis of positions. The grid is that of the model, or of a variant, if its
-    number of positions is equal. Otherwise the grid of an image is square.
+    Files have one flat axis of positions. The grid is that of the model, or of any variant with the
+    same number of positions. Failing that, the grid of an image is square.
     """
     for candidate in (config, *VARIANTS.values()):
         grid = patch_grid(candidate, candidate.frames, candidate.size, candidate.size)

@@ -41,7 +41,7 @@ class Tensors:
 
     # Arrays by name in the file's order: contiguous, in native byte order, without shared memory.
     tensors: dict[str, np.ndarray]
-    wrapper: str  # entry that holds the state dict, such as "model_state"; "" if none
+    wrapper: str  # path to the state dict, such as "model_state", "state_dict.model" or ""
     dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
     format: Literal["torch", "safetensors", "memory"]
 
