@@ -30,24 +30,28 @@ def rollout(
     block: int | None = None,
     token: Triple | None = None,
 ) -> Map:
-    """Attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928), extended to pooled grids.
+    """Computes attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928) across pooling.
 
-    Traces the head's input back to the cubes. At every addition each summand gets half. The
-    attention's half is distributed over the pooled keys by the mean over heads, then evenly over
-    each key's pooling window. The skip connection's half goes to its pooling window. With residual
-    pooling (MViTv2), half of the attention's half goes to the query's pooling window. The class
-    token's share is dropped at the end.
+    Traces the head's input back to the cubes, as shares of tokens. A block adds its attention and
+    its skip connection, so each of the two gets half of a token's share:
+
+    - The attention's half is distributed over the pooled keys by the attention probabilities,
+      averaged over heads, then evenly over each key's pooling window. With residual pooling
+      (MViTv2), half of this half goes to the query's pooling window instead.
+    - The skip connection's half is distributed evenly over the skip's pooling window.
+
+    The class token's share is dropped at the end.
 
     Args:
       model: the handle; a custom attention must capture its probabilities and pool by the plan.
-      params: of the model, as for `apply`.
+      params: the model's parameters, as for `apply`.
       clip: normalised, `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
       block: start at this block's output, 0 for the first; the last by default.
       token: start at this token, (t, h, w) on the grid of the block's output; by default at the
         head's input (the class token, or the mean of all tokens).
 
     Returns:
-      Each cube's share; each map sums to 1.
+      The share of each cube; each map sums to 1.
 
     Raises:
       UserError: the block or the token does not exist.
@@ -112,26 +116,27 @@ def grad_cam(
     label: int | None = None,
     by_channel: bool = False,
 ) -> Map:
-    """Grad-CAM of a class at the input of a block.
+    """Computes Grad-CAM of a class at the input of a block.
 
-    Activations are weighted by the gradient of the class's logit, summed over channels, and
-    clipped at 0. There are two variants of the weights:
+    Activations are weighted and summed over channels; negative sums become 0. The weights come
+    from the gradient of the class's logit:
 
-    - By default, the positive part of the gradient at each token (LayerCAM, Jiang et al. 2021).
-    - With `by_channel`, its mean over tokens (Selvaraju et al. 2017, arXiv 1610.02391). This
-      assumes that a channel has the same meaning everywhere.
+    - By default, a weight is the positive part of the gradient at each token (LayerCAM, Jiang et
+      al. 2021).
+    - With `by_channel`, a weight is the gradient's mean over tokens (Selvaraju et al. 2017, arXiv
+      1610.02391). This assumes that a channel has the same meaning everywhere.
 
     Measured on moving digits (trained as in the README, block 1; `python -m benchmarks.pointing`,
     2026-11-22), against a uniform map: the default puts 3.2 times as much weight near the digit,
     and more than twice as much on every clip. `by_channel` puts 2.0 times as much, and more than
     twice as much on a third of the clips.
 
-    The block's input is explained, not its output: a head on the class token has no gradient at
-    the other tokens of the last block's output.
+    The map is of the block's input, not of its output. At the last block's output, a head on the
+    class token has no gradient at the other tokens.
 
     Args:
       model: the handle; a custom block must have the plan's grids.
-      params: of the model, as for `apply`.
+      params: the model's parameters, as for `apply`.
       clip: normalised, `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
       block: 0 for the first, -1 for the last. The default is `fine_block`: early blocks have a
         finer grid, late blocks more abstract features.
@@ -178,7 +183,7 @@ def grad_cam(
 def fine_block(config: MViTConfig, clip: Triple) -> int:
     """Returns the last block with an input grid of at least 8 x 8, or 0 if there is none.
 
-    For MViT-B at 224 pixels this is block 14 of 0 to 15.
+    For MViT-B at 224 pixels this is block 14; the last block is 15.
 
     Args:
       config: the architecture.
@@ -191,9 +196,9 @@ def fine_block(config: MViTConfig, clip: Triple) -> int:
 def attention_distance(
     model: Functional, params: Any, clip: Shaped[Array, "..."]
 ) -> tuple[list[Float[Array, " heads"]], list[Float[Array, " heads"]]]:
-    """Mean attention distance of each head of each block (MViT, figure A.6).
+    """Computes the mean attention distance of each head of each block (MViT, figure A.6).
 
-    The distance between a query's and a key's centre in the clip, weighted by attention and
+    Distances between the centres of queries and keys in the clip are weighted by attention, and
     averaged over queries and clips. The class token is excluded.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Contact sheet of an experiment's first training clips, augmented as for the model."""
+"""Contact sheet of an experiment's first training clips, after augmentation."""
 
 import os
 from pathlib import Path
@@ -15,15 +15,15 @@ from mvit_jax.data.loader import LoaderOptions
 from mvit_jax.training import build, step
 
 CLIPS = 8
-FRAMES = 8  # drawn per clip
+FRAMES = 8  # frames drawn per clip
 
 
 def draw(config: Config, path: str | os.PathLike[str]) -> Path:
-    """Draws the first clips of step 0 with all augmentation: random erasing and mixup included.
+    """Draws the first clips of step 0 after all augmentation, including random erasing and mixup.
 
     Args:
-      config: an experiment. The clips are those of a run on one device.
-      path: of the PNG file, written atomically.
+      config: an experiment. The clips equal those of a run on one device.
+      path: the PNG file, written atomically.
 
     Returns:
       The path.
@@ -72,8 +72,8 @@ def _figure(
 
 
 def _label(target: np.ndarray, names: tuple[str, ...]) -> str:
-    """Returns the classes of a soft target, with weights if there are several."""
-    # Label smoothing gives every class the minimum.
+    """Returns the classes of a soft target: one name, or up to three names with weights."""
+    # With label smoothing, absent classes have the minimum instead of 0.
     floor = target.min() if target.min() < target.max() else 0.0
     above = [int(i) for i in np.argsort(-target, kind="stable") if target[i] > floor]
     if len(above) == 1:

@@ -29,7 +29,7 @@ from mvit_jax.training.step import StepConfig
 EXAMPLES = 16  # example clips at most
 MISTAKES = 8  # misclassified clips at most
 FRAMES = 8  # frames drawn per clip
-ROW = 4  # frames per image, so that it fits a phone's screen
+ROW = 4  # frames side by side in an image, as many as fit on a phone's screen
 SIDE = 112  # pixels of a frame's longer side at most
 
 
@@ -66,7 +66,7 @@ def make(
 def examples(scores: Scores, most: int = EXAMPLES) -> list[int]:
     """Returns indices of at most `most` example videos: the first tested ones of each class.
 
-    With more than `most` classes, one video each of evenly spaced classes.
+    With more than `most` classes, only evenly spaced classes have an example, one each.
     """
     first = scores.first_label
     labels = np.unique(first[scores.tested])
@@ -88,7 +88,8 @@ class Painter:
     """Draws clips with attention rollout and Grad-CAM.
 
     Attributes:
-      failure: the reason for missing attention maps, after the first clip without them.
+      failure: the reason why attention maps are missing, or None. After the first failure, no
+        further maps are computed.
     """
 
     def __init__(self, params: Any, model: Functional, recipe: StepConfig) -> None:
@@ -99,10 +100,10 @@ class Painter:
         self.grad_cam = jax.jit(functools.partial(attention_maps.grad_cam, exact))
 
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
-        """Returns WebP images with `ROW` frames each, as data URIs."""
+        """Returns a clip as WebP images with up to `ROW` frames each, as data URIs."""
         frames = shown(len(clip))
         strips = np.stack([_shrunk(strip[frames]) for strip in (clip, *self._overlays(clip))])
-        if len(frames) == 1:  # an image: side by side
+        if len(frames) == 1:  # one frame: its overlays are beside it, not below
             return [_webp(strips.swapaxes(0, 1))]
         return [_webp(strips[:, start : start + ROW]) for start in range(0, len(frames), ROW)]
 

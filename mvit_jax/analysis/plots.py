@@ -1,4 +1,4 @@
-"""Figures of results, as PNG files and as inline SVG that takes its colours from the HTML page."""
+"""Figures of results, as PNG files and as inline SVG in the colours of the HTML page."""
 
 import io
 import os
@@ -19,11 +19,11 @@ from mvit_jax.common.files import write_whole
 
 # Legible on white paper and on a dark page.
 COLOURS = ("#2f7fb8", "#d9772b", "#35996b", "#c2507c", "#8a6fc0", "#a08420", "#4aa3a8", "#8c7f78")
-DASHES = ("-", "--", "-.", ":")  # the next one each time the colours repeat
-LABELLED = 40  # classes at most whose names fit beside the rows
-LONGEST = 26  # letters of a name at most
+DASHES = ("-", "--", "-.", ":")  # line styles; the next style each time the colours repeat
+LABELLED = 40  # largest number of classes whose names fit beside the rows
+LONGEST = 26  # characters of a name at most
 
-# `svg` replaces these two with CSS variables.
+# Colours that `svg` replaces with CSS variables.
 INK, LINE = "#1b1c1d", "#c8c9ca"
 _STYLE: Any = {
     "font.size": 9.5,
@@ -121,7 +121,7 @@ def class_accuracy(
 
 
 def parts(amounts: dict[str, float], x: str, marked: str = "") -> Figure:
-    """Plots a bar per part of a whole in percent, largest first; `marked` has its own colour."""
+    """Plots parts as percentages of their sum, largest first; `marked` has another colour."""
     total = sum(amounts.values())
     rows = sorted(((100 * amount / total, name) for name, amount in amounts.items()), reverse=True)
     colours = [COLOURS[0] if name == marked else COLOURS[1] for _, name in rows]
@@ -149,13 +149,14 @@ def budgets(
     each: str,
     title: str = "",
 ) -> Figure:
-    """Plots memory by kind (bars) and time by cause (dots) of several programs.
+    """Plots the memory of several programs by kind (bars), and their time by resource (dots).
 
     Args:
       names: of the programs.
-      memory: GiB by kind, of each program; bars have the order of the first program.
+      memory: for each program, GiB by kind.
       limit: GiB available.
-      times: milliseconds of a chip per item, by cause; None for a program that does not fit.
+      times: for each program, a chip's milliseconds per item by resource; None if the program
+        does not fit.
       each: the item's name, such as "clip".
       title: of the figure.
     """
@@ -225,10 +226,10 @@ def png(figure: Figure, dpi: int) -> bytes:
 
 
 def svg(figure: Figure, label: str, prefix: str) -> str:
-    """Returns a figure as an escaped `<svg>` element for an HTML page.
+    """Returns a figure as an `<svg>` element for an HTML page, with escaped names.
 
-    Text and lines have the CSS variables `--ink` and `--line` as colours. The variable `--natural`
-    is set to the nominal width in pixels.
+    The CSS variable `--ink` is the colour of text and axes, and `--line` that of grid lines. The
+    element sets `--natural` to its nominal width in pixels.
 
     Args:
       figure: the figure.
@@ -257,8 +258,8 @@ def _prefix_ids(tag: str, prefix: str) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Applies the figures' style; also needed while drawing, which creates ticks and legends."""
+    """Applies the figures' style; also required while saving, which creates ticks."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # For names in a script that the font lacks: the browser falls back to another font.
+        # The font may lack the script of a name; in HTML, the browser then uses another font.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

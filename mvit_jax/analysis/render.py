@@ -38,7 +38,7 @@ def overlay(frames: Frames, heat: Float[np.ndarray, "time height width"]) -> Fra
     share = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)[..., None]
     colour = 255 * _COLOURS(share[..., 0])[..., :3]
     grey = frames.mean(-1, keepdims=True)
-    # Half of the brightness comes from the frame, so that its content remains visible.
+    # Every pixel keeps a part of the frame's brightness, so the content remains visible.
     mixed = 0.55 * grey * (0.4 + 0.6 * share) + (0.2 + 0.55 * share) * colour
     return np.clip(np.round(mixed), 0, 255).astype(np.uint8)
 
@@ -55,13 +55,13 @@ def contact_sheet(
 
 
 def enlarged(frames: Frames, least: int) -> UInt8[np.ndarray, "time _height _width 3"]:
-    """Enlarges small frames by an integer factor to at least `least` pixels, without smoothing."""
+    """Repeats the pixels of small frames until the shorter side has at least `least` pixels."""
     factor = -(-least // min(frames.shape[1:3]))
     return frames.repeat(factor, 1).repeat(factor, 2) if factor > 1 else frames
 
 
 def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Writes a PNG file atomically; raises `UserError` on failure, as do all functions here."""
+    """Writes a PNG file atomically; raises `UserError` on failure."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     write_whole(path, buffer.getvalue())

@@ -38,7 +38,7 @@ class Run:
       model: the architecture, or None if the number of classes is unknown.
       starts, train, val, seconds, spent: as in `training.run.history.History`.
       evaluations: results of the test program, the default test first.
-      sheet: example clips of the first evaluation, as `analysis.example_clips.make` returns them.
+      sheet: example clips of `test`, as `analysis.example_clips.make` returns them.
     """
 
     folder: str
@@ -71,9 +71,10 @@ class Run:
 
     @property
     def cost(self) -> Cost | None:
-        """Parameters and multiply-adds, from the history's last start if it recorded them.
+        """Parameters and multiply-adds.
 
-        Only the history counts custom modules; the fallback is the architecture's formula.
+        The history's last start may record both numbers, with custom modules included. Otherwise
+        both are computed from the architecture alone.
         """
         start = self.starts[-1] if self.starts else {}
         if {"parameters", "multiply_adds"} <= start.keys():
@@ -82,7 +83,7 @@ class Run:
 
     @property
     def goodput(self) -> float | None:
-        """Percent of the wall time spent in steps that count, or None if no time was recorded."""
+        """Percent of the wall time spent in steps (not repeated ones), or None if not recorded."""
         total = sum(self.spent.values())
         return 100 * self.spent["step"] / total if total > 0 else None
 
@@ -155,7 +156,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:
-    """Returns the folders' names, or the full paths if two folders share a name."""
+    """Returns the folders' names, or their paths if two folders share a name."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [run.folder for run in runs]
 
@@ -171,8 +172,8 @@ def confused(
       most: number of pairs at most.
 
     Returns:
-      True class, predicted class, number of videos, and percent of the true class's videos, by
-      descending number.
+      Tuples of true class, predicted class, number of videos, and percent of the true class's
+      videos; most videos first.
     """
     counts = np.array(confusion, np.int64)
     of_class = counts.sum(1)
@@ -189,7 +190,8 @@ def confused(
 def identify(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Returns the entries of an evaluation that identify its test.
 
-    Of the list only the file's name counts, as the data may have moved between two evaluations.
+    The video list is identified by its file name alone, as the data may have moved between two
+    evaluations.
     """
     names = ("checkpoint", "step", "clips", "crops", "videos", "classes")
     return {name: evaluation[name] for name in names} | {"list": Path(evaluation["list"]).name}
@@ -209,7 +211,7 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
         if key in e and e[key] != run.config.get(f"eval.{key}"):
             words.append(f"--{key}={e[key]}")
     folder = run.config.get("data.folder")
-    listed = Path(e.get("list", ""))  # absolute, except for a TFDS dataset
+    listed = Path(e.get("list", ""))  # an absolute path, except for a TFDS dataset
     if folder is None or (
         listed.is_absolute() and listed.parent != Path(folder).expanduser().absolute()
     ):
@@ -288,7 +290,7 @@ def _columns(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[int
 
 
 def _figures(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Returns a header and one row of figures per run."""
+    """Returns a table's header and one row of results per run."""
     rows = [("run", "model", "parameters", "mult-adds", "steps", "time", "top-1", "top-5",
              "shuffled", "videos", "views")]  # fmt: skip
     for name, run in zip(distinct_names(runs), runs, strict=True):
@@ -334,7 +336,7 @@ def duration(seconds: float) -> str:
 
 
 def value(entry: Any) -> str:
-    """Formats a config value; None, the default of the variant or of the data, is a dash."""
+    """Formats a config value; None (the variant's or the data's default) becomes a dash."""
     if entry is None:
         return GAP
     if isinstance(entry, list | tuple):

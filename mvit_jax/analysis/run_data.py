@@ -74,7 +74,7 @@ def read(folder: str | AnyPath) -> Run:
     identity = report.identify(run.test)
     for path in sorted(folder.glob("clips*.json")):
         sheet = _load(path, _SHEET)
-        if sheet["of"] == identity:  # else it belongs to an earlier test: the last one was killed
+        if sheet["of"] == identity:  # else the last test was killed: this file is an earlier test's
             return replace(run, sheet=sheet)
     return run
 

@@ -7,14 +7,15 @@ from jaxtyping import Float, Float32
 
 from mvit_jax.models.plan import MViTConfig, Pool, Triple, grids, patch_grid, plan
 
-Axes = tuple[np.ndarray, ...]  # one array for time, height and width each
+Axes = tuple[np.ndarray, ...]  # one array each for time, height and width
 
 
 def windows(pool: Pool | None, grid: Triple) -> Axes:
     """Returns average pooling as one matrix per axis, each `[pooled, positions]`.
 
-    A pooling kernel is a box, so a position's weight in the grid is the product over the axes.
-    Each row sums to 1, without padding. Weights of pooling convolutions play no role.
+    A pooling kernel is a box, so a position's weight is the product of its weights on the three
+    axes. Padding has no weight, and each row sums to 1. The parameters of pooling convolutions are
+    ignored.
     """
     if pool is None:
         return tuple(np.eye(n) for n in grid)
@@ -30,7 +31,7 @@ def _windows(positions: int, pooled: int, kernel: int, stride: int, padding: int
 
 
 def cube_centres(config: MViTConfig, clip: Triple) -> Axes:
-    """Returns the centres of a clip's cubes in frames and pixels, from 0.
+    """Returns the centres of a clip's cubes, in frames and pixels counted from 0.
 
     Args:
       config: the architecture.
@@ -48,7 +49,7 @@ def cube_centres(config: MViTConfig, clip: Triple) -> Axes:
 def pooled_centres(pool: Pool | None, centres: Axes) -> Axes:
     """Returns the centres of pooled tokens, from the centres of the tokens before pooling.
 
-    A kernel that overlaps the border has the centre of the whole kernel.
+    The centre of a kernel that overlaps the border is that of the whole kernel, padding included.
     """
     if pool is None:
         return centres
@@ -81,7 +82,7 @@ def to_pixels(
       maps: a value for each input token of `block`.
       clip: (frames, height, width) of the model's input.
       config: the architecture.
-      block: from 0; the number of blocks stands for the last block's output.
+      block: from 0; the number of blocks selects the grid of the last block's output.
 
     Raises:
       ValueError: the maps do not have the shape of that block's grid.
@@ -108,7 +109,8 @@ def receptive_field(
 ) -> tuple[slice, slice, slice]:
     """Returns the pixels that reach a token through patch embedding and query pooling alone.
 
-    Through attention every pixel reaches every token; this is the token's own position.
+    Through attention, every pixel reaches every token. The returned pixels are those at the
+    token's own position.
 
     Args:
       config: the architecture.
@@ -141,7 +143,7 @@ def receptive_field(
 def distances(
     queries: Axes, keys: Axes
 ) -> tuple[Float[np.ndarray, "tq tk"], Float[np.ndarray, "hwq hwk"]]:
-    """Returns distances between all pairs of tokens: frames along time, and pixels in space."""
+    """Returns temporal (frames) and spatial (pixels) distances between all queries and keys."""
     time = np.abs(queries[0][:, None] - keys[0][None])
     rows, columns = (queries[i][:, None] - keys[i][None] for i in (1, 2))
     square = rows[:, None, :, None] ** 2 + columns[None, :, None, :] ** 2
