@@ -6,15 +6,15 @@
     python -m mvit_jax.predict --serve --workdir=DIR
 
 DIR is a workdir (--workdir) or a folder that `convert` wrote (--checkpoint). Probabilities are
-averages over K clips x C crops, as in the test program. A video longer than those clips is read in
-overlapping windows of one clip: its probabilities are averages over all windows, and it gets a
-timeline. --clips=K disables windows. Class names are the lines of DIR/labels.txt, or else of the
-data folder's labels.txt. A file that cannot be decoded is reported; the other files are still
-processed, and the exit status is 1.
+combined over K clips x C crops, as in the test program. A video longer than K clips is read in
+overlapping windows, each as long as a clip. The video's probabilities are then combined over all
+windows, and a timeline is added. --clips=K disables windows. Class names are the lines of
+DIR/labels.txt, or else of the data folder's labels.txt. A file that cannot be decoded is reported;
+the other files are still processed, and the exit status is 1.
 
 --pictures writes NAME_prediction.png for each file. --attention adds attention rollout and Grad-CAM
-to it, and writes both as NAME_attention.gif and .mp4. --serve opens a page for uploads (pip install
--e '.[demo]').
+to this figure, and animates both in NAME_attention.gif and .mp4. --serve serves a page for uploads
+(pip install -e '.[demo]').
 """
 
 import json
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
 
 
 def _folder() -> AnyPath:
-    """Returns the model's folder: exactly one of two flags must be set."""
+    """Returns the model's folder; requires either --workdir or --checkpoint."""
     folders = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
     if _CHECKPOINT.value in ("last", "best") and not Path(_CHECKPOINT.value).is_dir():
         raise errors.UserError(
@@ -134,13 +134,13 @@ def predict(
       predictor: the model.
       files: paths of video or image files.
       top: number of classes per file.
-      pictures: folder for figures of each file.
+      pictures: folder for the figures; None draws none.
       maps: draw attention maps too.
 
     Returns:
-      A JSON-serialisable dict. "files" has an entry per file with "classes" or "error". Long videos
-      have a "timeline": "windows" with the classes of each, and "segments" with the same most
-      probable class throughout; times are in seconds.
+      A JSON-serialisable dict. "files" has an entry per file, with "classes" or "error". For a long
+      video, "timeline" has the classes of all "windows", and "segments", which are intervals with
+      the same most probable class throughout. Times are in seconds.
     """
     stems = picture_names(files, pictures) if pictures else files
     results: list[dict[str, Any]] = []
@@ -216,7 +216,7 @@ def _draw(
 
 
 def picture_names(files: list[str], folder: Path) -> list[str]:
-    """Returns a unique prefix for each file's figures: its stem, numbered if needed.
+    """Returns a unique prefix for each file's figures: the file's stem, numbered if needed.
 
     Prefixes differ even when case is ignored, and no figure overwrites an input file.
     """

@@ -17,16 +17,16 @@ from mvit_jax.predict.windows import Timeline, clock
 Shown = UInt8[np.ndarray, "clips time height width 3"]
 
 BLUE = "#2a6f97"
-# The colour-blind safe palette of Okabe and Ito (2008), without its pale yellow.
+# The colour-blind safe palette of Okabe and Ito (2008), without black and pale yellow.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 GREY = "#9a9a9a"
-FRAMES = 8  # of the strip at most
+FRAMES = 8  # frames drawn at most
 # In the order of `Maps`.
 CAPTIONS = (
     "attention rollout: where the model looks (pooled keys show as a grid)",
     "Grad-CAM: evidence for the most probable class",
 )
-SECONDS_A_PICTURE = 0.5  # per frame, in the animation of an image model's frames
+SECONDS_A_PICTURE = 0.5  # duration of each frame in an image model's animation
 
 _INCHES = {"frames": 1.6, "bar": 0.32, "timeline": 2.6, "gap": 0.7}
 
@@ -45,13 +45,13 @@ def picture(
     """Returns a PNG file with frames, bars of the most probable classes, and the timeline.
 
     Args:
-      title: above the figure.
+      title: text above the figure.
       probabilities: of all classes.
       names: of all classes.
       shown: clips whose frames are drawn.
-      times: presentation times of the frames of `shown`, in seconds; their titles.
+      times: presentation times of the frames of `shown`, in seconds, drawn above the frames.
       top: number of bars.
-      timeline: of a long video.
+      timeline: the timeline of a long video.
       maps: attention maps of `shown`, drawn below the frames.
     """
     top = min(top, len(names))
@@ -79,7 +79,7 @@ def timeline_picture(timeline: Timeline, names: Sequence[str]) -> bytes:
 
 
 def attention_frames(shown: Shown, maps: Maps) -> UInt8[np.ndarray, "frames _height _width 3"]:
-    """Returns the clips as one animation: frames, and the same frames under each map, in a row."""
+    """Returns the clips as one animation: each frame alone and under each map, side by side."""
     rows = []
     for i, clip in enumerate(shown):
         panels = [clip, *(render.overlay(clip, heat[i]) for heat in maps)]
@@ -118,7 +118,7 @@ def _strip(
 
 
 def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:
-    # Smooths only when it shrinks the image.
+    # Smooths, unless the image is enlarged by an integer factor or by more than 3.
     axes.imshow(image, interpolation="antialiased")
 
 
@@ -143,7 +143,7 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
     share = np.zeros(len(names))
     for segment in segments:
         share[segment.label] += segment.end - segment.start
-    # The classes on top for longest have colours, all others are grey.
+    # The classes that are most probable for the longest time have colours; others are grey.
     labels = [int(i) for i in np.argsort(-share, kind="stable")[: len(COLOURS)] if share[i] > 0]
     colour = dict(zip(labels, COLOURS, strict=False))
     lines, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
@@ -169,5 +169,5 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    # Matplotlib parses text between two dollar signs as mathematics, and raises if it is not.
+    # Matplotlib parses text between dollar signs as mathematics, and raises if the parser fails.
     return text.replace("$", r"\$")

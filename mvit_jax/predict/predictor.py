@@ -35,8 +35,8 @@ class Prediction:
     """A model's prediction for one file, with some of the clips that the model saw.
 
     Attributes:
-      probabilities: of the classes: softmax (sigmoid if multi-label), mean or maximum (as in the
-        run's test protocol) over clips and crops, or over windows and crops.
+      probabilities: softmax (sigmoid if multi-label) of the logits, as mean or maximum over all
+        crops of all clips or windows. The run's test protocol selects mean or maximum.
       clips: number of clips or windows.
       timeline: probabilities over time of a long video, else None.
       shown: centre crops of the middle clip, or of evenly spaced windows of a long video.
@@ -53,9 +53,9 @@ class Prediction:
 
 
 class Maps(NamedTuple):
-    """Attention maps per pixel, not negative; their scale differs from clip to clip."""
+    """Attention maps per pixel, at least 0; the scale differs from clip to clip."""
 
-    rollout: Float32[np.ndarray, "clips time size size"]  # from the head to the cubes
+    rollout: Float32[np.ndarray, "clips time size size"]  # traced from the head to the cubes
     grad_cam: Float32[np.ndarray, "clips time size size"]  # of each clip's most probable class
 
 
@@ -83,10 +83,10 @@ class Predictor:
         """Loads the model.
 
         Args:
-          folder: with config.json and checkpoints.
+          folder: a folder with config.json and checkpoints.
           which: the "last" or the "best" checkpoint.
-          clips: K of the test protocol, for long videos too. By default the config's K, and windows
-            for long videos.
+          clips: K of the test protocol, which disables windows. By default the config's K, and long
+            videos are read in windows.
           crops: squares cut from each clip, 1 or 3; by default the config's.
         """
         mesh = sharding.make_mesh()  # the run's mesh may need more devices than this machine has
@@ -97,7 +97,7 @@ class Predictor:
             self._params, self.step = run.params_on(mesh, which), run.step(which)
         self._handle, self.model = settings.model, settings.model.config
         self._settings, self._recipe = settings.clips, settings.step
-        # With segment sampling a clip covers the whole video already.
+        # With segment sampling, one clip already covers the whole video.
         self._takes_windows = clips is None and self._settings.sampling == "span"
         eval_ = self.config.eval
         self._logits = Inference(
@@ -105,7 +105,7 @@ class Predictor:
             self._params,
             mean=self._recipe.mean,
             std=self._recipe.std,
-            # For short videos, and for the windows of long videos.
+            # Batch sizes for short videos, and for windows of long videos.
             buckets=(eval_.clips * eval_.crops, AT_A_TIME * eval_.crops),
             devices=jax.devices(),
         )
@@ -205,7 +205,7 @@ class Predictor:
             yield np.asarray(pending, np.float64)
 
     def maps(self, shown: UInt8[np.ndarray, "clips time size size 3"]) -> Maps:
-        """Returns attention rollout, and Grad-CAM of the most probable class, of each clip."""
+        """Returns attention rollout and Grad-CAM (of the most probable class) for each clip."""
         with jax.default_matmul_precision(self.config.precision):
             # One clip at a time: the attention of all blocks takes much memory.
             both = [jax.device_get(self._jitted_maps(self._params, clip[None])) for clip in shown]
@@ -238,7 +238,7 @@ class Predictor:
 def class_names(config: Config, folder: AnyPath, count: int) -> tuple[str, ...]:
     """Returns the class names from labels.txt, or "class 0" and so on if there is no such file.
 
-    The model's folder comes before the data folder.
+    The model's folder is searched before the data folder.
 
     Raises:
       UserError: the file does not have `count` names.

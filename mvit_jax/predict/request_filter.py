@@ -1,11 +1,11 @@
 """HTTP request filter in front of gradio, for the attacks that gradio's options do not block.
 
-In gradio 6.31 its options block requests that read or name a file that was not uploaded. They do
-not block these:
+The options of gradio 6.31 block requests for files that were not uploaded. Three attacks remain:
 
-- FFmpeg runs on files posted to `process_recording`; a playlist there can expose local videos.
-- An upload's files have a size limit; their number, other form fields and JSON bodies have none.
-- Requests from other sites' pages, and for host names that resolve here (DNS rebinding).
+- Playlists posted to `process_recording`: FFmpeg runs on them and can expose local videos.
+- Large requests: only the size of a file is limited, not the number of files, other form fields
+  or JSON bodies.
+- Requests from other sites' pages, and for host names that resolve to this machine (DNS rebinding).
 """
 
 import ipaddress
@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-AROUND = 2**16  # bytes of a request at most, besides the uploaded file
+AROUND = 2**16  # bytes of a request at most, in addition to the uploaded file
 
 
 def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[None]]:
@@ -23,8 +23,9 @@ def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[Non
 
     Args:
       app: the application.
-      host: the address that the server is bound to. On loopback, requests must be for loopback.
-      largest: bytes of an upload at most.
+      host: the address that the server is bound to. If it is loopback, the Host header of requests
+        must be loopback too.
+      largest: size limit of an upload in bytes.
     """
     from starlette.requests import Request  # starlette comes with gradio
     from starlette.responses import PlainTextResponse
@@ -53,7 +54,7 @@ def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[Non
         answer = app if status is None else PlainTextResponse(HTTPStatus(status).phrase, status)
         try:
             await answer(scope, receive, send)
-        except Exception as error:  # for example gradio's, if the server stops with a page open
+        except Exception as error:  # such as gradio's, if the server stops with a page open
             first = str(error).partition("\n")[0]
             print(f"a request failed: {type(error).__name__}: {first}", file=sys.stderr, flush=True)
 

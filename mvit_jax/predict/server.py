@@ -30,8 +30,8 @@ from mvit_jax.predict.windows import clock
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
-MOST_PIXELS = 4096 * 2304  # of a frame, which is 28 MB in memory
-MOST_FPS = 120  # converts the limit in minutes to frames, as a file may state any frame rate
+MOST_PIXELS = 4096 * 2304  # of a frame at most: 28 MB in memory
+MOST_FPS = 120  # limits the number of frames, as a file may state any frame rate
 WAITING = 8  # requests in the queue at most; one is processed at a time
 
 STYLE = """
@@ -161,7 +161,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
         file.async_move_resource_to_block_cache = partial(
             _uploaded, file.async_move_resource_to_block_cache
         )
-        # Not gradio.HTML: the browser runs its templates as code.
+        # Not gradio.HTML, whose templates the browser runs as code.
         result = partial(gradio.Markdown, elem_classes="result", latex_delimiters=[])
         heading = result()
         label = gradio.Label(label="Classes", num_top_classes=top, show_heading=False)
@@ -194,8 +194,8 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
 
 
 async def _uploaded(to_cache: Callable[..., Any], path: str) -> str:
-    """Returns a request's file; gradio has already refused paths that were not uploaded."""
-    if "://" in path:  # `to_cache` would download it, without a size limit
+    """Returns a request's file in the cache; gradio has already refused paths not uploaded."""
+    if "://" in path:  # `to_cache` would download the address, without a size limit
         raise ValueError("a request named an address instead of an upload")
     return await to_cache(path)
 
@@ -269,13 +269,13 @@ def _image(data: bytes, kind: str, label: str, style: str = "") -> str:
 
 
 def check_kind(path: Path, endings: list[str]) -> None:
-    """Checks by ending and first bytes that a file is of a kind that the page takes.
+    """Checks a file's kind by its extension and its first bytes.
 
-    FFmpeg also reads playlists of other files and addresses, and Pillow reads formats that are
-    programs. Such a file, uploaded under a video's name, must not reach either library.
+    FFmpeg also reads playlists, which refer to other files and addresses, and Pillow reads formats
+    that are programs. Such a file, renamed to look like a video, must not reach either library.
 
     Raises:
-      UserError: the file is of another kind.
+      UserError: the file is empty, or the page does not take its kind.
     """
     ending = path.suffix.lower()
     if ending not in endings:
@@ -299,7 +299,7 @@ def check_kind(path: Path, endings: list[str]) -> None:
 
 
 def check_size(video: Video | Frames, limits: Limits) -> None:
-    """Checks the length and the frame size of a video.
+    """Checks the length and the frame size of a video; an image always passes.
 
     Raises:
       UserError: the video is too long, or its frames are too large.

@@ -1,9 +1,9 @@
 """Sliding windows over long videos, and predictions over time.
 
 A clip of T frames at stride tau lasts T * tau / 30 seconds, and the test protocol takes K clips.
-A video longer than K clips is not covered by them, and their mean is not a prediction over time.
-Such a video is read in windows of one clip at a hop of half a clip. Each moment is then seen twice,
-except in the first and the last half clip.
+K clips do not cover a longer video, and their mean does not show changes over time. A longer video
+is therefore read in windows, each as long as a clip, at a hop of half a clip. Most moments are then
+in two windows.
 """
 
 import itertools
@@ -19,10 +19,10 @@ from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.video import Video
 
 FEWEST = 4
-"""Clip lengths up to which a video is short under every protocol: a timeline needs more windows."""
+"""Number of clip lengths up to which a video is always short: a timeline needs more windows."""
 
 SECONDS_OF_AN_IMAGE = 1.0
-"""Length of an image model's window, whose middle frame the model sees."""
+"""Length in seconds of an image model's window; the model sees the window's middle frame."""
 
 
 class Windows(NamedTuple):
@@ -47,10 +47,10 @@ def is_long(num_frames: int, fps: float, *, frames: int, stride: int, clips: int
 
 
 def windows(num_frames: int, fps: float, *, frames: int, stride: int) -> Windows:
-    """Returns windows of one clip that cover the video, at a hop of half a clip.
+    """Returns windows that cover the video, each as long as a clip, at a hop of half a clip.
 
-    The last window ends with the video. For image models the windows are whole seconds, without
-    overlap, and the model sees the frame in the middle. Arguments as for `is_long`.
+    The last window ends with the video. For image models, windows last a second and do not overlap,
+    and the model sees each window's middle frame. Arguments as for `is_long`.
     """
     length = _length(fps, frames, stride)
     if frames == 1:
@@ -59,10 +59,10 @@ def windows(num_frames: int, fps: float, *, frames: int, stride: int) -> Windows
         seen = np.minimum(starts + length / 2, num_frames - 1)
     else:
         hop, last = max(length / 2, 1.0), max(num_frames - length, 0.0)
-        # Whole frames, as in the test protocol.
+        # Starts are whole frames, as in the test protocol.
         starts = seen = np.floor(np.append(np.arange(0.0, last, hop), last))
         ends = np.append(starts[:-1] + length, num_frames)
-    # The same sampling as in training and test.
+    # Frames are sampled as in training and test.
     indices = [
         sampling.spread(start, sampling.span(fps, frames, stride), frames, num_frames)
         for start in seen
@@ -136,7 +136,7 @@ def clips_of(
     Args:
       video: the file.
       indices: frame numbers of the clips; the clips' starts must not decrease.
-      settings: of resizing and cropping.
+      settings: settings of resizing and cropping.
       crops: squares cut from each clip, 1 or 3.
 
     Raises:
