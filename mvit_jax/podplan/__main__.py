@@ -8,18 +8,18 @@ r"""Estimates memory, step time and cost of an experiment on a TPU pod, without 
 
 No accelerator is needed: the TPU compiler of the extra `tpu` compiles the train step ahead of time.
 The memory, FLOPs, bytes moved and collectives of the compiled step are compared with the chip's
-peak rates. All times are lower bounds: a real step takes longer. For a step that does not fit, the
-program lists settings that save memory. The data are not needed: `data.train_videos` and
-`data.classes` are their size.
+memory and peak rates. All times are lower bounds: a real step takes longer. For a step that does
+not fit, the program lists settings that save memory. The data are not needed, only their size:
+`data.train_videos` and `data.classes`.
 
 By default the compiler's effort is low (--effort=-1): a full-size step takes about 80 seconds of
 CPU time instead of 400. FLOPs, collectives and memory are the same, but HBM traffic is overstated
 (by a factor of 2.3 for MViT-B 16x4) and is not used as a bound. --effort=0 compiles as training
 does, and HBM traffic becomes a bound.
 
---largest_batch searches the number of clips that fills a chip (3 to 6 compilations). --sweep
-compiles all combinations of --fsdp, --remat and --clips (per chip), prints a table, and draws it to
---out. --json is updated after each compilation.
+--largest_batch searches for the number of clips that fills a chip (3 to 6 compilations). --sweep
+compiles all combinations of --fsdp, --remat and --clips (per chip), and prints a table. --out is a
+file for a figure of all plans. --json is updated after each compilation of a sweep.
 """
 
 import copy
@@ -68,7 +68,7 @@ OF_A_SWEEP = ("fsdp", "remat", "clips")
 
 
 def main(argv: list[str]) -> None:
-    """Checks flags, config and output files first, as a compilation takes minutes."""
+    """Checks flags, config and output files before the compilations, which take minutes."""
     if len(argv) > 1:
         raise errors.UserError(f"unknown argument {argv[1]!r}: flags look like --topology=v5e:4x4")
     if _CONFIG.value is None or _TOPOLOGY.value is None:
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     videos, _ = dry_run.data_and_model(config)
     if videos < 1:
         raise errors.UserError(f"data.train_videos must be at least 1, not {videos}")
-    # Programs for absent chips could be written to the compilation cache, but not read from it.
+    # The compilation cache could store programs for absent chips, but not load them.
     jax.config.update("jax_enable_compilation_cache", False)
     plans = sweep(config, topology) if _SWEEP.value else [plan(config, topology)]
     if _OUT.value is not None:
@@ -157,9 +157,9 @@ def with_keys(config: Config, **changes: Any) -> Config:
 
 
 def search(first: Plan, mesh: Mesh) -> int:
-    """Returns the most clips that fit on a chip, or that nearly fill it; 0 if none fit."""
+    """Returns the largest number of clips found to fit on a chip, or 0."""
     config, topology = first.config, first.topology
-    unit = advice.unit(config)  # the search is over multiples of it
+    unit = advice.unit(config)  # the search is over multiples of this number
     memory = topology.chip.memory
     tried = {first.clips // unit: _tried(first)}
     while (units := largest.next_clips(tried, memory)) is not None:
@@ -175,7 +175,7 @@ def _tried(plan: Plan) -> largest.Tried:
 
 
 def sweep(config: Config, topology: Topology) -> list[Plan]:
-    """Compiles all combinations and prints them as a table."""
+    """Compiles all combinations of a sweep and prints a table."""
     cases = sweep_cases(config, topology)
     few = "" if len(cases) < 4 else "; fewer by --fsdp, --remat, --clips"
     each = f"{plural(len(cases), 'program')} for {topology}, each a minute or more{few}"
@@ -191,7 +191,7 @@ def sweep(config: Config, topology: Topology) -> list[Plan]:
 
 
 def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]:
-    """Returns mesh and config of every combination; prints the changes that a batch needs."""
+    """Returns mesh and config of every combination; prints config changes that a batch needs."""
     default = [1, 4] if topology.chips_per_slice % 4 == 0 and topology.chips > 4 else [1]
     if config.mesh.fsdp != 1:
         default = [config.mesh.fsdp]

@@ -31,7 +31,7 @@ class Chip:
         network.
       cores: cores per chip in accelerator names ("v4-8" has 4 chips).
       host_cpus: vCPUs of a host with 4 chips, as in larger slices.
-      largest: sides of the largest slice.
+      largest: upper limits of a slice's sides.
       most: chips of the largest slice.
     """
 
@@ -46,11 +46,11 @@ class Chip:
     most: int
 
 
-# Memory is from the compiler's out-of-memory message. Between slices: 50 Gbit/s per chip (v5p's
-# page), 6.4 Tbit/s for 256 chips (v5e's page), and four times v5e's for v6e, whose hosts have four
-# times the network. v4's page has no figure, so v5p's is assumed. v4 has six links of 50 GB/s in
-# each direction. vCPUs are of the machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t
-# and ct6e-standard-4t.
+# Memory is from the compiler's out-of-memory message. Rates between slices: v5p has 50 Gbit/s per
+# chip and v5e 6.4 Tbit/s per 256 chips, according to their pages. v6e has four times v5e's rate, as
+# v6e's hosts have four times the network. v4's page has no rate, so v5p's is assumed. v4 has six
+# links of 50 GB/s in each direction. The vCPUs are those of the machine types ct4p-hightpu-4t,
+# ct5lp-hightpu-4t, ct5p-hightpu-4t and ct6e-standard-4t.
 CHIPS = {
     "v4": Chip(275e12, 1.2e12, 30.75 * GIB, 300e9, 6.25e9, 2, 240, (16, 16, 16), 4096),
     "v5e": Chip(197e12, 0.819e12, 15.75 * GIB, 200e9, 3.125e9, 1, 112, (16, 16), 256),
@@ -101,7 +101,7 @@ def shapes(kind: str) -> tuple[tuple[int, ...], ...]:
     """Returns the shapes of the available slices of a kind of chip, smallest first.
 
     Two-dimensional shapes are a fixed list. Three-dimensional shapes are parts of a 4 x 4 x 4 cube,
-    or combinations of such cubes: their sides are multiples of 4 in ascending order.
+    or combine such cubes: the sides are then multiples of 4, in ascending order.
     """
     chip = CHIPS[kind]
     if len(chip.largest) == 2:
@@ -153,7 +153,7 @@ def _listed(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Roofs:
-    """Roofline bounds of a program in seconds, per resource; the longest bounds the program."""
+    """Lower bounds of a program's time in seconds, one per resource; the longest one applies."""
 
     compute: float
     memory: float
@@ -195,7 +195,7 @@ def seconds(collective: Collective, chip: Chip) -> float:
 
 
 def moved(collective: Collective) -> int | float:
-    """Returns the bytes that each chip must send and receive in one run of a collective.
+    """Returns the bytes that each chip must send, and receive, in one run of a collective.
 
     In an all-gather over n chips each chip receives (n - 1) / n of the result. An all-reduce is a
     reduce-scatter followed by an all-gather.
@@ -210,7 +210,7 @@ def by_kind(collectives: Iterable[Collective], chip: Chip) -> list[tuple[str, in
     """Sums collectives by kind and group size.
 
     Returns:
-      Rows of kind, devices per group, bytes of a chip, and seconds at least; by descending seconds.
+      Rows of kind, devices per group, bytes per chip, and lower bound in seconds; longest first.
     """
     groups: dict[tuple[str, int], list[float]] = {}
     for c in collectives:

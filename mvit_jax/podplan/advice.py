@@ -17,9 +17,9 @@ from mvit_jax.podplan.accelerators import GIB, Roofs, Topology
 from mvit_jax.podplan.compile import STATE, Figures, TooLarge
 from mvit_jax.training import build
 
-# Throughput of one core (`benchmarks.input_pipeline`, 2026-11-23; varies by a third between runs).
-# Clips of 16 x 224 x 224 per second, with RandAugment and crop, two clips per decoded video of
-# 10 seconds at 340 x 256, from original files or packed shards. Images of 224 x 224 from JPEGs.
+# Clips and images per second of one core (`benchmarks.input_pipeline`, 2026-11-23; vary by a third
+# between runs). Clips have 16 x 224 x 224 pixels, with RandAugment and crop; each decoding of a
+# 10-second video at 340 x 256 gives two clips. Images have 224 x 224 pixels, from JPEGs.
 CLIPS_OF_A_CORE = {"files": 38.0, "shards": 56.0}
 IMAGES_OF_A_CORE = 290.0
 MEASURED_REPEATS = 2
@@ -67,15 +67,15 @@ class Plan:
     def bounds(self) -> Roofs:
         """Roofline bounds that hold for training's program too.
 
-        With less effort than training's the compiler prefetches nothing into on-chip memory, which
-        overstates HBM traffic. The memory bound is then 0.
+        With a negative effort, the compiler prefetches nothing into on-chip memory. HBM traffic is
+        then overstated, so the memory bound is 0.
         """
         roofs = self.roofs
         return roofs if self.effort >= 0 else dataclasses.replace(roofs, memory=0.0)
 
     @property
     def hours(self) -> float:
-        """Lower bound of the hours of all steps."""
+        """Lower bound of the time of all steps, in hours."""
         return self.steps * self.bounds.longest / 3600
 
     @property
@@ -85,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reading:
-    """Input throughput that each host needs at most: that of chips at their peak rates.
+    """Upper bound of the input throughput that a host needs, with chips at their peak rates.
 
     Attributes:
       clips, videos: per second.
@@ -100,8 +100,8 @@ class Reading:
 def reading(config: Config, model: MViTConfig, hosts: int, seconds: float) -> Reading:
     """Returns the input throughput that each of `hosts` hosts needs for steps of `seconds`.
 
-    Cores are scaled by pixels from measurements with two clips per decoded video. With one clip
-    per decoding, the cost per clip is doubled, as if decoding were all of the work.
+    The number of cores is scaled by pixels from measurements with two clips per decoded video. With
+    one clip per decoding, the cost per clip is doubled, as if decoding were all of the work.
     """
     clips = config.batch / seconds / hosts
     pixels = model.frames * model.size**2
@@ -124,14 +124,14 @@ def noun(config: Config) -> str:
 
 
 def unit(config: Config) -> int:
-    """Returns the number of which the clips per chip must be a multiple."""
+    """Returns the number that must divide the clips per chip."""
     return math.lcm(config.data.repeats, config.accumulate)
 
 
 def group_of(config: Config, clips: int) -> int:
-    """Returns the mixup group size for `clips` per chip: their gcd with the config's.
+    """Returns the mixup group size for `clips` per chip: the gcd of clips and the config's size.
 
-    Without mixup and cutmix, the config's is returned unchanged.
+    Without mixup and cutmix, the config's size is returned unchanged.
     """
     if config.augment.mixup <= 0 and config.augment.cutmix <= 0:
         return config.augment.mixup_group_size
@@ -200,20 +200,20 @@ def state(result: Figures | TooLarge) -> int:
 
 
 def spare(plan: Plan) -> float:
-    """Returns bytes per chip for what grows with the batch, up to `FULL` of the memory."""
+    """Returns bytes per chip left for batch and activations, up to `FULL` of the memory."""
     fixed = state(plan.result) + plan.result.kinds.get("program", 0)
     return FULL * plan.topology.chip.memory - fixed
 
 
 def bytes_per_clip(plan: Plan) -> float:
-    """Returns the mean bytes per clip of activations and batch; estimates an additional clip."""
+    """Returns the mean bytes of activations and batch per clip, an estimate for each more clip."""
     return (plan.result.kinds["activations"] + plan.result.kinds["batch"]) / plan.clips
 
 
 def largest_batch(plan: Plan, most: int | None = None) -> int:
     """Returns the largest number of clips per chip that fits, or 0.
 
-    The number is a multiple of the mixup group size, unless fewer clips than a group fit.
+    With mixup or cutmix, the number is a multiple of the mixup group size if a whole group fits.
 
     Args:
       plan: the compiled plan.

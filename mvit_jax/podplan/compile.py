@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation of an experiment's step for TPUs (extra `tpu`), and its costs.
+"""Ahead-of-time compilation of an experiment's step for TPUs (extra `tpu`), and the step's costs.
 
-If a program does not fit, XLA's error contains the memory that it would need.
+If a program does not fit, XLA's error contains the memory that the program would need.
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ from mvit_jax.podplan.hlo import cost as counting
 from mvit_jax.training import build
 from mvit_jax.training.distributed import sharding
 
-# No queries to a metadata server, no warnings about the missing TPU, and no lock on libtpu, so that
-# several processes can compile.
+# Disables queries to a metadata server, warnings about the missing TPU, and the lock on libtpu.
+# Without the lock, several processes can compile.
 _ABSENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -34,7 +34,7 @@ _ABSENT = {
 
 QUICK = -1.0  # the compiler's least effort (`exec_time_optimization_effort`)
 
-# Kinds of memory by prefixes of argument names, of the train step and of the forward pass.
+# Kinds of memory, by prefixes of the arguments' names in the train step and the forward pass.
 _KINDS = {
     "parameters": ("state.params", "params"),
     "optimiser": ("state.opt_state",),
@@ -73,9 +73,9 @@ class TooLarge:
     """A program that does not fit on a chip.
 
     Attributes:
-      used: bytes of a chip that it would need.
-      kinds: the same by kind; "activations" are the remainder.
-      seconds: until the compiler failed.
+      used: memory that the program would need, in bytes per chip.
+      kinds: this memory by kind; "activations" are the remainder.
+      seconds: time until the compiler failed.
     """
 
     used: int
@@ -118,12 +118,12 @@ def measure(
     Args:
       config: the experiment's config.
       model: the architecture.
-      mesh: of TPU devices, see `tpu_mesh`.
+      mesh: a mesh of TPU devices, see `tpu_mesh`.
       which: "train" for the train step, "forward" for a test's forward pass with one view per
         video.
-      effort: the compiler's effort. `QUICK` compiles about five times as fast. FLOPs, collectives
-        and memory remain the same, but HBM traffic is overstated, as the compiler prefetches
-        nothing into on-chip memory.
+      effort: the compiler's effort; 0 is the default. `QUICK` compiles about five times as fast.
+        FLOPs, collectives and memory remain the same, but HBM traffic is overstated, as the
+        compiler prefetches nothing into on-chip memory.
     """
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         settings = build.settings(config, model.num_classes)
@@ -163,7 +163,7 @@ def measure(
 
 
 def required_bytes(message: str) -> int | None:
-    """Parses the bytes that a program needs from the compiler's out-of-memory message.
+    """Returns the bytes that a program needs, from the compiler's out-of-memory message.
 
     The message has either the total or the temporaries alone. Returns None for other messages.
     """

@@ -1,13 +1,13 @@
-"""Searches the largest number of clips that fits on a chip, with few compilations.
+"""Searches for the largest number of clips that fits on a chip, with few compilations.
 
 A compilation takes a minute or more, so the search ends when the chip is nearly full. Close to the
-limit, the compiler rematerialises on its own: it then takes several times as long, more clips fit
-than linear extrapolation predicts, and the program is slower per clip.
+limit, the compiler rematerialises on its own. Compilation then takes several times as long, more
+clips fit than linear extrapolation predicts, and the program is slower per clip.
 """
 
 from dataclasses import dataclass
 
-FULL = 0.9  # share of the memory from which a chip counts as full
+FULL = 0.9  # a chip counts as full from this share of its memory
 AIM = 0.95  # share of the memory that the next candidate should fill
 
 
@@ -27,7 +27,7 @@ def bounds(tried: dict[int, Tried]) -> tuple[int, int | None]:
 
 
 def is_found(tried: dict[int, Tried], memory: int | float) -> bool:
-    """Returns True if the largest fitting number fills the chip, or is exact to a sixteenth."""
+    """Returns True if the largest fitting number fills the chip, or is exact to `tolerance`."""
     fitting, failing = bounds(tried)
     if fitting and tried[fitting].used >= FULL * memory:
         return True
@@ -39,10 +39,10 @@ def tolerance(clips: int) -> int:
 
 
 def estimate(tried: dict[int, Tried], memory: int | float) -> int:
-    """Estimates the clips that use `memory`, linearly from the two largest numbers tried."""
+    """Estimates how many clips fill `memory`, linearly from the two largest numbers tried."""
     low, high = sorted(tried)[-2:]
     slope = (tried[high].used - tried[low].used) / (high - low)
-    if slope <= 0:  # the compiler has rematerialised to make the larger one fit
+    if slope <= 0:  # the compiler has rematerialised to make the larger number fit
         return 2 * high
     return int(high + (memory - tried[high].used) / slope)
 

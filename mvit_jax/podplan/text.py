@@ -32,7 +32,7 @@ def text(plan: Plan, most: int | None) -> str:
 
     Args:
       plan: the compiled plan.
-      most: result of a search for the most clips per chip.
+      most: result of a search for the most clips per chip; None without a search.
     """
     parts = [memory_line(plan), section("Memory of a chip, GiB", _memory_lines(plan))]
     advice = _listed(pods.advice(plan, most))
@@ -239,7 +239,7 @@ def report(plans: list[Plan], config: str, most: int | None = None) -> dict[str,
     """Returns all results as a JSON-serialisable dict, in seconds, bytes and hours.
 
     Args:
-      plans: of one config and topology.
+      plans: plans for one config and topology.
       config: the value of `--config`.
       most: as for `text`, with a single plan.
     """

@@ -4,27 +4,27 @@ XLA's `cost_analysis()` counts a loop's body once, for any trip count. This modu
 the optimised program (HLO) instead, and counts every instruction as often as it runs:
 
 - A fusion is one operation: it reads its operands and writes its results. Intermediate results
-  inside of it move no bytes. Of an operand that is only sliced, the slices count; of a result that
-  is updated in place, the update counts.
+  inside a fusion move no bytes. If an operand is only sliced, only the slices count as read. If a
+  result is updated in place, only the update counts as written.
 - A custom kernel (Pallas: `tpu_custom_call`) reads its operands and writes its results once each.
-  Its FLOPs are not in the HLO. Only `kernel_flops` includes them, as stated by the kernel's author
-  (`pl.CostEstimate`). XLA's totals use the stated FLOPs and bytes, and 0 without a statement.
-- Of a conditional, the branch that moves the most bytes counts.
+  The HLO does not contain the kernel's FLOPs. `kernel_flops` has the author's estimate
+  (`pl.CostEstimate`). XLA's totals include the estimated FLOPs and bytes, or 0 without an estimate.
+- A conditional costs as much as the branch that moves the most bytes.
 - A loop with an unknown trip count counts once, and is listed in `unknown_loops`.
-- An asynchronous collective on TPUs is spread over several fusions, from its start through the
-  overlapped computation to its end. It counts at its start.
-- Transfers between slices are pairs of "send" and "recv", executed by a separate runtime
-  ("megascale"). They count as the collective that they implement.
+- An asynchronous collective on TPUs is spread over several fusions: its start, the overlapped
+  computation, and its end. The collective counts at its start.
+- A transfer between slices is a pair of "send" and "recv", executed by a separate runtime
+  ("megascale"). The pair counts as the collective that it implements.
 
 `bytes` covers all operands and results in any memory, including the padding of tiled layouts.
 `hbm_bytes` excludes a TPU's on-chip memory, into which the compiler prefetches. A multiply-add is
 two FLOPs. All values are per device.
 
 Without loops and kernels the totals agree with XLA's. On CPUs they agree to the byte, with one
-exception: where a fusion reads overlapping slices of an array, XLA counts every slice, and this
-module counts the array once. On TPUs XLA counts both halves of a prefetch: four times the array for
-a copy and three times for a slice, although it is read once and written once. Counted in XLA's way,
-the bytes agree to 0.2 % for the train step of MViT-B 16x4 (v5e, 4 clips).
+exception: if a fusion reads overlapping slices of an array, XLA counts every slice, but this module
+counts at most the whole array. On TPUs, XLA counts both halves of a prefetch. A copied array then
+counts four times and a slice three times, although each is read once and written once. Counted in
+XLA's way, the bytes agree to 0.2 % for the train step of MViT-B 16x4 (v5e, 4 clips).
 """
 
 import math
@@ -56,7 +56,7 @@ _NO_KERNEL = (
     *("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"),
     *("GatherScatterIndicesBitpacked", "SliceId", "ZeroCrop"),
 )
-_PASSES = ("tuple", "custom-call")  # pass on the buffers of pending collectives within a fusion
+_PASSES = ("tuple", "custom-call")  # opcodes that pass on pending collectives' buffers
 _SLICES = ("slice", "dynamic-slice", "gather")
 _SEEN_THROUGH = ("bitcast", "convert", "reshape", "copy")
 
@@ -100,8 +100,8 @@ class Collective:
       op_name: JAX's scopes and primitive.
       trips: number of runs.
       bytes: size of a device's operands or results, whichever is larger, in one run.
-      devices: per group. Between slices, the number of slices: each device communicates with one
-        device of every other slice.
+      devices: number of devices per group; between slices, the number of slices, as each device
+        communicates with one device of every other slice.
       between_slices: True if the data pass over the network between slices (DCN).
     """
 
@@ -122,9 +122,9 @@ class Counts:
     """Operations of a program; the properties are totals over all trips, per device.
 
     Attributes:
-      operations: with their costs.
-      collectives: between chips and between slices.
-      unknown_loops: loops that count once, as their trip count is unknown.
+      operations: the operations with their costs.
+      collectives: the collectives between chips and between slices.
+      unknown_loops: loops with an unknown trip count, which count once.
       arguments: names, such as "state.params['head']['classifier']['bias']", and bytes in memory.
     """
 
@@ -257,7 +257,7 @@ class _Walk:
             if parent is not None:
                 if _is_pending(part, parent):
                     continue
-                # Its operands, and its results unless the fusion itself slices them.
+                # The collective's operands, and its results unless the fusion slices them.
                 moved = (*operand_shapes(part, parent), *(() if scattered else part.shapes))
                 traffic += [(shape.bytes, shape.space) for shape in moved]
             self.collectives.append(self._collective(part, parent or computation, trips, scattered))
@@ -323,7 +323,7 @@ def _traffic(
 
 
 def _read(computation: Computation, line: Instruction, module: Module) -> int:
-    """Returns the bytes that a fusion reads of a parameter, or of a view of it (a bitcast)."""
+    """Returns the bytes that a fusion reads of a parameter, or of a parameter's bitcast."""
     whole, total = sum(shape.bytes for shape in line.shapes), 0
     carries = _carries_collectives(computation)
     for user, position in computation.users[line.name]:
@@ -341,7 +341,7 @@ def _read(computation: Computation, line: Instruction, module: Module) -> int:
             total += _read(inside, inside.parameters[position], module)
         else:
             return whole
-    # It is unused, or returned unchanged.
+    # A parameter that is returned is read as a whole, an unused one is not read.
     return whole if line.root else min(total, whole)
 
 
@@ -369,7 +369,7 @@ def _written(computation: Computation, line: Instruction, module: Module) -> Ite
 
 
 def _carries_collectives(computation: Computation) -> bool:
-    """Returns True if the fusion contains collectives; their buffers count with them."""
+    """Returns True if a fusion contains collectives, whose buffers `_operation` counts."""
     return not computation.opcodes.isdisjoint(COLLECTIVES)
 
 
@@ -392,14 +392,14 @@ def _annotated(line: Instruction, name: str) -> int:
 
 
 def _start(line: Instruction, computation: Computation) -> Instruction:
-    """Returns the instruction with the operands: of an asynchronous pair, the start."""
+    """Returns the start of an asynchronous pair, for the operands; else the instruction itself."""
     return computation.instructions[line.operands[0]] if line.opcode.endswith("-done") else line
 
 
 def _lines_inside(
     line: Instruction, module: Module
 ) -> Iterator[tuple[Instruction, Computation | None]]:
-    """Yields an instruction, or recursively those of a fusion, each with its computation.
+    """Yields an instruction, or a fusion's instructions recursively, each with its computation.
 
     The computation is None for an instruction outside of a fusion.
     """
@@ -415,7 +415,7 @@ def _lines_inside(
 def _is_pending(line: Instruction, computation: Computation) -> bool:
     """Returns True if an earlier fusion started this asynchronous collective.
 
-    In this fusion the collective is then an operand of its end, or returned unchanged.
+    In the later fusion, the collective's end uses it, or the returned tuple contains it.
     """
     users = [user for user, _ in computation.users[line.name]]
     if any(user.opcode == "custom-call" for user in users):
@@ -437,7 +437,7 @@ def _is_scattered(line: Instruction, computation: Computation) -> bool:
 def _between_slices(
     line: Instruction, computation: Computation, trips: int
 ) -> Iterator[Collective]:
-    """Yields the collective between slices that a "send" belongs to; nothing for other sends."""
+    """Yields the collective between slices that a "send" is part of; nothing for other sends."""
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
     if not transfer:
         return
@@ -474,9 +474,9 @@ def _category(lines: list[Instruction]) -> str:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """Returns the devices per group of a collective; without `replica_groups`, all devices.
+    """Returns the number of devices in a collective's group; all without `replica_groups`.
 
-    `replica_groups` is a list of groups, their number and size, or axes of a mesh.
+    `replica_groups` has three formats: a list of groups, their number and size, or axes of a mesh.
     """
     # An order of the devices, "device_ids=([4,4]T(1,0))", may come between the mesh and its axes.
     match = re.search(

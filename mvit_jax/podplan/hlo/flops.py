@@ -28,7 +28,7 @@ class Counter:
         self._cache: dict[str, tuple[int, int, int]] = {}
 
     def of(self, line: Instruction, computation: Computation) -> tuple[int, int, int]:
-        """Returns FLOPs, the part of them in dots and convolutions, and transcendentals."""
+        """Returns all FLOPs, FLOPs of dots and convolutions, and transcendentals."""
         elements = sum(shape.elements for shape in line.shapes)
         if line.opcode == "fusion":
             return self._inside(*line.called("calls"))
@@ -60,14 +60,14 @@ class Counter:
 
 
 def dot_flops(line: Instruction, left: Shape, right: Shape) -> int:
-    """Returns the FLOPs of a dot: two per element of the result and contracted element."""
+    """Returns the FLOPs of a dot: 2 x elements of the result x contracted elements."""
     match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
     axes = [int(axis) for axis in match.group(1).split(",") if axis] if match else []
     return 2 * line.shapes[0].elements * math.prod(left.dims[axis] for axis in axes)
 
 
 def convolution_flops(line: Instruction, image: Shape, kernel: Shape) -> int:
-    """Returns the FLOPs of a convolution: two per product with an element of the image.
+    """Returns the FLOPs of a convolution: two per product of a kernel and an image element.
 
     Padding and the holes of a dilated image cost nothing. XLA for TPUs also writes matrix products
     as convolutions, with batch dimensions as dilated spatial dimensions, so holes do occur.
@@ -121,7 +121,7 @@ def _positions(
 
 
 def _body_runs(line: Instruction, computation: Computation) -> int:
-    """Returns the number of calls of a reduction's function."""
+    """Returns how often an instruction such as a reduction calls its function."""
     first = operand_shapes(line, computation)[0]
     if line.opcode == "reduce":
         return first.elements - line.shapes[0].elements

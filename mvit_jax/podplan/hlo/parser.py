@@ -25,7 +25,7 @@ class Shape:
       dtype: as in HLO, for example "bf16".
       dims: the shape.
       padded: elements in memory, including the padding of tiled layouts (8x128 on TPUs).
-      space: memory space: 0 is the device's main memory, 1 a TPU's on-chip VMEM.
+      space: memory space; 0 is the device's main memory, 1 a TPU's on-chip VMEM.
     """
 
     dtype: str
@@ -52,7 +52,7 @@ class Instruction:
     Attributes:
       name: unique within the program.
       opcode: as in HLO, for example "dot".
-      shapes: of the result; nested tuples are flattened.
+      shapes: shapes of the result; nested tuples are flattened.
       operands: names of instructions of the same computation.
       inside: text between the opcode's parentheses, for example a parameter's number or a
         constant's value.
@@ -80,7 +80,7 @@ class Instruction:
         return match.group(1) if match else ""
 
     def called(self, name: str) -> tuple[str, ...]:
-        """Returns the names of computations in an attribute: one, or several in braces."""
+        """Returns the names of the computations (one, or several in braces) in an attribute."""
         match = re.search(rf"(?:^|[\s,]){name}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
         return tuple(_OPERAND.findall(match.group(1))) if match else ()
 
@@ -107,7 +107,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """Users of each instruction, with the operand's position."""
+        """Users of each instruction, with its position among the user's operands."""
         users: dict[str, list[tuple[Instruction, int]]] = {name: [] for name in self.instructions}
         for line in self.instructions.values():
             for position, operand in enumerate(line.operands):

@@ -5,7 +5,7 @@ import re
 
 from mvit_jax.podplan.hlo.parser import Computation, Instruction, Module
 
-# Loops that do not end within this many iterations are taken to be data-dependent.
+# Loops that do not end within this many iterations count as data-dependent.
 MOST = 100_000
 
 _ARITHMETIC = {
@@ -48,9 +48,9 @@ def trips(line: Instruction, computation: Computation, module: Module) -> int | 
 def _number(
     name: str, computation: Computation, module: Module, parameters: list[dict[int, int] | Number]
 ) -> Number:
-    """Evaluates an instruction from the values of its computation's parameters.
+    """Evaluates an instruction, given the parameters of its computation.
 
-    A parameter is a number, or for a loop's tuple a dict of numbers by index.
+    A parameter is a number, or a loop's tuple as a dict of the known numbers by index.
     """
     line = computation.instructions[name]
 
