@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention [--models=mvit_b_16x4] [--clips=1] [--json=FILE]
 
-Shapes are those of a variant's blocks, in float32 on CPUs and bfloat16 elsewhere. The two
+Shapes are those of a variant's blocks. Arrays are float32 on CPUs and bfloat16 elsewhere. The two
 implementations alternate within one run, as machines are shared: compare the ratios.
 """
 

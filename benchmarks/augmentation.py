@@ -4,8 +4,8 @@
 
 Clips are 16x256x340, and all code runs on one thread. The implementations alternate within one run,
 as machines are shared: compare the ratios. "cropped" computes only the pixels within the random
-resized crop, as training does. Operations and crops are drawn as in the recipes. Images are cropped
-before RandAugment.
+resized crop, as training does. The first lines have one operation each, with a fixed crop. The last
+two lines have operations and crops drawn as in the recipes; images are cropped before RandAugment.
 """
 
 import time
@@ -28,7 +28,7 @@ IMAGE = randaugment.parse("rand-m9-n6-mstd0.5-inc1")
 def plain(
     clip: np.ndarray, operations: Sequence[Operation], fill: Colour = randaugment.GREY
 ) -> np.ndarray:
-    """Applies operations frame by frame with Pillow; also the tests' reference implementation."""
+    """Applies operations frame by frame with Pillow; the tests use this as reference."""
     out = []
     for values in clip:
         frame = Image.fromarray(values)
@@ -96,7 +96,7 @@ def main() -> None:
 def recipe(
     rng: np.random.Generator, clip: np.ndarray, settings: randaugment.RandAugment
 ) -> dict[str, float]:
-    """Returns mean seconds over many draws, with the crop to 224 pixels for a video."""
+    """Returns mean seconds over many draws; a video is also cropped and resized to 224 pixels."""
     sums: dict[str, float] = {}
     height, width = clip.shape[1:3]
     for _ in range(DRAWS):

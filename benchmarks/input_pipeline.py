@@ -1,15 +1,15 @@
-"""Throughput of the input pipeline, compared with the reference recipe's steps and tf.data.
+"""Throughput of the input pipeline, compared with PySlowFast's steps and with tf.data.
 
     python -m benchmarks.input_pipeline [--videos=24] [--rounds=5] [--keep=DIR]
 
-Videos: clips per second of one core, for decoding, for decoding and crop, and for the full Kinetics
-recipe (2 repeats, RandAugment, random resized crop). The input are raw files (10 s, 340x256, H.264
-with x264's defaults) and the shards that `prepare videos` writes. The reference follows the steps
-of PySlowFast: PyAV decodes the whole span to RGB, Pillow applies RandAugment frame by frame, and
-values are normalised before the crop is resized in float32.
+Videos: clips per second of one core, for decoding alone, with the random resized crop, and with
+RandAugment too (the full Kinetics recipe). Each decoding gives two clips. Inputs are raw files
+(10 s, 340x256, H.264 with x264's defaults) and the shards that `prepare videos` writes. The
+reference follows the steps of PySlowFast: PyAV decodes the whole span to RGB, Pillow applies
+RandAugment frame by frame, and values are normalised before the crop is resized in float32.
 
 Images: images per second of all cores, from JPEGs of 500x400 to random crops of 224 (bicubic with
-antialiasing), compared with the same in tf.data.
+antialiasing), compared with the same steps in tf.data.
 
 The implementations alternate within one run, as machines are shared: compare the ratios.
 """
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
 
 
 def make_videos(folder: Path) -> tuple[Source, Source]:
-    """Writes videos of a panned and zoomed texture with camera noise, as raw files and shards."""
+    """Makes videos of a moving, zooming texture with camera noise, as raw files and as shards."""
     raw = folder / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -134,7 +134,7 @@ def videos(raw: Source, shards: Source) -> None:
 def turns(
     readers: dict[str, Callable[[int, np.random.Generator], object]], count: int, each: int
 ) -> dict[str, float]:
-    """Returns the median items per second of CPU time; readers alternate within a round."""
+    """Returns each reader's median items per second of CPU time; readers alternate in a round."""
     rates: dict[str, list[float]] = {name: [] for name in readers}
     for turn in range(ROUNDS.value + 1):
         for name, do in readers.items():

@@ -4,17 +4,17 @@
     python -m benchmarks.model --models=mvit_b_16x4 --batch=4 --json=model.json
 
 "forward" is an evaluation's forward pass, without saved activations. "train step" is the loss and
-the gradients of all parameters, with dropout and drop path, without an update. PyTorch runs eagerly
-in float32, with one thread per available core, as XLA does.
+the gradients of all parameters, with dropout and drop path, without the optimiser's update. Both
+sides compute in float32, with one thread per available core. PyTorch runs eagerly.
 
 Each side has its own process, which is warmed up. The sides alternate in every round, as machines
-are shared: compare the ratios (ours / PyTorch) of medians. Compile time is XLA's, with tracing,
+are shared: compare the ratios (ours / PyTorch) of medians. Compile time is XLA's, with tracing and
 without the compilation cache. Peak memory is the process's largest resident set during the rounds,
 including Python and libraries. Our side reuses freed memory, as training does; PyTorch has its
-defaults. Without torch, torchvision or timm (extra `parity`), only our side runs.
+default settings. Without torch, torchvision or timm (extra `parity`), only our side runs.
 
 MViT-B for images has no original in either library. Its stand-in is torchvision's class with the
-same sizes and one frame. It adds two positional embeddings where ours has one.
+same sizes and one frame. The stand-in adds two positional embeddings where our model has one.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ from mvit_jax.models.variants import variant
 from mvit_jax.training.run.runtime import release_freed_memory
 from mvit_jax.training.step import cross_entropy
 
-# By variant: the library of the original model, and the batch sizes.
+# The original model's library and the batch sizes, for each variant.
 CASES = {
     "mvit_b_16x4": ("torchvision", (1, 4)),
     "mvitv2_s_16x4": ("torchvision", (1, 4)),
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Returns milliseconds of all rounds, compile seconds, and peak MiB, by side."""
+    """Returns the milliseconds of all rounds and peak MiB of each side, and our compile seconds."""
     names = ["ours", "PyTorch"] if has_original(name) else ["ours"]
     sides = {side: Side(name, batch, side) for side in names}
     times: dict[str, dict[str, list[float]]] = {p: {s: [] for s in sides} for p in PARTS}
@@ -127,7 +127,7 @@ class Side:
         self.ready = self._answer()
 
     def request(self, command: str) -> Any:
-        """Sends a line of `serve` and returns its answer."""
+        """Sends a command to the subprocess and returns the answer."""
         assert self.process.stdin is not None
         print(command, file=self.process.stdin, flush=True)
         return self._answer()
@@ -144,9 +144,9 @@ class Side:
 
 
 def serve(name: str, batch: int, side: str) -> None:
-    """Prints compile seconds after warm-up, then answers lines from stdin.
+    """Prints the compile seconds after warm-up, then answers commands from stdin, one a line.
 
-    A line with a part is answered with its milliseconds, "peak" with the peak MiB since warm-up.
+    A part's name is answered with the milliseconds of a run, "peak" with peak MiB since warm-up.
     """
     seconds: dict[str, float] = {}
     if side == "ours":
@@ -283,7 +283,7 @@ def example(config: MViTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def forget_peak() -> None:
-    """Resets the peak, to exclude compilation; has no effect outside of Linux."""
+    """Resets the peak memory, to exclude compilation; has no effect outside of Linux."""
     clear_refs = Path("/proc/self/clear_refs")
     if clear_refs.exists():
         clear_refs.write_text("5")  # proc_pid_clear_refs(5)

@@ -1,12 +1,13 @@
-"""Parity of full-size models with torchvision and timm: logits, and weights there and back.
+"""Parity of full-size models with torchvision and timm: logits, and weights after a round trip.
 
     python -m benchmarks.parity                       needs the extra `parity`
     python -m benchmarks.parity --models=mvit_v1_b,mvitv2_tiny
 
-Each original gets its initial weights plus noise, so that no bias is 0 and no norm's scale is 1.
-Its weights are saved by torch, read by `load` and run on the same input in float32 at the highest
-precision. They are then written back, loaded into the original with strict matching, and compared
-bit for bit. The difference is the maximum over the standard deviation of the original's logits.
+Each original has its initial weights plus noise, so that no bias is 0 and no norm's scale is 1. The
+weights are saved by torch and read by `load`. Our model then runs on the original's input, in
+float32 at the highest precision. Finally, the weights are written back, loaded into the original
+with strict matching, and compared bit for bit. "difference" is the largest difference of logits,
+divided by the standard deviation of the original's logits.
 """
 
 import tempfile

@@ -1,9 +1,10 @@
-"""Pointing benchmark of Grad-CAM: its share near the moving digit, relative to a uniform map.
+"""Pointing benchmark: how much of Grad-CAM lies near the digit, relative to a uniform map.
 
     python -m benchmarks.pointing runs/moving_digits     (a run of `make train`; a minute)
 
-Both variants of Grad-CAM are measured at several early blocks. The table has the mean ratio over
-clips, and the share of clips with a ratio above 2.
+Both variants of Grad-CAM are measured at several early blocks. The ratio is a map's share near the
+moving digit, divided by a uniform map's share. The table has the mean ratio over clips, and the
+share of clips with a ratio above 2.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from mvit_jax.training import run_folder
 
 
 def scenes(count: int) -> tuple[jax.Array, np.ndarray]:
-    """Returns normalised clips `[count, 8, 64, 64, 3]`, and masks of the digits (plus 4 pixels)."""
+    """Returns normalised clips `[count, 8, 64, 64, 3]`, and masks of digits (plus 4 pixels)."""
     digits, rng = moving_digits.handwriting(seed=0)["test"], np.random.default_rng(0)
     clips, masks = [], []
     for i in range(count):
@@ -38,7 +39,7 @@ def scenes(count: int) -> tuple[jax.Array, np.ndarray]:
 
 
 def grown(mask: np.ndarray, pixels: int = 4) -> np.ndarray:
-    """Dilates a mask by `pixels`; the default is half a token."""
+    """Dilates a mask by `pixels`; the default is half the side of a token."""
     side = np.arange(-pixels, pixels + 1)
     return np.any([np.roll(mask, (y, x), (1, 2)) for y in side for x in side], axis=0)
 
@@ -46,7 +47,7 @@ def grown(mask: np.ndarray, pixels: int = 4) -> np.ndarray:
 def ratios(heat: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Returns, per clip, the share of `heat` inside the mask, divided by a uniform map's share.
 
-    An empty map has 0.
+    The ratio of an empty map is 0.
     """
     share = (heat * masks).sum((1, 2, 3)) / np.maximum(heat.sum((1, 2, 3)), 1e-12)
     return share / masks.mean((1, 2, 3))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.pooling [--json=FILE]
 
-One clip in float32 at the shapes of MViT-B 16x4, with K and V concatenated. The implementations
-alternate within one run, as machines are shared: compare the ratios. Compile times are those of the
-gradients.
+The input is one clip in float32 at the shapes of MViT-B 16x4, with K and V concatenated. The
+implementations alternate within one run, as machines are shared: compare the ratios. Compile times
+are those of the gradients.
 """
 
 import json

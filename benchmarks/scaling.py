@@ -3,14 +3,16 @@
     python -m benchmarks.scaling --json=scaling.json
     python -m benchmarks.scaling --model=mvitv2_s_16x4 --topologies=v5e:4x4,v5e:16x16*4 --clips=8
 
-The train step of a published recipe in bfloat16, with the same number of clips per chip, is
-compiled ahead of time (extra `tpu`, no TPU needed). The compiler's effort is low by default, which
-changes neither FLOPs nor collectives. "v5e:16x16*4" means 4 slices. The state is replicated on
-every chip ("replicated"), or sharded over --fsdp chips of a slice and replicated over such groups
-("fsdp"; with several slices, a hybrid mesh).
+The program is the train step of a published recipe in bfloat16, with the same number of clips per
+chip on every mesh, compiled ahead of time (extra `tpu`, no TPU needed). By default the compiler's
+effort is low, which changes neither FLOPs nor collectives. "v5e:16x16*4" means 4 slices.
 
-The table has, for each mesh, FLOPs per chip, bytes per chip by kind of collective, and roofline
-bounds. Scaling is linear as long as FLOPs and the time of the links remain constant.
+With --fsdp=1 the state is replicated on every chip ("replicated" in the table). With --fsdp=N the
+state is sharded over groups of N chips of a slice, and each group has a copy ("fsdp N"). Several
+slices form a hybrid mesh.
+
+For each mesh, the table has FLOPs per chip, bytes per chip by kind of collective, and roofline
+bounds. Scaling is linear as long as FLOPs and link time per chip remain constant.
 """
 
 import argparse

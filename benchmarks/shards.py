@@ -3,11 +3,11 @@
     python -m benchmarks.shards                       synthetic videos
     python -m benchmarks.shards --videos=a.mp4,b.mp4  the first 10 seconds of your videos
 
-Videos are re-encoded as 10 seconds of 340x256 in H.264 with x264's defaults (a key frame at least
-every 250 frames), like copies of Kinetics scaled to a short side of 256. A clip is 16 frames at
-stride 4 from a random start, decoded to RGB; opening the file is included. Times are CPU times of
-one thread, the minimum over rounds. Ratios are relative to the original file, and PSNR is measured
-against its frames. A star marks the defaults of `prepare`.
+An original file has 10 seconds at 340x256 in H.264 with x264's defaults (a key frame at least every
+250 frames), like copies of Kinetics scaled to a short side of 256. Your videos are first re-encoded
+to such files. A clip is 16 frames at stride 4 from a random start, decoded to RGB; opening the file
+is included. Times are CPU times of one thread, the minimum over rounds. Ratios and PSNR compare a
+shard with the original file. A star marks the defaults of `prepare`.
 """
 
 import io
@@ -69,7 +69,7 @@ def prepared(encoded: Encoded) -> Video:
 
 
 def seconds_a_clip(opened: Callable[[], Video]) -> float:
-    """Returns the CPU time of a random clip: the mean over clips, the minimum over rounds."""
+    """Returns CPU seconds per random clip: the mean over clips, the minimum over rounds."""
     means = []
     for _ in range(ROUNDS):
         starts = np.random.default_rng(0).integers(0, FRAMES - 63, CLIPS)
@@ -82,10 +82,10 @@ def seconds_a_clip(opened: Callable[[], Video]) -> float:
 
 
 def made_up(speed: float) -> Iterator[np.ndarray]:
-    """Yields frames of a moving, rotating and zooming texture, a smaller one before it, and noise.
+    """Yields noisy frames of a moving, rotating, zooming texture, with a small one in front.
 
     Args:
-      speed: of the motion, in pixels per frame.
+      speed: largest speed of the large texture, in pixels per frame.
     """
     rng = np.random.default_rng(0)
     sides = (1024, 128)

@@ -33,7 +33,7 @@ Tokens = tuple[jax.Array, ...]
 
 
 class Block(NamedTuple):
-    """One kind of block, which the model has `copies` of; `grid` is its input's (T, H, W)."""
+    """A kind of block: the model has `copies` of it, and `grid` is (T, H, W) of the input."""
 
     name: str
     copies: int
@@ -68,11 +68,11 @@ class Layout(NamedTuple):
     """Layout of the tokens between operations.
 
     Attributes:
-      pair: class token `[B, 1, C]` and grid are separate arrays, else one sequence
+      pair: True if class token `[B, 1, C]` and grid are separate arrays; False for one sequence
         `[B, 1 + THW, C]`.
-      flat: the grid of a pair is `[B, THW, C]`, reshaped for pooling only, else
+      flat: True if the grid of a pair is `[B, THW, C]`, reshaped for pooling only; False for
         `[B, T, H, W, C]`.
-      join_queries: the queries of a pair are concatenated for one attention call.
+      join_queries: True if the queries of a pair are concatenated for one attention call.
     """
 
     name: str
@@ -108,7 +108,7 @@ def join(token: jax.Array, grid: jax.Array, layout: Layout) -> Tokens:
 
 
 def chain(token: jax.Array, rest: jax.Array) -> jax.Array:
-    """Concatenates class token `[B, 1, ...]` and other tokens `[B, N, ...]` to a sequence."""
+    """Concatenates class token `[B, 1, ...]` and other tokens `[B, N, ...]` into a sequence."""
     return jnp.concatenate([token, rest], axis=1)
 
 
@@ -167,7 +167,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def keys_and_values(
     p: Params, kv: Tokens, block: Block, layout: Layout
 ) -> tuple[jax.Array, jax.Array]:
-    # One convolution for both, with the heads merged into channels; weights shared over heads.
+    # One convolution pools keys and values. Heads are merged into channels and share weights.
     kernel = jnp.concatenate(
         [jnp.tile(p[name], block.heads) for name in ("pool_k", "pool_v")], axis=-1
     )

@@ -4,19 +4,19 @@
     python -m benchmarks.tpu --chips=v5e,v5p,v6e --clips=2,4,16 --remat=none,blocks --json=tpu.json
     python -m benchmarks.tpu --models=mvitv2_s --clips=64 --passes=train --largest
 
-The program is training's step for one chip, in bfloat16 with float32 weights: optimiser, mixup and
-donated state included, with the recipe of configs/kinetics.py or configs/imagenet.py. Nothing is
-executed: the figures are the compiler's and repeatable to the byte. Needs the extra `tpu`.
+The program is training's step for one chip, in bfloat16 with float32 weights. Optimiser, mixup and
+donated state are included, with the recipe of configs/kinetics.py or configs/imagenet.py. Nothing
+is executed: the figures are the compiler's and repeatable to the byte. Needs the extra `tpu`.
 
 - FLOPs (two per multiply-add) and bytes are counted from the compiled program, with loop trip
   counts (`mvit_jax.podplan.hlo.cost`). Custom kernels move their operands and results once each.
-  Their FLOPs are those of `cost_estimate`, and have a separate column.
+  Their FLOPs are those of `cost_estimate`, in the column "in kernels".
 - "GB" covers all operands and results, as XLA counts them; "HBM GB" covers main memory alone.
-- The roofline time is the larger of FLOPs / peak and HBM bytes / bandwidth. "compute roof" is the
-  share of FLOPs / peak in it. Both are bounds: a real step takes longer.
+- The roofline time is the larger of FLOPs / peak rate and HBM bytes / bandwidth. "compute roof" is
+  FLOPs / peak rate in percent of the roofline time. Both are bounds: a real step takes longer.
 - The number of clips that fit is extrapolated linearly from two compiled numbers of clips.
-  `--largest` searches it with more compilations, until a fitting number fills nine tenths of the
-  chip, or the next larger number does not fit.
+  `--largest` searches for this number with more compilations. The search ends when a fitting
+  number fills nine tenths of the chip, or when one clip or a sixteenth more does not fit.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from mvit_jax.podplan.accelerators import CHIPS, GIB
 from mvit_jax.podplan.hlo import cost as counting
 from mvit_jax.training import build, in_memory
 
-# A slice of each kind of chip; the program uses one chip of it.
+# A slice of each kind of chip; the program uses one chip of the slice.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 PASSES = ("train", "forward")
 
@@ -76,7 +76,7 @@ class Row:
     unknown_loops: tuple[str, ...]
 
 
-# Results by number of clips; for clips that do not fit, the bytes that they would need.
+# Results by number of clips; if the clips do not fit, the bytes that the program would need.
 Rows = dict[int, Row | int]
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the results as JSON")
     parser.add_argument("--top", type=int, default=0, help="list this many operations by HBM bytes")
     options = parser.parse_args()
-    # Programs for absent chips could be written to the compilation cache, but not read from it.
+    # The compilation cache could store programs for absent chips, but not load them.
     jax.config.update("jax_enable_compilation_cache", False)
     if options.json is not None:
         check_writable(options.json)
@@ -156,7 +156,7 @@ def experiment_of(case: Case) -> Any:
 
 
 def measure(case: Case, top: int) -> Row | int:
-    """Returns the costs of a case, or the bytes that it would need if it does not fit."""
+    """Returns the costs of a case, or if it does not fit, the bytes that it would need."""
     config = experiment_of(case)
     result = compile.measure(
         config,
@@ -186,7 +186,7 @@ def measure(case: Case, top: int) -> Row | int:
 
 
 def breakdown(counts: counting.Counts, top: int) -> str:
-    """Returns tables of bytes by kind of operation and by block, and the `top` operations."""
+    """Returns tables of costs by kind of operation and by block, and the `top` operations."""
     operations = counts.operations
     parts = []
     for title, key in (("kind", lambda op: op.category), ("block", block)):
