@@ -74,6 +74,16 @@ def test_costs_are_within_a_percent_of_the_papers_unless_explained(row, name, ov
     assert all(near) != bool(p.why), ours
 
 
+def test_rows_of_one_model_in_two_tables_have_one_architecture():
+    """MViT-B-16 with max pooling has 82.5 % and 7.8 G in Tables A.3 and 17 alike."""
+    models = {
+        variant(a.variant, **a.overrides)
+        for a in ABLATIONS
+        if a.published.data == "ImageNet-1k" and a.published.top1 == 82.5
+    }
+    assert len(models) == 1
+
+
 QUICK = ("mvit_b_16x4", "vit_b16")  # tracing a variant takes seconds
 
 
