@@ -1,4 +1,4 @@
-"""Bytes moved on a TPU by token layout: one sequence, or class token and grid as separate arrays.
+"""Memory traffic on a TPU for token layouts: one sequence, or class token and grid apart.
 
 Compiles forward and backward pass of every kind of block of MViTv1-B 16x4 (conv pooling, bfloat16)
 ahead of time for one TPU v5e chip, in several token layouts. Prints the compiler's "bytes accessed"

@@ -13,8 +13,9 @@ instead of WEIGHTS, the model trains from scratch, which takes many more videos 
 
 The recipe is not from a paper. It follows MaskFeat's fine-tuning on Kinetics (Wei et al. 2022), but
 with a small batch. Layer decay makes layers near the input change slowly. Mixup, cutmix and
-RandAugment reduce overfitting to a small data set. If a flip turns one class into another (left and
-right), set the following, as in configs/moving_digits.py:
+RandAugment reduce overfitting to a small data set. If classes are directions (left and right), a
+flip turns one into another, and a mixture of two is neither. Then set, as in
+configs/moving_digits.py:
 --config.augment.flip=0 --config.augment.mixup=0 --config.augment.cutmix=0.
 """
 

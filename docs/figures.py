@@ -58,7 +58,7 @@ def svg(name: str, alt: str) -> str:
 
 
 def cubes() -> Figure:
-    """Draws the pixels in a row of a frame that each token's patch embedding covers."""
+    """Draws a row of pixels, and the pixels in it that each token's patch embedding reads."""
     config = variant("mvit_b_16x4")
     kernel, stride, padding = (
         values[2] for values in (config.patch_kernel, config.patch_stride, config.patch_padding)

@@ -90,8 +90,7 @@ def distinct(
     numbers, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     if numbers[0] < 0 or numbers[-1] >= num_frames:
         raise IndexError(
-            f"frames {numbers[0]} to {numbers[-1]} are out of range of a video of {num_frames} "
-            "frames"
+            f"frames {numbers[0]} to {numbers[-1]} are not all in a video of {num_frames} frames"
         )
     return numbers, inverse
 

@@ -35,7 +35,7 @@ class ClipSettings:
     """Frame sampling, size and augmentation of clips.
 
     Attributes:
-      frames: T, frames of a clip; 1 for images, from image files or video files.
+      frames: T, frames of a clip; 1 for images, which are image files or frames of videos.
       stride: tau, temporal stride between neighbouring frames, see `sampling`.
       size: side of the square clip in pixels.
       short_side: short side in pixels to which test frames are scaled for a single crop. For three

@@ -83,7 +83,7 @@ class RelativePositions(nnx.Module):
     def __call__(
         self, queries: Triple, keys: Triple
     ) -> dict[str, Float[Array, "queries_of_axis keys_of_axis dim"]]:
-        """Returns, for each axis, the embedding of each pair of query and key indices."""
+        """Returns, by axis with embeddings, the embedding of each pair of query and key indices."""
         return {
             axis: self._rows(axis, q, k)
             for axis, q, k in zip(("time", "height", "width"), queries, keys, strict=True)

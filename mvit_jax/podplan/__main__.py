@@ -197,7 +197,7 @@ def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]
         default = [config.mesh.fsdp]
     for word in words("remat", _REMAT.value):
         if word not in REMAT:
-            raise errors.UserError(f"--remat={word} is none of {', '.join(REMAT)}")
+            raise errors.UserError(f"--remat={word} must be one of {', '.join(REMAT)}")
     unit = advice.unit(config)
     base = max(unit, config.batch // topology.chips // unit * unit)
     clips = numbers("clips", _CLIPS.value) or [base, 4 * base]

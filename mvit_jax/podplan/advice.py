@@ -211,9 +211,9 @@ def bytes_per_clip(plan: Plan) -> float:
 
 
 def largest_batch(plan: Plan, most: int | None = None) -> int:
-    """Returns the largest number of clips per chip that fits, or 0.
+    """Returns the largest multiple of `unit` clips per chip that fits, or 0.
 
-    With mixup or cutmix, the number is a multiple of the mixup group size if a whole group fits.
+    With mixup or cutmix, it is also a multiple of the mixup group size if that many clips fit.
 
     Args:
       plan: the compiled plan.

@@ -61,7 +61,7 @@ def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits
       host: an address of this machine; prints a warning if it is not loopback.
       port: 0 for any free port.
       limits: of an upload.
-      top: number of classes.
+      top: number of most probable classes to show.
 
     Raises:
       UserError: gradio is not installed, or the address cannot be bound.

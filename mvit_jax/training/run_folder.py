@@ -115,7 +115,7 @@ class RunFolder:
         return self.checkpoints.restore_params(like, which, self._item)
 
     def check_classes(self, names: tuple[str, ...], which: str = "last") -> None:
-        """Checks that the class names of a data set match the model's.
+        """Checks that a data set has the model's number of classes, and its order of them.
 
         Raises:
           UserError: the number of classes differs, or the folder's labels.txt has the same names in

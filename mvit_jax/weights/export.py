@@ -66,9 +66,9 @@ def save_torch(
       path: the file to write.
       to: "slowfast", "torchvision", "pytorchvideo", "timm" or "safetensors". "safetensors"
         writes a safetensors file with the names and shapes of `origin`, by default PySlowFast's.
-      origin: format of the file that the parameters were loaded from. If `to` is the same format
-        and all its tensors had one dtype (float32, float16 or bfloat16), unchanged tensors keep
-        their bits.
+      origin: format of the file that the parameters were loaded from. If the written file has the
+        same format ("safetensors" always has), and all tensors of the original had one dtype
+        (float32, float16 or bfloat16), unchanged tensors are written bit for bit.
 
     Raises:
       UserError: the format cannot hold the model (lists all reasons), or the file cannot be

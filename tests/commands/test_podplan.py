@@ -45,7 +45,7 @@ WRONG = [
     ([*SWEEP, "--fsdp=1,3"], "mesh.fsdp=3 does not divide the 4"),
     ([*SWEEP, "--fsdp="], "--fsdp is empty"),
     ([*HERE, "--sweep", "--remat="], "--remat is empty"),
-    ([*HERE, "--sweep", "--remat=all"], "--remat=all is none of none, cheap"),
+    ([*HERE, "--sweep", "--remat=all"], "--remat=all must be one of none, cheap"),
     ([*SWEEP, "--clips=1", "--config.data.repeats=2"], "batch=4 does not divide into 4 chips"),
 ]
 KINETICS = "--config=configs/kinetics.py:mvit_b_16x4"

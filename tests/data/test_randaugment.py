@@ -118,7 +118,7 @@ def test_strings_are_parsed():
         ("rand-m7-n4-mstd0.5-inc0", "do not grow with the magnitude"),
     ],
 )
-def test_invalid_strings_end_with_a_one_sentence_error(text, problem):
+def test_invalid_strings_raise_a_one_sentence_error(text, problem):
     with pytest.raises(UserError, match=problem) as caught:
         randaugment.parse(text)
     assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
@@ -130,7 +130,7 @@ def draws():
     return [randaugment.parse(RECIPE).draw(rng) for _ in range(6000)]
 
 
-def test_layers_are_applied_half_the_time(draws):
+def test_each_randaugment_layer_is_applied_half_of_the_time(draws):
     # Binomial(4, 1/2): chi-square of 4 degrees of freedom, 18.5 at a thousandth.
     counts = np.bincount([len(operations) for operations in draws], minlength=5)
     expected = len(draws) * np.array([1, 4, 6, 4, 1]) / 16

@@ -244,7 +244,7 @@ def keep(
 
 
 @pytest.mark.slow
-def test_keep_requests_unavailable_tpus_at_growing_intervals(clone):
+def test_keep_sh_retries_unavailable_tpus_at_growing_intervals(clone):
     slept = clone.folder / "slept"
     stand_in = clone.folder / "bin" / "sleep"
     stand_in.write_text(f'#!/bin/sh\necho "$1" >>{slept}\n')

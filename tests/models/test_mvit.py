@@ -119,7 +119,7 @@ def test_every_block_has_a_separate_key():
         ({"depths": (1, 1, 2)}, r"blocks/1/.* there and .* in this model"),
     ],
 )
-def test_parameters_of_another_architecture_are_refused_by_name(change, message):
+def test_an_architecture_mismatch_error_names_the_parameter(change, message):
     params = drawn.shapes(functional(SMALL))
     other = functional(dataclasses.replace(SMALL, **change))
     with pytest.raises(UserError, match=message):

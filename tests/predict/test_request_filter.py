@@ -52,7 +52,7 @@ def test_requests_for_the_page_and_its_assets_pass():
         ("OPTIONS", "/gradio_api/upload"),
     ],
 )
-def test_routes_that_act_or_fetch_are_blocked(method, path):
+def test_routes_with_side_effects_or_fetches_are_blocked(method, path):
     assert send(method, path) == 404
 
 

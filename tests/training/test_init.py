@@ -184,7 +184,7 @@ def sources(digits, tmp_path):
     return here, other, source, weights
 
 
-def test_the_workdir_precedes_resume_and_resume_init_checkpoint(sources, digits, tmp_path):
+def test_the_workdir_overrides_resume_which_overrides_init_checkpoint(sources, digits, tmp_path):
     here, other, source, weights = sources
     new, fresh = tmp_path / "new", flatten_dict(drawn(settings(digits), 0.5), sep="/")
     both = {"resume": str(other), "init.checkpoint": str(source)}

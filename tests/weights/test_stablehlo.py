@@ -89,7 +89,7 @@ def test_a_file_for_tpus_alone_has_the_tpu_kernels(params, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fixed_batch_of_images_is_exported_in_bfloat16(tmp_path):
+def test_a_bfloat16_image_model_is_exported_with_a_fixed_batch(tmp_path):
     config = variant("mvitv2_t", **SMALL)
     params = functional(config).init(jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)

@@ -213,7 +213,7 @@ class _WrongLineError(Exception):
 
 
 # Consecutive lines of one video, and blank lines. Matching them and checking all fields takes no
-# longer than a Python loop over the millions of lines without checks.
+# longer than a Python loop without checks over the millions of lines.
 _LINES_OF_A_VIDEO = re.compile(rb"\s*(\S+)[ \t][^\n]*\n?(?:[ \t]*\1[ \t][^\n]*\n?|[ \t\r]*\n)*")
 
 

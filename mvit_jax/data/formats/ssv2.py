@@ -51,9 +51,9 @@ def read_ssv2(
     unknown = [video for video in frames.videos if video not in labels]
     if unknown:
         raise UserError(
-            f"{list_file} has a video {unknown[0]!r} ({len(unknown)} such videos of "
-            f"{len(frames)}), whose label is in none of the files {', '.join(_VIDEOS[:2])} in "
-            f"{list_file.parent}: put the data set's own lists there"
+            f"{len(unknown)} of the {len(frames)} videos of {list_file} have no label, like "
+            f"{unknown[0]!r}: put the data set's {' and '.join(_VIDEOS[:2])} into "
+            f"{list_file.parent}"
         )
     numbers = np.array([labels[video] for video in frames.videos], np.int32)
     return ListedFrames(frames, base, numbers, names)

@@ -1,4 +1,4 @@
-"""Failure handling across processes: an error, a crash or a hang of one process ends all.
+"""Failure handling across processes: if one fails, crashes or sends no heartbeats, all end.
 
 A watcher thread in each process writes heartbeats into the key-value store of the coordinator
 (process 0). The watcher of process 0 checks the heartbeats. All watchers check that process 0

@@ -101,5 +101,5 @@ def test_invalid_files_end_with_a_one_sentence_error(folder, name, content, expe
 
 def test_a_listed_video_without_a_label_is_an_error(folder):
     (folder / "val.csv").write_text(frames.text(*(frames.row(name, 0) for name in ("5", "6", "7"))))
-    with refused("val.csv has a video '6' (2 such videos of 3)"):
+    with refused("val.csv have no label, like '6'"):
         read_ssv2(folder, "val.csv")

@@ -53,7 +53,7 @@ def test_the_backward_kernel_equals_the_reference_gradients(case):
             np.testing.assert_allclose(actual, correct, rtol=0, atol=2e-5)
 
 
-def test_bfloat16_outputs_are_summed_in_float32():
+def test_bfloat16_attention_accumulates_in_float32():
     arrays, heads = draw("an incomplete last block")
     exact = materialised(*arrays, heads)
     halves = [x.astype(jnp.bfloat16) for x in arrays]

@@ -50,7 +50,7 @@ def test_the_pages_of_freed_memory_are_reused_with_the_setting_alone(setting):
     assert int(output) < 8 if setting == "keep" else int(output) >= 8
 
 
-def test_the_pages_of_xla_are_reused_in_the_calling_thread():
+def test_memory_freed_by_xla_is_reused_in_the_calling_thread():
     """Twenty runs on arrays of 128 MiB cause fewer page faults than ten times 32,768 pages.
 
     In other threads the C library returns arrays of this size, and every run faults. Some runs

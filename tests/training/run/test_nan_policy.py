@@ -226,7 +226,7 @@ with t.bad_at(7):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_killed_during_a_rollback_ends_with_the_same_parameters(digits, tmp_path, moment):
+def test_a_run_killed_during_a_rollback_resumes_to_the_same_parameters(digits, tmp_path, moment):
     """SIGKILL arrives just before or just after the save of the state after the rollback."""
     more = {"on_nan": "rollback", "log_every": 1}
     whole = run(digits, tmp_path / "whole", 7, **more)
