@@ -97,9 +97,7 @@ def main(argv: list[str]) -> None:
             export_checkpoint(to_path(source), out, _TO.value, _WHICH.value)
         return
     if _WHICH.value != "last":
-        raise errors.UserError(
-            "--which=best requires --to: without it, SOURCE is a checkpoint file"
-        )
+        raise errors.UserError("--which=best requires --to: without it, SOURCE is a file")
     if _VARIANT.value is None:
         raise errors.UserError(
             "name the variant of SOURCE: --variant=NAME (`describe --all` lists them)"

@@ -3,7 +3,8 @@
 A pooling module is built by `pooling(pool, channels, dtype=, rngs=)`, from a `Pool` and the width
 of its tokens, and called with `(tokens, grid)`. It maps tokens `[batch, 1 + THW, channels]` (THW
 without a class token) on the grid (T, H, W) to tokens on `pool.output(grid)`, and may have
-parameters. The helper `on_grid` passes a class token through. `ConvPool`, `MaxPool` and `AvgPool` are the papers' poolings.
+parameters. The helper `on_grid` passes a class token through. `ConvPool`, `MaxPool` and `AvgPool`
+are the papers' poolings.
 """
 
 import functools

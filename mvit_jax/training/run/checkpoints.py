@@ -186,6 +186,8 @@ class Checkpoints:
         except Exception as error:
             return self._clean_up(which, error)
         del self._under_way[which]
+        if self._failed:  # their threads may have written after the cleanup
+            self._remove_partial_saves(which)
         self._failed = 0
         return None
 

@@ -19,9 +19,9 @@ def cache_compiled_programs() -> None:
 
     The training step of the default experiment then loads in 2 s instead of compiling in 33 s (2
     cores, both busy, 2026-11-23). The folder is $JAX_COMPILATION_CACHE_DIR, by default
-    one for each processor in `mvit_jax/compiled` in $XDG_CACHE_HOME or ~/.cache. Without a writable folder there is no cache.
-    JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Entries are never removed (a training step
-    takes 1 MB): delete the folder if it grows too large.
+    one for each processor in `mvit_jax/compiled` in $XDG_CACHE_HOME or ~/.cache. Without a writable
+    folder there is no cache. JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Entries are never
+    removed (a training step takes 1 MB): delete the folder if it grows too large.
 
     The cache is on for any number of devices. On eight simulated devices, a sharded training step
     from the cache has the same losses, bit for bit, as a compiled one. With many dispatched steps
