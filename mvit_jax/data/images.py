@@ -10,12 +10,16 @@ from typing import Protocol, runtime_checkable
 import cv2
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.data import orientation
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 """Suffixes of image files; upper and lower case are equivalent."""
+
+MAX_PIXELS = 178_956_970
+"""Largest number of pixels of a frame or image: 512 MiB in RGB, and Pillow's own limit."""
 
 
 class DecodeError(UserError):
@@ -47,7 +51,7 @@ class Footage(Protocol):
 
     @property
     def fps(self) -> float:
-        """Frames per second."""
+        """Average frames per second."""
         ...
 
     def frames(
@@ -104,8 +108,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height widt
     """Reads an image as a clip of one frame, RGB.
 
     Greyscale, palette and CMYK images are converted to RGB and transparency is dropped, as by
-    Pillow's `convert("RGB")`. The EXIF orientation is ignored, as in the evaluations that measured
-    the published accuracies.
+    Pillow's `convert("RGB")`. Photos are turned upright by their EXIF orientation.
 
     Raises:
       DecodeError: the file is missing, is not an image, is broken, or has far too many pixels.
@@ -139,17 +142,22 @@ _UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, E
 
 def _rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded)) as image:
-        # OpenCV decodes the JPEGs of cameras and data sets to the same values in less time. But
-        # it fills the missing part of truncated files with grey, and converts CMYK differently.
-        if image.format == "JPEG" and image.mode == "RGB" and encoded.endswith(_END_OF_JPEG):
-            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-            pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-            if pixels is not None:
-                return np.asarray(pixels)[None]
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit grey at 255, although it keeps the high byte of 16-bit RGB.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))[None]
+        stored = orientation.of_exif(image.getexif().get(ExifTags.Base.Orientation))
+        return stored.apply(_stored_rgb(image, encoded))[None]
+
+
+def _stored_rgb(image: Image.Image, encoded: bytes) -> np.ndarray:
+    # OpenCV decodes the JPEGs of cameras and data sets to the same values in less time. But it
+    # fills the missing part of truncated files with grey, and converts CMYK differently.
+    if image.format == "JPEG" and image.mode == "RGB" and encoded.endswith(_END_OF_JPEG):
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+        if pixels is not None:
+            return np.asarray(pixels)
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit grey at 255, although it keeps the high byte of 16-bit RGB.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def _reason_of_file(file: Path, error: Exception) -> str:

@@ -7,20 +7,22 @@ import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError, InvalidDataError
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from jaxtyping import Int, UInt8
+from jaxtyping import Float64, Int, UInt8
 
+from mvit_jax.data import orientation, packets
 from mvit_jax.data.images import (
+    MAX_PIXELS,
     DecodeError,
     Footage,
     Frames,
@@ -29,24 +31,14 @@ from mvit_jax.data.images import (
     is_image,
     read_image,
 )
-
-# A file with a smaller share of its stated frames counts as cut off. Headers often state a frame or
-# two too many; PySlowFast then repeats the last frame. A file truncated by a broken download lacks
-# far more.
-_MIN_SHARE_OF_STATED_FRAMES = 0.9
+from mvit_jax.data.packets import Index, KeyFrame
 
 # Codecs whose decoders can skip single frames that no other frame refers to. Skipping those that
 # are not requested saves a fifth to a half of the time at stride 4 with B-frames. The pixels of
 # the other frames stay the same. (The AV1 decoder drops requested frames too.)
 _SKIPPING_CODECS = ("h264", "hevc")
 
-
-class _KeyFrame(NamedTuple):
-    """A packet at which decoding can start, and its position in the file."""
-
-    pts: int
-    dts: int | None
-    position: int
+_Item = TypeVar("_Item")
 
 
 class _Run(NamedTuple):
@@ -62,27 +54,16 @@ class _Run(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True)
-class Index:
-    """Packet index of an H.264 mp4 file, from which it is opened without reading its container.
+class _LateStart(Exception):
+    """The first picture after a seek is later than the requested one."""
 
-    Attributes:
-      offsets: byte offset of each packet in the file, in decoding order.
-      sizes: size of each packet in bytes.
-      times: presentation time of each packet, in units of `time_base`, all distinct.
-      keys: positions of the key frames in `offsets`.
-      extradata: codec parameters, which the decoder requires before the first packet.
-      time_base: numerator and denominator of the time unit, in seconds.
-      fps: average frames per second.
-    """
 
-    offsets: Sequence[int]
-    sizes: Sequence[int]
-    times: Sequence[int]
-    keys: Sequence[int]
-    extradata: bytes
-    time_base: Sequence[int]
-    fps: float
+class _UnsoundSeek(Exception):
+    """The packets after a seek differ from those of the file read from its start."""
+
+
+class _BrokenTimes(Exception):
+    """Presentation times descend in the order of presentation."""
 
 
 class Video:
@@ -90,7 +71,8 @@ class Video:
 
     Opening reads all packets once (3 % of the time of decoding them), as the frame count of a
     container may be missing or wrong. The packets' presentation times make frame numbers exact,
-    even at variable frame rates and after a seek to any key frame. With an index, the container is
+    even at variable frame rates and after a seek to any key frame. Where presentation times are
+    broken or a seek is unsound, the file is read from its start. With an index, the container is
     not read: opening takes 0.1 ms instead of 2 for 300 frames of 340x256.
 
     Args:
@@ -101,7 +83,10 @@ class Video:
     Attributes:
       path: path of the file, or its name in messages.
       num_frames: number of frames, which are numbered by presentation time.
-      fps: average frames per second; 30 if the file states no rate.
+      fps: average frames per second, by the presentation times; 30 if the file states neither
+        times nor a rate.
+      frame_size: stored width and height of a frame in pixels; 0 if opened by an index.
+      seconds: presentation time of each frame, float64 `[num_frames]`, from 0 on.
 
     Raises:
       DecodeError: the file is missing, is not a video, is broken or is truncated.
@@ -118,22 +103,38 @@ class Video:
         self.path = name or self._file
         self._reformatter = VideoReformatter()
         self._size: tuple[int, int] | None = None
-        self._key_frames: list[_KeyFrame] = []
-        self._key_times: list[int] = []
-        self._position: dict[int | None, int] = {}
         self._index = index
         self._container: InputContainer | None = None
+        # Key frames to go back further than the times suggest, as one may not restore the picture.
+        self._back = 0
         if index is not None:
             self._open_index(index)
             return
         self._open()
         try:
-            self._read_times()
+            assert self._container
+            self._packets = packets.read_packets(self._container, self._stream, self.path)
         except BaseException as error:
             self.close()
             if isinstance(error, FFmpegError):
                 raise self._decode_error(error) from error
             raise
+
+    @property
+    def num_frames(self) -> int:
+        return self._packets.num_frames
+
+    @property
+    def fps(self) -> float:
+        return self._packets.fps
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        return self._codec.width, self._codec.height
+
+    @property
+    def seconds(self) -> Float64[np.ndarray, " frames"]:
+        return self._packets.seconds
 
     def __enter__(self) -> "Video":
         return self
@@ -177,12 +178,7 @@ class Video:
         codec = av.CodecContext.create("h264", "r")
         codec.extradata = index.extradata
         codec.thread_type, codec.thread_count = "NONE", 1
-        self._codec, self._time_base = codec, Fraction(*index.time_base)
-        self._times = sorted(index.times)
-        self._position = {time: position for position, time in enumerate(index.times)}
-        self._key_frames = sorted(_KeyFrame(index.times[key], None, key) for key in index.keys)
-        self._key_times = [key.pts for key in self._key_frames]
-        self.num_frames, self.fps = len(self._times), index.fps
+        self._codec, self._packets = codec, packets.from_index(index)
 
     def _open(self) -> None:
         try:
@@ -194,53 +190,33 @@ class Video:
         if container.format.name == "tty":  # FFmpeg renders any text as a video
             container.close()
             raise DecodeError(self.path, "it is text, not a video")
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream):
+        try:
+            stream = self._video_stream(container)
+        except DecodeError:
             container.close()
-            raise DecodeError(self.path, "it holds no video, only other streams")
+            raise
         # Clips are loaded in many threads at once, which a decoder's own threads would slow down
         # (1.6 ms with one thread, 2.8 ms with automatic threads, for 48 frames of 64x64).
         stream.thread_type = "NONE"
         stream.thread_count = 1
         self._container, self._stream = container, stream
-        self._codec, self._time_base = stream.codec_context, stream.time_base
+        self._codec = stream.codec_context
 
-    def _read_times(self) -> None:
-        """Sets the frame count, the frame rate, the presentation times and the key frames."""
-        times: list[int | None] = []
-        position = 0
-        assert self._container
-        for packet in self._container.demux(self._stream):
-            if packet.size == 0 or packet.is_corrupt:
-                continue
-            self._position[packet.pts] = position
-            if packet.pts is not None and (packet.is_keyframe or not self._key_frames):
-                self._key_frames.append(_KeyFrame(packet.pts, packet.dts, position))
-            # Packets that an edit list hides are decoded but not presented.
-            if not packet.is_discard:
-                times.append(packet.pts)
-            position += 1
-        stated = self._stream.frames
-        if position < _MIN_SHARE_OF_STATED_FRAMES * stated:
-            raise DecodeError(self.path, f"it is cut off, with {position} of its {stated} frames")
-        if not times:
-            raise DecodeError(self.path, "it holds no frames")
-        self.num_frames = len(times)
-        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 30)
-        self._times = self._reliable_times(times)
-        if self._times:
-            self._key_frames.sort(key=lambda key: key.pts)
-            self._key_times = [key.pts for key in self._key_frames]
-
-    def _reliable_times(self, times: list[int | None]) -> list[int]:
-        """Returns the sorted presentation times, or none if they are unreliable."""
-        # AVI stores no presentation times, and those that FFmpeg derives are wrong with B-frames.
-        # Without times, frames are counted from the first frame on.
-        assert self._container
-        if self._container.format.name == "avi" and self._codec.has_b_frames:
-            return []
-        present = [time for time in times if time is not None]
-        return sorted(present) if len(set(present)) == len(times) else []
+    def _video_stream(self, container: InputContainer) -> VideoStream:
+        """Returns the container's main video; raises `DecodeError` if it has none."""
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream):
+            streams = "only other streams" if container.streams else "and no other streams"
+            raise DecodeError(self.path, f"it holds no video, {streams}")
+        if stream.disposition & Disposition.attached_pic:
+            raise DecodeError(self.path, "it holds no video, only sound and a cover picture")
+        if stream.width * stream.height > MAX_PIXELS:
+            raise DecodeError(
+                self.path,
+                f"its frames of {stream.width}x{stream.height} have more than {MAX_PIXELS:,} "
+                "pixels: scale it down first",
+            )
+        return stream
 
     def in_order(
         self, numbers: Sequence[int]
@@ -265,23 +241,33 @@ class Video:
 
         Frames are evenly spaced at the average rate if the file has no reliable presentation times.
         """
-        if not self._times or self._time_base is None:
+        times = self._packets.times
+        if not times:
             return 1 / Fraction(self.fps).limit_denominator(1001), list(range(self.num_frames))
-        return self._time_base, [time - self._times[0] for time in self._times]
+        return self._packets.time_base, [time - times[0] for time in times]
 
     def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields frames like `in_order`, but as decoded: neither RGB nor turned upright."""
-        numbers = list(numbers)
-        try:
-            yield from self._pictures(numbers)
-        except FFmpegError as error:
-            raise self._decode_error(error) from error
+        numbers, done = list(numbers), 0
+        while done < len(numbers):
+            try:
+                for item in self._pictures(numbers[done:]):
+                    yield item
+                    done += 1
+            except _LateStart:
+                self._back = max(1, 2 * self._back)
+            except _UnsoundSeek:
+                self._packets.seekable = False
+            except _BrokenTimes:
+                self._packets.seekable = self._packets.by_time = False
+            except FFmpegError as error:
+                raise self._decode_error(error) from error
 
     def _pictures(
         self, numbers: list[int], jumping: bool = True
     ) -> Iterator[tuple[int, av.VideoFrame]]:
         done, number, frame = 0, -1, None
-        for number, frame in self._decoded(numbers, jumping):
+        for number, frame in _one_later(self._decoded(numbers, jumping)):
             if number < numbers[done]:
                 continue
             ready = bisect_right(numbers, number)
@@ -293,7 +279,7 @@ class Video:
             # The last decodable frame may lie before the last key frame.
             yield from itertools.islice(self._pictures([0, *numbers], jumping=False), 1, None)
             return
-        if frame is None or number + 1 < _MIN_SHARE_OF_STATED_FRAMES * self.num_frames:
+        if frame is None or number + 1 < packets.MIN_SHARE * self.num_frames:
             raise DecodeError(
                 self.path, f"decoding ends after {number + 1} of its {self.num_frames} frames"
             )
@@ -305,50 +291,91 @@ class Video:
         Yields pairs of frame number and frame in ascending order, including frames that were not
         requested. With `jumping`, packets that no requested frame depends on are skipped: from a
         requested frame to the key frame before the next requested frame.
+
+        Raises:
+          _LateStart, _UnsoundSeek, _BrokenTimes: see the classes.
         """
-        codec = self._codec
-        packets = self._packets(numbers[0])
-        requested = {self._times[number] for number in numbers} if self._times else set()
-        skipping = bool(requested) and codec.name in _SKIPPING_CODECS
+        codec, times = self._codec, self._packets.times
+        by_time = self._packets.by_time
+        stream = self._from_key_frame(numbers[0])
+        requested = {times[number] for number in numbers} if by_time else set()
+        skipping = by_time and codec.name in _SKIPPING_CODECS
         everything = [_Run(0, sys.maxsize, 0, numbers[-1])]
-        runs = self._runs(numbers) if self._times and jumping else everything
+        runs = self._runs(numbers) if self._packets.seekable and jumping else everything
         number = -1
         for run in runs:
             if run is not runs[0]:
                 codec.flush_buffers()
-                packets = itertools.dropwhile(
-                    lambda packet, run=run: self._position.get(packet.pts) != run.start, packets
+                stream = itertools.dropwhile(
+                    lambda packet, run=run: self._position(packet) != run.start, stream
                 )
-            for packet in itertools.chain(self._until(packets, run.end), [None]):
+            first = True
+            for packet in itertools.chain(self._until(stream, run.end), [None]):
                 if packet is not None and skipping:
                     codec.skip_frame = "DEFAULT" if packet.pts in requested else "NONREF"
-                for frame in codec.decode(packet):
-                    if self._times and frame.pts is not None:
-                        number = bisect_right(self._times, frame.pts) - 1
+                for frame in self._frames_of(packet):
+                    before = number
+                    if by_time and frame.pts is not None:
+                        number = bisect_right(times, frame.pts) - 1
                     else:
                         number += 1
+                    if first and self._packets.seekable:
+                        self._check_start(frame, number, numbers[run.first])
+                    if not first and number < before:
+                        raise _BrokenTimes
+                    first = False
                     yield number, frame
             if number < run.last and run.end < sys.maxsize:
                 # The decoder dropped frames; their replacements may lie in the skipped packets.
                 yield from self._decoded(numbers[max(run.first - 1, 0) :], jumping=False)
                 return
 
-    def _until(self, packets: Iterator[av.Packet], end: int) -> Iterator[av.Packet]:
-        """Yields the packets up to position `end`, except corrupt ones."""
-        for packet in packets:
+    def _frames_of(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        try:
+            return self._codec.decode(packet)
+        except InvalidDataError:
+            if packet is not None and packet.is_corrupt:
+                return []
+            raise
+
+    def _check_start(self, frame: av.VideoFrame, number: int, requested: int) -> None:
+        """Raises `_LateStart` if a run's first picture is none to start from, or too late.
+
+        Streams with intra refresh have key frames from which the picture recovers gradually.
+        """
+        if frame.key_frame and number <= requested:
+            return
+        time = self._packets.times[requested]
+        if self._packets.key_frame(time, self._back) != self._packets.key_frame(time, sys.maxsize):
+            raise _LateStart
+
+    def _position(self, packet: av.Packet) -> int | None:
+        """Returns the position of a packet in the file.
+
+        Raises:
+          _UnsoundSeek: the file read from its start has another packet there.
+        """
+        position = self._packets.positions.get(packet.pts)
+        if position is None or packet.size == self._packets.sizes[position]:
+            return position
+        raise _UnsoundSeek
+
+    def _until(self, stream: Iterator[av.Packet], end: int) -> Iterator[av.Packet]:
+        """Yields the packets up to position `end`, except an incomplete one at the end."""
+        for packet in stream:
             if packet.size == 0:  # PyAV's end of stream
                 return
-            if not packet.is_corrupt:
+            if not packet.is_corrupt or packet.pts in self._packets.positions:
                 yield packet
-            if self._position.get(packet.pts) == end:
+            if self._packets.seekable and self._position(packet) == end:
                 return
 
     def _runs(self, numbers: list[int]) -> list[_Run]:
         """Returns the runs of packets to decode for these frames, in order."""
         runs: list[_Run] = []
         for index, number in enumerate(numbers):
-            time = self._times[number]
-            start, position = self._key_frame(time).position, self._position[time]
+            time = self._packets.times[number]
+            start, position = self._key_frame(number).position, self._packets.positions[time]
             if runs and start <= runs[-1].end + 1:  # no packets to skip
                 last = runs[-1]
                 runs[-1] = last._replace(end=max(last.end, position), last=number)
@@ -356,21 +383,17 @@ class Video:
                 runs.append(_Run(start, position, index, number))
         return runs
 
-    def _key_frame(self, time: int) -> _KeyFrame:
-        """Returns the last key frame presented at or before `time`, or else the file's first."""
-        index = bisect_right(self._key_times, time) - 1
-        if index < 0:
-            return min(self._key_frames, key=lambda key: key.position)
-        return self._key_frames[index]
+    def _key_frame(self, number: int) -> KeyFrame:
+        return self._packets.key_frame(self._packets.times[number], self._back)
 
-    def _packets(self, first: int) -> Iterator[av.Packet]:
+    def _from_key_frame(self, first: int) -> Iterator[av.Packet]:
         """Returns packets in decoding order, starting at or before the key frame of `first`."""
         if self._index is not None:
             self._codec.flush_buffers()
-            return self._indexed(self._index, self._key_frame(self._times[first]).position)
+            return self._indexed(self._index, self._key_frame(first).position)
         assert self._container
-        if self._times:
-            start = self._key_frame(self._times[first])
+        if self._packets.seekable:
+            start = self._key_frame(first)
             # The index of mp4 files is in decoding times, that of Matroska in presentation times,
             # and some indexes are wrong. So the position after seeking is checked.
             for stamp in (start.pts, start.dts):
@@ -378,10 +401,11 @@ class Video:
                     continue
                 with contextlib.suppress(FFmpegError):
                     self._container.seek(stamp, stream=self._stream)
-                    packets = self._container.demux(self._stream)
-                    packet = next(packets)
-                    if self._position.get(packet.pts, len(self._position)) <= start.position:
-                        return itertools.chain([packet], packets)
+                    stream = self._container.demux(self._stream)
+                    packet = next(stream)
+                    position = self._position(packet)
+                    if position is not None and position <= start.position:
+                        return itertools.chain([packet], stream)
         self._container.close()
         self._open()
         return self._container.demux(self._stream)
@@ -401,7 +425,7 @@ class Video:
         image = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", threads=1
         ).to_ndarray()
-        return np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
+        return orientation.of_frame(frame).apply(image)
 
     def _decode_error(self, error: Exception) -> DecodeError:
         file = None if self._bytes is not None else Path(self._file)
@@ -414,6 +438,15 @@ class Video:
         else:
             reason = str(getattr(error, "strerror", None) or error).lower()
         return DecodeError(self.path, reason)
+
+
+def _one_later(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yields each item after the next one was drawn, which may raise."""
+    previous = list(itertools.islice(items, 1))
+    for item in items:
+        yield from previous
+        previous = [item]
+    yield from previous
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import itertools
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mvit_jax.data import augmentation, pipeline
 from mvit_jax.data.augmentation import Augmentation
@@ -70,10 +70,15 @@ TURNED = Image.Exif()
 TURNED[0x0112] = 6  # a rotation by 90 degrees
 
 
-def test_the_exif_orientation_is_not_applied(tmp_path):
-    path = save(tmp_path / "a.png", picture(), exif=TURNED)
-    assert Image.open(path).getexif()[0x0112] == 6
-    np.testing.assert_array_equal(read_image(path)[0], picture())
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are invalid
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_photos_are_turned_upright(orientation, name, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / name, picture(), exif=exif)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    np.testing.assert_array_equal(read_image(path)[0], expected)
 
 
 WHOLE = cv2.imencode(".jpg", picture(200, 300))[1].tobytes()
@@ -166,4 +171,5 @@ def test_jpegs_decode_to_the_pixels_of_pillow(kind, shape, tmp_path):
             data[index] ^= 4
         path.write_bytes(data)
     with Image.open(path) as expected:
-        assert np.array_equal(read_image(path)[0], expected.convert("RGB"))
+        upright = ImageOps.exif_transpose(expected).convert("RGB")
+    assert np.array_equal(read_image(path)[0], upright)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from mvit_jax.data import pipeline
 from mvit_jax.data import video as decoding
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import read_video_list
+from mvit_jax.data.randaugment import parse
+from tests.data.bar_codes import BAR, BITS, HEIGHT, bar_code, decode_all, write
 from tests.data.loading import loading
-from tests.data.test_video import BAR, BITS, HEIGHT, bar_code, decode_all, write
 from tests.support.refusals import refused
 from tests.support.stand_ins import until
 
@@ -359,3 +361,42 @@ def test_impossible_settings_raise_before_loading(good):
     for rows in (range(4, 9), range(0, 8, 2), range(3, 3), range(-1, 4)):
         with pytest.raises(ValueError, match="contiguous"):
             pipeline.train_batches(good, SETTINGS, seed=0, batch=8, steps=1, rows=rows)
+
+
+@pytest.mark.parametrize("randaugment", [None, "rand-m7-n4-inc1"])
+@pytest.mark.parametrize("crop", [{}, {"crop_area": None, "jitter": (36, 60)}])
+def test_large_frames_are_processed_in_parts_with_the_same_result(
+    randaugment, crop, good, monkeypatch
+):
+    augmentation = Augmentation(randaugment=randaugment and parse(randaugment), **crop)
+    settings = dataclasses.replace(SETTINGS, augmentation=augmentation)
+
+    def load():
+        clips, _ = pipeline.load_train_clips(good, 1, settings, np.random.default_rng(3), repeats=3)
+        return clips, pipeline.load_views(good, 1, settings, clips=3, crops=3)
+
+    whole = load()
+    monkeypatch.setattr(pipeline, "_BYTES_IN_PARTS", 1)
+    for part, expected in zip(load(), whole, strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+def test_memory_for_views_of_large_frames_does_not_grow_with_their_number(tmp_path):
+    """Forty frames of 1600x1200 have 230 MB."""
+    frame = cv2.resize(bar_code(5), (1600, 1200))
+    path = write(tmp_path / "large.mp4", [frame] * 40, preset="ultrafast")
+    settings = dataclasses.replace(SETTINGS, frames=8, stride=4)
+    tracemalloc.start()
+    with decoding.Video(path) as video:
+        pipeline.views(video, settings, clips=5, crops=1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 140 << 20
+
+
+def test_the_middle_of_a_very_long_image_is_scaled():
+    line = np.zeros((1, 2, 20_000, 3), np.uint8)
+    line[:, :, 9_990:10_010] = 255
+    settings = dataclasses.replace(SETTINGS, frames=1, size=32, short_side=32)
+    square = pipeline.crops_of(line, settings, 1)
+    assert square.shape == (1, 1, 32, 32, 3) and square.min() == 255

@@ -15,7 +15,7 @@ from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.preprocess import Preprocess
 from mvit_jax.data.video import DecodeError
 from mvit_jax.models.inference import normalise
-from tests.data.test_video import write
+from tests.data.bar_codes import write
 
 
 @pytest.fixture(scope="module")

@@ -124,3 +124,26 @@ def test_strided_training_clips_start_at_any_frame(num_frames):
 def test_several_clips_of_segments_are_rejected():
     with pytest.raises(UserError, match=r"5 clips .*: set eval\.clips=1"):
         sampling.view_indices(50, 12.0, frames=8, stride=1, clips=5, sampling="segments")
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.45])
+def test_the_nearest_frames_of_a_constant_rate_are_its_own(jitter):
+    rng = np.random.default_rng(0)
+    seconds = (np.arange(300) + rng.uniform(-jitter, jitter, 300)) / 29.97
+    indices = rng.integers(0, 300, (5, 16))
+    nearest = sampling.nearest_frames(indices, 29.97, seconds)
+    assert np.array_equal(nearest, indices)
+
+
+def test_nearest_frames_are_those_of_the_times():
+    rng = np.random.default_rng(0)
+    seconds = np.cumsum(rng.uniform(0.01, 0.3, 200))
+    indices, fps = rng.integers(0, 200, 50), 199 / (seconds[-1] - seconds[0])
+    seconds -= seconds[0]
+    expected = [np.abs(seconds - index / fps).argmin() for index in indices]
+    assert sampling.nearest_frames(indices, fps, seconds).tolist() == expected
+
+
+def test_spans_at_a_very_low_frame_rate_do_not_run_backwards():
+    indices = sampling.view_indices(6, 0.1, frames=16, stride=4, clips=3)
+    assert (np.diff(indices, axis=1) == 0).all()

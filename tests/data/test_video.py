@@ -1,9 +1,8 @@
-"""Decoding of encoded files whose frames show their number as a bar code."""
+"""Decoding of video files: frame numbers, seeking, and broken files."""
 
 import pickle
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import cv2
@@ -11,78 +10,9 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
+from mvit_jax.data.making.transcoding import Encoding, encode
 from mvit_jax.data.video import DecodeError, Video, opened, why_broken
-
-BITS, BAR, HEIGHT = 8, 8, 32
-
-
-def bar_code(number):
-    """Returns a frame with white bars for the ones of a binary number, lowest bit at the left."""
-    bits = [(number >> bit) & 1 for bit in range(BITS)]
-    row = np.repeat(np.array(bits, np.uint8) * 235, BAR)
-    return np.broadcast_to(row[None, :, None], (HEIGHT, BITS * BAR, 3)).copy()
-
-
-def number_of(image):
-    """Reads the bar code of a decoded frame."""
-    middles = image[image.shape[0] // 2, BAR // 2 :: BAR].mean(axis=-1)
-    return sum(1 << bit for bit, level in enumerate(middles) if level > 120)
-
-
-def numbers_of(images):
-    return [number_of(image) for image in images]
-
-
-def write(
-    path,
-    frames,
-    *,
-    codec="libx264",
-    rate: int | Fraction = 30,
-    gop=12,
-    pix_fmt="yuv420p",
-    times=None,
-    rotation=None,
-    **options,
-):
-    """Encodes `frames` (arrays, or a count of bar codes) with B-frames; returns the path."""
-    if isinstance(frames, int):
-        frames = [bar_code(number) for number in range(frames)]
-    # Bar codes change at every frame; by default x264 would then use no B-frames.
-    forced = {"b_strategy": "0", "sc_threshold": "0"} if codec == "libx264" else {}
-    container_options = {"movflags": "faststart"} if str(path).endswith(".mp4") else {}
-    with av.open(str(path), "w", options=container_options) as container:
-        settings = {"bf": "2", **forced, **options}
-        stream: Any = container.add_stream(codec, rate=rate, options=settings)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        stream.gop_size = gop
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        for number, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            if times is not None:
-                picture.time_base, picture.pts = Fraction(1, 1000), times[number]
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-    return str(path)
-
-
-def decode_all(path: str):
-    """Returns all frames in the order of a plain decoder."""
-    with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def packets_of(path: str):
-    with av.open(path) as container:
-        return [
-            (packet.pos or 0, packet.size, packet.is_keyframe)
-            for packet in container.demux(video=0)
-            if packet.size
-        ]
+from tests.data.bar_codes import decode_all, number_of, numbers_of, packets_of, write
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +70,7 @@ def test_seeking_and_skipping_do_not_change_pixels(name, tmp_path):
 
 def test_a_late_clip_does_not_decode_the_start_of_the_file(video_path, tmp_path):
     data = bytearray(Path(video_path).read_bytes())
-    for position, size, _ in packets_of(video_path)[:40]:
+    for position, size, _ in packets_of(video_path)[1:40]:
         data[position : position + size] = bytes(size)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(data)
@@ -182,20 +112,28 @@ def test_a_few_missing_frames_at_the_end_are_no_decode_failure(video_path, tmp_p
     assert why_broken(opened(path, 1)) is None
 
 
-def test_frames_dropped_by_the_decoder_are_replaced_by_the_nearest(tmp_path):
-    """A file that starts within a group of pictures decodes from the next key frame on."""
-    source = write(tmp_path / "whole.mp4", 60, bf="0", gop=20)
-    path = tmp_path / "late.mkv"
+@pytest.mark.parametrize(("name", "missing"), [("late.mkv", 16), ("late.ts", 3)])
+def test_a_file_that_starts_within_a_group_of_pictures_starts_at_its_first_key_frame(
+    name, missing, tmp_path
+):
+    path = late_start(tmp_path / name, missing)
+    assert len(decode_all(str(path))) == 40
+    with Video(path) as video:
+        assert video.num_frames == 40
+        assert numbers_of(video.frames([0, 1, 39])) == [20, 21, 59]
+        assert video.seconds[0] == 0
+
+
+def late_start(path, missing):
+    """Copies 60 frames with key frames at 0, 20 and 40, without the first `missing`."""
+    source = write(path.parent / "whole.mp4", 60, bf="0", gop=20)
     with av.open(source) as reader, av.open(str(path), "w") as writer:
         stream = writer.add_stream_from_template(reader.streams.video[0])
         for number, packet in enumerate(reader.demux(video=0)):
-            if number >= 15 and packet.size:
+            if number >= missing and packet.size:
                 packet.stream = stream
                 writer.mux(packet)
-    with Video(path) as video:
-        assert video.num_frames == 45
-        key_frame = 20 - 15
-        assert numbers_of(video.frames([0, key_frame, 44])) == [20, 20, 59]
+    return path
 
 
 def test_the_last_frame_is_repeated_when_the_decoder_ends_early(tmp_path, monkeypatch):
@@ -205,7 +143,7 @@ def test_the_last_frame_is_repeated_when_the_decoder_ends_early(tmp_path, monkey
     def ending_before(end):  # without B-frames, file positions are frame numbers
         def truncated_until(self, packets, last):
             complete = until(self, packets, last)
-            return (packet for packet in complete if self._position[packet.pts] < end)
+            return (packet for packet in complete if self._position(packet) < end)
 
         return truncated_until
 
@@ -331,18 +269,48 @@ def test_the_average_frame_rate_is_read(rate, tmp_path):
         assert video.fps == float(rate)
 
 
-@pytest.mark.parametrize("rotation", [90, -90, 180])
-def test_rotated_videos_are_decoded_upright(rotation, tmp_path):
-    frame = np.zeros((32, 64, 3), np.uint8)
-    frame[:16, :32] = 230  # one quarter is white
-    path = write(tmp_path / "turned.mp4", [frame] * 3, rotation=rotation)
-    capture = cv2.VideoCapture(path)  # applies the rotation
-    _, expected = capture.read()
-    capture.release()
-    with Video(path) as video:
-        image = video.frames([0])[0]
-    assert image.shape == expected.shape
-    assert np.abs(image.astype(int) - expected).mean() < 4
+def matrices():
+    """Returns the rows a, b and c, d of the display matrices of the eight orientations."""
+    signs = [(a, d) for a in (1, -1) for d in (1, -1)]
+    return [((a, 0), (0, d)) for a, d in signs] + [((0, b), (c, 0)) for b, c in signs]
+
+
+def displayed(image, rows):
+    """Moves each pixel (x, y) to (ax + cy, bx + dy), shifted into the picture."""
+    (a, b), (c, d) = rows
+    height, width = image.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    across, down = a * x + c * y, b * x + d * y
+    across, down = across - across.min(), down - down.min()
+    out = np.empty((down.max() + 1, across.max() + 1, 3), image.dtype)
+    out[down, across] = image
+    return out
+
+
+def quarters():
+    frame = np.full((32, 64, 3), 20, np.uint8)
+    frame[:16, :32], frame[16:, :32], frame[:16, 32:] = 230, 160, 90
+    return frame
+
+
+@pytest.mark.parametrize("rows", matrices())
+def test_videos_are_displayed_by_their_matrix(rows, tmp_path):
+    (a, b), (c, d) = rows
+    one = 1 << 16
+    matrix = [a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30]
+    path = write(tmp_path / "x.mp4", [quarters()] * 3, matrix=matrix)
+    expected = displayed(quarters(), rows)
+    for stored in (opened(path, 8), packed(path)):
+        with stored as video:
+            image = video.frames([0])[0]
+        assert image.shape == expected.shape
+        assert np.abs(image.astype(int) - expected).mean() < 5
+
+
+def packed(path):
+    """Opens the video as `prepare videos` stores it in a shard."""
+    encoded = encode(path, Encoding(short_side=32))
+    return Video(encoded.file, index=encoded.index)
 
 
 def test_frames_after_a_resolution_change_have_the_first_size(tmp_path):

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from mvit_jax.data import sampling
+from mvit_jax.data.pipeline import ClipSettings
+from mvit_jax.data.video import Video
 from mvit_jax.predict.windows import Timeline, clock, is_long, windows
+from tests.data.bar_codes import write
 
 SHAPES = [  # frames of the video, its rate, T, tau
     (900, 30.0, 16, 4), (901, 29.97, 8, 4), (333, 25.0, 8, 8),
@@ -100,3 +103,17 @@ def test_clock_formats_minutes_and_hours():
     assert [clock(s) for s in (0.0, 7.4, 59.6, 750.0, 3723.0)] == [
         "0:00", "0:07", "1:00", "12:30", "1:02:03",
     ]  # fmt: skip
+
+
+def test_windows_of_a_variable_rate_have_the_frames_of_their_time(tmp_path):
+    """60 frames at 30 per second, then 30 at 5: the change is at 2 s, not at 5.3."""
+    times = [round(n * 1000 / 30) for n in range(60)] + [2000 + 200 * n for n in range(30)]
+    path = write(tmp_path / "x.mkv", 90, times=times)
+    settings = ClipSettings(frames=4, stride=8, size=16, short_side=16)
+    with Video(path) as video:
+        result = windows(video.num_frames, video.fps, frames=4, stride=8)
+        seconds = video.seconds[settings.by_time(video, result.indices)]
+    assert result.ends[-1] == pytest.approx(8, abs=0.2)
+    assert (seconds >= result.starts[:, None] - 0.1).all()
+    assert (seconds <= result.ends[:, None] + 0.1).all()
+    assert np.ptp(seconds, axis=1) == pytest.approx(32 / 30 - 1 / video.fps, abs=0.2)

@@ -22,7 +22,8 @@ from jaxtyping import Int, Int32
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.images import DecodeError
-from mvit_jax.data.video import Index, Video
+from mvit_jax.data.packets import Index
+from mvit_jax.data.video import Video
 
 FORMAT = 1
 """Format version in manifests; increases when older shards become unreadable."""

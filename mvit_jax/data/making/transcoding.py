@@ -11,8 +11,11 @@ from av.video.frame import PictureType
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.data import orientation
 from mvit_jax.data.images import DecodeError
-from mvit_jax.data.video import Index, Video
+from mvit_jax.data.orientation import Orientation
+from mvit_jax.data.packets import Index
+from mvit_jax.data.video import Video
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def _encode(video: Video, encoding: Encoding) -> Encoded:
         stream = None
         for number, picture in video.pictures(range(video.num_frames)):
             size = size if stream else _size(picture.width, picture.height, encoding.short_side)
-            degrees = picture.rotation
+            stored = orientation.of_frame(picture)
             picture = reformatter.reformat(
                 picture,
                 width=size[0],
@@ -104,7 +107,7 @@ def _encode(video: Video, encoding: Encoding) -> Encoded:
                 interpolation=Interpolation.BICUBIC,
                 threads=1,
             )
-            picture = _rotate(picture, degrees)
+            picture = _upright(picture, stored)
             picture.pts, picture.time_base = times[number], time_base
             picture.pict_type = PictureType.NONE  # otherwise x264 keeps the original frame's type
             if stream is None:
@@ -167,17 +170,15 @@ def _size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def _rotate(picture: av.VideoFrame, degrees: int) -> av.VideoFrame:
-    """Rotates a yuv420p picture counter-clockwise by a multiple of 90 degrees."""
-    turns = round(degrees / 90) % 4
-    if turns == 0:
+def _upright(picture: av.VideoFrame, stored: Orientation) -> av.VideoFrame:
+    """Turns a yuv420p picture upright."""
+    if stored == orientation.UPRIGHT:
         return picture
     height, width = picture.height, picture.width
     planes = picture.to_ndarray().astype(np.uint8)
     luma, chroma = planes[:height], planes[height:].reshape(2, height // 2, width // 2)
-    parts = [np.rot90(luma, turns), *(np.rot90(part, turns) for part in chroma)]
-    if turns % 2:
-        height, width = width, height
+    parts = [stored.apply(part) for part in (luma, *chroma)]
+    height, width = parts[0].shape
     joined = np.concatenate([part.reshape(-1) for part in parts]).reshape(height * 3 // 2, width)
     turned = av.VideoFrame.from_ndarray(joined, format="yuv420p")
     turned.colorspace, turned.color_range = picture.colorspace, picture.color_range

@@ -16,8 +16,9 @@ from mvit_jax.data.making.transcoding import Encoding
 from mvit_jax.data.making.verifying import check
 from mvit_jax.data.source import Source, open_source
 from mvit_jax.data.video import DecodeError, Video, why_broken
+from tests.data.bar_codes import numbers_of, write
 from tests.data.making.test_moving_digits import contents
-from tests.data.test_video import audio_only, cut, empty, numbers_of, text, write
+from tests.data.test_video import audio_only, cut, empty, text
 from tests.support.refusals import refused
 
 

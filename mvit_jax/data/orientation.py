@@ -1,0 +1,59 @@
+"""The eight orientations of a camera, as files state them."""
+
+import struct
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+from jaxtyping import UInt8
+
+
+class Orientation(NamedTuple):
+    """Steps that turn a stored picture upright, in this order."""
+
+    transpose: bool = False
+    mirror: bool = False  # left to right
+    flip: bool = False  # upside down
+
+    def apply(
+        self, image: UInt8[np.ndarray, "_ _ *channels"]
+    ) -> UInt8[np.ndarray, "_ _ *channels"]:
+        """Returns a view of the upright image."""
+        if self.transpose:
+            image = image.swapaxes(0, 1)
+        return image[:: -1 if self.flip else 1, :: -1 if self.mirror else 1]
+
+
+UPRIGHT = Orientation()
+
+# Values 1 to 8 of the EXIF tag.
+_OF_EXIF = (
+    UPRIGHT,
+    Orientation(mirror=True),
+    Orientation(mirror=True, flip=True),
+    Orientation(flip=True),
+    Orientation(transpose=True),
+    Orientation(transpose=True, mirror=True),
+    Orientation(transpose=True, mirror=True, flip=True),
+    Orientation(transpose=True, flip=True),
+)
+
+
+def of_exif(value: object) -> Orientation:
+    """Returns the orientation of a value of the EXIF tag; upright for invalid values."""
+    return _OF_EXIF[value - 1] if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
+
+
+def of_frame(frame: av.VideoFrame) -> Orientation:
+    """Returns the orientation that a decoded frame's display matrix states.
+
+    The matrix maps the pixel (x, y) to (ax + cy, bx + dy), up to a shift. The nearest of the eight
+    orientations is returned.
+    """
+    if Type.DISPLAYMATRIX not in frame.side_data:
+        return UPRIGHT
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(frame.side_data[Type.DISPLAYMATRIX]))
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return Orientation(mirror=a < 0, flip=d < 0)
+    return Orientation(transpose=True, mirror=c < 0, flip=b < 0)

@@ -1,0 +1,261 @@
+"""The packets of a video file: presentation times, key frames, and their reliability.
+
+Presentation times are the truth about a video. Frame rates and frame counts of headers are checked
+against them. If the times themselves are broken, frames are counted in the decoder's order.
+"""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from jaxtyping import Float64
+
+from mvit_jax.data.images import DecodeError
+
+MIN_SHARE = 0.9
+"""Smallest share of the stated frames or seconds of an intact file.
+
+Headers often state a frame or two too many; PySlowFast then repeats the last frame. A file that was
+truncated by a broken download lacks far more.
+"""
+
+# Fragments of MPEG program streams carry wrong times after a seek.
+_FORWARD_ONLY = ("mpeg",)
+
+# No codec displays a frame more than 16 frames before or after its place in the stream.
+_MOST_REORDERED = 16
+
+# Broadcast formats: recordings start and end anywhere, and joined ones have jumps of the clock.
+_BROADCAST = ("mpegts", "mpeg")
+
+# FFmpeg's threshold for a jump in seconds (`-dts_delta_threshold`).
+_CLOCK_JUMP = 10
+
+_STATE_THEIR_DURATION = ("matroska,webm", "flv")
+
+
+class KeyFrame(NamedTuple):
+    """A packet at which decoding can start, and its position in the file."""
+
+    pts: int
+    dts: int | None
+    position: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """Packet index of an H.264 mp4 file, from which it is opened without reading its container.
+
+    Attributes:
+      offsets: byte offset of each packet in the file, in decoding order.
+      sizes: size of each packet in bytes.
+      times: presentation time of each packet, in units of `time_base`, all distinct.
+      keys: positions of the key frames in `offsets`.
+      extradata: codec parameters, which the decoder requires before the first packet.
+      time_base: numerator and denominator of the time unit, in seconds.
+      fps: average frames per second.
+    """
+
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+    times: Sequence[int]
+    keys: Sequence[int]
+    extradata: bytes
+    time_base: Sequence[int]
+    fps: float
+
+
+@dataclass
+class Packets:
+    """Packets of one video stream.
+
+    Attributes:
+      num_frames: number of presented frames.
+      rate: average frames per second, as the file states it.
+      time_base: unit of the presentation times in seconds.
+      times: presentation times in ascending order, one per frame; empty if the file states none
+        that can be used.
+      positions: position of the packet of each presentation time, in decoding order.
+      sizes: size of each packet in bytes.
+      key_frames: key frames, by presentation time.
+      by_time: True if a picture's presentation time determines its frame number. Otherwise pictures
+        are counted from the start of the file.
+      seekable: True if decoding may start at any key frame.
+    """
+
+    num_frames: int
+    rate: float
+    time_base: Fraction
+    times: list[int]
+    positions: dict[int | None, int]
+    sizes: Sequence[int]
+    key_frames: list[KeyFrame]
+    by_time: bool
+    seekable: bool
+    _key_times: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key_frames.sort()
+        self._key_times = [key.pts for key in self.key_frames]
+
+    @cached_property
+    def fps(self) -> float:
+        """Average frames per second: the stated rate if the presentation times confirm it."""
+        if len(self.times) < 2:
+            return self.rate
+        span = float((self.times[-1] - self.times[0]) * self.time_base)
+        intervals = len(self.times) - 1
+        # Recorders of uneven frames state the resolution of their clock, or nothing.
+        return self.rate if abs(self.rate * span - intervals) < 0.25 else intervals / span
+
+    @cached_property
+    def seconds(self) -> Float64[np.ndarray, " frames"]:
+        """Presentation time of each frame, from 0 on."""
+        if not self.times:
+            return np.arange(self.num_frames) / self.fps
+        ticks = np.asarray(self.times, np.int64) - self.times[0]
+        return ticks * self.time_base.numerator / self.time_base.denominator
+
+    def key_frame(self, time: int, back: int = 0) -> KeyFrame:
+        """Returns the last key frame presented at or before `time`, or else the file's first.
+
+        Args:
+          time: a presentation time.
+          back: number of key frames to go back further.
+        """
+        index = bisect_right(self._key_times, time) - 1 - back
+        if index < 0:
+            return min(self.key_frames, key=lambda key: key.position)
+        return self.key_frames[index]
+
+
+def from_index(index: Index) -> Packets:
+    """Returns the packets of an indexed file."""
+    return Packets(
+        num_frames=len(index.times),
+        rate=index.fps,
+        time_base=Fraction(*index.time_base),
+        times=sorted(index.times),
+        positions={time: position for position, time in enumerate(index.times)},
+        sizes=index.sizes,
+        key_frames=[KeyFrame(index.times[key], None, key) for key in index.keys],
+        by_time=True,
+        seekable=True,
+    )
+
+
+def read_packets(container: InputContainer, stream: VideoStream, path: str) -> Packets:
+    """Reads all packets of a stream once.
+
+    Frames that no decoder can present do not count: those that an edit list hides, and those before
+    the first key frame.
+
+    Raises:
+      DecodeError: the file is truncated, or has no frames; the error contains `path`.
+    """
+    indexed = len(stream.index_entries)
+    packets: list[tuple[int | None, bool]] = []  # presentation time; True for presented frames
+    keys: list[KeyFrame] = []
+    positions: dict[int | None, int] = {}
+    sizes: list[int] = []
+    first_key, last = None, 0
+    for packet, following in itertools.pairwise(itertools.chain(container.demux(stream), [None])):
+        # A truncated file's last packet is incomplete. Other packets that are marked as corrupt
+        # come after a fault of transmission, and most of them are intact.
+        incomplete = packet.is_corrupt and (following is None or following.size == 0)
+        if packet.size == 0 or incomplete:
+            continue
+        position = len(sizes)
+        positions[packet.pts] = position
+        sizes.append(packet.size)
+        packets.append((packet.pts, not packet.is_discard))
+        if packet.is_keyframe and first_key is None:
+            first_key = position
+        if packet.pts is not None and (packet.is_keyframe or not keys):
+            keys.append(KeyFrame(packet.pts, packet.dts, position))
+        last = max(last, packet.pts or packet.dts or 0)
+    _check_length(container, stream, path, len(sizes), indexed, last)
+    # Streams in which the encoder marks no key frame are decoded from the first packet.
+    start = first_key or 0
+    if start > (1 - MIN_SHARE) * len(sizes) and container.format.name not in _BROADCAST:
+        reason = f"the first {start} of its {len(sizes)} frames lack a key frame"
+        raise DecodeError(path, f"it is damaged: {reason}")
+    presented = [pts for pts, shown in packets[start:] if shown]
+    if not presented:
+        raise DecodeError(path, "it holds no frames")
+    times = [time for time in presented if time is not None]
+    usable = len(set(times)) == len(presented) and not _clock_jumps(container, stream, times)
+    by_time = usable and _in_plausible_order(times, stream, len(keys))
+    return Packets(
+        num_frames=len(presented),
+        rate=float(stream.average_rate or stream.guessed_rate or 30),
+        time_base=stream.time_base or Fraction(1),
+        times=sorted(times) if usable else [],
+        positions=positions,
+        sizes=sizes,
+        key_frames=[key for key in keys if key.position >= start],
+        by_time=by_time,
+        seekable=by_time and container.format.name not in _FORWARD_ONLY,
+    )
+
+
+def _check_length(
+    container: InputContainer, stream: VideoStream, path: str, read: int, indexed: int, last: int
+) -> None:
+    """Raises `DecodeError` if far less can be read than the file states."""
+    name, stated = container.format.name, stream.frames
+    if name == "avi":
+        # Chunks without content repeat the frame before; they have a time, but no packet.
+        read = max(read, last + 1)
+    elif stated and indexed:
+        # Edit lists hide whole groups of pictures, which the index leaves out.
+        stated = min(stated, indexed)
+    if read < MIN_SHARE * stated:
+        raise DecodeError(path, f"it is cut off, with {read} of its {stated} frames")
+    if name not in _STATE_THEIR_DURATION or not container.duration or not stream.time_base:
+        return
+    duration = container.duration / 1e6
+    if float(last * stream.time_base) < MIN_SHARE * duration:
+        # The sound may be longer than the pictures.
+        seconds = _last_second(container)
+        if seconds < MIN_SHARE * duration:
+            reason = f"it is cut off, with {seconds:.1f} of its {duration:.1f} seconds"
+            raise DecodeError(path, reason)
+
+
+def _last_second(container: InputContainer) -> float:
+    """Returns the largest end time of any packet of any stream, in seconds."""
+    container.seek(0)
+    ends = [
+        float(((packet.pts or packet.dts or 0) + (packet.duration or 0)) * packet.time_base)
+        for packet in container.demux()
+        if packet.size and packet.time_base
+    ]
+    return max(ends, default=0.0)
+
+
+def _clock_jumps(container: InputContainer, stream: VideoStream, times: list[int]) -> bool:
+    if container.format.name not in _BROADCAST or len(times) < 2:
+        return False
+    gaps = np.diff(np.sort(np.asarray(times, np.int64)))
+    return float(gaps.max() * (stream.time_base or 1)) > _CLOCK_JUMP
+
+
+def _in_plausible_order(times: list[int], stream: VideoStream, keys: int) -> bool:
+    """Returns False if presentation times contradict the order of the packets.
+
+    Files that were copied from AVI or raw H.264 have decoding times in the place of presentation
+    times: the times ascend, although the codec reorders frames.
+    """
+    order = np.argsort(np.asarray(times, np.int64), kind="stable")
+    moved = np.abs(order - np.arange(len(order))).max()
+    if moved == 0:
+        return not stream.codec_context.has_b_frames or keys == len(times)
+    return bool(moved <= 2 * _MOST_REORDERED)
