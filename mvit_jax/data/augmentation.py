@@ -25,6 +25,8 @@ from mvit_jax.data.randaugment import GREY, RandAugment
 
 Interpolation = Literal["bilinear", "bicubic"]
 
+_LONGEST = 50
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -161,13 +163,26 @@ def resize(
 def resize_short_side(
     clip: UInt8[np.ndarray, "time _ _ 3"], side: int, interpolation: Interpolation = "bilinear"
 ) -> UInt8[np.ndarray, "time _ _ 3"]:
-    """Resizes the short side to `side` pixels and the long side in proportion, rounded down."""
+    """Resizes the short side to `side` pixels and the long side in proportion, rounded down.
+
+    Of frames that are more than 50 times as long as wide, the middle part is resized, as the
+    whole frame would become very large.
+    """
+    clip = _middle(clip)
     height, width = clip.shape[1:3]
     if min(height, width) == side:
         return clip
     if height < width:
         return resize(clip, side, width * side // height, interpolation)
     return resize(clip, height * side // width, side, interpolation)
+
+
+def _middle(clip: np.ndarray) -> np.ndarray:
+    """Cuts off both ends of frames that are longer than `_LONGEST` times their width."""
+    height, width = clip.shape[1:3]
+    top = max(height - _LONGEST * width, 0) // 2
+    left = max(width - _LONGEST * height, 0) // 2
+    return clip[:, top : height - top, left : width - left]
 
 
 def random_resized_crop(

@@ -8,8 +8,9 @@ iterator state is stored.
 """
 
 import contextlib
+import copy
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +24,15 @@ from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, batched
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import Source
+from mvit_jax.data.video import Video
 
 # First word of each random seed, different for each purpose, so that no streams are shared.
 _ORDER, _CLIP, _SHUFFLE = range(3)
 
 _ATTEMPTS = 10
+
+# Decoded frames in memory: 16 frames of 720p, but not of 4K.
+_BYTES_IN_PARTS = 48 << 20
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class ClipSettings:
 
     def view_indices(self, video: Footage, clips: int) -> Int64[np.ndarray, "clips frames"]:
         """Returns the frame numbers of the test protocol's clips, see `sampling.view_indices`."""
-        return sampling.view_indices(
+        indices = sampling.view_indices(
             video.num_frames,
             video.fps,
             frames=self.frames,
@@ -83,6 +88,18 @@ class ClipSettings:
             sampling=self.sampling,
             clips=clips,
         )
+        return self.by_time(video, indices)
+
+    def by_time(
+        self, video: Footage, indices: Int64[np.ndarray, "*shape"]
+    ) -> Int64[np.ndarray, "*shape"]:
+        """Replaces frame numbers at the average rate by the frames presented at these times.
+
+        Strided clips count frames, whatever their times.
+        """
+        if self.sampling == "stride" or not isinstance(video, Video):
+            return indices
+        return sampling.nearest_frames(indices, video.fps, video.seconds)
 
 
 def train_batches(
@@ -204,13 +221,23 @@ def load_train_clips(
             sampling=settings.sampling,
             rng=rng,
         )
-        frames = video.frames(indices)
-    clips = np.stack([
-        augmentation.augment(
-            frames, settings.augmentation, settings.size, rng=rng, image=settings.frames == 1
-        )
-        for _ in range(repeats)
-    ])  # fmt: skip
+        indices = settings.by_time(video, indices)
+
+        def augment(frames: np.ndarray) -> np.ndarray:
+            # The draws do not depend on the pixels, so all parts of a clip have the same.
+            same_rng = copy.deepcopy(rng)
+            return np.stack([
+                augmentation.augment(
+                    frames,
+                    settings.augmentation,
+                    settings.size,
+                    rng=same_rng,
+                    image=settings.frames == 1,
+                )
+                for _ in range(repeats)
+            ])  # fmt: skip
+
+        clips = _transform_frames(video, indices, augment)
     return clips, videos.label(index, indices)
 
 
@@ -256,11 +283,32 @@ def views(
     indices = np.concatenate([settings.view_indices(video, count) for count in counts])
     if shuffle is not None:
         indices = shuffle.permuted(indices, axis=1)
-    # Clips of a short video share frames: each frame is decoded and resized once.
-    distinct, inverse = np.unique(indices, return_inverse=True)
-    cropped = crops_of(video.frames(distinct), settings, crops)
-    by_clip = np.moveaxis(cropped[:, inverse.reshape(indices.shape)], 1, 0)
+    cropped = _transform_frames(
+        video, indices.ravel(), lambda frames: crops_of(frames, settings, crops)
+    )
+    by_clip = cropped.reshape(crops, *indices.shape, *cropped.shape[2:]).swapaxes(0, 1)
     return by_clip.reshape(len(indices) * crops, *by_clip.shape[2:])
+
+
+def _transform_frames(
+    video: Footage,
+    indices: Int64[np.ndarray, " frames"],
+    transform: Callable[[UInt8[np.ndarray, "time _ _ 3"]], UInt8[np.ndarray, "views time ..."]],
+) -> UInt8[np.ndarray, "views frames ..."]:
+    """Decodes frames and transforms them, large frames in parts, to save memory.
+
+    Each distinct frame is decoded and transformed once, as clips of a short video share frames.
+    """
+    distinct, inverse = np.unique(indices, return_inverse=True)
+    if not isinstance(video, Video):
+        return transform(video.frames(distinct))[:, inverse]
+    transformed, part = [], []
+    for number, frame in video.in_order(distinct.tolist()):
+        part.append(frame)
+        if number == distinct[-1] or sum(frame.nbytes for frame in part) >= _BYTES_IN_PARTS:
+            transformed.append(transform(np.stack(part)))
+            part = []
+    return np.concatenate(transformed, axis=1)[:, inverse]
 
 
 def crops_of(

@@ -5,7 +5,7 @@ with which the published weights were trained:
 
 - "span" (Kinetics): T frames, evenly spaced over the duration of T * tau frames at 30 frames per
   second. At another frame rate, this span has more or fewer source frames (Fan et al. 2021,
-  section 4).
+  section 4). `nearest_frames` makes it the same duration at a variable frame rate.
 - "segments" (Something-Something v2): one frame from each of T equal segments of the whole video.
 - "stride" (Charades): every tau-th frame, whatever the frame rate.
 """
@@ -13,7 +13,7 @@ with which the published weights were trained:
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from mvit_jax.common.errors import UserError
 
@@ -122,8 +122,24 @@ def spread(
     # The clip's last frame is the last of the span. The distance between frames is therefore
     # (length - 1) / (T - 1), a little more than the stride: 63 / 15 = 4.2 for 16x4. The published
     # weights were trained and tested in this way.
-    indices = np.linspace(start, start + length - 1, frames).astype(np.int64)
+    last = start + max(length - 1, 0)  # at below half a frame per second, spans have no frame
+    indices = np.linspace(start, last, frames).astype(np.int64)
     return np.clip(indices, 0, num_frames - 1)
+
+
+def nearest_frames(
+    indices: Int64[np.ndarray, "*shape"], fps: float, seconds: Float64[np.ndarray, " frames"]
+) -> Int64[np.ndarray, "*shape"]:
+    """Returns the frames of a variable frame rate that are presented nearest to a constant rate's.
+
+    Frames at a constant rate, or less than half a frame off, are their own nearest.
+
+    Args:
+      indices: frame numbers at the constant rate `fps`.
+      fps: average frames per second of the video.
+      seconds: presentation time of each of its frames, from 0 on, ascending.
+    """
+    return np.searchsorted((seconds[1:] + seconds[:-1]) / 2, indices / fps, side="right")
 
 
 def segments(

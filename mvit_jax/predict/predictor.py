@@ -18,7 +18,7 @@ from mvit_jax.common.files import AnyPath
 from mvit_jax.config import Config
 from mvit_jax.data import pipeline
 from mvit_jax.data.formats.video_list import read_class_names
-from mvit_jax.data.images import Frames
+from mvit_jax.data.images import Footage, Frames
 from mvit_jax.data.video import Video, opened
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
@@ -154,20 +154,21 @@ class Predictor:
             clips=eval_.clips,
             timeline=None,
             shown=views[middle * eval_.crops + eval_.crops // 2][None],
-            times=indices[middle][None] / fps,
+            times=_seconds(video, indices[middle][None]),
             seconds=n / fps if isinstance(video, Video) else 0.0,
         )
 
     def _over_time(self, video: Video, progress: Callable[[int, int], object]) -> Prediction:
         settings, crops = self._settings, self.config.eval.crops
         spans = windows(video.num_frames, video.fps, frames=settings.frames, stride=settings.stride)
-        count = len(spans.indices)
+        indices = settings.by_time(video, spans.indices)
+        count = len(indices)
         drawn = np.unique(np.linspace(0, count - 1, SHOWN).round().astype(int))
         shown: list[np.ndarray] = []
 
         def batches() -> Iterator[np.ndarray]:
             batch: list[np.ndarray] = []
-            for i, clip in enumerate(clips_of(video, spans.indices, settings, crops)):
+            for i, clip in enumerate(clips_of(video, indices, settings, crops)):
                 batch.append(clip)
                 if i in drawn:
                     shown.append(clip[crops // 2])
@@ -185,7 +186,7 @@ class Predictor:
             clips=count,
             timeline=Timeline(spans.starts, spans.ends, by_window),
             shown=np.stack(shown),
-            times=spans.indices[drawn] / video.fps,
+            times=_seconds(video, indices[drawn]),
             seconds=video.num_frames / video.fps,
         )
 
@@ -233,6 +234,11 @@ class Predictor:
     def _fine_block(self) -> int:
         size = self.model.size
         return attention_maps.fine_block(self.model, (self.model.frames, size, size))
+
+
+def _seconds(video: Footage, indices: np.ndarray) -> np.ndarray:
+    """Returns the presentation times of frames."""
+    return video.seconds[indices] if isinstance(video, Video) else indices / video.fps
 
 
 def class_names(config: Config, folder: AnyPath, count: int) -> tuple[str, ...]:

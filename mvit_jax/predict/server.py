@@ -15,9 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import av
-from av.error import FFmpegError
-
 from mvit_jax.analysis import render
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import images
@@ -312,11 +309,6 @@ def check_size(video: Video | Frames, limits: Limits) -> None:
             f"it is {clock(seconds)} long, {video.num_frames:,} frames, and this page takes videos "
             f"of up to {limits.minutes:g} minutes: cut it first"
         )
-    try:
-        with av.open(video.path, metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            width, height = stream.width, stream.height
-    except (FFmpegError, OSError, IndexError):
-        return  # decoding reports the error
+    width, height = video.frame_size
     if width * height > MOST_PIXELS:
         raise UserError(f"its frames of {width} x {height} pixels are too large: make it smaller")

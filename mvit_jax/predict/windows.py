@@ -28,7 +28,7 @@ SECONDS_OF_AN_IMAGE = 1.0
 class Windows(NamedTuple):
     """Positions of the windows in a video."""
 
-    indices: Int64[np.ndarray, "windows frames"]  # frame numbers
+    indices: Int64[np.ndarray, "windows frames"]  # frame numbers at the average rate
     starts: Float[np.ndarray, " windows"]  # seconds; starts and ends are increasing
     ends: Float[np.ndarray, " windows"]
 
