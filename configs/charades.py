@@ -94,5 +94,7 @@ RECIPES = {
 
 def get_config(arg: str = "mvit_b_16x4") -> Any:  # a ConfigDict
     if arg not in RECIPES:
-        raise ValueError(f"configs/charades.py has {', '.join(RECIPES)}, not {arg!r}")
+        raise ValueError(
+            f"configs/charades.py has no experiment {arg!r}: choose one of {', '.join(RECIPES)}"
+        )
     return RECIPES[arg]()

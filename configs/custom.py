@@ -41,7 +41,7 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
     elif not (Path(name) / "config.json").is_file():
         raise ValueError(
             "configs/custom.py needs a workdir, a folder written by `convert`, or the name of a "
-            f"variant; {name!r} is none of them{nearest(name, VARIANTS)}"
+            f"variant, not {name!r}{nearest(name, VARIANTS)}"
         )
     else:
         trained = workdir.frozen(name)

@@ -266,7 +266,9 @@ RECIPES = {
 def get_config(arg: str = "mvitv2_s") -> Any:  # a ConfigDict
     name, comma, source = arg.partition(",")
     if name not in RECIPES or (comma and source != "folders"):
-        raise ValueError(f"configs/imagenet.py has {', '.join(RECIPES)}, not {arg!r}")
+        raise ValueError(
+            f"configs/imagenet.py has no experiment {arg!r}: choose one of {', '.join(RECIPES)}"
+        )
     c = RECIPES[name]()
     if comma:
         folders(c)

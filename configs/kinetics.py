@@ -199,7 +199,7 @@ def recipe(
     return c
 
 
-UNPUBLISHED = "nothing; provides initial weights for the long models"
+UNPUBLISHED = "no result (the run trains initial weights for the long models)"
 # By name: the variant, the schedule, and the published top-1 / top-5.
 RECIPES = {
     "vit_b_8x8": partial(recipe, "vit_b_8x8", from_scratch, "68.5 / 86.9 (MViT, Table 4)"),
@@ -284,5 +284,7 @@ RECIPES = {
 def get_config(arg: str = "mvit_b_16x4") -> Any:  # a ConfigDict
     name = arg.removeprefix("k400_")
     if name not in RECIPES:
-        raise ValueError(f"configs/kinetics.py has {', '.join(RECIPES)}, not {arg!r}")
+        raise ValueError(
+            f"configs/kinetics.py has no experiment {arg!r}: choose one of {', '.join(RECIPES)}"
+        )
     return RECIPES[name]()

@@ -28,7 +28,7 @@ def get_config(model: str = "mvit") -> Any:  # a ConfigDict
         c.model.update(width=96, heads=3, depths=(6,))
         c.model.update(patch_kernel=(2, 8, 8), patch_stride=(2, 8, 8))
     else:
-        raise ValueError(f"configs/moving_digits.py has the models mvit and vit, not {model!r}")
+        raise ValueError(f"configs/moving_digits.py has no model {model!r}: choose mvit or vit")
 
     c.data.folder = "data/moving_digits"
     c.data.short_side = 64

@@ -143,5 +143,7 @@ RECIPES = {
 
 def get_config(arg: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
     if arg not in RECIPES:
-        raise ValueError(f"configs/ssv2.py has {', '.join(RECIPES)}, not {arg!r}")
+        raise ValueError(
+            f"configs/ssv2.py has no experiment {arg!r}: choose one of {', '.join(RECIPES)}"
+        )
     return RECIPES[arg]()

@@ -96,9 +96,9 @@ KEYS: dict[str, Key] = {
                      "printed by --dry_run", kind=str),
     "seed": Key(0, "seed of initial weights, data order, augmentation and drop path", low=0,
                 high=2**31 - 1),
-    "epochs": Key(200.0, "passes over the training list; may be a fraction", above=0),
+    "epochs": Key(200.0, "passes over the training list; may be fractional", above=0),
     "batch": Key(512, "clips in a step, over all devices, repeats included", low=1),
-    "accumulate": Key(1, "micro-batches that a step's batch is cut into, to save memory", low=1),
+    "accumulate": Key(1, "micro-batches per step (gradient accumulation), to save memory", low=1),
     "remat": Key("none", "activations that are rematerialised in the backward pass, to save "
                  "memory: none; cheap (norms, activation functions); first_stage (the blocks on "
                  "its grid, which hold the most); blocks (all)",
@@ -107,12 +107,12 @@ KEYS: dict[str, Key] = {
                  choices=("float32", "bfloat16")),
     "precision": Key("default", 'precision of matrix products; "default" multiplies float32 in '
                      'bfloat16 on TPUs, in TF32 on GPUs', choices=("default", "high", "highest")),
-    "ops": Key("auto", "implementation of the model's operations: auto, the fastest of the "
-               "platform; reference, the definitions, slow, for debugging",
+    "ops": Key("auto", "implementation of the model's operations: auto, the fastest on the "
+               "platform; reference, slow and simple, for debugging",
                choices=("auto", "reference")),
-    "on_nan": Key("stop", "policy for a loss or gradient that is not finite, whose update is "
-                  "always left out: stop ends the run; skip continues with the next batch; "
-                  "rollback also restores the last checkpoint",
+    "on_nan": Key("stop", "policy for a non-finite loss or gradient, whose update is always "
+                  "skipped: stop ends the run; skip continues with the next batch; rollback also "
+                  "restores the last checkpoint",
                   choices=("stop", "skip", "rollback")),
     "resume": Key(None, "folder of another run whose last checkpoint this run resumes from; a "
                   "workdir that has checkpoints resumes from its own", kind=str),
@@ -120,9 +120,8 @@ KEYS: dict[str, Key] = {
 
     "init.checkpoint": Key(None, "folder of a run, or of converted weights, to start from",
                            kind=str),
-    "init.inflate": Key(None, "inflation of an image model's patch kernel: into the centre "
-                        "frame, or into every frame, divided by their number (mean) or not "
-                        "(repeat)",
+    "init.inflate": Key(None, "inflation of an image model's patch kernel: centre fills only the "
+                        "centre frame; repeat fills every frame; mean also divides by their number",
                         kind=str, choices=("centre", "mean", "repeat")),
     "init.needed": Key(None, "description of the weights that the recipe must start from",
                        kind=str),
@@ -131,14 +130,14 @@ KEYS: dict[str, Key] = {
     **{f"model.{field.name}": _model_key(field.type) for field in fields(MViTConfig)
        if field.name != "num_classes"},  # the data determine num_classes
     "model.block": Key(None, "custom block, MODULE:CLASS (docs/variants.md)", kind=str),
-    "model.attention": Key(None, "custom attention, likewise", kind=str),
-    "model.pooling": Key(None, "custom pooling of Q, K and V, likewise", kind=str),
+    "model.attention": Key(None, "custom attention, MODULE:CLASS", kind=str),
+    "model.pooling": Key(None, "custom pooling of Q, K and V, MODULE:CLASS", kind=str),
 
     "data.folder": Key(None, "required: folder with the lists and labels.txt; for `data.tfds` "
                        "its data_dir", kind=str),
     "data.source": Key("list", "format of the folder. list: video or image files, named in lists; "
                        "folders: CLASS/FILE in a folder for each list; shards: written by "
-                       "`prepare videos`; ssv2, charades: frames, with the lists of those sets; "
+                       "`prepare videos`; ssv2, charades: frames, with that data set's lists; "
                        "synthetic: random clips, no files, for benchmarks",
                        choices=("list", "folders", "shards", "ssv2", "charades", "synthetic")),
     "data.tfds": Key(None, "images prepared by TensorFlow Datasets, like imagenet2012:5.1.0, "
@@ -148,15 +147,16 @@ KEYS: dict[str, Key] = {
                           kind=str),
     "data.train_videos": Key(None, "number of training videos, for plans made without the data",
                              low=1, kind=int),
-    "data.classes": Key(None, "number of classes, likewise", low=1, kind=int),
-    "data.train_list": Key("train.csv", 'lines "path label"'),
-    "data.val_list": Key("val.csv", 'validated on during training; "" for none'),
+    "data.classes": Key(None, "number of classes, for plans made without the data",
+                        low=1, kind=int),
+    "data.train_list": Key("train.csv", 'training list, with lines "path label"'),
+    "data.val_list": Key("val.csv", 'list for validation during training; "" for none'),
     "data.test_list": Key("test.csv", "list for `evaluate`"),
     "data.sampling": Key("span", "sampling of a clip's frames. span: evenly over frames * stride "
                          "/ 30 seconds (Kinetics); segments: one from each of as many equal parts "
                          "(SSv2); stride: each stride-th (Charades)",
                          choices=("span", "segments", "stride")),
-    "data.stride": Key(4, "distance of two sampled frames; for a span, at 30 frames a second",
+    "data.stride": Key(4, "distance between sampled frames; for a span, at 30 frames a second",
                        unit="frames", low=1),
     "data.repeats": Key(1, "augmented copies of each decoded clip (repeated augmentation)",
                         low=1),
@@ -164,43 +164,46 @@ KEYS: dict[str, Key] = {
                             "cross-entropy, mAP"),
     "data.short_side": Key(256, "short side of test videos before the crop",
                            unit="pixels", low=1),
-    "data.interpolation": Key("bilinear", "interpolation of scaling; bicubic has antialias, as "
+    "data.interpolation": Key("bilinear", "interpolation when resizing; bicubic is antialiased, as "
                               "for ImageNet", choices=("bilinear", "bicubic")),
     "data.mean": Key((0.45, 0.45, 0.45), "mean of red, green, blue in [0, 1]; clips are "
                      "(value - mean) / std"),
-    "data.std": Key((0.225, 0.225, 0.225), "standard deviation, likewise"),
+    "data.std": Key((0.225, 0.225, 0.225), "standard deviation of red, green, blue in [0, 1]"),
     "data.threads": Key(4, "decoding threads per host; 0 decodes in the main thread", low=0),
-    "data.processes": Key(0, "decoding processes per host, each with the threads above; 0 for "
-                          "none", low=0),
+    "data.processes": Key(0, "decoding processes per host, each with data.threads threads; 0 "
+                          "for none", low=0),
     # The upper bound is far below the longest timeout of the operating system.
-    "data.timeout": Key(600.0, "time limit to load a batch, after which the run saves and ends; "
-                        "0 for no limit", unit="seconds", low=0, high=10**6),
-    "data.max_broken": Key(0.2, "share of decode failures above which a run ends: of a test's "
-                           "list, or of the clips drawn since the start (of at least 200)",
+    "data.timeout": Key(600.0, "time limit for loading a batch, after which the run saves and "
+                        "ends; 0 for no limit", unit="seconds", low=0, high=10**6),
+    "data.max_broken": Key(0.2, "largest accepted share of decode failures, in a test's list or "
+                           "among the clips drawn since the start (at least 200); above it, the "
+                           "run ends",
                            low=0, high=1),
 
-    "augment.short_side": Key(None, "short side of training frames; None: not resized",
+    "augment.short_side": Key(None, "resized short side of training frames; None: no resizing",
                               unit="pixels", low=1, kind=int),
-    "augment.randaugment": Key("", 'like rand-m7-n4-mstd0.5-inc1, as timm has it; "" for none'),
+    "augment.randaugment": Key("", 'policy in the notation of timm, like '
+                               'rand-m7-n4-mstd0.5-inc1; "" for none'),
     "augment.crop_area": Key((0.08, 1.0), "lowest and highest share of the frame's area in a "
                              "random resized crop; None: no random crop", optional=True),
-    "augment.jitter": Key(None, "lowest and highest short side, drawn uniformly in its inverse "
-                          "before a random square crop; instead of crop_area",
+    "augment.jitter": Key(None, "lowest and highest short side before a random square crop (its "
+                          "inverse is uniform); instead of crop_area",
                           unit="pixels", kind=tuple),
     "augment.flip": Key(0.5, "probability of a left-right flip", low=0, high=1),
     "augment.random_erase_prob": Key(0.0, "probability of random erasing",
                                      low=0, high=1),
-    "augment.random_erase_mode": Key("pixel", 'fill: normal noise, or "const", the mean colour',
-                                     choices=("pixel", "const")),
+    "augment.random_erase_mode": Key("pixel", 'fill: "pixel", normal noise; "const", the mean '
+                                     'colour', choices=("pixel", "const")),
     "augment.mixup": Key(0.8, "alpha of mixup's Beta distribution; 0 for none", low=0),
     "augment.cutmix": Key(1.0, "alpha of cutmix's Beta distribution; 0 for none", low=0),
-    "augment.mixup_switch_prob": Key(0.5, "probability of cutmix where both are on", low=0, high=1),
-    "augment.mixup_group_size": Key(4, "clips that share one mixing weight; divides a device's "
-                                    "clips", low=1),
+    "augment.mixup_switch_prob": Key(0.5, "probability of cutmix if mixup and cutmix are both on",
+                                     low=0, high=1),
+    "augment.mixup_group_size": Key(4, "clips that share one mixing weight; must divide the "
+                                    "clips per device", low=1),
     "augment.label_smoothing": Key(0.1, "share of the target spread over all classes",
                                    low=0, high=1),
 
-    "optim.name": Key("adamw", "sgd has Nesterov's momentum", choices=("adamw", "sgd")),
+    "optim.name": Key("adamw", "optimiser; sgd has Nesterov momentum", choices=("adamw", "sgd")),
     "optim.lr_batch": Key(None, "batch size of the three learning rates below, which are "
                           "multiplied by batch / lr_batch (linear scaling). None: no scaling",
                           low=1, kind=int),
@@ -211,7 +214,7 @@ KEYS: dict[str, Key] = {
     "optim.weight_decay": Key(0.05, "weight decay; not of biases, norms and other 1-D tensors",
                               low=0),
     "optim.layer_decay": Key(1.0, "layer decay: factor of the learning rate from each block to the "
-                             "one before", low=0, high=1),
+                             "previous one; 1 for none", low=0, high=1),
     "optim.b1": Key(0.9, "decay of AdamW's mean of gradients", low=0, high=1),
     "optim.b2": Key(0.999, "decay of AdamW's mean of squared gradients", low=0, high=1),
     "optim.momentum": Key(0.9, "momentum of SGD", low=0, high=1),
@@ -219,9 +222,9 @@ KEYS: dict[str, Key] = {
     "optim.ema": Key(0.0, "decay of averaged weights (EMA), which are then tested; 0 for none",
                      low=0, high=1),
 
-    "mesh.data": Key(-1, "axis of the mesh along which weights are replicated; -1 for all other "
-                     "devices"),
-    "mesh.fsdp": Key(1, "axis of the mesh along which weights are sharded"),
+    "mesh.data": Key(-1, "size of the mesh axis along which weights are replicated; -1 for all "
+                     "remaining devices"),
+    "mesh.fsdp": Key(1, "size of the mesh axis along which weights are sharded"),
 
     "checkpoint.every": Key(500, "interval of checkpoints", unit="steps", low=1),
     "checkpoint.keep": Key(2, "last checkpoints to keep, besides the best one", low=1),
@@ -315,7 +318,7 @@ def nearest(name: str) -> str:
     if name in RENAMED:
         return f"; it is now called {RENAMED[name]!r}"
     close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; mvit_jax/config.py lists them all"
+    return f"; did you mean {close[0]!r}?" if close else "; mvit_jax/config.py lists all keys"
 
 
 def check(config: Config) -> None:
@@ -335,14 +338,17 @@ def check(config: Config) -> None:
         )
     if area is not None and jitter is not None:
         raise UserError(
-            "augment.crop_area and augment.jitter are two ways to crop: set one of them to None"
+            "augment.crop_area and augment.jitter exclude each other: set one of them to None"
         )
     if config.eval.whole_image and config.eval.crops != 1:
-        raise UserError("eval.whole_image leaves nothing to crop: set eval.crops=1")
+        raise UserError("eval.whole_image tests the whole image, without crops: set eval.crops=1")
     if config.data.sampling == "segments" and config.eval.clips != 1:
-        raise UserError("segments make one clip of the whole video: set eval.clips=1")
+        raise UserError("data.sampling=segments samples one clip per video: set eval.clips=1")
     if config.data.multi_label and config.augment.mixup + config.augment.cutmix > 0:
-        raise UserError("sets of classes (data.multi_label) are not mixed: set mixup and cutmix 0")
+        raise UserError(
+            "mixup and cutmix do not support data.multi_label: set augment.mixup=0 and "
+            "augment.cutmix=0"
+        )
 
 
 def _check_key(name: str, key: Key, value: Any) -> None:

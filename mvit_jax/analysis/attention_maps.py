@@ -73,7 +73,7 @@ def _start(config: MViTConfig, grid: Triple, token: Triple | None, batch: int) -
     if token is not None:
         inside = (0 <= index < n for index, n in zip(token, grid, strict=False))
         if len(token) != 3 or not all(inside):
-            raise UserError(f"there is no token {token} on a grid of {grid}")
+            raise UserError(f"the token {token} is outside the grid {grid} (time, height, width)")
         start[first + np.ravel_multi_index(token, grid)] = 1
     elif first and not config.mean_pooling:
         start[0] = 1
@@ -230,8 +230,9 @@ def _attentions(model: Functional, params: Any, clip: Array) -> list[Array]:
         if "attention" not in str(error) and "record" not in str(error):
             raise
         raise UserError(
-            "an attention of this model captures no probabilities: accept `record=None` in its "
-            'call, and store them, `[batch, heads, queries, keys]`, in `record["attention"]`'
+            "an attention module of this model does not record its probabilities: accept "
+            "`record=None` in its call, and store them as an array `[batch, heads, queries, keys]` "
+            'in `record["attention"]`'
         ) from error
 
 

@@ -124,7 +124,7 @@ def receptive_field(
     rows = grids(config, *clip)
     grid = rows[block].input if block < len(rows) else rows[-1].output
     if not all(0 <= index < n for index, n in zip(token, grid, strict=True)):
-        raise ValueError(f"token {token} is not on the grid {grid} of block {block}")
+        raise ValueError(f"the token {token} is outside the grid {grid} of block {block}")
     low, high = list(token), [index + 1 for index in token]
     pools = [b.q_pool for b in plan(config)[:block]]
     steps = [

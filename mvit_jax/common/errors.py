@@ -89,7 +89,7 @@ def _end_unknown(key: str, similar: str | None = None) -> NoReturn:
     if key in renamed_keys:
         old, new = renamed_keys[key]
         _end(f"the config key {old} is now called {new}")
-    hint = f"did you mean {similar!r}?" if similar else "mvit_jax/config.py lists them all"
+    hint = f"did you mean {similar!r}?" if similar else "mvit_jax/config.py lists all keys"
     _end(f"there is no config key {key!r}; {hint}")
 
 

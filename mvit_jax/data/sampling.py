@@ -92,8 +92,8 @@ def view_indices(
     if sampling == "segments":
         if clips != 1:
             raise UserError(
-                f"{clips} clips of a video are configured, but sampling by segments makes one clip "
-                "of the whole video: set eval.clips=1 or another data.sampling"
+                f"{clips} clips per video are configured, but data.sampling=segments samples one "
+                "clip: set eval.clips=1 or another data.sampling"
             )
         first, last = segments(num_frames, frames)
         return ((first + last) // 2)[None]

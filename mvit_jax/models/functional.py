@@ -93,7 +93,7 @@ class Functional:
         graph, abstract = _structure(self)
         difference = first_difference(nnx.to_pure_dict(abstract), params)
         if difference:
-            raise UserError(f"these parameters are of another architecture: {difference}")
+            raise UserError(f"the parameters do not match this architecture: {difference}")
         state = jax.tree.map(lambda x: x, abstract)  # a copy, since the next line mutates it
         nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params))
         return nnx.merge(graph, state)
@@ -178,16 +178,20 @@ def params_of(module: nnx.Module) -> Params:
 def first_difference(model: Any, other: Any) -> str | None:
     """Returns a message on the first tensor whose shape differs between two trees, or None.
 
-    Leaves are arrays or abstract arrays. The message calls the tree `model` "this model" and the
-    tree `other` "there".
+    Leaves are arrays or abstract arrays. The message describes the tensor of the tree `other`, and
+    the shape that the tree `model` requires.
     """
     shapes, other_shapes = (
         {path: list(leaf.shape) for path, leaf in _by_path(tree).items()} for tree in (model, other)
     )
     for name in sorted({*shapes, *other_shapes}):
-        shape, other_shape = shapes.get(name, "missing"), other_shapes.get(name, "missing")
+        shape, other_shape = shapes.get(name), other_shapes.get(name)
+        if other_shape is None:
+            return f"{name} is missing, and this model requires it with shape {shape}"
+        if shape is None:
+            return f"{name} with shape {other_shape} does not exist in this model"
         if shape != other_shape:
-            return f"{name} is {other_shape} there and {shape} in this model"
+            return f"{name} has shape {other_shape}, but this model requires {shape}"
     return None
 
 

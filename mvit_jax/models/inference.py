@@ -91,7 +91,9 @@ class Inference:
           UserError: the clips have an unsupported shape or dtype.
         """
         if clips.dtype == np.uint8 and not self._accepts_uint8:
-            raise UserError("these clips are uint8: pass mean and std to Inference, or normalise")
+            raise UserError(
+                "the clips are uint8: normalise them, or pass mean and std to Inference"
+            )
         largest = self.buckets[-1]
         parts: list[Array] = []
         for start in range(0, len(clips), largest):
@@ -129,7 +131,7 @@ def forward_function(
       UserError: only one of `mean` and `std` is set.
     """
     if (mean is None) != (std is None):
-        raise UserError("mean and std go together: pass both, or neither")
+        raise UserError("only one of mean and std is set: pass both, or neither")
 
     def forward(params: Params, clips: Array) -> Array:
         if mean is not None and std is not None and clips.dtype == jnp.uint8:

@@ -375,11 +375,11 @@ def _as_video(clip: Array, config: MViTConfig) -> Array:
         clip = rearrange(clip, "batch height width rgb -> batch 1 height width rgb")
     if clip.ndim != 5 or clip.shape[-1] != 3:
         expected = "[batch, H, W, 3] images" if config.frames == 1 else "[batch, T, H, W, 3] clips"
-        raise UserError(f"the model takes {expected}; this input has shape {shape}")
+        raise UserError(f"the model requires {expected}, but the input has shape {shape}")
     grids(config, *clip.shape[1:4])
     if not jnp.issubdtype(clip.dtype, jnp.floating):
         raise UserError(
-            f"the model takes normalised floating-point clips; this input is {clip.dtype}: "
-            "divide by 255, subtract the mean, divide by the standard deviation"
+            f"the model requires normalised floating-point clips, but the input is {clip.dtype}: "
+            "divide by 255, subtract the mean, and divide by the standard deviation"
         )
     return clip

@@ -278,8 +278,8 @@ def _grids(config: MViTConfig, size: Triple) -> tuple[BlockGrids, ...] | None:
 
 def _too_small(config: MViTConfig, size: Triple) -> UserError:
     return UserError(
-        f"a clip of {by(size)} (frames x height x width) leaves no token; the smallest that this "
-        f"model takes is {by(smallest_clip(config))}"
+        f"a clip of {by(size)} (frames x height x width) is too small: this model requires at "
+        f"least {by(smallest_clip(config))}"
     )
 
 
@@ -355,7 +355,7 @@ def _check(config: MViTConfig) -> None:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
     if not config.depths or min(config.depths) < 1:
         raise UserError(
-            f"depths must be blocks per stage, at least 1 for each stage, not {config.depths}"
+            f"depths must be the number of blocks of each stage, at least 1, not {config.depths}"
         )
     for name in ("drop_path", "dropout"):
         if not 0 <= getattr(config, name) < 1:
@@ -371,8 +371,8 @@ def _check(config: MViTConfig) -> None:
     for name in ("q_kernels", "kv_kernels"):
         count = len(getattr(config, name))
         if count not in (0, sum(config.depths)):
-            raise UserError(f"{name} must name a kernel for each of the {sum(config.depths)} "
-                            f"blocks, or be empty, not {count} kernels")  # fmt: skip
+            raise UserError(f"{name} must be empty or have a kernel for each of the "
+                            f"{sum(config.depths)} blocks, not {count} kernels")  # fmt: skip
     _check_skips(config)
 
 
@@ -394,7 +394,7 @@ def _check_skips(config: MViTConfig) -> None:
         if any((q - s) % 2 for q, s in kernels):
             raise UserError(
                 f"pool_kernel {block.q_pool.kernel} with q_stride {config.q_stride} pools the "
-                'queries and their skip to different grids; use pool_kernel="stride + 1"'
+                'queries and the skip connection to different grids; use pool_kernel="stride + 1"'
             )
 
 

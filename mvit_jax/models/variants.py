@@ -241,7 +241,7 @@ def variant(name: str, /, **overrides: Any) -> MViTConfig:
     fields = [field.name for field in dataclasses.fields(MViTConfig)]
     for key in overrides:
         if key not in fields:
-            raise UserError(f"{key!r} is no field of an architecture{nearest(key, fields)}")
+            raise UserError(f"there is no architecture field {key!r}{nearest(key, fields)}")
     return _replace(VARIANTS[name], **overrides)
 
 
@@ -255,7 +255,7 @@ def override(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"{text!r} is not of the form field=value, like frames=8")
+        raise UserError(f"{text!r} must have the form field=value, like frames=8")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -265,4 +265,4 @@ def override(text: str) -> tuple[str, Any]:
 def nearest(name: str, names) -> str:
     """Returns the end of an error message: the most similar of `names`, or all of them."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; choose one of {', '.join(names)}"

@@ -63,12 +63,12 @@ def save_stablehlo(
     platforms = tuple(platforms or [export.default_export_platform()])
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown:
-        raise UserError(f"platforms are {', '.join(PLATFORMS)}, not {', '.join(unknown)}")
+        raise UserError(f"platforms must be of {', '.join(PLATFORMS)}, not {', '.join(unknown)}")
     weights = with_dtype(jax.device_get(params), model.dtype)  # parameters may be on any device
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     if size > LARGEST:
         raise UserError(
-            f"{path} would hold {size / 1e9:.1f} GB of weights, and the format's limit is "
+            f"{path} would hold {size / 1e9:.1f} GB of weights, but the format's limit is "
             f"{LARGEST / 1e9:.1f} GB: use bfloat16"
         )
     forward = forward_function(model, mean=mean, std=std, **options)

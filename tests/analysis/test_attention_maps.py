@@ -154,7 +154,7 @@ def test_missing_blocks_tokens_and_labels_are_errors():
     config = CONFIGS["v1"]
     with pytest.raises(UserError, match=r"block must be from 0 to 2, or -1 for the last, not 3"):
         attention_maps.rollout(functional(config), params, clip, block=3)
-    with pytest.raises(UserError, match=r"no token \(0, 9, 0\) on a grid of \(2, 3, 3\)"):
+    with pytest.raises(UserError, match=r"token \(0, 9, 0\) is outside the grid \(2, 3, 3\)"):
         attention_maps.rollout(functional(config), params, clip, token=(0, 9, 0))
     with pytest.raises(UserError, match=r"label must be from 0 to 4, not 5"):
         attention_maps.grad_cam(functional(config), params, clip, label=5)
@@ -292,5 +292,5 @@ def test_receptive_fields_are_the_pixels_that_reach_a_token():
         mask = np.zeros_like(expected)
         mask[token_geometry.receptive_field(config, (4, 24, 24), 3, token)] = True
         np.testing.assert_array_equal(mask, expected)
-    with pytest.raises(ValueError, match=r"is not on the grid \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"is outside the grid \(2, 3, 3\)"):
         token_geometry.receptive_field(config, (4, 24, 24), 3, (2, 0, 0))

@@ -264,7 +264,7 @@ TRAIN = "--config=configs/moving_digits.py"
         ([TRAIN, "--config.augment.group=2"], "augment.group is now called augment.mixup_group"),
         ([TRAIN, "--config.augment.erase=0.1"], "now called augment.random_erase_prob"),
         ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
-        ([TRAIN + ":resnet"], "has the models mvit and vit, not 'resnet'"),
+        ([TRAIN + ":resnet"], "has no model 'resnet': choose mvit or vit"),
         (["--config=configs/no.py"], "there is no config file configs/no.py"),
         (["--config=configs/kinetics.py"], "pass --config.data.folder=DIR"),
         ([], "give --config=configs/moving_digits.py and --workdir=DIR"),
@@ -305,11 +305,15 @@ def change_list(data, old, new):
         (lambda d: (d / "labels.txt").unlink(), {}, "there is no labels.txt"),
         (lambda d: None, {"augment.flip": 2.0}, "augment.flip must be from 0 to 1, not 2.0"),
         (lambda d: None, {"augment.crop_area": (2.0, 0.1)}, "augment.crop_area must be two"),
-        (lambda d: None, {"eval.crops": 3, "eval.whole_image": True}, "nothing to crop"),
+        (
+            lambda d: None,
+            {"eval.crops": 3, "eval.whole_image": True},
+            "tests the whole image, without crops",
+        ),
         (lambda d: None, {"augment.crop_area": (0.5, 1.0), "augment.jitter": (40, 50)}, "two ways"),
         (lambda d: None, {"augment.randaugment": "rand-m7-q3-inc1"}, "q3"),
         (lambda d: None, {"data.repeats": 3}, "data.repeats=3; set a multiple of 24"),
-        (lambda d: None, {"data.sampling": "segments"}, "segments make one clip"),
+        (lambda d: None, {"data.sampling": "segments"}, "data.sampling=segments samples one clip"),
         (lambda d: None, {"data.multi_label": True}, "data.multi_label"),
         (
             lambda d: None,
@@ -359,7 +363,7 @@ def test_describe_prints_costs_and_published_accuracy():
         (["mvit_b_16x4", "heads=2.0"], "heads must be a whole number, not 2.0"),
         (["mvit_b_16x4", "kv_stride=(1,'a',1)"], "kv_stride must be whole numbers"),
         (["mvit_b_16x4", "drop_path=x"], "drop_path must be a number"),
-        (["mvit_b_16x4", "name=3"], "'name' is no field of an architecture"),
+        (["mvit_b_16x4", "name=3"], "there is no architecture field 'name'"),
     ],
 )
 def test_bad_arguments_of_describe_end_with_a_one_sentence_error(args, sentence):

@@ -48,5 +48,5 @@ def test_a_variant_sets_the_preprocessing(name, image):
 
 
 def test_a_name_that_is_neither_folder_nor_variant_is_an_error():
-    with pytest.raises(ValueError, match="'mvitv2_s_16x3' is none of them; did you mean 'mvitv2_s"):
+    with pytest.raises(ValueError, match="not 'mvitv2_s_16x3'; did you mean 'mvitv2_s"):
         config("mvitv2_s_16x3")

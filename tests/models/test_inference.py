@@ -129,7 +129,7 @@ def test_bad_arguments_end_with_a_one_sentence_error(params):
         Inference(functional(CONFIG), params, buckets=())
     with pytest.raises(UserError, match=r"not \(4, 0\)"):
         Inference(functional(CONFIG), params, buckets=(4, 0))
-    with pytest.raises(UserError, match="mean and std go together"):
+    with pytest.raises(UserError, match="only one of mean and std is set"):
         Inference(functional(CONFIG), params, mean=MEAN)
     with pytest.raises(UserError, match="pass mean and std to Inference"):
         Inference(functional(CONFIG), params)(np.zeros((1, 4, 32, 32, 3), np.uint8))

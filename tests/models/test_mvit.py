@@ -25,11 +25,11 @@ IMAGES = variant("mvit_b16", size=16, width=4, depths=(1, 1))
 @pytest.mark.parametrize(
     ("config", "shape", "dtype", "words"),
     [
-        (SMALL, (2, 8, 8, 3), "float32", r"takes \[batch, T, H, W, 3\] .* shape \[2, 8, 8, 3\]"),
-        (SMALL, (2, 3, 2, 8, 8), "float32", r"takes \[batch, T, H, W, 3\] clips"),
-        (SMALL, (2, 2, 0, 8, 3), "float32", r"2x0x8 .* leaves no token; the smallest .* 1x1x1"),
-        (SMALL, (2, 2, 8, 8, 3), "uint8", r"normalised .* this input is uint8: divide by 255"),
-        (IMAGES, (16, 16, 3), "float32", r"takes \[batch, H, W, 3\] images"),
+        (SMALL, (2, 8, 8, 3), "float32", r"requires \[batch, T, H, W, 3\] .* shape \[2, 8, 8, 3\]"),
+        (SMALL, (2, 3, 2, 8, 8), "float32", r"requires \[batch, T, H, W, 3\] clips"),
+        (SMALL, (2, 2, 0, 8, 3), "float32", r"2x0x8 .* too small: .* at least 1x1x1"),
+        (SMALL, (2, 2, 8, 8, 3), "uint8", r"normalised .* the input is uint8: divide by 255"),
+        (IMAGES, (16, 16, 3), "float32", r"requires \[batch, H, W, 3\] images"),
     ],
 )
 def test_inputs_of_other_shapes_or_dtypes_are_refused(config, shape, dtype, words):
@@ -115,8 +115,11 @@ def test_every_block_has_a_separate_key():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 7}, r"head/classifier/bias is \[3\] there and \[7\] in this model"),
-        ({"depths": (1, 1, 2)}, r"blocks/1/.* there and .* in this model"),
+        (
+            {"num_classes": 7},
+            r"head/classifier/bias has shape \[3\], but this model requires \[7\]",
+        ),
+        ({"depths": (1, 1, 2)}, r"blocks/1/.* has shape .*, but this model requires "),
     ],
 )
 def test_an_architecture_mismatch_error_names_the_parameter(change, message):

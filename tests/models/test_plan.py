@@ -112,8 +112,8 @@ def test_drop_path_rises_from_zero_in_equal_steps():
 BAD = [
     ({"frames": 0}, "frames must be at least 1, not 0"),
     ({"num_classes": -1}, "num_classes must be at least 1"),
-    ({"depths": ()}, "depths must be blocks per stage"),
-    ({"depths": (1, 0)}, "depths must be blocks per stage"),
+    ({"depths": ()}, "depths must be the number of blocks of each stage"),
+    ({"depths": (1, 0)}, "depths must be the number of blocks of each stage"),
     ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
     ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
     ({"width": 10, "heads": 4}, "width 10 is not divisible by 4 heads"),
@@ -124,11 +124,14 @@ BAD = [
     ({"patch_padding": (-1, 0, 0)}, "patch_padding must be at least 0 on"),
     (
         {"pool_kernel": (3, 2, 2)},
-        r"pool_kernel \(3, 2, 2\) .* the queries and their skip to different",
+        r"pool_kernel \(3, 2, 2\) .* the queries and the skip connection to",
     ),
-    ({"q_stride": (1, 3, 3)}, r"q_stride \(1, 3, 3\) pools the queries and their skip"),
+    ({"q_stride": (1, 3, 3)}, r"q_stride \(1, 3, 3\) pools the queries and the skip connection"),
     ({"pool_mode": "conv_unshared"}, "conv_unshared.* requires pool_first=True"),
-    ({"kv_kernels": ((3, 3, 3),)}, "kv_kernels must name a kernel for each of the 16 blocks"),
+    (
+        {"kv_kernels": ((3, 3, 3),)},
+        "kv_kernels must be empty or have a kernel for each of the 16 blocks",
+    ),
     ({"positions": "sincos", "width": 24}, "width divisible by 16, not 24"),
     ({"pool_norm_eps": 0.0}, "pool_norm_eps must be above 0"),
     ({"growth": 0}, "growth must be at least 1"),
@@ -188,8 +191,10 @@ def test_blocks_of_mvitv2_s_16x4_are_those_of_the_paper():
 def test_unknown_names_are_refused_with_the_nearest_one():
     with pytest.raises(UserError, match="no variant 'mvit_b_16x5'; did you mean 'mvit_b_16x4'"):
         variant("mvit_b_16x5")
-    with pytest.raises(UserError, match=r"'num_clases' is no field .* mean 'num_classes'"):
+    with pytest.raises(
+        UserError, match=r"no architecture field 'num_clases'; .* mean 'num_classes'"
+    ):
         variant("mvit_b_16x4", num_clases=10)
-    with pytest.raises(UserError, match="no variant 'zzz'; there are mvit_s_16x4, "):
+    with pytest.raises(UserError, match="no variant 'zzz'; choose one of mvit_s_16x4, "):
         variant("zzz")
     assert variant("mvit_b_16x4", frames=8).frames == 8

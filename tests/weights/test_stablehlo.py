@@ -108,7 +108,7 @@ def test_a_bfloat16_image_model_is_exported_with_a_fixed_batch(tmp_path):
 
 
 def test_exports_that_fail_end_with_a_one_sentence_error(params, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="platforms are cpu, cuda, rocm, tpu, not gpu"):
+    with pytest.raises(UserError, match="platforms must be of cpu, cuda, rocm, tpu, not gpu"):
         save_stablehlo(functional(VIDEO), params, tmp_path / "model", platforms=["cpu", "gpu"])
     with pytest.raises(UserError, match="cannot be written"):
         save_stablehlo(functional(VIDEO), params, tmp_path / "missing" / "model")
