@@ -52,7 +52,7 @@ _TO = flags.DEFINE_enum(
 )
 _LABELS = flags.DEFINE_string("labels", None, "File with class names, one per line, label 0 first.")
 _INFLATE = flags.DEFINE_enum(
-    "inflate", None, INFLATIONS, "Conversion of an image model to a video model, or back."
+    "inflate", None, INFLATIONS, "Conversion of an image model's kernels to a video model, or back."
 )
 _WHICH = flags.DEFINE_enum(
     "which",
@@ -64,12 +64,12 @@ _WHICH = flags.DEFINE_enum(
 _PLATFORMS = flags.DEFINE_list(
     "platforms",
     None,
-    "With --to=stablehlo: some of cpu, cuda, rocm, tpu; by default the present one.",
+    "With --to=stablehlo: any of cpu, cuda, rocm, tpu; by default that of this machine.",
 )
 _BATCH = flags.DEFINE_integer(
     "batch",
     None,
-    "With --to=stablehlo: the batch size; by default any.",
+    "With --to=stablehlo: a fixed batch size; by default any.",
     lower_bound=1,
     allow_override=True,
 )
@@ -79,15 +79,19 @@ ORIGIN = "origin.json"
 
 def main(argv: list[str]) -> None:
     if len(argv) < 2 or not _OUT.value:
-        raise errors.UserError("give SOURCE, and --variant=NAME --out=DIR or --to=... --out=FILE")
+        raise errors.UserError(
+            "SOURCE or --out is missing: give SOURCE --variant=NAME --out=DIR to import weights, "
+            "or SOURCE --to=FORMAT --out=FILE to export them"
+        )
     source, overrides = argv[1], dict(override(text) for text in argv[2:])
     out = local_path(_OUT.value)
     if _TO.value != "stablehlo" and (_PLATFORMS.value or _BATCH.value):
-        raise errors.UserError("--platforms and --batch go with --to=stablehlo")
+        raise errors.UserError("--platforms and --batch require --to=stablehlo")
     if _TO.value is not None:
         if overrides or _VARIANT.value or _LABELS.value or _INFLATE.value:
             raise errors.UserError(
-                "--to exports a folder unchanged: leave out --variant, --labels, --inflate, fields"
+                "--to exports a folder unchanged: leave out --variant, --labels, --inflate and "
+                "field=value"
             )
         if out.exists():
             raise errors.UserError(f"{out} already exists: choose another --out, or move it away")
@@ -119,14 +123,16 @@ def import_checkpoint(
         raise
     if labels is not None and len(labels) != loaded.config.num_classes:
         raise errors.UserError(
-            f"--labels names {len(labels)} classes and the model has {loaded.config.num_classes}"
+            f"--labels names {len(labels)} classes, but the model has "
+            f"{loaded.config.num_classes}: give the list of its classes"
         )
     workdir.make(out.parent)
     needed = sum(values.nbytes for values in jax.tree.leaves(loaded.params))
     free = shutil.disk_usage(out.parent).free
     if free < 1.1 * needed:
         raise errors.UserError(
-            f"{out} cannot be written: it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} are free"
+            f"{out} cannot be written: it needs {needed / 1e6:.0f} MB, but only "
+            f"{free / 1e6:.0f} MB are free"
         )
     try:
         with tempfile.TemporaryDirectory(

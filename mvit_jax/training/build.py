@@ -205,19 +205,19 @@ def check_batch(config: Config, devices: int) -> None:
     share = devices * config.accumulate
     if config.batch % (devices * config.data.repeats):
         raise UserError(
-            f"batch={config.batch} does not divide into {devices} devices x "
+            f"batch={config.batch} is not divisible by {devices} devices x "
             f"data.repeats={config.data.repeats}; set a multiple of {devices * config.data.repeats}"
         )
     if config.batch % share:
         raise UserError(
-            f"batch={config.batch} does not divide into {devices} devices x "
+            f"batch={config.batch} is not divisible by {devices} devices x "
             f"accumulate={config.accumulate}; set a multiple of {share}"
         )
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
     clips, group = config.batch // devices, config.augment.mixup_group_size
     if mixes and clips % group:
         raise UserError(
-            f"augment.mixup_group_size={group} does not divide the {clips} clips of a device; set "
+            f"augment.mixup_group_size={group} does not divide the {clips} clips per device; set "
             f"a divisor of {clips}"
         )
 

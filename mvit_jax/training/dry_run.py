@@ -42,7 +42,7 @@ def describe(config: Config, devices: int) -> str:
     parts = [
         aligned(
             [
-                ("published", config.published or "no result of this experiment"),
+                ("published", config.published or "no result for this experiment"),
                 *_model_lines(config, handle),
                 ("weights", _weights(config)),
             ]
@@ -121,7 +121,7 @@ def _weights(config: Config) -> str:
         return "fresh"
     folder = config.init.checkpoint
     needed = f" (should be {config.init.needed})" if config.init.get("needed") else ""
-    return f"of {folder}{_if_missing(folder)}{needed}{inflation}"
+    return f"from {folder}{_if_missing(folder)}{needed}{inflation}"
 
 
 def _if_missing(path: str) -> str:
@@ -133,20 +133,20 @@ def _data(config: Config, lists: dict[str, Source | str], videos: int) -> Lines:
     name = d.tfds and f"{d.tfds} of TensorFlow Datasets"
     lines = [
         ("source", name or d.source),
-        ("folder", f"{d.folder}{_if_missing(d.folder)}" if d.folder else "not given"),
+        ("folder", f"{d.folder}{_if_missing(d.folder)}" if d.folder else "not set"),
     ]
     if d.prefix:
-        lines.append(("prefix", f"{d.prefix}, before each path of the lists"))
+        lines.append(("prefix", f"{d.prefix}, prepended to the paths in the lists"))
     for which, source in lists.items():
         if isinstance(source, str):
-            taken = f"; taken as {videos:,} (data.train_videos)" if which == "train" else ""
+            taken = f"; assuming {videos:,} videos (data.train_videos)" if which == "train" else ""
             lines.append((which, f"{d[f'{which}_list'] or 'no list'}: {source}{taken}"))
         else:
             lines.append((which, f"{source.list_file}: {len(source):,}"))
     lines.append(("labels", "any number per video" if d.multi_label else "one per video"))
     workers = f"{d.processes} processes x " if d.processes else ""
     lines.append(("decoded", f"by {workers}{d.threads} threads per host"))
-    lines.append(("broken", f"replaced, up to {100 * d.max_broken:g} % of all videos"))
+    lines.append(("broken", f"replaced by others, up to {100 * d.max_broken:g} % of all videos"))
     return lines
 
 
@@ -156,7 +156,7 @@ def _clips(config: Config, model: MViTConfig) -> str:
         return f"images of {size}"
     sampling = {
         "span": f"spread evenly over {model.frames * d.stride / 30:.2f} s, from a random start",
-        "segments": f"a random one of each of {model.frames} equal parts of the video",
+        "segments": f"one at random from each of {model.frames} equal parts of the video",
         "stride": f"{d.stride} frames apart, from a random start",
     }.get(d.sampling, d.sampling)
     return f"{model.frames} frames of {size}, {sampling}"
@@ -168,7 +168,7 @@ def _augmentation(config: Config, model: MViTConfig) -> list[str]:
     alike = ", the same for all frames" if model.frames > 1 else ""
     random = [f"RandAugment {a.randaugment}{alike}"] if a.randaugment else []
     if a.jitter is not None:
-        crop = f"short side drawn from {a.jitter[0]} to {a.jitter[1]} (its inverse evenly), then "
+        crop = f"short side drawn from {a.jitter[0]} to {a.jitter[1]} (uniform inverse), then "
         crop += f"a random square of {model.size}"
     elif a.crop_area is not None:
         crop = f"random crop of {100 * a.crop_area[0]:g} to {100 * a.crop_area[1]:g} % of the area"
@@ -191,7 +191,7 @@ def _augmentation(config: Config, model: MViTConfig) -> list[str]:
 
 def _mixing(config: Config) -> str:
     a = config.augment
-    shared = f", one weight for every {a.mixup_group_size} clips"
+    shared = f", one weight per {a.mixup_group_size} clips"
     if a.mixup and a.cutmix:
         return (
             f"cutmix (alpha {a.cutmix:g}) with probability {a.mixup_switch_prob:g}, else mixup "
@@ -297,7 +297,7 @@ def _layers(config: Config, params: Any) -> str:
          f"{config.optim.lr * _scale(config) * factor[layer]:.4g}", f"{sum(sizes[layer]):,}")
         for layer in sorted(sizes)
     ]  # fmt: skip
-    return table(("layer", "module", "factor", "highest rate", "parameters"), rows)
+    return table(("layer", "module", "factor", "peak rate", "parameters"), rows)
 
 
 def _scale(config: Config) -> float:
@@ -311,8 +311,8 @@ def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
     if e.crops == 3:
         square = f"short side to {model.size}, three squares of {model.size}"
     if model.frames == 1 and e.whole_image:
-        square = f"the whole image squashed to {model.size} x {model.size}"
-    ensemble = {"mean": "mean over the views", "max": "highest of the views"}.get(e.ensemble)
+        square = f"the whole image resized to {model.size} x {model.size}"
+    ensemble = {"mean": "mean over the views", "max": "maximum over the views"}.get(e.ensemble)
     lines = [
         ("views", f"{views}: {square}"),
         ("scores", f"{scores}, {ensemble or e.ensemble}"),

@@ -124,7 +124,7 @@ class RunFolder:
         count = self.num_classes(which)
         if count != len(names):
             raise UserError(
-                f"the data's labels.txt names {len(names)} classes, and the model has {count}: use "
+                f"the data's labels.txt names {len(names)} classes, but the model has {count}: use "
                 "the labels.txt of the training data"
             )
         file = self.path / "labels.txt"
@@ -133,7 +133,7 @@ class RunFolder:
             if trained != names and sorted(trained) == sorted(names):
                 raise UserError(
                     f"the data's labels.txt has the classes of {file} in another order, so labels "
-                    "would mean other classes: use the same order"
+                    "would not match: use the same order"
                 )
 
     @property
@@ -238,7 +238,7 @@ def check_resume(folder: str | AnyPath, model: Functional, config: Config) -> No
     expected = jax.eval_shape(model.init, jax.random.key(0))
     difference = first_difference(expected, shapes)
     if difference:
-        raise UserError(f"resume={path} is of another architecture: {difference}")
+        raise UserError(f"resume={path} is for another architecture: {difference}")
     if any(config.model[kind] != run.config.model[kind] for kind in custom.KINDS):
         raise UserError(
             f"resume={path} has other custom modules: set model.block, model.attention and "

@@ -164,11 +164,11 @@ def fit(
             done = "inflated" if shape[0] > 1 else "deflated"
             return Fitted(inflated(values, shape[0], inflate), done, (path,))
         if 1 in (values.shape[0], shape[0]) and path.startswith("patch_embed"):
-            return Fitted(None, "spans another number of frames: choose a conversion with "
-                          "inflate=centre, mean or repeat")  # fmt: skip
+            return Fitted(None, "spans another number of frames: set inflate=centre, mean or "
+                          "repeat to convert it")  # fmt: skip
     if path.startswith("head/") and "num_classes" in changed:
         return Fitted(_initialise(path, shape), "new")
-    return Fitted(None, f"does not fit {'x'.join(map(str, shape))} of {path}", (path,))
+    return Fitted(None, f"does not fit the shape {'x'.join(map(str, shape))} of {path}", (path,))
 
 
 def may_be_unmatched(path: str, changed: Iterable[str]) -> bool:

@@ -72,14 +72,14 @@ def family(state: State) -> str:
       UserError: the names match no supported MViT.
     """
     if any(name.startswith("rev_backbone.") for name in state):
-        raise UserError("this is a reversible MViT (rev_backbone), which is not implemented here")
+        raise UserError("a reversible MViT (rev_backbone) is not supported")
     for name, pattern in _SIGNS.items():
         if any(re.match(pattern, tensor) for tensor in state):
             return name
     some = ", ".join(list(state)[:5])
     raise UserError(
-        f"this is no MViT of PySlowFast, torchvision, PyTorchVideo or timm: its {len(state)} "
-        f"tensors are called {some}, ..."
+        f"not a checkpoint of an MViT of PySlowFast, torchvision, PyTorchVideo or timm: its "
+        f"{len(state)} tensors are named {some}, ..."
     )
 
 
@@ -113,7 +113,7 @@ def structure(
     crosses = (kernel[0] == 1) != (config.patch_kernel[0] == 1)
     may_differ = overridden | set(_IMAGE_VIDEO_FIELDS if crosses and inflate else ())
     problems = [
-        f"the file has {field}={fields[field]}, {variant} has {getattr(config, field)}"
+        f"the file has {field}={fields[field]}, but {variant} has {getattr(config, field)}"
         for field in _IDENTITY
         if field in fields and field not in may_differ and fields[field] != getattr(config, field)
     ]
@@ -125,8 +125,8 @@ def structure(
         problems.append(_hint(state, name, variant, crosses))
     elif _needs_pools(config) and not any(re.search(r"\.pool_[qkv]\.", name) for name in state):
         problems.append(
-            "the file has no pooling weights, like models with max or average pooling: for such "
-            "a model, add pool_mode=max or pool_mode=avg"
+            "the file has no pooling weights: for a model with max or average pooling, add "
+            "pool_mode=max or pool_mode=avg"
         )
     if problems:
         return Structure(name, config, config, fields, crosses, tuple(problems))
@@ -137,9 +137,10 @@ def structure(
 
 def _hint(state: State, name: str, variant: str, crosses: bool) -> str:
     fitting = [other for other, c in VARIANTS.items() if _fits(_detect_fields(state, name, c), c)]
-    hint = f"what fits is {' or '.join(fitting)}" if fitting else "no variant fits it"
     advice = "; to convert between images and video, choose inflate=centre, mean or repeat"
-    return f"the file is of another model than {variant}: {hint}{advice if crosses else ''}"
+    if not fitting:
+        return f"the file does not fit {variant} or any other variant{advice if crosses else ''}"
+    return f"the file fits {' or '.join(fitting)}, not {variant}{advice if crosses else ''}"
 
 
 def _needs_pools(config: MViTConfig) -> bool:

@@ -75,7 +75,7 @@ def save_torch(
         written.
     """
     if to not in TARGETS:
-        raise UserError(f"weights can go to {', '.join(TARGETS)}, not to {to!r}")
+        raise UserError(f"weights can be exported to {', '.join(TARGETS)}, not to {to!r}")
     family = to
     if to == "safetensors":
         family = origin.family if origin else "slowfast"
@@ -102,13 +102,13 @@ def state_dict(
         flat = _join_qkv(flat)
     names = {path: key_tables.foreign_name(path, family, config) for path in flat}
     problems = [
-        f"{field} is {getattr(config, field)}, {family} has {' or '.join(map(str, allowed))}"
+        f"{field} is {getattr(config, field)}, but must be {' or '.join(map(str, allowed))}"
         for field, allowed in _ONLY[family].items()
         if getattr(config, field) not in allowed
     ]
-    problems += [f"it has no tensor for {path}" for path, name in names.items() if name is None]
+    problems += [f"{path} has no counterpart" for path, name in names.items() if name is None]
     if problems:
-        raise UserError(f"{family} cannot hold this model: {'; '.join(problems)}")
+        raise UserError(f"the format of {family} cannot hold this model: {'; '.join(problems)}")
     ranks = _ranks(config, family, origin)
     tensors: dict[str, np.ndarray] = {}
     for path, values in flat.items():
@@ -163,14 +163,14 @@ def _notes(config: MViTConfig, family: str) -> list[str]:
     conv = config.pool_mode.startswith("conv")
     if config.pool_norm_eps != 1e-6 and conv and family != "pytorchvideo":
         notes.append(
-            f"the pooling norms have eps {config.pool_norm_eps} here and 1e-06 there: logits "
-            "differ by rounding errors, and more if the pooled channels hardly vary"
+            f"the pooling norms have eps {config.pool_norm_eps} in this model and 1e-06 in "
+            f"{family}: logits differ by rounding errors, and more if pooled channels hardly vary"
         )
     adds = "all" if family in ("timm", "pytorchvideo") else "grid"
     if config.class_token and config.residual_pool not in ("none", adds):
         notes.append(
-            f"residual pooling adds {config.residual_pool!r} tokens here and {adds!r} there: "
-            "logits will differ"
+            f"residual pooling adds {config.residual_pool!r} tokens in this model and {adds!r} "
+            f"in {family}: logits will differ"
         )
     return notes
 

@@ -174,7 +174,7 @@ def to_theirs(path: str, values: np.ndarray, family: str, config: MViTConfig, ra
     if rule.convolution and rank == 4:
         if theirs.shape[2] != 1:
             raise UserError(
-                f"{path} spans {theirs.shape[2]} frames, and {family} holds image models only"
+                f"{path} spans {theirs.shape[2]} frames, but {family} has only image models"
             )
         return np.ascontiguousarray(theirs[:, :, 0])
     return np.ascontiguousarray(theirs)
@@ -204,7 +204,7 @@ def _rule(path: str, config: MViTConfig) -> str:
 def _5d(values: np.ndarray) -> tuple[np.ndarray, str]:
     """Adds a time axis to kernels [out, in, h, w] of image models."""
     if values.ndim == 4:
-        return values[:, :, None], "given a time axis, "
+        return values[:, :, None], "expanded to 3D, "
     _expect(values, 5)
     return values, ""
 
@@ -222,7 +222,7 @@ def _convolution(values: np.ndarray, config: MViTConfig) -> Shaped:
 def _pool(values: np.ndarray, config: MViTConfig) -> Shaped:
     values, done = _5d(values)
     if values.shape[1] != 1:
-        raise ValueError("is no depthwise convolution")
+        raise ValueError("is not a depthwise convolution")
     return Shaped(values[:, 0].transpose(1, 2, 3, 0), done + "transposed")
 
 
@@ -237,7 +237,7 @@ def _rows(values: np.ndarray) -> np.ndarray:
     Accepts a leading axis of 1, and the shape [channels] for a single embedding.
     """
     if values.ndim == 0 or values.ndim > 3 or (values.ndim == 3 and values.shape[0] != 1):
-        raise ValueError("is not of a shape of positional embeddings")
+        raise ValueError("does not have the shape of positional embeddings")
     return values.reshape(-1, values.shape[-1])
 
 
@@ -280,7 +280,7 @@ def _joint_grid(positions: int, config: MViTConfig) -> tuple[int, int, int]:
 def _square(positions: int) -> tuple[int, int]:
     side = math.isqrt(positions)
     if side * side != positions:
-        raise ValueError(f"has {positions} positions, which form no square grid")
+        raise ValueError(f"has {positions} positions, which do not form a square grid")
     return side, side
 
 

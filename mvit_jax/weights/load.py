@@ -108,11 +108,11 @@ def load(
 def _open(source: Any) -> tuple[Tensors, str]:
     """Returns the tensors of a file or a mapping, and its name for messages."""
     if isinstance(source, Mapping):
-        return state_dict(source), "these tensors"
+        return state_dict(source), "the state dict"
     if isinstance(source, str | os.PathLike):
         return read_tensors(source), os.fspath(source)
     raise UserError(
-        f"weights come from a file's path or a state dict, not from a {type(source).__name__}: "
+        f"weights are read from a file or a state dict, not from a {type(source).__name__}: "
         "for a PyTorch module, pass module.state_dict()"
     )
 
@@ -145,7 +145,7 @@ def _read(
         for path in paths_by_name[name]:
             if path in sources:
                 other = sources[path]
-                done = f"collides with {other.name if other else 'another'}: both are {path}"
+                done = f"conflicts with {other.name if other else 'another'}: both map to {path}"
                 report.lines.append(Line(name, shape, path, None, done, True))
                 continue
             sources[path] = None
@@ -166,12 +166,12 @@ def _defect(values: np.ndarray) -> str:
     """Returns the reason why a tensor cannot be a weight, or ""."""
     real = np.issubdtype(values.dtype, np.number) and not np.iscomplexobj(values)
     if not real and values.dtype.name != "bfloat16":
-        return f"is {values.dtype}"
+        return f"has the dtype {values.dtype}, which cannot be a weight"
     if values.size == 0:
         return "is empty"
     with np.errstate(over="ignore"):  # float64 beyond float32's range becomes infinite
         finite = np.isfinite(np.asarray(values, np.float32)).all()
-    return "" if finite else "has values that are not finite"
+    return "" if finite else "has non-finite values"
 
 
 def _describe_unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> Line:
@@ -179,11 +179,11 @@ def _describe_unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndar
     second = re.sub(r"\._attention_pool_([qkv])\.(pool|norm)\.", r".\2_\1.", name)
     if second != name and second in state:  # PyTorchVideo stores pools under two names
         same = np.array_equal(values, state[second], equal_nan=True)
-        done = f"second name of {second}" if same else f"differs from its other name {second}"
+        done = f"second name of {second}" if same else f"differs from {second}, its second name"
         return Line(name, shape, "", None, done, not same)
     prefix = next((p for p in PREFIXES if name.startswith(p)), "")
     if prefix and name.removeprefix(prefix) in state:
-        done = f"collides with {name.removeprefix(prefix)}"
+        done = f"conflicts with {name.removeprefix(prefix)}"
         return Line(name, shape, "", None, done, True)
     return Line(name, shape, "", None, "has no counterpart in this model", True)
 
@@ -204,7 +204,7 @@ def _fit_all(
         steps = [step for step in steps if step != "copied"] or ["copied"]
         if tensor.values is None and not origin:
             name = key_tables.foreign_name(path, arch.family, arch.config)
-            advice = ": add num_classes for a new classifier" if path.startswith("head/") else ""
+            advice = ": add num_classes=N for a new classifier" if path.startswith("head/") else ""
             steps = [f"{name} is missing from the file{advice}"]
         names = " + ".join(dict.fromkeys(o.name for o in origin))
         shape = origin[0].shape if origin else None
@@ -229,7 +229,7 @@ def _note_resized(
         fields.append(f"frames={time * config.patch_stride[0]}")
     if space:
         fields.append(f"size={space * config.patch_stride[1]}")
-    trained = f"; the file's were made for {' '.join(fields)}" if fields else ""
+    trained = f"; those of the file are for {' '.join(fields)}" if fields else ""
     return [
         f"{len(resized)} positional embeddings were interpolated to frames={config.frames} "
         f"size={config.size}{trained}"

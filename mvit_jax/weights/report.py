@@ -55,7 +55,7 @@ class Report:
              ("problem: " if line.problem else "") + line.done)
             for line in self.lines
         ]  # fmt: skip
-        header = ("tensor in the file", "shape", "tensor here", "shape", "done")
+        header = ("tensor in the file", "shape", "tensor in the model", "shape", "done")
         return f"{table(header, rows, numbers_right=False)}\n\n{self.summary()}"
 
 

@@ -58,10 +58,9 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     path = Path(path)
     try:
         if not path.is_file():
-            raise UserError(
-                f"{path} is {'a folder' if path.is_dir() else 'no file'}: give the path of a file "
-                "of weights"
-            )
+            kind = "is a folder" if path.is_dir() else "is not a regular file"
+            problem = kind if path.exists() else "does not exist"
+            raise UserError(f"{path} {problem}: give the path of a file of weights")
         with path.open("rb") as file:
             return _read(file, path)
     except UserError:
@@ -69,9 +68,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
     except MemoryError:
-        raise UserError(
-            f"{path} needs more memory than there is: read it on a larger machine"
-        ) from None
+        raise UserError(f"{path} does not fit into memory: read it on a larger machine") from None
     except _BROKEN as error:
         raise UserError(
             f"{path} is cut off or damaged ({shown(error)}): download or copy it again"
@@ -98,7 +95,7 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
     elif head.startswith(b"version https://git-lfs"):
         what = "is a pointer of git-lfs, not the file itself: run `git lfs pull`"
     else:
-        what = f"is no PyTorch or safetensors file (it begins with {head[:16]!r}): give one that is"
+        what = f"is not a PyTorch or safetensors file (it begins with {head[:16]!r})"
     raise UserError(f"{path} {what}")
 
 
@@ -164,7 +161,8 @@ def _unwrap(
 ) -> tuple[dict[str, Any], str, tuple[str, ...]]:
     """Returns the state dict inside nested mappings, its wrapper, and the other entries' names."""
     if not isinstance(top, Mapping):
-        raise UserError(f"{where} holds a {shown(type(top).__name__)}: save a state_dict()")
+        kind = shown(type(top).__name__)
+        raise UserError(f"{where} holds a {kind}, not a state dict: save a state_dict()")
     keys = _find(top, is_tensor, depth=2)
     if keys is None:
         raise UserError(_explain_missing(top, is_tensor, where))
@@ -200,8 +198,9 @@ def _explain_missing(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], w
     wrong = [key for key, value in here.items() if not (isinstance(key, str) and is_tensor(value))]
     listed = ", ".join(shown(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
     if not any(map(is_tensor, here.values())):
-        return f"{where} holds no state dict, only {listed or 'nothing'}: save a state_dict()"
-    return f"{where} has entries that are not a name with a tensor: {listed}; remove them"
+        content = f"holds only {listed}" if listed else "is empty"
+        return f"{where} has no state dict, it {content}: save a state_dict()"
+    return f"{where} has entries other than named tensors: {listed}; remove them"
 
 
 def write_torch(
@@ -228,8 +227,8 @@ def write_torch(
     """
     if extra and (not wrapper or wrapper in extra):
         raise UserError(
-            f"entries beside the state dict ({', '.join(extra)}) require a wrapper of another "
-            f"name, not {wrapper!r}: choose one"
+            f"entries beside the state dict ({', '.join(extra)}) require a wrapper with another "
+            f"name than {wrapper!r}"
         )
     arrays = _writable(tensors)
     with _atomic(Path(path)) as temporary:

@@ -143,7 +143,7 @@ def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
     try:
         return reader.load(), reader.storages
     except (EOFError, pickle.UnpicklingError) as error:
-        raise Damaged(str(error) or "a pickle without an end") from None
+        raise Damaged(str(error) or "its pickle ends too early") from None
 
 
 # The base class is private, but the same in Python 3.11 to 3.13. The public class is implemented in
@@ -162,13 +162,13 @@ class _Reader(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         # The base class accepts a truncated name.
-        _check(self.stream.tell() < len(self.stream.getbuffer()), "a pickle without an end")
+        _check(self.stream.tell() < len(self.stream.getbuffer()), "its pickle ends too early")
         name = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if name not in _ALLOWED:
             raise UserError(
                 f"{self.where} refers to {shown(name)}, which is neither a plain tensor nor a "
-                "plain container: no code of it was run; if you trust the file, load it with torch "
-                "and save only its state dict"
+                "plain container: none of its code was run; if you trust the file, load it with "
+                "torch and save only its state dict"
             )
         return Global(name)
 
@@ -189,10 +189,10 @@ class _Reader(pickle._Unpickler):
         _check(type(function) is Global and type(args) is tuple and len(args) <= 64)
         _check(keywords is None or (type(keywords) is dict and not keywords))
         if function.name not in _CALLS:
-            raise Damaged(f"it calls {function.name}")
+            raise Damaged(f"its pickle calls {function.name}")
         sized = (dict, list, tuple, set, frozenset, str, bytes)
         self.copied += sum(len(arg) for arg in args if isinstance(arg, sized))
-        _check(self.copied <= MOST_COPIED, "its pickle copies without end")
+        _check(self.copied <= MOST_COPIED, "its pickle copies too many items")
         self.push(_CALLS[function.name](*args))
 
     def _instantiate(self, klass: Any, args: list[Any]) -> None:
@@ -211,7 +211,7 @@ class _Reader(pickle._Unpickler):
         # Such as EXT1 (names by number) and NEXT_BUFFER (buffers outside the file).
         raise UserError(
             f"{self.where} holds the pickle opcode {opcode}, which torch.save never writes: "
-            "no code of it was run; save only its state dict, with torch.save"
+            "none of its code was run; save only its state dict, with torch.save"
         )
 
 
@@ -275,7 +275,7 @@ def _key(key: Any) -> Any:
     items = key if type(key) is tuple else (key,)
     flat = len(items) <= 64 and all(type(item) in _PLAIN for item in items)
     short = flat and all(type(item) is not int or item.bit_length() <= 4096 for item in items)
-    _check(short, f"a key in it is a {type(key).__name__}")
+    _check(short, f"its pickle has a {type(key).__name__} as a key")
     return key
 
 
@@ -301,7 +301,7 @@ def _size(values: Any) -> tuple[int, ...]:
 
 
 def _storage(saved: Any) -> Storage:
-    no_storage = "it refers to something that is no storage"
+    no_storage = "its pickle has a malformed reference to a storage"
     _check(type(saved) in (tuple, list) and len(saved) <= 6, no_storage)
     tag, kind, key, _, numel, *view = saved
     if tag != "storage" or not isinstance(kind, Global) or not isinstance(key, str | int):
@@ -311,7 +311,7 @@ def _storage(saved: Any) -> Storage:
         return Storage(str(key), None, numel)
     dtype = STORAGES.get(kind.name.removeprefix("torch."))
     if dtype is None:
-        raise Damaged(f"it uses {kind.name} as a storage")
+        raise Damaged(f"its pickle uses {kind.name} as a storage")
     offset = 0
     if view and view[0] is not None:  # before torch 0.4: (key of the view, offset, length)
         _, offset, length = view[0]
@@ -349,7 +349,7 @@ def _same(tensor: Any, *_: Any) -> Tensor:
 
 def _numpy_dtype(code: Any, *_: Any) -> NumpyDtype:
     numeric = type(code) is str and re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", code)
-    _check(bool(numeric), f"NumPy's dtype {shown(code)} holds no plain numbers")
+    _check(bool(numeric), f"NumPy's dtype {shown(code)} is not numeric")
     return NumpyDtype(code.lstrip("<>|="))
 
 

@@ -46,12 +46,10 @@ def open_zip(file: io.BufferedReader, path: Path) -> Saved:
     archive = zipfile.ZipFile(file)
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) < len(archive.infolist()):
-        raise Damaged("two entries of one name")
+        raise Damaged("two entries have the same name")
     pickled = [n for n in entries if n.count("/") <= 1 and n.split("/")[-1] == "data.pkl"]
     if len(pickled) != 1:
-        raise UserError(
-            f"{path} is a zip file, but none that torch.save wrote: give a file of torch.save"
-        )
+        raise UserError(f"{path} is a zip file, but was not written by torch.save")
     prefix = pickled[0].removesuffix("data.pkl")
     if any(name.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in entries):
         raise UserError(
@@ -94,11 +92,9 @@ def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
     total = path.stat().st_size
     beginning = io.BytesIO(file.read(torch_pickle.LARGEST))
     if torch_pickle.load(beginning, path)[0] != MAGIC:
-        raise UserError(
-            f"{path} is a pickle, but none that torch.save wrote: give a file of torch.save"
-        )
+        raise UserError(f"{path} is a pickle, but was not written by torch.save")
     if torch_pickle.load(beginning, path)[0] != PROTOCOL:
-        raise Damaged("another version of the format")
+        raise Damaged("unknown version of the format")
     # Skips the system information (byte order, sizes of types): storages are always little-endian.
     torch_pickle.load(beginning, path)
     value, storages = torch_pickle.load(beginning, path)
@@ -133,7 +129,7 @@ def arrays(
     """Reads the tensors that `tensors` describes into separate arrays."""
     claimed = sum(tensor.nbytes for tensor in tensors.values())
     if claimed > MOST_SHARED * path.stat().st_size:
-        raise Damaged(f"its tensors claim {claimed} bytes")
+        raise Damaged(f"its tensors claim {claimed} bytes in all")
     result: dict[str, np.ndarray] = {}
     by_storage: dict[str, dict[str, torch_pickle.Tensor]] = {}
     for name, tensor in tensors.items():

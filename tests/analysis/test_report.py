@@ -93,7 +93,7 @@ def test_an_untested_run_shows_the_evaluate_command():
 
 def test_goodput_is_shown_if_times_were_recorded(page):
     assert page.ids["goodput"] == "80.0 %"  # 3,000 of 3,750 s
-    assert "Of 1 h 02 min of wall time (1 start), 80.0 % went into steps" in page.text
+    assert "Of 1 h 02 min of wall time (1 start), 80.0 % went into training steps" in page.text
     html = report.report(pages.run(spent={}))
     assert "goodput" not in Page(html).ids and "Where the time went" not in html
 

@@ -231,8 +231,8 @@ def test_a_bad_file_ends_with_one_error_and_writes_nothing(damage, source, tmp_p
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "give SOURCE, and --variant=NAME --out=DIR"),
-        (["{source}"], "give SOURCE, and --variant=NAME --out=DIR"),
+        ([], "SOURCE or --out is missing: give SOURCE --variant=NAME"),
+        (["{source}"], "SOURCE or --out is missing: give SOURCE --variant=NAME"),
         (["{source}", "--out={out}"], "name the variant of SOURCE: --variant=NAME"),
         (["{source}", "--out={out}", "--variant=mvit_c"], "no variant 'mvit_c'"),
         (["{source}", "--out={out}", *VIDEO, "frame=8"], "there is no architecture field 'frame'"),
@@ -241,9 +241,9 @@ def test_a_bad_file_ends_with_one_error_and_writes_nothing(damage, source, tmp_p
         (["{source}", "--out={source}", *VIDEO], "already exists"),
         (["{source}", "--out={source}/deeper", *VIDEO], "cannot be created"),
         (["{source}", "--out={out}", "--labels={few}", *VIDEO],
-         "--labels names 2 classes and the model has 8"),
+         "--labels names 2 classes, but the model has 8"),
         (["{source}", "--out={out}", "--labels={out}", *VIDEO], "{out}"),
-        (["{full}", "--out={out}", "--to=slowfast"], "holds no run: there is no config.json"),
+        (["{full}", "--out={out}", "--to=slowfast"], "holds no run (it has no config.json)"),
         (["{source}", "--out={out}", "--to=slowfast"], "is a file: make a folder of it first"),
         (["{full}", "--out={out}", "--to=timm", "--variant=mvitv2_t"], "leave out --variant"),
         (["{full}", "--out={out}", "--to=timm", "frames=3"], "leave out --variant, --labels"),
@@ -311,7 +311,7 @@ def test_a_converted_folder_is_exported_to_a_program_for_jax(converted, tmp_path
 
 def test_platforms_and_batch_flags_require_stablehlo(converted, tmp_path):
     for flag in ("--platforms=cpu", "--batch=2"):
-        with pytest.raises(UserError, match="go with --to=stablehlo"):
+        with pytest.raises(UserError, match="--platforms and --batch require --to=stablehlo"):
             run(converted[0], "--to=torchvision", flag, f"--out={tmp_path / 'model'}")
     run(converted[0], "--to=stablehlo", "--batch=2", f"--out={tmp_path / 'model'}")
     exported = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()))

@@ -298,7 +298,7 @@ def change_list(data, old, new):
         (lambda d: change_list(d, " 3\n", " left\n"), {}, "left"),
         (lambda d: change_list(d, "00000.mp4", "gone.mp4"), {"data.max_broken": 0.0}, "gone.mp4"),
         (lambda d: (d / "train.csv").unlink(), {}, "train.csv"),
-        (lambda d: None, {"batch": 12}, "batch=12 does not divide into 8 devices"),
+        (lambda d: None, {"batch": 12}, "batch=12 is not divisible by 8 devices"),
         (lambda d: None, {"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the 8 devices"),
         (lambda d: None, {"model.variant": "mvit_c"}, "no variant 'mvit_c'; did you mean"),
         (lambda d: None, {"model.dropout": 1.5}, "dropout must be in [0, 1)"),
@@ -342,7 +342,7 @@ def test_bad_data_and_config_values_fail_before_anything_is_written(
 
 def test_evaluate_fails_in_a_folder_without_a_run(tmp_path):
     status, output = commands.run("evaluate", f"--workdir={tmp_path}")
-    assert status == 1 and "holds no run: there is no config.json" in output
+    assert status == 1 and "holds no run (it has no config.json)" in output
 
 
 def test_describe_prints_costs_and_published_accuracy():

@@ -453,8 +453,8 @@ def test_the_device_table_lists_processes_hosts_and_devices():
     rows = [device_row(0, devices=2), device_row(1, "node2", 2)]
     assert device_table.describe(rows).splitlines() == [
         "2 processes on 2 hosts, 4 devices",
-        "  process 0  node1  2 x NVIDIA H100 of 80 GiB (gpu), numbers 0, 1",
-        "  process 1  node2  2 x NVIDIA H100 of 80 GiB (gpu), numbers 2, 3",
+        "  process 0  node1  2 x NVIDIA H100 of 80 GiB (gpu), devices 0, 1",
+        "  process 1  node2  2 x NVIDIA H100 of 80 GiB (gpu), devices 2, 3",
     ]
     assert device_table.suspicions(rows) == []
     many = [device_row(i, f"node{i // 8}") for i in range(64)]
@@ -470,13 +470,13 @@ def test_the_device_table_lists_processes_hosts_and_devices():
     ("rows", "sentence"),
     [
         ([device_row(0), device_row(1, platform="cpu", hardware=[], kind="cpu")],
-         r"processes 1 \(node1\) see no accelerator"),
+         r"no accelerator in process 1 \(node1\), unlike in the other"),
         ([device_row(0), device_row(1), device_row(2, devices=2, hardware=["/3", "/4"])],
-         r"processes 2 \(node1\) have another number of devices than the usual 1"),
+         r"number of devices differs from the usual 1 in process 2 \(node1\)"),
         ([device_row(0), device_row(1, hardware=["/0"])],
          "several processes on node1 use the same GPU 0"),
         ([device_row(0, allotted="8"), device_row(1, allotted="8")],
-         "node1 has 8 GPUs for this job, and its processes use 2"),
+         "node1 has 8 GPUs for this job, but its processes use 2"),
     ],
 )  # fmt: skip
 def test_suspicious_device_tables_are_reported(rows, sentence):

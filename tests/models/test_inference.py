@@ -133,5 +133,5 @@ def test_bad_arguments_end_with_a_one_sentence_error(params):
         Inference(functional(CONFIG), params, mean=MEAN)
     with pytest.raises(UserError, match="pass mean and std to Inference"):
         Inference(functional(CONFIG), params)(np.zeros((1, 4, 32, 32, 3), np.uint8))
-    with pytest.raises(UserError, match=r"takes \[batch, T, H, W, 3\] clips"):
+    with pytest.raises(UserError, match=r"requires \[batch, T, H, W, 3\] clips"):
         Inference(functional(CONFIG), params)(np.zeros((1, 32, 32, 3), np.float32))

@@ -27,7 +27,7 @@ def test_the_plan_of_kinetics_requires_no_data():
     assert "published  78.4 / 93.5 (MViT, Table 4)" in text
     assert "36,610,672 parameters, 70.6 G multiply-adds" in text
     assert "weights    fresh" in text
-    assert row(text, "Data", "train")[1].endswith("taken as 240,436 (data.train_videos)")
+    assert row(text, "Data", "train")[1].endswith("assuming 240,436 videos (data.train_videos)")
     assert row(text, "Steps", "batch")[1] == "512 clips = 256 videos x 2 clips"
     assert row(text, "Steps", "share")[1].startswith("64 clips per device, on 8 devices")
     assert row(text, "Steps", "steps")[1] == "187,840 = 200 epochs x 939.20"
@@ -76,10 +76,10 @@ def test_the_plan_of_a_fine_tuning_recipe_names_its_weights(tmp_path):
     views = row(text, "Tests", "views")[1]
     assert views == "1 clip x 3 crops: short side to 312, three squares of 312"
     text = described("kinetics", "mvitv2_s_16x4_in1k", **{"init.checkpoint": str(tmp_path)})
-    assert f"weights    of {tmp_path} (should be weights of mvitv2_s" in text
+    assert f"weights    from {tmp_path} (should be weights of mvitv2_s" in text
     assert "image to video: centre" in text
     text = described("kinetics", "mvit_b_64x3", **{"init.checkpoint": "no/such"})
-    assert "of no/such (missing)" in text
+    assert "from no/such (missing)" in text
 
 
 def test_the_plan_lists_learning_rates_by_layers():
@@ -96,7 +96,7 @@ def test_another_batch_size_scales_rates_and_must_be_divisible():
     text = described("kinetics", "mvit_b_16x4", batch=256)
     assert row(text, "Optimiser", "rates")[1].endswith("for 512 clips; scaled by 0.5")
     assert row(text, "Learning rate", "0")[2] == "8e-06"
-    assert "does not divide" in described("kinetics", "mvit_b_16x4", devices=7)
+    assert "batch=512 is not divisible by 7 devices" in described("kinetics", "mvit_b_16x4", devices=7)
 
 
 def test_existing_lists_of_videos_are_counted(digits):
@@ -112,7 +112,7 @@ def test_existing_lists_of_videos_are_counted(digits):
 
 def test_charades_is_scored_by_mean_average_precision():
     text = described("charades", "mvit_b_16x4")
-    assert row(text, "Tests", "scores")[1] == "sigmoids, highest of the views"
+    assert row(text, "Tests", "scores")[1] == "sigmoids, maximum over the views"
     assert row(text, "Tests", "metrics")[1] == "mean average precision"
     assert "7,985" in row(text, "Data", "train")[1]
 

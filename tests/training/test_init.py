@@ -219,7 +219,7 @@ def test_averaged_parameters_start_as_a_copy_of_the_parameters(converted, digits
     [
         ({"resume": "{gone}"}, "resume={gone} holds no checkpoint"),
         ({"resume": "{empty}"}, "resume={empty} holds no checkpoint"),
-        ({"resume": "{narrow}"}, "is of another architecture"),
+        ({"resume": "{narrow}"}, "is for another architecture"),
         ({"resume": "{folder}"}, "{folder}"),  # converted: no state to resume from
         ({"init.checkpoint": "{gone}"}, "{gone} holds no run"),
         ({"init.checkpoint": "{empty}"}, "there is no checkpoint in {empty}"),

@@ -171,21 +171,21 @@ IMAGE, IMAGE2 = ("mvit_b16", "v1 image"), ("mvitv2_s", "v2 image")
         ("torchvision", V1, {"class_token": False}, ["class_token is False"]),
         ("torchvision", V1, {"positions": "space"}, ["positions is space"]),
         ("torchvision", V2, {"relative_positions": "space"}, ["relative_positions is space"]),
-        ("torchvision", V1, {"pool_mode": "max"}, ["pool_mode is max, torchvision has conv"]),
+        ("torchvision", V1, {"pool_mode": "max"}, ["pool_mode is max, but must be conv"]),
         ("torchvision", V1, {"pool_first": True}, ["pool_first is True"]),
         ("torchvision", V1, {"mean_pooling": True}, ["mean_pooling is True"]),
-        ("torchvision", V1, {"stem_norm": True}, ["no tensor for stem_norm/scale",
-                                                  "no tensor for stem_norm/bias"]),
-        ("torchvision", IMAGE, {}, ["positions is joint", "no tensor for positions/joint"]),
+        ("torchvision", V1, {"stem_norm": True}, ["stem_norm/scale has no counterpart",
+                                                  "stem_norm/bias has no counterpart"]),
+        ("torchvision", IMAGE, {}, ["positions is joint", "positions/joint has no counterpart"]),
         ("pytorchvideo", V2, {}, ["expand is attention",
-                                  "no tensor for blocks/3/attn/relative/height"]),
+                                  "blocks/3/attn/relative/height has no counterpart"]),
         ("pytorchvideo", V1, {"skip": "none"}, ["skip is none"]),
-        ("timm", V1, {}, ["frames is 4, timm has 1", "positions is separate",
-                          "no tensor for positions/time"]),
-        ("timm", V2, {}, ["frames is 4", "no tensor for blocks/0/attn/relative/time"]),
+        ("timm", V1, {}, ["frames is 4, but must be 1", "positions is separate",
+                          "positions/time has no counterpart"]),
+        ("timm", V2, {}, ["frames is 4", "blocks/0/attn/relative/time has no counterpart"]),
         ("timm", IMAGE, {"pool_first": True}, ["pool_first is True"]),
         ("timm", IMAGE2, {"mean_pooling": True}, ["mean_pooling is True"]),
-        ("timm", IMAGE2, {"stem_norm": True}, ["no tensor for stem_norm"]),
+        ("timm", IMAGE2, {"stem_norm": True}, ["stem_norm/bias has no counterpart"]),
         ("safetensors", V1, {"skip": "plain"}, ["slowfast cannot hold this model"]),
     ],
 )  # fmt: skip
@@ -208,7 +208,7 @@ def test_a_model_that_a_format_cannot_hold_is_refused_with_all_reasons(
 
 def test_an_unknown_target_is_refused(tmp_path):
     result = loaded("timm")
-    with pytest.raises(UserError, match=f"can go to {', '.join(TARGETS)}, not to 'onnx'"):
+    with pytest.raises(UserError, match=f"can be exported to {', '.join(TARGETS)}, not to 'onnx'"):
         save_torch(result.params, result.config, tmp_path / "out", "onnx")
 
 
@@ -217,7 +217,7 @@ def test_differences_in_computation_are_noted(tmp_path):
     result = loaded("pytorchvideo")
     assert result.config.pool_norm_eps == 1e-5
     saved = save_torch(result.params, result.config, tmp_path / "a", "torchvision")
-    assert len(saved.notes) == 1 and "eps 1e-05 here" in saved.notes[0]
+    assert len(saved.notes) == 1 and "eps 1e-05 in this model" in saved.notes[0]
     result = loaded("timm_class_token")
     saved = save_torch(result.params, result.config, tmp_path / "b", "slowfast")
     assert len(saved.notes) == 1 and "residual pooling" in saved.notes[0]

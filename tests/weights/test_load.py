@@ -220,7 +220,7 @@ def test_positions_are_resized_to_other_frames_and_sizes():
     np.testing.assert_allclose(ours["blocks/0/attn/relative/time"][:, 0], 1 + positions, atol=1e-6)
     resized = {line.path for line in result.report.lines if "resized" in line.done}
     assert resized == {path for path in ours if "/relative/" in path}
-    assert "were made for frames=4 size=32" in result.report.summary()
+    assert "those of the file are for frames=4 size=32" in result.report.summary()
 
 
 @pytest.mark.parametrize("inflation", ["centre", "mean", "repeat"])
@@ -276,7 +276,7 @@ def test_second_names_are_accepted_for_equal_tensors_only():
     assert len(done) == 30 and all(d.startswith("second name of blocks.") for d in done)
     name = "blocks.2.attn._attention_pool_k.pool.weight"
     second[name] = second[name] + 1
-    message = f"{name} 8x1x3x3x3: differs from its other name blocks.2.attn.pool_k.weight"
+    message = f"{name} 8x1x3x3x3: differs from blocks.2.attn.pool_k.weight, its second name"
     with pytest.raises(WeightsError, match=re.escape(message)):
         load(tensors | second, variant, **fields)
 
@@ -384,7 +384,7 @@ def test_weights_that_are_not_finite_are_named(bad):
         tensors[name].reshape(-1)[3] = bad
     lines = problems(tensors)
     assert sorted(line.split()[0] for line in lines) == sorted(names)
-    assert all("not finite" in line for line in lines)
+    assert all("has non-finite values" in line for line in lines)
 
 
 def test_integers_are_accepted_as_weights_and_booleans_refused():
@@ -392,7 +392,9 @@ def test_integers_are_accepted_as_weights_and_booleans_refused():
     for dtype in (np.int64, np.uint8):
         result = loaded(tensors | {"norm.weight": np.ones(32, dtype)})
         assert (result.params["norm"]["scale"] == 1).all()
-    assert problems(tensors | {"norm.weight": np.ones(32, bool)}) == ["norm.weight 32: is bool"]
+    assert problems(tensors | {"norm.weight": np.ones(32, bool)}) == [
+        "norm.weight 32: has the dtype bool, which cannot be a weight"
+    ]
 
 
 def test_colliding_names_are_listed():
@@ -400,7 +402,7 @@ def test_colliding_names_are_listed():
     parts = {f"blocks.2.attn.{x}.weight": np.ones((16, 16), np.float32) for x in "qkv"}
     beside = {"module.norm.weight": tensors["norm.weight"]}
     lines = problems(tensors | parts | beside)
-    assert "module.norm.weight 32: collides with norm.weight" in lines
+    assert "module.norm.weight 32: conflicts with norm.weight" in lines
     for name in parts:
         assert any(line.startswith(name) for line in lines), name
     timm, (name, fields) = foreign.original("timm"), CASES["timm"]
@@ -408,7 +410,7 @@ def test_colliding_names_are_listed():
     with pytest.raises(WeightsError) as error:
         load(timm | also, name, **fields)
     for name in also:
-        assert re.search(rf"problem: {re.escape(name)} .*collides with", str(error.value))
+        assert re.search(rf"problem: {re.escape(name)} .*conflicts with", str(error.value))
 
 
 def test_prefixes_before_some_names_are_in_the_report():
@@ -424,16 +426,17 @@ def test_every_name_of_a_prefixed_copy_collides():
     tensors = foreign.slowfast(KIND)
     lines = problems(tensors | {f"module.{name}": v for name, v in tensors.items()})
     assert len(lines) == len(tensors)
-    assert all("collides with" in line for line in lines)
+    assert all("conflicts with" in line for line in lines)
 
 
 OTHER_MODELS = [  # one line for models that are no MViT
-    ({"conv1.weight": (64, 3, 7, 7), "fc.bias": (10,)}, r"^.* is no MViT .*conv1\.weight.*$"),
+    ({"conv1.weight": (64, 3, 7, 7), "fc.bias": (10,)},
+     r"^.* not a checkpoint of an MViT .*conv1\.weight.*$"),
     ({"rev_backbone.layers.0.F.norm.weight": (8,)}, "^.*reversible.*rev_backbone.*$"),
     ({"cls_token": (1, 1, 8), "pos_embed": (1, 5, 8), "patch_embed.proj.weight": (8, 3, 4, 4),
       "blocks.0.norm1.weight": (8,), "blocks.0.attn.qkv.weight": (24, 8), "head.weight": (5, 8)},
-     "another model than mvit_b_16x4: no variant fits"),
-    (foreign.shapes("v2 image"), "the file has expand=attention, mvit_b_16x4 has mlp"),
+     "the file does not fit mvit_b_16x4 or any other variant"),
+    (foreign.shapes("v2 image"), "the file has expand=attention, but mvit_b_16x4 has mlp"),
 ]  # fmt: skip
 
 
@@ -463,10 +466,10 @@ def test_a_wrong_variant_ends_with_an_error_that_names_the_right_one(expected, r
     tensors = export.state_dict(unflatten_dict(ones, sep="/"), config, "slowfast")
     with pytest.raises(WeightsError) as error:
         load(tensors, requested)
-    hint = next(line for line in str(error.value).splitlines() if "what fits is" in line)
-    names = re.split(r" or |, ", re.sub(r".*what fits is |;.*", "", hint))
+    hint = next(line for line in str(error.value).splitlines() if "the file fits" in line)
+    names = re.split(r" or ", re.sub(r".*the file fits |, not .*", "", hint))
     assert expected in names and requested not in names
-    assert f"another model than {requested}" in hint
+    assert f", not {requested}" in hint
     # Suggested variants are of one kind: images or video, depths, width.
     kinds = {(VARIANTS[n].patch_kernel[0], VARIANTS[n].depths, VARIANTS[n].width) for n in names}
     assert len(kinds) == 1

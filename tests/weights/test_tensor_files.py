@@ -384,14 +384,14 @@ MALFORMED = {
 MESSAGES = {
     "outside": "lies outside its storage",
     "expanded": "its tensors claim 262144 bytes",
-    "deep key": "a key in it is a tuple",
-    "deep list as key": "a key in it is a tuple",
-    "endless copies": "copies without end",
-    "endless copies of bytes": "copies without end",
+    "deep key": "its pickle has a tuple as a key",
+    "deep list as key": "its pickle has a tuple as a key",
+    "endless copies": "copies too many items",
+    "endless copies of bytes": "copies too many items",
     "many arguments": "is malformed",
-    "many parts of a storage": "something that is no storage",
-    "long key": "a key in it is a tuple",
-    "large key": "a key in it is a int",
+    "many parts of a storage": "malformed reference to a storage",
+    "long key": "its pickle has a tuple as a key",
+    "large key": "its pickle has a int as a key",
 }
 
 
@@ -461,7 +461,7 @@ def test_the_byte_order_of_the_file_is_used(tmp_path):
         ({"entries": {"data/0": b"1234567"}}, "the storage of a is cut off"),
         ({"entries": {"data/0": b"12345678", "code/x.py": b""}}, "is a TorchScript program"),
         ({"entries": {"data/0": b"12345678", "constants.pkl": b""}}, "is a TorchScript program"),
-        ({"prefix": "a/b/c/"}, "none that torch.save wrote"),
+        ({"prefix": "a/b/c/"}, "but was not written by torch.save"),
         ({"compress_type": zipfile.ZIP_DEFLATED}, "is a compressed zip"),
     ],
 )
@@ -479,12 +479,12 @@ def test_encrypted_and_ambiguous_zips_are_refused(tmp_path):
     with pytest.raises(UserError, match="is encrypted"):
         read_tensors(path)
     path.write_bytes(raw.replace(b"data/0", b"data.p").replace(b"data.pkl", b"data.p/x"))
-    with pytest.raises(UserError, match=r"none that torch.save wrote"):
+    with pytest.raises(UserError, match=r"but was not written by torch.save"):
         read_tensors(path)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", b"1")
         archive.writestr("a/data.pkl", b"2")
-    with pytest.raises(UserError, match="two entries of one name"):
+    with pytest.raises(UserError, match="two entries have the same name"):
         read_tensors(path)
 
 
@@ -499,9 +499,12 @@ FLOAT8 = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'  # nothin
         (b"<HTML><body>404", "is a web page"),
         (b"<?xml version='1.0'?><Error>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of git-lfs"),
-        (b"\x1f\x8b\x08gzip", r"is no PyTorch or safetensors file \(it begins with b'\\x1f\\x8b"),
-        (pickle.dumps({"a": 1}), "is a pickle, but none that torch.save wrote"),
-        (pickle.dumps(np.ones(2)), "is a pickle, but none that torch.save wrote"),
+        (
+            b"\x1f\x8b\x08gzip",
+            r"is not a PyTorch or safetensors file \(it begins with b'\\x1f\\x8b",
+        ),
+        (pickle.dumps({"a": 1}), "is a pickle, but was not written by torch.save"),
+        (pickle.dumps(np.ones(2)), "is a pickle, but was not written by torch.save"),
         (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
         (struct.pack("<Q", 50) + b'{"a":', "cut off or damaged"),
         (b"PK\x03\x04" + bytes(500), "cut off or damaged"),
@@ -525,7 +528,11 @@ def test_a_safetensors_header_that_looks_like_a_pickle_is_read(tmp_path):
 
 def test_paths_without_a_file_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in ((".", "is a folder"), ("none", "is no file"), ("pipe", "is no file")):
+    for name, message in (
+        (".", "is a folder"),
+        ("none", "does not exist"),
+        ("pipe", "not a regular"),
+    ):
         with pytest.raises(UserError, match=message):
             read_tensors(tmp_path / name)
 
@@ -565,15 +572,18 @@ def test_the_state_dict_is_unwrapped(container, wrapper, dropped):
 @pytest.mark.parametrize(
     ("container", "message"),
     [
-        ({}, "holds no state dict, only nothing"),
-        ({"model_state": {}}, "holds no state dict, only 'model_state'"),
-        ({"epoch": 3}, "holds no state dict, only 'epoch'"),
+        ({}, "has no state dict, it is empty"),
+        ({"model_state": {}}, "has no state dict, it holds only 'model_state'"),
+        ({"epoch": 3}, "has no state dict, it holds only 'epoch'"),
         ({str(i): 0 for i in range(9)}, "only '0', '1', '2', '3', '4', '5', '6', '7', ...:"),
-        ({"a": ONE, "n": 3, "s": "x"}, "not a name with a tensor: 'n', 's'"),
-        ({0: ONE, "b": ONE}, "not a name with a tensor: 0"),
-        ({"epoch": 1, "model_state": {"a": ONE, "n": None}}, "not a name with a tensor: 'n'"),
-        ({"a": {"b": {"c": ONE}}}, "holds no state dict, only 'a'"),
-        ({"a": np.float64(3)}, "holds no state dict, only 'a'"),
+        ({"a": ONE, "n": 3, "s": "x"}, "entries other than named tensors: 'n', 's'"),
+        ({0: ONE, "b": ONE}, "entries other than named tensors: 0"),
+        (
+            {"epoch": 1, "model_state": {"a": ONE, "n": None}},
+            "entries other than named tensors: 'n'",
+        ),
+        ({"a": {"b": {"c": ONE}}}, "has no state dict, it holds only 'a'"),
+        ({"a": np.float64(3)}, "has no state dict, it holds only 'a'"),
         ({"a": np.array(["x"])}, "a has the dtype <U1"),
         ({"a": np.array([1j])}, "a has the dtype complex128"),
     ],
@@ -587,7 +597,7 @@ def test_other_mappings_are_refused_with_the_reason(container, message):
     "value", [b"K\x01", b"](" + tensor() + b"e", tensor(), b"}K\x00" + tensor() + b"s"]
 )
 def test_files_without_a_state_dict_are_refused(tmp_path, value):
-    with pytest.raises(UserError, match=r"save a state_dict|not a name with a tensor: 0"):
+    with pytest.raises(UserError, match=r"save a state_dict|entries other than named tensors: 0"):
         read_tensors(zipped(tmp_path / "x", value))
 
 

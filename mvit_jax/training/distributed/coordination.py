@@ -78,14 +78,14 @@ def same_everywhere(what: str, values: Mapping[str, Any]) -> None:
     here = {name: repr(value) for name, value in values.items()}
     expected = from_first(what, here)
     differing = [
-        f"{name} is {here.get(name)} here and {expected.get(name)} there"
+        f"{name} is {here.get(name)}, and {expected.get(name)} in process 0"
         for name in sorted(here.keys() | expected.keys())
         if here.get(name) != expected.get(name)
     ]
     if differing:
         raise UserError(
             f"{socket.gethostname()} has another {what} than process 0: "
-            f"{'; '.join(differing[:5])}; start all processes with the same"
+            f"{'; '.join(differing[:5])}; use the same {what} for all processes"
         )
 
 

@@ -60,16 +60,16 @@ def suspicions(rows: Sequence[Row]) -> list[str]:
     if len(platforms) > 1:
         odd = [row for row in rows if row["platform"] == "cpu"]
         warnings.append(
-            f"{_names(odd)} see no accelerator, and others do: check their hosts and the "
-            "scheduler's options"
+            f"no accelerator in {_names(odd)}, unlike in the other processes: check their hosts "
+            "and the scheduler's options"
         )
     counts = Counter(len(row["devices"]) for row in rows)
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         odd = [row for row in rows if len(row["devices"]) != usual]
         warnings.append(
-            f"{_names(odd)} have another number of devices than the usual {usual}: check the "
-            "scheduler's options, and --local_device_ids"
+            f"the number of devices differs from the usual {usual} in {_names(odd)}: check the "
+            "scheduler's options and --local_device_ids"
         )
     by_host: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -85,7 +85,7 @@ def suspicions(rows: Sequence[Row]) -> list[str]:
         allotted = local[0]["allotted"]
         if used and allotted and allotted.isdigit() and len(used) < int(allotted):
             warnings.append(
-                f"{host} has {allotted} GPUs for this job, and its processes use {len(used)}: run "
+                f"{host} has {allotted} GPUs for this job, but its processes use {len(used)}: run "
                 "one process per GPU (srun --ntasks-per-node), or list all in --local_device_ids"
             )
     return warnings
@@ -98,10 +98,12 @@ def _what(row: Row) -> str:
 
 def _numbers(ids: Sequence[int]) -> str:
     if len(ids) > 8:
-        return f"numbers {ids[0]} to {ids[-1]}"
-    return f"number{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}"
+        return f"devices {ids[0]} to {ids[-1]}"
+    return f"device{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}"
 
 
 def _names(rows: Sequence[Row]) -> str:
     named = ", ".join(f"{row['process']} ({row['host']})" for row in rows[:4])
-    return f"processes {named}" + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+    return f"process{'es' if len(rows) > 1 else ''} {named}" + (
+        f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+    )

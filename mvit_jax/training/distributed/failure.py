@@ -75,7 +75,7 @@ def _fail(error: Exception) -> NoReturn:
     if _peer_lost(error):
         # If the peer has published an error, the watcher ends this process during this check.
         silent = _silent_processes()
-        what = f"{' and '.join(silent)} has died, or its host has"
+        what = f"{' and '.join(silent)} or its host has died"
         if not silent:
             _print("".join(traceback.format_exception(error)).rstrip())
             what = f"the connection to another process broke ({first_line(error)})"

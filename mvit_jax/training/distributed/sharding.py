@@ -39,7 +39,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     data = len(devices) // fsdp if data == -1 else data
     if data * fsdp != len(devices):
         raise UserError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} are {data * fsdp} devices, and there are "
+            f"mesh.data={data} x mesh.fsdp={fsdp} requires {data * fsdp} devices, but there are "
             f"{len(devices)}; set mesh.data=-1 to use all"
         )
     _check_slices(devices, fsdp)
@@ -74,7 +74,7 @@ def _check_slices(devices: list, fsdp: int) -> None:
         if count % fsdp:
             raise UserError(
                 f"mesh.fsdp={fsdp} does not divide the {count} chips of slice {number}, one of "
-                f"{len(chips)}: parameters would be gathered between slices; set a divisor of "
+                f"{len(chips)}: its groups would span slices; set a divisor of "
                 f"{count}"
             )
 
@@ -124,13 +124,15 @@ def local_rows(batch: int, mesh: Mesh, process: int | None = None) -> range:
     """
     if batch % mesh.size:
         raise UserError(
-            f"a batch of {batch} is not divisible over {mesh.size} devices; "
+            f"a batch of {batch} is not divisible by {mesh.size} devices; "
             f"set a multiple of {mesh.size}"
         )
     process = jax.process_index() if process is None else process
     positions = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == process]
     if not positions or positions != list(range(positions[0], positions[-1] + 1)):
-        raise ValueError(f"process {process} has devices {positions} of the mesh: not contiguous")
+        raise ValueError(
+            f"the devices of process {process} are not contiguous in the mesh: {positions}"
+        )
     share = batch // mesh.size
     return range(positions[0] * share, (positions[-1] + 1) * share)
 

@@ -196,7 +196,7 @@ class Checkpoints:
         if error is None:
             return
         if self._failed >= FAILED_SAVES:
-            raise NotSavedError(f"{error}; {self._failed} in a row have failed") from error
+            raise NotSavedError(f"{error}; {self._failed} saves in a row have failed") from error
         log(f"{error}; training continues, and the next save retries")
 
     def _clean_up(self, which: str, error: Exception) -> NotSavedError:
@@ -208,7 +208,7 @@ class Checkpoints:
         sentence = f"the checkpoint {folder}/{step} could not be written ({reason})"
         if jax.process_count() > 1:  # Orbax's managers can only be reopened by all processes
             raise NotSavedError(
-                f"{sentence}: the same command resumes from the checkpoint before"
+                f"{sentence}: the same command resumes from the previous checkpoint"
             ) from error
         # A manager that has failed raises the same error again, and loses its list of checkpoints.
         with suppress(Exception):
@@ -305,7 +305,7 @@ class Checkpoints:
             return self._read(which, step, {item: like})[item]
         except DamagedError as error:
             raise DamagedError(
-                f"{error}: move that folder away to use the checkpoint before it, if there is one"
+                f"{error}: move its folder away to use the previous checkpoint, if there is one"
             ) from error
 
     def read_params(self, which: str = "last", item: str = "params") -> Any:
@@ -318,7 +318,7 @@ class Checkpoints:
         step = self._existing_step(which)
         structure = self._structure(which, step)
         if item not in structure:
-            raise DamagedError(f"{self._name(which, step)} is no checkpoint: it has no {item}")
+            raise DamagedError(f"{self._name(which, step)} is incomplete: it has no {item}")
         return structure[item]
 
     def has_training(self) -> bool:
@@ -353,7 +353,7 @@ class Checkpoints:
         ]  # fmt: skip
         if mismatches:
             name = self._name(which, step)
-            error = DamagedError(f"{name} is damaged: {mismatches[0]} is not as saved")
+            error = DamagedError(f"{name} is damaged: {mismatches[0]} does not match its checksum")
         self._raise_together(which, step, error)
         return read
 
@@ -371,7 +371,7 @@ class Checkpoints:
     def _check_items(self, which: str, step: int, items: dict[str, Any]) -> None:
         structure = self._structure(which, step)
         if "params" not in structure:
-            raise DamagedError(f"{self._name(which, step)} is no checkpoint: it has no parameters")
+            raise DamagedError(f"{self._name(which, step)} is incomplete: it has no parameters")
         for name in items:
             self._check_structure(which, step, name, items[name], structure.get(name, {}))
 
@@ -384,7 +384,7 @@ class Checkpoints:
         difference = first_difference(like, saved)
         if difference:
             raise UserError(
-                f"{self._name(which, step)} is of another {kind}: {difference}; use the config "
+                f"{self._name(which, step)} is for another {kind}: {difference}; use the config "
                 "that it was trained with, or another --workdir"
             )
 
@@ -432,7 +432,9 @@ class Checkpoints:
                 return content
         except (*faults(), ValueError, KeyError) as error:
             raise self._unreadable(which, step, error) from error
-        raise DamagedError(f"{self._name(which, step)} is damaged: {path.name} is not as saved")
+        raise DamagedError(
+            f"{self._name(which, step)} is damaged: {path.name} does not match its checksum"
+        )
 
     def _unreadable(self, which: str, step: int, error: Exception) -> UserError:
         kind = UserError if _NOT_DAMAGE.search(str(error)) else DamagedError

@@ -28,7 +28,7 @@ PHASES = {
     "data": "waiting for clips while the devices are idle",
     "checkpoint": "starting saves, and waiting for the last one",
     "validation": "validation, including its compilation and its loading of clips",
-    "rest": "logging and all else",
+    "rest": "logging and everything else",
 }
 """Descriptions of the phases by name. Histories contain the names, which therefore never change."""
 
@@ -213,10 +213,10 @@ class InputWatch:
         if first or share <= BOTTLENECK or share < self._warned + WORSE:
             return None
         self._warned = share
-        where = f" by process {process} of {jax.process_count()}" if jax.process_count() > 1 else ""
+        where = f" in process {process} of {jax.process_count()}" if jax.process_count() > 1 else ""
         return (
-            f"the input is the bottleneck: {100 * share:.0f} % of the time of the last steps went "
-            f"into waiting for clips{where}; {self._advice}"
+            f"the input is the bottleneck: {100 * share:.0f} % of the time of the last steps was "
+            f"spent waiting for clips{where}; {self._advice}"
         )
 
 

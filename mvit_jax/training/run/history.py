@@ -201,8 +201,9 @@ def goodput_sentence(run: History) -> str | None:
     )
     phases = ", ".join(f"{name} {100 * share:.1f} %" for share, name in parts if share >= 0.0005)
     return (
-        f"goodput {100 * run.goodput:.1f} % of {whole:.0f} s in "
-        f"{plural(len(run.starts), 'start')} went into steps that count; {phases}"
+        f"goodput {100 * run.goodput:.1f} %: this share of {whole:.0f} s in "
+        f"{plural(len(run.starts), 'start')} went into training steps that were not repeated; "
+        f"other phases: {phases}"
     )
 
 

@@ -112,7 +112,7 @@ class Logbook:
         self.broken, self.clips = self.broken + int(broken), self.clips + int(clips)
         if self.broken > self.max_broken * max(self.clips, _FEWEST_CLIPS):
             raise BrokenDataError(
-                f"{self.broken} of {self.clips} clips were replaced, as their videos cannot be "
+                f"{self.broken} of {self.clips} clips were replaced because their videos cannot be "
                 f"decoded, more than data.max_broken={self.max_broken:g}: repair the videos logged "
                 "above, remove them from the list, or raise the limit, and start the same command"
             )

@@ -75,7 +75,7 @@ class Policy:
             if self._skips < SKIPS:
                 self._log(f"{what}: its update is skipped ({self._skips} in a row)")
                 return
-            what += f", the last of {SKIPS} in a row with a skipped update"
+            what += f", after {SKIPS - 1} skipped updates in a row"
         raise _ended(what)
 
     def roll_back(self, checkpoints: Checkpoints, state: State, step: int) -> tuple[State, int]:
@@ -110,8 +110,8 @@ class Policy:
             raise _ended(f"{what}, after {ROLLBACKS} rollbacks without a checkpoint in between")
         self._landed = step
         self._log(
-            f"{what}: training continues after step {step} with the weights of step {origin}, "
-            "without the batches in between"
+            f"{what}: training continues after step {step} with the weights of step {origin}; the "
+            "batches in between have no effect"
         )
         back = at_step(back, step)
         checkpoints.save(back, step, log=self._log)

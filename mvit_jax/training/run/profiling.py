@@ -119,5 +119,7 @@ def window(text: str) -> tuple[int, int]:
     """
     parts = re.fullmatch(r"(\d+):(\d+)", text)
     if parts is None or not 1 <= int(parts[1]) <= int(parts[2]):
-        raise ValueError(f"{text} is no range of steps: give first and last, {FIRST}:{LAST}")
+        raise ValueError(
+            f"{text} is not a range of steps: give the first and the last, like {FIRST}:{LAST}"
+        )
     return int(parts[1]), int(parts[2])

@@ -144,7 +144,7 @@ def frozen(workdir: str | AnyPath) -> Config:
     """Returns the frozen config of a run; keys that are newer than the run have their defaults."""
     path = to_path(workdir) / "config.json"
     if not path.exists():
-        raise UserError(f"{workdir} holds no run: there is no config.json; check --workdir")
+        raise UserError(f"{workdir} holds no run (it has no config.json): check --workdir")
     started_with = ConfigDict(_tuples(with_new_names(read(path))))
     config = ConfigDict(base().to_dict())  # without placeholders, to accept values of any type
     config.update(started_with)
@@ -160,7 +160,7 @@ def read(path: AnyPath) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
         return values
     except (*faults(), ValueError) as error:
         raise UserError(
@@ -203,13 +203,15 @@ def locked(workdir: str | AnyPath, log: Callable[[str], None] = print) -> Iterat
             file.seek(0)
             other = file.read().strip() or "another process"
             if time.monotonic() > until:
-                raise UserError(f"{workdir} is in use: {other} trains there; end that first")
+                raise UserError(
+                    f"{workdir} is in use by {other}: end it, or choose another --workdir"
+                )
             if not logged:
-                log(f"{other} still trains in {workdir}: waiting until it has ended")
+                log(f"{workdir} is still in use by {other}: waiting until it ends")
             logged = True
             time.sleep(0.5)
         file.truncate(0)
-        file.write(f"process {os.getpid()} of {platform.node()}")
+        file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
 

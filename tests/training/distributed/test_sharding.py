@@ -137,9 +137,9 @@ def test_the_largest_divisible_dimension_is_sharded():
 def test_meshes_and_batches_that_do_not_divide_raise_an_error():
     with pytest.raises(UserError, match=r"mesh\.fsdp=3 does not divide the 8 devices"):
         sharding.make_mesh(-1, 3, jax.devices())
-    with pytest.raises(UserError, match="are 12 devices, and there are 8"):
+    with pytest.raises(UserError, match="requires 12 devices, but there are 8"):
         sharding.make_mesh(4, 3, jax.devices())
-    with pytest.raises(UserError, match="batch of 12 is not divisible over 8"):
+    with pytest.raises(UserError, match="batch of 12 is not divisible by 8"):
         sharding.local_rows(12, sharding.make_mesh(devices=jax.devices()))
 
 

@@ -87,7 +87,7 @@ def test_restoring_without_a_checkpoint_returns_none_or_raises(tmp_path):
     [({"width": 32}, "blocks/0/attn/pool_k/kernel"), ({"depths": (1, 2)}, "blocks/2/")],
 )
 def test_another_architecture_raises_with_the_name_of_a_tensor(folder, changes, tensor):
-    with pytest.raises(UserError, match=f"of another architecture: {tensor}"):
+    with pytest.raises(UserError, match=f"for another architecture: {tensor}"):
         Checkpoints(folder).restore(state_of(**changes))
 
 
@@ -123,7 +123,7 @@ def test_checkpoints_of_older_code_without_digests_are_restored(folder):
     assert_equal(checkpoints.restore_params(state_of(0).params, "best"), state_of(2).params)
     assert_equal(checkpoints.read_params(), state_of(3).params)
     assert checkpoints.has_training() and checkpoints.best_top1 == 70
-    with pytest.raises(UserError, match="of another architecture: blocks/0/attn/pool_k/kernel"):
+    with pytest.raises(UserError, match="for another architecture: blocks/0/attn/pool_k/kernel"):
         checkpoints.resume(state_of(width=32))
 
 
@@ -141,10 +141,10 @@ def test_a_damaged_best_checkpoint_does_not_affect_the_last(folder, harm):
 def test_an_empty_step_folder_is_no_checkpoint(folder):
     (folder / "checkpoints" / "9").mkdir()
     messages = []
-    with pytest.raises(UserError, match="9 is no checkpoint: it has no params"):
+    with pytest.raises(UserError, match="9 is incomplete: it has no params"):
         Checkpoints(folder).read_params()
     assert_equal(Checkpoints(folder, keep=2).resume(state_of(0), messages.append), state_of(3))
-    assert len(messages) == 1 and "checkpoints/9 is no checkpoint" in messages[0]
+    assert len(messages) == 1 and "checkpoints/9 is incomplete" in messages[0]
 
 
 def values_of(folder, step, item="params", which="checkpoints"):
@@ -162,7 +162,7 @@ def flip(file):
 
 
 # The file holds TensorStore's index too, which the flipped bits may hit.
-DETECTED = r"(is damaged: (params|ema|training)/.* is not as saved|cannot be read)"
+DETECTED = r"(is damaged: (params|ema|training)/.* does not match its checksum|cannot be read)"
 
 
 def contents(folder):
@@ -236,7 +236,7 @@ def test_reading_parameters_alone_detects_damage(folder):
     checkpoints = Checkpoints(folder)
     like = state_of().params
     for read in (checkpoints.read_params, lambda w: checkpoints.restore_params(like, w)):
-        with pytest.raises(UserError, match=rf"best/2 {DETECTED}.*: move that folder away"):
+        with pytest.raises(UserError, match=rf"best/2 {DETECTED}.*: move its folder away"):
             read("best")
     with pytest.raises(UserError, match=rf"checkpoints/3 {DETECTED}"):
         checkpoints.read_params(item="ema")

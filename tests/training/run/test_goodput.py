@@ -309,8 +309,8 @@ def test_the_slowest_of_two_processes_determines_the_bottleneck():
     both = group.finish(group.start(group.together(TWO), 2, 1), 120)
     lines = [done.out.splitlines()[-1] for done in both]
     sentence = (
-        "the input is the bottleneck: {} % of the time of the last steps went into waiting for "
-        "clips by process 1 of 2; raise data.threads from 0 to 7 (this host has 7 cores)"
+        "the input is the bottleneck: {} % of the time of the last steps was spent waiting for "
+        "clips in process 1 of 2; raise data.threads from 0 to 7 (this host has 7 cores)"
     )
     assert lines[0] == "4.0 5.5 1 " + sentence.format(42)
     assert lines[1] == "4.0 6.0 1 " + sentence.format(40)

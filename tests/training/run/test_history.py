@@ -109,7 +109,8 @@ def test_goodput_of_one_start_is_the_share_of_its_steps(tmp_path):
     assert run.goodput == 0.6
     sentence = history.goodput_sentence(run)
     assert sentence == (
-        "goodput 60.0 % of 100 s in 1 start went into steps that count; start 10.0 %, "
+        "goodput 60.0 %: this share of 100 s in 1 start went into training steps that were not "
+        "repeated; other phases: start 10.0 %, "
         "compile 10.0 %, checkpoint 10.0 %, data 5.0 %, validation 4.0 %, rest 1.0 %"
     )
 

@@ -11,7 +11,7 @@ from mvit_jax.training.run import workdir
 def test_a_second_run_in_a_locked_workdir_ends_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "LOCK_SECONDS", 1)
     messages = []
-    refused = pytest.raises(UserError, match=f"in use: process {os.getpid()} of .* trains there")
+    refused = pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*: end it")
     with workdir.locked(tmp_path), refused, workdir.locked(tmp_path, messages.append):
         pass
     assert len(messages) == 1 and "waiting until it has ended" in messages[0]
