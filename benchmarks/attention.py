@@ -29,14 +29,14 @@ _CLIPS = flags.DEFINE_integer("clips", 1, "Clips per batch.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 
-FORMS = {"scores written": attention.materialised, "as it is": attention.fused}
+FORMS = {"materialised": attention.materialised, "fused": attention.fused}
 
 
 def main(argv: list[str]) -> None:
     machine.as_in_training()
     print(
-        "| variant | block | queries x keys x heads | as it is, ms: forward, with gradients "
-        "| as it is / scores written |\n|" + " --- |" * 5,
+        "| variant | block | queries x keys x heads | fused, ms: forward, with gradients "
+        "| fused / materialised |\n|" + " --- |" * 5,
         flush=True,
     )
     rows = []
@@ -93,7 +93,7 @@ def draw(block: BlockPlan, queries: int, keys: int, key_grid) -> list:
 
 
 def as_table(row: dict[str, Any]) -> str:
-    fused, materialised = row["ms"]["as it is"], row["ms"]["scores written"]
+    fused, materialised = row["ms"]["fused"], row["ms"]["materialised"]
     cells = [
         row["variant"], str(row["block"]), f"{row['queries']} x {row['keys']} x {row['heads']}",
         ", ".join(f"{x:.1f}" for x in fused),

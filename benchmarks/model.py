@@ -51,7 +51,7 @@ CASES = {
 ORIGINALS = {"mvit_b_16x4": "mvit_v1_b", "mvitv2_s_16x4": "mvit_v2_s", "mvitv2_t": "mvitv2_tiny"}
 PARTS = ("forward", "train step")
 
-_MODELS = flags.DEFINE_list("models", list(CASES), f"Some of {', '.join(CASES)}.")
+_MODELS = flags.DEFINE_list("models", list(CASES), f"Any of {', '.join(CASES)}.")
 _BATCH = flags.DEFINE_list("batch", None, "Batch sizes; by default those of each variant.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
@@ -63,10 +63,10 @@ _SIDE = flags.DEFINE_enum(
 def main(argv: list[str]) -> None:
     unknown = set(_MODELS.value) - set(CASES)
     if unknown:
-        raise app.UsageError(f"--models: {', '.join(sorted(unknown))}; it takes {', '.join(CASES)}")
+        raise app.UsageError(f"--models must be of {', '.join(CASES)}, not {', '.join(unknown)}")
     batches = _BATCH.value or []
     if not all(re.fullmatch("[1-9][0-9]*", batch) for batch in batches):
-        raise app.UsageError(f"--batch takes numbers, like 1,4, not {','.join(batches)}")
+        raise app.UsageError(f"--batch must be numbers like 1,4, not {','.join(batches)}")
     jax.config.update("jax_enable_compilation_cache", False)
     cases = [
         (name, int(batch))
@@ -139,7 +139,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("one side of the comparison has ended, see above")
+            raise SystemExit("a process of the comparison has failed: see its error above")
         return json.loads(line)
 
 

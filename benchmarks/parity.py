@@ -37,7 +37,7 @@ _MODELS = flags.DEFINE_list("models", list(VARIANTS), "Models of torchvision and
 
 
 def main(argv: list[str]) -> None:
-    print(f"{'original':16} {'variant':16} {'tensors':>8} {'difference':>11}  back, bit for bit")
+    print(f"{'original':16} {'variant':16} {'tensors':>8} {'difference':>11}  round trip exact")
     for name in _MODELS.value:
         tensors, difference, same = compare(name)
         print(f"{name:16} {VARIANTS[name]:16} {tensors:8} {difference:11.1e}  {same}", flush=True)

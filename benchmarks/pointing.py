@@ -56,7 +56,7 @@ def ratios(heat: np.ndarray, masks: np.ndarray) -> np.ndarray:
 def main(workdir: str) -> None:
     params, model = run_folder.read_params(Path(workdir))
     clips, masks = scenes(48)
-    print("block  form        mean ratio  clips above 2")
+    print("block  weights      mean ratio  clips above 2")
     for block in (0, 1, 3):
         for by_channel in (False, True):
             cam = functools.partial(
@@ -65,8 +65,8 @@ def main(workdir: str) -> None:
             maps = np.asarray(jax.jit(cam)(params, clips))
             pixels = token_geometry.to_pixels(maps, (8, 64, 64), model.config, block)
             ratio = ratios(pixels, masks)
-            form = "by channel" if by_channel else "by place"
-            print(f"{block:5}  {form:10}  {ratio.mean():10.2f}  {(ratio > 2).mean():12.0%}")
+            form = "by channel" if by_channel else "by position"
+            print(f"{block:5}  {form:11}  {ratio.mean():10.2f}  {(ratio > 2).mean():12.0%}")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ from mvit_jax.training import build, in_memory
 
 TOPOLOGIES = "v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16,v5e:16x16*2,v5e:16x16*4"
 HEADER = (
-    "| topology | chips | mesh | GFLOP a chip | sums, MB | scattered, MB | gathered, MB "
-    "| moved, MB | between slices, MB | arithmetic, ms | links, ms | network, ms | compile s |\n|"
+    "| topology | chips | mesh | GFLOP a chip | all-reduce, MB | reduce-scatter, MB "
+    "| all-gather, MB | permute, MB | between slices, MB | arithmetic, ms | links, ms "
+    "| network, ms | compile s |\n|"
 ) + 13 * " --- |"
 
 
@@ -93,7 +94,7 @@ def cases_of(options: argparse.Namespace) -> list[tuple[accelerators.Topology, i
 def parse(text: str) -> accelerators.Topology:
     match = re.fullmatch(r"([^*]+)(?:\*(\d+))?", text)
     if not match:
-        raise UserError(f"{text!r} is no topology like v5e:4x4 or v5e:16x16*4")
+        raise UserError(f"{text!r} must be a topology like v5e:4x4 or v5e:16x16*4")
     return accelerators.parse(match.group(1), int(match.group(2) or 1))
 
 

@@ -45,7 +45,7 @@ def compare(name: str, raw: bytes) -> None:
         file.write(raw)
         file.flush()
         base = seconds_a_clip(lambda: Video(file.name))
-    print(f"{name:16} as it is {len(raw) / 1e3:6.0f} {1:6.2f}x {1e3 * base:11.1f} {1:6.1f}x")
+    print(f"{name:16} original{len(raw) / 1e3:6.0f} {1:6.2f}x {1e3 * base:11.1f} {1:6.1f}x")
     with Video(raw) as video:
         reference = video.frames(range(0, FRAMES, 10)).astype(np.float32)
     for gop, crf in SETTINGS:

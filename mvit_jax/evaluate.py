@@ -59,7 +59,7 @@ _BATCH = flags.DEFINE_integer(
 _DATA = flags.DEFINE_string("data", None, "The data folder; by default data.folder.")
 _SHUFFLE = flags.DEFINE_bool("shuffle_frames", False, "Shuffle the frames of each clip.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the runs in the folders that follow.")
-_OUT = flags.DEFINE_string("out", "comparison.html", "The HTML page that --compare writes.")
+_OUT = flags.DEFINE_string("out", "comparison.html", "HTML report that --compare writes.")
 
 
 def main(argv: list[str]) -> None:
@@ -149,7 +149,7 @@ def numbers(texts: list[str] | None) -> list[int]:
             raise ValueError
     except ValueError:
         raise errors.UserError(
-            f"--clips={','.join(texts or [])} must be integers from 1, like 5 or 1,5,10"
+            f"--clips={','.join(texts or [])} must be whole numbers of at least 1, like 5 or 1,5,10"
         ) from None
     return counts
 

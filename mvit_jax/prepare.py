@@ -55,20 +55,28 @@ from mvit_jax.data.making import (
 
 OUT = flags.DEFINE_string("out", None, "Output folder: new, empty, or of an interrupted run.")
 SEED = flags.DEFINE_integer("seed", 0, "Random seed of moving_digits and of lists.")
-VAL = flags.DEFINE_float("val", 0.1, "Share of each class for validation.")
-TEST = flags.DEFINE_float("test", 0.1, "Share of each class for the test.")
+VAL = flags.DEFINE_float("val", 0.1, "Share of each class for the validation list.")
+TEST = flags.DEFINE_float("test", 0.1, "Share of each class for the test list.")
 TRAIN_VIDEOS = flags.DEFINE_integer("train_videos", 2000, "Training videos of moving_digits.")
 VAL_VIDEOS = flags.DEFINE_integer("val_videos", 200, "Validation videos of moving_digits.")
 TEST_VIDEOS = flags.DEFINE_integer("test_videos", 400, "Test videos of moving_digits.")
 FILES = flags.DEFINE_string("files", None, "Folder of Fashion-MNIST's files; default: download.")
 CSV = flags.DEFINE_string("csv", None, "List of the videos to pack.")
-PREFIX = flags.DEFINE_string("prefix", "", "Folder of a list's relative paths.")
-SEPARATOR = flags.DEFINE_string("separator", None, "Between path and label; default: white space.")
-SHORT_SIDE = flags.DEFINE_integer("short_side", 256, "Pixels; smaller videos keep their size.")
+PREFIX = flags.DEFINE_string("prefix", "", "Folder that the paths in a list are relative to.")
+SEPARATOR = flags.DEFINE_string(
+    "separator", None, "Separator of path and label; default: white space."
+)
+SHORT_SIDE = flags.DEFINE_integer(
+    "short_side", 256, "Short side in pixels; smaller videos keep their size."
+)
 GOP = flags.DEFINE_integer("gop", 16, "Frames from one key frame to the next.")
-CRF = flags.DEFINE_integer("crf", 20, "x264 quality, 0 (exact) to 51; 3 more almost halve it.")
-SHARDS = flags.DEFINE_integer("shards", None, "Shards; default: one per 256 videos, at least 16.")
-WORKERS = flags.DEFINE_integer("workers", None, "Processes (check: threads); default: all cores.")
+CRF = flags.DEFINE_integer("crf", 20, "x264's rate factor, 0 (lossless) to 51 (smallest file).")
+SHARDS = flags.DEFINE_integer(
+    "shards", None, "Number of shards; default: one per 256 videos, at least 16."
+)
+WORKERS = flags.DEFINE_integer(
+    "workers", None, "Number of processes (check: threads); default: all cores."
+)
 SPLIT = flags.DEFINE_string("split", None, "Split to check; default: all.")
 
 # Flags that each data set or task accepts.
@@ -86,20 +94,20 @@ def main(argv: list[str]) -> None:
     allowed = {"check": 1, "videos": len(rest)}.get(name, 0)  # DIR, and flags for Beam
     if name not in DATA_SETS or len(rest) > allowed:
         raise errors.UserError(
-            f"'{' '.join(argv[1:])}' is not the name of a data set: give one of "
+            f"'{' '.join(argv[1:])}' is not a data set or task: give one of "
             f"{', '.join(DATA_SETS)}, as in python -m mvit_jax.prepare moving_digits --out=DIR"
         )
     for flag in {flag for flags_of in DATA_SETS.values() for flag in flags_of}:
         owners = [owner for owner, flags_of in DATA_SETS.items() if flag in flags_of]
         if name not in owners and flags.FLAGS[flag].present:
             raise errors.UserError(
-                f"--{flag} is for {' and '.join(owners)}: leave it out for {name}"
+                f"--{flag} applies only to {' and '.join(owners)}: leave it out for {name}"
             )
     if name == "check":
         _check(rest)
         return
     if not OUT.value:
-        raise errors.UserError(f"no folder to write {name} into: give --out=DIR")
+        raise errors.UserError(f"the output folder of {name} is missing: give --out=DIR")
     files.local_path(OUT.value)  # data sets cannot be written into a bucket
     if name == "videos":
         _videos(OUT.value, rest)
@@ -123,10 +131,12 @@ def main(argv: list[str]) -> None:
 
 def _videos(out: str, beam_flags: list[str]) -> None:
     if not CSV.value:
-        raise errors.UserError("no list of videos: give --csv=FILE, with lines `path label`")
+        raise errors.UserError(
+            "the list of videos is missing: give --csv=FILE, with lines `path label`"
+        )
     positional = [argument for argument in beam_flags if not argument.startswith("--")]
     if positional:
-        raise errors.UserError(f"{positional[0]!r} is no flag: after -- give flags of Apache Beam")
+        raise errors.UserError(f"{positional[0]!r} is not a flag: only flags of Beam may follow --")
     try:
         manifest = packing.prepare(
             CSV.value,
@@ -154,7 +164,9 @@ def _videos(out: str, beam_flags: list[str]) -> None:
 
 def _check(rest: list[str]) -> None:
     if not rest:
-        raise errors.UserError("no data set to check: name its folder, as in prepare check DIR")
+        raise errors.UserError(
+            "the data set to check is missing: give its folder, as in prepare check DIR"
+        )
     reports = verifying.check(
         rest[0], SPLIT.value, prefix=PREFIX.value, separator=SEPARATOR.value, workers=WORKERS.value
     )

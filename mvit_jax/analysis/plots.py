@@ -173,7 +173,7 @@ def budgets(
             start += sizes
         left.axvline(limit, color=INK, linewidth=1, linestyle="--")
         left.text(limit, -0.62, f"{limit:g} ", ha="right", va="center", fontsize=8.5)
-        left.set(xlabel="GiB of a chip", yticks=rows, yticklabels=names)
+        left.set(xlabel="GiB per chip", yticks=rows, yticklabels=names)
         left.set_ylim(len(names) - 0.4, -0.9)  # the first on top
         for i, cause in enumerate(causes):
             points = [(t[cause], y) for t, y in zip(times, rows, strict=True) if t and cause in t]
@@ -194,7 +194,7 @@ def budgets(
             right.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
             right.xaxis.set_major_formatter("{x:g}")
             right.xaxis.set_minor_locator(NullLocator())
-        right.set(xlabel=f"ms of a chip for each {each}, at peak rates")
+        right.set(xlabel=f"ms per {each} on one chip, at peak rates")
         for axes, most in ((left, 3), (right, 2)):
             axes.grid(True, axis="x")
             axes.set_axisbelow(True)

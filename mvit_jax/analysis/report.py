@@ -261,7 +261,7 @@ def _time_figure(run: Run) -> Markup | None:
         return None
     parts = {name: seconds for name, seconds in run.spent.items() if seconds > 0}
     figure = plots.parts(parts, "of the wall time, %", marked="step")
-    return _figure(figure, "Where the wall time went", "time")
+    return _figure(figure, "Wall time by phase", "time")
 
 
 def _test_figures(test: dict[str, Any]) -> dict[str, Markup]:

@@ -111,7 +111,7 @@ def _load(path: AnyPath, keys: set[str]) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict) or not keys <= content.keys():
         raise UserError(
-            f"{path} is not what `evaluate` writes, or is damaged: delete it and test again"
+            f"{path} is damaged, or not written by `evaluate`: delete it and test again"
         )
     return content
 

@@ -94,7 +94,7 @@ def distinct(
     numbers, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     if numbers[0] < 0 or numbers[-1] >= num_frames:
         raise IndexError(
-            f"frames {numbers[0]} to {numbers[-1]} are not all in a video of {num_frames} frames"
+            f"frames {numbers[0]} to {numbers[-1]} are out of range for {num_frames} frames"
         )
     return numbers, inverse
 
@@ -131,7 +131,7 @@ def decode_image(encoded: bytes, name: str) -> UInt8[np.ndarray, "1 height width
 def check_still(name: str, clip_frames: int) -> None:
     """Raises `DecodeError` unless clips have one frame; `name` is the image in the message."""
     if clip_frames != 1:
-        reason = f"it is an image, and the model takes clips of {clip_frames} frames"
+        reason = f"it is an image, but the model requires clips of {clip_frames} frames"
         raise DecodeError(name, reason)
 
 

@@ -111,6 +111,6 @@ def _check_frames(source: Any, clip_frames: int) -> np.ndarray:
         return source
     if clip_frames > 1:
         raise UserError(
-            f"this is one image, and the model takes clips of {clip_frames} frames: {advice}"
+            f"this is one image, but the model requires clips of {clip_frames} frames: {advice}"
         )
     return source[None]

@@ -239,7 +239,7 @@ def _table(name: str, argument: float, clip: Clip) -> image_ops.Table:
             return image_ops.solarize_add(int(argument))
         case "Invert":
             return image_ops.invert()
-    raise ValueError(f"there is no operation {name!r}: they are {', '.join(OPERATIONS)}")
+    raise ValueError(f"there is no operation {name!r}: choose one of {', '.join(OPERATIONS)}")
 
 
 def _shifts(op: Operation, frame: Box, region: Box) -> np.ndarray:

@@ -109,9 +109,7 @@ def open_source(
         match `multi_label`.
     """
     if source not in SOURCES:
-        raise UserError(
-            f"data.source is {source!r}, which is none of {', '.join(SOURCES)}: set one of them"
-        )
+        raise UserError(f"data.source must be one of {', '.join(SOURCES)}, not {source!r}")
     kind = source if tfds is None else f"data.tfds={tfds}"
     if source == "synthetic" and tfds is None:
         return Synthetic(multi_label=multi_label)
@@ -130,7 +128,7 @@ def open_source(
             "data.folder is not set: pass --config.data.folder=DIR, or --data=DIR to the evaluation"
         )
     if not list_name:
-        raise UserError("the name of the list is empty: set one, like train.csv")
+        raise UserError("the name of the list is empty: set a name like train.csv")
     folder = Path(folder).expanduser()
     if tfds is not None:
         return read_split(tfds, str(folder), list_name)

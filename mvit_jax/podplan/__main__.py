@@ -58,7 +58,7 @@ _EFFORT = flags.DEFINE_float("effort", compile.QUICK, "Compiler effort: -1 is qu
 _LARGEST = flags.DEFINE_bool("largest_batch", False, "Search the most clips that fit on a chip.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Compare meshes, remat and batches.")
 _FSDP = flags.DEFINE_list("fsdp", None, "For --sweep: mesh.fsdp; by default 1 and 4.")
-_REMAT = flags.DEFINE_list("remat", ["none", "blocks"], "For --sweep: some of " + ", ".join(REMAT))
+_REMAT = flags.DEFINE_list("remat", ["none", "blocks"], "For --sweep: any of " + ", ".join(REMAT))
 _CLIPS = flags.DEFINE_list(
     "clips", None, "For --sweep: clips per chip; by default the config's, and four times as many."
 )
@@ -123,7 +123,7 @@ def plan(config: Config, topology: Topology) -> Plan:
     mesh = compile.tpu_mesh(topology, config.mesh.data, config.mesh.fsdp)
     print(text.title(config, topology, mesh), flush=True)
     if topology.chip.cores > 1 and "-" in str(_TOPOLOGY.value):
-        print(f"{_TOPOLOGY.value} counts cores, {topology.chip.cores} a chip")
+        print(f"{_TOPOLOGY.value} counts cores, {topology.chip.cores} per chip")
     if changed:
         print(changed, flush=True)
     result = compiled(config, topology, mesh)
@@ -139,7 +139,7 @@ def compiled(config: Config, topology: Topology, mesh: Mesh, quiet: bool = False
     fitted, _ = advice.fitted(config, topology.chips)
     if not quiet:
         what = plural(config.batch // mesh.size, advice.noun(config))
-        how = f"{what} a chip, remat={config.remat}, effort {_EFFORT.value:g}"
+        how = f"{what} per chip, remat={config.remat}, effort {_EFFORT.value:g}"
         print(f"compiling ({how}) ...", end=" ", flush=True)
     result = compile.measure(fitted, model, mesh, effort=_EFFORT.value)
     if not quiet:
@@ -166,7 +166,7 @@ def search(first: Plan, mesh: Mesh) -> int:
         result = compiled(with_keys(config, batch=units * unit * topology.chips), topology, mesh)
         tried[units] = _tried(result)
         print(f"  {text.memory_line(result)}", flush=True)
-    print(f"of a chip, {largest.answer(tried, memory, unit, advice.noun(config))}", flush=True)
+    print(f"per chip, {largest.answer(tried, memory, unit, advice.noun(config))}", flush=True)
     return unit * largest.bounds(tried)[0]
 
 
@@ -214,7 +214,7 @@ def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]
 
 def words(flag: str, values: list[str] | None) -> list[str]:
     if values == []:
-        raise errors.UserError(f"--{flag} is empty: give some values, or leave it out")
+        raise errors.UserError(f"--{flag} is empty: give values, or leave it out")
     return values or []
 
 

@@ -152,8 +152,8 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
     if config.batch % share:
         batch = math.ceil(config.batch / share) * share
         raise UserError(
-            f"batch={config.batch} does not divide into {plural(chips, 'chip')} in whole {what}s "
-            f"(of each chip a multiple of data.repeats={config.data.repeats} and accumulate="
+            f"batch={config.batch} cannot be divided over {plural(chips, 'chip')} (the {what}s per "
+            f"chip must be a multiple of data.repeats={config.data.repeats} and accumulate="
             f"{config.accumulate}): use fewer chips, or {batch_flags(config, batch, chips)}"
         )
     clips, group = config.batch // chips, config.augment.mixup_group_size
@@ -170,7 +170,7 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
             "use fewer chips or a larger batch"
         )
     return changed, (
-        f"augment.mixup_group_size={group} does not divide {plural(clips, what)} of a chip, so "
+        f"augment.mixup_group_size={group} does not divide {plural(clips, what)} per chip, so "
         "training would fail: this plan uses, and training needs, "
         f"--config.augment.mixup_group_size={divisor}{warning}"
     )
@@ -241,14 +241,14 @@ def advice(plan: Plan, most: int | None = None) -> list[str]:
     fits = isinstance(plan.result, Figures)
     if fits:
         lines.append(
-            f"{plural(config.batch, what)} on {plural(chips, 'chip')} are {plan.clips} a chip, "
-            f"which take {plan.result.used / plan.topology.chip.memory:.0%} of its memory"
+            f"{plural(config.batch, what)} on {plural(chips, 'chip')} are {plan.clips} per chip "
+            f"and take {plan.result.used / plan.topology.chip.memory:.0%} of its memory"
         )
     if fits and best <= plan.clips:
-        lines.append("that is about as many as fit")
+        lines.append("about the largest number that fits")
     elif best:
-        how = "fit" if most is not None else "should fit, by this step's memory"
-        lines.append(f"{best} a chip {how}: {batch_flags(config, best * chips, chips)}")
+        how = "fit" if most is not None else "should fit, estimated from this step's memory"
+        lines.append(f"{best} per chip {how}: {batch_flags(config, best * chips, chips)}")
     return lines if fits else [*lines, *_savings(plan)]
 
 

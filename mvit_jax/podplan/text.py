@@ -37,7 +37,7 @@ def text(plan: Plan, most: int | None) -> str:
     parts = [memory_line(plan), section("Memory of a chip, GiB", _memory_lines(plan))]
     advice = _listed(pods.advice(plan, most))
     if isinstance(plan.result, TooLarge):
-        return "\n\n".join([*parts, f"What may make it fit\n{advice}"])
+        return "\n\n".join([*parts, f"Ways to make it fit\n{advice}"])
     return "\n\n".join([
         *parts,
         section("A step, on each chip", _step_lines(plan)),
@@ -57,7 +57,7 @@ def _listed(lines: list[str]) -> str:
 def memory_line(plan: Plan) -> str:
     memory, used = plan.topology.chip.memory / GIB, plan.result.used / GIB
     if isinstance(plan.result, TooLarge):
-        return f"DOES NOT FIT: it would take {used:.2f} of {memory:.2f} GiB of a chip"
+        return f"DOES NOT FIT: it needs {used:.2f} of {memory:.2f} GiB of a chip"
     if used > memory:
         return (
             f"fits, according to the compiler: {used:.2f} of {memory:.2f} GiB of a chip, some of "
@@ -195,7 +195,7 @@ def header(plan: Plan) -> tuple[str, ...]:
 
 
 def name(plan: Plan) -> str:
-    return f"fsdp {plan.fsdp}, remat={plan.config.remat}, {plan.clips} a chip"
+    return f"fsdp {plan.fsdp}, remat={plan.config.remat}, {plan.clips} per chip"
 
 
 def row(plan: Plan) -> tuple[str, ...]:

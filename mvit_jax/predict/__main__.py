@@ -39,24 +39,24 @@ from mvit_jax.training.run import runtime
 # Other programs have flags of the same names, and tests import them all.
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A folder that convert wrote.", allow_override=True
+    "checkpoint", None, "A folder of converted weights.", allow_override=True
 )
 _WHICH = flags.DEFINE_enum(
-    "which", "last", ["last", "best"], "Which of a run's states.", allow_override=True
+    "which", "last", ["last", "best"], "The checkpoint of the run.", allow_override=True
 )
 _CLIPS = flags.DEFINE_integer(
     "clips",
     None,
-    "Clips per video, without windows; the config's by default.",
+    "Clips per video, in place of windows; by default eval.clips.",
     allow_override=True,
 )
 _CROPS = flags.DEFINE_integer(
-    "crops", None, "Crops per clip, 1 or 3; the config's by default.", allow_override=True
+    "crops", None, "Crops per clip, 1 or 3; by default eval.crops.", allow_override=True
 )
 _TOP = flags.DEFINE_integer("top", 5, "Number of classes per file.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder for a figure of each file.")
-_ATTENTION = flags.DEFINE_bool("attention", False, "Draw attention maps; needs --pictures.")
+_ATTENTION = flags.DEFINE_bool("attention", False, "Draw attention maps; requires --pictures.")
 _SERVE = flags.DEFINE_bool("serve", False, "Serve a page for uploads, until Ctrl-C.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page; local by default.")
 _PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any free port.", 0, 65535)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     if not files:
         raise errors.UserError("give video or image files, or --serve")
     if _ATTENTION.value and _PICTURES.value is None:
-        raise errors.UserError("--attention needs --pictures=DIR, the folder to write to")
+        raise errors.UserError("--attention requires --pictures=DIR, the folder for the figures")
     pictures = None if _PICTURES.value is None else local_path(_PICTURES.value)
     if pictures is not None:
         _make_folder(pictures)
@@ -93,11 +93,11 @@ def _folder() -> AnyPath:
     folders = [value for value in (_WORKDIR.value, _CHECKPOINT.value) if value is not None]
     if _CHECKPOINT.value in ("last", "best") and not Path(_CHECKPOINT.value).is_dir():
         raise errors.UserError(
-            f"--checkpoint takes a folder: give --workdir=DIR --which={_CHECKPOINT.value}"
+            f"--checkpoint must be a folder: give --workdir=DIR --which={_CHECKPOINT.value}"
         )
     if len(folders) != 1:
         raise errors.UserError(
-            "give --workdir=DIR, the folder of a run, or --checkpoint=DIR, one that convert wrote"
+            "give --workdir=DIR, the folder of a run, or --checkpoint=DIR, converted weights"
         )
     return to_path(folders[0])
 
@@ -108,7 +108,9 @@ def _serve(folder: AnyPath, files: list[str]) -> None:
     }  # fmt: skip
     extra = [*files, *(name for name, flag in unused.items() if flag.value)]
     if extra:
-        raise errors.UserError(f"--serve takes files on its page: leave out {', '.join(extra)}")
+        raise errors.UserError(
+            f"with --serve, files are uploaded on the page: leave out {', '.join(extra)}"
+        )
     from mvit_jax.predict import server  # needs gradio, an optional dependency
 
     server.serve(

@@ -23,7 +23,7 @@ GREY = "#9a9a9a"
 FRAMES = 8  # frames drawn at most
 # In the order of `Maps`.
 CAPTIONS = (
-    "attention rollout: where the model looks (pooled keys show as a grid)",
+    "attention rollout: attention to each position (pooled keys show as a grid)",
     "Grad-CAM: evidence for the most probable class",
 )
 SECONDS_A_PICTURE = 0.5  # duration of each frame in an image model's animation
@@ -160,7 +160,7 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
     if len(np.flatnonzero(share)) > len(labels):
         lines.plot([], [], color=GREY, lw=6, label="other classes")
     strip.set(xlim=(timeline.starts[0], timeline.ends[-1]), yticks=[], xlabel="time")
-    strip.set_ylabel("on top", rotation=0, ha="right", va="center", fontsize=8)
+    strip.set_ylabel("top-1", rotation=0, ha="right", va="center", fontsize=8)
     strip.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 3, 6, 10], integer=True))
     strip.xaxis.set_major_formatter(FuncFormatter(lambda x, _: clock(x)))
     for axes in (lines, strip):

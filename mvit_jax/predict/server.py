@@ -193,7 +193,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
 async def _uploaded(to_cache: Callable[..., Any], path: str) -> str:
     """Returns a request's file in the cache; gradio has already refused paths not uploaded."""
     if "://" in path:  # `to_cache` would download the address, without a size limit
-        raise ValueError("a request named an address instead of an upload")
+        raise ValueError("a request contained a URL instead of an upload")
     return await to_cache(path)
 
 
@@ -254,8 +254,8 @@ def _attention(predictor: Predictor, prediction: Prediction) -> str:
     moving = render.gif(frames, figures.attention_fps(shown, predictor.config.data.stride))
     captions = "; ".join(figures.CAPTIONS)
     return (
-        f"<h3>Where it looks</h3>{_image(moving, 'gif', 'attention', 'pixels')}"
-        f"<p>What the model saw; {html.escape(captions)}.</p>"
+        f"<h3>Attention</h3>{_image(moving, 'gif', 'attention', 'pixels')}"
+        f"<p>Input frames; {html.escape(captions)}.</p>"
     )
 
 
@@ -276,7 +276,8 @@ def check_kind(path: Path, endings: list[str]) -> None:
     """
     ending = path.suffix.lower()
     if ending not in endings:
-        raise UserError(f"this page takes {' '.join(endings)}, not {ending or 'files like this'}")
+        shown = ending or "files without a suffix"
+        raise UserError(f"this page accepts {' '.join(endings)}, not {shown}")
     with path.open("rb") as file:
         start = file.read(12)
     if not start:
@@ -306,9 +307,9 @@ def check_size(video: Video | Frames, limits: Limits) -> None:
     seconds, frames = video.num_frames / video.fps, limits.minutes * 60 * MOST_FPS
     if seconds > 60 * limits.minutes or video.num_frames > frames:
         raise UserError(
-            f"it is {clock(seconds)} long, {video.num_frames:,} frames, and this page takes videos "
-            f"of up to {limits.minutes:g} minutes: cut it first"
+            f"it is too long ({clock(seconds)}, {video.num_frames:,} frames): this page accepts "
+            f"videos of up to {limits.minutes:g} minutes"
         )
     width, height = video.frame_size
     if width * height > MOST_PIXELS:
-        raise UserError(f"its frames of {width} x {height} pixels are too large: make it smaller")
+        raise UserError(f"its frames of {width} x {height} pixels are too large: scale it down")

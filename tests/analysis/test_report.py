@@ -109,7 +109,7 @@ def test_a_folder_of_weights_alone_has_a_report():
 def test_missing_mistakes_and_attention_are_stated():
     sheet = {"examples": [], "mistakes": [], "wrong": 0, "no_attention": "it <hides>"}
     page = Page(report.report(pages.run(sheet=sheet)))
-    assert "all videos were recognised" in page.ids["no_mistakes"]
+    assert "all videos were classified correctly" in page.ids["no_mistakes"]
     assert "Attention is not shown: it <hides>." in " ".join(page.text.split())
 
 

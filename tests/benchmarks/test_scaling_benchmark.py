@@ -31,7 +31,7 @@ def test_valid_meshes_of_each_topology_are_compiled():
         ({"fsdp": "1,3"}, "--fsdp=3 does not divide the chips of a slice"),
         ({"clips": "0"}, "--clips takes numbers"),
         ({"topologies": "v5e:2x2,v5e:3x3"}, "no slice v5e:3x3"),
-        ({"topologies": "v5e:2x2*x"}, "is no topology"),
+        ({"topologies": "v5e:2x2*x"}, "must be a topology like v5e:4x4"),
         ({"model": "mvit_x"}, "no variant 'mvit_x'"),
         ({"effort": float("nan")}, "--effort=nan must be from -1 to 1"),
         ({"json": "/nowhere/scaling.json"}, "cannot be written"),

@@ -23,7 +23,7 @@ SWEEP = [*HERE, "--sweep", "--remat=none"]
 WRONG = [
     (["--topology=v5e:16x32"], r"no slice v5e:16x32: v5e has 1x1 \(1\), .*16x16 \(256\)"),
     ([], "give --config=.* and --topology="),
-    (["--topology=v5e:4x4"], r"batch=8 does not divide into 16 chips.*--config.batch=16 "),
+    (["--topology=v5e:4x4"], r"batch=8 cannot be divided over 16 chips.*--config.batch=16 "),
     ([*HERE, "--config.mesh.fsdp=3"], "mesh.fsdp=3 does not divide the 4"),
     ([*HERE, "--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=1 are 3 devices"),
     ([*HERE, "--slices=2", "--config.mesh.fsdp=8"], "mesh.fsdp=8 does not divide the 4 chips of"),
@@ -46,7 +46,7 @@ WRONG = [
     ([*SWEEP, "--fsdp="], "--fsdp is empty"),
     ([*HERE, "--sweep", "--remat="], "--remat is empty"),
     ([*HERE, "--sweep", "--remat=all"], "--remat=all must be one of none, cheap"),
-    ([*SWEEP, "--clips=1", "--config.data.repeats=2"], "batch=4 does not divide into 4 chips"),
+    ([*SWEEP, "--clips=1", "--config.data.repeats=2"], "batch=4 cannot be divided over 4 chips"),
 ]
 KINETICS = "--config=configs/kinetics.py:mvit_b_16x4"
 # Flags after those of the experiment above, unless they have a --config of their own.
@@ -130,8 +130,8 @@ def test_the_largest_batch_is_a_multiple_of_the_repeats(outputs):
     """With 1.5 GiB and 1.05 GiB a clip, 13 clips fit 15.75 GiB, and 12 with two a video."""
     status, out, err = outputs[1]["repeats"]
     assert status == 0, err
-    assert "of a chip, 12 clips fit and take 90% of the memory, 14 do not" in out
-    assert "12 a chip fit: --config.batch=3072 " in out
+    assert "per chip, 12 clips fit and take 90% of the memory, 14 do not" in out
+    assert "12 per chip fit: --config.batch=3072 " in out
     report = json.loads((outputs[0] / "repeats.json").read_text())
     assert report["config"] == KINETICS.removeprefix("--config=")
     assert report["plans"][0]["largest_clips_a_chip"] == 12
@@ -141,8 +141,8 @@ def test_a_search_reports_that_no_batch_fits(outputs):
     """320 frames take 10.5 GiB with `blocks`, and two clips a video are the smallest batch."""
     status, out, err = outputs[1]["none"]
     assert status == 0, err
-    assert "of a chip, 0 clips fit, 2 do not" in out
-    assert "a chip fit" not in out and "--config.accumulate=2 " in out
+    assert "per chip, 0 clips fit, 2 do not" in out
+    assert "per chip fit" not in out and "--config.accumulate=2 " in out
 
 
 def test_a_plan_of_images_warns_that_mixup_has_no_effect(outputs):
@@ -151,8 +151,8 @@ def test_a_plan_of_images_warns_that_mixup_has_no_effect(outputs):
     assert re.search(
         r"augment.mixup_group_size=1; .* image with itself, so mixup and cutmix DO NOTHING", out
     )
-    assert "256 images on 256 chips are 1 a chip" in out
-    assert "compiling (1 image a chip" in out and not re.search(r"\bclip|video", out)
+    assert "256 images on 256 chips are 1 per chip" in out
+    assert "compiling (1 image per chip" in out and not re.search(r"\bclip|video", out)
 
 
 @pytest.mark.slow
@@ -172,11 +172,11 @@ def test_a_plan_is_compiled_printed_and_written_as_json_and_figure(tmp_path):
     assert done.returncode == 0, err
     assert not list(tmp_path.glob("cache/*"))  # entries could be read only on a TPU
     assert "on v4:2x2x1: 4 chips of 1 host, mesh data 4 x fsdp 1" in out
-    assert "v4-8 counts cores, 2 a chip" in out
+    assert "v4-8 counts cores, 2 per chip" in out
     assert "fits: " in out and "of 30.75 GiB of a chip" in out
     assert re.search(r"all-reduce +4 ", out)
     assert "lower bounds" in out and re.search(r"chip-hours .*at least", out)
-    assert "8 clips on 4 chips are 2 a chip" in out
+    assert "8 clips on 4 chips are 2 per chip" in out
     assert "overstated at this effort: no bound; --effort=0 measures it" in out
     assert "libtpu" not in err and "hostname" not in err  # no warnings about absent TPUs
     (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]

@@ -132,7 +132,7 @@ def test_pictures_are_written_as_png_gif_and_mp4(predictor, paths, tmp_path):
         (["--workdir=a"], "give video or image files, or --serve"),
         (["a.mp4", "--checkpoint=best"], "give --workdir=DIR --which=best"),
         (["a.mp4", "--checkpoint=/no/such"], "/no/such holds no run"),
-        (["a.mp4", "--workdir=a", "--attention"], "needs --pictures=DIR"),
+        (["a.mp4", "--workdir=a", "--attention"], "--attention requires --pictures=DIR"),
         (["a.mp4", "--workdir=a", "--pictures=/dev/null/x"], "cannot be made"),
         (["a.mp4", "--workdir=a", "--serve"], "leave out a.mp4"),
         (["--workdir=a", "--serve", "--clips=1"], "leave out --clips"),
@@ -172,7 +172,7 @@ def test_a_folder_without_data_and_labels_can_be_used(run, tmp_path):
     result = predict.predict(predictor, files, top=1)
     assert [file["error"] for file in result["files"]] == [
         "cannot be decoded: there is no such file",
-        "cannot be decoded: it is an image, and the model takes clips of 4 frames",
+        "cannot be decoded: it is an image, but the model requires clips of 4 frames",
         "cannot be decoded: is a directory",
     ]
 

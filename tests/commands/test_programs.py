@@ -250,7 +250,7 @@ def test_evaluate_writes_several_numbers_of_clips_and_scores_per_video(run, digi
         assert (video, int(label)) == (videos.item(i), videos.label(i))
         assert int(predicted) == scores.probabilities[i].argmax()
     status, output = evaluate(folder, "--clips=0,2")
-    assert status != 0 and "--clips=0,2 must be integers from 1" in output
+    assert status != 0 and "--clips=0,2 must be whole numbers of at least 1" in output
 
 
 TRAIN = "--config=configs/moving_digits.py"

@@ -128,7 +128,7 @@ def test_settings_can_be_read_and_changed():
         (np.zeros((3, 4, 40, 40), np.uint8), "shape [3, 4, 40, 40]"),
         (np.zeros((40, 40), np.uint8), "shape [40, 40]"),
         (np.zeros((0, 40, 40, 3), np.uint8), "shape [0, 40, 40, 3]"),
-        (np.zeros((40, 40, 3), np.uint8), "one image, and the model takes clips of 16 frames"),
+        (np.zeros((40, 40, 3), np.uint8), "one image, but the model requires clips of 16 frames"),
     ],
 )
 def test_errors_for_invalid_frames_describe_the_expected_input(source, sentence):
@@ -147,7 +147,7 @@ def test_other_invalid_arguments_raise(tmp_path):
     with pytest.raises(DecodeError, match="there is no such file"):
         preprocess(tmp_path / "gone.mp4")
     Image.fromarray(raw[0]).save(tmp_path / "a.png")
-    with pytest.raises(DecodeError, match="is an image, and the model takes clips of 16"):
+    with pytest.raises(DecodeError, match="is an image, but the model requires clips of 16"):
         preprocess(tmp_path / "a.png")
     with pytest.raises(UserError, match="did you mean 'mvit_b_16x4'"):
         mvit_jax.preprocess("mvit_b_16x5")

@@ -143,7 +143,7 @@ def test_arguments_reach_their_reader(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"source": "lists"}, "data.source is 'lists', which is none of list, folders, shards, ss"),
+        ({"source": "lists"}, "data.source must be one of list, folders, shards, ssv2, "),
         ({"multi_label": True}, "data.multi_label is on, but each video of the source list has"),
         ({"multi_label": True, "tfds": "x"}, "each video of the source data.tfds=x has one label"),
         ({"source": "charades"}, "any number of labels: set data.multi_label=True"),

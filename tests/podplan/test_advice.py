@@ -144,7 +144,7 @@ def test_every_suggested_batch_is_valid_in_training(chips, largest):
 def test_an_indivisible_batch_is_refused_with_a_divisible_one():
     with pytest.raises(UserError, match=r"--config.batch=2048 .*rate 0.0064\)") as error:
         advice.fitted(RECIPE, 1024)  # two clips of each decoded video on every chip
-    assert "batch=512 does not divide into 1,024 chips" in str(error.value)
+    assert "batch=512 cannot be divided over 1,024 chips" in str(error.value)
     config, _ = advice.fitted(recipe_with(batch=2048), 1024)
     build.check_batch(config, 1024)
 
@@ -164,18 +164,20 @@ def test_the_largest_batch_keeps_the_mixup_group_size():
     """With 1.5 GiB of state and 0.75 + 0.125 GiB a clip, 90 % of 15.75 GiB hold 14 clips."""
     step_plan = plan(figures(activations=1.5))
     usage, larger = advice.advice(step_plan)
-    assert usage == "512 clips on 256 chips are 2 a chip, which take 21% of its memory"
+    assert usage == "512 clips on 256 chips are 2 per chip and take 21% of its memory"
     assert larger == (
-        "12 a chip should fit, by this step's memory: --config.batch=3072 "
+        "12 per chip should fit, estimated from this step's memory: --config.batch=3072 "
         "(optim.lr_batch makes the peak learning rate 0.0096)"
     )
-    assert advice.advice(step_plan, 19)[1].startswith("16 a chip fit: --config.batch=4096 (")
+    assert advice.advice(step_plan, 19)[1].startswith("16 per chip fit: --config.batch=4096 (")
     assert advice.largest_batch(step_plan, 3) == 2  # no group of 4: a multiple of the repeats
     alone = plan(
         figures(activations=1.5), recipe_with(**{"augment.mixup": 0.0, "augment.cutmix": 0.0})
     )
     assert advice.largest_batch(alone) == 14
-    assert advice.advice(plan(figures(activations=13)))[1:] == ["that is about as many as fit"]
+    assert advice.advice(plan(figures(activations=13)))[1:] == [
+        "about the largest number that fits"
+    ]
 
 
 def test_an_accumulated_batch_is_in_memory_as_a_whole():
@@ -193,14 +195,16 @@ def test_a_step_that_does_not_fit_gets_suggestions():
     """4 clips of 6.25 GiB each: 2 fit beside 1.5 GiB of state."""
     step_plan = plan(too_large(24.75), topology="v5e:8x16")
     smaller, remat, parts, split, half = advice.advice(step_plan)
-    assert smaller.startswith("2 a chip should fit, by this step's memory: --config.batch=256 ")
+    assert smaller.startswith(
+        "2 per chip should fit, estimated from this step's memory: --config.batch=256 "
+    )
     assert "--config.augment.mixup_group_size=2" in smaller and "--config.remat=blocks" in remat
     assert parts.startswith("--config.accumulate=2 ") and "--config.dtype=bfloat16" in half
     assert split.startswith("--config.mesh.fsdp=128 shards 1.50 GiB of parameters")
     assert not any("batch=" in line for line in advice.advice(step_plan, 0))
     output = pod_text.text(step_plan, None)
-    assert "DOES NOT FIT: it would take 26.50 of 15.75 GiB" in output and "hours" not in output
-    assert f"What may make it fit\n  - {smaller}" in output
+    assert "DOES NOT FIT: it needs 26.50 of 15.75 GiB" in output and "hours" not in output
+    assert f"Ways to make it fit\n  - {smaller}" in output
     # With too large a state, fewer clips do not help.
     kinds = {"parameters": 8 * GIB, "optimiser": 16 * GIB, "average": 0, "batch": 0}
     huge = advice.advice(plan(TooLarge(30 * GIB, kinds | {"activations": 6 * GIB}, 1.0)))

@@ -39,7 +39,7 @@ def test_file_kinds_are_checked_by_ending_and_first_bytes(tmp_path):
         "concat.mkv": (b"ffconcat version 1.0\nfile a.mp4\n", "not a video"),
         "empty.mp4": (b"", "the file is empty"),
         "a.txt": (b"text", r"takes \.mp4 .*, not \.txt"),
-        "none": (b"text", "not files like this"),
+        "none": (b"text", "not files without a suffix"),
         "a.png": (b"\x89PNG\r\n\x1a\n", r"not \.png"),
     }
     for name, (content, reason) in refused.items():
@@ -93,7 +93,7 @@ def test_a_url_in_a_request_is_not_downloaded(digits, monkeypatch):
     (file,) = (block for block in blocks.blocks.values() if isinstance(block, gradio.File))
     named = {"path": "http://example.org/a.mp4", "meta": {"_type": "gradio.FileData"}}
     to_cache = gradio.processing_utils.async_move_files_to_cache
-    with pytest.raises(ValueError, match="an address instead of an upload"):
+    with pytest.raises(ValueError, match="a URL instead of an upload"):
         asyncio.run(to_cache(named, file, check_in_upload_folder=True))
 
 
@@ -177,7 +177,7 @@ def drop(tab, path, wait):
 @pytest.mark.browser
 def test_a_video_shows_classes_over_time_and_attention(browser, files, served):
     assert "deleted" in browser.inner_text("body")
-    drop(browser, files / "good.mp4", "h3:has-text('Where it looks')")
+    drop(browser, files / "good.mp4", "h3:has-text('Attention')")
     # The heading may be there before the progress, with its own "100%", is gone.
     browser.wait_for_selector("text=drawing attention", state="detached")
     body = browser.inner_text("body")
@@ -206,7 +206,7 @@ def test_bad_files_are_rejected_in_one_sentence_and_the_page_still_works(browser
         "cut.mp4": "it is not a video, or it is damaged or cut off",
         "empty.mp4": "empty",
         "list.mp4": "it is not a video, or its beginning is damaged",
-        "long.mp4": "it is 0:17 long, 500 frames, and this page takes videos of up to 0.25 minutes",
+        "long.mp4": "it is too long (0:17, 500 frames): this page accepts videos of up to 0.25",
         "tone.mp4": "it holds no video, only other streams",
         "huge.mp4": "exceed the maximum allowed size of 1.0 Mb",
         "words.txt": "Invalid file type",

@@ -96,7 +96,9 @@ def test_another_batch_size_scales_rates_and_must_be_divisible():
     text = described("kinetics", "mvit_b_16x4", batch=256)
     assert row(text, "Optimiser", "rates")[1].endswith("for 512 clips; scaled by 0.5")
     assert row(text, "Learning rate", "0")[2] == "8e-06"
-    assert "batch=512 is not divisible by 7 devices" in described("kinetics", "mvit_b_16x4", devices=7)
+    assert "batch=512 is not divisible by 7 devices" in described(
+        "kinetics", "mvit_b_16x4", devices=7
+    )
 
 
 def test_existing_lists_of_videos_are_counted(digits):

@@ -53,15 +53,15 @@ def read_class_folders(
     unknown = [name for name in folders if name not in number]
     if unknown:
         raise UserError(
-            f"{split} has a folder {unknown[0]!r}, which is no class of {origin} "
+            f"{split} has a folder {unknown[0]!r}, but {origin} has no such class "
             f"({len(unknown)} such folders): rename or remove it"
         )
     folders.sort(key=number.__getitem__)
     paths, labels, ignored = _files(split, folders, number)
     if ignored:
         print(
-            f"note: {split} holds {len(ignored)} files or folders that are neither videos nor "
-            f"images by their names, for example {ignored[0]}, which are left out",
+            f"note: {split} holds {len(ignored)} files or folders without a suffix of videos or "
+            f"images, for example {ignored[0]}; they are ignored",
             file=sys.stderr, flush=True,
         )  # fmt: skip
     return VideoList(tuple(paths), np.asarray(labels, np.int32), class_names, str(split))

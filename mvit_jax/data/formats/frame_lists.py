@@ -70,7 +70,7 @@ class FrameFiles:
         try:
             return read_image(path)
         except DecodeError as error:
-            reason = f"of its frame {Path(path).name}, {error.reason}"
+            reason = f"frame {Path(path).name}: {error.reason}"
             raise DecodeError(self.name, reason) from error
 
 
@@ -96,9 +96,9 @@ class FrameFolders(VideoList):
                         yield video
                     return
             reason = (
-                "there is no such folder of frames, nor a video "
+                "there is neither this folder of frames nor a video "
                 + " or ".join(Path(folder + suffix).name for suffix in _VIDEO_SUFFIXES)
-                + " (data.prefix is the folder of the paths in lists)"
+                + " (data.prefix is prepended to the paths in lists)"
                 if isinstance(error, FileNotFoundError)
                 else str(error.strerror).lower()
             )
@@ -202,7 +202,7 @@ def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
                 raise UserError(f"{list_file}, line {number}: {wrong.reason}") from None
             offsets = np.array([*starts.values(), len(content)], np.int64)
     if not starts:
-        raise UserError(f"{list_file} lists no frames: it should hold a line for each")
+        raise UserError(f"{list_file} lists no frames: it should hold a line for each frame")
     return FrameList(str(list_file), tuple(map(os.fsdecode, starts)), offsets), texts
 
 
@@ -228,8 +228,7 @@ def _index(content: mmap.mmap, begin: int) -> tuple[dict[bytes, int], list[set[b
         if name in starts:
             raise _WrongLineError(
                 match.start(1),
-                f"the frames of {os.fsdecode(name)} are in two places: sort the list, so that they "
-                "are contiguous",
+                f"the frames of {os.fsdecode(name)} are not contiguous: sort the list",
             )
         starts[name] = begin
         texts.append(set(fields[4::5]))
@@ -245,7 +244,7 @@ def _wrong_line(content: mmap.mmap, begin: int) -> _WrongLineError:
     index = next((i for i, line in enumerate(lines) if len(line.split()) not in (0, 5)), 0)
     excerpt = lines[index][:80].decode(errors="replace").strip()
     offset = begin + sum(map(len, lines[:index]))
-    return _WrongLineError(offset, f"{excerpt!r} has other fields than the header")
+    return _WrongLineError(offset, f"{excerpt!r} does not have the five fields of the header")
 
 
 def label_numbers(text: bytes) -> list[int]:

@@ -134,7 +134,7 @@ class ShardedVideos:
             raise DecodeError(name, f"its record cannot be read ({reason})") from error
         entry = (record["id"], record["label"])
         if entry != (self.ids[index], self.labels[index]):
-            reason = "its record is that of {} with the label {}".format(*entry)
+            reason = "its record holds {} with the label {}".format(*entry)
             raise DecodeError(name, f"{reason}: the manifest and the shards do not match")
         return Video(record["video"], name, record["index"])
 
@@ -240,7 +240,7 @@ def _shard(content: dict[str, Any]) -> Shard:
     kinds = {"ids": str, "labels": int, "frames": int, "seconds": (int, float), "failed": list}
     for name, kind in kinds.items():
         if not all(isinstance(value, kind) for value in content[name]):
-            raise TypeError(f"{name} of {content['file']} have the wrong type")
+            raise TypeError(f"{name} of {content['file']} has values of the wrong type")
     if not isinstance(content["size"], int) or "/" in content["file"]:
         raise ValueError(f"{content['file']} has no size, or is in another folder")
     return Shard(**content)
@@ -249,7 +249,7 @@ def _shard(content: dict[str, Any]) -> Shard:
 def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
     """Yields a sentence for each fault of a split that is detected without reading shards."""
     if not manifest.complete:
-        yield f"{path} is of a split that is not finished: repeat the interrupted command"
+        yield f"the split of {path} is incomplete: repeat the interrupted command"
         return
     classes = len(manifest.classes)
     for shard in manifest.shards:
@@ -259,11 +259,11 @@ def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
         wrong = [label for label in shard.labels if not 0 <= label < classes]
         if wrong:
             yield (
-                f"{path} is inconsistent: {shard.file} has the label {wrong[0]}, and there are "
+                f"{path} is inconsistent: {shard.file} has the label {wrong[0]}, but there are "
                 f"{classes} classes"
             )
     if not any(shard.ids for shard in manifest.shards):
-        yield f"{path} is of a split without videos: see its `failed` entries for the reasons"
+        yield f"the split of {path} has no videos: its `failed` entries state the reasons"
     with os.scandir(root) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     for shard in manifest.shards:
@@ -272,6 +272,6 @@ def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
             yield f"the shard {root / shard.file}, which {path.name} lists, is missing: {advice}"
         elif sizes[shard.file] != shard.size:
             yield (
-                f"the shard {root / shard.file} has {sizes[shard.file]:,} bytes, and {path.name} "
+                f"the shard {root / shard.file} has {sizes[shard.file]:,} bytes, but {path.name} "
                 f"records {shard.size:,}: {advice}"
             )

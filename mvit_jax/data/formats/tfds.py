@@ -97,7 +97,7 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     except Exception as error:  # TFDS and its readers raise many types
         raise UserError(
             f"the split {split!r} of {title} in {folder} cannot be read ({_sentence(error)}): name "
-            "another one, like train[:90%], or prepare the set again in another folder"
+            "another split, like train[:90%], or prepare the set again in another folder"
         ) from error
     features = builder.info.features
     height, width = features["image"].shape[:2]  # None if they differ among images
@@ -163,7 +163,7 @@ def _check_features(title: str, features: Any) -> None:
     still = isinstance(image, tfds.features.Image) and image.np_dtype in (np.uint8, np.uint16)
     if not (still and isinstance(label, tfds.features.ClassLabel)):
         raise UserError(
-            f"{title} has other features than an image of uint8 or uint16 and a class label "
+            f"{title} must have the features image (uint8 or uint16) and label, but has "
             f"({' '.join(str(features).split())}): name a set for image classification in data.tfds"
         )
 

@@ -220,7 +220,7 @@ def prepare(
                 f"{len(CLASSES)}"
             )
     if seed < 0:
-        raise UserError(f"seed={seed} is negative: give a whole number from 0 on")
+        raise UserError(f"seed={seed} must be at least 0")
     _claim(
         out,
         {"name": "moving_digits", "version": VERSION, "seed": seed}

@@ -108,7 +108,7 @@ def prepare(
     encoding = encoding or Encoding()
     for name, value in (("shards", shards), ("workers", workers)):
         if value is not None and value < 1:
-            raise UserError(f"{name}={value} should be a whole number from 1 on")
+            raise UserError(f"{name}={value} must be at least 1")
     for location in (csv, out):
         if "://" in os.fspath(location):
             raise UserError(f"{location} is not on this machine: mount it, and give its local path")
@@ -191,14 +191,14 @@ def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{path.parent} cannot be used as a folder ({error.strerror}): give another one"
+            f"{path.parent} cannot be used as a folder ({error.strerror}): give another folder"
         ) from None
     names, copy = lists / "labels.txt", path.parent / "labels.txt"
     if names.is_file() and not copy.exists():
         write_whole(copy, names.read_bytes())
     elif copy.is_file() and tuple(new.classes) != read_class_names(copy) and names.is_file():
         raise UserError(
-            f"{copy} names other classes than {names}: give another folder, or make them the same"
+            f"{copy} and {names} name different classes: give another folder, or correct one list"
         )
     if not path.exists():
         write_whole(path, new.encoded())
@@ -208,8 +208,8 @@ def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
         if old.settings.get(key) != value:
             difference = f"{key}={old.settings.get(key)}, not {key}={value}"
             raise UserError(
-                f"{path} is of "
-                + ("another list of videos" if key == "list" else f"a run with {difference}")
+                f"{path} was written "
+                + ("for another list of videos" if key == "list" else f"with {difference}")
                 + ": repeat the earlier command, delete the split, or give another folder"
             )
     return old

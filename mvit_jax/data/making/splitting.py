@@ -37,7 +37,7 @@ def write_lists(
     root = Path(folder).expanduser()
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         raise UserError(
-            f"val={val:g} and test={test:g} must be shares from 0 on that leave some for "
+            f"val={val:g} and test={test:g} must be at least 0 and leave a share for "
             "training, like 0.1 and 0.1"
         )
     classes = _classes(root)

@@ -40,12 +40,12 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.short_side < 2 or self.short_side % 2:
             raise UserError(
-                f"short_side={self.short_side} should be an even number of pixels from 2 on"
+                f"short_side={self.short_side} must be an even number of pixels, at least 2"
             )
         if self.gop < 1:
-            raise UserError(f"gop={self.gop} should be a number of frames from 1 on")
+            raise UserError(f"gop={self.gop} must be at least 1 frame")
         if not 0 <= self.crf <= 51:
-            raise UserError(f"crf={self.crf} should be from 0 to 51")
+            raise UserError(f"crf={self.crf} must be from 0 to 51")
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def parse(text: str) -> Module:
             computations[match.group(2)] = Computation(match.group(2), current)
             entry = match.group(2) if match.group(1) else entry
     if not entry:
-        raise ValueError("this text holds no program: no line starts with ENTRY")
+        raise ValueError("the HLO text has no entry computation: no line starts with ENTRY")
     counts = [
         re.search(rf"\b{name}=(\d+)", lines[0]) for name in ("num_partitions", "replica_count")
     ]
@@ -201,4 +201,4 @@ def _closing(text: str, start: int) -> int:
         depth += 1 if match.group() == "(" else -1
         if depth == 0:
             return match.start()
-    raise ValueError(f"a bracket is not closed in {text[:80]!r}")
+    raise ValueError(f"unclosed bracket in {text[:80]!r}")

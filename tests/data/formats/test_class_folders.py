@@ -70,8 +70,8 @@ def test_other_files_are_skipped_and_counted(folder, capsys):
     fill(folder, "train/archery/deeper/e.mp4", "train/readme.md", "train/.cache/f.mp4")
     assert len(read_class_folders(folder, "train", "train")) == 5
     assert capsys.readouterr().err == (
-        f"note: {folder}/train holds 3 files or folders that are neither videos nor images by "
-        f"their names, for example {folder}/train/archery/deeper, which are left out\n"
+        f"note: {folder}/train holds 3 files or folders without a suffix of videos or images, "
+        f"for example {folder}/train/archery/deeper; they are ignored\n"
     )
 
 
@@ -80,7 +80,11 @@ def test_other_files_are_skipped_and_counted(folder, capsys):
     [
         ((), "test", "there is no folder {0}/test: it should hold a folder"),
         (("test/a.jpg",), "test", "{0}/test holds no folders: make one for each class"),
-        (("val/curling/a.mp4",), "val", "'curling', which is no class of {0}/train (1 such folder"),
+        (
+            ("val/curling/a.mp4",),
+            "val",
+            "'curling', but {0}/train has no such class (1 such folder",
+        ),
         (("train/x/a.txt",), "train", "{0}/train/x holds neither videos nor images"),
     ],
 )
@@ -93,7 +97,7 @@ def test_invalid_folders_end_with_a_one_sentence_error(folder, more, name, expec
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ("yoga\narchery\nzumba\n", "'Zumba', which is no class of {0}/labels.txt (1 such folder"),
+        ("yoga\narchery\nzumba\n", "'Zumba', but {0}/labels.txt has no such class (1 such folder"),
         ("yoga\narchery\nyoga\n", "{0}/labels.txt names the class 'yoga' twice"),
         ("\n", "{0}/labels.txt is empty"),
     ],

@@ -59,11 +59,11 @@ def test_invalid_folders_fail_to_decode_with_the_reason(tmp_path):
     (tmp_path / "damaged/damaged_000003.png").write_bytes(b"")
     (tmp_path / "file").touch()
     reasons = {
-        "gone": "there is no such folder of frames, nor a video gone.webm or gone.mp4 "
-        "(data.prefix is the folder of the paths in lists)",
+        "gone": "there is neither this folder of frames nor a video gone.webm or gone.mp4 "
+        "(data.prefix is prepended to the paths in lists)",
         "empty": "the folder holds no images",
         "sizes": "its frames differ in size: sizes_000001.png has 8x6 pixels, sizes_000002.png 8x9",
-        "damaged": "of its frame damaged_000003.png, the file is empty",
+        "damaged": "frame damaged_000003.png: the file is empty",
         "file": "not a directory",
     }
     videos = source(*(tmp_path / name for name in reasons))
@@ -72,5 +72,5 @@ def test_invalid_folders_fail_to_decode_with_the_reason(tmp_path):
         assert videos.item(index) == str(tmp_path / name)
     with videos.opened(3, 4) as video:  # the frames before the damaged one can be decoded
         assert video.frames([0, 1]).shape == (2, 6, 8, 3)
-        with pytest.raises(DecodeError, match="damaged cannot be decoded: of its frame"):
+        with pytest.raises(DecodeError, match="damaged cannot be decoded: frame damaged"):
             video.frames([0, 2])

@@ -77,7 +77,8 @@ def test_the_error_names_a_line_with_wrong_fields(tmp_path, index, wrong):
     rows = [frames.row(name, i) for name in "abc" for i in range(2)]
     rows[index] = wrong
     (tmp_path / "train.csv").write_text(frames.text(*rows))
-    message = f"{tmp_path}/train.csv, line {index + 2}: {wrong!r} has other fields than the header"
+    place = f"{tmp_path}/train.csv, line {index + 2}"
+    message = f"{place}: {wrong!r} does not have the five fields of the header"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         read_frame_list(tmp_path / "train.csv")
 

@@ -180,7 +180,7 @@ def test_a_changed_list_or_changed_classes_are_rejected(videos, copied, tmp_path
         packing.prepare(other / "train.csv", copied, prefix=str(videos), shards=4)
     (other / "train.csv").write_text("\n".join(lines))
     (other / "labels.txt").write_text("walk\nrun\nsit\n")
-    with pytest.raises(UserError, match=r"names other classes"):
+    with pytest.raises(UserError, match=r"name different classes"):
         packing.prepare(other / "train.csv", copied, prefix=str(videos), shards=4)
 
 

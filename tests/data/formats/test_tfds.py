@@ -82,7 +82,7 @@ def jpeg(name):
         (b"", 1, "it is empty"),
         (b"hello" * 20, 1, "it is not an image"),
         (jpeg("a")[:-30], 1, "it is damaged or cut off"),
-        (jpeg("a"), 4, "it is an image, and the model takes clips of 4 frames"),
+        (jpeg("a"), 4, "it is an image, but the model requires clips of 4 frames"),
     ],
 )
 def test_invalid_images_raise_a_decode_error_with_the_reason(image, clip_frames, reason):
@@ -161,8 +161,8 @@ def test_unsupported_formats_and_features_are_rejected(tmp_path):
     store(tmp_path, "texts", {"text": features.Text()}, {"text": "hello"})
     for name, parts in (
         ("records", ["as tfrecord, which has no random access: `python"]),
-        ("floats", ["other features ", "float32"]),
-        ("texts", ["other features ", "'text': Text"]),
+        ("floats", ["must have the features image ", "float32"]),
+        ("texts", ["must have the features image ", "'text': Text"]),
     ):
         with refused(*parts):
             read_split(name, str(tmp_path), "train")

@@ -381,7 +381,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, name):
         ("train_videos", 7, "train_videos=7 .* at least 8"),
         ("val_videos", 0, "val_videos=0 .* at least 8"),
         ("test_videos", -1, "test_videos=-1 .* at least 8"),
-        ("seed", -1, "seed=-1 is negative"),
+        ("seed", -1, "seed=-1 must be at least 0"),
     ],
 )
 def test_invalid_values_are_an_error(tmp_path, key, value, message):

@@ -57,7 +57,7 @@ def test_an_empty_split_writes_no_list(folder):
 
 @pytest.mark.parametrize(
     ("val", "test", "message"),
-    [(0.5, 0.5, "leave some for training"), (-0.1, 0.1, "leave some"), (0.05, 0.9, "too few")],
+    [(0.5, 0.5, "leave a share for"), (-0.1, 0.1, "at least 0"), (0.05, 0.9, "too few")],
 )
 def test_impossible_shares_are_rejected(folder, val, test, message):
     for number in range(7):

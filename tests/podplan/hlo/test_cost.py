@@ -284,5 +284,5 @@ def test_scopes_are_stripped_of_jax_transformations():
 
 
 def test_text_without_a_program_is_refused():
-    with pytest.raises(ValueError, match="no program"):
+    with pytest.raises(ValueError, match="no entry computation"):
         cost.count("HloModule empty\n")
