@@ -139,7 +139,7 @@ def chosen(text: str, allowed: Any = None) -> list[str]:
 
 def numbers(flag: str, text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise UserError(f"--{flag} takes numbers, like 2,4,16, not {text!r}")
+        raise UserError(f"--{flag} must be numbers like 2,4,16, not {text!r}")
     return [int(word) for word in text.split(",")]
 
 

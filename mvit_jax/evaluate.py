@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         return
     if len(argv) > 1:
         raise errors.UserError(
-            f"unknown argument {argv[1]!r}: flags look like --workdir=DIR, and folders need "
+            f"unknown argument {argv[1]!r}: flags look like --workdir=DIR, and folders require "
             "--compare"
         )
     if _WORKDIR.value is None:

@@ -43,8 +43,8 @@ def read(folder: str | AnyPath) -> Run:
     folder = to_path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} holds no run (there is no config.json): name a folder that training or "
-            "convert made"
+            f"{folder} holds no run (it has no config.json): give the folder of a run or of "
+            "converted weights"
         )
     config = workdir.frozen(folder)
     log = history.read(folder)

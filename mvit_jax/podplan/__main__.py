@@ -221,7 +221,7 @@ def words(flag: str, values: list[str] | None) -> list[str]:
 def numbers(flag: str, values: list[str] | None) -> list[int]:
     for word in words(flag, values):
         if not re.fullmatch(r"[1-9]\d{0,8}", word):
-            raise errors.UserError(f"--{flag} takes numbers, like 1,4, not {word!r}")
+            raise errors.UserError(f"--{flag} must be numbers like 1,4, not {word!r}")
     return [int(word) for word in values or []]
 
 

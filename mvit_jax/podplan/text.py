@@ -94,7 +94,7 @@ def _collectives(plan: Plan) -> str:
             plan.result.counts.collectives, plan.topology.chip
         )
     ]
-    return table(("kind", "devices", "of a chip", "at least"), rows) if rows else "none"
+    return table(("kind", "devices", "per chip", "at least"), rows) if rows else "none"
 
 
 def _roof_lines(plan: Plan) -> Lines:
