@@ -210,7 +210,7 @@ BAD = {  # damage to the file, parts of the error
                   ["{source} refers to ", ".system"]),
     "missing": (missing, ["norm/bias", "blocks/3/mlp/fc2/bias"]),
     "another model": (lambda p: write_torch(p, {"conv1.weight": np.ones((2, 3, 7, 7), "f4")}),
-                      ["{source}: this is no MViT", "conv1.weight"]),
+                      ["{source}: not a checkpoint of an MViT", "conv1.weight"]),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ WRONG = [
     ([], "give --config=.* and --topology="),
     (["--topology=v5e:4x4"], r"batch=8 cannot be divided over 16 chips.*--config.batch=16 "),
     ([*HERE, "--config.mesh.fsdp=3"], "mesh.fsdp=3 does not divide the 4"),
-    ([*HERE, "--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=1 are 3 devices"),
+    ([*HERE, "--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=1 requires 3 devices"),
     ([*HERE, "--slices=2", "--config.mesh.fsdp=8"], "mesh.fsdp=8 does not divide the 4 chips of"),
     ([*HERE, "--config.data.train_videos=0"], "data.train_videos must be at least 1, not 0"),
     (["--config=configs/custom.py", *HERE], "--config.data.train_videos=N"),  # of unknown size

@@ -75,7 +75,7 @@ def test_a_killed_run_leaves_complete_files_and_resumes(tmp_path):
         (["check", "there"], "there is no data folder"),
         (["check", "configs"], "neither manifests of shards nor lists"),
         (["moving_pictures", "--out=there"], "'moving_pictures' is not a data set or task"),
-        (["moving_digits", "twice", "--out=there"], "'moving_digits twice' is not the name"),
+        (["moving_digits", "twice", "--out=there"], "'moving_digits twice' is not a data set"),
         (["moving_digits"], "give --out=DIR"),
         (["moving_digits", "--out="], "give --out=DIR"),
         (["moving_digits", "--out=gs://bucket/x"], "gs://bucket/x is not a local path"),

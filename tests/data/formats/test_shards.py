@@ -149,7 +149,7 @@ def test_an_interrupted_run_is_completed_by_the_next(videos, packed, jobs, tmp_p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(packing, "run_jobs", interrupted)
         packing.prepare(videos / "train.csv", tmp_path, shards=4)
-    with pytest.raises(UserError, match="not finished"):
+    with pytest.raises(UserError, match="is incomplete"):
         read_shards(tmp_path, "train")
     first = (tmp_path / "train-00001-of-00004.array_record").stat().st_ino
     packing.prepare(videos / "train.csv", tmp_path, shards=4)
@@ -242,7 +242,7 @@ DAMAGES = {
     "no shards": (lambda f: rewrite(f, lambda c: c.pop("shards")), "damaged"),
     "another format": (lambda f: rewrite(f, lambda c: c.update(format=9)), "format 9"),
     "a shard missing": (drop("train-00003-of-00004.array_record"), "00003-of-00004.* is missing"),
-    "a shard cut off": (shorten, "00001-of-00004.* bytes, and"),
+    "a shard cut off": (shorten, "00001-of-00004.* bytes, but"),
     "a label too many": (
         lambda f: rewrite(f, lambda c: c["shards"][0]["labels"].append(1)), "differ in length"),
     "a label out of range": (

@@ -124,7 +124,7 @@ def test_a_damaged_record_affects_its_images_alone(folder, tmp_path, monkeypatch
         ("fashion_mnist", "val", "Unknown split 'val'. Should be one of ['train', 'test']): name"),
         ("fashion_mnist", "train[5", "'train[5'"),
         ("fashion_mnist", "train[:97]", "Requested slice [:97] incompatible with 96 examples): "),
-        ("fashion_mnist", "train[5:5]", "cannot be read (it is empty): name another one"),
+        ("fashion_mnist", "train[5:5]", "cannot be read (it is empty): name another split"),
         ("fashion_minst", "train", "no data set data.tfds=fashion_minst (Dataset fashion_minst no"),
         ("fashion_mnist:9.9.9", "train", "at version 9.9.9, only: 3.0.1): check the name"),
     ],
