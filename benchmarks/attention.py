@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 from mvit_jax.models.ops import attention
 from mvit_jax.models.plan import BlockGrids, BlockPlan, grids, plan
 from mvit_jax.models.variants import variant
@@ -33,7 +33,7 @@ FORMS = {"materialised": attention.materialised, "fused": attention.fused}
 
 
 def main(argv: list[str]) -> None:
-    machine.as_in_training()
+    machine.use_training_settings()
     print(
         "| variant | block | queries x keys x heads | fused, ms: forward, with gradients "
         "| fused / materialised |\n|" + " --- |" * 5,
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
             rows.append(row)
             print(as_table(row), flush=True)
     if _JSON.value:
-        write_whole(
+        write_atomically(
             Path(_JSON.value), json.dumps(machine.about() | {"rows": rows}, indent=1) + "\n"
         )
 

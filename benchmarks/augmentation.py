@@ -80,7 +80,7 @@ def main() -> None:
     print("| operation | Pillow, ms | ours, ms | ratio | ours cropped, ms |\n|" + " --- |" * 5)
     for name in randaugment.OPERATIONS:
         drawn = (randaugment.operation(name, VIDEO.magnitude + 0.137, 1),)
-        times = take_turns(
+        times = time_alternately(
             {
                 "Pillow": lambda drawn=drawn: plain(clip, drawn),
                 "ours": lambda drawn=drawn: randaugment.apply(clip, drawn),
@@ -104,20 +104,20 @@ def recipe(
         box = Box(0, 0, height, width)
         if len(clip) > 1:
             box = augmentation.random_box(height, width, rng, (0.08, 1.0))
-        forms: dict[str, Callable] = {
+        implementations: dict[str, Callable] = {
             "Pillow": lambda drawn=drawn, box=box: square(plain(clip, drawn), box),
             "ours": lambda drawn=drawn, box=box: square(randaugment.apply(clip, drawn), box),
             "cropped": lambda drawn=drawn, box=box: augmentation.resize(
                 randaugment.apply(clip, drawn, box=box), 224, 224
             ),
         }
-        for name, times in take_turns(forms, rounds=1).items():
+        for name, times in time_alternately(implementations, rounds=1).items():
             sums[name] = sums.get(name, 0.0) + times[0] / DRAWS
     return sums
 
 
 def square(clip: np.ndarray, box: Box) -> np.ndarray:
-    return augmentation.resize(box.cut(clip, Box(0, 0, *clip.shape[1:3])), 224, 224)
+    return augmentation.resize(box.crop(clip, Box(0, 0, *clip.shape[1:3])), 224, 224)
 
 
 def make_clip(frames: int, height: int, width: int) -> np.ndarray:
@@ -127,12 +127,14 @@ def make_clip(frames: int, height: int, width: int) -> np.ndarray:
     return np.stack([whole[:, 2 * i : 2 * i + width] for i in range(frames)])
 
 
-def take_turns(forms: dict[str, Callable], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in forms}
+def time_alternately(
+    implementations: dict[str, Callable], rounds: int = ROUNDS
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in implementations}
     for _ in range(rounds):
-        for name, form in forms.items():
+        for name, implementation in implementations.items():
             began = time.perf_counter()
-            form()
+            implementation()
             times[name].append(time.perf_counter() - began)
     return times
 

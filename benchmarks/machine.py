@@ -20,7 +20,7 @@ def about() -> dict[str, str]:
     }
 
 
-def as_in_training() -> None:
+def use_training_settings() -> None:
     """Applies the training program's settings for memory on CPUs. Call before any use of JAX."""
     runtime.run_in_calling_thread()
     if jax.default_backend() == "cpu":

@@ -34,7 +34,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         rows.append(row)
         print(as_table(row), flush=True)
         if _JSON.value:
-            write_whole(Path(_JSON.value), json.dumps(about | {"rows": rows}, indent=1) + "\n")
+            write_atomically(Path(_JSON.value), json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
@@ -150,12 +150,12 @@ def serve(name: str, batch: int, side: str) -> None:
     """
     seconds: dict[str, float] = {}
     if side == "ours":
-        machine.as_in_training()
+        machine.use_training_settings()
     runs = ours(name, batch, seconds) if side == "ours" else original(name, batch)
     for run in runs.values():
         run()
     release_freed_memory()
-    forget_peak()
+    reset_peak()
     print(json.dumps(seconds), flush=True)
     for line in map(str.strip, sys.stdin):
         if line == "peak":
@@ -282,7 +282,7 @@ def example(config: MViTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal(shape, np.float32), rng.integers(0, config.num_classes, batch)
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """Resets the peak memory, to exclude compilation; has no effect outside of Linux."""
     clear_refs = Path("/proc/self/clear_refs")
     if clear_refs.exists():

@@ -48,12 +48,12 @@ def compare(name: str) -> tuple[int, float, bool]:
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
-    make, family = _original(name)
+    make, format = _original(name)
     original = make().eval()
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-        video = family == "torchvision"
+        video = format == "torchvision"
         clip = torch.randn(1, 3, 16, 224, 224) if video else torch.randn(1, 3, 224, 224)
         expected = original(clip).numpy()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def compare(name: str) -> tuple[int, float, bool]:
         torch.save(original.state_dict(), file)
         loaded = load(file, VARIANTS[name])
         logits = _logits(loaded, np.moveaxis(clip.numpy(), 1, -1))
-        save_torch(loaded.params, loaded.config, back, family, origin=loaded.origin)
+        save_torch(loaded.params, loaded.config, back, format, origin=loaded.origin)
         returned = torch.load(back, weights_only=True)
     make().load_state_dict(returned, strict=True)
     state = original.state_dict()

@@ -33,12 +33,12 @@ def scenes(count: int) -> tuple[jax.Array, np.ndarray]:
         )
         sampled = np.linspace((len(frames) - 32) // 2, (len(frames) - 32) // 2 + 31, 8).astype(int)
         clips.append(np.repeat(frames[sampled][..., None], 3, axis=-1))
-        masks.append(grown(moving_digits.render(bare)[sampled] > 64))
+        masks.append(dilate(moving_digits.render(bare)[sampled] > 64))
     clips = (np.stack(clips) / np.float32(255) - np.float32(0.45)) / np.float32(0.225)
     return jnp.asarray(clips), np.stack(masks)
 
 
-def grown(mask: np.ndarray, pixels: int = 4) -> np.ndarray:
+def dilate(mask: np.ndarray, pixels: int = 4) -> np.ndarray:
     """Dilates a mask by `pixels`; the default is half the side of a token."""
     side = np.arange(-pixels, pixels + 1)
     return np.any([np.roll(mask, (y, x), (1, 2)) for y in side for x in side], axis=0)

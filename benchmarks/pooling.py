@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 from mvit_jax.models.ops import pooling
 from mvit_jax.models.plan import Pool, grids, plan
 from mvit_jax.models.variants import variant
@@ -34,7 +34,7 @@ FORMS: dict[str, Callable] = {
 
 
 def main(argv: list[str]) -> None:
-    machine.as_in_training()
+    machine.use_training_settings()
     print(
         "| block | grid | channels | stride | custom gradient, ms: forward, with gradients "
         "| autodiff / custom gradient | convolution / custom gradient | compile, s |\n|"
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         columns = ["block", "grid", "channels", "stride", "ms"]
         columns += ["autodiff", "convolution", "compile"]
         table = [dict(zip(columns, cells, strict=True)) for cells in rows]
-        write_whole(
+        write_atomically(
             Path(_JSON.value), json.dumps(machine.about() | {"rows": table}, indent=1) + "\n"
         )
 

@@ -31,7 +31,7 @@ import jax
 
 from benchmarks.tpu import numbers
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import check_writable, write_whole
+from mvit_jax.common.files import check_writable, write_atomically
 from mvit_jax.models.variants import variant
 from mvit_jax.podplan import accelerators, advice, compile
 from mvit_jax.training import build, in_memory
@@ -65,7 +65,7 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
         if options.json:  # after every row, as each takes minutes
             report = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d"), "rows": rows}
-            write_whole(options.json, json.dumps(report, indent=1))
+            write_atomically(options.json, json.dumps(report, indent=1))
 
 
 def cases_of(options: argparse.Namespace) -> list[tuple[accelerators.Topology, int, int]]:
@@ -107,7 +107,7 @@ def measure(
         config.update_from_flattened_dict(
             {"batch": clips * topology.chips, "dtype": "bfloat16", "data.repeats": 1}
         )
-    config, _ = advice.fitted(config, topology.chips)
+    config, _ = advice.fit_config(config, topology.chips)
     result = compile.measure(
         config,
         build.model_config(config, config.data.classes),
@@ -125,8 +125,8 @@ def measure(
     return row | {
         "flops": counts.flops + counts.kernel_flops,
         "kernels": len(counts.kernels),
-        "collectives": accelerators.by_kind(counts.collectives, topology.chip),
-        "seconds": vars(accelerators.roofs(counts, topology.chip)),
+        "collectives": accelerators.sum_by_kind(counts.collectives, topology.chip),
+        "seconds": vars(accelerators.roofline_bounds(counts, topology.chip)),
     }
 
 
@@ -143,7 +143,7 @@ def line(row: dict[str, Any]) -> str:
 
     outside = sum(size for name, _, size, _ in row["collectives"] if "slices" in name)
     kinds = ("all-reduce", "reduce-scatter", "all-gather", "collective-permute")
-    times = [f"{1000 * row['seconds'][part]:.2f}" for part in ("compute", "links", "outside")]
+    times = [f"{1000 * row['seconds'][part]:.2f}" for part in ("compute", "ici", "dcn")]
     cells += [f"{row['flops'] / 1e9:.0f}", *map(total, kinds), f"{outside / 1e6:.1f}", *times]
     return f"| {' | '.join([*cells, format(row['compile_seconds'], '.0f')])} |"
 

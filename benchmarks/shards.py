@@ -35,8 +35,12 @@ def main(argv: list[str]) -> None:
     names = _VIDEOS.value or ["slow", "fast"]
     print("video            gop crf    kB    size   ms a clip   speed   PSNR")
     for name in names:
-        made = made_up(3.0 if name == "fast" else 0.7) if not _VIDEOS.value else frames_of(name)
-        compare(Path(name).stem, as_it_comes(made))
+        made = (
+            synthetic_frames(3.0 if name == "fast" else 0.7)
+            if not _VIDEOS.value
+            else frames_of(name)
+        )
+        compare(Path(name).stem, encode_with_defaults(made))
 
 
 def compare(name: str, raw: bytes) -> None:
@@ -50,8 +54,8 @@ def compare(name: str, raw: bytes) -> None:
         reference = video.frames(range(0, FRAMES, 10)).astype(np.float32)
     for gop, crf in SETTINGS:
         encoded = encode(raw, Encoding(gop=gop, crf=crf))
-        seconds = seconds_a_clip(lambda encoded=encoded: prepared(encoded))
-        with prepared(encoded) as video:
+        seconds = seconds_a_clip(lambda encoded=encoded: open_encoded(encoded))
+        with open_encoded(encoded) as video:
             frames = video.frames(range(0, FRAMES, 10)).astype(np.float32)
         psnr = 10 * np.log10(255**2 / np.square(frames - reference).mean())
         star = " *" if Encoding(gop=gop, crf=crf) == Encoding() else ""
@@ -63,7 +67,7 @@ def compare(name: str, raw: bytes) -> None:
         )
 
 
-def prepared(encoded: Encoded) -> Video:
+def open_encoded(encoded: Encoded) -> Video:
     """Opens an encoded video as if from a shard."""
     return Video(encoded.file, "a video", encoded.index)
 
@@ -81,7 +85,7 @@ def seconds_a_clip(opened: Callable[[], Video]) -> float:
     return min(means)
 
 
-def made_up(speed: float) -> Iterator[np.ndarray]:
+def synthetic_frames(speed: float) -> Iterator[np.ndarray]:
     """Yields noisy frames of a moving, rotating, zooming texture, with a small one in front.
 
     Args:
@@ -120,7 +124,7 @@ def frames_of(path: str) -> Iterator[np.ndarray]:
     yield from (resized[last - abs(last - frame % (2 * last))] for frame in range(FRAMES))
 
 
-def as_it_comes(frames: Iterator[np.ndarray]) -> bytes:
+def encode_with_defaults(frames: Iterator[np.ndarray]) -> bytes:
     """Encodes an mp4 file with x264's defaults."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:

@@ -12,7 +12,7 @@ is executed: the figures are the compiler's and repeatable to the byte. Needs th
   counts (`mvit_jax.podplan.hlo.cost`). Custom kernels move their operands and results once each.
   Their FLOPs are those of `cost_estimate`, in the column "in kernels".
 - "GB" covers all operands and results, as XLA counts them; "HBM GB" covers main memory alone.
-- The roofline time is the larger of FLOPs / peak rate and HBM bytes / bandwidth. "compute roof" is
+- The roofline time is the larger of FLOPs / peak rate and HBM bytes / bandwidth. "compute bound" is
   FLOPs / peak rate in percent of the roofline time. Both are bounds: a real step takes longer.
 - The number of clips that fit is extrapolated linearly from two compiled numbers of clips.
   `--largest` searches for this number with more compilations. The search ends when a fitting
@@ -37,7 +37,7 @@ import jax
 from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import check_writable, write_whole
+from mvit_jax.common.files import check_writable, write_atomically
 from mvit_jax.models.run_blocks import REMAT
 from mvit_jax.models.variants import variant
 from mvit_jax.podplan import accelerators, compile, search
@@ -100,8 +100,9 @@ def main() -> None:
     cases = [
         Case(model, which, chip, clips, remat)
         for model, which, chip, remat, clips in itertools.product(
-            chosen(options.models), chosen(options.passes, PASSES), chosen(options.chips, CHIPS),
-            chosen(options.remat, REMAT), numbers("clips", options.clips),
+            parse_list(options.models), parse_list(options.passes, PASSES),
+            parse_list(options.chips, CHIPS), parse_list(options.remat, REMAT),
+            numbers("clips", options.clips),
         )
     ]  # fmt: skip
     for model in {case.model for case in cases}:
@@ -114,7 +115,9 @@ def main() -> None:
         rows.append((case, row))
     for group, members in groups(rows).items():
         memory = CHIPS[group.chip].memory
-        while options.largest and (clips := search.next_clips(tried(members), memory)) is not None:
+        while (
+            options.largest and (clips := search.next_clips(attempts(members), memory)) is not None
+        ):
             case = dataclasses.replace(group, clips=clips)
             members[clips] = measure(case, options.top)
             rows.append((case, members[clips]))
@@ -126,10 +129,10 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
             "rows": [dataclasses.asdict(row) for _, row in rows if isinstance(row, Row)],
         }
-        write_whole(options.json, json.dumps(report, indent=1))
+        write_atomically(options.json, json.dumps(report, indent=1))
 
 
-def chosen(text: str, allowed: Any = None) -> list[str]:
+def parse_list(text: str, allowed: Any = None) -> list[str]:
     words = [word for word in text.split(",") if word]
     for word in words:
         if allowed is not None and word not in allowed:
@@ -169,7 +172,7 @@ def measure(case: Case, top: int) -> Row | int:
     counts = result.counts
     if top:
         tqdm.write(breakdown(counts, top))
-    roofs = accelerators.roofs(counts, CHIPS[case.chip])
+    bounds = accelerators.roofline_bounds(counts, CHIPS[case.chip])
     return Row(
         case=case,
         flops=counts.flops / case.clips,
@@ -178,8 +181,8 @@ def measure(case: Case, top: int) -> Row | int:
         hbm_bytes=counts.hbm_bytes / case.clips,
         xla_bytes=result.xla_bytes / case.clips,
         peak=result.used,
-        roofline=roofs.longest,
-        compute_share=roofs.compute / roofs.longest,
+        roofline=bounds.longest,
+        compute_share=bounds.compute / bounds.longest,
         compile_seconds=result.seconds,
         unknown_loops=counts.unknown_loops,
     )
@@ -217,7 +220,7 @@ def block(op: counting.Operation) -> str:
 
 HEADER = """\
 | model | pass | chip | clips | remat | GFLOP a clip | in kernels | GB a clip | HBM GB a clip \
-| peak GiB | roofline ms a step | clips/s | compute roof | compile s |
+| peak GiB | roofline ms a step | clips/s | compute bound | compile s |
 |{}""".format(" --- |" * 14)
 
 
@@ -246,8 +249,8 @@ def groups(rows: list[tuple[Case, Row | int]]) -> dict[Case, Rows]:
 def fits(group: Case, rows: Rows, memory: int | float) -> str:
     """Returns a sentence on the number of clips that fit on the chip."""
     name = f"{group.model}, {group.which}, {group.chip}, remat={group.remat}"
-    results = tried(rows)
-    if search.is_found(results, memory):
+    results = attempts(rows)
+    if search.is_done(results, memory):
         return f"{name}: {search.answer(results, memory)}"
     if len(rows) < 2:
         return f"{name}: give two numbers of clips for an estimate of how many fit (--clips=2,4)"
@@ -255,10 +258,10 @@ def fits(group: Case, rows: Rows, memory: int | float) -> str:
     return f"{name}: about {search.estimate(results, memory)} clips fit, {basis}"
 
 
-def tried(rows: Rows) -> dict[int, search.Tried]:
+def attempts(rows: Rows) -> dict[int, search.Attempt]:
     """Converts rows to results of a search."""
     return {
-        n: search.Tried(row, False) if isinstance(row, int) else search.Tried(row.peak, True)
+        n: search.Attempt(row, False) if isinstance(row, int) else search.Attempt(row.peak, True)
         for n, row in rows.items()
     }
 

@@ -44,7 +44,7 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
             f"variant, not {name!r}{nearest(name, VARIANTS)}"
         )
     else:
-        trained = workdir.frozen(name)
+        trained = workdir.recorded_config(name)
         c.init.checkpoint = name
         c.model.update(trained.model.to_dict())
         c.data.update({key: trained.data[key] for key in _FROM_WEIGHTS})

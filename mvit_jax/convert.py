@@ -29,7 +29,7 @@ import jax
 from absl import flags
 
 from mvit_jax.common import errors
-from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
+from mvit_jax.common.files import AnyPath, local_path, to_path, write_atomically
 from mvit_jax.common.text import first_line
 from mvit_jax.config import base
 from mvit_jax.data.formats.video_list import read_class_names
@@ -160,11 +160,11 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
         config.data[field] = getattr(expected, field)
     if expected.frames == 1:
         config.eval.clips = 1  # all clips of an image are equal
-    workdir.freeze(config, folder)
-    write_whole(folder / ORIGIN, json.dumps(dataclasses.asdict(loaded.origin)) + "\n")
-    write_whole(folder / "report.txt", f"{loaded.report}\n")
+    workdir.record_config(config, folder)
+    write_atomically(folder / ORIGIN, json.dumps(dataclasses.asdict(loaded.origin)) + "\n")
+    write_atomically(folder / "report.txt", f"{loaded.report}\n")
     if labels is not None:
-        write_whole(folder / "labels.txt", "\n".join(labels) + "\n")
+        write_atomically(folder / "labels.txt", "\n".join(labels) + "\n")
     with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save_params(loaded.params)
 
@@ -179,7 +179,7 @@ def export_checkpoint(folder: AnyPath, out: Path, to: str, which: str) -> None:
             "--to=stablehlo, or the folder itself"
         )
     exported = save_torch(params, model.config, out, to, origin=_origin(folder))
-    print(f"wrote {out}: {exported.tensors} tensors in the format of {exported.family}")
+    print(f"wrote {out}: {exported.tensors} tensors in the format of {exported.format}")
     for note in exported.notes:
         print(f"note: {note}")
 
@@ -204,7 +204,12 @@ def export_program(
 
 def _origin(folder: AnyPath) -> Origin | None:
     path = folder / ORIGIN
-    return Origin(**workdir.read(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    fields = workdir.read(path)
+    if "family" in fields:  # the name of `format` in folders that an earlier version wrote
+        fields["format"] = fields.pop("family")
+    return Origin(**fields)
 
 
 if __name__ == "__main__":

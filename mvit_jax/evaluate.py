@@ -37,7 +37,7 @@ from absl import flags
 
 from mvit_jax.analysis import example_clips, plots, run_data
 from mvit_jax.common import errors
-from mvit_jax.common.files import AnyPath, to_path, write_whole
+from mvit_jax.common.files import AnyPath, to_path, write_atomically
 from mvit_jax.common.text import plural, table
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.training import build
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     # With several processes, JAX intercepts SIGTERM for training to save; a test saves nothing.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     runtime.cache_compiled_programs()
-    with failure.together():
+    with failure.fail_together():
         if jax.default_backend() == "cpu":
             runtime.keep_freed_memory()
         test(to_path(_WORKDIR.value))
@@ -96,14 +96,16 @@ def test(folder: AnyPath) -> None:
     with RunFolder(folder, changes) as run:
         config, counts = run.config, counts or [run.config.eval.clips]
         options = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
-        coordination.same_everywhere("test", workdir.decisive(config) | options | {"clips": counts})
+        coordination.check_equal(
+            "test", workdir.shared_values(config) | options | {"clips": counts}
+        )
         videos = build.videos(config, _LIST.value)
-        coordination.same_everywhere("list of videos", fingerprint(videos))
+        coordination.check_equal("list of videos", fingerprint(videos))
         by_count, params = score(
             run, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
         )
         step, settings = run.step(_WHICH.value), run.settings(_WHICH.value)
-    if not coordination.first():
+    if not coordination.is_process_0():
         return
     scores = by_count[counts.index(max(counts))]
     results = {
@@ -130,7 +132,7 @@ def test(folder: AnyPath) -> None:
             pictures = example_clips.make(
                 scores, videos, settings.clips, local_params, settings.model, settings.step
             )
-        run_data.keep_sheet(written[-1], pictures, results)
+        run_data.write_example_clips(written[-1], pictures, results)
     written.append(run_data.write_report(folder))
     for sentence in scores.failures:
         print(f"left out: {sentence}")
@@ -176,7 +178,7 @@ def write(folder: AnyPath, results: dict[str, Any], end: str) -> list[AnyPath]:
     paths = [folder / name for name in names]
     title = f"top-1 {results['top1']:.1f} % of {results['videos']} videos"
     title += ", frames shuffled" if results["shuffled_frames"] else ""
-    write_whole(paths[0], json.dumps(results, indent=1) + "\n")
+    write_atomically(paths[0], json.dumps(results, indent=1) + "\n")
     plots.save(plots.confusion_matrix(results["confusion"], results["classes"], title), paths[1])
     plots.save(plots.class_accuracy(results["per_class"], results["classes"], title), paths[2])
     return paths
@@ -197,8 +199,8 @@ def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> l
         label, predicted = scores.labels[i], int(scores.predicted[i])
         classes = label if label.ndim == 0 else " ".join(map(str, np.flatnonzero(label)))
         rows.writerow([items[i], classes, predicted, f"{scores.probabilities[i, predicted]:.4f}"])
-    write_whole(paths[0], arrays.getvalue())
-    write_whole(paths[1], table.getvalue())
+    write_atomically(paths[0], arrays.getvalue())
+    write_atomically(paths[1], table.getvalue())
     return paths
 
 
@@ -214,7 +216,7 @@ def write_views(
     keys = ("list", "checkpoint", "step", "crops", "ensemble", "videos")
     common = {k: results[k] for k in keys}
     paths = [folder / f"views{end}.json", folder / f"views{end}.png"]
-    write_whole(paths[0], json.dumps(common | {"views": rows}, indent=1) + "\n")
+    write_atomically(paths[0], json.dumps(common | {"views": rows}, indent=1) + "\n")
     shown = "map" if "map" in measures else "top1"
     line = plots.Curve(shown, [row["clips"] for row in rows], [row[shown] for row in rows], True)
     name = "mAP, %" if shown == "map" else "top-1, %"

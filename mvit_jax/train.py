@@ -49,7 +49,7 @@ from mvit_jax.training.distributed import coordination, failure, launch
 from mvit_jax.training.evaluation import validate
 from mvit_jax.training.loop import Intervals, Upkeep
 from mvit_jax.training.run import goodput, history, profiling, runtime, workdir
-from mvit_jax.training.run.checkpoints import Checkpoints, threads_left
+from mvit_jax.training.run.checkpoints import Checkpoints, has_hanging_threads
 from mvit_jax.training.run.metrics import Logbook
 from mvit_jax.training.run.preemption import StopRequest
 from mvit_jax.training.run_folder import check_resume, initial_params
@@ -100,17 +100,17 @@ def main(argv: list[str]) -> None:
     runtime.run_in_calling_thread()
     launch.start()
     runtime.cache_compiled_programs()
-    with failure.together():
+    with failure.fail_together():
         if jax.default_backend() == "cpu":
             runtime.keep_freed_memory()
         status = train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
-    if threads_left() and jax.process_count() == 1:
-        errors.leave(status)
+    if has_hanging_threads() and jax.process_count() == 1:
+        errors.exit_at_once(status)
     sys.exit(status)
 
 
 @contextmanager
-def memory_explained(batch: int) -> Generator[None, None, None]:
+def explain_out_of_memory(batch: int) -> Generator[None, None, None]:
     """Turns XLA's out-of-memory error into a `UserError` that names the batch."""
     try:
         yield
@@ -141,7 +141,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     spans = goodput.Spans()
     check(config)
     check_start(config)
-    coordination.same_everywhere("config", workdir.decisive(config))
+    coordination.check_equal("config", workdir.shared_values(config))
     videos, validation = lists(config)
     run = build.training(config, videos)
     settings, mesh, program = run.settings, run.mesh, run.program
@@ -149,20 +149,20 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     started = workdir.has_checkpoint(folder)
     # Initial weights are read first, so that a read error leaves no new workdir.
     initial = None if started else initial_weights(config, settings.model)
-    with coordination.first_then_others("workdir", files.to_path(folder) / "config.json"):
-        workdir.enter(folder, config, videos.class_names, custom.digests(config))
+    with coordination.process_0_first("workdir", files.to_path(folder) / "config.json"):
+        workdir.prepare(folder, config, videos.class_names, custom.digests(config))
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision(config.precision),
-        workdir.locked(folder) if coordination.first() else nullcontext(),
+        workdir.lock(folder) if coordination.is_process_0() else nullcontext(),
         closing(Checkpoints(folder, config.checkpoint.keep, tidy=True)) as checkpoints,
         # Inside `closing`, because closing the checkpoints may block on other processes.
-        failure.together(),
-        memory_explained(config.batch),
+        failure.fail_together(),
+        explain_out_of_memory(config.batch),
     ):
-        state, origin = first_state(config, program.first_state(), checkpoints, initial)
+        state, origin = initial_state(config, program.initial_state(), checkpoints, initial)
         start = int(state.step)
-        unvalidated = intervals.owes_validation(folder, start)
+        unvalidated = intervals.needs_validation(folder, start)
         if start >= intervals.steps and not unvalidated:
             coordination.print_once(
                 f"the run in {folder} is complete ({start} of {intervals.steps} steps): test it "
@@ -170,7 +170,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             )
             return 0
         with (
-            closing(logbook(config, folder, start, intervals.steps, spans)) as log,
+            closing(open_logbook(config, folder, start, intervals.steps, spans)) as log,
             StopRequest(start) as stop,
             profiling.Profile(
                 folder, profile, start=start, steps=intervals.steps, log=log.print
@@ -191,7 +191,7 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
             if unvalidated:
                 upkeep.validate(state, start)
             status = loop.train(
-                state, program.step, spans.waiting(run.batches(start)), upkeep,
+                state, program.step, spans.measure_waits(run.batches(start)), upkeep,
                 start=start, videos=videos, clip_frames=settings.model.config.frames, mesh=mesh,
                 learning_rate=run.learning_rate, stop=stop, profile=trace,
             )  # fmt: skip
@@ -212,7 +212,7 @@ def lists(config: Config) -> tuple[Source, Source | None]:
         between processes.
     """
     videos = build.videos(config, "train")
-    coordination.same_everywhere("list of videos", fingerprint(videos))
+    coordination.check_equal("list of videos", fingerprint(videos))
     if not config.data.val_list or config.eval.every_epochs <= 0:
         return videos, None
     validation = build.videos(config, "val")
@@ -222,7 +222,7 @@ def lists(config: Config) -> tuple[Source, Source | None]:
             f"{videos.list_file} ({len(videos.class_names)} classes) differ in their classes: use "
             "the same labels.txt for both"
         )
-    coordination.same_everywhere("list of validation videos", fingerprint(validation))
+    coordination.check_equal("list of validation videos", fingerprint(validation))
     return videos, validation
 
 
@@ -241,7 +241,7 @@ def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None
     return initial_params(config.init.checkpoint, model, config.init.inflate)
 
 
-def first_state(
+def initial_state(
     config: Config, fresh: State, checkpoints: Checkpoints, initial: tuple[Any, str] | None
 ) -> tuple[State, str]:
     """Returns the state to start from and a sentence for the log about its origin.
@@ -269,7 +269,9 @@ def first_state(
     return with_params(fresh, params), origin
 
 
-def logbook(config: Config, folder: str, start: int, steps: int, spans: goodput.Spans) -> Logbook:
+def open_logbook(
+    config: Config, folder: str, start: int, steps: int, spans: goodput.Spans
+) -> Logbook:
     """Opens the log of a run, which also warns of slow loading and suggests other settings."""
     watch = goodput.InputWatch(
         threads=config.data.threads,

@@ -90,15 +90,15 @@ def _through_block(flow: Flow, block: BlockPlan, row: BlockGrids, attention: Arr
         first = flow.shape[1] - math.prod(row.output) if block.residual_pool == "grid" else 0
         from_keys[first:] = 0.5
     by_key = jnp.einsum("bq,bhqk->bk", flow * from_keys[None], attention) / attention.shape[1]
-    attended = _unpooled(by_key, token_geometry.windows(block.kv_pool, row.input))
+    attended = _unpool(by_key, token_geometry.windows(block.kv_pool, row.input))
     from_query = flow * (1 - from_keys)[None]
-    attended = attended + _unpooled(from_query, token_geometry.windows(block.q_pool, row.input))
+    attended = attended + _unpool(from_query, token_geometry.windows(block.q_pool, row.input))
     if block.skip == "none" and block.attention_width != block.width:
         return attended
-    return (attended + _unpooled(flow, token_geometry.windows(block.skip_pool, row.input))) / 2
+    return (attended + _unpool(flow, token_geometry.windows(block.skip_pool, row.input))) / 2
 
 
-def _unpooled(flow: Flow, windows: token_geometry.Axes) -> Flow:
+def _unpool(flow: Flow, windows: token_geometry.Axes) -> Flow:
     """Distributes each pooled token's share over its pooling window; the class token's stays."""
     t, h, w = (jnp.asarray(axis, flow.dtype) for axis in windows)
     pooled = (t.shape[0], h.shape[0], w.shape[0])

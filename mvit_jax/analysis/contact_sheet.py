@@ -48,7 +48,7 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
     )
     key, _ = step.keys(config.seed, 0)
     arrays = {name: jnp.asarray(x) for name, x in batch.items()}
-    clips, targets = jax.device_get(step.augmented(arrays, key, settings.step))
+    clips, targets = jax.device_get(step.augment(arrays, key, settings.step))
     pixels = np.clip(clips.astype(np.float32) * settings.step.std + settings.step.mean, 0, 1)
     plots.save(_figure(pixels, targets, videos.class_names), path)
     return Path(path)
@@ -77,5 +77,5 @@ def _label(target: np.ndarray, names: tuple[str, ...]) -> str:
     floor = target.min() if target.min() < target.max() else 0.0
     above = [int(i) for i in np.argsort(-target, kind="stable") if target[i] > floor]
     if len(above) == 1:
-        return plots.short(names[above[0]])
-    return ", ".join(f"{plots.short(names[i])} {target[i]:.2f}" for i in above[:3])
+        return plots.truncate(names[above[0]])
+    return ", ".join(f"{plots.truncate(names[i])} {target[i]:.2f}" for i in above[:3])

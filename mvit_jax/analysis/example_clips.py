@@ -63,25 +63,25 @@ def make(
     }
 
 
-def examples(scores: Scores, most: int = EXAMPLES) -> list[int]:
-    """Returns indices of at most `most` example videos: the first tested ones of each class.
+def examples(scores: Scores, limit: int = EXAMPLES) -> list[int]:
+    """Returns indices of at most `limit` example videos: the first tested ones of each class.
 
-    With more than `most` classes, only evenly spaced classes have an example, one each.
+    With more than `limit` classes, only evenly spaced classes have an example, one each.
     """
     first = scores.first_label
     labels = np.unique(first[scores.tested])
-    if len(labels) > most:
-        labels = labels[np.linspace(0, len(labels) - 1, most).round().astype(int)]
+    if len(labels) > limit:
+        labels = labels[np.linspace(0, len(labels) - 1, limit).round().astype(int)]
     by_class = [np.flatnonzero(scores.tested & (first == label)) for label in labels]
-    return [int(i) for indices in by_class for i in indices[: most // len(labels)]]
+    return [int(i) for indices in by_class for i in indices[: limit // len(labels)]]
 
 
-def mistakes(scores: Scores, most: int = MISTAKES) -> list[int]:
-    """Returns indices of at most `most` misclassified videos, the most confident first."""
+def mistakes(scores: Scores, limit: int = MISTAKES) -> list[int]:
+    """Returns indices of at most `limit` misclassified videos, the most confident first."""
     predicted = scores.predicted
     wrong = np.flatnonzero(scores.tested & ~scores.hit)
     confidence = scores.probabilities[wrong, predicted[wrong]]
-    return [int(i) for i in wrong[np.argsort(-confidence, kind="stable")][:most]]
+    return [int(i) for i in wrong[np.argsort(-confidence, kind="stable")][:limit]]
 
 
 class Painter:
@@ -101,8 +101,8 @@ class Painter:
 
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
         """Returns a clip as WebP images with up to `ROW` frames each, as data URIs."""
-        frames = shown(len(clip))
-        strips = np.stack([_shrunk(strip[frames]) for strip in (clip, *self._overlays(clip))])
+        frames = frame_indices(len(clip))
+        strips = np.stack([_shrink(strip[frames]) for strip in (clip, *self._overlays(clip))])
         if len(frames) == 1:  # one frame: its overlays are beside it, not below
             return [_webp(strips.swapaxes(0, 1))]
         return [_webp(strips[:, start : start + ROW]) for start in range(0, len(frames), ROW)]
@@ -129,7 +129,7 @@ class Painter:
         return [render.overlay(clip, heat[0]) for heat in spread]
 
 
-def shown(frames: int) -> list[int]:
+def frame_indices(frames: int) -> list[int]:
     """Returns indices of the frames to draw: at most `FRAMES`, evenly spaced."""
     return [int(i) for i in np.linspace(0, frames - 1, min(frames, FRAMES)).round()]
 
@@ -155,7 +155,7 @@ def _name(videos: Source, index: int) -> str:
     return os.fspath(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-def _shrunk(frames: np.ndarray) -> np.ndarray:
+def _shrink(frames: np.ndarray) -> np.ndarray:
     """Resizes frames to at most `SIDE` pixels on the longer side."""
     height, width = frames.shape[1:3]
     shrink = min(SIDE / max(width, height), 1)

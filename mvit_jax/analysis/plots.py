@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 
 # Legible on white paper and on a dark page.
 COLOURS = ("#2f7fb8", "#d9772b", "#35996b", "#c2507c", "#8a6fc0", "#a08420", "#4aa3a8", "#8c7f78")
@@ -63,7 +63,7 @@ def curves(lines: Sequence[Curve], y: str, x: str = "step", title: str = "") -> 
         axes = figure.add_subplot()
         for i, line in enumerate(lines):
             axes.plot(
-                line.x, line.y, linewidth=1.5, label=short(line.name), markersize=4,
+                line.x, line.y, linewidth=1.5, label=truncate(line.name), markersize=4,
                 color=COLOURS[i % len(COLOURS)],
                 linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
                 marker="o" if line.dots or len(line.x) == 1 else "",
@@ -98,7 +98,7 @@ def confusion_matrix(
         axes.set(title=title, xlabel=below, ylabel="true")
         axes.spines[["top", "right"]].set_visible(True)
         if named:
-            shown = [short(name) for name in names]
+            shown = [truncate(name) for name in names]
             axes.set_xticks(range(n), shown, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(n), shown)
         if numbers:
@@ -120,7 +120,7 @@ def class_accuracy(
     )
 
 
-def parts(amounts: dict[str, float], x: str, marked: str = "") -> Figure:
+def percentages(amounts: dict[str, float], x: str, marked: str = "") -> Figure:
     """Plots parts as percentages of their sum, largest first; `marked` has another colour."""
     total = sum(amounts.values())
     rows = sorted(((100 * amount / total, name) for name, amount in amounts.items()), reverse=True)
@@ -135,7 +135,7 @@ def _bars(rows: Sequence[tuple[float, str]], colours: Any, fmt: str, **labels: s
         axes = figure.add_subplot()
         bars = axes.barh(range(len(rows)), [share for share, _ in rows], color=colours)
         axes.bar_label(bars, fmt=fmt, padding=3, fontsize=8.5)
-        axes.set_yticks(range(len(rows)), [short(name) for _, name in rows])
+        axes.set_yticks(range(len(rows)), [truncate(name) for _, name in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set(**labels, xlim=(0, 112), xticks=range(0, 101, 20))
     return figure
@@ -195,26 +195,26 @@ def budgets(
             right.xaxis.set_major_formatter("{x:g}")
             right.xaxis.set_minor_locator(NullLocator())
         right.set(xlabel=f"ms per {each} on one chip, at peak rates")
-        for axes, most in ((left, 3), (right, 2)):
+        for axes, columns in ((left, 3), (right, 2)):
             axes.grid(True, axis="x")
             axes.set_axisbelow(True)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(
-                    fontsize=8.5, ncols=most, loc="lower left", bbox_to_anchor=(0, 1.0),
+                    fontsize=8.5, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0),
                     columnspacing=1.2, handletextpad=0.4, handlelength=1.2, borderaxespad=0.2,
                 )  # fmt: skip
         figure.suptitle(title, fontsize=10.5)
     return figure
 
 
-def short(name: str) -> str:
+def truncate(name: str) -> str:
     """Truncates a name to `LONGEST` characters, the last one an ellipsis."""
     return name if len(name) <= LONGEST else name[: LONGEST - 1].rstrip() + "…"
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a PNG file atomically; raises `UserError` on failure."""
-    write_whole(path, png(figure, dpi=150))
+    write_atomically(path, png(figure, dpi=150))
 
 
 def png(figure: Figure, dpi: int) -> bytes:

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 
 Frames = UInt8[np.ndarray, "time height width 3"]
 
@@ -54,9 +54,9 @@ def contact_sheet(
     return sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
 
 
-def enlarged(frames: Frames, least: int) -> UInt8[np.ndarray, "time _height _width 3"]:
-    """Repeats the pixels of small frames until the shorter side has at least `least` pixels."""
-    factor = -(-least // min(frames.shape[1:3]))
+def enlarge(frames: Frames, min_side: int) -> UInt8[np.ndarray, "time _height _width 3"]:
+    """Repeats the pixels of small frames until the shorter side has at least `min_side` pixels."""
+    factor = -(-min_side // min(frames.shape[1:3]))
     return frames.repeat(factor, 1).repeat(factor, 2) if factor > 1 else frames
 
 
@@ -64,7 +64,7 @@ def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "height widt
     """Writes a PNG file atomically; raises `UserError` on failure."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def gif(frames: Frames, fps: float) -> bytes:
@@ -79,7 +79,7 @@ def gif(frames: Frames, fps: float) -> bytes:
 
 
 def save_gif(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
-    write_whole(path, gif(frames, fps))
+    write_atomically(path, gif(frames, fps))
 
 
 def save_mp4(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
@@ -98,4 +98,4 @@ def save_mp4(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         container.mux(stream.encode())
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

@@ -93,7 +93,7 @@ class Run:
         recorded = [e["step"] for e in (*self.train, *self.val, *self.evaluations)]
         return max(recorded) if recorded else None
 
-    def changed(self) -> dict[str, Any]:
+    def changed_keys(self) -> dict[str, Any]:
         """Returns the keys of the config that differ from the defaults, with their values."""
         if self.defaults is None:
             return {}
@@ -114,7 +114,7 @@ def report(run: Run) -> str:
         test_command=evaluate_command(run, None),
         shuffle_command=evaluate_command(run, (test or {}) | {"shuffled_frames": True}),
         pictures=_test_figures(test) if test else {},
-        pairs=confused(test["confusion"], test["classes"]) if test else [],
+        pairs=most_confused_pairs(test["confusion"], test["classes"]) if test else [],
         per_class=_per_class(test) if test else [],
         stages=[] if run.model is None else summary.stages(run.model),
         header=summary.HEADER,
@@ -161,15 +161,15 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [run.folder for run in runs]
 
 
-def confused(
-    confusion: Sequence[Sequence[int]], names: Sequence[str], most: int = PAIRS
+def most_confused_pairs(
+    confusion: Sequence[Sequence[int]], names: Sequence[str], limit: int = PAIRS
 ) -> list[tuple[str, str, int, float]]:
     """Returns the most often confused pairs of classes.
 
     Args:
       confusion: number of videos per true class (row) and predicted class (column).
       names: of the classes.
-      most: number of pairs at most.
+      limit: number of pairs at most.
 
     Returns:
       Tuples of true class, predicted class, number of videos, and percent of the true class's
@@ -178,7 +178,7 @@ def confused(
     counts = np.array(confusion, np.int64)
     of_class = counts.sum(1)
     np.fill_diagonal(counts, 0)
-    order = np.argsort(-counts, axis=None, kind="stable")[:most]
+    order = np.argsort(-counts, axis=None, kind="stable")[:limit]
     pairs = [divmod(int(i), len(names)) for i in order]
     return [
         (names[i], names[j], int(counts[i, j]), 100 * counts[i, j] / of_class[i])
@@ -260,7 +260,7 @@ def _time_figure(run: Run) -> Markup | None:
     if run.goodput is None:
         return None
     parts = {name: seconds for name, seconds in run.spent.items() if seconds > 0}
-    figure = plots.parts(parts, "of the wall time, %", marked="step")
+    figure = plots.percentages(parts, "of the wall time, %", marked="step")
     return _figure(figure, "Wall time by phase", "time")
 
 

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from mvit_jax.analysis import report
 from mvit_jax.analysis.report import Run
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath, faults, to_path, write_whole
+from mvit_jax.common.files import AnyPath, io_errors, to_path, write_atomically
 from mvit_jax.config import base
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.training import build
@@ -46,7 +46,7 @@ def read(folder: str | AnyPath) -> Run:
             f"{folder} holds no run (it has no config.json): give the folder of a run or of "
             "converted weights"
         )
-    config = workdir.frozen(folder)
+    config = workdir.recorded_config(folder)
     log = history.read(folder)
     tests = sorted(  # the default test first, tests with shuffled frames last
         evaluations(folder),
@@ -82,20 +82,20 @@ def read(folder: str | AnyPath) -> Run:
 def write_report(folder: str | AnyPath) -> AnyPath:
     """Writes the HTML report of a workdir atomically, and returns its path."""
     path = to_path(folder) / REPORT
-    write_whole(path, report.report(read(folder)))
+    write_atomically(path, report.report(read(folder)))
     return path
 
 
 def write_comparison(folders: Sequence[str | AnyPath], path: str | AnyPath) -> str:
     """Writes the HTML comparison of several workdirs; returns the comparison as plain text."""
     runs = [read(folder) for folder in folders]
-    write_whole(path, report.comparison(runs))
+    write_atomically(path, report.comparison(runs))
     return report.comparison_table(runs)
 
 
-def keep_sheet(path: AnyPath, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
+def write_example_clips(path: AnyPath, sheet: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Writes the example clips of an evaluation as JSON."""
-    write_whole(path, json.dumps(sheet | {"of": report.identify(evaluation)}) + "\n")
+    write_atomically(path, json.dumps(sheet | {"of": report.identify(evaluation)}) + "\n")
 
 
 def evaluations(folder: AnyPath) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def _load(path: AnyPath, keys: set[str]) -> dict[str, Any]:
     """Reads a JSON file of the test program; raises `UserError` if one of `keys` is missing."""
     try:
         content = json.loads(path.read_text())
-    except (*faults(), ValueError):
+    except (*io_errors(), ValueError):
         content = None
     if not isinstance(content, dict) or not keys <= content.keys():
         raise UserError(

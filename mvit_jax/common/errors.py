@@ -34,7 +34,7 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
         return main(argv)
     except HungError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        leave(1)
+        exit_at_once(1)
     except UserError as error:
         _end(error)
     except KeyboardInterrupt:
@@ -53,7 +53,7 @@ def lock(config: Any) -> None:
         raise UserError(f"there is no config file {path}: check --config") from None
 
 
-def leave(status: int) -> NoReturn:
+def exit_at_once(status: int) -> NoReturn:
     """Kills child processes and exits at once, without joining threads or running exit handlers."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -69,20 +69,20 @@ def is_local(path: AnyPath) -> bool:
     return isinstance(path, Path)
 
 
-def faults() -> tuple[type[Exception], ...]:
+def io_errors() -> tuple[type[Exception], ...]:
     """Returns the exceptions that reading or writing a path may raise, for use in `except`."""
     tensorflow = sys.modules.get("tensorflow")  # its errors do not derive from `OSError`
     return (OSError,) if tensorflow is None else (OSError, tensorflow.errors.OpError)
 
 
-def why(fault: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Returns the reason for a failed read or write in a few words, from the exception."""
-    reason = getattr(fault, "strerror", None) or str(fault).partition(" with body '")[0].strip()
+    reason = getattr(error, "strerror", None) or str(error).partition(" with body '")[0].strip()
     reason = re.sub(r"^\{\{function_node .*?\}\} ", "", reason)  # TensorFlow's prefix
-    return reason.partition("\n")[0] or type(fault).__name__
+    return reason.partition("\n")[0] or type(error).__name__
 
 
-def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file atomically, text as UTF-8.
 
     A local file is written under a temporary name in the same folder, then renamed.
@@ -95,8 +95,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     if not is_local(path):
         try:
             path.write_bytes(content)
-        except faults() as error:
-            raise UserError(f"{path} cannot be written ({why(error)})") from None
+        except io_errors() as error:
+            raise UserError(f"{path} cannot be written ({describe_error(error)})") from None
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -30,7 +30,7 @@ class Progress:
             self._bar.close()
 
 
-def shown(title: str, results: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
+def track(title: str, results: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
     """Yields results, one per video, and displays the progress."""
     with closing(Progress(title, total, done)) as progress:
         for number, result in enumerate(results, done + 1):

@@ -32,19 +32,19 @@ def table(
 
 def section(title: str, lines: Lines) -> str:
     """Returns a title and, indented under it, the lines in two aligned columns."""
-    return f"{title}\n{indented(aligned(lines))}"
+    return f"{title}\n{indent(align(lines))}"
 
 
-def aligned(lines: Lines) -> str:
+def align(lines: Lines) -> str:
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
 
 
-def indented(text: str) -> str:
+def indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-def by(sizes: Iterable[int]) -> str:
+def join_sizes(sizes: Iterable[int]) -> str:
     """Joins sizes by "x", as in "16x224x224"."""
     return "x".join(map(str, sizes))
 

@@ -33,7 +33,7 @@ class Box(NamedTuple):
     height: int
     width: int
 
-    def cut(self, clip: np.ndarray, window: "Box") -> np.ndarray:
+    def crop(self, clip: np.ndarray, window: "Box") -> np.ndarray:
         """Returns this part of the frames as a view of `clip`, which holds the part `window`."""
         top, left = self.top - window.top, self.left - window.left
         return clip[:, top : top + self.height, left : left + self.width]
@@ -150,7 +150,7 @@ def sharpness(clip: Clip, factor: float, window: Box, region: Box) -> Clip:
         for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
             smooth[edge] = frame[edge]
         blended = _blend(smooth, frame, factor)
-        target[:] = region.cut(blended[None], window)[0]
+        target[:] = region.crop(blended[None], window)[0]
     return out
 
 
@@ -180,9 +180,9 @@ def rotate(clip: Clip, degrees: float, frame: Box, window: Box, region: Box, fil
     `degrees` is between -90 and 90, both excluded. `window` contains the box of `rotate_source`.
     """
     if degrees == 0:
-        return region.cut(clip, window)
+        return region.crop(clip, window)
     if _has_centre_pixel(frame) and region != frame:
-        return region.cut(rotate(clip, degrees, frame, window, frame, fill), frame)
+        return region.crop(rotate(clip, degrees, frame, window, frame, fill), frame)
     a, b, c, d, e, f = _rotation(degrees, frame)
     # The same map in the coordinates of `region` and `window`.
     c += a * region.left + b * region.top - window.left

@@ -37,7 +37,7 @@ class LoaderOptions:
 DEFAULT = LoaderOptions()
 
 
-def batched(
+def load_batches(
     load: Any, batches: int, rows: int, options: LoaderOptions, prefetch: int
 ) -> Generator[Batch, None, None]:
     """Yields batches of stacked elements; closing the generator stops loading.
@@ -102,12 +102,12 @@ def _dataset(load: Any, batches: int, rows: int, options: LoaderOptions, prefetc
             grain.MultiprocessingOptions(
                 num_workers=options.processes, per_worker_buffer_size=ahead
             ),
-            worker_init_fn=_serve_parent,
+            worker_init_fn=_set_up_worker,
         )
     return dataset.batch(rows, drop_remainder=True)
 
 
-def _serve_parent(worker: int, workers: int) -> None:
+def _set_up_worker(worker: int, workers: int) -> None:
     """Ignores SIGINT and SIGTERM, which the parent handles, and exits when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
 from jaxtyping import UInt8
 
 
@@ -51,9 +50,10 @@ def of_frame(frame: av.VideoFrame) -> Orientation:
     The matrix maps the pixel (x, y) to (ax + cy, bx + dy), up to a shift. The nearest of the eight
     orientations is returned.
     """
-    if Type.DISPLAYMATRIX not in frame.side_data:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return UPRIGHT
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(frame.side_data[Type.DISPLAYMATRIX]))
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(mirror=a < 0, flip=d < 0)
     return Orientation(transpose=True, mirror=c < 0, flip=b < 0)

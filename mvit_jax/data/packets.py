@@ -4,7 +4,6 @@ Presentation times are the truth about a video. Frame rates and frame counts of 
 against them. If the times themselves are broken, frames are counted in the decoder's order.
 """
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -161,33 +160,15 @@ def read_packets(container: InputContainer, stream: VideoStream, path: str) -> P
       DecodeError: the file is truncated, or has no frames; the error contains `path`.
     """
     indexed = len(stream.index_entries)
-    packets: list[tuple[int | None, bool]] = []  # presentation time; True for presented frames
-    keys: list[KeyFrame] = []
-    positions: dict[int | None, int] = {}
-    sizes: list[int] = []
-    first_key, last = None, 0
-    for packet, following in itertools.pairwise(itertools.chain(container.demux(stream), [None])):
-        # A truncated file's last packet is incomplete. Other packets that are marked as corrupt
-        # come after a fault of transmission, and most of them are intact.
-        incomplete = packet.is_corrupt and (following is None or following.size == 0)
-        if packet.size == 0 or incomplete:
-            continue
-        position = len(sizes)
-        positions[packet.pts] = position
-        sizes.append(packet.size)
-        packets.append((packet.pts, not packet.is_discard))
-        if packet.is_keyframe and first_key is None:
-            first_key = position
-        if packet.pts is not None and (packet.is_keyframe or not keys):
-            keys.append(KeyFrame(packet.pts, packet.dts, position))
-        last = max(last, packet.pts or packet.dts or 0)
-    _check_length(container, stream, path, len(sizes), indexed, last)
+    read = _read(container, stream)
+    _check_length(container, stream, path, read, indexed)
+    keys = [position for position, packet in enumerate(read) if packet.is_key]
     # Streams in which the encoder marks no key frame are decoded from the first packet.
-    start = first_key or 0
-    if start > (1 - MIN_SHARE) * len(sizes) and container.format.name not in _BROADCAST:
-        reason = f"the first {start} of its {len(sizes)} frames lack a key frame"
+    start = keys[0] if keys else 0
+    if start > (1 - MIN_SHARE) * len(read) and container.format.name not in _BROADCAST:
+        reason = f"the first {start} of its {len(read)} frames lack a key frame"
         raise DecodeError(path, f"it is damaged: {reason}")
-    presented = [pts for pts, shown in packets[start:] if shown]
+    presented = [packet.pts for packet in read[start:] if not packet.is_hidden]
     if not presented:
         raise DecodeError(path, "it holds no frames")
     times = [time for time in presented if time is not None]
@@ -198,39 +179,80 @@ def read_packets(container: InputContainer, stream: VideoStream, path: str) -> P
         rate=float(stream.average_rate or stream.guessed_rate or 30),
         time_base=stream.time_base or Fraction(1),
         times=sorted(times) if usable else [],
-        positions=positions,
-        sizes=sizes,
-        key_frames=[key for key in keys if key.position >= start],
+        positions={packet.pts: position for position, packet in enumerate(read)},
+        sizes=[packet.size for packet in read],
+        key_frames=[
+            KeyFrame(packet.pts, packet.dts, position)
+            for position, packet in enumerate(read)
+            if packet.pts is not None and (packet.is_key or position == start)
+        ],
         by_time=by_time,
         seekable=by_time and container.format.name not in _FORWARD_ONLY,
     )
 
 
+class _Packet(NamedTuple):
+    pts: int | None
+    dts: int | None
+    size: int
+    is_key: bool
+    is_hidden: bool
+    is_corrupt: bool
+
+    @property
+    def time(self) -> int:
+        return self.pts or self.dts or 0
+
+
+def _read(container: InputContainer, stream: VideoStream) -> list[_Packet]:
+    """Reads all packets, except an incomplete one at the end of a truncated file.
+
+    Other packets that are marked as corrupt follow a fault of transmission. Most are intact.
+    """
+    read = [
+        _Packet(
+            packet.pts,
+            packet.dts,
+            packet.size,
+            packet.is_keyframe,
+            packet.is_discard,
+            packet.is_corrupt,
+        )
+        for packet in container.demux(stream)
+        if packet.size > 0
+    ]
+    return read[:-1] if read and read[-1].is_corrupt else read
+
+
 def _check_length(
-    container: InputContainer, stream: VideoStream, path: str, read: int, indexed: int, last: int
+    container: InputContainer, stream: VideoStream, path: str, read: list[_Packet], indexed: int
 ) -> None:
-    """Raises `DecodeError` if far less can be read than the file states."""
-    name, stated = container.format.name, stream.frames
+    """Raises `DecodeError` if far less can be read than the file states.
+
+    `indexed` is the number of frames in the container's index, before the packets were read.
+    """
+    name, frames, stated = container.format.name, len(read), stream.frames
+    last = max((packet.time for packet in read), default=0)
     if name == "avi":
         # Chunks without content repeat the frame before; they have a time, but no packet.
-        read = max(read, last + 1)
+        frames = max(frames, last + 1)
     elif stated and indexed:
         # Edit lists hide whole groups of pictures, which the index leaves out.
         stated = min(stated, indexed)
-    if read < MIN_SHARE * stated:
-        raise DecodeError(path, f"it is cut off, with {read} of its {stated} frames")
+    if frames < MIN_SHARE * stated:
+        raise DecodeError(path, f"it is cut off, with {frames} of its {stated} frames")
     if name not in _STATE_THEIR_DURATION or not container.duration or not stream.time_base:
         return
     duration = container.duration / 1e6
     if float(last * stream.time_base) < MIN_SHARE * duration:
         # The sound may be longer than the pictures.
-        seconds = _last_second(container)
+        seconds = _end_of_all_streams(container)
         if seconds < MIN_SHARE * duration:
             reason = f"it is cut off, with {seconds:.1f} of its {duration:.1f} seconds"
             raise DecodeError(path, reason)
 
 
-def _last_second(container: InputContainer) -> float:
+def _end_of_all_streams(container: InputContainer) -> float:
     """Returns the largest end time of any packet of any stream, in seconds."""
     container.seek(0)
     ends = [

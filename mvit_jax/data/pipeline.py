@@ -21,7 +21,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation, sampling, watchdog
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.images import DecodeError, Footage
-from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, batched
+from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, load_batches
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import Source
 from mvit_jax.data.video import Video
@@ -137,7 +137,7 @@ def train_batches(
     Yields:
       "clip", uint8 `[rows, T, size, size, 3]`, RGB; "label", int32 `[rows]`, or uint8 `[rows,
       classes]`, multi-hot; "broken", int32 `[rows]`, index of the video that was drawn first and
-      could not be decoded, or -1. `video.why_broken` returns the reason of a decode failure.
+      could not be decoded, or -1. `video.decode_failure` returns the reason.
 
     Raises:
       UserError: `repeats` does not divide the batch or the rows; while iterating, ten videos in a
@@ -152,7 +152,7 @@ def train_batches(
         )
     decoded = range(rows.start // repeats, rows.stop // repeats)
     load = _TrainElements(videos, settings, seed, batch // repeats, start, decoded, repeats)
-    batches = batched(load, max(steps - start, 0), len(decoded), loader, prefetch)
+    batches = load_batches(load, max(steps - start, 0), len(decoded), loader, prefetch)
     return _flatten_repeats(batches)
 
 
@@ -189,8 +189,7 @@ def test_batches(
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
       first; "label", int32 `[rows]`, or uint8 `[rows, classes]`; "video", int32 `[rows]`, index of
       the video, or -1 for padding; "valid", bool `[rows]`, False for padding and for videos that
-      cannot be decoded, whose clips are black. `video.why_broken` returns the reason of a decode
-      failure.
+      cannot be decoded, whose clips are black. `video.decode_failure` returns the reason.
 
     Raises:
       HungError: while iterating, a batch takes longer than `loader.timeout`.
@@ -198,7 +197,7 @@ def test_batches(
     rows = _check_rows(rows, batch)
     counts = (clips,) if isinstance(clips, int) else tuple(clips)
     load = _TestElements(videos, settings, counts, crops, batch, rows, shuffle_seed)
-    return batched(load, -(-len(videos) // batch), len(rows), loader, prefetch)
+    return load_batches(load, -(-len(videos) // batch), len(rows), loader, prefetch)
 
 
 def load_train_clips(
@@ -284,7 +283,7 @@ def views(
     if shuffle is not None:
         indices = shuffle.permuted(indices, axis=1)
     cropped = _transform_frames(
-        video, indices.ravel(), lambda frames: crops_of(frames, settings, crops)
+        video, indices.ravel(), lambda frames: test_crops(frames, settings, crops)
     )
     by_clip = cropped.reshape(crops, *indices.shape, *cropped.shape[2:]).swapaxes(0, 1)
     return by_clip.reshape(len(indices) * crops, *by_clip.shape[2:])
@@ -311,7 +310,7 @@ def _transform_frames(
     return np.concatenate(transformed, axis=1)[:, inverse]
 
 
-def crops_of(
+def test_crops(
     frames: UInt8[np.ndarray, "frames height width 3"], settings: ClipSettings, crops: int
 ) -> UInt8[np.ndarray, "{crops} frames size size 3"]:
     """Returns the test protocol's crops of the scaled frames."""

@@ -171,7 +171,7 @@ def apply(
     for op in reversed(operations):
         regions.append(_source_box(op, frame, regions[-1]))
     window = regions.pop()
-    clip = window.cut(clip, frame)
+    clip = window.crop(clip, frame)
     for op in operations:
         region = regions.pop()
         clip = _apply(op, clip, frame, window, region, fill)
@@ -218,7 +218,7 @@ def _apply(op: Operation, clip: Clip, frame: Box, window: Box, region: Box, fill
             return image_ops.color(clip, argument)
         case "Sharpness":
             return image_ops.sharpness(clip, argument, window, region)
-    return image_ops.look_up(region.cut(clip, window), _table(name, argument, clip))
+    return image_ops.look_up(region.crop(clip, window), _table(name, argument, clip))
 
 
 def _table(name: str, argument: float, clip: Clip) -> image_ops.Table:

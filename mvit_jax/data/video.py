@@ -464,7 +464,7 @@ def opened(path: str | os.PathLike[str], clip_frames: int) -> Iterator[Video | F
             yield video
 
 
-def why_broken(opened: contextlib.AbstractContextManager[Footage]) -> str | None:
+def decode_failure(opened: contextlib.AbstractContextManager[Footage]) -> str | None:
     """Decodes all frames of a video or image and returns the reason of a failure.
 
     Args:

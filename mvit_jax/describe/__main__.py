@@ -59,7 +59,7 @@ def all_variants() -> str:
     for name in VARIANTS:
         p = PUBLISHED.get(name)
         classes = {"num_classes": CLASSES[p.data]} if p else {}
-        rows.append((name, *_beside(cost(variant(name, **classes)), p, notes)))
+        rows.append((name, *_compare(cost(variant(name, **classes)), p, notes)))
     return _with_notes(table(("variant", *_PUBLISHED_HEADER), rows), notes)
 
 
@@ -73,19 +73,19 @@ def all_ablations() -> str:
             f"{k}='{v}'" if " " in str(v) and isinstance(v, str) else f"{k}={v}".replace(" ", "")
             for k, v in a.overrides.items()
         )
-        rows.append((a.setting, *_beside(ours, a.published, notes), f"{a.variant} {overrides}"))
+        rows.append((a.setting, *_compare(ours, a.published, notes), f"{a.variant} {overrides}"))
     header = ("setting", *_PUBLISHED_HEADER, "made by")
     return _with_notes(table(header, rows), notes)
 
 
-def _beside(ours: Cost, p: Published | None, notes: list[str]) -> Row:
+def _compare(ours: Cost, p: Published | None, notes: list[str]) -> Row:
     """Returns computed and published figures; appends the reason for a difference to `notes`."""
     millions, billions = ours.parameters / 1e6, ours.multiply_adds / 1e9
     if p is None:
         return (f"{ours.parameters:,}", "", "", f"{billions:.2f}G", "", "", "", "", "")
-    if p.why and p.why not in notes:
-        notes.append(p.why)
-    mark = f" [{notes.index(p.why) + 1}]" if p.why else ""
+    if p.note and p.note not in notes:
+        notes.append(p.note)
+    mark = f" [{notes.index(p.note) + 1}]" if p.note else ""
     return (
         f"{ours.parameters:,}", _figure(p.parameters, "M"), _percent(millions, p.parameters),
         f"{billions:.2f}G", _figure(p.multiply_adds, "G"), _percent(billions, p.multiply_adds),

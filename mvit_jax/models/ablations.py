@@ -22,9 +22,9 @@ class Ablation:
 
 def _row(
     table: str, setting: str, variant: str, top1: float | None, multiply_adds: float | None = None,
-    parameters: float | None = None, why: str = "", data: str = "Kinetics-400", **overrides: Any,
+    parameters: float | None = None, note: str = "", data: str = "Kinetics-400", **overrides: Any,
 ) -> Ablation:  # fmt: skip
-    published = Published(data, parameters, multiply_adds, top1, table, why)
+    published = Published(data, parameters, multiply_adds, top1, table, note)
     return Ablation(setting, variant, overrides, published)
 
 
@@ -39,7 +39,7 @@ _UNEXPLAINED = "1.1 G more than our count; the cause is unknown"
 ABLATIONS: tuple[Ablation, ...] = (
     _row("P1, Table 10", "queries pooled after block 6", "vit_b_8x8", 71.0, 111.1, depths=(6, 6),
          growth=1, pool_mode="max"),
-    _row("P1, Table 10", "keys and values pooled", "vit_b_8x8", 69.1, 148.4, why=_NOT_STATED,
+    _row("P1, Table 10", "keys and values pooled", "vit_b_8x8", 69.1, 148.4, note=_NOT_STATED,
          kv_stride=(1, 2, 2), pool_mode="max"),
     _b("P1, Table 11", "no positional embeddings", 75.8, parameters=36.2, positions="none"),
     _b("P1, Table 11", "space-only positional embeddings", 76.7, parameters=36.5,
@@ -56,7 +56,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     _b("P1, Table 12", "32x2, cubes 3x7x7", 77.2, 70.5, frames=32, patch_stride=(4, 4, 4)),
     _b("P1, Table 12", "32x2, cubes 7x7x7", 77.3, 70.5, frames=32, patch_kernel=(7, 7, 7),
        patch_stride=(4, 4, 4), patch_padding=(3, 3, 3),
-       why="the paper prints the same multiply-adds for both kernels; the larger kernel has more"),
+       note="the paper prints the same multiply-adds for both kernels; the larger kernel has more"),
     *(
         _b("P1, Table 13", "-".join(map(str, depths)), top1, cost, parameters=parameters,
            depths=depths, kv_stride=(2, 4, 4))
@@ -70,12 +70,12 @@ ABLATIONS: tuple[Ablation, ...] = (
         )
     ),
     _b("P1, Table 14", "no K/V stride", 77.6, 130.8, kv_stride=(1, 1, 1),
-       why="attention over all tokens of the first block alone takes 121 G, so the paper's model "
+       note="attention over all tokens of the first block alone takes 121 G, so the paper's model "
        "must pool keys and values in some block"),
     _b("P1, Table 14", "K/V stride 1x4x4 in all blocks", 75.9, 71.4, kv_stride=(1, 4, 4),
-       kv_adaptive=False, why=_UNEXPLAINED),
+       kv_adaptive=False, note=_UNEXPLAINED),
     _b("P1, Table 14", "K/V stride 2x4x4 in all blocks", 74.8, 64.3, kv_stride=(2, 4, 4),
-       kv_adaptive=False, why=_UNEXPLAINED),
+       kv_adaptive=False, note=_UNEXPLAINED),
     _b("P1, Table 14", "K/V stride 2x4x4, adaptive", 77.1, 83.6, kv_stride=(2, 4, 4)),
     _b("P1, Table 14", "K/V stride 1x8x8, adaptive", 77.2, 70.5),
     _b("P1, Table 14", "K/V stride 2x8x8, adaptive", 75.8, 63.7, kv_stride=(2, 8, 8)),

@@ -42,7 +42,7 @@ from mvit_jax.models.ops.attention import (
 from mvit_jax.models.ops.gelu import gelu
 from mvit_jax.models.ops.patch_conv import convolve
 from mvit_jax.models.plan import BlockPlan, MViTConfig, Pool, Triple, drop_path_rates, grids, plan
-from mvit_jax.models.pooling import POOLINGS, MaxPool, pooled, pooled_pair
+from mvit_jax.models.pooling import POOLINGS, MaxPool, apply_pooling, apply_pooling_pair
 from mvit_jax.models.positions import Positions, RelativePositions
 
 
@@ -152,9 +152,9 @@ class MViT(nnx.Module):
     ) -> tuple[Float[Array, "batch num_classes"], Tokens]:
         """Returns the logits of the last block's tokens, and the normalised tokens."""
         tokens = self.norm(x)
-        return self.head(self._pooled(x, tokens), key), tokens
+        return self.head(self._representation(x, tokens), key), tokens
 
-    def _pooled(self, x: Tokens, tokens: Tokens) -> Float[Array, "batch channels"]:
+    def _representation(self, x: Tokens, tokens: Tokens) -> Float[Array, "batch channels"]:
         """Returns the vector that the head classifies: the class token or a mean of tokens."""
         if self.config.mean_pooling:
             return self.norm(x[:, int(self.config.class_token) :].mean(1))
@@ -284,8 +284,8 @@ class PooledAttention(nnx.Module):
         plan = self.plan
         query_grid, key_grid = plan.output(grid), plan.keys(grid)
         q, k, v = (mark_saved(x),) * 3 if plan.pool_first else self._project(x)
-        q = pooled(self.pool_q, plan.q_pool, q, grid)
-        k, v = pooled_pair(self.pool_k, self.pool_v, plan.kv_pool, k, v, grid)
+        q = apply_pooling(self.pool_q, plan.q_pool, q, grid)
+        k, v = apply_pooling_pair(self.pool_k, self.pool_v, plan.kv_pool, k, v, grid)
         if plan.pool_first:
             q, k, v = self.q(q), self.k(k), self.v(v)
         relative = None
@@ -335,7 +335,7 @@ class PooledAttention(nnx.Module):
         if self.plan.separate_qkv:
             return mark_saved(self.q(x)), mark_saved(self.k(x)), mark_saved(self.v(x))
         # The fused projection's output channels are Q's, then K's, then V's. Slicing the weights
-        # avoids copying the output. K and V stay in one tensor, which `pooled_pair` pools at once.
+        # avoids copying the output. K and V stay in one tensor and are pooled at once.
         width = self.plan.attention_width
         q, kv = (_columns(self.qkv, x, part) for part in (slice(width), slice(width, None)))
         k, v = jnp.split(mark_saved(kv), 2, axis=-1)

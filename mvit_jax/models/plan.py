@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.text import by
+from mvit_jax.common.text import join_sizes
 
 Triple = tuple[int, int, int]  # along time, height, width
 KernelRule = Literal["stride", "stride + 1", "2 stride + 1"]
@@ -278,8 +278,8 @@ def _grids(config: MViTConfig, size: Triple) -> tuple[BlockGrids, ...] | None:
 
 def _too_small(config: MViTConfig, size: Triple) -> UserError:
     return UserError(
-        f"a clip of {by(size)} (frames x height x width) is too small: this model requires at "
-        f"least {by(smallest_clip(config))}"
+        f"a clip of {join_sizes(size)} (frames x height x width) is too small: this model requires "
+        f"at least {join_sizes(smallest_clip(config))}"
     )
 
 

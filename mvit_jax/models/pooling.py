@@ -76,7 +76,9 @@ class AvgPool(nnx.Module):
 POOLINGS = {"conv": ConvPool, "conv_unshared": ConvPool, "max": MaxPool, "avg": AvgPool}
 
 
-def pooled(module: Callable[..., Any] | None, pool: Pool | None, x: Tokens, grid: Triple) -> Tokens:
+def apply_pooling(
+    module: Callable[..., Any] | None, pool: Pool | None, x: Tokens, grid: Triple
+) -> Tokens:
     """Returns the tokens pooled by `module`, or the tokens themselves without a `pool`.
 
     Raises:
@@ -94,17 +96,17 @@ def pooled(module: Callable[..., Any] | None, pool: Pool | None, x: Tokens, grid
     return y if isinstance(module, ConvPool) else mark_saved(y)  # ConvPool marks its norm's input
 
 
-def pooled_pair(
+def apply_pooling_pair(
     k: Callable[..., Any] | None, v: Callable[..., Any] | None, pool: Pool | None,
     keys: Tokens, values: Tokens, grid: Triple,
 ) -> tuple[Tokens, Tokens]:  # fmt: skip
     """Returns pooled keys and values; built-in poolings pool both in one operation."""
     if pool is None or type(k) not in POOLINGS.values() or type(k) is not type(v):
-        return pooled(k, pool, keys, grid), pooled(v, pool, values, grid)
+        return apply_pooling(k, pool, keys, grid), apply_pooling(v, pool, values, grid)
     # XLA cancels this concatenation against the split in `PooledAttention._project`.
     both = jnp.concatenate([keys, values], axis=-1)
     if not (isinstance(k, ConvPool) and isinstance(v, ConvPool)):
-        keys, values = jnp.split(pooled(k, pool, both, grid), 2, axis=-1)
+        keys, values = jnp.split(apply_pooling(k, pool, both, grid), 2, axis=-1)
         return keys, values
     taps = jnp.concatenate([k.taps(), v.taps()], axis=-1)
     both = mark_saved(pooling.pool_tokens(both, grid, pool, taps))

@@ -3,7 +3,7 @@
 import math
 from itertools import groupby
 
-from mvit_jax.common.text import by, table
+from mvit_jax.common.text import join_sizes, table
 from mvit_jax.models.cost import Cost, block_cost, cost, embedding_cost, head_cost
 from mvit_jax.models.plan import MViTConfig, Triple, grids, patch_grid, plan
 from mvit_jax.models.variants import PUBLISHED, VARIANTS, preprocessing
@@ -20,7 +20,7 @@ def stages(config: MViTConfig) -> list[Row]:
     """
     sizes = grids(config, config.frames, config.size, config.size)
     first = patch_grid(config, config.frames, config.size, config.size)
-    cube = f"{by(config.patch_kernel)} conv, stride {by(config.patch_stride)}"
+    cube = f"{join_sizes(config.patch_kernel)} conv, stride {join_sizes(config.patch_stride)}"
     rows: list[Row] = [
         ("clip", "", f"{config.frames}x{config.size}x{config.size}", "3", "", "", "", ""),
         ("cubes", cube, _tokens(first, config), str(config.width), "", "",
@@ -34,7 +34,7 @@ def stages(config: MViTConfig) -> list[Row]:
         for member, member_grids in members:
             total += block_cost(member, member_grids, config.class_token)
         heads, width = str(block.heads), str(block.attention_width)
-        keys = by(block_grids.keys)
+        keys = join_sizes(block_grids.keys)
         rows.append(
             (f"stage {stage + 1}", f"{len(members)} x (attention {width}, MLP {block.mlp_width})",
              _tokens(block_grids.output, config), width, heads, keys, *_cost(total))
@@ -62,7 +62,7 @@ def describe(name: str, config: MViTConfig) -> str:
         p = PUBLISHED[name]
         lines.append(
             f"published: {p.parameters} M parameters, {p.multiply_adds} G multiply-adds, "
-            f"{p.top1} % top-1 on {p.data} ({p.source})" + (f"; {p.why}" if p.why else "")
+            f"{p.top1} % top-1 on {p.data} ({p.source})" + (f"; {p.note}" if p.note else "")
         )
     if name in VARIANTS:
         lines.append(_input(name, config))
@@ -88,6 +88,5 @@ def _cost(cost: Cost) -> tuple[str, str]:
 
 
 def _tokens(grid: Triple, config: MViTConfig) -> str:
-    return (
-        f"{by(grid)}{' + 1' if config.class_token else ''} = {math.prod(grid) + config.class_token}"
-    )
+    tokens = math.prod(grid) + config.class_token
+    return f"{join_sizes(grid)}{' + 1' if config.class_token else ''} = {tokens}"

@@ -122,7 +122,7 @@ VARIANTS: dict[str, MViTConfig] = {
 class Published:
     """A published result: millions of parameters, billions of multiply-adds per view, top-1 in %.
 
-    `why` explains a difference of more than 1 % from our counts, or is empty.
+    `note` explains a difference of more than 1 % from our counts, or is empty.
     """
 
     data: str
@@ -130,14 +130,14 @@ class Published:
     multiply_adds: float | None
     top1: float | None
     source: str
-    why: str = ""
+    note: str = ""
 
 
-_L_WHY = (
+_L_NOTE = (
     "the paper's parameters fit growth in the MLP (its Table 13 has 213.1 M), its multiply-adds "
     "fit growth in the attention, as in the released configs"
 )
-_L_IMAGE_WHY = (
+_L_IMAGE_NOTE = (
     "the released weights and the paper's parameters fit growth in the MLP, the paper's "
     "multiply-adds fit growth in the attention (41.8 G)"
 )
@@ -165,21 +165,21 @@ PUBLISHED: dict[str, Published] = {
         "the row's parameters and multiply-adds fit growth in the MLP",
     ),
     "mvitv2_l_32x3_312": Published(
-        "Kinetics-600", 217.6, 2063.0, 87.2, "P2, Table 11 (from ImageNet-21k)", _L_WHY
+        "Kinetics-600", 217.6, 2063.0, 87.2, "P2, Table 11 (from ImageNet-21k)", _L_NOTE
     ),
     "mvitv2_l_40x3_312": Published(
-        "Kinetics-400", 217.6, 2828.0, 86.1, "P2, Table 10 (from ImageNet-21k)", _L_WHY
+        "Kinetics-400", 217.6, 2828.0, 86.1, "P2, Table 10 (from ImageNet-21k)", _L_NOTE
     ),
     "mvitv2_l_40x3_352": Published(
-        "Kinetics-600", 217.6, 3790.0, 87.9, "P2, Table 11 (from ImageNet-21k)", _L_WHY
+        "Kinetics-600", 217.6, 3790.0, 87.9, "P2, Table 11 (from ImageNet-21k)", _L_NOTE
     ),
     "mvitv2_t": Published("ImageNet-1k", 24.0, 4.7, 82.3, "P2, Table 2"),
     "mvitv2_s": Published("ImageNet-1k", 35.0, 7.0, 83.6, "P2, Table 2"),
     "mvitv2_b": Published("ImageNet-1k", 52.0, 10.2, 84.4, "P2, Table 2",
                           "the paper rounds 51.5 M up"),
     "mvitv2_b_384": Published("ImageNet-1k", 52.0, 36.7, 85.2, "P2, Table 2"),
-    "mvitv2_l": Published("ImageNet-1k", 218.0, 42.1, 85.3, "P2, Table 2", _L_IMAGE_WHY),
-    "mvitv2_l_384": Published("ImageNet-1k", 218.0, 140.2, 86.0, "P2, Table 2", _L_IMAGE_WHY),
+    "mvitv2_l": Published("ImageNet-1k", 218.0, 42.1, 85.3, "P2, Table 2", _L_IMAGE_NOTE),
+    "mvitv2_l_384": Published("ImageNet-1k", 218.0, 140.2, 86.0, "P2, Table 2", _L_IMAGE_NOTE),
     "mvitv2_h": Published("ImageNet-1k", 667.0, 120.6, 88.0, "P2, Table 3 (from ImageNet-21k)"),
     "mvitv2_h_384": Published("ImageNet-1k", 667.0, 388.5, 88.3, "P2, Table 3 (from ImageNet-21k)"),
     "mvitv2_h_512": Published("ImageNet-1k", 667.0, 763.5, 88.3, "P2, Table 3 (from ImageNet-21k)"),

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from mvit_jax.analysis import plots
 from mvit_jax.common import errors
-from mvit_jax.common.files import check_writable, write_whole
+from mvit_jax.common.files import check_writable, write_atomically
 from mvit_jax.common.text import plural, table
 from mvit_jax.config import Config, check, define_flag
 from mvit_jax.models.run_blocks import REMAT
@@ -111,34 +111,34 @@ def check_flags() -> None:
             raise errors.UserError(f"--{flag} needs --sweep: add it, or set keys of --config")
 
 
-def write_report(plans: list[Plan], most: int | None = None) -> None:
+def write_report(plans: list[Plan], max_clips: int | None = None) -> None:
     if _JSON.value is not None:
         config = config_flags.get_config_filename(flags.FLAGS["config"])
-        write_whole(_JSON.value, json.dumps(text.report(plans, config, most), indent=1))
+        write_atomically(_JSON.value, json.dumps(text.report(plans, config, max_clips), indent=1))
 
 
 def plan(config: Config, topology: Topology) -> Plan:
     """Compiles the experiment's step and prints the plan."""
-    _, changed = advice.fitted(config, topology.chips)
+    _, changed = advice.fit_config(config, topology.chips)
     mesh = compile.tpu_mesh(topology, config.mesh.data, config.mesh.fsdp)
     print(text.title(config, topology, mesh), flush=True)
     if topology.chip.cores > 1 and "-" in str(_TOPOLOGY.value):
         print(f"{_TOPOLOGY.value} counts cores, {topology.chip.cores} per chip")
     if changed:
         print(changed, flush=True)
-    result = compiled(config, topology, mesh)
-    most = search(result, mesh) if _LARGEST.value else None
-    print("\n" + text.text(result, most), flush=True)
-    write_report([result], most)
+    result = compile_plan(config, topology, mesh)
+    max_clips = search(result, mesh) if _LARGEST.value else None
+    print("\n" + text.text(result, max_clips), flush=True)
+    write_report([result], max_clips)
     return result
 
 
-def compiled(config: Config, topology: Topology, mesh: Mesh, quiet: bool = False) -> Plan:
+def compile_plan(config: Config, topology: Topology, mesh: Mesh, quiet: bool = False) -> Plan:
     """Compiles a config's step for a mesh and returns the plan."""
     videos, model = dry_run.data_and_model(config)
-    fitted, _ = advice.fitted(config, topology.chips)
+    fitted, _ = advice.fit_config(config, topology.chips)
     if not quiet:
-        what = plural(config.batch // mesh.size, advice.noun(config))
+        what = plural(config.batch // mesh.size, advice.item_name(config))
         how = f"{what} per chip, remat={config.remat}, effort {_EFFORT.value:g}"
         print(f"compiling ({how}) ...", end=" ", flush=True)
     result = compile.measure(fitted, model, mesh, effort=_EFFORT.value)
@@ -159,19 +159,24 @@ def with_keys(config: Config, **changes: Any) -> Config:
 def search(first: Plan, mesh: Mesh) -> int:
     """Returns the largest number of clips found to fit on a chip, or 0."""
     config, topology = first.config, first.topology
-    unit = advice.unit(config)  # the search is over multiples of this number
+    unit = advice.clip_multiple(config)  # the search is over multiples of this number
     memory = topology.chip.memory
-    tried = {first.clips // unit: _tried(first)}
-    while (units := largest.next_clips(tried, memory)) is not None:
-        result = compiled(with_keys(config, batch=units * unit * topology.chips), topology, mesh)
-        tried[units] = _tried(result)
+    attempts = {first.clips // unit: _attempt(first)}
+    while (units := largest.next_clips(attempts, memory)) is not None:
+        result = compile_plan(
+            with_keys(config, batch=units * unit * topology.chips), topology, mesh
+        )
+        attempts[units] = _attempt(result)
         print(f"  {text.memory_line(result)}", flush=True)
-    print(f"per chip, {largest.answer(tried, memory, unit, advice.noun(config))}", flush=True)
-    return unit * largest.bounds(tried)[0]
+    print(
+        f"per chip, {largest.answer(attempts, memory, unit, advice.item_name(config))}",
+        flush=True,
+    )
+    return unit * largest.bounds(attempts)[0]
 
 
-def _tried(plan: Plan) -> largest.Tried:
-    return largest.Tried(plan.result.used, isinstance(plan.result, Figures))
+def _attempt(plan: Plan) -> largest.Attempt:
+    return largest.Attempt(plan.result.used, isinstance(plan.result, Figures))
 
 
 def sweep(config: Config, topology: Topology) -> list[Plan]:
@@ -182,7 +187,7 @@ def sweep(config: Config, topology: Topology) -> list[Plan]:
     print(each, flush=True)
     plans = []
     for mesh, changed in tqdm(cases, unit="program"):
-        plans.append(compiled(changed, topology, mesh, quiet=True))
+        plans.append(compile_plan(changed, topology, mesh, quiet=True))
         tqdm.write(f"{text.name(plans[-1])}: {text.memory_line(plans[-1])}")
         write_report(plans)  # an interrupted sweep leaves its results so far
     print("\n" + table(text.header(plans[0]), [text.row(p) for p in plans]))
@@ -195,14 +200,14 @@ def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]
     default = [1, 4] if topology.chips_per_slice % 4 == 0 and topology.chips > 4 else [1]
     if config.mesh.fsdp != 1:
         default = [config.mesh.fsdp]
-    for word in words("remat", _REMAT.value):
+    for word in check_values("remat", _REMAT.value):
         if word not in REMAT:
             raise errors.UserError(f"--remat={word} must be one of {', '.join(REMAT)}")
-    unit = advice.unit(config)
+    unit = advice.clip_multiple(config)
     base = max(unit, config.batch // topology.chips // unit * unit)
     clips = numbers("clips", _CLIPS.value) or [base, 4 * base]
     for n in clips:
-        _, changed = advice.fitted(with_keys(config, batch=n * topology.chips), topology.chips)
+        _, changed = advice.fit_config(with_keys(config, batch=n * topology.chips), topology.chips)
         if changed:
             print(changed)
     meshes = [compile.tpu_mesh(topology, -1, n) for n in numbers("fsdp", _FSDP.value) or default]
@@ -212,14 +217,14 @@ def sweep_cases(config: Config, topology: Topology) -> list[tuple[Mesh, Config]]
     ]
 
 
-def words(flag: str, values: list[str] | None) -> list[str]:
+def check_values(flag: str, values: list[str] | None) -> list[str]:
     if values == []:
         raise errors.UserError(f"--{flag} is empty: give values, or leave it out")
     return values or []
 
 
 def numbers(flag: str, values: list[str] | None) -> list[int]:
-    for word in words(flag, values):
+    for word in check_values(flag, values):
         if not re.fullmatch(r"[1-9]\d{0,8}", word):
             raise errors.UserError(f"--{flag} must be numbers like 1,4, not {word!r}")
     return [int(word) for word in values or []]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.text import by
+from mvit_jax.common.text import join_sizes
 from mvit_jax.podplan.hlo.cost import Collective, Counts
 
 GIB = 2**30
@@ -25,25 +25,25 @@ class Chip:
       flops: bfloat16 FLOP/s.
       bandwidth: bytes/s of the memory (HBM).
       memory: bytes of HBM available to a program, as in the compiler's out-of-memory message.
-      links: bytes/s to other chips of the slice (ICI), over all links, in each direction. This is
+      ici: bytes/s to other chips of the slice (ICI), over all links, in each direction. This is
         half of the specifications' "bidirectional" bandwidth.
-      outside: bytes/s to other slices (DCN), in each direction: the chip's share of the host's
+      dcn: bytes/s to other slices (DCN), in each direction: the chip's share of the host's
         network.
       cores: cores per chip in accelerator names ("v4-8" has 4 chips).
       host_cpus: vCPUs of a host with 4 chips, as in larger slices.
-      largest: upper limits of a slice's sides.
-      most: chips of the largest slice.
+      max_shape: upper limits of a slice's sides.
+      max_chips: chips of the largest slice.
     """
 
     flops: float
     bandwidth: float
     memory: float
-    links: float
-    outside: float
+    ici: float
+    dcn: float
     cores: int
     host_cpus: int
-    largest: tuple[int, ...]
-    most: int
+    max_shape: tuple[int, ...]
+    max_chips: int
 
 
 # Memory is from the compiler's out-of-memory message. Rates between slices: v5p has 50 Gbit/s per
@@ -91,7 +91,7 @@ class Topology:
     @property
     def name(self) -> str:
         """The compiler's name of a slice: "v5e:16x16"."""
-        return f"{self.kind}:{by(self.shape)}"
+        return f"{self.kind}:{join_sizes(self.shape)}"
 
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices} slices of {self.name}"
@@ -104,10 +104,12 @@ def shapes(kind: str) -> tuple[tuple[int, ...], ...]:
     or combine such cubes: the sides are then multiples of 4, in ascending order.
     """
     chip = CHIPS[kind]
-    if len(chip.largest) == 2:
+    if len(chip.max_shape) == 2:
         return _FLAT
-    a, b, c = (range(4, side + 1, 4) for side in chip.largest)
-    cubes = [(x, y, z) for x in a for y in b for z in c if x <= y <= z and x * y * z <= chip.most]
+    a, b, c = (range(4, side + 1, 4) for side in chip.max_shape)
+    cubes = [
+        (x, y, z) for x in a for y in b for z in c if x <= y <= z and x * y * z <= chip.max_chips
+    ]
     return (*_SMALL, *sorted(cubes, key=lambda shape: (math.prod(shape), shape)))
 
 
@@ -135,66 +137,66 @@ def parse(text: str, slices: int = 1) -> Topology:
         cores = CHIPS[kind].cores
         fitting = [shape for shape in available if math.prod(shape) * cores == int(match.group(2))]
     if not fitting:
-        raise UserError(f"there is no slice {text}: {_listed(kind)}")
+        raise UserError(f"there is no slice {text}: {_list_slices(kind)}")
     return Topology(kind, min(fitting, key=max), slices)  # the most cubic has the shortest paths
 
 
-def _listed(kind: str) -> str:
+def _list_slices(kind: str) -> str:
     """Returns a sentence that lists the slices of a kind of chip."""
     chip = CHIPS[kind]
-    names = [f"{by(s)} ({math.prod(s) * chip.cores})" for s in shapes(kind)]
+    names = [f"{join_sizes(s)} ({math.prod(s) * chip.cores})" for s in shapes(kind)]
     counted = "cores, as in accelerator names," if chip.cores > 1 else "chips"
     if len(names) > 24:
-        largest = f"{by(chip.largest)} and {chip.most} chips"
+        largest = f"{join_sizes(chip.max_shape)} and {chip.max_chips} chips"
         names = [*names[:24], f"and others of multiples of 4 up to {largest}"]
     several = "; more chips are several slices (--slices)"
     return f"{kind} has {', '.join(names)}, with {counted} in brackets{several}"
 
 
 @dataclass(frozen=True)
-class Roofs:
+class RooflineBounds:
     """Lower bounds of a program's time in seconds, one per resource; the longest one applies."""
 
     compute: float
     memory: float
-    links: float
-    outside: float
+    ici: float
+    dcn: float
 
     @property
     def longest(self) -> float:
-        return max(self.compute, self.memory, self.links, self.outside)
+        return max(self.compute, self.memory, self.ici, self.dcn)
 
     @property
     def bound(self) -> str:
         """Name of the resource with the longest bound."""
-        return max(ROOFS, key=lambda name: getattr(self, name))
+        return max(RESOURCES, key=lambda name: getattr(self, name))
 
 
-ROOFS = {
+RESOURCES = {
     "compute": "arithmetic",
     "memory": "memory (HBM)",
-    "links": "links between chips (ICI)",
-    "outside": "network between slices (DCN)",
+    "ici": "links between chips (ICI)",
+    "dcn": "network between slices (DCN)",
 }
 
 
-def roofs(counts: Counts, chip: Chip) -> Roofs:
+def roofline_bounds(counts: Counts, chip: Chip) -> RooflineBounds:
     inside = [c for c in counts.collectives if not c.between_slices]
-    return Roofs(
+    return RooflineBounds(
         compute=(counts.flops + counts.kernel_flops) / chip.flops,
         memory=counts.hbm_bytes / chip.bandwidth,
-        links=math.fsum(seconds(c, chip) for c in inside),
-        outside=math.fsum(seconds(c, chip) for c in counts.collectives if c.between_slices),
+        ici=math.fsum(collective_seconds(c, chip) for c in inside),
+        dcn=math.fsum(collective_seconds(c, chip) for c in counts.collectives if c.between_slices),
     )
 
 
-def seconds(collective: Collective, chip: Chip) -> float:
+def collective_seconds(collective: Collective, chip: Chip) -> float:
     """Returns the lower bound of a collective's time over all trips, at the rate of ICI or DCN."""
-    rate = chip.outside if collective.between_slices else chip.links
-    return collective.trips * moved(collective) / rate
+    rate = chip.dcn if collective.between_slices else chip.ici
+    return collective.trips * bytes_sent(collective) / rate
 
 
-def moved(collective: Collective) -> int | float:
+def bytes_sent(collective: Collective) -> int | float:
     """Returns the bytes that each chip must send, and receive, in one run of a collective.
 
     In an all-gather over n chips each chip receives (n - 1) / n of the result. An all-reduce is a
@@ -206,7 +208,7 @@ def moved(collective: Collective) -> int | float:
     return passes * collective.bytes * (collective.devices - 1) / collective.devices
 
 
-def by_kind(collectives: Iterable[Collective], chip: Chip) -> list[tuple[str, int, int, float]]:
+def sum_by_kind(collectives: Iterable[Collective], chip: Chip) -> list[tuple[str, int, int, float]]:
     """Sums collectives by kind and group size.
 
     Returns:
@@ -217,6 +219,6 @@ def by_kind(collectives: Iterable[Collective], chip: Chip) -> list[tuple[str, in
         scope = " between slices" if c.between_slices else ""
         total = groups.setdefault((c.kind + scope, c.devices), [0, 0])
         total[0] += c.trips * c.bytes
-        total[1] += seconds(c, chip)
+        total[1] += collective_seconds(c, chip)
     rows = [(*key, int(size), time) for key, (size, time) in groups.items()]
     return sorted(rows, key=lambda row: -row[3])

@@ -1,6 +1,6 @@
 """Estimates for an experiment on a pod, from its compiled step: hours, hosts, largest batch.
 
-Times are lower bounds, at peak rates of the chip (`podplan.accelerators.Roofs`).
+Times are lower bounds, at peak rates of the chip (`podplan.accelerators.RooflineBounds`).
 """
 
 import copy
@@ -13,7 +13,7 @@ from mvit_jax.common.text import plural
 from mvit_jax.config import Config
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan import accelerators
-from mvit_jax.podplan.accelerators import GIB, Roofs, Topology
+from mvit_jax.podplan.accelerators import GIB, RooflineBounds, Topology
 from mvit_jax.podplan.compile import STATE, Figures, TooLarge
 from mvit_jax.training import build
 
@@ -31,7 +31,7 @@ class Plan:
     """An experiment on a topology, with the costs of its compiled step.
 
     Attributes:
-      config: the experiment's config; the compiled config is `fitted(config, chips)`.
+      config: the experiment's config; the compiled config is `fit_config(config, chips)`.
       model: the architecture.
       videos: number of training videos.
       topology: the slices.
@@ -58,20 +58,20 @@ class Plan:
         return build.count_steps(self.config, self.config.epochs, self.videos)
 
     @property
-    def roofs(self) -> Roofs:
+    def roofline_bounds(self) -> RooflineBounds:
         """Roofline bounds of the compiled program; the step must fit."""
         assert isinstance(self.result, Figures)
-        return accelerators.roofs(self.result.counts, self.topology.chip)
+        return accelerators.roofline_bounds(self.result.counts, self.topology.chip)
 
     @property
-    def bounds(self) -> Roofs:
+    def bounds(self) -> RooflineBounds:
         """Roofline bounds that hold for training's program too.
 
         With a negative effort, the compiler prefetches nothing into on-chip memory. HBM traffic is
         then overstated, so the memory bound is 0.
         """
-        roofs = self.roofs
-        return roofs if self.effort >= 0 else dataclasses.replace(roofs, memory=0.0)
+        bounds = self.roofline_bounds
+        return bounds if self.effort >= 0 else dataclasses.replace(bounds, memory=0.0)
 
     @property
     def hours(self) -> float:
@@ -84,7 +84,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Reading:
+class InputRate:
     """Upper bound of the input throughput that a host needs, with chips at their peak rates.
 
     Attributes:
@@ -97,7 +97,7 @@ class Reading:
     cores: dict[str, float]
 
 
-def reading(config: Config, model: MViTConfig, hosts: int, seconds: float) -> Reading:
+def input_rate(config: Config, model: MViTConfig, hosts: int, seconds: float) -> InputRate:
     """Returns the input throughput that each of `hosts` hosts needs for steps of `seconds`.
 
     The number of cores is scaled by pixels from measurements with two clips per decoded video. With
@@ -111,24 +111,24 @@ def reading(config: Config, model: MViTConfig, hosts: int, seconds: float) -> Re
         rates, measured = CLIPS_OF_A_CORE, 16 * 224**2
     decodings = max(1.0, MEASURED_REPEATS / config.data.repeats) if model.frames > 1 else 1.0
     work = pixels / measured * decodings
-    return Reading(
+    return InputRate(
         clips=clips,
         videos=clips / config.data.repeats,
         cores={name: clips * work / rate for name, rate in rates.items()},
     )
 
 
-def noun(config: Config) -> str:
+def item_name(config: Config) -> str:
     """Returns the name of a batch's items: "clip" or "image"."""
     return "clip" if build.model_config(config, 2).frames > 1 else "image"
 
 
-def unit(config: Config) -> int:
+def clip_multiple(config: Config) -> int:
     """Returns the number that must divide the clips per chip."""
     return math.lcm(config.data.repeats, config.accumulate)
 
 
-def group_of(config: Config, clips: int) -> int:
+def group_size(config: Config, clips: int) -> int:
     """Returns the mixup group size for `clips` per chip: the gcd of clips and the config's size.
 
     Without mixup and cutmix, the config's size is returned unchanged.
@@ -138,7 +138,7 @@ def group_of(config: Config, clips: int) -> int:
     return math.gcd(config.augment.mixup_group_size, clips)
 
 
-def fitted(config: Config, chips: int) -> tuple[Config, str]:
+def fit_config(config: Config, chips: int) -> tuple[Config, str]:
     """Adapts a config to a number of chips: the clips of a mixup group must be on one chip.
 
     Returns:
@@ -148,7 +148,7 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
       UserError: the batch is not divisible over the chips; the message proposes a batch and its
         learning rate.
     """
-    share, what = chips * unit(config), noun(config)
+    share, what = chips * clip_multiple(config), item_name(config)
     if config.batch % share:
         batch = math.ceil(config.batch / share) * share
         raise UserError(
@@ -157,7 +157,7 @@ def fitted(config: Config, chips: int) -> tuple[Config, str]:
             f"{config.accumulate}): use fewer chips, or {batch_flags(config, batch, chips)}"
         )
     clips, group = config.batch // chips, config.augment.mixup_group_size
-    divisor = group_of(config, clips)
+    divisor = group_size(config, clips)
     if divisor == group:
         return config, ""
     changed = copy.deepcopy(config)
@@ -182,7 +182,7 @@ def batch_flags(config: Config, batch: int, chips: int) -> str:
     If the config scales its learning rate (`optim.lr_batch`), a note with the resulting rate
     follows the flags.
     """
-    c, group = config.optim, group_of(config, batch // chips)
+    c, group = config.optim, group_size(config, batch // chips)
     flags, note = [f"--config.batch={batch}"], ""
     if c.lr_batch is not None:
         note = f" (optim.lr_batch makes the peak learning rate {c.lr * batch / c.lr_batch:.4g})"
@@ -194,14 +194,14 @@ def batch_flags(config: Config, batch: int, chips: int) -> str:
     return " ".join(flags) + note
 
 
-def state(result: Figures | TooLarge) -> int:
+def state_bytes(result: Figures | TooLarge) -> int:
     """Returns bytes per chip of parameters, optimiser state and averaged parameters."""
     return sum(result.kinds[kind] for kind in STATE)
 
 
-def spare(plan: Plan) -> float:
+def free_bytes(plan: Plan) -> float:
     """Returns bytes per chip left for batch and activations, up to `FULL` of the memory."""
-    fixed = state(plan.result) + plan.result.kinds.get("program", 0)
+    fixed = state_bytes(plan.result) + plan.result.kinds.get("program", 0)
     return FULL * plan.topology.chip.memory - fixed
 
 
@@ -210,34 +210,36 @@ def bytes_per_clip(plan: Plan) -> float:
     return (plan.result.kinds["activations"] + plan.result.kinds["batch"]) / plan.clips
 
 
-def largest_batch(plan: Plan, most: int | None = None) -> int:
-    """Returns the largest multiple of `unit` clips per chip that fits, or 0.
+def largest_batch(plan: Plan, max_clips: int | None = None) -> int:
+    """Returns the largest multiple of `clip_multiple` clips per chip that fits, or 0.
 
     With mixup or cutmix, it is also a multiple of the mixup group size if that many clips fit.
 
     Args:
       plan: the compiled plan.
-      most: result of a search for the most clips that fit; by default an estimate.
+      max_clips: result of a search for the most clips that fit; by default an estimate.
     """
-    if most is None:
-        most = max(0, int(spare(plan) / bytes_per_clip(plan)))
-        if isinstance(plan.result, TooLarge) and most >= plan.clips:  # the estimate is too high
-            most = plan.clips // 2
-    step, config = unit(plan.config), plan.config
+    if max_clips is None:
+        max_clips = max(0, int(free_bytes(plan) / bytes_per_clip(plan)))
+        if (
+            isinstance(plan.result, TooLarge) and max_clips >= plan.clips
+        ):  # the estimate is too high
+            max_clips = plan.clips // 2
+    step, config = clip_multiple(plan.config), plan.config
     mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
     whole = math.lcm(step, config.augment.mixup_group_size) if mixed else step
-    return most - most % (whole if most >= whole else step)
+    return max_clips - max_clips % (whole if max_clips >= whole else step)
 
 
-def advice(plan: Plan, most: int | None = None) -> list[str]:
+def advice(plan: Plan, max_clips: int | None = None) -> list[str]:
     """Returns lines on the largest batch and, if the step does not fit, on flags that save memory.
 
     Args:
       plan: the compiled plan.
-      most: result of a search for the most clips per chip; by default an estimate.
+      max_clips: result of a search for the most clips per chip; by default an estimate.
     """
-    config, chips, what = plan.config, plan.topology.chips, noun(plan.config)
-    best, lines = largest_batch(plan, most), []
+    config, chips, what = plan.config, plan.topology.chips, item_name(plan.config)
+    best, lines = largest_batch(plan, max_clips), []
     fits = isinstance(plan.result, Figures)
     if fits:
         lines.append(
@@ -247,7 +249,7 @@ def advice(plan: Plan, most: int | None = None) -> list[str]:
     if fits and best <= plan.clips:
         lines.append("about the largest number that fits")
     elif best:
-        how = "fit" if most is not None else "should fit, estimated from this step's memory"
+        how = "fit" if max_clips is not None else "should fit, estimated from this step's memory"
         lines.append(f"{best} per chip {how}: {batch_flags(config, best * chips, chips)}")
     return lines if fits else [*lines, *_savings(plan)]
 
@@ -257,13 +259,15 @@ def _savings(plan: Plan) -> list[str]:
     config, kinds, lines = plan.config, plan.result.kinds, []
     if config.remat != "blocks":
         lines.append("--config.remat=blocks rematerialises blocks in the backward pass")
-    room, work = spare(plan) - kinds["batch"], kinds["activations"] * config.accumulate
+    room, work = free_bytes(plan) - kinds["batch"], kinds["activations"] * config.accumulate
     for parts in range(config.accumulate + 1, plan.clips + 1):
         if plan.clips % math.lcm(parts, config.data.repeats) == 0 and work / parts <= room:
             lines.append(f"--config.accumulate={parts} accumulates gradients over micro-batches")
             break
     if plan.fsdp < plan.topology.chips_per_slice:
-        size = f"{state(plan.result) / GIB:.2f} GiB of parameters, optimiser state and average"
+        size = (
+            f"{state_bytes(plan.result) / GIB:.2f} GiB of parameters, optimiser state and average"
+        )
         lines.append(f"--config.mesh.fsdp={plan.topology.chips_per_slice} shards {size}")
     if config.dtype == "float32":
         lines.append("--config.dtype=bfloat16 halves activations")

@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from mvit_jax.analysis import plots
-from mvit_jax.common.text import Lines, indented, plural, section, table
+from mvit_jax.common.text import Lines, indent, plural, section, table
 from mvit_jax.config import Config
 from mvit_jax.podplan import accelerators
 from mvit_jax.podplan import advice as pods
-from mvit_jax.podplan.accelerators import GIB, ROOFS, Topology
-from mvit_jax.podplan.advice import Plan, noun
+from mvit_jax.podplan.accelerators import GIB, RESOURCES, Topology
+from mvit_jax.podplan.advice import Plan, item_name
 from mvit_jax.podplan.compile import Figures, TooLarge
 from mvit_jax.podplan.hlo import cost as counting
 
@@ -27,31 +27,31 @@ def title(config: Config, topology: Topology, mesh: Mesh) -> str:
     )
 
 
-def text(plan: Plan, most: int | None) -> str:
+def text(plan: Plan, max_clips: int | None) -> str:
     """Returns a plan as text in sections.
 
     Args:
       plan: the compiled plan.
-      most: result of a search for the most clips per chip; None without a search.
+      max_clips: result of a search for the most clips per chip; None without a search.
     """
     parts = [memory_line(plan), section("Memory of a chip, GiB", _memory_lines(plan))]
-    advice = _listed(pods.advice(plan, most))
+    advice = _bullets(pods.advice(plan, max_clips))
     if isinstance(plan.result, TooLarge):
         return "\n\n".join([*parts, f"Ways to make it fit\n{advice}"])
     return "\n\n".join([
         *parts,
         section("A step, on each chip", _step_lines(plan)),
-        "Collectives of a step\n" + indented(_collectives(plan)),
-        section("Step time, lower bounds", _roof_lines(plan)),
+        "Collectives of a step\n" + indent(_collectives(plan)),
+        section("Step time, lower bounds", _bound_lines(plan)),
         section("All steps of the recipe, lower bounds", _recipe_lines(plan)),
         section("Each host reads and decodes, at most", _host_lines(plan)),
         f"Batch\n{advice}",
-        "Notes\n" + _listed([effort_note(plan), *_notes(plan)]),
+        "Notes\n" + _bullets([effort_note(plan), *_notes(plan)]),
     ])  # fmt: skip
 
 
-def _listed(lines: list[str]) -> str:
-    return indented("\n".join(f"- {line}" for line in lines))
+def _bullets(lines: list[str]) -> str:
+    return indent("\n".join(f"- {line}" for line in lines))
 
 
 def memory_line(plan: Plan) -> str:
@@ -73,42 +73,45 @@ def _memory_lines(plan: Plan) -> Lines:
 
 def _step_lines(plan: Plan) -> Lines:
     assert isinstance(plan.result, Figures)
-    counts, clips, item = plan.result.counts, plan.clips, noun(plan.config)
+    counts, clips, item = plan.result.counts, plan.clips, item_name(plan.config)
     overstated = ", overstated" if plan.effort < 0 else ""
-    hbm = f"{_big(counts.hbm_bytes)}B, {_big(counts.hbm_bytes / clips)}B each{overstated}"
+    hbm = (
+        f"{_format_si(counts.hbm_bytes)}B, {_format_si(counts.hbm_bytes / clips)}B each{overstated}"
+    )
     flops = counts.flops + counts.kernel_flops
     kernels = f"{counts.kernel_flops / flops:.0%} in {plural(len(counts.kernels), 'kernel')}"
     return [
         (f"{item}s", f"{clips} (batch {plan.config.batch:,})"),
-        ("arithmetic", f"{_big(flops)}FLOP, {_big(flops / clips)}FLOP each; {kernels}"),
+        ("arithmetic", f"{_format_si(flops)}FLOP, {_format_si(flops / clips)}FLOP each; {kernels}"),
         ("main memory", hbm),
-        ("all operands", f"{_big(counts.bytes)}B, {_big(counts.bytes / clips)}B each"),
+        ("all operands", f"{_format_si(counts.bytes)}B, {_format_si(counts.bytes / clips)}B each"),
     ]
 
 
 def _collectives(plan: Plan) -> str:
     assert isinstance(plan.result, Figures)
     rows = [
-        (kind, f"{devices:,}", f"{_big(size)}B", _time(seconds))
-        for kind, devices, size, seconds in accelerators.by_kind(
+        (kind, f"{devices:,}", f"{_format_si(size)}B", _time(seconds))
+        for kind, devices, size, seconds in accelerators.sum_by_kind(
             plan.result.counts.collectives, plan.topology.chip
         )
     ]
     return table(("kind", "devices", "per chip", "at least"), rows) if rows else "none"
 
 
-def _roof_lines(plan: Plan) -> Lines:
+def _bound_lines(plan: Plan) -> Lines:
     bounds = plan.bounds
     rate = plan.config.batch / bounds.longest
     share = f"arithmetic then has {bounds.compute / bounds.longest:.0%} of its peak"
     lines = [
-        *((ROOFS[roof], _time(seconds)) for roof, seconds in vars(bounds).items() if seconds),
-        ("a step", f"{_time(bounds.longest)} at least, bound by {ROOFS[bounds.bound]}"),
-        ("rate", f"{rate:,.0f} {noun(plan.config)}s/s at most; {share}"),
+        *((RESOURCES[name], _time(seconds)) for name, seconds in vars(bounds).items() if seconds),
+        ("a step", f"{_time(bounds.longest)} at least, bound by {RESOURCES[bounds.bound]}"),
+        ("rate", f"{rate:,.0f} {item_name(plan.config)}s/s at most; {share}"),
     ]
     if plan.effort < 0:
-        bound = f"{_time(plan.roofs.memory)} by this program's traffic, overstated at this effort"
-        lines.append((ROOFS["memory"], f"{bound}: no bound; --effort=0 measures it"))
+        seconds = plan.roofline_bounds.memory
+        bound = f"{_time(seconds)} by this program's traffic, overstated at this effort"
+        lines.append((RESOURCES["memory"], f"{bound}: no bound; --effort=0 measures it"))
     return lines
 
 
@@ -127,7 +130,7 @@ def _recipe_lines(plan: Plan) -> Lines:
 
 def _host_lines(plan: Plan) -> Lines:
     hosts, config = plan.topology.hosts, plan.config
-    need = pods.reading(config, plan.model, hosts, plan.bounds.longest)
+    need = pods.input_rate(config, plan.model, hosts, plan.bounds.longest)
     what, augmented = ("videos", "clips") if plan.model.frames > 1 else ("images", "as augmented")
     whole_host = plan.topology.chips_per_slice >= accelerators.CHIPS_PER_HOST
     of = f" of {plan.topology.chip.host_cpus} vCPUs" if whole_host else ""
@@ -141,7 +144,7 @@ def _host_lines(plan: Plan) -> Lines:
     ]
 
 
-def _big(value: int | float) -> str:
+def _format_si(value: int | float) -> str:
     """Formats a value with three digits and a prefix: "1.23 G"."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -187,7 +190,7 @@ def effort_note(plan: Plan) -> str:
 
 def header(plan: Plan) -> tuple[str, ...]:
     """Returns the header of a table of plans."""
-    item = noun(plan.config)
+    item = item_name(plan.config)
     return (
         *("mesh", "remat", f"{item}s a chip", "batch", "GiB", "HBM, ms", "ms a step, at least"),
         *("bound by", f"{item}s/s, at most", "hours", "chip-hours"),
@@ -206,8 +209,8 @@ def row(plan: Plan) -> tuple[str, ...]:
         return (*first, used, "", "does not fit", "", "", "", "")
     bounds = plan.bounds
     return (
-        *first, used, f"{1000 * plan.roofs.memory:.2f}", f"{1000 * bounds.longest:.2f}",
-        ROOFS[bounds.bound], f"{plan.config.batch / bounds.longest:,.0f}", _number(plan.hours),
+        *first, used, f"{1000 * plan.roofline_bounds.memory:.2f}", f"{1000 * bounds.longest:.2f}",
+        RESOURCES[bounds.bound], f"{plan.config.batch / bounds.longest:,.0f}", _number(plan.hours),
         _number(plan.chip_hours),
     )  # fmt: skip
 
@@ -215,13 +218,13 @@ def row(plan: Plan) -> tuple[str, ...]:
 def picture(plans: list[Plan]) -> Figure:
     """Plots memory by kind and roofline bounds of several plans."""
     first = plans[0]
-    causes = {"compute": "arithmetic", "memory": "HBM", "links": "ICI", "outside": "DCN"}
+    causes = {"compute": "arithmetic", "memory": "HBM", "ici": "ICI", "dcn": "DCN"}
     if first.effort < 0:
         causes["memory"] += " (overstated, no bound)"
     times = [
         None
         if isinstance(p.result, TooLarge)
-        else {causes[k]: 1000 * v / p.clips for k, v in vars(p.roofs).items() if v}
+        else {causes[k]: 1000 * v / p.clips for k, v in vars(p.roofline_bounds).items() if v}
         for p in plans
     ]
     return plots.budgets(
@@ -229,19 +232,19 @@ def picture(plans: list[Plan]) -> Figure:
         [{k: size / GIB for k, size in p.result.kinds.items() if size} for p in plans],
         first.topology.chip.memory / GIB,
         times,
-        each=noun(first.config),
+        each=item_name(first.config),
         title=f"{first.config.model.variant} on {first.topology}, "
         f"{plural(first.topology.chips, 'chip')}",
     )
 
 
-def report(plans: list[Plan], config: str, most: int | None = None) -> dict[str, Any]:
+def report(plans: list[Plan], config: str, max_clips: int | None = None) -> dict[str, Any]:
     """Returns all results as a JSON-serialisable dict, in seconds, bytes and hours.
 
     Args:
       plans: plans for one config and topology.
       config: the value of `--config`.
-      most: as for `text`, with a single plan.
+      max_clips: as for `text`, with a single plan.
     """
     first = plans[0]
     return {
@@ -255,11 +258,11 @@ def report(plans: list[Plan], config: str, most: int | None = None) -> dict[str,
         "hosts": first.topology.hosts,
         "videos": first.videos,
         "effort": first.effort,
-        "plans": [_entry(p, most) for p in plans],
+        "plans": [_entry(p, max_clips) for p in plans],
     }
 
 
-def _entry(plan: Plan, most: int | None) -> dict[str, Any]:
+def _entry(plan: Plan, max_clips: int | None) -> dict[str, Any]:
     config = plan.config
     entry = {
         "data": plan.topology.chips // plan.fsdp,
@@ -267,35 +270,35 @@ def _entry(plan: Plan, most: int | None) -> dict[str, Any]:
         "remat": config.remat,
         "dtype": config.dtype,
         "accumulate": config.accumulate,
-        "augment_group": pods.group_of(config, plan.clips),
+        "augment_group": pods.group_size(config, plan.clips),
         "batch": config.batch,
         "clips_a_chip": plan.clips,
-        "largest_clips_a_chip": most,  # None: not searched
+        "largest_clips_a_chip": max_clips,  # None: not searched
         "fits": isinstance(plan.result, Figures),
         "memory_bytes": plan.result.used,
         "memory_by_kind": plan.result.kinds,
         "compile_seconds": round(plan.result.seconds, 1),
-        "advice": pods.advice(plan, most),
+        "advice": pods.advice(plan, max_clips),
     }
     if isinstance(plan.result, TooLarge):
         return entry
     counts, bounds = plan.result.counts, plan.bounds
-    reading = pods.reading(config, plan.model, plan.topology.hosts, bounds.longest)
+    rate = pods.input_rate(config, plan.model, plan.topology.hosts, bounds.longest)
     return entry | {
         "flops": counts.flops + counts.kernel_flops,
         "hbm_bytes": counts.hbm_bytes,
         "hbm_bytes_overstated": plan.effort < 0,
         "collectives": [
             {"kind": kind, "devices": devices, "bytes": size, "seconds": seconds}
-            for kind, devices, size, seconds in accelerators.by_kind(
+            for kind, devices, size, seconds in accelerators.sum_by_kind(
                 counts.collectives, plan.topology.chip
             )
         ],
-        "roofs_seconds": vars(plan.roofs),
+        "roofline_seconds": vars(plan.roofline_bounds),
         "step_seconds_at_least": bounds.longest,
         "bound_by": bounds.bound,
         "clips_a_second_at_most": config.batch / bounds.longest,
-        "host_at_most": vars(reading),  # clips and videos per second, cores by storage format
+        "host_at_most": vars(rate),  # clips and videos per second, cores by storage format
         "steps": plan.steps,
         "hours": plan.hours,
         "chip_hours": plan.chip_hours,

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mvit_jax.analysis import render
 from mvit_jax.common import errors
-from mvit_jax.common.files import AnyPath, local_path, to_path, write_whole
+from mvit_jax.common.files import AnyPath, local_path, to_path, write_atomically
 from mvit_jax.common.text import table
 from mvit_jax.data.images import DecodeError
 from mvit_jax.predict import figures
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     results |= predict(predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value)
     failed = show(results["files"])
     if _JSON.value is not None:
-        write_whole(_JSON.value, json.dumps(results, indent=1) + "\n")
+        write_atomically(_JSON.value, json.dumps(results, indent=1) + "\n")
     if failed:
         sys.exit(1)
 
@@ -207,7 +207,7 @@ def _draw(
         top=top, timeline=prediction.timeline, maps=attention,
     )  # fmt: skip
     written = [Path(f"{start}_prediction.png")]
-    write_whole(written[0], drawn)
+    write_atomically(written[0], drawn)
     if attention is not None and shown.shape[0] * shown.shape[1] > 1:  # else nothing moves
         frames = figures.attention_frames(shown, attention)
         fps = figures.attention_fps(shown, predictor.config.data.stride)
@@ -250,13 +250,13 @@ def show(results: list[dict[str, Any]]) -> bool:
     """Prints the results, and failures to stderr; returns True if a file failed."""
     done = [result for result in results if "classes" in result]
     if done:
-        print(_aligned(classes(done)))
+        print(_align(classes(done)))
     for result in done:
         if "timeline" in result:
             line = result["timeline"]
             print(
                 f"\n{result['file']}: {clock(line['seconds'])}, means over {len(line['windows'])} "
-                f"windows above, over time:\n{_aligned(segments(line))}"
+                f"windows above, over time:\n{_align(segments(line))}"
             )
     written = [path for result in done for path in result.get("pictures", ())]
     if written:
@@ -286,7 +286,7 @@ def segments(timeline: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _align(rows: list[tuple[str, ...]]) -> str:
     return table(rows[0], rows[1:], numbers_right=False)
 
 

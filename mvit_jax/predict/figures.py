@@ -67,14 +67,14 @@ def picture(
     _strip(parts[0], shown, times, maps)
     _bars(parts[1].subplots(), probabilities, names, top)
     if timeline is not None:
-        _over_time(parts[2], timeline, names)
+        _draw_timeline(parts[2], timeline, names)
     return plots.png(figure, dpi=110)
 
 
 def timeline_picture(timeline: Timeline, names: Sequence[str]) -> bytes:
     """Returns a PNG file with the timeline alone."""
     figure = Figure(figsize=(9, _INCHES["timeline"] + 0.4), layout="constrained")
-    _over_time(figure, timeline, names)
+    _draw_timeline(figure, timeline, names)
     return plots.png(figure, dpi=110)
 
 
@@ -83,7 +83,7 @@ def attention_frames(shown: Shown, maps: Maps) -> UInt8[np.ndarray, "frames _hei
     rows = []
     for i, clip in enumerate(shown):
         panels = [clip, *(render.overlay(clip, heat[i]) for heat in maps)]
-        rows.append(np.concatenate([render.enlarged(panel, 224) for panel in panels], axis=2))
+        rows.append(np.concatenate([render.enlarge(panel, 224) for panel in panels], axis=2))
     return np.concatenate(rows)
 
 
@@ -129,7 +129,7 @@ def _bars(
     values = 100 * probabilities[order]
     bars = axes.barh(range(top), values, color=BLUE)
     axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=4, fontsize=9)
-    axes.set_yticks(range(top), [_plain(plots.short(names[int(i)])) for i in order], fontsize=9)
+    axes.set_yticks(range(top), [_plain(plots.truncate(names[int(i)])) for i in order], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 110)
     axes.set_xticks([])
@@ -137,7 +137,7 @@ def _bars(
     axes.tick_params(left=False)
 
 
-def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
+def _draw_timeline(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
     """Draws probabilities over time, and below them a strip with the most probable class."""
     segments = timeline.segments()
     share = np.zeros(len(names))
@@ -149,7 +149,7 @@ def _over_time(figure: Any, timeline: Timeline, names: Sequence[str]) -> None:
     lines, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
     centres = (timeline.starts + timeline.ends) / 2
     for label in labels:
-        name = _plain(plots.short(names[label]))
+        name = _plain(plots.truncate(names[label]))
         values = 100 * timeline.probabilities[:, label]
         marker = "o" if len(centres) < 60 else ""
         lines.plot(centres, values, color=colour[label], label=name, lw=1.5, marker=marker, ms=3)

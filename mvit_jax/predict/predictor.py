@@ -140,7 +140,7 @@ class Predictor:
                     n, fps, frames=settings.frames, stride=settings.stride, clips=eval_.clips
                 )
             ):
-                return self._over_time(video, progress)
+                return self._predict_windows(video, progress)
             indices = settings.view_indices(video, eval_.clips)
             if isinstance(video, Video):
                 views = np.concatenate(list(clips_of(video, indices, settings, eval_.crops)))
@@ -148,7 +148,7 @@ class Predictor:
                 views = pipeline.views(video, settings, clips=eval_.clips, crops=eval_.crops)
         middle = eval_.clips // 2
         return Prediction(
-            probabilities=evaluation.over_views(
+            probabilities=evaluation.reduce_views(
                 np.concatenate(list(self._scored([views]))), eval_.ensemble, axis=0
             ),
             clips=eval_.clips,
@@ -158,7 +158,7 @@ class Predictor:
             seconds=n / fps if isinstance(video, Video) else 0.0,
         )
 
-    def _over_time(self, video: Video, progress: Callable[[int, int], object]) -> Prediction:
+    def _predict_windows(self, video: Video, progress: Callable[[int, int], object]) -> Prediction:
         settings, crops = self._settings, self.config.eval.crops
         spans = windows(video.num_frames, video.fps, frames=settings.frames, stride=settings.stride)
         indices = settings.by_time(video, spans.indices)
@@ -180,9 +180,9 @@ class Predictor:
         scores = self._scored(batches())
         ensemble = self.config.eval.ensemble
         by_crop = np.concatenate(list(scores)).reshape(count, crops, -1)
-        by_window = evaluation.over_views(by_crop, ensemble, axis=1)
+        by_window = evaluation.reduce_views(by_crop, ensemble, axis=1)
         return Prediction(
-            probabilities=evaluation.over_views(by_window, ensemble, axis=0),
+            probabilities=evaluation.reduce_views(by_window, ensemble, axis=0),
             clips=count,
             timeline=Timeline(spans.starts, spans.ends, by_window),
             shown=np.stack(shown),

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 AROUND = 2**16  # bytes of a request at most, in addition to the uploaded file
 
 
-def guarded(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[None]]:
+def filter_requests(app: Any, *, host: str, largest: int) -> Callable[..., Awaitable[None]]:
     """Wraps an ASGI application in the request filter.
 
     Args:

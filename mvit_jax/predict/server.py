@@ -22,13 +22,13 @@ from mvit_jax.data.images import DecodeError, Frames
 from mvit_jax.data.video import Video
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
-from mvit_jax.predict.request_filter import guarded, is_loopback
+from mvit_jax.predict.request_filter import filter_requests, is_loopback
 from mvit_jax.predict.windows import clock
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
-MOST_PIXELS = 4096 * 2304  # of a frame at most: 28 MB in memory
-MOST_FPS = 120  # limits the number of frames, as a file may state any frame rate
+MAX_PIXELS = 4096 * 2304  # of a frame at most: 28 MB in memory
+MAX_FPS = 120  # limits the number of frames, as a file may state any frame rate
 WAITING = 8  # requests in the queue at most; one is processed at a time
 
 STYLE = """
@@ -66,7 +66,7 @@ def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits
     if find_spec("gradio") is None:
         raise UserError("the page needs gradio: pip install -e '.[demo]'")
     with (
-        _listening(host, port) as listener,
+        _open_socket(host, port) as listener,
         tempfile.TemporaryDirectory(prefix="mvit_jax_") as folder,
     ):
         # By default SIGTERM ends the process at once, without removing the folder.
@@ -84,7 +84,7 @@ def _run(blocks: Any, listener: socket.socket, limits: Limits) -> None:
     import uvicorn
 
     host, port = listener.getsockname()[:2]
-    app = guarded(_mounted(blocks, limits), host=host, largest=limits.megabytes * 2**20)
+    app = filter_requests(_mount(blocks, limits), host=host, largest=limits.megabytes * 2**20)
     if not is_loopback(host):
         print(
             f"warning: anyone who can reach {host} can use this page, without a password",
@@ -97,10 +97,10 @@ def _run(blocks: Any, listener: socket.socket, limits: Limits) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _open_socket(host: str, port: int) -> socket.socket:
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        version = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=version)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} is in use: choose another --port, or 0 for any") from None
@@ -110,7 +110,7 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _mounted(blocks: Any, limits: Limits) -> Any:
+def _mount(blocks: Any, limits: Limits) -> Any:
     import gradio
     from fastapi import FastAPI
     from gradio.themes.default import Default
@@ -156,7 +156,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
             height=140,
         )
         file.async_move_resource_to_block_cache = partial(
-            _uploaded, file.async_move_resource_to_block_cache
+            _cached_upload, file.async_move_resource_to_block_cache
         )
         # Not gradio.HTML, whose templates the browser runs as code.
         result = partial(gradio.Markdown, elem_classes="result", latex_delimiters=[])
@@ -190,7 +190,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
     return blocks
 
 
-async def _uploaded(to_cache: Callable[..., Any], path: str) -> str:
+async def _cached_upload(to_cache: Callable[..., Any], path: str) -> str:
     """Returns a request's file in the cache; gradio has already refused paths not uploaded."""
     if "://" in path:  # `to_cache` would download the address, without a size limit
         raise ValueError("a request contained a URL instead of an upload")
@@ -217,7 +217,7 @@ def _answer(
     return (
         _heading(path.name, prediction),
         confidences,
-        _over_time(prediction, names),
+        _timeline_plot(prediction, names),
         _attention(predictor, prediction),
     )
 
@@ -233,7 +233,7 @@ def _heading(name: str, prediction: Prediction) -> str:
     return f"<p><b>{html.escape(name)}</b>: {summary}</p>"
 
 
-def _over_time(prediction: Prediction, names: tuple[str, ...]) -> str | None:
+def _timeline_plot(prediction: Prediction, names: tuple[str, ...]) -> str | None:
     if prediction.timeline is None:
         return None
     drawn = figures.timeline_picture(prediction.timeline, names)
@@ -304,12 +304,12 @@ def check_size(video: Video | Frames, limits: Limits) -> None:
     """
     if isinstance(video, Frames):
         return
-    seconds, frames = video.num_frames / video.fps, limits.minutes * 60 * MOST_FPS
+    seconds, frames = video.num_frames / video.fps, limits.minutes * 60 * MAX_FPS
     if seconds > 60 * limits.minutes or video.num_frames > frames:
         raise UserError(
             f"it is too long ({clock(seconds)}, {video.num_frames:,} frames): this page accepts "
             f"videos of up to {limits.minutes:g} minutes"
         )
     width, height = video.frame_size
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise UserError(f"its frames of {width} x {height} pixels are too large: scale it down")

@@ -148,5 +148,5 @@ def clips_of(
         buffer = {number: frame for number, frame in buffer.items() if number >= clip.min()}
         while clip.max() not in buffer:
             number, frame = next(decoded)
-            buffer[number] = pipeline.crops_of(frame[None], settings, crops)
+            buffer[number] = pipeline.test_crops(frame[None], settings, crops)
         yield np.concatenate([buffer[number] for number in clip.tolist()], axis=1)

@@ -63,14 +63,14 @@ class Program:
     Attributes:
       step: `(state, batch, learning_rate) -> (state, metrics)`; the state is donated.
       predict: `(params, clips [batch, views, T, H, W, 3]) -> probabilities`.
-      first_state: returns the newly initialised state. Each device creates only its shard, so a
+      initial_state: returns the newly initialised state. Each device creates only its shard, so a
         sharded state is never whole on one device.
       state: shapes, dtypes and shardings of the state.
     """
 
     step: Any  # the type of jitted functions is private
     predict: Any
-    first_state: Callable[[], State]
+    initial_state: Callable[[], State]
     state: State
 
 
@@ -287,11 +287,11 @@ def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
     optimizer, seed, ema = make_optimizer(config), config.seed, config.optim.ema
     apply = model_apply(config, settings.model, mesh)
 
-    def first_state() -> State:
+    def initial_state() -> State:
         params = settings.model.init(jax.random.key(seed))
         return init_state(params, optimizer, ema)
 
-    shapes = jax.eval_shape(first_state)
+    shapes = jax.eval_shape(initial_state)
     shardings = sharding.state_shardings(mesh, shapes)
     rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = jax.jit(
@@ -303,8 +303,8 @@ def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
     return Program(
         step=step,
         predict=evaluation.predictor(apply, settings.step, shapes.params, mesh),
-        first_state=jax.jit(first_state, out_shardings=shardings),
-        state=sharding.placed(shapes, shardings),
+        initial_state=jax.jit(initial_state, out_shardings=shardings),
+        state=sharding.with_shardings(shapes, shardings),
     )
 
 
@@ -319,7 +319,9 @@ def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any
         ),
         "broken": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
     }
-    return sharding.placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
+    return sharding.with_shardings(
+        batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch)
+    )
 
 
 def _step_config(config: Config, num_classes: int) -> StepConfig:

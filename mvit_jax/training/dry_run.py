@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.text import Lines, aligned, indented, plural, section, table
+from mvit_jax.common.text import Lines, align, indent, plural, section, table
 from mvit_jax.config import Config, check, missing_weights
 from mvit_jax.data.source import Source
 from mvit_jax.models.functional import Functional
@@ -40,7 +40,7 @@ def describe(config: Config, devices: int) -> str:
     custom.check(handle)
     params = jax.eval_shape(handle.init, jax.random.key(0))
     parts = [
-        aligned(
+        align(
             [
                 ("published", config.published or "no result for this experiment"),
                 *_model_lines(config, handle),
@@ -50,12 +50,12 @@ def describe(config: Config, devices: int) -> str:
         section("Data", [*_data(config, lists, videos), ("clips", _clips(config, model))]),
         _numbered("Augmentation, in this order", _augmentation(config, model)),
         section("Steps", _steps(config, videos, devices)),
-        "Learning rate\n" + indented(_rates(config, videos)),
+        "Learning rate\n" + indent(_rates(config, videos)),
         section("Optimiser", _optimizer(config)),
-        "Weight decay\n" + indented(_decay(config, params)),
+        "Weight decay\n" + indent(_decay(config, params)),
     ]
     if config.optim.layer_decay != 1:
-        parts.append("Learning rates by layers\n" + indented(_layers(config, params)))
+        parts.append("Learning rates by layers\n" + indent(_layers(config, params)))
     parts.append(section("Tests", _tests(config, model, videos)))
     return "\n\n".join(parts)
 
@@ -255,7 +255,7 @@ def _optimizer(config: Config) -> Lines:
 def _decay(config: Config, params: Any) -> str:
     """Returns a table with the numbers of tensors and parameters by weight decay and kind."""
     groups: dict[tuple[float, str], list[int]] = {}
-    decays = flatten_dict(optimizer.decayed(params), sep="/")
+    decays = flatten_dict(optimizer.decay_mask(params), sep="/")
     shapes: dict[str, Any] = flatten_dict(params, sep="/")
     for path, shape in shapes.items():
         size = int(np.prod(shape.shape))

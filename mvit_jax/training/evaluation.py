@@ -16,7 +16,7 @@ from mvit_jax.data import pipeline
 from mvit_jax.data.loader import DEFAULT, LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source
-from mvit_jax.data.video import why_broken
+from mvit_jax.data.video import decode_failure
 from mvit_jax.training.distributed.sharding import (
     batch_sharding,
     local_rows,
@@ -185,7 +185,7 @@ def evaluate(
         if len(labels) == 0:
             labels = np.zeros((count, *label.shape[1:]), label.dtype)
         for row, columns in enumerate(views):
-            scores[row, index[real]] = over_views(
+            scores[row, index[real]] = reduce_views(
                 probabilities[real][:, columns], protocol.ensemble, axis=1
             )
         labels[index[real]] = label[real]
@@ -194,7 +194,7 @@ def evaluate(
         progress(int(seen.sum()))
     assert seen.all(), "a video was not visited"
     failures = [
-        f"{videos.item(i)}: {why_broken(videos.opened(i, settings.frames))}"
+        f"{videos.item(i)}: {decode_failure(videos.opened(i, settings.frames))}"
         for i in np.flatnonzero(~tested).tolist()
     ]
     if tested.any() and len(failures) > protocol.max_broken * count:
@@ -223,7 +223,9 @@ def validate(
       videos; "seconds", the duration.
     """
     began = time.monotonic()
-    [scores] = evaluate(predict, state.tested, videos, settings, protocol, mesh=mesh, loader=loader)
+    [scores] = evaluate(
+        predict, state.eval_params, videos, settings, protocol, mesh=mesh, loader=loader
+    )
     metrics = scores.metrics()
     return {name: metrics[name] for name in ("map", "top1", "top5") if name in metrics} | {
         "videos": metrics["videos"],
@@ -231,7 +233,7 @@ def validate(
     }
 
 
-def over_views(
+def reduce_views(
     probabilities: Float[np.ndarray, "..."], ensemble: Ensemble, axis: int
 ) -> Float[np.ndarray, "..."]:
     """Reduces the probabilities of the views along `axis` to their mean or maximum, in float64."""

@@ -75,7 +75,7 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
 
     Args:
       config: a config from `read_config`; `config.epochs` sets the length of the run.
-      params: initial parameters (see `weights.adapt.carry_over`); None initialises new ones.
+      params: initial parameters (see `weights.adapt.convert_params`); None initialises new ones.
       modules: custom modules: the arguments `block`, `attention` and `pooling` of `functional`.
 
     Raises:
@@ -93,7 +93,7 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
     training = build.training(config, videos, **modules)
     settings, mesh, program = training.settings, training.mesh, training.program
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
-        state = program.first_state()
+        state = program.initial_state()
         if params is not None:
             state = with_params(state, params)
         history, ends = [], []
@@ -110,7 +110,7 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
             ends.append(time.perf_counter())
         [scores] = evaluation.evaluate(
             program.predict,
-            state.tested,
+            state.eval_params,
             build.videos(config, "test"),
             settings.clips,
             settings.test,
@@ -119,7 +119,7 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
         )
     columns = {k: np.array([row[k] for row in history]) for k in ("loss", "accuracy", "grad_norm")}
     seconds = float(np.median(np.diff(ends))) if len(ends) > 1 else float("nan")
-    return Trial(jax.device_get(state.tested), settings.model.config, columns, scores, seconds)
+    return Trial(jax.device_get(state.eval_params), settings.model.config, columns, scores, seconds)
 
 
 def _warn_broken(videos: Source, broken: np.ndarray) -> None:

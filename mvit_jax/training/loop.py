@@ -11,7 +11,7 @@ import numpy as np
 from mvit_jax.common import errors
 from mvit_jax.data.loader import Batch
 from mvit_jax.data.source import Source
-from mvit_jax.data.video import why_broken
+from mvit_jax.data.video import decode_failure
 from mvit_jax.training.distributed import coordination, sharding
 from mvit_jax.training.run import profiling, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -37,16 +37,16 @@ class Intervals:
     checkpoint: int
     validation: int
 
-    def validates(self, step: int) -> bool:
+    def is_validation_step(self, step: int) -> bool:
         """Returns True if the state after `step` is to be validated."""
         return self.validation > 0 and (step == self.steps or step % self.validation == 0)
 
-    def owes_validation(self, folder: str, start: int) -> bool:
+    def needs_validation(self, folder: str, start: int) -> bool:
         """Returns True if an earlier start saved step `start` but ended before validating it."""
         if self.validation == 0:
             return False
-        validated = coordination.from_first("validated", workdir.validated(folder))
-        return start > 0 and start > validated and self.validates(start)
+        validated = coordination.broadcast("validated", workdir.last_validation(folder))
+        return start > 0 and start > validated and self.is_validation_step(start)
 
 
 def train(
@@ -143,13 +143,13 @@ class Upkeep:
           The state to continue from.
         """
         intervals, end = self.intervals, done == self.intervals.steps
-        validates = intervals.validates(done)
+        validates = intervals.is_validation_step(done)
         saves = done % intervals.checkpoint == 0 or end or stopping or validates
         if saves:
             self.log.flush()  # detects a state that is not finite, which is never saved
-        if self.log.not_finite.rollback_reason:
+        if self.log.nan_policy.rollback_reason:
             with self.log.spans.measure("checkpoint"):
-                state, origin = self.log.not_finite.roll_back(self.checkpoints, state, done)
+                state, origin = self.log.nan_policy.roll_back(self.checkpoints, state, done)
             self.log.rolled_back(done, origin)
         if saves:
             with self.log.spans.measure("checkpoint"):
@@ -166,10 +166,10 @@ class Upkeep:
         with self.log.spans.measure("checkpoint"):
             score = results.get("map", results["top1"])
             self.checkpoints.save_if_best(state, done, score, self.log.print)
-            self.checkpoints.settle(self.log.print)
-        if coordination.first():
+            self.checkpoints.wait_and_log(self.log.print)
+        if coordination.is_process_0():
             try:
-                workdir.keep_validated(self.checkpoints.folder, done)
+                workdir.record_validation(self.checkpoints.folder, done)
             except errors.UserError as error:  # for example a full disk
                 self.log.print(f"{error}: the next start may validate step {done} again")
 
@@ -178,7 +178,7 @@ class Upkeep:
         if done == self.start:
             return
         self.log.flush()
-        if not self.log.not_finite.rollback_reason:  # a state that is not finite is never saved
+        if not self.log.nan_policy.rollback_reason:  # a state that is not finite is never saved
             self.checkpoints.save(state, done, end=True, log=self.log.print)
 
     def finish(self) -> None:
@@ -218,7 +218,7 @@ def report_broken(
     """Logs each broken video once, with the reason; adds its index to `reported`."""
     for index in {int(i) for i in broken if i >= 0} - reported:
         reported.add(index)
-        reason = why_broken(videos.opened(index, clip_frames))
+        reason = decode_failure(videos.opened(index, clip_frames))
         log.print(
             f"{videos.item(index)} cannot be decoded ({reason}) and is replaced by another video; "
             f"repair it or remove it from {videos.list_file} ({len(reported)} broken so far)",

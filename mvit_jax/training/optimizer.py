@@ -54,7 +54,7 @@ def learning_rate(
     return schedule
 
 
-def decayed(params):
+def decay_mask(params):
     """Returns the mask of weight decay: True for all but biases and one-dimensional tensors.
 
     As in every published MViT recipe, weight decay applies to positional embeddings (absolute and
@@ -103,7 +103,7 @@ def adamw(
         *_clip_by_global_norm(clip_norm),
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
-            optax.add_decayed_weights(weight_decay, mask=decayed),
+            optax.add_decayed_weights(weight_decay, mask=decay_mask),
             _scale_by_learning_rate(),
         ),
         *_scale_by_layer(layer_decay),
@@ -120,7 +120,7 @@ def sgd(
     """Returns SGD with Nesterov momentum, no dampening, and L2 weight decay in the gradient."""
     return optax.chain(
         *_clip_by_global_norm(clip_norm),
-        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.chain(optax.trace(momentum, nesterov=True), _scale_by_learning_rate()),
         *_scale_by_layer(layer_decay),
     )

@@ -53,7 +53,7 @@ class RunFolder:
                 f"{folder} is a file: make a folder of it first, "
                 f"python -m mvit_jax.convert {folder} --variant=NAME --out=DIR"
             )
-        self.config = workdir.frozen(self.path)
+        self.config = workdir.recorded_config(self.path)
         if changes is not None:
             change(self.config, {k: value for k, value in changes.items() if value is not None})
             check(self.config)
@@ -111,7 +111,7 @@ class RunFolder:
     def params_on(self, mesh: Mesh, which: str = "last") -> Any:
         """Reads the parameters, as `params` does, in float32 and sharded over `mesh`."""
         shapes = jax.eval_shape(self.settings(which).model.init, jax.random.key(0))
-        like = sharding.placed(shapes, sharding.state_shardings(mesh, shapes))
+        like = sharding.with_shardings(shapes, sharding.state_shardings(mesh, shapes))
         return self.checkpoints.restore_params(like, which, self._item)
 
     def check_classes(self, names: tuple[str, ...], which: str = "last") -> None:
@@ -212,7 +212,7 @@ def initial_params(
     number of classes, are newly initialised.
     """
     params, source = read_params(folder)
-    params, report = adapt.carry_over(params, source, model, inflate)
+    params, report = adapt.convert_params(params, source, model, inflate)
     new = [line.path for line in report.lines if line.done.startswith("new")]
     summary = "; ".join(f"{count} {done}" for done, count in report.counts.items())
     return params, f"weights from {folder}: {summary}" + (f"; new: {', '.join(new)}" if new else "")

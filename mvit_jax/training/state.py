@@ -26,7 +26,7 @@ class State:
     ema: Any  # averaged parameters (EMA), or None
 
     @property
-    def tested(self) -> Any:
+    def eval_params(self) -> Any:
         """The averaged parameters if the state has them, else the parameters."""
         return self.params if self.ema is None else self.ema
 

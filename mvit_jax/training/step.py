@@ -68,7 +68,7 @@ def train_step(
     # Named scopes appear in profiles (`train --profile`).
     key_batch, key_model = keys(recipe.seed, state.step)
     with jax.named_scope("augment"):
-        clip, targets = augmented(batch, key_batch, recipe)
+        clip, targets = augment(batch, key_batch, recipe)
 
     def loss(params, clip, targets, labels, key):
         logits, _ = apply(params, clip, key=key)
@@ -138,7 +138,7 @@ def keys(seed: int, step: Any) -> tuple[Array, Array]:
     return key_batch, key_model
 
 
-def augmented(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[Array, Array]:
+def augment(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[Array, Array]:
     """Normalises, flips, erases and mixes a batch on the device.
 
     Returns:

@@ -88,7 +88,7 @@ def adapt(
     return fitted, unused
 
 
-def carry_over(
+def convert_params(
     params: Params, source_model: Functional, model: Functional, inflate: Inflation | None = None
 ) -> tuple[Params, Report]:
     """Returns parameters of `source_model` converted to `model`, and the report.
@@ -162,7 +162,7 @@ def fit(
     if path.endswith("/kernel") and values.shape[1:] == shape[1:] and len(shape) > 2:
         if inflate and 1 in (values.shape[0], shape[0]):
             done = "inflated" if shape[0] > 1 else "deflated"
-            return Fitted(inflated(values, shape[0], inflate), done, (path,))
+            return Fitted(inflate_kernel(values, shape[0], inflate), done, (path,))
         if 1 in (values.shape[0], shape[0]) and path.startswith("patch_embed"):
             return Fitted(None, "spans another number of frames: set inflate=centre, mean or "
                           "repeat to convert it")  # fmt: skip
@@ -184,7 +184,7 @@ def _order(path: str) -> tuple:
     return parts.index(first), [(int(p), "") if p.isdigit() else (0, p) for p in rest]
 
 
-def inflated(kernel: np.ndarray, frames: int, how: Inflation) -> np.ndarray:
+def inflate_kernel(kernel: np.ndarray, frames: int, how: Inflation) -> np.ndarray:
     """Inflates `[1, kh, kw, ...]` to `[frames, kh, kw, ...]`, or deflates a kernel to one frame."""
     old = len(kernel)
     if frames == 1:

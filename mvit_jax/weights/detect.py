@@ -65,8 +65,8 @@ def _is_common_prefix(names: Iterable[str], prefix: str) -> bool:
     return 2 * sum(begins) > len(begins)
 
 
-def family(state: State) -> str:
-    """Returns the checkpoint format, one of `key_tables.FAMILIES`, by the tensor names.
+def detect_format(state: State) -> str:
+    """Returns the checkpoint format, one of `key_tables.FORMATS`, by the tensor names.
 
     Raises:
       UserError: the names match no supported MViT.
@@ -87,7 +87,7 @@ def family(state: State) -> str:
 class Structure:
     """The architecture of a checkpoint, and its mismatches with the requested variant."""
 
-    family: str  # checkpoint format
+    format: str  # checkpoint format
     source: MViTConfig  # `config` with the file's class token and positions, to read the tensors
     config: MViTConfig  # architecture of the model to build
     fields: Mapping[str, Any]  # fields of `MViTConfig` detected from names and shapes
@@ -107,7 +107,7 @@ def structure(
       overridden: fields that the user overrode; they take precedence over the file.
       inflate: True allows an image model to become a video model, or vice versa.
     """
-    name = family(state)
+    name = detect_format(state)
     fields = _detect_fields(state, name, config)
     kernel = fields.get("patch_kernel", config.patch_kernel)
     crosses = (kernel[0] == 1) != (config.patch_kernel[0] == 1)
@@ -152,9 +152,9 @@ def _fits(fields: dict[str, Any], config: MViTConfig) -> bool:
     return all(fields[f] == getattr(config, f) for f in _IDENTITY if f in fields)
 
 
-def _detect_fields(state: State, family: str, config: MViTConfig) -> dict[str, Any]:
+def _detect_fields(state: State, format: str, config: MViTConfig) -> dict[str, Any]:
     """Detects fields of `MViTConfig` from the names and shapes of tensors."""
-    look = _Lookup(state, family, config)
+    look = _Lookup(state, format, config)
     blocks = look.blocks()
     fields: dict[str, Any] = {
         "class_token": look.has("positions/class_token"),
@@ -170,14 +170,14 @@ def _detect_fields(state: State, family: str, config: MViTConfig) -> dict[str, A
     classes = look.shape("head/classifier/kernel", 2)
     if classes:
         fields["num_classes"] = classes[0]
-    if family == "pytorchvideo":
+    if format == "pytorchvideo":
         # Version 0.1 left the eps of the pooling norms at PyTorch's default. Later versions store
         # the pooling weights under second names too.
         later = any("._attention_pool" in name for name in state)
         fields["pool_norm_eps"] = 1e-6 if later else 1e-5
-    if family == "torchvision":
+    if format == "torchvision":
         fields["relative_distances"] = "torchvision"
-    adds_all = family in ("timm", "pytorchvideo") and config.residual_pool != "none"
+    adds_all = format in ("timm", "pytorchvideo") and config.residual_pool != "none"
     if adds_all and fields["class_token"]:
         fields["residual_pool"] = "all"  # timm and PyTorchVideo add the class token's query too
     return fields
@@ -186,22 +186,22 @@ def _detect_fields(state: State, family: str, config: MViTConfig) -> dict[str, A
 class _Lookup:
     """Access to a checkpoint's tensors by this project's paths."""
 
-    def __init__(self, state: State, family: str, config: MViTConfig) -> None:
-        self.state, self.family, self.config = state, family, config
+    def __init__(self, state: State, format: str, config: MViTConfig) -> None:
+        self.state, self.format, self.config = state, format, config
 
     def shape(self, path: str, *ranks: int) -> tuple[int, ...] | None:
         """Returns a tensor's shape; None if it is missing, empty or of another rank."""
-        name = foreign_name(path, self.family, self.config)
+        name = foreign_name(path, self.format, self.config)
         if name is None or name not in self.state:
             return None
         shape = self.state[name].shape
         return shape if len(shape) in ranks and 0 not in shape else None
 
     def has(self, path: str) -> bool:
-        return foreign_name(path, self.family, self.config) in self.state
+        return foreign_name(path, self.format, self.config) in self.state
 
     def blocks(self) -> int:
-        pattern = r"stages\.\d+\.blocks\.\d+\." if self.family == "timm" else r"blocks\.\d+\."
+        pattern = r"stages\.\d+\.blocks\.\d+\." if self.format == "timm" else r"blocks\.\d+\."
         matches = (re.match(pattern, name) for name in self.state)
         return len({match[0] for match in matches if match})
 
@@ -210,7 +210,7 @@ class _Lookup:
 
         Only timm's names contain the stage. In other formats, blocks of equal width form a stage.
         """
-        if self.family == "timm":
+        if self.format == "timm":
             matches = (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in self.state)
             stages = [stage for stage, _ in {match.groups() for match in matches if match}]
             numbers = sorted(set(stages), key=lambda stage: (len(stage), stage))

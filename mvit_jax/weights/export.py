@@ -15,7 +15,7 @@ from mvit_jax.models.positions import sincos
 from mvit_jax.weights import key_tables
 from mvit_jax.weights.tensor_files import write_safetensors, write_torch
 
-TARGETS = (*key_tables.FAMILIES, "safetensors")
+TARGETS = (*key_tables.FORMATS, "safetensors")
 
 # The only values of these fields that each project's code supports.
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -45,7 +45,7 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 class Exported:
     """The result of an export."""
 
-    family: str  # checkpoint format of the file
+    format: str  # checkpoint format of the file
     tensors: int  # number of tensors
     notes: tuple[str, ...]  # differences in the other project's computation
 
@@ -76,21 +76,21 @@ def save_torch(
     """
     if to not in TARGETS:
         raise UserError(f"weights can be exported to {', '.join(TARGETS)}, not to {to!r}")
-    family = to
+    format = to
     if to == "safetensors":
-        family = origin.family if origin else "slowfast"
-    tensors = state_dict(params, config, family, origin)
+        format = origin.format if origin else "slowfast"
+    tensors = state_dict(params, config, format, origin)
     if to == "safetensors":
         write_safetensors(path, tensors)
     elif to == "slowfast":
         write_torch(path, tensors, wrapper="model_state", extra={"epoch": 0, "cfg": ""})
     else:
         write_torch(path, tensors)
-    return Exported(family, len(tensors), tuple(_notes(config, family)))
+    return Exported(format, len(tensors), tuple(_notes(config, format)))
 
 
 def state_dict(
-    params: Params, config: MViTConfig, family: str, origin: key_tables.Origin | None = None
+    params: Params, config: MViTConfig, format: str, origin: key_tables.Origin | None = None
 ) -> dict[str, np.ndarray]:
     """Returns parameters with the names, shapes and axis order of a checkpoint format.
 
@@ -98,34 +98,34 @@ def state_dict(
       UserError: the format cannot hold the model (lists all reasons).
     """
     flat = {path: np.asarray(values) for path, values in flatten_dict(params, sep="/").items()}
-    if family in ("torchvision", "timm") and config.separate_qkv and not config.pool_first:
+    if format in ("torchvision", "timm") and config.separate_qkv and not config.pool_first:
         flat = _join_qkv(flat)
-    names = {path: key_tables.foreign_name(path, family, config) for path in flat}
+    names = {path: key_tables.foreign_name(path, format, config) for path in flat}
     problems = [
         f"{field} is {getattr(config, field)}, but must be {' or '.join(map(str, allowed))}"
-        for field, allowed in _ONLY[family].items()
+        for field, allowed in _ONLY[format].items()
         if getattr(config, field) not in allowed
     ]
     problems += [f"{path} has no counterpart" for path, name in names.items() if name is None]
     if problems:
-        raise UserError(f"the format of {family} cannot hold this model: {'; '.join(problems)}")
-    ranks = _ranks(config, family, origin)
+        raise UserError(f"the format of {format} cannot hold this model: {'; '.join(problems)}")
+    ranks = _ranks(config, format, origin)
     tensors: dict[str, np.ndarray] = {}
     for path, values in flat.items():
         name = str(names[path])
         rank = ranks["patch" if path.startswith("patch_embed") else "pool"]
-        theirs = key_tables.to_theirs(path, values, family, config, rank)
+        theirs = key_tables.to_theirs(path, values, format, config, rank)
         # The class token's positional embedding is the first row of the joint embeddings.
         first = key_tables.joint_with_class_token(path, config)
         if name in tensors:
             pair = (theirs, tensors[name]) if first else (tensors[name], theirs)
             theirs = np.concatenate(pair, axis=1)
         tensors[name] = theirs
-    if family == "pytorchvideo" and config.pool_norm_eps == 1e-6:
+    if format == "pytorchvideo" and config.pool_norm_eps == 1e-6:
         tensors |= _duplicate_pools(tensors)
-    if config.positions == "sincos" and family == "slowfast":
+    if config.positions == "sincos" and format == "slowfast":
         tensors["pos_embed"] = _sincos(config)
-    if origin is not None and origin.family == family and origin.dtype in ("float16", "bfloat16"):
+    if origin is not None and origin.format == format and origin.dtype in ("float16", "bfloat16"):
         # Exact for unchanged values, which were read from this dtype.
         tensors = {name: values.astype(origin.dtype) for name, values in tensors.items()}
     return tensors
@@ -158,36 +158,36 @@ def _join_qkv(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def _notes(config: MViTConfig, family: str) -> list[str]:
+def _notes(config: MViTConfig, format: str) -> list[str]:
     notes = []
     conv = config.pool_mode.startswith("conv")
-    if config.pool_norm_eps != 1e-6 and conv and family != "pytorchvideo":
+    if config.pool_norm_eps != 1e-6 and conv and format != "pytorchvideo":
         notes.append(
             f"the pooling norms have eps {config.pool_norm_eps} in this model and 1e-06 in "
-            f"{family}: logits differ by rounding errors, and more if pooled channels hardly vary"
+            f"{format}: logits differ by rounding errors, and more if pooled channels hardly vary"
         )
-    adds = "all" if family in ("timm", "pytorchvideo") else "grid"
+    adds = "all" if format in ("timm", "pytorchvideo") else "grid"
     if config.class_token and config.residual_pool not in ("none", adds):
         notes.append(
             f"residual pooling adds {config.residual_pool!r} tokens in this model and {adds!r} "
-            f"in {family}: logits will differ"
+            f"in {format}: logits will differ"
         )
     return notes
 
 
-def _ranks(config: MViTConfig, family: str, origin: key_tables.Origin | None) -> dict[str, int]:
+def _ranks(config: MViTConfig, format: str, origin: key_tables.Origin | None) -> dict[str, int]:
     """Returns the number of axes of the patch and pooling kernels.
 
     For images, PySlowFast and PyTorchVideo have 2D patch kernels but 3D pooling kernels. timm and
     the repository of MViTv2's image models have 2D kernels for both.
     """
-    if family == "timm":
+    if format == "timm":
         return {"patch": 4, "pool": 4}
     ranks = {"patch": 5, "pool": 5}
-    if config.frames == 1 and family in ("slowfast", "pytorchvideo"):
-        two = family == "slowfast" and config.relative_positions != "none"
+    if config.frames == 1 and format in ("slowfast", "pytorchvideo"):
+        two = format == "slowfast" and config.relative_positions != "none"
         ranks = {"patch": 4, "pool": 4 if two else 5}
-    return ranks | dict(origin.ranks if origin and origin.family == family else {})
+    return ranks | dict(origin.ranks if origin and origin.format == format else {})
 
 
 def _sincos(config: MViTConfig) -> np.ndarray:

@@ -15,9 +15,9 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.models.plan import MViTConfig, patch_grid
 from mvit_jax.models.variants import VARIANTS
 
-FAMILIES: tuple[str, ...] = ("slowfast", "torchvision", "pytorchvideo", "timm")
+FORMATS: tuple[str, ...] = ("slowfast", "torchvision", "pytorchvideo", "timm")
 
-# Each row has the path of a module or tensor here, then its names in the order of FAMILIES, or None
+# Each row has the path of a module or tensor here, then its names in the order of FORMATS, or None
 # if a format has no such tensor. {} is the block's number; timm numbers blocks within stages.
 _B, _T = "blocks.{}.", "stages.{stage}.blocks.{index}."
 _CLS = "cls_positional_encoding."
@@ -65,21 +65,21 @@ _ROWS = [
     ("head/classifier", "head.projection", "head.1", "head.proj", "head.fc"),
 ]  # fmt: skip
 TABLE: dict[str, dict[str, str | None]] = {
-    ours: dict(zip(FAMILIES, names, strict=True)) for ours, *names in _ROWS
+    ours: dict(zip(FORMATS, names, strict=True)) for ours, *names in _ROWS
 }
 
 _LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 _GROWS = {"attention": "attn", "mlp": "mlp"}
 
 
-def foreign_name(path: str, family: str, config: MViTConfig) -> str | None:
+def foreign_name(path: str, format: str, config: MViTConfig) -> str | None:
     """Returns the name of the tensor `path` in a checkpoint format; None if it has none."""
     if joint_with_class_token(path, config):
         path = "positions/joint"
     number = re.match(r"blocks/(\d+)/", path)
     module = re.sub(r"^blocks/\d+/", "blocks/{}/", path)
     module, leaf = (module, "") if module in TABLE else module.rsplit("/", 1)
-    name = TABLE[module][family]
+    name = TABLE[module][format]
     if name is None:
         return None
     if number is not None:
@@ -87,25 +87,25 @@ def foreign_name(path: str, family: str, config: MViTConfig) -> str | None:
     return name + _LEAVES.get(leaf, "")
 
 
-def paths_by_name(family: str, config: MViTConfig) -> dict[str, list[str]]:
+def paths_by_name(format: str, config: MViTConfig) -> dict[str, list[str]]:
     """Returns the paths behind each tensor name of a checkpoint format.
 
     Joint positional embeddings with a class token have one name and two paths.
     """
     paths: dict[str, list[str]] = {}
     for module, names in TABLE.items():
-        name, in_block = names[family], "{}" in module
+        name, in_block = names[format], "{}" in module
         if name is None:
             continue
         for i in range(sum(config.depths)) if in_block else [0]:
-            for expand in _GROWS if family == "timm" and module == "blocks/{}/proj" else ["mlp"]:
+            for expand in _GROWS if format == "timm" and module == "blocks/{}/proj" else ["mlp"]:
                 theirs = _in_block(name, i, config.depths, expand) if in_block else name
                 for leaf in _leaves(module):
                     suffix = _LEAVES.get(leaf, "")
                     path = module.format(i) + (leaf and "/" + leaf)
                     paths.setdefault(theirs + suffix, []).append(path)
-    if TABLE["positions/joint"][family] and config.positions == "joint" and config.class_token:
-        paths[str(TABLE["positions/joint"][family])].append("positions/class_position")
+    if TABLE["positions/joint"][format] and config.positions == "joint" and config.class_token:
+        paths[str(TABLE["positions/joint"][format])].append("positions/class_position")
     return paths
 
 
@@ -133,7 +133,7 @@ def joint_with_class_token(path: str, config: MViTConfig) -> bool:
 class Origin:
     """Format of a loaded checkpoint, for writing its weights back unchanged."""
 
-    family: str  # checkpoint format, one of FAMILIES
+    format: str  # checkpoint format, one of FORMATS
     ranks: Mapping[str, int]  # number of axes of the "patch" and "pool" kernels: 4 or 5
     dtype: str = "float32"  # dtype of all tensors; "float32" if they differ
 
@@ -156,13 +156,13 @@ def to_ours(path: str, values: np.ndarray, config: MViTConfig) -> Shaped:
     return _RULES[_rule(path, config)].to_ours(values, config)
 
 
-def to_theirs(path: str, values: np.ndarray, family: str, config: MViTConfig, rank: int):
+def to_theirs(path: str, values: np.ndarray, format: str, config: MViTConfig, rank: int):
     """Converts a tensor to the shape of a checkpoint format.
 
     Args:
       path: path of the tensor in this project.
       values: the tensor.
-      family: checkpoint format.
+      format: checkpoint format.
       config: architecture of the model.
       rank: number of axes of patch and pooling kernels in the file: 4 or 5.
 
@@ -170,11 +170,11 @@ def to_theirs(path: str, values: np.ndarray, family: str, config: MViTConfig, ra
       UserError: the kernel spans several frames and `rank` is 4.
     """
     rule = _RULES[_rule(path, config)]
-    theirs = rule.to_theirs(values, family)
+    theirs = rule.to_theirs(values, format)
     if rule.convolution and rank == 4:
         if theirs.shape[2] != 1:
             raise UserError(
-                f"{path} spans {theirs.shape[2]} frames, but {family} has only image models"
+                f"{path} spans {theirs.shape[2]} frames, but {format} has only image models"
             )
         return np.ascontiguousarray(theirs[:, :, 0])
     return np.ascontiguousarray(theirs)
@@ -284,14 +284,14 @@ def _square(positions: int) -> tuple[int, int]:
     return side, side
 
 
-def _flat(values: np.ndarray, family: str) -> np.ndarray:
+def _flat(values: np.ndarray, format: str) -> np.ndarray:
     """Flattens positional embeddings; all formats but torchvision's have a leading axis of 1."""
     rows = values.reshape(-1, values.shape[-1])
-    return rows if family == "torchvision" else rows[None]
+    return rows if format == "torchvision" else rows[None]
 
 
-def _flat_token(values: np.ndarray, family: str) -> np.ndarray:
-    return values[0] if family == "torchvision" else values[None]
+def _flat_token(values: np.ndarray, format: str) -> np.ndarray:
+    return values[0] if format == "torchvision" else values[None]
 
 
 _RULES = {

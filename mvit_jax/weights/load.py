@@ -85,7 +85,7 @@ def load(
         arch = structure(state, variant, config, set(overrides), inflate is not None)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    report = Report(f"{name}: {arch.family} -> {variant}, {len(state)} tensors")
+    report = Report(f"{name}: {arch.format} -> {variant}, {len(state)} tensors")
     if tensors.wrapper:
         report.notes.append(f"read from the entry {tensors.wrapper!r}")
     if prefix:
@@ -134,7 +134,7 @@ def _read(
 
     An unusable tensor is None, and `report` gets a line with the reason.
     """
-    paths_by_name = key_tables.paths_by_name(arch.family, arch.source)
+    paths_by_name = key_tables.paths_by_name(arch.format, arch.source)
     sources: dict[str, _Source | None] = {}
     for name, values in state.items():
         shape = tuple(values.shape)
@@ -203,7 +203,7 @@ def _fit_all(
         steps += [tensor.done] if tensor.done != "copied" or not steps else []
         steps = [step for step in steps if step != "copied"] or ["copied"]
         if tensor.values is None and not origin:
-            name = key_tables.foreign_name(path, arch.family, arch.config)
+            name = key_tables.foreign_name(path, arch.format, arch.config)
             advice = ": add num_classes=N for a new classifier" if path.startswith("head/") else ""
             steps = [f"{name} is missing from the file{advice}"]
         names = " + ".join(dict.fromkeys(o.name for o in origin))
@@ -262,4 +262,4 @@ def _origin(state: Mapping[str, np.ndarray], arch: Structure) -> key_tables.Orig
     dtypes = {values.dtype.name for values in state.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     # An inflated model cannot be written back in the image model's shapes, nor vice versa.
-    return key_tables.Origin(arch.family, {} if arch.crosses else ranks, dtype)
+    return key_tables.Origin(arch.format, {} if arch.crosses else ranks, dtype)

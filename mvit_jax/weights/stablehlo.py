@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 from mvit_jax.models.functional import Functional, Params
 from mvit_jax.models.inference import Colour, forward_function, with_dtype
 from mvit_jax.models.ops.dispatch import without_kernels
@@ -74,7 +74,7 @@ def save_stablehlo(
     forward = forward_function(model, mean=mean, std=std, **options)
     clip = clip_shape(model.config, np.uint8 if mean is not None else np.float32, batch)
     program = exported(functools.partial(forward, weights), platforms, clip)
-    write_whole(path, bytes(program.serialize()))
+    write_atomically(path, bytes(program.serialize()))
     return program
 
 

@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.weights import torch_pickle, torch_zip
-from mvit_jax.weights.torch_pickle import shown
+from mvit_jax.weights.torch_pickle import printable
 
 # Entries that hold the state dict: of PySlowFast, of timm and most others, of DeiT, with averaged
 # parameters (two names), and of distributed wrappers.
@@ -71,7 +71,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
         raise UserError(f"{path} does not fit into memory: read it on a larger machine") from None
     except _BROKEN as error:
         raise UserError(
-            f"{path} is cut off or damaged ({shown(error)}): download or copy it again"
+            f"{path} is cut off or damaged ({printable(error)}): download or copy it again"
         ) from None
 
 
@@ -99,7 +99,7 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
     raise UserError(f"{path} {what}")
 
 
-def _read_torch(saved: torch_zip.Saved, path: Path) -> Tensors:
+def _read_torch(saved: torch_zip.OpenedFile, path: Path) -> Tensors:
     kinds = torch_pickle.Tensor | torch_pickle.NumpyArray
     tensors, wrapper, dropped = _unwrap(saved.value, lambda x: isinstance(x, kinds), str(path))
     return Tensors(torch_zip.arrays(tensors, saved, path), wrapper, dropped, "torch")
@@ -112,8 +112,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             dtype = file.get_slice(name).get_dtype()
             if dtype not in ("BOOL", "F16", "BF16", "F32", "F64") and dtype[:1] not in ("I", "U"):
                 raise UserError(
-                    f"{path} holds {shown(name)} as {dtype}, which is not supported: convert it "
-                    "to float32"
+                    f"{path} holds {printable(name)} as {dtype}, which is not supported: convert "
+                    "it to float32"
                 )
             tensors[name] = torch_zip.true_bools(file.get_tensor(name))
     if not tensors:
@@ -145,10 +145,10 @@ def _copy(name: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{shown(name)} cannot be read as an array ({shown(error)}): give dense tensors"
+            f"{printable(name)} cannot be read as an array ({printable(error)}): give dense tensors"
         ) from None
     if array.dtype.kind not in "biuf" and array.dtype != ml_dtypes.bfloat16:
-        raise UserError(f"{shown(name)} has the dtype {array.dtype}: convert it to float32")
+        raise UserError(f"{printable(name)} has the dtype {array.dtype}: convert it to float32")
     return np.array(array, array.dtype.newbyteorder("="), order="C")
 
 
@@ -161,7 +161,7 @@ def _unwrap(
 ) -> tuple[dict[str, Any], str, tuple[str, ...]]:
     """Returns the state dict inside nested mappings, its wrapper, and the other entries' names."""
     if not isinstance(top, Mapping):
-        kind = shown(type(top).__name__)
+        kind = printable(type(top).__name__)
         raise UserError(f"{where} holds a {kind}, not a state dict: save a state_dict()")
     keys = _find(top, is_tensor, depth=2)
     if keys is None:
@@ -196,7 +196,7 @@ def _explain_missing(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], w
         if not any(map(is_tensor, here.values())):
             here = next((it for it in inner if isinstance(it, Mapping) and it), here)
     wrong = [key for key, value in here.items() if not (isinstance(key, str) and is_tensor(value))]
-    listed = ", ".join(shown(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
+    listed = ", ".join(printable(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
     if not any(map(is_tensor, here.values())):
         content = f"holds only {listed}" if listed else "is empty"
         return f"{where} has no state dict, it {content}: save a state_dict()"
@@ -265,7 +265,7 @@ def _atomic(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or shown(error)
+        reason = getattr(error, "strerror", None) or printable(error)
         raise UserError(f"{path} cannot be written ({reason})") from None
     finally:
         with contextlib.suppress(OSError):

@@ -28,7 +28,7 @@ from mvit_jax.common.errors import UserError
 # them. Each byte of a pickle can occupy 200 bytes of memory.
 LARGEST = 16 * 2**20
 # Most items that all calls together may copy: a pickle can copy one list many times.
-MOST_COPIED = 2**24
+MAX_COPIED = 2**24
 
 STORAGES = {
     "FloatStorage": "float32",
@@ -52,7 +52,7 @@ _DTYPES = {f"torch.{name}": name for name in (*STORAGES.values(), "uint16", "uin
 }
 
 
-class Damaged(ValueError):
+class DamagedFileError(ValueError):
     """A file that violates its format."""
 
 
@@ -136,14 +136,14 @@ def load(stream: io.BytesIO, where: Path) -> tuple[Any, dict[str, Storage]]:
 
     Raises:
       UserError: the pickle refers to a name outside the table, or has a forbidden opcode.
-      Damaged: the pickle is malformed. For some malformed pickles, Python's own exceptions, such as
-        IndexError, KeyError and TypeError, are raised instead.
+      DamagedFileError: the pickle is malformed. For some malformed pickles, Python's own
+        exceptions, such as IndexError, KeyError and TypeError, are raised instead.
     """
     reader = _Reader(stream, where)
     try:
         return reader.load(), reader.storages
     except (EOFError, pickle.UnpicklingError) as error:
-        raise Damaged(str(error) or "its pickle ends too early") from None
+        raise DamagedFileError(str(error) or "its pickle ends too early") from None
 
 
 # The base class is private, but the same in Python 3.11 to 3.13. The public class is implemented in
@@ -166,7 +166,7 @@ class _Reader(pickle._Unpickler):
         name = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if name not in _ALLOWED:
             raise UserError(
-                f"{self.where} refers to {shown(name)}, which is neither a plain tensor nor a "
+                f"{self.where} refers to {printable(name)}, which is neither a plain tensor nor a "
                 "plain container: none of its code was run; if you trust the file, load it with "
                 "torch and save only its state dict"
             )
@@ -189,10 +189,10 @@ class _Reader(pickle._Unpickler):
         _check(type(function) is Global and type(args) is tuple and len(args) <= 64)
         _check(keywords is None or (type(keywords) is dict and not keywords))
         if function.name not in _CALLS:
-            raise Damaged(f"its pickle calls {function.name}")
+            raise DamagedFileError(f"its pickle calls {function.name}")
         sized = (dict, list, tuple, set, frozenset, str, bytes)
         self.copied += sum(len(arg) for arg in args if isinstance(arg, sized))
-        _check(self.copied <= MOST_COPIED, "its pickle copies too many items")
+        _check(self.copied <= MAX_COPIED, "its pickle copies too many items")
         self.push(_CALLS[function.name](*args))
 
     def _instantiate(self, klass: Any, args: list[Any]) -> None:
@@ -207,7 +207,7 @@ class _Reader(pickle._Unpickler):
         if isinstance(self.stack[-1], NumpyDtype | NumpyArray):
             self.stack[-1].build(state)
 
-    def refuse(self, opcode: str) -> None:
+    def reject(self, opcode: str) -> None:
         # Such as EXT1 (names by number) and NEXT_BUFFER (buffers outside the file).
         raise UserError(
             f"{self.where} holds the pickle opcode {opcode}, which torch.save never writes: "
@@ -232,7 +232,7 @@ _NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 _ORIGINAL = pickle._Unpickler.dispatch
 _OPCODES: dict[int, Callable[[Any], Any]] = {
     **dict.fromkeys(range(256), lambda _: _check(False, "its pickle has an unknown opcode")),
-    **{code: lambda reader, name=name: reader.refuse(name) for code, name in _NAMES.items()},
+    **{code: lambda reader, name=name: reader.reject(name) for code, name in _NAMES.items()},
     **{code: _ORIGINAL[code] for code, name in _NAMES.items() if name in _HARMLESS},
     # The original FRAME reads ahead. BYTEARRAY8 reserves as many bytes as the file claims.
     pickle.PROTO[0]: lambda reader: reader.read(1),
@@ -257,10 +257,10 @@ _Reader.dispatch = _OPCODES
 
 def _check(condition: bool, message: str = "its pickle is malformed") -> None:
     if not condition:
-        raise Damaged(message)
+        raise DamagedFileError(message)
 
 
-def shown(name: object) -> str:
+def printable(name: object) -> str:
     """Returns text from a file as at most 80 characters of printable ASCII, for messages."""
     text = ascii(str(name))[1:-1]
     return text if len(text) <= 80 else text[:77] + "..."
@@ -305,13 +305,13 @@ def _storage(saved: Any) -> Storage:
     _check(type(saved) in (tuple, list) and len(saved) <= 6, no_storage)
     tag, kind, key, _, numel, *view = saved
     if tag != "storage" or not isinstance(kind, Global) or not isinstance(key, str | int):
-        raise Damaged(no_storage)
+        raise DamagedFileError(no_storage)
     (numel,) = _size([numel])
     if kind.name in _UNTYPED:
         return Storage(str(key), None, numel)
     dtype = STORAGES.get(kind.name.removeprefix("torch."))
     if dtype is None:
-        raise Damaged(f"its pickle uses {kind.name} as a storage")
+        raise DamagedFileError(f"its pickle uses {kind.name} as a storage")
     offset = 0
     if view and view[0] is not None:  # before torch 0.4: (key of the view, offset, length)
         _, offset, length = view[0]
@@ -322,7 +322,7 @@ def _storage(saved: Any) -> Storage:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     if not isinstance(storage, Storage) or storage.dtype is None:
-        raise Damaged("a tensor without a storage")
+        raise DamagedFileError("a tensor without a storage")
     return _view(storage, storage.dtype, offset, size, stride)
 
 
@@ -336,7 +336,7 @@ def _tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
     if not isinstance(storage, Storage) or not isinstance(dtype, Global):
-        raise Damaged("a tensor without a storage or dtype")
+        raise DamagedFileError("a tensor without a storage or dtype")
     name = _DTYPES[dtype.name]
     _check(storage.dtype in (None, name))
     return _view(storage, name, offset, size, stride)
@@ -349,7 +349,7 @@ def _same(tensor: Any, *_: Any) -> Tensor:
 
 def _numpy_dtype(code: Any, *_: Any) -> NumpyDtype:
     numeric = type(code) is str and re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", code)
-    _check(bool(numeric), f"NumPy's dtype {shown(code)} is not numeric")
+    _check(bool(numeric), f"NumPy's dtype {printable(code)} is not numeric")
     return NumpyDtype(code.lstrip("<>|="))
 
 
@@ -374,7 +374,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
     "collections.Counter": _dict,
     "collections.defaultdict": lambda _factory=None, *items: _dict(*items),
-    "collections.deque": lambda items=(), _most=None: list(items),
+    "collections.deque": lambda items=(), _maxlen=None: list(items),
     "builtins.dict": _dict,
     "builtins.list": lambda items=(): list(items),
     "builtins.set": lambda items=(): set(_frozenset(items)),

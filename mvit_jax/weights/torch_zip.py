@@ -22,18 +22,18 @@ import numpy as np
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.weights import torch_pickle
-from mvit_jax.weights.torch_pickle import Damaged, shown
+from mvit_jax.weights.torch_pickle import DamagedFileError, printable
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 CHUNK = 16 * 2**20
 # Tensors can share bytes. A file is rejected as malicious if the sum of its tensors' sizes exceeds
 # the file's size by more than this factor.
-MOST_SHARED = 16
+MAX_SHARED = 16
 
 
 @dataclass(frozen=True)
-class Saved:
+class OpenedFile:
     """An opened file: the unpickled value, and access to the storages, which are read later."""
 
     value: Any
@@ -41,12 +41,12 @@ class Saved:
     order: str  # byte order of the storages: "little" or "big"
 
 
-def open_zip(file: io.BufferedReader, path: Path) -> Saved:
+def open_zip(file: io.BufferedReader, path: Path) -> OpenedFile:
     """Opens a file in the zip format of torch >= 1.6; `file` must stay open."""
     archive = zipfile.ZipFile(file)
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) < len(archive.infolist()):
-        raise Damaged("two entries have the same name")
+        raise DamagedFileError("two entries have the same name")
     pickled = [n for n in entries if n.count("/") <= 1 and n.split("/")[-1] == "data.pkl"]
     if len(pickled) != 1:
         raise UserError(f"{path} is a zip file, but was not written by torch.save")
@@ -59,16 +59,16 @@ def open_zip(file: io.BufferedReader, path: Path) -> Saved:
 
     def entry(name: str) -> np.ndarray:
         if prefix + name not in entries:
-            raise Damaged(f"it has no {shown(name)}")
+            raise DamagedFileError(f"it has no {printable(name)}")
         return _entry(archive, entries[prefix + name], path)
 
     order = entry("byteorder").tobytes() if f"{prefix}byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
-        raise Damaged(f"its byte order is {order[:16]!r}")
+        raise DamagedFileError(f"its byte order is {order[:16]!r}")
     if entries[pickled[0]].file_size > torch_pickle.LARGEST:
-        raise Damaged("its pickle is too large")
+        raise DamagedFileError("its pickle is too large")
     value, _ = torch_pickle.load(io.BytesIO(entry("data.pkl").data), path)
-    return Saved(value, lambda key: entry(f"data/{key}"), order.decode())
+    return OpenedFile(value, lambda key: entry(f"data/{key}"), order.decode())
 
 
 def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> np.ndarray:
@@ -79,7 +79,7 @@ def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> np.n
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise UserError(f"{path} is a compressed zip: load it with torch and save it again")
     if entry.file_size > path.stat().st_size:
-        raise Damaged(f"{shown(entry.filename)} is larger than the file")
+        raise DamagedFileError(f"{printable(entry.filename)} is larger than the file")
     raw = np.empty(entry.file_size, np.uint8)
     with archive.open(entry) as stream:
         for start in range(0, len(raw), CHUNK):
@@ -87,14 +87,14 @@ def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> np.n
     return raw
 
 
-def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
+def open_legacy(file: io.BufferedReader, path: Path) -> OpenedFile:
     """Opens a file in the legacy format of torch < 1.6; `file` must stay open."""
     total = path.stat().st_size
     beginning = io.BytesIO(file.read(torch_pickle.LARGEST))
     if torch_pickle.load(beginning, path)[0] != MAGIC:
         raise UserError(f"{path} is a pickle, but was not written by torch.save")
     if torch_pickle.load(beginning, path)[0] != PROTOCOL:
-        raise Damaged("unknown version of the format")
+        raise DamagedFileError("unknown version of the format")
     # Skips the system information (byte order, sizes of types): storages are always little-endian.
     torch_pickle.load(beginning, path)
     value, storages = torch_pickle.load(beginning, path)
@@ -106,30 +106,32 @@ def open_legacy(file: io.BufferedReader, path: Path) -> Saved:
         itemsize = np.dtype(storages[key].dtype or "uint8").itemsize
         start, nbytes = file.tell(), int.from_bytes(numel, "little") * itemsize
         if len(numel) < 8 or start + nbytes > total:
-            raise Damaged("its storages end too early")
+            raise DamagedFileError("its storages end too early")
         extents[key] = (start, nbytes)
         file.seek(start + nbytes)
 
     def storage(key: str) -> np.ndarray:
         if key not in extents:
-            raise Damaged(f"it has no storage {shown(key)}")
+            raise DamagedFileError(f"it has no storage {printable(key)}")
         start, nbytes = extents[key]
         file.seek(start)
         raw = np.empty(nbytes, np.uint8)
         if file.readinto(raw.data) < nbytes:
-            raise Damaged("its storages end too early")
+            raise DamagedFileError("its storages end too early")
         return raw
 
-    return Saved(value, storage, "little")
+    return OpenedFile(value, storage, "little")
 
 
 def arrays(
-    tensors: Mapping[str, torch_pickle.Tensor | torch_pickle.NumpyArray], saved: Saved, path: Path
+    tensors: Mapping[str, torch_pickle.Tensor | torch_pickle.NumpyArray],
+    saved: OpenedFile,
+    path: Path,
 ) -> dict[str, np.ndarray]:
     """Reads the tensors that `tensors` describes into separate arrays."""
     claimed = sum(tensor.nbytes for tensor in tensors.values())
-    if claimed > MOST_SHARED * path.stat().st_size:
-        raise Damaged(f"its tensors claim {claimed} bytes in all")
+    if claimed > MAX_SHARED * path.stat().st_size:
+        raise DamagedFileError(f"its tensors claim {claimed} bytes in all")
     result: dict[str, np.ndarray] = {}
     by_storage: dict[str, dict[str, torch_pickle.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -142,7 +144,7 @@ def arrays(
         raw = saved.storage(key)
         for name, tensor in views.items():
             if raw.nbytes < tensor.storage.nbytes:
-                raise Damaged(f"the storage of {shown(name)} is cut off")
+                raise DamagedFileError(f"the storage of {printable(name)} is cut off")
             result[name] = _array(tensor, raw, saved.order, name, alone=len(views) == 1)
     return {name: result[name] for name in tensors}
 
@@ -156,7 +158,7 @@ def _array(
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride, strict=True))
     whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize].view(f"u{dtype.itemsize}")
     if tensor.offset + last >= len(whole):
-        raise Damaged(f"{shown(name)} lies outside its storage")
+        raise DamagedFileError(f"{printable(name)} lies outside its storage")
     strides = [stride * dtype.itemsize for stride in tensor.stride]
     view = np.lib.stride_tricks.as_strided(whole[tensor.offset :], tensor.shape, strides)
     # A tensor that fills its whole storage, possibly several GB, is not copied.

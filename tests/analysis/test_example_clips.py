@@ -48,8 +48,8 @@ def test_mistakes_are_the_most_confident_wrong_predictions():
 
 def test_short_clips_show_all_frames_and_long_clips_evenly_spaced_ones():
     for frames in (1, 4, 8):
-        assert example_clips.shown(frames) == list(range(frames))
-    shown = example_clips.shown(40)
+        assert example_clips.frame_indices(frames) == list(range(frames))
+    shown = example_clips.frame_indices(40)
     assert len(shown) == 8 and shown[0] == 0 and shown[-1] == 39
     assert max(np.diff(shown)) - min(np.diff(shown)) <= 1
 

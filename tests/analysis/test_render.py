@@ -43,10 +43,10 @@ def test_a_contact_sheet_has_frames_in_rows():
     assert sheet.shape == (2 * 48 + 2, 3 * 64 + 4, 3)
     np.testing.assert_array_equal(sheet[50:, 66:130], frames[4])
     assert (sheet[:, 64:66] == 255).all() and (sheet[50:, 132:] == 255).all()
-    large = render.enlarged(frames, 100)
+    large = render.enlarge(frames, 100)
     assert large.shape == (5, 144, 192, 3)
     np.testing.assert_array_equal(large[:, ::3, ::3], frames)
-    assert render.enlarged(frames, 40) is frames
+    assert render.enlarge(frames, 40) is frames
 
 
 def test_to_uint8_restores_the_frames_of_a_normalised_clip():

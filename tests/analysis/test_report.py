@@ -41,11 +41,11 @@ def test_names_are_escaped_in_text_and_figures(html, page):
     assert page.count("script") == 0 and page.count("b") == 0 and page.count("i") == 0
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     for name in (*NAMES, "/runs/<a>&b", "/data/<u>.mp4: the file is empty"):
-        assert plots.short(name) in page.text or name in page.text
+        assert plots.truncate(name) in page.text or name in page.text
     assert "videos/<img src=x onerror=alert(1)>.mp4" in page.text
     # Names in a figure are neither formulas nor references nor colours.
     figure = html[html.index('<svg role="img" aria-label="Confusion') :]
-    assert plots.short("$x_{1$ url(#a) #1b1c1d").replace("&", "&amp;") in figure
+    assert plots.truncate("$x_{1$ url(#a) #1b1c1d").replace("&", "&amp;") in figure
 
 
 def test_the_report_loads_no_external_resources(html, page):
@@ -76,12 +76,12 @@ def test_the_most_confused_pairs_are_the_largest_off_diagonal_entries():
     random = np.random.default_rng(0)
     confusion = random.integers(0, 9, (6, 6))
     names = list("abcdef")
-    pairs = report.confused(confusion.tolist(), names, most=5)
+    pairs = report.most_confused_pairs(confusion.tolist(), names, limit=5)
     naive = sorted((-confusion[i, j], i, j) for i, j in np.ndindex(6, 6) if i != j)[:5]
     assert [pair[:3] for pair in pairs] == [(names[i], names[j], -n) for n, i, j in naive]
     for truth, _, count, share in pairs:
         assert share == pytest.approx(100 * count / confusion[names.index(truth)].sum())
-    assert report.confused([[2, 0], [0, 3]], ["a", "b"]) == []
+    assert report.most_confused_pairs([[2, 0], [0, 3]], ["a", "b"]) == []
 
 
 def test_an_untested_run_shows_the_evaluate_command():

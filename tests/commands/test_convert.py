@@ -107,7 +107,7 @@ def test_a_converted_folder_has_the_preprocessing_of_its_variant(kind, expected,
     write_safetensors(tmp_path / "in.safetensors", tensors_of(kind))
     more = VIDEO[1:] if kind == "v1 video" else FIELDS
     run(tmp_path / "in.safetensors", f"--variant={name}", f"--out={tmp_path / 'out'}", *more)
-    config = workdir.frozen(tmp_path / "out")
+    config = workdir.recorded_config(tmp_path / "out")
     data = config.data
     assert (data.stride, data.short_side, data.mean, data.std, data.interpolation) == expected
     assert config.eval.clips == (5 if kind == "v1 video" else 1)
@@ -168,6 +168,15 @@ def test_imported_tensors_are_exported_bit_for_bit(to, converted, tmp_path, caps
     )
 
 
+def test_a_folder_of_an_earlier_version_is_exported(converted, tmp_path):
+    folder = shutil.copytree(converted[0], tmp_path / "in")
+    origin = json.loads((folder / "origin.json").read_text())
+    origin["family"] = origin.pop("format")
+    (folder / "origin.json").write_text(json.dumps(origin))
+    run(folder, "--to=slowfast", f"--out={tmp_path / 'out'}")
+    foreign.same(read_tensors(tmp_path / "out").tensors, tensors_of())
+
+
 def test_exported_kernels_have_the_axes_of_the_imported_file(tmp_path):
     """PySlowFast's image models have five, models without an origin those of MViTv2's code."""
     write_torch(tmp_path / "in.pyth", foreign.slowfast("v2 image"), wrapper="model_state")
@@ -179,7 +188,7 @@ def test_exported_kernels_have_the_axes_of_the_imported_file(tmp_path):
 
 def test_the_averaged_weights_of_a_run_are_exported(digits, tmp_path):
     config = tiny.config(digits, **{"optim.ema": 0.5})
-    workdir.freeze(config, tmp_path / "run")
+    workdir.record_config(config, tmp_path / "run")
     shapes = functional(build.model_config(config, 8)).shapes()
     params = unflatten_dict(foreign.filled(shapes), sep="/")
     twice = jax.tree.map(lambda values: 2 * values, params)

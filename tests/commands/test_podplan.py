@@ -182,7 +182,7 @@ def test_a_plan_is_compiled_printed_and_written_as_json_and_figure(tmp_path):
     (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert plan["fits"] and sum(plan["memory_by_kind"].values()) == plan["memory_bytes"]
     assert plan["steps"] == 6 * 2000 // 8
-    seconds = max(time for part, time in plan["roofs_seconds"].items() if part != "memory")
-    assert seconds == plan["step_seconds_at_least"] < plan["roofs_seconds"]["memory"]
+    seconds = max(time for part, time in plan["roofline_seconds"].items() if part != "memory")
+    assert seconds == plan["step_seconds_at_least"] < plan["roofline_seconds"]["memory"]
     assert plan["chip_hours"] == pytest.approx(4 * plan["steps"] * seconds / 3600)
     assert min(Image.open(tmp_path / "plan.png").size) > 200

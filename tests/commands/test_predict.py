@@ -42,7 +42,7 @@ def paths(digits):
 
 
 def test_predictions_equal_the_scores_of_evaluate(run, predictor, digits, paths):
-    config = workdir.frozen(run)
+    config = workdir.recorded_config(run)
     [scores], _ = scoring.score(config, run, build.videos(config, "test"), which="last")
     # Another order, one file twice, and a missing one.
     files = [paths[2], paths[0], paths[2], str(run / "gone.mp4")]
@@ -163,9 +163,9 @@ def test_predictions_survive_a_picture_that_cannot_be_written(predictor, paths, 
 def test_a_folder_without_data_and_labels_can_be_used(run, tmp_path):
     """The folder is as `convert` writes it."""
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-    config = workdir.frozen(run)
+    config = workdir.recorded_config(run)
     config.data.folder = None
-    workdir.freeze(config, tmp_path)
+    workdir.record_config(config, tmp_path)
     predictor = small.predictor_of(tmp_path)
     assert predictor.names == tuple(f"class {i}" for i in range(8))
     files = ["/no/a.mp4", "/no/a.png", str(tmp_path)]
@@ -198,7 +198,7 @@ def images(tmp_path):
 @pytest.mark.slow
 def test_image_predictions_equal_preprocess_and_apply(images, tmp_path, monkeypatch):
     config = tiny.config(images, **small.IMAGES)
-    workdir.freeze(config, tmp_path)
+    workdir.record_config(config, tmp_path)
     state = small.fresh(config, 0)
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(state, 1)

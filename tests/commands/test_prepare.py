@@ -142,17 +142,17 @@ def test_packing_resumes_after_kills_with_equal_bytes(kills, videos, tmp_path):
     assert out.splitlines() == [f"11 of 12 videos are in 12 shards in {one}"]
     assert "train: 12 of 12 videos" in err and "WARNING" not in err
 
-    for least in kills:
+    for done in kills:
         process = start(
             *packing(videos, killed, 2), stderr=subprocess.DEVNULL, start_new_session=True
         )
-        while process.poll() is None and len(list(killed.glob("*.array_record"))) < least:
+        while process.poll() is None and len(list(killed.glob("*.array_record"))) < done:
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         left = contents(killed)
         whole = {name: left[name] for name in left if name.endswith(".array_record")}
-        assert least <= len(whole) < 12 and whole.items() <= contents(one).items()
+        assert done <= len(whole) < 12 and whole.items() <= contents(one).items()
     status, output = commands.fresh("prepare", *packing(videos, killed, 2))
     assert status == 0, output
     assert contents(killed) == contents(one)

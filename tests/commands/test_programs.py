@@ -34,7 +34,7 @@ def run(reference, tmp_path_factory):
 
 
 def test_a_run_writes_its_config_checkpoints_and_events(run):
-    assert workdir.frozen(run).optim.lr == 2e-3
+    assert workdir.recorded_config(run).optim.lr == 2e-3
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["8", "9"]
     assert len(list((run / "best").iterdir())) == 1
     assert list(run.glob("events.*"))
@@ -170,7 +170,7 @@ def test_the_best_checkpoint_has_separate_files_and_runs_are_compared(run, tmp_p
 
 @pytest.mark.slow
 def test_shuffled_frames_change_the_scores_deterministically(run):
-    config = workdir.frozen(run)
+    config = workdir.recorded_config(run)
     videos = build.videos(config, "test")
     [straight], _ = scoring.score(config, run, videos, which="last")
     [shuffled], _ = scoring.score(config, run, videos, which="last", shuffle=True)
@@ -180,7 +180,7 @@ def test_shuffled_frames_change_the_scores_deterministically(run):
 
 
 def test_the_best_checkpoint_reproduces_its_validation_accuracy(run, digits):
-    config = workdir.frozen(run)
+    config = workdir.recorded_config(run)
     videos = build.videos(config, "val")
     config.eval.clips = 1
     [scores], step = scoring.score(config, run, videos, which="best")

@@ -23,7 +23,7 @@ def test_other_addresses_are_refused_in_one_sentence(name, tmp_path, monkeypatch
     with pytest.raises(UserError, match="is neither a local folder nor in a bucket"):
         files.to_path(name)
     with pytest.raises(UserError, match="is neither a local folder nor in a bucket"):
-        files.write_whole(name, "")
+        files.write_atomically(name, "")
     with pytest.raises(UserError, match="is not a local path"):
         files.local_path(name)
     assert not list(tmp_path.iterdir())
@@ -31,10 +31,10 @@ def test_other_addresses_are_refused_in_one_sentence(name, tmp_path, monkeypatch
 
 def test_files_are_replaced_without_remains(tmp_path):
     for path in (tmp_path / "a", epath.Path(tmp_path) / "b"):
-        files.write_whole(path, "before, ä\n")
-        files.write_whole(path, b"after")
+        files.write_atomically(path, "before, ä\n")
+        files.write_atomically(path, b"after")
         assert path.read_bytes() == b"after"
-        files.write_whole(path, "ä")
+        files.write_atomically(path, "ä")
         assert path.read_bytes() == "ä".encode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
@@ -42,14 +42,14 @@ def test_files_are_replaced_without_remains(tmp_path):
 def test_a_failed_write_ends_with_a_one_sentence_error(tmp_path):
     for folder in (tmp_path, epath.Path(tmp_path)):
         with pytest.raises(UserError, match=r"missing/a cannot be written \(No such file"):
-            files.write_whole(folder / "missing" / "a", "text")
+            files.write_atomically(folder / "missing" / "a", "text")
 
 
 def test_bucket_errors_are_shortened():
     error = OSError('HTTP response code 403 with body \'{\n "message": "refused"}\'\n\t when')
-    assert files.why(error) == "HTTP response code 403"
-    assert files.why(PermissionError(13, "Permission denied")) == "Permission denied"
-    assert files.why(RuntimeError()) == "RuntimeError"
+    assert files.describe_error(error) == "HTTP response code 403"
+    assert files.describe_error(PermissionError(13, "Permission denied")) == "Permission denied"
+    assert files.describe_error(RuntimeError()) == "RuntimeError"
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_checking_a_writable_path_leaves_it_unchanged(tmp_path):
 def test_unwritable_paths_are_refused_by_check_and_write(name, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("x")
-    for write in (files.check_writable, lambda path: files.write_whole(path, "x")):
+    for write in (files.check_writable, lambda path: files.write_atomically(path, "x")):
         with pytest.raises(UserError, match="cannot be written"):
             write(tmp_path / name)
 

@@ -159,7 +159,7 @@ def test_videos_are_augmented_before_cropping():
         rng = np.random.default_rng(seed)
         frames = plain(clip, VIDEO.draw(rng))
         box = augmentation.random_box(40, 60, rng, (0.08, 1.0))
-        cropped = box.cut(frames, Box(0, 0, 40, 60))
+        cropped = box.crop(frames, Box(0, 0, 40, 60))
         np.testing.assert_array_equal(result, augmentation.resize(cropped, 16, 16))
         changed += (frames != clip).any()
     assert 30 < changed < 60

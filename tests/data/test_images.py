@@ -11,7 +11,7 @@ from mvit_jax.data import augmentation, pipeline
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.images import is_image, read_image
-from mvit_jax.data.video import DecodeError, opened, why_broken
+from mvit_jax.data.video import DecodeError, decode_failure, opened
 from tests.support.refusals import refused
 
 
@@ -100,7 +100,7 @@ def test_invalid_images_raise_with_path_and_reason(tmp_path, name, content, reas
         (tmp_path / name).write_bytes(content)
     with refused(f"{tmp_path / name} cannot be decoded: {reason}", by=DecodeError):
         read_image(tmp_path / name)
-    assert reason in str(why_broken(opened(tmp_path / name, 1)))
+    assert reason in str(decode_failure(opened(tmp_path / name, 1)))
 
 
 def test_an_image_with_too_many_pixels_is_rejected(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from mvit_jax.data.packets import Packets
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.video import DecodeError, Video, opened, why_broken
+from mvit_jax.data.video import DecodeError, Video, decode_failure, opened
 from tests.data.bar_codes import decode_all, numbers_of, write
 
 ORDINARY = {"gop": 12}
@@ -156,7 +156,7 @@ def test_seeking_in_a_damaged_avi_is_exact(tmp_path):
 def test_a_truncated_file_states_what_is_missing(suffix, tmp_path):
     codec = {"mkv": "libx264", "webm": "libvpx", "flv": "flv"}[suffix]
     path = Path(write(tmp_path / f"x.{suffix}", 150, codec=codec, bf="0"))
-    assert why_broken(opened(path, 1)) is None
+    assert decode_failure(opened(path, 1)) is None
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
     with pytest.raises(DecodeError, match=r"cut off, with \d\.\d of its 5\.\d seconds"):

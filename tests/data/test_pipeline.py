@@ -188,7 +188,7 @@ def test_decode_failures_are_replaced_and_reported(mixed):
         for clip in batch["clip"]:
             assert clip.std() > 10  # none is blank
     for index, reason in BROKEN.items():
-        assert reason in str(decoding.why_broken(mixed.opened(index, 4)))
+        assert reason in str(decoding.decode_failure(mixed.opened(index, 4)))
     # Different rows get different replacements: 9 draws from 7 videos.
     assert len({int(n) for batch in batches for n in batch["label"][batch["broken"] >= 0]}) > 2
 

@@ -70,7 +70,7 @@ def test_a_box_of_the_frames_equals_the_crop_of_augmented_frames():
         operations = settings.draw(rng)
         before = clip.copy()
         result = randaugment.apply(clip, operations, fill=(3, 140, 255), box=box)
-        expected = box.cut(plain(clip, operations, (3, 140, 255)), Box(0, 0, height, width))
+        expected = box.crop(plain(clip, operations, (3, 140, 255)), Box(0, 0, height, width))
         np.testing.assert_array_equal(
             result, expected, f"{kind} {operations} {box} of {clip.shape}"
         )
@@ -87,7 +87,9 @@ def test_the_centre_pixel_of_a_rotated_frame_is_rounded_as_in_pillow():
     for degrees in np.linspace(-30, 30, 401):
         operations = (Operation("Rotate", float(degrees)),)
         result = randaugment.apply(clip, operations, box=box)
-        np.testing.assert_array_equal(result, box.cut(plain(clip, operations), whole), str(degrees))
+        np.testing.assert_array_equal(
+            result, box.crop(plain(clip, operations), whole), str(degrees)
+        )
 
 
 def test_strings_are_parsed():

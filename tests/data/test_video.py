@@ -11,7 +11,7 @@ import pytest
 from av.video.frame import PictureType
 
 from mvit_jax.data.making.transcoding import Encoding, encode
-from mvit_jax.data.video import DecodeError, Video, opened, why_broken
+from mvit_jax.data.video import DecodeError, Video, decode_failure, opened
 from tests.data.bar_codes import decode_all, number_of, numbers_of, packets_of, write
 
 
@@ -78,7 +78,7 @@ def test_a_late_clip_does_not_decode_the_start_of_the_file(video_path, tmp_path)
         assert numbers_of(video.frames([80, 84, 88])) == [80, 84, 88]
         with pytest.raises(DecodeError, match="damaged"):
             video.frames([5])
-    assert "damaged" in str(why_broken(opened(path, 1)))
+    assert "damaged" in str(decode_failure(opened(path, 1)))
 
 
 def test_frames_of_a_variable_rate_are_ordered_by_presentation_time(tmp_path):
@@ -109,7 +109,7 @@ def test_a_few_missing_frames_at_the_end_are_no_decode_failure(video_path, tmp_p
         images = video.frames([0, last - 4, last])
     assert numbers_of(images[:2]) == [0, last - 4]
     assert number_of(images[2]) in range(last, 100)  # B-frames shown late may come before it
-    assert why_broken(opened(path, 1)) is None
+    assert decode_failure(opened(path, 1)) is None
 
 
 @pytest.mark.parametrize(("name", "missing"), [("late.mkv", 16), ("late.ts", 3)])
@@ -233,7 +233,7 @@ def test_invalid_videos_raise_with_path_and_reason(make, reason, tmp_path):
     assert error.path == str(path)
     assert reason in error.reason
     assert str(error) == f"{path} cannot be decoded: {error.reason}" and "\n" not in str(error)
-    assert why_broken(opened(path, 1)) == error.reason
+    assert decode_failure(opened(path, 1)) == error.reason
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.path, copy.reason, str(copy)) == (error.path, error.reason, str(error))
 

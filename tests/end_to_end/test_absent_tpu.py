@@ -105,7 +105,7 @@ def test_jax_chooses_with_a_gpu_or_another_plugin(environment):
     environment.setattr(absent_tpu, "_GPUS", ("dev/null",))
     assert "JAX_PLATFORMS" not in chosen()
     # A notebook on a GPU in Kubernetes is still a single process.
-    assert launch.alone(os.environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+    assert launch.is_single_process(os.environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     environment.setattr(absent_tpu, "_GPUS", ())
     os.environ.clear()
     environment.setattr("importlib.util.find_spec", lambda name: True)

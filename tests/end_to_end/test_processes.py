@@ -254,7 +254,7 @@ def small(work):
 
 @pytest.mark.nightly
 def test_a_failed_process_exits_with_its_stderr_closed():
-    fails = "assert coordination.first() and not time.sleep(100)"
+    fails = "assert coordination.is_process_0() and not time.sleep(100)"
     two = group.start(small(fails), 2, 1)
     for process in two:
         assert process.stdout and process.stderr
@@ -275,13 +275,13 @@ def test_process_0_exits_after_a_process_that_exits_slowly(fails):
 @pytest.mark.nightly
 def test_process_0_may_exit_long_after_the_others():
     """Process 0 writes the report; the others have finished by then and are not lost."""
-    run(small("time.sleep(20) if coordination.first() else None"), 2, 1)
+    run(small("time.sleep(20) if coordination.is_process_0() else None"), 2, 1)
 
 
 @pytest.mark.slow
 def test_a_failure_of_process_0_fails_processes_that_have_finished():
     """The exit status of each process is that of the run."""
-    two = group.start(small("assert not coordination.first() or time.sleep(8)"), 2, 1)
+    two = group.start(small("assert not coordination.is_process_0() or time.sleep(8)"), 2, 1)
     first, second = group.finish(two, 60)
     assert (first.status, second.status) == (1, 1)
     assert "AssertionError" in first.err and "process 0 (" in second.err
@@ -291,7 +291,7 @@ def test_a_failure_of_process_0_fails_processes_that_have_finished():
 def test_a_broken_connection_is_reported_with_its_message():
     """A wrong network interface is not reported as "another process has died"."""
     broken = "exec(\"raise RuntimeError('NCCL error: no socket interface\\\\nmore')\")"
-    two = group.start(small(f"time.sleep(100) if coordination.first() else {broken}"), 2, 1)
+    two = group.start(small(f"time.sleep(100) if coordination.is_process_0() else {broken}"), 2, 1)
     first, second = group.finish(two, 60)
     assert (first.status, second.status) == (failure.LOST, failure.LOST)
     for done in (first, second):
@@ -456,7 +456,7 @@ def test_the_device_table_lists_processes_hosts_and_devices():
         "  process 0  node1  2 x NVIDIA H100 of 80 GiB (gpu), devices 0, 1",
         "  process 1  node2  2 x NVIDIA H100 of 80 GiB (gpu), devices 2, 3",
     ]
-    assert device_table.suspicions(rows) == []
+    assert device_table.find_anomalies(rows) == []
     many = [device_row(i, f"node{i // 8}") for i in range(64)]
     assert device_table.describe(many).splitlines() == [
         "64 processes on 8 hosts, 64 devices",
@@ -480,7 +480,7 @@ def test_the_device_table_lists_processes_hosts_and_devices():
     ],
 )  # fmt: skip
 def test_suspicious_device_tables_are_reported(rows, sentence):
-    [message] = device_table.suspicions(rows)
+    [message] = device_table.find_anomalies(rows)
     assert re.search(sentence, message), message
 
 

@@ -53,7 +53,7 @@ def test_a_read_only_workdir_fails_before_compilation(digits, reference, tmp_pat
     def fail(*_):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(train, "first_state", fail)  # the first call that compiles
+    monkeypatch.setattr(train, "initial_state", fail)  # the first call that compiles
     with pytest.raises(UserError, match="the workdir /sys/kernel cannot be written"):
         train.train(tiny.config(digits, **tiny.RECIPE), "/sys/kernel")  # not by root either
 

@@ -71,7 +71,7 @@ def test_costs_are_within_a_percent_of_the_papers_unless_explained(row, name, ov
         for key, value in ours.items()
         if getattr(p, key) is not None
     ]
-    assert all(near) != bool(p.why), ours
+    assert all(near) != bool(p.note), ours
 
 
 def test_rows_of_one_model_in_two_tables_have_one_architecture():

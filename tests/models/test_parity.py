@@ -107,7 +107,7 @@ def difference(ours, theirs) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_the_architecture_is_inferred_from_the_originals_tensors(case):
     loaded, (shapes, _) = weights(case), stored(case)
-    assert loaded.origin.family == case.split("_")[0] and loaded.report.ok
+    assert loaded.origin.format == case.split("_")[0] and loaded.report.ok
     # Every tensor of the original is used, and only joint positional embeddings twice.
     sources = [line.source for line in loaded.report.lines]
     assert set(sources) == set(shapes)

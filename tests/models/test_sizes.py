@@ -34,17 +34,18 @@ QUICK = ("mvit_b_16x4", "vit_b_8x8")
 )
 def test_every_variant_accepts_other_sizes_and_the_smallest_clip(name):
     config = VARIANTS[name]
-    least = smallest_clip(config)
+    smallest = smallest_clip(config)
     frames = 1 if config.patch_kernel[0] == 1 and config.frames == 1 else config.frames + 3
     ends = [sum(config.depths[: s + 1]) - 1 for s in range(len(config.depths))]
-    sizes = [(config.frames, config.size, config.size), (frames, config.size + 17, 155), least]
+    sizes = [(config.frames, config.size, config.size), (frames, config.size + 17, 155), smallest]
     for size in sizes:
         logits, stages = traced(config, *size)
         assert logits == (1, config.num_classes)
         expected = grids(config, *size)
         assert stages == [expected[end].output for end in ends]
         assert stages[0][1:] != stages[0][:0:-1] or size != sizes[1]  # rectangles are kept
-    too_small = [(least[0], least[1] - 1, least[2]), (least[0], least[1], least[2] - 1)]
+    t, h, w = smallest
+    too_small = [(t, h - 1, w), (t, h, w - 1)]
     for size in too_small:
         if min(size) < 1:
             continue
@@ -128,9 +129,9 @@ def test_accepted_sizes_equal_a_brute_force_search(case):
                 with pytest.raises(UserError, match="is too small"):
                     grids(config, *large_but_for(axis, side))
         shortest.append(min(fitting))
-    least = smallest_clip(config)
-    assert least == tuple(shortest) and windows_fit(config, least)
-    assert traced(config, *least)[0] == (1, 5)
+    smallest = smallest_clip(config)
+    assert smallest == tuple(shortest) and windows_fit(config, smallest)
+    assert traced(config, *smallest)[0] == (1, 5)
     for size in ((4, 32, 32), (5, 47, 33), (12, 37, 64)):
         if windows_fit(config, size):
             assert traced(config, *size)[0] == (1, 5)
@@ -138,11 +139,11 @@ def test_accepted_sizes_equal_a_brute_force_search(case):
 
 def test_a_size_without_a_token_is_refused_with_the_smallest_size():
     config = variant("mvit_b_16x4", **TINY, **CONFIGS["no overlap"])
-    least = smallest_clip(config)
-    assert least[1] == least[2] > 8
-    for size in ((4, least[1] - 1, 64), (4, 64, least[2] - 1), (4, 1, 1)):
+    smallest = smallest_clip(config)
+    assert smallest[1] == smallest[2] > 8
+    for size in ((4, smallest[1] - 1, 64), (4, 64, smallest[2] - 1), (4, 1, 1)):
         for function in (grids, traced):
-            with pytest.raises(UserError, match=re.escape("x".join(map(str, least)))):
+            with pytest.raises(UserError, match=re.escape("x".join(map(str, smallest)))):
                 function(config, *size)
     unpadded = variant("mvit_b_16x4", **TINY, **CONFIGS["unpadded patches"])
     with pytest.raises(UserError, match=r"a clip of 2x32x32 .* takes is 3x8x8"):

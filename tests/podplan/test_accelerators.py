@@ -67,7 +67,7 @@ def test_every_listed_slice_is_accepted(kind):
     for shape in accelerators.shapes(kind):
         name = f"{kind}:{'x'.join(map(str, shape))}"
         assert accelerators.parse(name).shape == shape
-        assert math.prod(shape) <= accelerators.CHIPS[kind].most
+        assert math.prod(shape) <= accelerators.CHIPS[kind].max_chips
     with pytest.raises(UserError) as error:
         accelerators.parse(f"{kind}:3x3")
     # Names in the message are valid arguments.
@@ -92,10 +92,10 @@ def collective(kind, size, devices, *, trips=1, between_slices=False):
     ],
 )
 def test_collectives_move_the_expected_bytes_per_chip(operation, expected):
-    assert accelerators.moved(operation) == expected
+    assert accelerators.bytes_sent(operation) == expected
 
 
-def test_the_longest_roof_bounds_a_step():
+def test_the_longest_bound_limits_a_step():
     """v5e: 197 TFLOP/s, 819 GB/s of HBM, 200 GB/s each way within a slice, 3.125 GB/s between."""
     work = Operation("dot", "dot", "matrix", "", 2, int(98.5e9), 0, 0, 0, int(81.9e9), int(98.5e9))
     collectives = (
@@ -103,12 +103,12 @@ def test_the_longest_roof_bounds_a_step():
         collective("all-reduce", 3_125_000, 2, between_slices=True),  # 3.125 MB
     )
     chip = accelerators.CHIPS["v5e"]
-    roofs = accelerators.roofs(Counts((work,), collectives, ()), chip)
-    assert roofs.compute == pytest.approx(2e-3)
-    assert roofs.memory == pytest.approx(0.2)
-    assert roofs.links == pytest.approx(3e-3)
-    assert roofs.outside == pytest.approx(1e-3)
-    assert (roofs.longest, roofs.bound) == (roofs.memory, "memory")
-    rows = accelerators.by_kind(collectives, chip)
+    bounds = accelerators.roofline_bounds(Counts((work,), collectives, ()), chip)
+    assert bounds.compute == pytest.approx(2e-3)
+    assert bounds.memory == pytest.approx(0.2)
+    assert bounds.ici == pytest.approx(3e-3)
+    assert bounds.dcn == pytest.approx(1e-3)
+    assert (bounds.longest, bounds.bound) == (bounds.memory, "memory")
+    rows = accelerators.sum_by_kind(collectives, chip)
     assert rows[0][:3] == ("all-gather", 2, 1_200_000_000)
     assert rows[1][:3] == ("all-reduce between slices", 2, 3_125_000)

@@ -59,7 +59,7 @@ def test_the_hours_of_a_recipe_follow_from_its_steps():
     step_plan = plan(figures(activations=1))
     assert step_plan.clips == 2
     assert step_plan.steps == 200 * 240_436 * 2 // 512
-    assert step_plan.roofs.longest == pytest.approx(0.010, rel=1e-6)
+    assert step_plan.roofline_bounds.longest == pytest.approx(0.010, rel=1e-6)
     assert step_plan.hours == pytest.approx(187_840 * 0.010 / 3600, rel=1e-4)  # 0.52
     assert step_plan.chip_hours == pytest.approx(256 * step_plan.hours)
 
@@ -72,7 +72,7 @@ def test_at_low_effort_hbm_traffic_is_no_bound():
     """
     quick = plan(figures(activations=1), effort=-1.0)
     assert quick.bounds.longest == pytest.approx(0.001) and quick.bounds.bound == "compute"
-    assert quick.roofs.memory == pytest.approx(0.010, rel=1e-6)
+    assert quick.roofline_bounds.memory == pytest.approx(0.010, rel=1e-6)
     assert quick.hours == pytest.approx(187_840 * 0.001 / 3600)
     output = pod_text.text(quick, None)
     assert "1 ms at least, bound by arithmetic" in output
@@ -96,11 +96,11 @@ def test_at_low_effort_hbm_traffic_is_no_bound():
 def test_the_reading_rate_of_each_host():
     """512 clips in 10 ms are 51,200 a second, 800 on each of 64 hosts, from 400 videos."""
     model = build.model_config(RECIPE, 400)
-    reading = advice.reading(RECIPE, model, 64, 0.010)
+    reading = advice.input_rate(RECIPE, model, 64, 0.010)
     assert reading.clips == pytest.approx(800) and reading.videos == pytest.approx(400)
     assert reading.cores["files"] == pytest.approx(800 / 38)
     assert reading.cores["shards"] == pytest.approx(800 / 56)
-    once = advice.reading(recipe_with(**{"data.repeats": 1}), model, 64, 0.010)
+    once = advice.input_rate(recipe_with(**{"data.repeats": 1}), model, 64, 0.010)
     assert once.videos == pytest.approx(800)
     assert once.cores["files"] == pytest.approx(2 * 800 / 38)
 
@@ -108,22 +108,22 @@ def test_the_reading_rate_of_each_host():
 def test_images_have_their_own_reading_rate():
     config = in_memory.read_config("imagenet", "mvitv2_s")
     model = build.model_config(config, 1000)
-    reading = advice.reading(config, model, 4, 0.1)
+    reading = advice.input_rate(config, model, 4, 0.1)
     assert reading.clips == pytest.approx(config.batch / 0.4)
     assert reading.cores == {"JPEGs": pytest.approx(reading.clips / 290)}
 
 
 def test_the_mixup_group_size_changes_only_to_fit_on_one_chip():
-    same, note = advice.fitted(RECIPE, 128)  # 4 clips a chip
+    same, note = advice.fit_config(RECIPE, 128)  # 4 clips a chip
     assert same is RECIPE and note == ""
-    config, note = advice.fitted(RECIPE, 256)
+    config, note = advice.fit_config(RECIPE, 256)
     assert config.augment.mixup_group_size == 2 and RECIPE.augment.mixup_group_size == 4
     assert "--config.augment.mixup_group_size=2" in note and "NOTHING" not in note
     with pytest.raises(UserError, match="mixup_group_size=4 does not divide the 2"):
         build.check_batch(RECIPE, 256)
     build.check_batch(config, 256)
     unmixed = recipe_with(**{"augment.mixup": 0.0, "augment.cutmix": 0.0})
-    assert advice.fitted(unmixed, 256) == (unmixed, "")
+    assert advice.fit_config(unmixed, 256) == (unmixed, "")
 
 
 @pytest.mark.parametrize("largest", [None, 3, 6, 7, 12, 13, 14, 30])

@@ -199,8 +199,8 @@ def test_gradients_of_several_slices_are_summed_over_the_network():
     assert measured.kinds["parameters"] <= size < 2 * measured.kinds["parameters"]
     assert measured.kinds["parameters"] < 3 * parameters(model)
     assert all(c.devices <= 4 for c in measured.counts.collectives if not c.between_slices)
-    roofs = accelerators.roofs(measured.counts, accelerators.CHIPS["v5e"])
-    assert roofs.outside > roofs.links > 0
+    bounds = accelerators.roofline_bounds(measured.counts, accelerators.CHIPS["v5e"])
+    assert bounds.dcn > bounds.ici > 0
 
 
 @pytest.mark.slow

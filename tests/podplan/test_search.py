@@ -3,19 +3,19 @@
 import pytest
 
 from mvit_jax.podplan import search as largest
-from mvit_jax.podplan.search import Tried
+from mvit_jax.podplan.search import Attempt
 
 MEMORY = 16
 
 
-def search(first: int, slope: float) -> dict[int, Tried]:
+def search(first: int, slope: float) -> dict[int, Attempt]:
     """Runs the search for pairs of `slope` bytes each and one more byte in all."""
-    tried, pairs = {}, first
+    attempts, pairs = {}, first
     while pairs is not None:
         used = 1 + slope * pairs
-        tried[pairs] = Tried(int(used), used <= MEMORY)
-        pairs = largest.next_clips(tried, MEMORY)
-    return tried
+        attempts[pairs] = Attempt(int(used), used <= MEMORY)
+        pairs = largest.next_clips(attempts, MEMORY)
+    return attempts
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,13 @@ def search(first: int, slope: float) -> dict[int, Tried]:
     ],
 )
 def test_the_answer_is_a_number_of_clips(first, slope, answer):
-    tried = search(first, slope)
-    assert largest.answer(tried, MEMORY, 2) == answer
-    assert largest.is_found(tried, MEMORY)
+    attempts = search(first, slope)
+    assert largest.answer(attempts, MEMORY, 2) == answer
+    assert largest.is_done(attempts, MEMORY)
 
 
 def test_a_number_that_did_not_fit_is_reported_above_90_percent():
-    tried = {6: Tried(15, True), 7: Tried(17, False)}
-    assert largest.answer(tried, MEMORY, 2, "image") == (
+    attempts = {6: Attempt(15, True), 7: Attempt(17, False)}
+    assert largest.answer(attempts, MEMORY, 2, "image") == (
         "12 images fit and take 94% of the memory, 14 do not"
     )

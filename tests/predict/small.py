@@ -59,7 +59,7 @@ def predictor_of(folder, **options):
 def make_run(digits, folder):
     """Writes a run with different weights in its best, last and averaged last state."""
     config = tiny.config(digits, **{"optim.ema": 0.5})
-    workdir.freeze(config, folder)
+    workdir.record_config(config, folder)
     state = fresh(config, 0)
     larger = jax.tree.map(lambda leaf: 1.5 * leaf, state.params)
     with closing(Checkpoints(folder)) as checkpoints:

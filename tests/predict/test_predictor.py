@@ -166,7 +166,7 @@ def test_attention_frames_show_the_clip_beside_its_maps(predictor, prediction):
 @pytest.mark.slow
 def test_an_image_model_predicts_one_window_a_second(digits, tmp_path):
     config = tiny.config(digits, **small.IMAGES)
-    workdir.freeze(config, tmp_path)
+    workdir.record_config(config, tmp_path)
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(small.fresh(config, 0), 1)
     predictor = small.predictor_of(tmp_path)

@@ -6,7 +6,7 @@ import fastapi
 import pytest
 from fastapi import testclient
 
-from mvit_jax.predict.request_filter import AROUND, guarded, is_loopback
+from mvit_jax.predict.request_filter import AROUND, filter_requests, is_loopback
 
 LARGEST = 10**6
 UPLOAD, JOIN = "/gradio_api/upload", "/gradio_api/queue/join"
@@ -20,7 +20,7 @@ def send(method, path, bound="127.0.0.1", **headers):
     def behind(rest):
         reached.append(rest)
 
-    client = testclient.TestClient(guarded(app, host=bound, largest=LARGEST))
+    client = testclient.TestClient(filter_requests(app, host=bound, largest=LARGEST))
     values = {"host": "127.0.0.1:7860", "content_length": "0"} | headers
     request = client.build_request(method, path)
     request.headers.clear()
@@ -90,7 +90,7 @@ def test_an_exception_in_the_app_is_logged_as_one_line(capsys):
         raise RuntimeError("no such session\nand more")
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-    asyncio.run(guarded(fails, host="127.0.0.1", largest=1)(scope, fails, fails))
+    asyncio.run(filter_requests(fails, host="127.0.0.1", largest=1)(scope, fails, fails))
     assert capsys.readouterr().err == "a request failed: RuntimeError: no such session\n"
 
 

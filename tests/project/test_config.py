@@ -95,13 +95,13 @@ def test_a_run_older_than_a_key_has_its_default(tmp_path):
     old = json.loads(config.base().to_json())
     del old["eval"]["ensemble"], old["mesh"]
     (tmp_path / "config.json").write_text(json.dumps(old | {"seed": 3}))
-    c = workdir.frozen(tmp_path)
+    c = workdir.recorded_config(tmp_path)
     config.check(c)
     assert (c.seed, c.eval.ensemble, c.mesh.fsdp) == (3, "mean", 1)
-    workdir.freeze(c, tmp_path)  # resumes
+    workdir.record_config(c, tmp_path)  # resumes
     c.eval.ensemble = "max"
     with pytest.raises(UserError, match=r"eval\.ensemble was 'mean' and is now 'max'"):
-        workdir.freeze(c, tmp_path)
+        workdir.record_config(c, tmp_path)
 
 
 def test_a_run_older_than_a_renamed_key_resumes(tmp_path):
@@ -109,11 +109,11 @@ def test_a_run_older_than_a_renamed_key_resumes(tmp_path):
     new = old["augment"].pop("mixup_group_size"), old["augment"].pop("random_erase_prob")
     old["augment"] |= {"group": 2, "erase": 0.25}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    c = workdir.frozen(tmp_path)
+    c = workdir.recorded_config(tmp_path)
     assert (c.augment.mixup_group_size, c.augment.random_erase_prob) == (2, 0.25) != new
-    workdir.freeze(c, tmp_path)  # resumes
+    workdir.record_config(c, tmp_path)  # resumes
     with pytest.raises(UserError, match=r"augment\.mixup_group_size was 2 and is now 4"):
-        workdir.freeze(config.base(), tmp_path)
+        workdir.record_config(config.base(), tmp_path)
     keys = set(config.KEYS)
     assert set(config.RENAMED.values()) <= keys and not keys & set(config.RENAMED)
 

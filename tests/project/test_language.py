@@ -12,7 +12,8 @@ FIRST_WORDS = {
 }  # fmt: skip
 NAMES = {
     "found", "told", "said", "asked", "given", "known", "kept", "wanted", "due", "own", "others",
-    "say", "take", "give",
+    "say", "take", "give", "why", "roof", "roofs", "family", "most", "least", "tried",
+    "keep_sheet", "settle", "decisive", "leave", "spare",
 }  # fmt: skip
 FILES = [
     path

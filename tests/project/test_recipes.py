@@ -316,7 +316,7 @@ def test_the_weights_that_a_recipe_names_fit_its_model(name):
     source = dataclasses.replace(source, num_classes=3)
     shapes = jax.eval_shape(functional(source).init, jax.random.key(0))
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    fitted, report = adapt.carry_over(params, functional(source), functional(target), inflate)
+    fitted, report = adapt.convert_params(params, functional(source), functional(target), inflate)
     assert report.ok
     new = {line.path for line in report.lines if line.done == "new"}
     allowed = {"head/classifier/kernel", "head/classifier/bias"}

@@ -145,16 +145,16 @@ def outputs(case: str) -> dict[str, np.ndarray]:
     """Returns everything that is stored of a case."""
     import torch
 
-    family = case.split("_")[0]
-    model = _BUILD[family](case).eval()
+    format = case.split("_")[0]
+    model = _BUILD[format](case).eval()
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     weights = {name: torch.from_numpy(draw_weight(name, s)) for name, s in shapes.items()}
     model.load_state_dict(weights)
 
     captured = {}
-    blocks = [*model.blocks] if family != "timm" else [b for s in model.stages for b in s.blocks]
+    blocks = [*model.blocks] if format != "timm" else [b for s in model.stages for b in s.blocks]
     modules = {f"block{i}": blocks[i] for i in STAGE_ENDS}
-    modules["tokens"] = model.norm_embed if family == "pytorchvideo" else model.norm
+    modules["tokens"] = model.norm_embed if format == "pytorchvideo" else model.norm
     for name, module in modules.items():
         module.register_forward_hook(
             lambda module, inputs, output, name=name: captured.update(

@@ -68,7 +68,7 @@ def program(before: str, main: str = "train.main") -> list[str]:
 
 def together(work: str, before: str = "") -> list[str]:
     """Returns a program whose processes join each other and do `work`."""
-    start = "def main(argv):\n    launch.start()\n    with failure.together():\n"
+    start = "def main(argv):\n    launch.start()\n    with failure.fail_together():\n"
     return program(f"{before}\n{start}{textwrap.indent(work, ' ' * 8)}", "main")
 
 

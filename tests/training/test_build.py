@@ -23,7 +23,7 @@ def test_abstract_shapes_and_shardings_equal_those_of_real_arrays(multi_label):
         settings = build.settings(config, model.num_classes).clips
         batches = pipeline.train_batches(videos, settings, seed=0, batch=config.batch, steps=1)
         batch = sharding.to_devices(next(iter(batches)), mesh)
-        state = abstract.first_state()
+        state = abstract.initial_state()
         assert_same_shapes(abstract.state, state)
         assert_same_shapes(build.batch_shapes(config, model, mesh), batch)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))

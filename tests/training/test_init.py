@@ -57,7 +57,7 @@ def drawn(config, salt, classes=8):
 
 def make_run(folder, config, digits, salt, step=3):
     """Saves a run after some steps; averaged parameters are twice the parameters."""
-    workdir.freeze(config, folder)
+    workdir.record_config(config, folder)
     state = state_of(config, digits, drawn(config, salt))
     state = dataclasses.replace(state, step=jax.numpy.asarray(step, jax.numpy.int32))
     if state.ema is not None:
@@ -168,7 +168,7 @@ def first(config, digits, folder):
     started = workdir.has_checkpoint(folder)
     initial = None if started else train.initial_weights(config, model)
     with closing(Checkpoints(folder)) as checkpoints:
-        state, words = train.first_state(config, fresh, checkpoints, initial)
+        state, words = train.initial_state(config, fresh, checkpoints, initial)
     return flatten_dict(state.params, sep="/"), int(state.step), words
 
 
@@ -205,7 +205,7 @@ def test_averaged_parameters_start_as_a_copy_of_the_parameters(converted, digits
     fresh = state_of(config, digits, drawn(config, 0.5))
     initial = train.initial_weights(config, build.settings(config, 8).model)
     with closing(Checkpoints(tmp_path)) as checkpoints:
-        state, _ = train.first_state(config, fresh, checkpoints, initial)
+        state, _ = train.initial_state(config, fresh, checkpoints, initial)
     assert state.ema is not None and int(state.step) == 0
     assert_same_except(flatten_dict(state.params, sep="/"), converted[1], "head/")
     assert_same_except(flatten_dict(state.ema, sep="/"), flatten_dict(state.params, sep="/"))
@@ -229,7 +229,7 @@ def test_unusable_source_folders_raise_a_one_sentence_error(
     changes, sentence, converted, digits, tmp_path
 ):
     folders = {name: tmp_path / name for name in ("gone", "empty", "narrow")}
-    workdir.freeze(settings(digits), folders["empty"])
+    workdir.record_config(settings(digits), folders["empty"])
     make_run(folders["narrow"], settings(digits, **{"model.mlp_ratio": 2}), digits, 0)
     folders["folder"] = converted[0]
     config = settings(digits, **{key: value.format(**folders) for key, value in changes.items()})

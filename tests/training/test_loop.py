@@ -61,14 +61,14 @@ def test_training_continues_if_a_validation_cannot_be_recorded(
     digits, tmp_path, monkeypatch, capsys
 ):
     """The best checkpoint is saved; the next start may validate again."""
-    write_whole = workdir.write_whole
+    write_atomically = workdir.write_atomically
 
     def full(path, content):
         if path.name == "validated.txt":
             raise UserError(f"{path} cannot be written (No space left on device)")
-        write_whole(path, content)
+        write_atomically(path, content)
 
-    monkeypatch.setattr(workdir, "write_whole", full)
+    monkeypatch.setattr(workdir, "write_atomically", full)
     assert train.train(tiny.config(digits, **RECIPE), str(tmp_path)) == 0
     assert capsys.readouterr().out.count("device): the next start may validate step") == 3
     assert [step for step, *_ in validated(tmp_path)] == [3, 6, 9]

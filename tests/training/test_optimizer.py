@@ -76,7 +76,7 @@ def test_weight_decay_and_layers_agree_with_names_in_pyslowfast(name):
     changes = {"width": 8, "depths": (1, 2), "size": 32, "kv_stride": (1, 2, 2)}
     config = variant(name, **changes)
     params = jax.eval_shape(functional(config).init, jax.random.key(0))
-    mask = flatten_dict(optimizer.decayed(params), sep="/")
+    mask = flatten_dict(optimizer.decay_mask(params), sep="/")
     theirs = {path: foreign_name(path, "slowfast", config) for path in mask}
     assert all(theirs.values())
     one_dimensional = [p for p, n in theirs.items() if "norm" in str(n) or str(n).endswith(".bias")]

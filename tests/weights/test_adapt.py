@@ -9,7 +9,7 @@ import pytest
 
 from mvit_jax.models.ops import pooling
 from mvit_jax.models.plan import Pool
-from mvit_jax.weights.adapt import INFLATIONS, cubic_weights, fit, inflated
+from mvit_jax.weights.adapt import INFLATIONS, cubic_weights, fit, inflate_kernel
 
 # torch.nn.functional.interpolate(table, mode="bicubic", align_corners=False), torch 2.14, float64.
 BICUBIC = {
@@ -74,9 +74,9 @@ def test_positions_are_resized_cubically_in_space_and_linearly_in_time():
 @pytest.mark.parametrize("frames", [1, 3, 4])
 def test_deflation_reverses_inflation(inflation, frames):
     kernel = np.random.default_rng(0).standard_normal((1, 3, 2, 5))
-    deep = inflated(kernel, frames, inflation)
+    deep = inflate_kernel(kernel, frames, inflation)
     assert deep.shape == (frames, 3, 2, 5)
-    np.testing.assert_allclose(inflated(deep, 1, inflation), kernel, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(inflate_kernel(deep, 1, inflation), kernel, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("inflation", INFLATIONS)
@@ -90,7 +90,7 @@ def test_an_inflated_kernel_on_equal_frames_is_a_multiple_of_the_image(inflation
     still = np.repeat(image, 4, axis=1)
     with jax.enable_x64(True):
         flat = pooling.pool(jnp.array(image), Pool("conv", (1, 3, 3), (1, 2, 2)), jnp.array(kernel))
-        frames = jnp.array(inflated(kernel, 3, inflation))
+        frames = jnp.array(inflate_kernel(kernel, 3, inflation))
         deep = pooling.pool(jnp.array(still), Pool("conv", (3, 3, 3), (1, 2, 2)), frames)
     inner = {"centre": 1, "mean": 1, "repeat": 3}[inflation]
     outer = {"centre": 1, "mean": 2 / 3, "repeat": 2}[inflation]

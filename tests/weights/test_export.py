@@ -52,9 +52,9 @@ def loaded(form: str) -> Loaded:
 def test_exported_tensors_equal_the_imported_ones_bit_for_bit(form):
     """Also without an origin, for which a format has a fixed number of kernel axes."""
     result = loaded(form)
-    family = result.origin.family
-    same(state_dict(result.params, result.config, family, result.origin), tensors_of(form))
-    tensors = state_dict(result.params, result.config, family)
+    format = result.origin.format
+    same(state_dict(result.params, result.config, format, result.origin), tensors_of(form))
+    tensors = state_dict(result.params, result.config, format)
     if form == "v2 image, 5-D pools":
         shapes = {name: values.shape for name, values in tensors.items()}
         assert shapes == foreign.shapes("v2 image", pool_axes=4)  # the image models' repository
@@ -66,16 +66,16 @@ def test_exported_tensors_equal_the_imported_ones_bit_for_bit(form):
                                   "v2 image, 4-D pools", "v2 image, 5-D pools"])  # fmt: skip
 def test_files_of_torch_and_safetensors_hold_the_imported_tensors(form, tmp_path):
     result = loaded(form)
-    family = result.origin.family
-    for to in (family, "safetensors"):
+    format = result.origin.format
+    for to in (format, "safetensors"):
         saved = save_torch(result.params, result.config, tmp_path / to, to, origin=result.origin)
-        assert (saved.family, saved.tensors) == (family, len(tensors_of(form)))
+        assert (saved.format, saved.tensors) == (format, len(tensors_of(form)))
         stored = read_tensors(tmp_path / to)
         same(stored.tensors, tensors_of(form))
         assert stored.format == ("safetensors" if to == "safetensors" else "torch")
         # PySlowFast loads from a wrapper; torchvision and timm load the dict itself.
         assert stored.wrapper == ("model_state" if to == "slowfast" else "")
-    assert {path.name for path in tmp_path.iterdir()} == {family, "safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {format, "safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_a_round_trip_through_another_format_is_exact(form, to):
     fields = dataclasses.asdict(result.config)
     fields |= {"separate_qkv": result.config.separate_qkv}  # other formats fuse them
     back = load(exported, variant_and_fields(form)[0], **fields)
-    assert back.origin.family == to
+    assert back.origin.format == to
     origin = result.origin
-    same(state_dict(back.params, result.config, origin.family, origin), tensors_of(form))
+    same(state_dict(back.params, result.config, origin.format, origin), tensors_of(form))
 
 
 def test_sincos_embeddings_are_exported_to_slowfast_and_not_loaded():
@@ -144,14 +144,14 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS)
 def test_full_size_exports_have_the_names_and_shapes_of_the_originals(model):
     """Loads them back too, but for the largest, whose 80 blocks in float32 are 2.7 GB."""
-    family, config = model.split()[0], VARIANTS[OURS[model]]
+    format, config = model.split()[0], VARIANTS[OURS[model]]
     # Only shapes are compared: all arrays are broadcast from one byte.
     flat = {path: np.broadcast_to(np.int8(0), s) for path, s in functional(config).shapes().items()}
-    tensors = state_dict(unflatten_dict(flat, sep="/"), config, family)
+    tensors = state_dict(unflatten_dict(flat, sep="/"), config, format)
     assert {name: values.shape for name, values in tensors.items()} == make_names.stored()[model]
     if "huge" not in model:
         result = load(tensors, OURS[model])
-        assert result.report.ok and result.origin.family == family
+        assert result.report.ok and result.origin.format == format
         assert {line.source for line in result.report.lines} == set(tensors)
         assert [b.kv_pool for b in plan(result.config)] == [b.kv_pool for b in plan(config)]
         assert functional(result.config).shapes() == functional(config).shapes()

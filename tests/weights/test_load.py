@@ -85,7 +85,7 @@ def test_every_layout_of_slowfast_files_is_loaded(layout):
     kind, how = foreign.FORMS[layout]
     tensors = foreign.slowfast(kind, **how)
     result = loaded(tensors, kind)
-    assert result.origin.family == "slowfast" and result.config.num_classes == foreign.CLASSES
+    assert result.origin.format == "slowfast" and result.config.num_classes == foreign.CLASSES
     ours = flat(result)
     same(ours, by_hand(tensors))
     lines = result.report.lines

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data.formats.video_list import VideoList, names_in, read_class_names
+from mvit_jax.data.formats.video_list import VideoList, list_names, read_class_names
 from mvit_jax.data.images import SUFFIXES as IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = (
@@ -84,7 +84,7 @@ def _class_names(
 
 
 def _folders_in(folder: Path) -> list[str]:
-    (names,) = names_in([str(folder)], lambda entry: entry.is_dir())
+    (names,) = list_names([str(folder)], lambda entry: entry.is_dir())
     return [name for name in names if not name.startswith(".")]
 
 
@@ -94,7 +94,7 @@ def _files(
     """Returns paths, labels, and the paths of skipped files."""
     paths, labels, ignored = [], [], []
     paths_of = (f"{split}/{name}" for name in folders)
-    listed = names_in(paths_of, lambda entry: not entry.name.startswith("."))
+    listed = list_names(paths_of, lambda entry: not entry.name.startswith("."))
     for folder, names in zip(folders, listed, strict=True):
         media = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
         if not media:

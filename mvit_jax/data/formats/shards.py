@@ -247,7 +247,7 @@ def _shard(content: dict[str, Any]) -> Shard:
 
 
 def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
-    """Yields a sentence for each fault of a split that is detected without reading shards."""
+    """Yields a sentence for each problem of a split that is detected without reading shards."""
     if not manifest.complete:
         yield f"the split of {path} is incomplete: repeat the interrupted command"
         return

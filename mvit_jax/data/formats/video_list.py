@@ -128,7 +128,9 @@ def read_lines(file: AnyPath) -> list[str]:
         raise UserError(f"{file} cannot be read: {str(error.strerror).lower()}") from None
 
 
-def names_in(folders: Iterable[str], chosen: Callable[[os.DirEntry[str]], bool]) -> list[list[str]]:
+def list_names(
+    folders: Iterable[str], chosen: Callable[[os.DirEntry[str]], bool]
+) -> list[list[str]]:
     """Returns the sorted names of each folder's chosen entries; none for an unreadable folder."""
 
     def names(folder: str) -> list[str]:
@@ -247,7 +249,7 @@ def _check_files(
         by_folder.setdefault(folder or "/", []).append(index)
         names.append(name)
     missing: list[int] = []
-    listings = names_in(by_folder, lambda _: True)
+    listings = list_names(by_folder, lambda _: True)
     for indices, listing in zip(by_folder.values(), listings, strict=True):
         existing = set(listing)
         missing += [index for index in indices if names[index] not in existing]

@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import write_whole
-from mvit_jax.common.progress import shown
+from mvit_jax.common.files import write_atomically
+from mvit_jax.common.progress import track
 
 # Recorded in `prepare.json`; increases whenever the same seed gives other videos.
 VERSION = 1
@@ -221,12 +221,12 @@ def prepare(
             )
     if seed < 0:
         raise UserError(f"seed={seed} must be at least 0")
-    _claim(
+    _record_settings(
         out,
         {"name": "moving_digits", "version": VERSION, "seed": seed}
         | {f"{split}_videos": count for split, count in counts.items()},
     )
-    for temporary in out.rglob(".*.[0-9]*"):  # left by a killed run's `write_whole`
+    for temporary in out.rglob(".*.[0-9]*"):  # left by a killed run's `write_atomically`
         temporary.unlink()
     paths = {
         (split, index): f"videos/{split}/{index:05d}.mp4"
@@ -247,10 +247,10 @@ def prepare(
     lists["labels.txt"] = "".join(f"{name}\n" for name in CLASSES)
     for name, content in lists.items():
         if not (out / name).exists():
-            write_whole(out / name, content)
+            write_atomically(out / name, content)
 
 
-def _claim(out: pathlib.Path, settings: dict[str, str | int]) -> None:
+def _record_settings(out: pathlib.Path, settings: dict[str, str | int]) -> None:
     """Records the settings in `out`, or checks that `out` was prepared with equal settings."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def _claim(out: pathlib.Path, settings: dict[str, str | int]) -> None:
             raise UserError(
                 f"{out} holds other files ({', '.join(foreign[:3])}): give a new or empty folder"
             )
-        write_whole(record, json.dumps(settings, indent=2) + "\n")
+        write_atomically(record, json.dumps(settings, indent=2) + "\n")
         return
     try:
         recorded = dict(json.loads(record.read_text()))
@@ -287,12 +287,12 @@ def _write_videos(missing: dict[tuple[str, int], pathlib.Path], seed: int, total
     handwriting(seed)  # fills the cache before the threads need it
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
-            pool.submit(lambda key=key, path=path: write_whole(path, video(seed, *key)))
+            pool.submit(lambda key=key, path=path: write_atomically(path, video(seed, *key)))
             for key, path in missing.items()
         ]
         done = total - len(jobs)
         try:
-            for job in shown("moving_digits", concurrent.futures.as_completed(jobs), total, done):
+            for job in track("moving_digits", concurrent.futures.as_completed(jobs), total, done):
                 job.result()
         except BaseException:
             # Otherwise leaving the pool would block until all queued videos are written.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 from mvit_jax.common.progress import Progress
 from mvit_jax.data.formats.shards import (
     Manifest,
@@ -37,7 +37,7 @@ from mvit_jax.data.making.transcoding import Encoding, encode
 # About 100 MB for videos of ten seconds: large enough for any file system, and small enough that an
 # interrupted run loses little. Small sets are split into more shards, so that all cores have work.
 VIDEOS_A_SHARD = 256
-LEAST_SHARDS = 16
+MIN_SHARDS = 16
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ def prepare(
     base = list_file.parent / Path(prefix).expanduser()
     jobs, settings = _plan(videos, split, root, base, encoding, shards)
     path = manifest_path(root, split)
-    manifest = _claim(path, Manifest(False, settings, videos.class_names, ()), list_file.parent)
+    manifest = _open_manifest(
+        path, Manifest(False, settings, videos.class_names, ()), list_file.parent
+    )
     recorded = {shard.file: shard for shard in manifest.shards}
     open_jobs = [job for job in jobs if _finished(job, recorded) is None]
     if manifest.complete and not open_jobs:
@@ -154,7 +156,7 @@ def prepare(
             f"none of the {len(videos)} videos of {list_file} can be packed ({name}: {reason}): "
             "check the paths"
         )
-    write_whole(path, manifest.encoded())
+    write_atomically(path, manifest.encoded())
     _sync(root)
     for job in jobs:
         job.note.unlink(missing_ok=True)
@@ -166,7 +168,7 @@ def _plan(
 ) -> tuple[list[Job], dict[str, Any]]:
     """Returns the jobs and the settings; both depend only on the list and the arguments."""
     ids = [path.removeprefix(f"{base}/") for path in videos.paths]
-    count = min(shards or max(LEAST_SHARDS, -(-len(ids) // VIDEOS_A_SHARD)), len(ids))
+    count = min(shards or max(MIN_SHARDS, -(-len(ids) // VIDEOS_A_SHARD)), len(ids))
     rows = list(zip(ids, videos.paths, videos.labels.tolist(), strict=True))
     bounds = [number * len(rows) // count for number in range(count + 1)]
     jobs = [
@@ -182,7 +184,7 @@ def _plan(
     return jobs, asdict(encoding) | {"shards": count, "videos": len(ids), "list": digest}
 
 
-def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
+def _open_manifest(path: Path, new: Manifest, lists: Path) -> Manifest:
     """Returns the earlier manifest at `path`, or writes and returns `new` if there is none.
 
     Also copies labels.txt. Raises `UserError` if the earlier settings or classes differ.
@@ -195,13 +197,13 @@ def _claim(path: Path, new: Manifest, lists: Path) -> Manifest:
         ) from None
     names, copy = lists / "labels.txt", path.parent / "labels.txt"
     if names.is_file() and not copy.exists():
-        write_whole(copy, names.read_bytes())
+        write_atomically(copy, names.read_bytes())
     elif copy.is_file() and tuple(new.classes) != read_class_names(copy) and names.is_file():
         raise UserError(
             f"{copy} and {names} name different classes: give another folder, or correct one list"
         )
     if not path.exists():
-        write_whole(path, new.encoded())
+        write_atomically(path, new.encoded())
         return new
     old = read_manifest(path)
     for key, value in new.settings.items():
@@ -258,7 +260,7 @@ def pack(job: Job) -> None:
     _sync(job.path.parent)
     ids, labels, frames_of, seconds = zip(*made, strict=True) if made else ((), (), (), ())
     shard = Shard(job.file, size, digest, ids, labels, frames_of, seconds, failed)
-    write_whole(job.note, json.dumps(asdict(shard)))
+    write_atomically(job.note, json.dumps(asdict(shard)))
     job.progress.unlink(missing_ok=True)
 
 
@@ -405,7 +407,7 @@ def _progress(title: str, jobs: Sequence[Job], every: Sequence[Job]) -> Iterator
         last = False
         while not last:
             last = ended.wait(0.5)
-            progress.update(before + sum(_done(job) for job in jobs))
+            progress.update(before + sum(_count_packed(job) for job in jobs))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -417,7 +419,7 @@ def _progress(title: str, jobs: Sequence[Job], every: Sequence[Job]) -> Iterator
         progress.close()
 
 
-def _done(job: Job) -> int:
+def _count_packed(job: Job) -> int:
     """Counts the packed videos of a shard."""
     if job.note.exists():
         return len(job.videos)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import write_whole
+from mvit_jax.common.files import write_atomically
 from mvit_jax.data.formats.class_folders import VIDEO_SUFFIXES
 from mvit_jax.data.images import SUFFIXES as IMAGE_SUFFIXES
 
@@ -63,7 +63,7 @@ def write_lists(
                 "and labels.txt"
             )
     for name, text in contents.items():
-        write_whole(root / name, text)
+        write_atomically(root / name, text)
     return {name: len(rows) for name, rows in lines.items()}
 
 

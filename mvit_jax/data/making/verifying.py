@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.progress import shown
+from mvit_jax.common.progress import track
 from mvit_jax.data.formats import shards
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.images import DecodeError
 from mvit_jax.data.source import Source
-from mvit_jax.data.video import why_broken
+from mvit_jax.data.video import decode_failure
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def _manifest_mismatches(
 
 def _decode_failures(title: str, videos: Source, threads: int) -> Iterator[str]:
     def problem(index: int) -> str | None:
-        reason = why_broken(videos.opened(index, 1))
+        reason = decode_failure(videos.opened(index, 1))
         return reason and f"{videos.item(index)} cannot be decoded: {reason}"
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from filter(None, shown(title, pool.map(problem, range(len(videos))), len(videos)))
+        yield from filter(None, track(title, pool.map(problem, range(len(videos))), len(videos)))

@@ -53,8 +53,8 @@ def block_of(queries: int, keys: int) -> int:
 
     Blocks have about equal length, a multiple of 16.
     """
-    most = max(16, BLOCK_SCORES // keys // 16 * 16)
-    blocks = -(-queries // most)
+    length = max(16, BLOCK_SCORES // keys // 16 * 16)
+    blocks = -(-queries // length)
     return -(-queries // blocks // 16) * 16
 
 

@@ -272,8 +272,8 @@ class _Walk:
             transcendentals=transcendentals,
             bytes=sum(size for size, _ in traffic),
             hbm_bytes=sum(size for size, space in traffic if space == 0),
-            kernel_flops=_annotated(line, r'"cost_estimate":\{"flops":'),
-            cycles=_annotated(line, r'"estimated_cycles":'),
+            kernel_flops=_config_number(line, r'"cost_estimate":\{"flops":'),
+            cycles=_config_number(line, r'"estimated_cycles":'),
         )
 
     def _collective(
@@ -302,10 +302,12 @@ def _traffic(
         inside = module.computations[line.called("calls")[0]]
         for position, name in enumerate(line.operands):
             arrays = computation.instructions[name].shapes
-            read = _read(inside, inside.parameters[position], module)
+            read = _bytes_read(inside, inside.parameters[position], module)
             total = sum(shape.bytes for shape in arrays)
             yield min(read, total), arrays[0].space if arrays else 0
-        for size, shape in zip(_written(inside, inside.root, module), line.shapes, strict=True):
+        for size, shape in zip(
+            _bytes_written(inside, inside.root, module), line.shapes, strict=True
+        ):
             yield size, shape.space
     elif opcode in ("slice", "dynamic-slice", "gather"):
         yield line.shapes[0].bytes, operands[0].space
@@ -322,7 +324,7 @@ def _traffic(
         yield from ((shape.bytes, shape.space) for shape in (*operands, *line.shapes))
 
 
-def _read(computation: Computation, line: Instruction, module: Module) -> int:
+def _bytes_read(computation: Computation, line: Instruction, module: Module) -> int:
     """Returns the bytes that a fusion reads of a parameter, or of a parameter's bitcast."""
     whole, total = sum(shape.bytes for shape in line.shapes), 0
     carries = _carries_collectives(computation)
@@ -334,18 +336,20 @@ def _read(computation: Computation, line: Instruction, module: Module) -> int:
         elif user.opcode == "dynamic-update-slice" and position == 0:
             continue  # updated in place
         elif user.opcode in _SEEN_THROUGH and user.shapes[0].elements == line.shapes[0].elements:
-            share = 1.0 if user.root else _read(computation, user, module) / user.shapes[0].bytes
+            share = (
+                1.0 if user.root else _bytes_read(computation, user, module) / user.shapes[0].bytes
+            )
             total += math.ceil(whole * share)
         elif user.opcode == "fusion":
             inside = module.computations[user.called("calls")[0]]
-            total += _read(inside, inside.parameters[position], module)
+            total += _bytes_read(inside, inside.parameters[position], module)
         else:
             return whole
     # A parameter that is returned is read as a whole, an unused one is not read.
     return whole if line.root else min(total, whole)
 
 
-def _written(computation: Computation, line: Instruction, module: Module) -> Iterable[int]:
+def _bytes_written(computation: Computation, line: Instruction, module: Module) -> Iterable[int]:
     """Yields the bytes that a fusion writes for each array of its result."""
     if _carries_collectives(computation) and (
         line.opcode in ("parameter", "custom-call") or line.opcode in COLLECTIVES
@@ -353,17 +357,17 @@ def _written(computation: Computation, line: Instruction, module: Module) -> Ite
         yield from (0 for _ in line.shapes)
     elif line.opcode == "tuple":
         for name in line.operands:
-            yield from _written(computation, computation.instructions[name], module)
+            yield from _bytes_written(computation, computation.instructions[name], module)
     elif line.opcode == "dynamic-update-slice":
         yield computation.instructions[line.operands[1]].shapes[0].bytes
     elif line.opcode in _SEEN_THROUGH and line.operands:
         source = computation.instructions[line.operands[0]]
-        (size,) = _written(computation, source, module) if len(source.shapes) == 1 else (0,)
+        (size,) = _bytes_written(computation, source, module) if len(source.shapes) == 1 else (0,)
         part = size / max(1, source.shapes[0].bytes)
         yield math.ceil(line.shapes[0].bytes * part) if part < 1 else line.shapes[0].bytes
     elif line.opcode == "fusion":
         inside = module.computations[line.called("calls")[0]]
-        yield from _written(inside, inside.root, module)
+        yield from _bytes_written(inside, inside.root, module)
     else:
         yield from (shape.bytes for shape in line.shapes)
 
@@ -385,7 +389,7 @@ def _is_kernel(line: Instruction) -> bool:
     return line.opcode == "custom-call" and target not in _NO_KERNEL
 
 
-def _annotated(line: Instruction, name: str) -> int:
+def _config_number(line: Instruction, name: str) -> int:
     """Returns a number from an instruction's backend config, or 0."""
     match = re.search(name + r'"(\d+)"', line.attributes)
     return int(match.group(1)) if match else 0

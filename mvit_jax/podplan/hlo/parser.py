@@ -156,10 +156,10 @@ def operand_shapes(line: Instruction, computation: Computation) -> list[Shape]:
 
 def _instruction(line: str, head: re.Match[str]) -> Instruction:
     rest = _COMMENT.sub("", line[head.end() :])
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    end = _closing_bracket(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode = _OPCODE.match(rest, end)
     assert opcode, line
-    close = _closing(rest, opcode.end() - 1)
+    close = _closing_bracket(rest, opcode.end() - 1)
     inside = rest[opcode.end() : close]
     plain = opcode.group(1) in ("constant", "parameter")
     return Instruction(
@@ -194,7 +194,7 @@ def _padded(sizes: tuple[int, ...], layout: str) -> int:
     return math.prod(physical)
 
 
-def _closing(text: str, start: int) -> int:
+def _closing_bracket(text: str, start: int) -> int:
     """Returns the index of the bracket that closes the one at `start`."""
     depth = 0
     for match in _BRACKET.finditer(text, start):

@@ -6,7 +6,7 @@ import re
 from mvit_jax.podplan.hlo.parser import Computation, Instruction, Module
 
 # Loops that do not end within this many iterations count as data-dependent.
-MOST = 100_000
+MAX_TRIPS = 100_000
 
 _ARITHMETIC = {
     "add": operator.add,
@@ -35,7 +35,7 @@ def trips(line: Instruction, computation: Computation, module: Module) -> int | 
         return None
     start = [_number(name, computation, module, []) for name in carried.operands]
     state = {index: number for index, number in enumerate(start) if number is not None}
-    for count in range(MOST):
+    for count in range(MAX_TRIPS):
         continues = _number(condition.root.name, condition, module, [state])
         if not continues:
             return None if continues is None else count

@@ -19,37 +19,37 @@ START_SECONDS = 300
 # Time until a file on a shared disk is visible on the other hosts.
 SHARED_SECONDS = 60
 
-_calls: Counter[str] = Counter()  # calls of `from_first`, by name of the value
+_calls: Counter[str] = Counter()  # calls of `broadcast`, by name of the value
 
 
-def first() -> bool:
+def is_process_0() -> bool:
     """Returns True in process 0, which prints and writes for all."""
     return jax.process_index() == 0
 
 
 def print_once(text: str) -> None:
     """Prints in process 0 only, for text that all processes have."""
-    if first():
+    if is_process_0():
         print(text, flush=True)
 
 
 @contextmanager
-def first_then_others(what: str, written: AnyPath) -> Generator[None, None, None]:
+def process_0_first(what: str, written: AnyPath) -> Generator[None, None, None]:
     """Runs the block in process 0 first, and in others when its file `written` is visible there."""
     if jax.process_count() == 1:
         yield
         return
     from jax.experimental import multihost_utils
 
-    if not first():
+    if not is_process_0():
         multihost_utils.sync_global_devices(what)
     wait_for_file(written)
     yield
-    if first():
+    if is_process_0():
         multihost_utils.sync_global_devices(what)
 
 
-def from_first(what: str, value: Any) -> Any:
+def broadcast(what: str, value: Any) -> Any:
     """Returns the `value` of process 0, which must be serialisable as JSON.
 
     All processes must call this in the same order. The name `what` may be used repeatedly.
@@ -57,7 +57,7 @@ def from_first(what: str, value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     client, process, _ = service()
-    key = f"mvit_jax/first/{what}/{_calls[what]}"
+    key = f"mvit_jax/broadcast/{what}/{_calls[what]}"
     _calls[what] += 1
     if process == 0:
         client.key_value_set(key, json.dumps(value))
@@ -65,7 +65,7 @@ def from_first(what: str, value: Any) -> Any:
     return json.loads(client.blocking_key_value_get(key, START_SECONDS * 1000))
 
 
-def same_everywhere(what: str, values: Mapping[str, Any]) -> None:
+def check_equal(what: str, values: Mapping[str, Any]) -> None:
     """Checks that `values` equal those of process 0; a mismatch may deadlock in a collective.
 
     Args:
@@ -76,7 +76,7 @@ def same_everywhere(what: str, values: Mapping[str, Any]) -> None:
       UserError: a value differs.
     """
     here = {name: repr(value) for name, value in values.items()}
-    expected = from_first(what, here)
+    expected = broadcast(what, here)
     differing = [
         f"{name} is {here.get(name)}, and {expected.get(name)} in process 0"
         for name in sorted(here.keys() | expected.keys())
@@ -97,7 +97,7 @@ def wait_for_file(path: AnyPath) -> None:
         old state of a folder for about that time.
     """
     until = time.monotonic() + SHARED_SECONDS
-    while not (first() or path.exists()):
+    while not (is_process_0() or path.exists()):
         if time.monotonic() > until:
             raise UserError(
                 f"{path}, which process 0 has written, is not visible on {socket.gethostname()}: "

@@ -53,7 +53,7 @@ def describe(rows: Sequence[Row]) -> str:
     return "\n".join([head, *lines])
 
 
-def suspicions(rows: Sequence[Row]) -> list[str]:
+def find_anomalies(rows: Sequence[Row]) -> list[str]:
     """Returns one warning for each unusual assignment of devices."""
     warnings = []
     platforms = {row["platform"] for row in rows}

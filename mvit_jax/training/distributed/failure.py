@@ -51,7 +51,7 @@ The status of abort() is the same. JAX calls abort() in a process that has lost 
 
 
 @contextmanager
-def together() -> Generator[None, None, None]:
+def fail_together() -> Generator[None, None, None]:
     """Ends all processes if the block raises; the exit status is 1, or `LOST` for a lost peer.
 
     Otherwise the peers would block in a collective. The stack is not unwound, because closing the
@@ -71,7 +71,7 @@ def together() -> Generator[None, None, None]:
 
 def _fail(error: Exception) -> NoReturn:
     if isinstance(error, UserError):
-        end_with(str(error))
+        exit_all(str(error))
     if _peer_lost(error):
         # If the peer has published an error, the watcher ends this process during this check.
         silent = _silent_processes()
@@ -79,9 +79,9 @@ def _fail(error: Exception) -> NoReturn:
         if not silent:
             _print("".join(traceback.format_exception(error)).rstrip())
             what = f"the connection to another process broke ({first_line(error)})"
-        end_with(f"{what}: {AGAIN}", status=LOST, dead=len(silent))
+        exit_all(f"{what}: {AGAIN}", status=LOST, dead=len(silent))
     text = "".join(traceback.format_exception(error)).rstrip()
-    end_with(f"{type(error).__name__}: {first_line(error)}", text)
+    exit_all(f"{type(error).__name__}: {first_line(error)}", text)
 
 
 def _peer_lost(error: BaseException) -> bool:
@@ -117,7 +117,7 @@ def _silent_processes() -> list[str]:
 _ending = threading.Lock()  # held by the thread that ends this process
 
 
-def end_with(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoReturn:
+def exit_all(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoReturn:
     """Publishes the reason to all processes, prints it, and exits this process.
 
     Args:
@@ -138,10 +138,10 @@ def end_with(reason: str, text: str = "", status: int = 1, dead: int = 0) -> NoR
     # Raised if a peer has already set a notice, or process 0 has died.
     with suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(_ENDED, json.dumps(notice))
-    _leave(status, dead)
+    _exit_process(status, dead)
 
 
-def _leave(status: int, dead: int) -> NoReturn:
+def _exit_process(status: int, dead: int) -> NoReturn:
     """Exits this process; process 0, which hosts the key-value store, exits after its peers."""
     client, process, count = coordination.service()
     if process == 0:
@@ -232,7 +232,7 @@ def _exit_on_peer_failure(notice: dict[str, Any]) -> None:
         return  # this process already ends for another reason
     host = f" ({notice['host']})" if notice["host"] else ""
     _print(f"error: process {notice['process']}{host} has ended the run: {notice['reason']}")
-    _leave(notice["status"], notice["dead"])
+    _exit_process(notice["status"], notice["dead"])
 
 
 def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: int) -> None:
@@ -245,7 +245,7 @@ def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: in
         if seen.get(name, ("", 0))[0] != value:
             seen[name] = (value, beat)
         elif beat - seen[name][1] >= SILENT_BEATS:
-            end_with(
+            exit_all(
                 f"process {name.rpartition('/')[2]} has sent no heartbeat for "
                 f"{SILENT_BEATS * BEAT_SECONDS} s, so it or its host has died: {AGAIN}",
                 status=LOST,
@@ -253,7 +253,7 @@ def _check_beats(now: dict[str, str], seen: dict[str, tuple[str, int]], beat: in
             )
 
 
-def end_alone(sentence: str) -> NoReturn:
+def exit_alone(sentence: str) -> NoReturn:
     """Prints an error and exits with `LOST`, without notifying the peers."""
     _print(f"error: {sentence}")
     os._exit(LOST)  # not 1, as a restart may succeed: the other hosts may only be late

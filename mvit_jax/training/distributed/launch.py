@@ -3,7 +3,7 @@
 In JAX's multi-controller runtime every process runs the same program, and the devices of all
 processes form one mesh. Without flags and outside of a cluster there is one process, and `start`
 does nothing. Programs import this module for its flags, call `start` before any other use of JAX,
-and work within `failure.together`.
+and work within `failure.fail_together`.
 """
 
 import json
@@ -74,7 +74,7 @@ def connect(
         cannot be opened, or a process cannot use its devices.
     """
     address = (coordinator, num_processes, process_id)
-    if num_processes == 1 or (address == (None,) * 3 and alone(os.environ)):
+    if num_processes == 1 or (address == (None,) * 3 and is_single_process(os.environ)):
         return
     if jax.distributed.is_initialized():
         return
@@ -97,7 +97,7 @@ def connect(
         if not jax.distributed.is_initialized():
             return
         failure.start_watching()
-        with failure.together():
+        with failure.fail_together():
             _print_devices()
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
@@ -150,7 +150,7 @@ def _exit_startup_timeout(coordinator: str | None) -> NoReturn:
         if detected
         else f"the other processes were not detected within {seconds} s"
     )
-    failure.end_alone(
+    failure.exit_alone(
         f"{what}; start the same command on all hosts, and set --coordinator to the address of "
         "process 0 with a port that it may open (--num_processes=1 is for a single process)"
     )
@@ -172,7 +172,7 @@ def _print_devices() -> None:
         return
     rows = [_devices_of(i, client) for i in range(count)]
     print(device_table.describe(rows), flush=True)
-    for warning in device_table.suspicions(rows):
+    for warning in device_table.find_anomalies(rows):
         print(f"warning: {warning}", flush=True)
 
 
@@ -185,10 +185,10 @@ def _devices_of(process: int, client: Any) -> dict[str, Any]:
             f"process {process} has not started its devices within {coordination.START_SECONDS} s: "
             f"check for another program that uses them; {failure.AGAIN}"
         )
-        failure.end_with(reason, status=failure.LOST)
+        failure.exit_all(reason, status=failure.LOST)
 
 
-def alone(environ: Mapping[str, str]) -> bool:
+def is_single_process(environ: Mapping[str, str]) -> bool:
     """Returns True for a single process inside of a cluster, where JAX's detection must not run.
 
     Examples are a notebook in Kubernetes and a single task of a SLURM allocation. In Kubernetes,

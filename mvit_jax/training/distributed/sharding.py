@@ -97,7 +97,7 @@ def state_shardings(mesh: Mesh, tree):
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), tree)
 
 
-def placed(shapes, shardings):
+def with_shardings(shapes, shardings):
     """Returns a tree of abstract arrays: `shapes` with the shardings of a second tree."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from mvit_jax.common.errors import HungError, UserError
-from mvit_jax.common.files import AnyPath, faults, is_local, to_path
+from mvit_jax.common.files import AnyPath, io_errors, is_local, to_path
 from mvit_jax.common.text import first_line
 from mvit_jax.models.functional import first_difference
 from mvit_jax.training.distributed import coordination
@@ -45,10 +45,10 @@ class DamagedError(UserError):
 
 
 class NotSavedError(HungError):
-    """A failure to write a checkpoint, on a full disk for example. See `threads_left`."""
+    """A failure to write a checkpoint, on a full disk for example. See `has_hanging_threads`."""
 
 
-def threads_left() -> bool:
+def has_hanging_threads() -> bool:
     """Returns True if threads of a failed save are alive; they block Python's exit for minutes."""
     return any(type(thread).__name__ == "_SignalingThread" for thread in threading.enumerate())
 
@@ -99,7 +99,7 @@ class Checkpoints:
           NotSavedError: the save with `end` failed twice, `FAILED_SAVES` saves in a row failed, or
             any save failed in a run of several processes. Earlier checkpoints are intact.
         """
-        self.settle(log)
+        self.wait_and_log(log)
         if step in self.last.all_steps():
             return
         error = self._start_save("last", _items(state), step)
@@ -130,7 +130,7 @@ class Checkpoints:
             error = self._start_save("best", _items(state), step, top1)
             self._log_or_raise(error, log)
 
-    def settle(self, log: Callable[[str], None] = print) -> None:
+    def wait_and_log(self, log: Callable[[str], None] = print) -> None:
         """Blocks until all saves are on disk, and logs failures.
 
         Raises:
@@ -265,7 +265,7 @@ class Checkpoints:
             moved.
         """
         damaged: list[tuple[int, DamagedError]] = []
-        steps = coordination.from_first("checkpoints", sorted(self.last.all_steps(), reverse=True))
+        steps = coordination.broadcast("checkpoints", sorted(self.last.all_steps(), reverse=True))
         if steps:  # a network file system may still cache the folder without the newest
             coordination.wait_for_file(self.folder / _FOLDERS["last"] / str(steps[0]))
             self.last.reload()
@@ -300,7 +300,7 @@ class Checkpoints:
           DamagedError: the checkpoint is damaged.
         """
         step = self._existing_step(which)
-        coordination.same_everywhere("workdir", {"checkpoint": step})
+        coordination.check_equal("workdir", {"checkpoint": step})
         try:
             return self._read(which, step, {item: like})[item]
         except DamagedError as error:
@@ -430,7 +430,7 @@ class Checkpoints:
             content = json.loads(path.read_text())
             if content.pop("crc32") == _crc32(content):
                 return content
-        except (*faults(), ValueError, KeyError) as error:
+        except (*io_errors(), ValueError, KeyError) as error:
             raise self._unreadable(which, step, error) from error
         raise DamagedError(
             f"{self._name(which, step)} is damaged: {path.name} does not match its checksum"
@@ -440,7 +440,7 @@ class Checkpoints:
         kind = UserError if _NOT_DAMAGE.search(str(error)) else DamagedError
         if isinstance(error, MemoryError | PermissionError):
             kind = UserError
-        if isinstance(error, faults()) and not isinstance(error, OSError):  # a bucket's error
+        if isinstance(error, io_errors()) and not isinstance(error, OSError):  # a bucket's error
             kind = UserError
         problem = kind(f"{self._name(which, step)} cannot be read ({first_line(error)})")
         problem.__cause__ = error
@@ -506,7 +506,7 @@ class Checkpoints:
         try:
             content = self._read_digests("best", step)
             return json.loads(older.read_text())["top1"] if content is None else content.get(_TOP1)
-        except (UserError, *faults(), ValueError, KeyError, TypeError):
+        except (UserError, *io_errors(), ValueError, KeyError, TypeError):
             return None
 
 

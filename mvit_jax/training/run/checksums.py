@@ -45,7 +45,7 @@ def digests(tree: Any) -> dict[str, Digest]:
     ]  # asynchronous
     totals = [np.reshape(pairs, (-1, 2)).sum(0, np.uint32) for pairs in jax.device_get(parts)]
     sums = np.reshape(totals, (-1, 2)).astype(np.uint32)
-    elsewhere = np.array([not _is_here(x) for x in arrays.values()])
+    elsewhere = np.array([not _is_addressable(x) for x in arrays.values()])
     if elsewhere.any():
         everywhere = np.asarray(multihost_utils.process_allgather(sums)).reshape(-1, *sums.shape)
         sums[elsewhere] = everywhere[:, elsewhere].sum(0, np.uint32)
@@ -83,7 +83,7 @@ def _name(key: Any) -> str:
     return str(key)
 
 
-def _is_here(x: Any) -> bool:
+def _is_addressable(x: Any) -> bool:
     return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 

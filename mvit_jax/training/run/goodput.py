@@ -61,11 +61,11 @@ class Spans:
         finally:
             self._enter(outer)
 
-    def sent(self, result: Any) -> None:
+    def register_step(self, result: Any) -> None:
         """Registers the output arrays of a step that was just dispatched."""
         self._ends.watch(result)
 
-    def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def measure_waits(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields the batches and measures the wait for each.
 
         The wait for the first batch is "start". The wait for a later batch is "step" until the
@@ -140,7 +140,7 @@ class _Ends:
             del entry, arrays
 
 
-def over_processes(seconds: Seconds) -> tuple[Seconds, int]:
+def reduce_over_processes(seconds: Seconds) -> tuple[Seconds, int]:
     """Corrects the "data" seconds for the slowest process; all processes must call this.
 
     A step needs the clips of all processes. While one process waits for its clips, the others

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath, faults, is_local, to_path, why
+from mvit_jax.common.files import AnyPath, describe_error, io_errors, is_local, to_path
 from mvit_jax.common.text import plural
 from mvit_jax.training.run import goodput as timing
 
@@ -76,8 +76,8 @@ class Writer:
             else:
                 self.file = ObjectFile(path)
                 torn = self.file.content[-1:] not in (b"", b"\n")
-        except faults() as error:
-            raise UserError(f"{path} cannot be written ({why(error)})") from None
+        except io_errors() as error:
+            raise UserError(f"{path} cannot be written ({describe_error(error)})") from None
         if torn:
             self.file.write("\n")
 

@@ -23,7 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath, faults, is_local, to_path, why
+from mvit_jax.common.files import AnyPath, describe_error, io_errors, is_local, to_path
 from mvit_jax.training.run import goodput, history, nan_policy
 from mvit_jax.training.run.history import ObjectFile
 from mvit_jax.training.state import Metrics
@@ -67,7 +67,7 @@ class Logbook:
         )  # fmt: skip
         self.start, self.steps, self.batch, self.every = start, steps, batch, every
         self.max_broken, self.broken, self.clips = max_broken, 0, 0
-        self.not_finite = nan_policy.Policy(on_nan, self.print)
+        self.nan_policy = nan_policy.Policy(on_nan, self.print)
         self.spans, self.watch, self.timed_step = spans or goodput.Spans(), watch, start
         self.pending: Metrics | None = None  # of the last dispatched step, which may still run
         self.pending_step = start
@@ -77,7 +77,7 @@ class Logbook:
 
     def step(self, step: int, metrics: Metrics, learning_rate: Any) -> None:
         """Registers the metrics of a dispatched step, and reads the metrics of earlier steps."""
-        self.spans.sent(metrics)
+        self.spans.register_step(metrics)
         self.flush()
         self.pending, self.pending_step = metrics, step
         self.learning_rate = learning_rate
@@ -102,9 +102,9 @@ class Logbook:
         self.pending = None
         bad = {n: float(t) for n, (t, _) in values.items() if not math.isfinite(float(t))}
         if bad:  # a step with non-finite values is left out of the means
-            self.not_finite.not_finite(self.pending_step, bad)
+            self.nan_policy.report_non_finite(self.pending_step, bad)
         else:
-            self.not_finite.finite()
+            self.nan_policy.report_finite()
             for name, (total, count) in values.items():
                 pair = np.array([total, count], np.float64)
                 self.sums[name] = self.sums.get(name, 0) + pair
@@ -133,9 +133,9 @@ class Logbook:
         scalars = {f"train/{name}": value for name, value in means.items()}
         learning_rate = float(self.learning_rate)
         scalars |= {"train/learning_rate": learning_rate, "train/clips_per_second": rate}
-        if self.not_finite.name == "skip":
-            scalars["train/skipped"] = self.not_finite.skipped
-            self.not_finite.skipped = 0
+        if self.nan_policy.name == "skip":
+            scalars["train/skipped"] = self.nan_policy.skipped
+            self.nan_policy.skipped = 0
         columns, warning = self._lap(step)
         self._scalars(step, scalars | goodput.scalars(columns))
         values = {k.removeprefix("train/"): v for k, v in scalars.items()}
@@ -154,7 +154,7 @@ class Logbook:
 
     def _lap(self, step: int) -> tuple[dict[str, Any], str | None]:
         """Returns the timing columns since the last call, and a warning about the input or None."""
-        seconds, slowest = goodput.over_processes(self.spans.lap())
+        seconds, slowest = goodput.reduce_over_processes(self.spans.lap())
         warning = self.watch.sentence(seconds, slowest) if self.watch else None
         columns = goodput.history_columns(seconds, step - self.timed_step)
         self.timed_step = step
@@ -179,13 +179,15 @@ class Logbook:
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
         try:
             self.history.line(kind, step, plain)
-        except faults() as error:
+        except io_errors() as error:
             self._stop_history(error)
 
     def _stop_history(self, error: Exception) -> None:
         """Logs a write error, such as a full disk, and stops the history; training continues."""
         self.history = None
-        self.print(f"the history of this run ends here: it cannot be written ({why(error)})")
+        self.print(
+            f"the history of this run ends here: it cannot be written ({describe_error(error)})"
+        )
 
     def print(self, text: str, everywhere: bool = False) -> None:
         """Prints a line in process 0; in every process if `everywhere`."""
@@ -210,7 +212,7 @@ class Logbook:
         if self.history is not None:
             try:
                 self.history.close()
-            except faults() as error:
+            except io_errors() as error:
                 self._stop_history(error)
         if self.events is not None:
             self.events.close()
@@ -271,7 +273,7 @@ class Events:
             return
         try:
             write(*args)
-        except faults() as error:
+        except io_errors() as error:
             self._ended = True
-            reason = f"they cannot be written ({why(error)})"
+            reason = f"they cannot be written ({describe_error(error)})"
             self._log(f"the TensorBoard events of this run end here: {reason}")

@@ -53,11 +53,11 @@ class Policy:
         self._landed: int | None = None  # the step to which the last rollback moved the counter
         self._rollbacks = 0  # in a row
 
-    def finite(self) -> None:
+    def report_finite(self) -> None:
         """Reports a finite step."""
         self._skips = 0
 
-    def not_finite(self, step: int, values: dict[str, float]) -> None:
+    def report_non_finite(self, step: int, values: dict[str, float]) -> None:
         """Reports the non-finite metrics of a step, by name.
 
         Raises:
@@ -91,7 +91,7 @@ class Policy:
             without a new checkpoint in between.
         """
         what, self.rollback_reason = self.rollback_reason, None
-        checkpoints.settle(self._log)
+        checkpoints.wait_and_log(self._log)
         if checkpoints.step() is None:
             raise _ended(f"{what}, before the first checkpoint")
         like = jax.tree.map(
@@ -115,19 +115,21 @@ class Policy:
         )
         back = at_step(back, step)
         checkpoints.save(back, step, log=self._log)
-        checkpoints.settle(self._log)
+        checkpoints.wait_and_log(self._log)
         return back, origin
 
 
 def at_step(state: State, step: int) -> State:
     """Returns the state with `step` as its step count, in the optimiser too."""
 
-    def moved(leaf: Any) -> Any:
+    def set_step(leaf: Any) -> Any:
         if leaf.ndim > 0 or not jnp.issubdtype(leaf.dtype, jnp.integer):
             return leaf
         return jax.device_put(np.asarray(step, leaf.dtype), leaf.sharding)
 
-    return replace(state, step=moved(state.step), opt_state=jax.tree.map(moved, state.opt_state))
+    return replace(
+        state, step=set_step(state.step), opt_state=jax.tree.map(set_step, state.opt_state)
+    )
 
 
 def _ended(what: str) -> NotFiniteError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from mvit_jax.common.files import AnyPath, is_local, to_path, write_whole
+from mvit_jax.common.files import AnyPath, is_local, to_path, write_atomically
 
 FIRST, LAST = 10, 15  # defaults: after compilation, with a steady input pipeline
 
@@ -52,7 +52,7 @@ class Profile:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Traces the block as step `number` of the run (from 1) if this step is selected."""
-        if number not in self._steps or not self._started():
+        if number not in self._steps or not self._start():
             yield
             return
         self._last = number
@@ -62,7 +62,7 @@ class Profile:
             jax.block_until_ready(jax.live_arrays())  # the devices run behind the host
             self._stop()
 
-    def _started(self) -> bool:
+    def _start(self) -> bool:
         """Starts the trace unless it already runs; returns False if the start fails."""
         if self._last is not None:
             return True
@@ -100,7 +100,7 @@ class Profile:
         for file in filter(Path.is_file, local.rglob("*")):
             target = self._folder / file.relative_to(local).as_posix()
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(target, file.read_bytes())
+            write_atomically(target, file.read_bytes())
         self._here.cleanup()
 
     def __enter__(self) -> "Profile":

@@ -1,8 +1,8 @@
-"""Workdir of a run: its files, its frozen config, and checks before a run resumes.
+"""Workdir of a run: its files, its recorded config, and checks before a run resumes.
 
 Files:
 
-    DIR/config.json     config, frozen at the first start
+    DIR/config.json     config, recorded at the first start
     DIR/labels.txt      class names
     DIR/custom.json     digests of the source of custom modules, if the config names any
     DIR/checkpoints/    last checkpoints
@@ -29,7 +29,14 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath, faults, is_local, to_path, why, write_whole
+from mvit_jax.common.files import (
+    AnyPath,
+    describe_error,
+    io_errors,
+    is_local,
+    to_path,
+    write_atomically,
+)
 from mvit_jax.config import Config, base, with_new_names
 
 LOCK_SECONDS = 60
@@ -50,13 +57,13 @@ _COMPLETE = "commit_success.txt"
 _OF_A_HOST = ("data.folder", "data.prefix", "data.threads", "data.processes", "data.timeout")
 
 
-def decisive(config: ConfigDict) -> dict[str, Any]:
+def shared_values(config: ConfigDict) -> dict[str, Any]:
     """Returns the config values, by key, that must be equal in all processes of a run."""
     flat = _flat(json.loads(config.to_json()))
     return {key: value for key, value in flat.items() if key not in _OF_A_HOST}
 
 
-def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
+def record_config(config: ConfigDict, workdir: str | AnyPath) -> None:
     """Writes the config at the first start, and compares it at later starts.
 
     Keys that are newer than the run have their defaults. Keys in `MAY_CHANGE` may differ.
@@ -68,7 +75,7 @@ def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
     now = json.loads(config.to_json())
     if not path.exists():
         make(workdir)
-        write_whole(path, json.dumps(now, indent=2) + "\n")
+        write_atomically(path, json.dumps(now, indent=2) + "\n")
         return
     older = _flat(json.loads(base().to_json()))
     before, now = older | _flat(with_new_names(read(path))), _flat(now)
@@ -84,7 +91,7 @@ def freeze(config: ConfigDict, workdir: str | AnyPath) -> None:
         )
 
 
-def enter(
+def prepare(
     workdir: str | AnyPath, config: Config, names: Sequence[str], digests: dict[str, str]
 ) -> None:
     """Creates the workdir of a run, or checks that the existing one belongs to the same run.
@@ -99,17 +106,17 @@ def enter(
       UserError: the folder cannot be written, or holds a run with another config or source.
     """
     check_writable(workdir)
-    freeze(config, workdir)
+    record_config(config, workdir)
     labels, custom = to_path(workdir) / "labels.txt", to_path(workdir) / _CUSTOM
     if not labels.exists():
-        write_whole(labels, "".join(f"{name}\n" for name in names))
+        write_atomically(labels, "".join(f"{name}\n" for name in names))
     if changed := changed_modules(workdir, config, digests):
         raise UserError(
             f"{changed}: restore the source, choose another --workdir, or delete {custom} to "
             "resume with the new source"
         )
     if digests and not custom.exists():
-        write_whole(custom, json.dumps(digests, indent=1) + "\n")
+        write_atomically(custom, json.dumps(digests, indent=1) + "\n")
 
 
 def changed_modules(workdir: str | AnyPath, config: Config, digests: dict[str, str]) -> str | None:
@@ -140,8 +147,8 @@ def has_checkpoint(workdir: str | AnyPath) -> bool:
     )
 
 
-def frozen(workdir: str | AnyPath) -> Config:
-    """Returns the frozen config of a run; keys that are newer than the run have their defaults."""
+def recorded_config(workdir: str | AnyPath) -> Config:
+    """Returns the recorded config of a run; keys newer than the run have their defaults."""
     path = to_path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (it has no config.json): check --workdir")
@@ -162,27 +169,27 @@ def read(path: AnyPath) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         return values
-    except (*faults(), ValueError) as error:
+    except (*io_errors(), ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a config ({error}): restore it, or choose another --workdir"
         ) from None
 
 
-def keep_validated(workdir: str | AnyPath, step: int) -> None:
+def record_validation(workdir: str | AnyPath, step: int) -> None:
     """Records that the state after `step` was validated, and saved if it is the best."""
-    write_whole(to_path(workdir) / _VALIDATED, f"{step}\n")
+    write_atomically(to_path(workdir) / _VALIDATED, f"{step}\n")
 
 
-def validated(workdir: str | AnyPath) -> int:
+def last_validation(workdir: str | AnyPath) -> int:
     """Returns the last validated step; 0 if there is none or the file cannot be read."""
     try:
         return int((to_path(workdir) / _VALIDATED).read_text())
-    except (*faults(), ValueError):
+    except (*io_errors(), ValueError):
         return 0
 
 
 @contextmanager
-def locked(workdir: str | AnyPath, log: Callable[[str], None] = print) -> Iterator[None]:
+def lock(workdir: str | AnyPath, log: Callable[[str], None] = print) -> Iterator[None]:
     """Locks the workdir against other training processes.
 
     Buckets and some file systems have no locks; the block then runs without a lock. A lock ends
@@ -199,7 +206,7 @@ def locked(workdir: str | AnyPath, log: Callable[[str], None] = print) -> Iterat
     with path.open("a+") as file:
         until = time.monotonic() + LOCK_SECONDS
         logged = False
-        while not _lock(file):
+        while not _try_lock(file):
             file.seek(0)
             other = file.read().strip() or "another process"
             if time.monotonic() > until:
@@ -216,7 +223,7 @@ def locked(workdir: str | AnyPath, log: Callable[[str], None] = print) -> Iterat
         yield
 
 
-def _lock(file: TextIO) -> bool:
+def _try_lock(file: TextIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,9 +244,9 @@ def check_writable(workdir: str | AnyPath) -> None:
     try:
         probe.write_text("")
         probe.unlink()
-    except faults() as error:
+    except io_errors() as error:
         raise UserError(
-            f"the workdir {workdir} cannot be written ({why(error)}): choose another "
+            f"the workdir {workdir} cannot be written ({describe_error(error)}): choose another "
             "--workdir, or fix its permissions"
         ) from None
 
@@ -252,9 +259,10 @@ def make(workdir: str | AnyPath) -> None:
     """
     try:
         to_path(workdir).mkdir(parents=True, exist_ok=True)
-    except faults() as error:
+    except io_errors() as error:
         raise UserError(
-            f"the workdir {workdir} cannot be created ({why(error)}): choose another --workdir"
+            f"the workdir {workdir} cannot be created ({describe_error(error)}): choose another "
+            "--workdir"
         ) from None
 
 

@@ -8,7 +8,7 @@ from mvit_jax.data import video as decoding
 from mvit_jax.data.formats.frame_lists import FrameFolders
 from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.making import moving_digits
-from mvit_jax.data.video import why_broken
+from mvit_jax.data.video import decode_failure
 from tests.data import frames
 
 
@@ -68,7 +68,7 @@ def test_invalid_folders_fail_to_decode_with_the_reason(tmp_path):
     }
     videos = source(*(tmp_path / name for name in reasons))
     for index, (name, reason) in enumerate(reasons.items()):
-        assert why_broken(videos.opened(index, 4)) == reason
+        assert decode_failure(videos.opened(index, 4)) == reason
         assert videos.item(index) == str(tmp_path / name)
     with videos.opened(3, 4) as video:  # the frames before the damaged one can be decoded
         assert video.frames([0, 1]).shape == (2, 6, 8, 3)

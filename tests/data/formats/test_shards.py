@@ -15,7 +15,7 @@ from mvit_jax.data.making import packing
 from mvit_jax.data.making.transcoding import Encoding
 from mvit_jax.data.making.verifying import check
 from mvit_jax.data.source import Source, open_source
-from mvit_jax.data.video import DecodeError, Video, why_broken
+from mvit_jax.data.video import DecodeError, Video, decode_failure
 from tests.data.bar_codes import numbers_of, write
 from tests.data.making.test_moving_digits import contents
 from tests.data.test_video import audio_only, cut, empty, text
@@ -74,7 +74,7 @@ def test_shards_contain_the_videos_of_the_list(videos, packed):
             )
             assert numbers_of(frames) == list(range(packed_video.num_frames))
             assert np.abs(frames - expected).mean() < 4
-        assert why_broken(source.opened(index, 1)) is None
+        assert decode_failure(source.opened(index, 1)) is None
     assert len(read_shards(packed, "train.csv")) == 6
     assert open_source(packed, "train", source="shards").item(4) == source.item(4)
 
@@ -287,7 +287,7 @@ def test_a_damaged_shard_affects_only_its_videos(copied):
     content[100:3000] = bytes(2900)
     path.write_bytes(content)
     source = read_shards(copied, "train")
-    reasons = [why_broken(source.opened(index, 1)) for index in range(6)]
+    reasons = [decode_failure(source.opened(index, 1)) for index in range(6)]
     assert "cannot be read" in str(reasons[0]) and reasons[3:] == [None] * 3
     (report,) = check(copied, "train")
     assert len(report.problems) == 1 and "changed or damaged" in report.problems[0]

@@ -18,7 +18,7 @@ from mvit_jax.data import pipeline
 from mvit_jax.data.formats import tfds as tfds_images
 from mvit_jax.data.formats.tfds import read_split
 from mvit_jax.data.making import fashion_mnist
-from mvit_jax.data.video import DecodeError, why_broken
+from mvit_jax.data.video import DecodeError, decode_failure
 from mvit_jax.training import build
 from tests.data.making import idx
 from tests.data.stored import stills, store
@@ -115,7 +115,7 @@ def test_a_damaged_record_affects_its_images_alone(folder, tmp_path, monkeypatch
     settings = pipeline.ClipSettings(frames=1, stride=1, size=28, short_side=28)
     (batch,) = pipeline.test_batches(split, settings, clips=1, crops=1, batch=40)
     assert np.flatnonzero(~batch["valid"]).tolist() == [7]
-    assert "hash mismatch" in str(why_broken(split.opened(7, 1)))
+    assert "hash mismatch" in str(decode_failure(split.opened(7, 1)))
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,9 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_frames_in_order_show_the_motion_of_the_class(scenes, name):
-    axis, sign, least, most = EXPECTED[name]
+    axis, sign, low, high = EXPECTED[name]
     measured = [velocity(axis, *pair) for pair in scenes[CLASSES.index(name)][:20]]
-    assert all(least <= sign * value <= most for value in measured), measured
+    assert all(low <= sign * value <= high for value in measured), measured
 
 
 @pytest.mark.parametrize("pair", range(4))
@@ -287,10 +287,10 @@ def test_listed_labels_match_the_motion_of_the_videos(prepared):
     checked = 0
     for line in (prepared / "train.csv").read_text().splitlines():
         path, label = line.split(" ")
-        axis, sign, least, most = EXPECTED[CLASSES[int(label)]]
+        axis, sign, low, high = EXPECTED[CLASSES[int(label)]]
         if axis in "xy":
             frames = decode(str(prepared / path))
-            assert least <= sign * velocity(axis, None, frames) <= most, line
+            assert low <= sign * velocity(axis, None, frames) <= high, line
             checked += 1
     assert checked == 8
 

@@ -256,7 +256,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_it_valid(tmp_path):
             checkpoints.wait()
         assert checkpoints.step() == 1
         checkpoints.save(state_of(3), 3, log=messages.append)
-        checkpoints.settle(messages.append)  # before files may grow again
+        checkpoints.wait_and_log(messages.append)  # before files may grow again
     checkpoints.save(state_of(4), 4, log=messages.append)
     checkpoints.close()
     assert len(messages) == 1
@@ -318,7 +318,7 @@ checkpoints = Checkpoints(folder, keep=2, tidy=True)
 for step in (2, 3):
     checkpoints.save(placed(step), step)
 checkpoints.close()
-if coordination.first():
+if coordination.is_process_0():
     flip(values_of(folder, 3))
 multihost_utils.sync_global_devices("damaged")
 checkpoints = Checkpoints(folder, keep=2)

@@ -87,7 +87,7 @@ def test_phases_add_up_to_the_wall_time():
             yield number
 
     began = clock.now
-    for _ in timer.waiting(batches()):
+    for _ in timer.measure_waits(batches()):
         nest(0)
         ends.ended = draw.choice([None, clock.now - 1, clock.now + 1])
         if draw.random() < 0.3:
@@ -115,10 +115,10 @@ def test_only_waits_after_the_end_of_a_step_count_as_data(ends_after, expected):
         clock.sleep(4)
         yield "second"
 
-    batches_in_time = timer.waiting(batches())
+    batches_in_time = timer.measure_waits(batches())
     assert next(batches_in_time) == "first"
     assert spent(timer) == {"start": 2}
-    timer.sent("a step")
+    timer.register_step("a step")
     assert next(batches_in_time) == "second"
     assert spent(timer) == expected
     clock.sleep(1)
@@ -131,7 +131,7 @@ def test_the_end_of_a_step_is_recorded_in_the_background():
     gates = [threading.Event(), threading.Event()]
     for gate in gates:
         computed = SimpleNamespace(block_until_ready=lambda gate=gate: gate.wait(20))
-        timer.sent({"loss": (computed, jnp.zeros(()))})
+        timer.register_step({"loss": (computed, jnp.zeros(()))})
         time.sleep(0.05)
         assert timer._ends.last() is None
         before = time.monotonic()
@@ -176,7 +176,7 @@ def train(folder, steps, *, wait, work, watch=None):
 
     log = metrics.Logbook(folder, start=0, steps=steps, batch=8, every=5, spans=timer, watch=watch)
     log.begin({"classes": 3})
-    for done, _ in enumerate(timer.waiting(batches()), start=1):
+    for done, _ in enumerate(timer.measure_waits(batches()), start=1):
         with timer.measure("compile" if done == 1 else "step"):  # as long as reading the metrics
             time.sleep(max(end[0] - time.monotonic(), 0))
         log.step(done, METRICS, 0.5)
@@ -296,7 +296,7 @@ from mvit_jax.training.run import goodput
 seconds = dict.fromkeys(goodput.PHASES, 0.0)
 seconds |= {"data": (0.5, 4.0)[jax.process_index()], "step": (9.0, 6.0)[jax.process_index()]}
 with jax.set_mesh(sharding.make_mesh()):
-    combined, slowest = goodput.over_processes(seconds)
+    combined, slowest = goodput.reduce_over_processes(seconds)
 watch = goodput.InputWatch(threads=0, processes=0, packed=True, randaugment=False, cores=7)
 watch.sentence(combined, slowest)
 print(combined["data"], combined["step"], slowest, watch.sentence(combined, slowest))

@@ -83,7 +83,7 @@ def by_hand(digits, at):
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), bad_at():
         built = build.program(config, settings, mesh)
-        run_step, state = built.step, built.first_state()
+        run_step, state = built.step, built.initial_state()
         rates = build.schedule(config, len(videos))
         states = [jax.tree.map(jnp.copy, state)]
         for step, batch in enumerate(build.batches(config, settings, videos, mesh, 9), start=1):
@@ -197,7 +197,7 @@ from tests.support import tiny
 from tests.training.run import test_nan_policy as t
 
 moment, data, folder = sys.argv[1:]
-save, settle = Checkpoints.save, Checkpoints.settle
+save, wait_and_log = Checkpoints.save, Checkpoints.wait_and_log
 rolled = []
 
 def kill(*_):
@@ -210,14 +210,14 @@ def saving(self, state, step, **more):
             kill()
     save(self, state, step, **more)
 
-def settling(self, *args):
-    settle(self, *args)
+def waiting(self, *args):
+    wait_and_log(self, *args)
     if rolled and self.last.latest_step() == 7:
         kill()
 
 Checkpoints.save = saving
 if moment == "after":
-    Checkpoints.settle = settling
+    Checkpoints.wait_and_log = waiting
 config = tiny.config(data, **(t.RECIPE | {"on_nan": "rollback", "log_every": 1}))
 with t.bad_at(7):
     train.train(config, folder)

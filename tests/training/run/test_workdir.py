@@ -24,13 +24,13 @@ def test_file_systems_without_locks_are_accepted(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(workdir.fcntl, "flock", no_locks)
-    with workdir.locked(tmp_path), workdir.locked(tmp_path):
+    with workdir.lock(tmp_path), workdir.lock(tmp_path):
         pass
 
 
 def test_the_last_validated_step_is_recorded(tmp_path):
-    assert workdir.validated(tmp_path) == 0
-    workdir.keep_validated(tmp_path, 12)
-    assert workdir.validated(tmp_path) == 12
+    assert workdir.last_validation(tmp_path) == 0
+    workdir.record_validation(tmp_path, 12)
+    assert workdir.last_validation(tmp_path) == 12
     (tmp_path / "validated.txt").write_text("?")
-    assert workdir.validated(tmp_path) == 0
+    assert workdir.last_validation(tmp_path) == 0
