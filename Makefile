@@ -43,6 +43,7 @@ docs: .venv/installed-dev
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/codespell *.md benchmarks configs docs launch mvit_jax notebooks tests
 
 typecheck: .venv/installed-dev
 	.venv/bin/pyright
