@@ -29,7 +29,8 @@ as in -- --runner=FlinkRunner; then all workers must see the videos and DIR unde
     python -m mvit_jax.prepare lists --out=DIR [--val=0.1 --test=0.1]
 
 splits the videos or images in DIR, one folder per class, into the lists train.csv, val.csv and
-test.csv there, and writes the class names to labels.txt. Existing lists with other content are not
+test.csv there, and writes the class names to labels.txt. Files that are neither videos nor images
+are counted and left out, hidden ones silently. Existing lists with other content are not
 overwritten.
 
     python -m mvit_jax.prepare check DIR [--split=train]

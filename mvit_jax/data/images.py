@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import orientation
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Suffixes of image files; upper and lower case are equivalent."""
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".avif",
+    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+)  # fmt: skip
+"""Suffixes of image files that Pillow decodes; upper and lower case are equivalent."""
+
+# Pillow has no decoder. FFmpeg's gives one tile of the pictures of phones.
+_UNDECODED = (".heic", ".heif", ".hif")
 
 MAX_PIXELS = 178_956_970
 """Largest number of pixels of a frame or image: 512 MiB in RGB, and Pillow's own limit."""
@@ -100,8 +107,20 @@ def distinct(
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-    """Returns True if the path has an image's suffix; any other file is read as a video."""
-    return os.fspath(path).lower().endswith(SUFFIXES)
+    """Returns True for the suffix of an image, and for a GIF of one frame.
+
+    Any other file is read as a video. Animated WebP, PNG and AVIF files count as images.
+    """
+    name = os.fspath(path).lower()
+    return name.endswith(SUFFIXES + _UNDECODED) or (name.endswith(".gif") and _is_still_gif(path))
+
+
+def _is_still_gif(path: str | os.PathLike[str]) -> bool:
+    try:
+        with Image.open(path, formats=["GIF"]) as image:
+            return not getattr(image, "is_animated", True)
+    except _UNREADABLE:
+        return False
 
 
 def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 height width 3"]:
@@ -135,9 +154,18 @@ def check_still(name: str, clip_frames: int) -> None:
         raise DecodeError(name, reason)
 
 
+# Pillow warns of metadata, and of images of half as many pixels as it rejects, without the file's
+# name. A file that it cannot decode raises an error.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 _END_OF_JPEG = b"\xff\xd9"
 
 _UNREADABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError)
+
+
+class _UnknownRangeError(ValueError):
+    """Pixels of 32 bits, as in TIFF files of measurements."""
 
 
 def _rgb(encoded: bytes) -> np.ndarray:
@@ -154,9 +182,12 @@ def _stored_rgb(image: Image.Image, encoded: bytes) -> np.ndarray:
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
         if pixels is not None:
             return np.asarray(pixels)
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         # Pillow would clip 16-bit grey at 255, although it keeps the high byte of 16-bit RGB.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # Pillow would clip the values to 0 to 255
+        raise _UnknownRangeError
+    image.info.pop("transparency", None)  # is dropped anyway, by Pillow with a warning
     return np.array(image.convert("RGB"))
 
 
@@ -165,6 +196,8 @@ def _reason_of_file(file: Path, error: Exception) -> str:
         return "there is no such file"
     if file.is_file() and file.stat().st_size == 0:
         return "the file is empty"
+    if file.name.lower().endswith(_UNDECODED) and isinstance(error, UnidentifiedImageError):
+        return "there is no decoder of HEIC images: convert it to JPEG or PNG"
     return _reason(error)
 
 
@@ -172,6 +205,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return f"it has more than {limit:,} pixels: scale it down first"
+    if isinstance(error, _UnknownRangeError):
+        return "its pixels have 32 bits without a stated range: save it with 8 or 16 bits"
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image, or its beginning is damaged"
     strerror = getattr(error, "strerror", None)

@@ -25,7 +25,9 @@ from mvit_jax.predict.predictor import Prediction, Predictor
 from mvit_jax.predict.request_filter import filter_requests, is_loopback
 from mvit_jax.predict.windows import clock
 
+# The page takes fewer kinds of files than `predict`: those that `check_kind` recognises.
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 MAX_PIXELS = 4096 * 2304  # of a frame at most: 28 MB in memory
 MAX_FPS = 120  # limits the number of frames, as a file may state any frame rate
@@ -139,7 +141,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
     import gradio
 
     takes_images = predictor.model.frames == 1
-    endings = [*VIDEOS, *(images.SUFFIXES if takes_images else ())]
+    endings = [*VIDEOS, *(IMAGES if takes_images else ())]
     kinds = "a video or an image" if takes_images else "a video"
     with gradio.Blocks(
         title="mvit_jax", analytics_enabled=False, delete_cache=(300, 900), fill_width=False

@@ -1,20 +1,14 @@
 """Class folders, FOLDER/LIST/CLASS/FILE: unpacked ImageNet, or the user's own videos."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data.formats.video_list import VideoList, list_names, read_class_names
-from mvit_jax.data.images import SUFFIXES as IMAGE_SUFFIXES
-
-VIDEO_SUFFIXES = (
-    ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv"
-)  # fmt: skip
-"""Case-insensitive suffixes of the video files in class folders."""
+from mvit_jax.data.formats.listing import class_files, folders_in
+from mvit_jax.data.formats.video_list import VideoList, read_class_names
 
 
 def read_class_folders(
@@ -24,8 +18,7 @@ def read_class_folders(
 
     The classes are the lines of `folder/labels.txt`. Without this file they are the folders of the
     training list, sorted by name as in torchvision's `ImageFolder`. So the labels are the same in a
-    validation folder that lacks some classes. Hidden files and folders are skipped. Files that are
-    neither videos nor images are skipped, and the number of skipped files is printed on stderr.
+    validation folder that lacks some classes. Files are chosen by `listing`.
 
     Args:
       list_name: the folder LIST; a suffix `.csv` is dropped, so `train.csv` names `train`.
@@ -43,7 +36,7 @@ def read_class_folders(
             f"there is no folder {split}: it should hold a folder of videos or images for each "
             "class; data.train_list, data.val_list and data.test_list name such folders"
         )
-    folders = _folders_in(split)
+    folders = folders_in(split)
     if not folders:
         raise UserError(
             f"{split} holds no folders: make one for each class, and put its videos or images there"
@@ -57,14 +50,14 @@ def read_class_folders(
             f"({len(unknown)} such folders): rename or remove it"
         )
     folders.sort(key=number.__getitem__)
-    paths, labels, ignored = _files(split, folders, number)
-    if ignored:
-        print(
-            f"note: {split} holds {len(ignored)} files or folders without a suffix of videos or "
-            f"images, for example {ignored[0]}; they are ignored",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-    return VideoList(tuple(paths), np.asarray(labels, np.int32), class_names, str(split))
+    files = class_files(split, folders)
+    paths = [
+        f"{split}/{folder}/{name}"
+        for folder, names in zip(folders, files, strict=True)
+        for name in names
+    ]
+    labels = np.repeat([number[folder] for folder in folders], [len(names) for names in files])
+    return VideoList(tuple(paths), labels.astype(np.int32), class_names, str(split))
 
 
 def _class_names(
@@ -80,31 +73,4 @@ def _class_names(
         return names, file
     if train == split or not train.is_dir():
         return tuple(folders), split
-    return tuple(_folders_in(train)), train
-
-
-def _folders_in(folder: Path) -> list[str]:
-    (names,) = list_names([str(folder)], lambda entry: entry.is_dir())
-    return [name for name in names if not name.startswith(".")]
-
-
-def _files(
-    split: Path, folders: Sequence[str], number: dict[str, int]
-) -> tuple[list[str], list[int], list[str]]:
-    """Returns paths, labels, and the paths of skipped files."""
-    paths, labels, ignored = [], [], []
-    paths_of = (f"{split}/{name}" for name in folders)
-    listed = list_names(paths_of, lambda entry: not entry.name.startswith("."))
-    for folder, names in zip(folders, listed, strict=True):
-        media = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
-        if not media:
-            raise UserError(
-                f"{split / folder} holds neither videos nor images (files with suffixes like .mp4 "
-                "or .jpg): put some there, or remove the folder"
-            )
-        paths += [f"{split}/{folder}/{name}" for name in media]
-        labels += [number[folder]] * len(media)
-        if len(media) < len(names):
-            used = set(media)
-            ignored += [f"{split}/{folder}/{name}" for name in names if name not in used]
-    return paths, labels, ignored
+    return tuple(folders_in(train)), train

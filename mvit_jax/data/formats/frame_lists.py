@@ -18,8 +18,9 @@ from jaxtyping import Int, Int32, Int64, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import video as decoding
+from mvit_jax.data.formats.listing import frame_files
 from mvit_jax.data.formats.video_list import VideoList
-from mvit_jax.data.images import DecodeError, Footage, distinct, is_image, read_image
+from mvit_jax.data.images import DecodeError, Footage, distinct, read_image
 
 FRAME_RATE = 30.0
 """Assumed frames per second of image files, which do not record it (PySlowFast: `ffmpeg -r 30`)."""
@@ -87,8 +88,7 @@ class FrameFolders(VideoList):
     def opened(self, index: int, clip_frames: int) -> Iterator[Footage]:
         folder = self.paths[index]
         try:
-            with os.scandir(folder) as entries:
-                names = [entry.name for entry in entries if is_image(entry.name)]
+            names = frame_files(folder)
         except OSError as error:
             for suffix in _VIDEO_SUFFIXES:
                 if Path(folder + suffix).exists():
@@ -103,8 +103,6 @@ class FrameFolders(VideoList):
                 else str(error.strerror).lower()
             )
             raise DecodeError(folder, reason) from error
-        if not names:
-            raise DecodeError(folder, "the folder holds no images")
         names.sort(key=_natural_order)
         yield FrameFiles(folder, tuple(f"{folder}/{name}" for name in names))
 

@@ -129,14 +129,24 @@ def read_lines(file: AnyPath) -> list[str]:
 
 
 def list_names(
-    folders: Iterable[str], chosen: Callable[[os.DirEntry[str]], bool]
+    folders: Iterable[str], chosen: Callable[[os.DirEntry[str]], bool], *, slash: bool = False
 ) -> list[list[str]]:
-    """Returns the sorted names of each folder's chosen entries; none for an unreadable folder."""
+    """Returns the sorted names of each folder's chosen entries; none for an unreadable folder.
+
+    Args:
+      folders: paths of the folders.
+      chosen: returns True for the entries to list.
+      slash: append "/" to the names of folders.
+    """
 
     def names(folder: str) -> list[str]:
         try:
             with os.scandir(folder) as entries:
-                return sorted(entry.name for entry in entries if chosen(entry))
+                return sorted(
+                    f"{entry.name}/" if slash and entry.is_dir() else entry.name
+                    for entry in entries
+                    if chosen(entry)
+                )
         except OSError:
             return []
 

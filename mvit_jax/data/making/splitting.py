@@ -1,14 +1,14 @@
 """Train, validation and test lists for a folder of the user's own class folders."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import write_atomically
-from mvit_jax.data.formats.class_folders import VIDEO_SUFFIXES
-from mvit_jax.data.images import SUFFIXES as IMAGE_SUFFIXES
+from mvit_jax.data.formats.listing import class_files, folders_in, has_media, is_line
 
 LISTS = ("train.csv", "val.csv", "test.csv")
 
@@ -18,7 +18,8 @@ def write_lists(
 ) -> dict[str, int]:
     """Writes train.csv, val.csv, test.csv (lines "path label") and labels.txt into a folder.
 
-    `folder` must have a folder of videos or images for each class. The split is stratified: each
+    `folder` must have a folder of videos or images for each class, whose files are chosen by
+    `data.formats.listing`. The split is stratified: each
     list has about the same share of every class. The same files and seed give the same lists.
     Sources are not detected: if several files come from one source (one person, one film), write
     the lists by hand so that these files are in one list only.
@@ -31,8 +32,8 @@ def write_lists(
       Number of files of each list.
 
     Raises:
-      UserError: the shares leave no training data, there are no classes, a class has too few files,
-        or existing lists differ.
+      UserError: the shares leave no training data, there are no classes, a class has no or too few
+        files, a name cannot stand in a list, or existing lists differ.
     """
     root = Path(folder).expanduser()
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
@@ -68,22 +69,49 @@ def write_lists(
 
 
 def _classes(root: Path) -> dict[str, list[str]]:
+    """Returns the file names of each class; raises `UserError` if a list cannot hold them."""
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: name the one that holds your classes' folders")
-    contents = {child.name: _files(child) for child in sorted(root.iterdir()) if child.is_dir()}
-    classes = {name: files for name, files in contents.items() if files}
-    if len(classes) < 2:
+    names = folders_in(root)
+    filled = [name for name in names if has_media(root / name)]
+    splits = [name for name in names if name.lower() in _SPLITS and name not in filled]
+    if any(folders_in(root / name) for name in splits):
         raise UserError(
-            f"{root} holds {len(classes)} folders with videos or images: there should be one for "
+            f"{root} is split already, into {', '.join(splits)}: train with "
+            f"--config.data.source=folders --config.data.folder={root}, which needs no lists"
+            f"{_renamed(splits)}"
+        )
+    if len(filled) < 2:
+        raise UserError(
+            f"{root} holds {len(filled)} folders with videos or images: there should be one for "
             "each class, at least two"
+        )
+    classes = dict(zip(names, class_files(root, names), strict=True))
+    wrong = [
+        f"{name}/{file}"
+        for name, files in classes.items()
+        for file in files
+        if name != name.strip() or not is_line(file)
+    ]
+    if wrong:
+        raise UserError(
+            f"{str(root / wrong[0])!r} cannot stand in a list, as its name has a line break, is "
+            "not UTF-8, or its class begins or ends with a space "
+            f"({len(wrong)} such files): rename it"
         )
     return classes
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
-        and not file.name.startswith(".")
-    )
+# Names of the folders of data sets that are split already.
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+
+def _renamed(splits: Sequence[str]) -> str:
+    """Returns flags for the folders that have other names than the default lists."""
+    keys = {"tr": "train_list", "va": "val_list", "te": "test_list"}
+    flags = [
+        f"--config.data.{keys[name[:2].lower()]}={name}"
+        for name in splits
+        if name not in ("train", "val", "test")
+    ]
+    return f"; add {' '.join(flags)}" if flags else ""

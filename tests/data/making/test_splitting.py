@@ -5,17 +5,17 @@ import pytest
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.making.splitting import write_lists
+from tests.support.refusals import refused
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty videos of one class, ten images of another, and unrelated files and folders."""
+    """Twenty videos of one class, ten images of another, and unrelated files."""
     for name, count, end in (("tennis", 20, ".mp4"), ("a b", 10, ".JPG")):
         (tmp_path / name).mkdir()
         for number in range(count):
             (tmp_path / name / f"{number}{end}").touch()
     (tmp_path / "tennis" / "notes.txt").touch()
-    (tmp_path / "empty").mkdir()
     (tmp_path / "readme.md").touch()
     return tmp_path
 
@@ -65,3 +65,34 @@ def test_impossible_shares_are_rejected(folder, val, test, message):
     with pytest.raises(UserError, match=message):
         write_lists(folder, val=val, test=test)
     assert not (folder / "labels.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "flags"),
+    [
+        (("train", "val", "test"), ""),
+        (("train", "valid"), "; add --config.data.val_list=valid"),
+    ],
+)
+def test_a_split_tree_names_the_source_that_reads_it(tmp_path, names, flags):
+    for name in names:
+        (tmp_path / name / "cat").mkdir(parents=True)
+        (tmp_path / name / "cat" / "a.mp4").touch()
+    expected = f"--config.data.source=folders --config.data.folder={tmp_path}, which needs no lists"
+    with refused(f"{tmp_path} is split already", expected + flags):
+        write_lists(tmp_path, val=0.1, test=0.1)
+
+
+def test_a_class_may_be_called_train(folder):
+    (folder / "tennis").rename(folder / "train")
+    write_lists(folder, val=0.1, test=0.1)
+    assert (folder / "labels.txt").read_text() == "a b\ntrain\n"
+
+
+@pytest.mark.parametrize("name", ["tennis/caf\udce9.mp4", "tennis/two\nlines.mp4", " cat/0.mp4"])
+def test_a_name_that_no_list_can_hold_is_an_error_before_any_list_is_written(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    with refused(f"{str(folder / name)!r} cannot stand in a list", "(1 such files)"):
+        write_lists(folder, val=0.1, test=0.1)
+    assert not list(folder.glob("*.csv")) and not (folder / "labels.txt").exists()
