@@ -19,10 +19,10 @@ configs/moving_digits.py:
 --config.augment.flip=0 --config.augment.mixup=0 --config.augment.cutmix=0.
 """
 
-from pathlib import Path
 from typing import Any
 
 from mvit_jax import config
+from mvit_jax.common.files import expanded
 from mvit_jax.models.variants import VARIANTS, nearest, preprocessing
 from mvit_jax.training.run import workdir
 
@@ -38,7 +38,7 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
         c.model.variant = name
         c.data.update(stride=expected.stride, short_side=expected.short_side)
         c.data.update(mean=expected.mean, std=expected.std, interpolation=expected.interpolation)
-    elif not (Path(name) / "config.json").is_file():
+    elif not (expanded(name) / "config.json").is_file():
         raise ValueError(
             "configs/custom.py needs a workdir, a folder written by `convert`, or the name of a "
             f"variant, not {name!r}{nearest(name, VARIANTS)}"

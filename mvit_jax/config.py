@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args, get_origin
 from ml_collections import ConfigDict, config_dict
 
 from mvit_jax.common.errors import UserError, renamed_keys
+from mvit_jax.common.files import expanded
 from mvit_jax.models.plan import MViTConfig
 
 Config = Any  # a ConfigDict: no type checker knows its keys
@@ -382,7 +383,7 @@ def missing_weights(config: Config) -> bool:
 
 def find(path: str) -> Path:
     """Returns the file of an experiment; a missing configs/NAME.py is taken from the package."""
-    local = Path(path)
+    local = expanded(path)
     installed = RECIPES / local.name
     if local.parent == Path("configs") and not local.exists() and installed.exists():
         return installed

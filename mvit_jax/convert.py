@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise errors.UserError(f"{out} already exists: choose another --out, or move it away")
-    labels = None if _LABELS.value is None else read_class_names(Path(_LABELS.value))
+    labels = None if _LABELS.value is None else read_class_names(local_path(_LABELS.value))
     import_checkpoint(source, _VARIANT.value, out, labels, _INFLATE.value, **overrides)
 
 

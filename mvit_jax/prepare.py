@@ -108,8 +108,8 @@ def main(argv: list[str]) -> None:
         _check(rest)
         return
     if not OUT.value:
-        raise errors.UserError(f"the output folder of {name} is missing: give --out=DIR")
-    files.local_path(OUT.value)  # data sets cannot be written into a bucket
+        raise errors.UserError(f"no folder to write {name} into: give --out=DIR")
+    out = str(files.local_path(OUT.value))  # data sets cannot be written into a bucket
     if name == "videos":
         _videos(OUT.value, rest)
     elif name == "lists":
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
         summary = ", ".join(f"{count} files in {list_}" for list_, count in counts.items())
         print(f"{summary}, in {OUT.value}")
     elif name == "fashion_mnist":
-        fashion_mnist.prepare(OUT.value, FILES.value)
+        fashion_mnist.prepare(out, FILES.value)
         print(f"{name} is in {OUT.value}")
     else:
         moving_digits.prepare(

@@ -212,9 +212,7 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
             words.append(f"--{key}={e[key]}")
     folder = run.config.get("data.folder")
     listed = Path(e.get("list", ""))  # an absolute path, except for a TFDS dataset
-    if folder is None or (
-        listed.is_absolute() and listed.parent != Path(folder).expanduser().absolute()
-    ):
+    if folder is None or (listed.is_absolute() and listed.parent != expanded(folder).absolute()):
         words.append(f"--data={listed.parent if listed.is_absolute() else 'DIR'}")
     if e.get("shuffled_frames"):
         words.append("--shuffle_frames")

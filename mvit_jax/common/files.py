@@ -33,6 +33,8 @@ _TIMEOUT = 60  # seconds, of a request to a bucket
 def to_path(path: str | os.PathLike[str]) -> AnyPath:
     """Returns a local path, or a path in a bucket if `path` begins with gs://.
 
+    A leading `~` of a local path is the user's home, as in `expanded`.
+
     Raises:
       UserError: `path` is another kind of address, or its bucket cannot be reached or used.
     """
@@ -40,7 +42,7 @@ def to_path(path: str | os.PathLike[str]) -> AnyPath:
         return path  # pyright: ignore[reportReturnType]  # an earlier result of this function
     text = os.fspath(path)
     if not _ADDRESS.match(text):
-        return Path(path)
+        return expanded(path)
     bucket = text.removeprefix("gs://").partition("/")[0]
     if not text.startswith("gs://") or not bucket:
         raise UserError(
@@ -53,7 +55,7 @@ def to_path(path: str | os.PathLike[str]) -> AnyPath:
 
 
 def local_path(path: str) -> Path:
-    """Returns a path on this machine.
+    """Returns a path on this machine, `expanded`.
 
     Raises:
       UserError: `path` is an address, which pathlib would take for a local folder.
@@ -62,7 +64,18 @@ def local_path(path: str) -> Path:
         raise UserError(
             f"{path} is not a local path: name a folder or file on this machine, and copy it later"
         )
-    return Path(path)
+    return expanded(path)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Returns a local path whose leading `~` or `~name` is the home of the user, if there is one.
+
+    Shells expand `~` at the start of a word only, so not in `--workdir=~/runs`. A folder that is
+    called `~` is `./~`.
+    """
+    home = Path(os.path.expanduser(path))  # noqa: PTH111, pathlib raises for an unknown user
+    # pathlib drops the "./" of such a folder, and later calls would expand it.
+    return home.absolute() if str(home).startswith("~") else home
 
 
 def is_local(path: AnyPath) -> bool:

@@ -3,13 +3,13 @@
 import os
 import zlib
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.charades import read_charades
 from mvit_jax.data.formats.class_folders import read_class_folders
 from mvit_jax.data.formats.ssv2 import read_ssv2
@@ -128,8 +128,8 @@ def open_source(
             "data.folder is not set: pass --config.data.folder=DIR, or --data=DIR to the evaluation"
         )
     if not list_name:
-        raise UserError("the name of the list is empty: set a name like train.csv")
-    folder = Path(folder).expanduser()
+        raise UserError("the name of the list is empty: set one, like train.csv")
+    folder = expanded(folder)
     if tfds is not None:
         return read_split(tfds, str(folder), list_name)
     if source == "folders":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mvit_jax.analysis import render
 from mvit_jax.common import errors
-from mvit_jax.common.files import AnyPath, local_path, to_path, write_atomically
+from mvit_jax.common.files import AnyPath, expanded, local_path, to_path, write_atomically
 from mvit_jax.common.text import table
 from mvit_jax.data.images import DecodeError
 from mvit_jax.predict import figures
@@ -156,7 +156,8 @@ def predict(
                     bar.total = of
                     bar.update(done - bar.n)
 
-                prediction = predictor.predict(file, progress=progress)
+                # Absolute, since FFmpeg takes "12:30.mp4" for an address.
+                prediction = predictor.predict(expanded(file).absolute(), progress=progress)
             result |= _described(prediction, predictor.names, top)
             if pictures is not None:
                 written = _draw(predictor, prediction, file, pictures / stem, top, maps)
@@ -222,7 +223,7 @@ def picture_names(files: list[str], folder: Path) -> list[str]:
 
     Prefixes differ even when case is ignored, and no figure overwrites an input file.
     """
-    taken = {Path(file).resolve() for file in files}
+    taken = {expanded(file).resolve() for file in files}
     names: list[str] = []
     for file in files:
         stem, number = Path(file).stem or "file", 1

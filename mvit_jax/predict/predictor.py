@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Float32, Float64, UInt8
 
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath
+from mvit_jax.common.files import AnyPath, expanded
 from mvit_jax.config import Config
 from mvit_jax.data import pipeline
 from mvit_jax.data.formats.video_list import read_class_names
@@ -249,7 +248,7 @@ def class_names(config: Config, folder: AnyPath, count: int) -> tuple[str, ...]:
     Raises:
       UserError: the file does not have `count` names.
     """
-    folders = [folder] if config.data.folder is None else [folder, Path(config.data.folder)]
+    folders = [folder] if config.data.folder is None else [folder, expanded(config.data.folder)]
     for file in (parent / "labels.txt" for parent in folders):
         if file.is_file():
             names = read_class_names(file)

@@ -6,7 +6,6 @@ of videos and classes are taken from `data.train_videos` and `data.classes`.
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.common.text import Lines, align, indent, plural, section, table
 from mvit_jax.config import Config, check, missing_weights
 from mvit_jax.data.source import Source
@@ -125,7 +125,7 @@ def _weights(config: Config) -> str:
 
 
 def _if_missing(path: str) -> str:
-    return "" if Path(path).expanduser().exists() else " (missing)"
+    return "" if expanded(path).exists() else " (missing)"
 
 
 def _data(config: Config, lists: dict[str, Source | str], videos: int) -> Lines:

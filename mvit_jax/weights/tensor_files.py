@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.weights import torch_pickle, torch_zip
 from mvit_jax.weights.torch_pickle import printable
 
@@ -55,7 +56,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
       UserError: the file is missing or damaged, has another format, refers to code, or has no state
         dict.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         if not path.is_file():
             kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -231,14 +232,14 @@ def write_torch(
             f"name than {wrapper!r}"
         )
     arrays = _writable(tensors)
-    with _atomic(Path(path)) as temporary:
+    with _atomic(expanded(path)) as temporary:
         torch_zip.write(temporary, arrays, wrapper, extra or {})
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file atomically; raises `UserError` as `write_torch` does."""
     arrays = _writable(tensors)
-    with _atomic(Path(path)) as temporary:
+    with _atomic(expanded(path)) as temporary:
         # safetensors 0.8.0 creates files that only the owner can read: restore the usual mode.
         temporary.touch()
         mode = temporary.stat().st_mode

@@ -3,18 +3,68 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
+import mvit_jax.config
 from mvit_jax.common import files
 from mvit_jax.common.errors import UserError
+from mvit_jax.data.making.splitting import write_lists
+from mvit_jax.data.source import open_source
+from mvit_jax.predict.predictor import class_names
+from mvit_jax.training.run import workdir
+from mvit_jax.training.run_folder import RunFolder
+from mvit_jax.weights.tensor_files import read_tensors, write_torch
 from tests.support import bucket
 
 
-@pytest.mark.parametrize("name", ["runs/b", "runs/b/", "/runs", ".", "", "gs:/b", "C:\\runs", "~"])
+@pytest.mark.parametrize("name", ["runs/b", "runs/b/", "/runs", ".", "", "gs:/b", "C:\\runs"])
 def test_names_without_a_scheme_are_local_paths(name):
     assert files.to_path(name) == Path(name) == files.local_path(name)
     assert isinstance(files.to_path(Path(name)), Path)
+
+
+def test_a_leading_tilde_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    for name, path in {
+        "~": "/home/ann",
+        "~/runs/b": "/home/ann/runs/b",
+        "runs/~/b": "runs/~/b",
+        "./~/b": str(Path.cwd() / "~/b"),
+        "~nobody-has-this-name/b": str(Path.cwd() / "~nobody-has-this-name/b"),
+    }.items():
+        assert files.to_path(name) == files.local_path(name) == files.expanded(name) == Path(path)
+        assert files.to_path(files.to_path(name)) == Path(path)
+
+
+def test_files_are_written_and_read_in_the_home(tmp_path, monkeypatch):
+    """Functions of all rooms that get a user's path; none makes a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    home = tmp_path / "home"
+    for name in ("cat/a.mp4", "dog/b.mp4"):
+        (home / "data" / name).parent.mkdir(parents=True)
+        (home / "data" / name).touch()
+    write_lists("~/data", val=0.0, test=0.0)
+    assert len(open_source("~/data", "train.csv")) == 2
+    assert len(open_source(home, "data", source="folders", train_list="data")) == 2
+    config = mvit_jax.config.base()
+    config.data.folder = "~/data"
+    assert class_names(config, home, 2) == ("cat", "dog")
+
+    workdir.enter("~/runs/a", config, ("cat", "dog"), {})
+    assert (home / "runs/a/labels.txt").read_text() == "cat\ndog\n"
+    with RunFolder("~/runs/a") as run:
+        assert run.path == home / "runs/a" and run.config.data.folder == "~/data"
+    files.write_whole("~/a.json", "{}")
+    assert (home / "a.json").exists()
+    write_torch("~/a.pth", {"x": np.ones(2, np.float32)})
+    assert read_tensors("~/a.pth").tensors["x"].tolist() == [1, 1]
+    (home / "mine.py").write_text("from mvit_jax import config\nget_config = config.base\n")
+    assert mvit_jax.config.load("~/mine.py").to_dict() == mvit_jax.config.base().to_dict()
+    assert not list((tmp_path / "cwd").iterdir())
 
 
 @pytest.mark.parametrize("name", ["s3://b/runs", "http://host/runs", "file:///runs", "gs://"])

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.frame_lists import (
     FrameList,
     ListedFrames,
@@ -30,13 +30,13 @@ def read_charades(
     Raises:
       UserError: the list does not exist or has another format, or a label is no class number.
     """
-    root = Path(folder).expanduser().absolute()
+    root = expanded(folder).absolute()
     frames, texts = read_frame_list(root / list_name)
     file = root / "labels.txt"
     default = tuple(f"c{number:03d}" for number in range(CLASSES))
     names = read_class_names(file) if file.is_file() else default
     labels = _multi_hot(frames, texts, len(names))
-    base = str(root / Path(prefix).expanduser())
+    base = str(root / expanded(prefix))
     return ListedFrames(frames, base, labels, names)
 
 

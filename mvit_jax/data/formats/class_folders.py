@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.listing import class_files, folders_in
 from mvit_jax.data.formats.video_list import VideoList, read_class_names
 
@@ -29,7 +30,7 @@ def read_class_folders(
       UserError: the folder does not exist, has no class folders, or has a folder that is no class
         or holds neither videos nor images.
     """
-    root = Path(folder).expanduser().absolute()
+    root = expanded(folder).absolute()
     split, train = (root / name.removesuffix(".csv") for name in (list_name, train_list))
     if not split.is_dir():
         raise UserError(

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.data.images import DecodeError
 from mvit_jax.data.packets import Index
 from mvit_jax.data.video import Video
@@ -165,7 +166,7 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     """
     from array_record.python import array_record_data_source as sources  # takes half a second
 
-    root = Path(folder).expanduser().absolute()
+    root = expanded(folder).absolute()
     path = manifest_path(root, split)
     manifest = read_manifest(path)
     problem = next(problems(root, path, manifest), None)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.frame_lists import FrameFolders, ListedFrames, read_frame_list
 
 # File names of the first publication and of the later archive.
@@ -33,11 +34,11 @@ def read_ssv2(
       UserError: a file is missing or malformed, or a video's label is missing or not in the labels
         file.
     """
-    root = Path(folder).expanduser().absolute()
+    root = expanded(folder).absolute()
     list_file = root / list_name
     classes = _read_classes(list_file.parent)
     names = tuple(sorted(classes, key=classes.__getitem__))
-    base = str(root / Path(prefix).expanduser())
+    base = str(root / expanded(prefix))
     if list_file.suffix == ".json":
         labels = _read_labels(list_file, classes)
         folders = tuple(f"{base}/{video}" for video in labels)

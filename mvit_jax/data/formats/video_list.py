@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath
+from mvit_jax.common.files import AnyPath, expanded
 from mvit_jax.data import video
 from mvit_jax.data.images import Footage
 
@@ -77,7 +77,7 @@ def read_video_list(
       UserError: the folder, the list or a video file does not exist, a line is not `path label`,
         a label is outside of the classes, or the list is empty.
     """
-    root = Path(folder).expanduser().absolute()
+    root = expanded(folder).absolute()
     if not root.is_dir():
         raise UserError(
             f"there is no data folder {root}: make the default data set with "
@@ -90,7 +90,7 @@ def read_video_list(
             f"there is no list {list_file}: it should hold one line `path label` per video"
         )
     lines = read_lines(list_file)
-    base = f"{root / Path(prefix).expanduser()}/"
+    base = f"{root / expanded(prefix)}/"
     try:
         paths, labels = _parse(lines, base, separator)
     except _BadLineError as bad:

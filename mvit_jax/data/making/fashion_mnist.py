@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.tfds import read_split
 
 NAME = "fashion_mnist"
@@ -61,7 +62,7 @@ def prepare(folder: str, files: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         unpacked = Path(temporary)
         try:
-            source = _download(builder.URL, unpacked) if files is None else Path(files).expanduser()
+            source = _download(builder.URL, unpacked) if files is None else expanded(files)
             paths = _unpack(source, unpacked)
             # Replaces TFDS's download manager: maps its URLs to the unpacked local files.
             local = SimpleNamespace(

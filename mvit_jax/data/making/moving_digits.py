@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import write_atomically
+from mvit_jax.common.files import expanded, write_atomically
 from mvit_jax.common.progress import track
 
 # Recorded in `prepare.json`; increases whenever the same seed gives other videos.
@@ -211,7 +211,7 @@ def prepare(
       UserError: a split has fewer videos than classes, `seed` is negative, or `out` cannot be a
         folder, has other files, or was prepared with other settings.
     """
-    out = pathlib.Path(out).expanduser()
+    out = expanded(out)
     counts = {"train": train_videos, "val": val_videos, "test": test_videos}
     for split, count in counts.items():
         if count < len(CLASSES):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import write_atomically
+from mvit_jax.common.files import expanded, write_atomically
 from mvit_jax.data.formats.listing import class_files, folders_in, has_media, is_line
 
 LISTS = ("train.csv", "val.csv", "test.csv")
@@ -35,7 +35,7 @@ def write_lists(
       UserError: the shares leave no training data, there are no classes, a class has no or too few
         files, a name cannot stand in a list, or existing lists differ.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         raise UserError(
             f"val={val:g} and test={test:g} must be at least 0 and leave a share for "
