@@ -100,7 +100,8 @@ def test(folder: AnyPath) -> None:
             "test", workdir.shared_values(config) | options | {"clips": counts}
         )
         videos = build.videos(config, _LIST.value)
-        coordination.check_equal("list of videos", fingerprint(videos))
+        list_ = fingerprint(videos)
+        coordination.check_equal("list of videos", list_)
         by_count, params = score(
             run, videos, which=_WHICH.value, shuffle=_SHUFFLE.value, clips=counts
         )
@@ -110,6 +111,7 @@ def test(folder: AnyPath) -> None:
     scores = by_count[counts.index(max(counts))]
     results = {
         "list": videos.list_file,
+        "list_checksum": list_["names in order"],
         "checkpoint": _WHICH.value,
         "step": step,
         "clips": config.eval.clips,

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from mvit_jax.analysis import plots
 from mvit_jax.analysis.plots import Curve
+from mvit_jax.common.files import expanded
 from mvit_jax.common.text import table
 from mvit_jax.models import summary
 from mvit_jax.models.cost import Cost, cost
@@ -142,6 +143,7 @@ def comparison(runs: Sequence[Run]) -> str:
         "comparison.html.jinja",
         names=names, runs=runs, header=header, rows=rows, figures=figures,
         differing=_differing(runs),
+        note=different_tests(runs),
         silent=[n for n, r in named if not (r.train or r.val)],
     )  # fmt: skip
 
@@ -152,7 +154,38 @@ def comparison_table(runs: Sequence[Run]) -> str:
     text = table(header, rows)
     if differing := _differing(runs):
         text += "\n\n" + table(("config", *distinct_names(runs)), differing)
+    if note := different_tests(runs):
+        text += f"\n\nnote: {note}"
     return text
+
+
+def different_tests(runs: Sequence[Run]) -> str | None:
+    """Returns a sentence if the runs' accuracies are of different videos or classes, else None.
+
+    Lists are compared by their file name, number of videos, classes and, where recorded, the names
+    of the videos.
+    """
+    tests = [(name, run.test) for name, run in zip(distinct_names(runs), runs, strict=True)]
+    tested = [(name, test) for name, test in tests if test is not None]
+    if not any(_differ(tested[0][1], test) for _, test in tested[1:]):
+        return None
+    lists = ", ".join(
+        f"{name} on {Path(test['list']).name} ({whole(test['videos'])} videos of "
+        f"{whole(len(test['classes']))} classes)"
+        for name, test in tested
+    )
+    return f"the runs were tested on different lists, so their accuracies do not compare: {lists}"
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Returns True if two evaluations are of different lists."""
+    recorded = [test["list_checksum"] for test in (one, other) if "list_checksum" in test]
+    # Videos that could not be decoded are part of the list.
+    counts = {test["videos"] + len(test["left_out"]) for test in (one, other)}
+    names = {Path(test["list"]).name for test in (one, other)}
+    if len(recorded) == 2:
+        return recorded[0] != recorded[1]
+    return len(counts) > 1 or len(names) > 1 or one["classes"] != other["classes"]
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:

@@ -162,6 +162,29 @@ def test_a_comparison_shows_gaps_and_differing_config_keys():
     assert "Without a history (metrics.jsonl): b." in page.text
 
 
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({}, False),
+        ({"list": "/elsewhere/test.csv"}, False),
+        ({"list": "/data/val.csv"}, True),
+        ({"videos": 20}, True),
+        ({"videos": 20, "left_out": ["/data/<u>.mp4: the file is empty", "another"]}, False),
+        ({"classes": [*NAMES[:-1], "another"]}, True),
+        ({"list": "/data/val.csv", "list_checksum": 7}, False),
+        ({"list_checksum": 8}, True),
+    ],
+)
+def test_a_comparison_of_different_lists_has_a_note(change, differs):
+    checksum = {"list_checksum": 7} if "list_checksum" in change else {}
+    tests = [pages.evaluation(**checksum), pages.evaluation(**change)]
+    runs = [pages.run(folder=f"/x/{n}", evaluations=[t]) for n, t in zip("ab", tests, strict=True)]
+    runs.append(pages.run(folder="/x/untested", evaluations=[]))
+    note = "the runs were tested on different lists, so their accuracies do not compare: a on test"
+    assert (note in report.comparison_table(runs)) == differs
+    assert (note in " ".join(Page(report.comparison(runs)).text.split())) == differs
+
+
 def test_folders_of_the_same_name_are_shown_with_their_paths():
     runs = [pages.run(folder="/x/a"), pages.run(folder="/y/a")]
     assert report.distinct_names(runs) == ["/x/a", "/y/a"]

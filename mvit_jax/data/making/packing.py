@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import write_atomically
+from mvit_jax.common.files import expanded, write_atomically
 from mvit_jax.common.progress import Progress
 from mvit_jax.data.formats.shards import (
     Manifest,
@@ -31,7 +31,7 @@ from mvit_jax.data.formats.shards import (
     read_manifest,
 )
 from mvit_jax.data.formats.video_list import VideoList, read_class_names, read_video_list
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.images import DecodeError, is_image
 from mvit_jax.data.making.transcoding import Encoding, encode
 
 # About 100 MB for videos of ten seconds: large enough for any file system, and small enough that an
@@ -112,7 +112,7 @@ def prepare(
     for location in (csv, out):
         if "://" in os.fspath(location):
             raise UserError(f"{location} is not on this machine: mount it, and give its local path")
-    list_file = Path(csv).expanduser().absolute()
+    list_file = expanded(csv).absolute()
     videos = read_video_list(
         list_file.parent, list_file.name, prefix=prefix, separator=separator, max_missing=1.0
     )
@@ -123,8 +123,8 @@ def prepare(
             "one per line, label 0 first"
         )
     split = list_file.stem
-    root = Path(out).expanduser().absolute()
-    base = list_file.parent / Path(prefix).expanduser()
+    root = expanded(out).absolute()
+    base = list_file.parent / expanded(prefix)
     jobs, settings = _plan(videos, split, root, base, encoding, shards)
     path = manifest_path(root, split)
     manifest = _open_manifest(
@@ -243,6 +243,8 @@ def pack(job: Job) -> None:
     with job.progress.open("ab", buffering=0) as progress:
         for name, path, label in job.videos:
             try:
+                if is_image(path):
+                    raise DecodeError(path, "it is an image, and shards hold videos")
                 encoded = encode(path, job.encoding)
             except DecodeError as error:
                 failed.append((name, label, error.reason))

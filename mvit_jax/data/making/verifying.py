@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.files import expanded
 from mvit_jax.common.progress import track
 from mvit_jax.data.formats import shards
-from mvit_jax.data.formats.video_list import read_video_list
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.formats.video_list import VideoList, read_video_list
+from mvit_jax.data.images import DecodeError, is_image
 from mvit_jax.data.source import Source
 from mvit_jax.data.video import decode_failure
 
@@ -41,6 +42,8 @@ def check(
 ) -> list[Report]:
     """Decodes every video and image of a data set, stored in shards or listed in files.
 
+    In a list of mostly videos, an image is a problem: training rejects it, and shards cannot hold
+    it. In a list of mostly images, for models of images, a video gives single frames.
     For shards, also compares the manifest with the size, digest and number of records of each shard
     and with the id, label and number of frames of each video.
 
@@ -54,7 +57,7 @@ def check(
     Raises:
       UserError: `folder` has no data set, or a list or manifest cannot be read.
     """
-    root = Path(folder).expanduser().absolute()
+    root = expanded(folder).absolute()
     if not root.is_dir():
         raise UserError(f"there is no data folder {root}: name the one to check")
     threads = workers or os.cpu_count() or 1
@@ -70,8 +73,21 @@ def check(
     for each in lists if name is None else [f"{name}.csv"]:
         videos = read_video_list(root, each, prefix=prefix, separator=separator, max_missing=2.0)
         title = each.removesuffix(".csv")
-        reports.append(Report(title, len(videos), tuple(_decode_failures(title, videos, threads))))
+        problems = [*_images_among_videos(videos), *_decode_failures(title, videos, threads)]
+        reports.append(Report(title, len(videos), tuple(problems)))
     return reports
+
+
+def _images_among_videos(videos: VideoList) -> list[str]:
+    """Returns a sentence for each image of a list of mostly videos."""
+    pictures = [path for path in videos.paths if is_image(path)]
+    if 2 * len(pictures) >= len(videos):
+        return []
+    return [
+        f"{path} is an image in a list of videos, which models of videos reject: remove it from "
+        "the list"
+        for path in pictures
+    ]
 
 
 def _check_shards(root: Path, split: str, threads: int) -> Report:

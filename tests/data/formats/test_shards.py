@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.shards import manifest_path, read_manifest, read_shards
+from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.making import packing
 from mvit_jax.data.making.transcoding import Encoding
 from mvit_jax.data.making.verifying import check
@@ -319,3 +321,30 @@ def test_check_reads_lists_of_files(videos):
     assert "missing.mp4 cannot be decoded: there is no such file" in report.problems[-1]
     with pytest.raises(UserError, match="neither manifests"):
         check(videos / "..")
+
+
+def test_an_image_in_a_list_of_videos_is_refused_everywhere(videos, tmp_path):
+    """Packing, checking and training have one rule for it; a list of images has no problem."""
+    for name in GOOD[:3]:
+        shutil.copy(videos / name, tmp_path)
+    for number in range(4):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{number}.JPG")
+    lines = [*(f"{name} 0" for name in GOOD[:3]), "0.JPG 1"]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    [report] = check(tmp_path, "train")
+    assert report.problems == (
+        f"{tmp_path}/0.JPG is an image in a list of videos, which models of videos reject: remove "
+        "it from the list",
+    )
+    listed = read_video_list(tmp_path, "train.csv")
+    assert (
+        why_broken(listed.opened(3, 8)) == "it is an image, and the model takes clips of 8 frames"
+    )
+    manifest = packing.prepare(tmp_path / "train.csv", tmp_path / "packed", shards=1, workers=1)
+    [shard] = manifest.shards
+    assert shard.ids == GOOD[:3]
+    assert shard.failed == [["0.JPG", 1, "it is an image, and shards hold videos"]]
+
+    (tmp_path / "train.csv").write_text("".join(f"{n}.JPG 1\n" for n in range(4)) + lines[0])
+    assert check(tmp_path, "train")[0].problems == ()
