@@ -42,7 +42,7 @@ from mvit_jax.analysis import contact_sheet, run_data
 from mvit_jax.common import errors, files
 from mvit_jax.common.text import first_line
 from mvit_jax.config import Config, check, check_start, define_flag
-from mvit_jax.data.source import Source, fingerprint
+from mvit_jax.data.source import Source, class_notes, fingerprint
 from mvit_jax.models.functional import Functional
 from mvit_jax.training import build, custom, dry_run, loop
 from mvit_jax.training.distributed import coordination, failure, launch
@@ -52,7 +52,7 @@ from mvit_jax.training.run import goodput, history, profiling, runtime, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, has_hanging_threads
 from mvit_jax.training.run.metrics import Logbook
 from mvit_jax.training.run.preemption import StopRequest
-from mvit_jax.training.run_folder import check_resume, initial_params
+from mvit_jax.training.run_folder import check_order, check_resume, initial_params
 from mvit_jax.training.state import State, with_params
 
 _CONFIG = define_flag()
@@ -149,6 +149,8 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     started = workdir.has_checkpoint(folder)
     # Initial weights are read first, so that a read error leaves no new workdir.
     initial = None if started else initial_weights(config, settings.model)
+    if config.resume is not None and not started:
+        check_order(config.resume, videos.class_names)
     with coordination.process_0_first("workdir", files.to_path(folder) / "config.json"):
         workdir.prepare(folder, config, videos.class_names, custom.digests(config))
     with (
@@ -176,6 +178,8 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
                 folder, profile, start=start, steps=intervals.steps, log=log.print
             ) as trace,
         ):
+            if start:
+                log_list_changes(log, folder, videos, intervals.steps)
             log_start(log, config, settings.model, state, videos, mesh, start, intervals.steps)
             log.print(origin)
             evaluate = functools.partial(
@@ -298,6 +302,8 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
         f"{model.config.size}^2, {len(videos):,} videos of {len(videos.class_names)} classes, "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
     )
+    for note in class_notes(videos):
+        log.print(f"note: {note}")
     log.print(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
     log.begin({
         "command": command(),
@@ -305,6 +311,7 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
         "parameters": parameters,
         "multiply_adds": model.cost().multiply_adds,
         "videos": len(videos),
+        "list_checksum": fingerprint(videos)["names in order"],
         "classes": len(videos.class_names),
         "backend": jax.default_backend(),
         "devices": mesh.size,
@@ -315,6 +322,22 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")}
         | {"mvit_jax": mvit_jax.__version__},
     })  # fmt: skip
+
+
+def log_list_changes(log: Logbook, folder: str, videos: Source, steps: int) -> None:
+    """Logs that the training list is not that of the run's last start."""
+    if not log.first or not (starts := history.read(folder).starts):
+        return
+    before, count = starts[-1], len(videos)
+    checksum = fingerprint(videos)["names in order"]
+    if before.get("videos", count) != count:
+        end = f": it ends after step {steps} instead of {before['steps']}"
+        log.print(
+            f"note: {videos.list_file} has {count:,} videos, and had {before['videos']:,} at the "
+            "last start of this run" + (end if before.get("steps", steps) != steps else "")
+        )
+    elif before.get("list_checksum", checksum) != checksum:
+        log.print(f"note: {videos.list_file} names other videos than at the last start of this run")
 
 
 def command() -> str | None:

@@ -167,5 +167,29 @@ def fingerprint(videos: Source) -> dict[str, int]:
     return {
         "videos": len(videos),
         "classes": len(videos.class_names),
-        "names in order": zlib.crc32("\n".join(names).encode()),
+        # Names of files may have bytes that are not UTF-8.
+        "names in order": zlib.crc32("\n".join(names).encode(errors="surrogateescape")),
     }
+
+
+def class_notes(videos: Source) -> list[str]:
+    """Returns sentences on classes of the same name, and on classes without videos."""
+    names = videos.class_names
+    again = [name for i, name in enumerate(names) if name in names[:i]]
+    notes = []
+    if again:
+        notes.append(
+            f"{len(again)} classes of {videos.list_file} have the name of another class, for "
+            f"example {again[0]!r}"
+        )
+    labels = getattr(videos, "labels", None)  # not of images with their labels in one file
+    if labels is None:
+        return notes
+    used = labels.any(axis=0) if labels.ndim > 1 else np.isin(np.arange(len(names)), labels)
+    if not used.all():
+        unused = [name for name, any_ in zip(names, used, strict=True) if not any_]
+        notes.append(
+            f"{len(unused)} of the {len(names)} classes have no videos in {videos.list_file}, for "
+            f"example {unused[0]!r}"
+        )
+    return notes

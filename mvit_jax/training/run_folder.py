@@ -127,18 +127,24 @@ class RunFolder:
                 f"the data's labels.txt names {len(names)} classes, but the model has {count}: use "
                 "the labels.txt of the training data"
             )
-        file = self.path / "labels.txt"
-        if file.exists():
-            trained = read_class_names(file)
-            if trained != names and sorted(trained) == sorted(names):
-                raise UserError(
-                    f"the data's labels.txt has the classes of {file} in another order, so labels "
-                    "would not match: use the same order"
-                )
+        check_order(self.path, names)
 
     @property
     def _item(self) -> str:
         return "ema" if self.config.optim.ema > 0 else "params"
+
+
+def check_order(folder: str | AnyPath, names: tuple[str, ...]) -> None:
+    """Raises `UserError` if a folder's labels.txt has the classes `names` in another order."""
+    file = to_path(folder) / "labels.txt"
+    if not file.exists():
+        return
+    trained = read_class_names(file)
+    if trained != names and sorted(trained) == sorted(names):
+        raise UserError(
+            f"the data's labels.txt has the classes of {file} in another order, so labels "
+            "would mean other classes: use the same order"
+        )
 
 
 def read_params(folder: str | AnyPath, which: str = "last") -> tuple[Any, Functional]:

@@ -14,9 +14,10 @@ import pytest
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.config import KEYS
+from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.images import Footage
 from mvit_jax.data.making import moving_digits
-from mvit_jax.data.source import SOURCES, Source, fingerprint, open_source
+from mvit_jax.data.source import SOURCES, Source, class_notes, fingerprint, open_source
 from tests.data import frames
 from tests.data.stored import stills, store
 from tests.support.refusals import refused
@@ -199,3 +200,35 @@ def test_fingerprints_of_packed_videos_depend_on_their_ids_alone():
 
     first = fingerprint_of("/a/b", "v1", "v2")
     assert first == fingerprint_of("/c", "v1", "v2") != fingerprint_of("/c", "v1", "v3")
+
+
+def test_names_that_are_not_utf8_have_a_fingerprint(tmp_path):
+    for name in ("train/a/caf\udce9.mp4", "train/a/two\nlines.mp4", "train/b/c.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    videos = open_source(tmp_path, "train", source="folders")
+    before = fingerprint(videos)
+    assert before["videos"] == 3
+    (tmp_path / "train/a/caf\udce9.mp4").rename(tmp_path / "train/a/caf\udcea.mp4")
+    after = fingerprint(open_source(tmp_path, "train", source="folders"))
+    assert after["names in order"] != before["names in order"]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        ("abc", [0, 2, 1], []),
+        ("abcd", [2, 0], ["2 of the 4 classes have no videos in the list, for example 'b'"]),
+        ("aba", [0, 1, 2], ["1 classes of the list have the name of another class, for example"]),
+        (
+            "abc",
+            [[0, 1, 1], [0, 0, 1]],
+            ["1 of the 3 classes have no videos in the list, for exam"],
+        ),
+    ],
+)
+def test_empty_classes_and_equal_names_are_noted(names, labels, expected):
+    paths = tuple(map(str, labels))
+    notes = class_notes(VideoList(paths, np.array(labels, np.int32), tuple(names), "the list"))
+    assert len(notes) == len(expected)
+    assert all(note.startswith(text) for note, text in zip(notes, expected, strict=True))

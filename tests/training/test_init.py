@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 from contextlib import closing
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mvit_jax import convert, train
 from mvit_jax.common.errors import UserError
+from mvit_jax.data.formats.video_list import VideoList
+from mvit_jax.data.source import fingerprint
 from mvit_jax.models.functional import functional
 from mvit_jax.training import build, run_folder
-from mvit_jax.training.run import workdir
+from mvit_jax.training.run import history, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import init_state
 from mvit_jax.weights.report import WeightsError
@@ -261,3 +264,34 @@ def test_resuming_in_another_workdir_equals_an_uninterrupted_run(
     group.assert_same_state(resumed, reference)
     again = group.final_state(stopped)  # only read from
     assert all((again[name] == values).all() for name, values in before.items())
+
+
+def test_another_training_list_is_logged_on_resume(tmp_path):
+    class Log:
+        first = True
+        lines: ClassVar[list[str]] = []
+
+        def print(self, text):
+            self.lines.append(text)
+
+    def videos(*paths):
+        return VideoList(paths, np.zeros(len(paths), np.int32), ("a",), "train.csv")
+
+    def logged(listed, steps):
+        Log.lines.clear()
+        train.log_list_changes(Log(), str(tmp_path), listed, steps)
+        return Log.lines
+
+    before = videos("/x/a", "/x/b")
+    assert logged(before, 12) == []  # there is no history
+    writer = history.Writer(tmp_path)
+    checksum = fingerprint(before)["names in order"]
+    writer.line("start", 0, {"videos": 2, "steps": 12, "list_checksum": checksum})
+    writer.close()
+    assert logged(videos("/elsewhere/a", "/elsewhere/b"), 12) == []
+    assert logged(videos(*before.paths * 2), 24) == [
+        "note: train.csv has 4 videos, and had 2 at the last start of this run: it ends after step "
+        "24 instead of 12"
+    ]
+    [line] = logged(videos("/x/a", "/x/c"), 12)
+    assert line.startswith("note: train.csv names other videos")

@@ -59,8 +59,9 @@ def read_video_list(
 ) -> VideoList:
     """Reads a list of lines `path label`, the format of PySlowFast's csv files of Kinetics.
 
-    The label is the last field, so paths may contain spaces. Blank lines are skipped. The class
-    names are the lines of `folder/labels.txt`; without this file they are "0", "1", ...
+    The label is the last field, so paths may contain spaces. Fields may be quoted, as in csv files
+    of pandas. Blank lines are skipped. A note on stderr counts the files that are listed again. The
+    class names are the lines of `folder/labels.txt`; without this file they are "0", "1", ...
 
     Args:
       folder: folder of the list; `~` is the user's home.
@@ -101,6 +102,7 @@ def read_video_list(
     class_names = _class_names(root, num_classes, max(1, max(labels) + 1))
     _check_labels(list_file, lines, labels, len(class_names))
     _check_files(list_file, lines, paths, max_missing)
+    _note_repeated(list_file, lines, paths, labels)
     return VideoList(tuple(paths), np.asarray(labels, np.int32), class_names, str(list_file))
 
 
@@ -108,12 +110,17 @@ def read_class_names(file: AnyPath) -> tuple[str, ...]:
     """Reads the class names from a `labels.txt`, in the order of the labels.
 
     Raises:
-      UserError: the file is not UTF-8 text, or has no names.
+      UserError: the file is not UTF-8 text, has no names, or a blank line before a name.
     """
-    names = tuple(name.strip() for name in read_lines(file) if name.strip())
-    if not names:
+    lines = "\n".join(line.strip() for line in read_lines(file)).rstrip("\n").split("\n")
+    if lines == [""]:
         raise UserError(f"{file} is empty: write the names of the classes there, one per line")
-    return names
+    if "" in lines:
+        raise UserError(
+            f"{file}, line {lines.index('') + 1} is blank, so the labels of the classes below it "
+            "are unclear: remove the line, or write the name of the class there"
+        )
+    return tuple(lines)
 
 
 def read_lines(file: AnyPath) -> list[str]:
@@ -172,13 +179,20 @@ def _parse(lines: Sequence[str], base: str, separator: str | None) -> tuple[list
             continue
         try:
             path, label = line.rsplit(separator, 1)
-            labels.append(int(label))
+            labels.append(int(_unquoted(label)))
         except ValueError:
             raise _BadLineError(number, line) from None
         # os.path.join would double the time of this loop.
-        path = path.rstrip()
+        path = _unquoted(path.rstrip())
         paths.append(path if path.startswith("/") else base + path)
     return paths, labels
+
+
+def _unquoted(field: str) -> str:
+    """Returns a field of a csv file without its quotes, if it has any."""
+    if len(field) > 1 and field[0] == field[-1] == '"':
+        return field[1:-1].replace('""', '"')
+    return field
 
 
 _SEPARATORS = (None, ",", ";", "\t", "|")
@@ -275,6 +289,24 @@ def _check_files(
         hint = f"; {_suggest_separator(end)}" if end in _SEPARATORS else ""
         raise UserError(problem + hint)
     print(f"note: {problem}", file=sys.stderr, flush=True)
+
+
+def _note_repeated(
+    list_file: Path, lines: Sequence[str], paths: Sequence[str], labels: Sequence[int]
+) -> None:
+    """Prints how many lines name a file of an earlier line, if any do; other labels count first."""
+    if len(set(paths)) == len(paths):
+        return
+    first: dict[str, int] = {}
+    again = [i for i, path in enumerate(paths) if first.setdefault(path, i) != i]
+    differing = [i for i in again if labels[i] != labels[first[paths[i]]]]
+    example = (differing or again)[0]
+    numbers = [_line_number(lines, i) for i in (first[paths[example]], example)]
+    print(
+        f"note: {list_file} names {len(again)} files again, {len(differing)} of them with another "
+        f"label, for example {paths[example]} in the lines {numbers[0]} and {numbers[1]}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def _line_number(lines: Sequence[str], index: int) -> int:

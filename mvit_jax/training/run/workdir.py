@@ -103,13 +103,13 @@ def prepare(
       digests: digests of the source of custom modules (`training.custom`).
 
     Raises:
-      UserError: the folder cannot be written, or holds a run with another config or source.
+      UserError: the folder cannot be written, or holds a run with another config, classes or
+        source.
     """
     check_writable(workdir)
     record_config(config, workdir)
-    labels, custom = to_path(workdir) / "labels.txt", to_path(workdir) / _CUSTOM
-    if not labels.exists():
-        write_atomically(labels, "".join(f"{name}\n" for name in names))
+    custom = to_path(workdir) / _CUSTOM
+    _keep_labels(workdir, names)
     if changed := changed_modules(workdir, config, digests):
         raise UserError(
             f"{changed}: restore the source, choose another --workdir, or delete {custom} to "
@@ -117,6 +117,34 @@ def prepare(
         )
     if digests and not custom.exists():
         write_atomically(custom, json.dumps(digests, indent=1) + "\n")
+
+
+def _keep_labels(workdir: str | AnyPath, names: Sequence[str]) -> None:
+    """Writes labels.txt, or raises `UserError` if the run was trained with other class names."""
+    file = to_path(workdir) / "labels.txt"
+    content = "".join(f"{name}\n" for name in names)
+    try:
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+    except (*io_errors(), ValueError) as error:
+        raise UserError(f"{file} cannot be read ({describe_error(error)}): restore it") from None
+    stripped = [[line.strip() for line in text.splitlines()] for text in (before, content)]
+    if stripped[0] == stripped[1]:
+        return
+    if not before or not has_checkpoint(workdir):
+        write_atomically(file, content)
+        return
+    if sorted(stripped[0]) == sorted(stripped[1]):
+        problem = f"the data's labels.txt has the classes of {file} in another order"
+    else:
+        pairs = zip(*stripped, strict=False)
+        old, new = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+        problem = f"the data's labels.txt has other classes than {file}" + (
+            f", such as {new!r} instead of {old!r}" if old != new else ""
+        )
+    raise UserError(
+        f"{problem}, so labels would mean other classes: use the labels.txt of this run to resume "
+        "it, or choose another --workdir"
+    )
 
 
 def changed_modules(workdir: str | AnyPath, config: Config, digests: dict[str, str]) -> str | None:

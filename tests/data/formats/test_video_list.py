@@ -1,5 +1,6 @@
 """Lists of videos: paths, labels, class names, and error messages."""
 
+import csv
 import os
 
 import numpy as np
@@ -111,6 +112,36 @@ def test_the_separator_is_configurable(folder, separator):
         str(folder / "videos/b.mp4"),
     )
     assert [videos.label(0), videos.label(1)] == videos.labels.tolist() == [1, 0]
+
+
+def test_fields_may_be_quoted(folder):
+    """As pandas writes paths that hold the separator or quotes."""
+    (folder / 'say "a".mp4').touch()
+    rows = [("videos/with space/c d.mp4", 0), ("videos/b.mp4", 1), ('say "a".mp4', 0)]
+    for separator, quoting in ((" ", csv.QUOTE_MINIMAL), (",", csv.QUOTE_ALL)):
+        with (folder / "train.csv").open("w", newline="") as file:
+            csv.writer(file, delimiter=separator, quoting=quoting).writerows(rows)
+        videos = read_video_list(folder, "train.csv", separator=separator)
+        assert videos.paths == tuple(str(folder / name) for name, _ in rows)
+        assert videos.labels.tolist() == [0, 1, 0]
+
+
+def test_a_blank_line_among_class_names_is_an_error(folder):
+    write_list(folder, "videos/a.mp4 0", labels=["x", "", "z"])
+    with refused(f"{folder}/labels.txt, line 2 is blank"):
+        read_video_list(folder, "train.csv")
+    (folder / "labels.txt").write_text("x\r\nz \r\n\r\n")
+    assert read_video_list(folder, "train.csv").class_names == ("x", "z")
+
+
+def test_files_that_are_listed_again_are_counted(folder, capsys):
+    a, b = "videos/a.mp4", "videos/b.mp4"
+    write_list(folder, f"{a} 0", "", f"{b} 1", f"{a} 0", f"{folder / b} 0")
+    assert len(read_video_list(folder, "train.csv")) == 4
+    assert capsys.readouterr().err == (
+        f"note: {folder}/train.csv names 2 files again, 1 of them with another label, for example "
+        f"{folder / b} in the lines 3 and 5\n"
+    )
 
 
 def test_a_prefix_is_prepended_to_relative_paths(folder):
