@@ -15,6 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from mvit_jax.analysis import fonts
 from mvit_jax.common.files import write_atomically
 
 # Legible on white paper and on a dark page.
@@ -218,10 +219,13 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def png(figure: Figure, dpi: int) -> bytes:
-    """Returns the content of a PNG file."""
+    """Returns the content of a PNG file, with any installed font that the names need."""
     buffer = io.BytesIO()
     with style():
         figure.savefig(buffer, format="png", dpi=dpi)
+        if fonts.complete(figure):  # which needs the texts of ticks: they are made while saving
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
@@ -260,6 +264,7 @@ def _prefix_ids(tag: str, prefix: str) -> str:
 def style() -> Iterator[None]:
     """Applies the figures' style; also required while saving, which creates ticks."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # The font may lack the script of a name; in HTML, the browser then uses another font.
+        # The font may lack the script of a name. `png` then uses other fonts, and in HTML the
+        # browser does.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -1,5 +1,6 @@
 """User-facing errors, and the entry and exit of the command-line programs."""
 
+import io
 import multiprocessing
 import os
 import re
@@ -23,6 +24,9 @@ class HungError(UserError):
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """Runs an absl program; prints a `UserError` as one sentence and exits with status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may have bytes, and classes characters, that the terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 

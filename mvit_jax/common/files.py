@@ -98,13 +98,15 @@ def describe_error(error: Exception) -> str:
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file atomically, text as UTF-8.
 
-    A local file is written under a temporary name in the same folder, then renamed.
+    Bytes that are not UTF-8, as in names of files, are written as escapes. A local file is written
+    under a temporary name in the same folder, then renamed.
 
     Raises:
       UserError: the file cannot be written; an earlier file at `path` stays unchanged.
     """
     path = to_path(path)
-    content = content.encode() if isinstance(content, str) else content
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     if not is_local(path):
         try:
             path.write_bytes(content)

@@ -54,6 +54,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def printable(name: str) -> str:
+    """Escapes line breaks, and bytes of a file's name that are not UTF-8."""
+    text = name.encode(errors="backslashreplace").decode()
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the error's type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from mvit_jax.analysis import render
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, expanded, local_path, to_path, write_atomically
-from mvit_jax.common.text import table
+from mvit_jax.common.text import printable, table
 from mvit_jax.data.images import DecodeError
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
@@ -150,7 +150,7 @@ def predict(
         result: dict[str, Any] = {"file": file}
         results.append(result)
         try:
-            with tqdm(unit="window", desc=Path(file).name, delay=2, disable=None) as bar:
+            with tqdm(unit="window", desc=printable(Path(file).name), delay=2, disable=None) as bar:
 
                 def progress(done: int, of: int, bar=bar) -> None:
                     bar.total = of
@@ -256,15 +256,15 @@ def show(results: list[dict[str, Any]]) -> bool:
         if "timeline" in result:
             line = result["timeline"]
             print(
-                f"\n{result['file']}: {clock(line['seconds'])}, means over {len(line['windows'])} "
-                f"windows above, over time:\n{_align(segments(line))}"
+                f"\n{printable(result['file'])}: {clock(line['seconds'])}, means over "
+                f"{len(line['windows'])} windows above, over time:\n{_align(segments(line))}"
             )
     written = [path for result in done for path in result.get("pictures", ())]
     if written:
-        print("wrote " + ", ".join(written))
+        print("wrote " + ", ".join(map(printable, written)))
     failures = [result for result in results if "error" in result]
     for result in failures:
-        print(f"{result['file']} {result['error']}", file=sys.stderr)
+        print(f"{printable(result['file'])} {result['error']}", file=sys.stderr)
     return bool(failures)
 
 
@@ -273,7 +273,7 @@ def classes(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = [("file", "class", "probability")]
     for result in results:
         for rank, entry in enumerate(result["classes"]):
-            file = result["file"] if rank == 0 else ""
+            file = printable(result["file"]) if rank == 0 else ""
             rows.append((file, entry["class"], f"{entry['probability']:.4f}"))
     return rows
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mvit_jax.analysis import plots, render
+from mvit_jax.common.text import printable
 from mvit_jax.data.sampling import FRAME_RATE
 from mvit_jax.predict.predictor import Maps
 from mvit_jax.predict.windows import Timeline, clock
@@ -60,6 +61,7 @@ def picture(
     if timeline is not None:
         heights.append(_INCHES["timeline"])
     figure = Figure(figsize=(12, sum(heights) + _INCHES["gap"]), layout="constrained")
+    title = printable(title)
     figure.suptitle(
         _plain(title if len(title) <= 100 else "…" + title[-99:]), x=0.01, ha="left", fontsize=12
     )

@@ -226,3 +226,9 @@ def test_a_test_after_training_on_images_skips_a_broken_file(images, tmp_path):
     [scores], _ = scoring.score(config, folder, build.videos(config, "test"), which="last")
     assert scores.metrics()["videos"] == 7 and scores.metrics()["top1"] == 100
     assert len(scores.failures) == 1 and "23.jpg: it is damaged" in scores.failures[0]
+
+
+def test_a_name_that_is_not_utf8_is_one_row(capsys):
+    result = {"file": "caf\udce9\n.mp4", "classes": [{"class": "b", "probability": 0.75}]}
+    assert not predict.show([result])
+    assert "\ncaf\\udce9\\n.mp4  b" in capsys.readouterr().out

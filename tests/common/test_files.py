@@ -89,6 +89,11 @@ def test_files_are_replaced_without_remains(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_a_name_that_is_not_utf8_is_written_as_an_escape(tmp_path):
+    files.write_whole(tmp_path / "a.csv", "caf\udce9.mp4 ä\n")
+    assert (tmp_path / "a.csv").read_text() == "caf\\udce9.mp4 ä\n"
+
+
 def test_a_failed_write_ends_with_a_one_sentence_error(tmp_path):
     for folder in (tmp_path, epath.Path(tmp_path)):
         with pytest.raises(UserError, match=r"missing/a cannot be written \(No such file"):

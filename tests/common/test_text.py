@@ -29,3 +29,7 @@ def test_plurals_follow_the_count(count, expected):
 def test_the_first_line_of_an_error_is_returned():
     assert text.first_line(ValueError("\n one\ntwo")) == "one"
     assert text.first_line(ValueError()) == "ValueError"
+
+
+def test_printable_names_are_lines_of_utf8():
+    assert text.printable("caf\udce9\n ä\r日.mp4") == "caf\\udce9\\n ä\\r日.mp4"

@@ -12,6 +12,7 @@ from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.images import is_image, read_image
 from mvit_jax.data.video import DecodeError, decode_failure, opened
+from tests.support import commands
 from tests.support.refusals import refused
 
 
@@ -173,3 +174,15 @@ def test_jpegs_decode_to_the_pixels_of_pillow(kind, shape, tmp_path):
     with Image.open(path) as expected:
         upright = ImageOps.exif_transpose(expected).convert("RGB")
     assert np.array_equal(read_image(path)[0], upright)
+
+
+def test_harmless_warnings_of_pillow_are_not_printed(tmp_path):
+    """They would reach stderr without the file's name: large images, and palettes."""
+    path = tmp_path / "a.png"
+    picture_ = Image.new("P", (40, 40))
+    picture_.save(path, transparency=bytes([0, 128, 255]))
+    code = (
+        "import sys; from PIL import Image; from mvit_jax.data.images import read_image; "
+        "Image.MAX_IMAGE_PIXELS = 1000; sys.stderr = sys.stdout; read_image(sys.argv[1])"
+    )
+    assert commands.printed(code, path, fork=True) == ""

@@ -154,6 +154,12 @@ def test_the_picture_shows_frames_classes_and_the_timeline(predictor, prediction
         assert tuple(bytes.fromhex(code[1:])) in colours
 
 
+def test_a_file_whose_name_is_not_utf8_has_a_picture():
+    name, shown = "caf\udce9\n.mp4", np.zeros((1, 4, 8, 8, 3), np.uint8)
+    drawn = figures.picture(name, np.array([0.25, 0.75]), ("a", "b"), shown, np.zeros((1, 4)))
+    assert Image.open(io.BytesIO(drawn)).format == "PNG"
+
+
 def test_attention_frames_show_the_clip_beside_its_maps(predictor, prediction):
     maps = predictor.maps(prediction.shown[:2])
     frames = figures.attention_frames(prediction.shown[:2], maps)
