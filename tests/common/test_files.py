@@ -54,11 +54,11 @@ def test_files_are_written_and_read_in_the_home(tmp_path, monkeypatch):
     config.data.folder = "~/data"
     assert class_names(config, home, 2) == ("cat", "dog")
 
-    workdir.enter("~/runs/a", config, ("cat", "dog"), {})
+    workdir.prepare("~/runs/a", config, ("cat", "dog"), {})
     assert (home / "runs/a/labels.txt").read_text() == "cat\ndog\n"
     with RunFolder("~/runs/a") as run:
         assert run.path == home / "runs/a" and run.config.data.folder == "~/data"
-    files.write_whole("~/a.json", "{}")
+    files.write_atomically("~/a.json", "{}")
     assert (home / "a.json").exists()
     write_torch("~/a.pth", {"x": np.ones(2, np.float32)})
     assert read_tensors("~/a.pth").tensors["x"].tolist() == [1, 1]
@@ -90,7 +90,7 @@ def test_files_are_replaced_without_remains(tmp_path):
 
 
 def test_a_name_that_is_not_utf8_is_written_as_an_escape(tmp_path):
-    files.write_whole(tmp_path / "a.csv", "caf\udce9.mp4 ä\n")
+    files.write_atomically(tmp_path / "a.csv", "caf\udce9.mp4 ä\n")
     assert (tmp_path / "a.csv").read_text() == "caf\\udce9.mp4 ä\n"
 
 

@@ -398,5 +398,5 @@ def test_the_middle_of_a_very_long_image_is_scaled():
     line = np.zeros((1, 2, 20_000, 3), np.uint8)
     line[:, :, 9_990:10_010] = 255
     settings = dataclasses.replace(SETTINGS, frames=1, size=32, short_side=32)
-    square = pipeline.crops_of(line, settings, 1)
+    square = pipeline.test_crops(line, settings, 1)
     assert square.shape == (1, 1, 32, 32, 3) and square.min() == 255

@@ -51,7 +51,7 @@ def test_every_variant_accepts_other_sizes_and_the_smallest_clip(name):
             continue
         with pytest.raises(UserError) as error:
             traced(config, *size)
-        assert f"is too small: this model requires at least {'x'.join(map(str, least))}" in str(
+        assert f"is too small: this model requires at least {'x'.join(map(str, smallest))}" in str(
             error.value
         )
         assert "x".join(map(str, size)) in str(error.value) and "\n" not in str(error.value)

@@ -143,9 +143,9 @@ def test_every_suggested_batch_is_valid_in_training(chips, largest):
 
 def test_an_indivisible_batch_is_refused_with_a_divisible_one():
     with pytest.raises(UserError, match=r"--config.batch=2048 .*rate 0.0064\)") as error:
-        advice.fitted(RECIPE, 1024)  # two clips of each decoded video on every chip
+        advice.fit_config(RECIPE, 1024)  # two clips of each decoded video on every chip
     assert "batch=512 cannot be divided over 1,024 chips" in str(error.value)
-    config, _ = advice.fitted(recipe_with(batch=2048), 1024)
+    config, _ = advice.fit_config(recipe_with(batch=2048), 1024)
     build.check_batch(config, 1024)
 
 

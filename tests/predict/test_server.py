@@ -62,7 +62,7 @@ def test_long_videos_and_large_frames_are_refused(tmp_path, monkeypatch):
             patch.setattr(Video, "fps", 1e6)  # false times
             with pytest.raises(UserError, match=r"up to 0\.001 minutes"):
                 check_size(video, Limits(1, 0.001))
-        monkeypatch.setattr(server, "MOST_PIXELS", 48 * 64 - 1)
+        monkeypatch.setattr(server, "MAX_PIXELS", 48 * 64 - 1)
         with pytest.raises(UserError, match="frames of 64 x 48 pixels are too large"):
             check_size(video, Limits(1, 0.1))
     check_size(Frames(np.zeros((1, 10, 10, 3), np.uint8)), Limits(1, 0.01))

@@ -10,7 +10,7 @@ from mvit_jax.data.formats.class_folders import read_class_folders
 from mvit_jax.data.formats.frame_lists import FrameFolders
 from mvit_jax.data.images import SUFFIXES, is_image, read_image
 from mvit_jax.data.making.splitting import write_lists
-from mvit_jax.data.video import Video, opened, why_broken
+from mvit_jax.data.video import Video, decode_failure, opened
 from tests.data import frames
 from tests.support.refusals import refused
 
@@ -67,7 +67,7 @@ def test_every_listed_suffix_of_images_decodes(tmp_path, suffix):
     picture = Image.linear_gradient("L").resize((48, 32))
     picture = picture.convert("1") if suffix == ".pbm" else picture
     picture.save(path)
-    assert is_image(path) and why_broken(opened(path, 1)) is None
+    assert is_image(path) and decode_failure(opened(path, 1)) is None
     difference = read_image(path)[0].astype(int) - np.asarray(picture.convert("RGB"))
     assert np.abs(difference).max() <= 12
 
@@ -79,24 +79,28 @@ def test_a_gif_of_one_frame_is_an_image(tmp_path):
     first.save(moving, save_all=True, append_images=rest)
     assert is_image(still) and not is_image(moving)
     assert np.all(read_image(still) == GREYS[0])
-    assert why_broken(opened(moving, 4)) is None
-    assert why_broken(opened(still, 4)) == "it is an image, and the model takes clips of 4 frames"
+    assert decode_failure(opened(moving, 4)) is None
+    assert (
+        decode_failure(opened(still, 4)) == "it is an image, and the model takes clips of 4 frames"
+    )
 
 
 def test_heic_is_neither_listed_nor_read_as_a_video(tmp_path):
     path = tmp_path / "a.HEIC"
     stills()[0].save(path, "AVIF")  # the same container, which FFmpeg decodes as a video
     path.write_bytes(path.read_bytes().replace(b"avif", b"heic"))
-    assert why_broken(opened(path, 1)) == (
+    assert decode_failure(opened(path, 1)) == (
         "there is no decoder of HEIC images: convert it to JPEG or PNG"
     )
-    assert why_broken(opened(path, 4)) == "it is an image, and the model takes clips of 4 frames"
+    assert (
+        decode_failure(opened(path, 4)) == "it is an image, and the model takes clips of 4 frames"
+    )
 
 
 @pytest.mark.parametrize("kind", ["I", "F"])
 def test_pixels_without_a_range_are_not_clipped(tmp_path, kind):
     Image.new(kind, (8, 8), 1).save(tmp_path / "a.tif")
-    assert "32 bits without a stated range" in str(why_broken(opened(tmp_path / "a.tif", 1)))
+    assert "32 bits without a stated range" in str(decode_failure(opened(tmp_path / "a.tif", 1)))
 
 
 def fill(root, *names):

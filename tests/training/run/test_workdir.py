@@ -15,10 +15,10 @@ def test_a_second_run_in_a_locked_workdir_ends_with_an_error(tmp_path, monkeypat
     monkeypatch.setattr(workdir, "LOCK_SECONDS", 1)
     messages = []
     refused = pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*: end it")
-    with workdir.locked(tmp_path), refused, workdir.locked(tmp_path, messages.append):
+    with workdir.lock(tmp_path), refused, workdir.lock(tmp_path, messages.append):
         pass
     assert len(messages) == 1 and "waiting until it ends" in messages[0]
-    with workdir.locked(tmp_path, messages.append):  # the lock file of an earlier run is there
+    with workdir.lock(tmp_path, messages.append):  # the lock file of an earlier run is there
         assert len(messages) == 1
 
 
