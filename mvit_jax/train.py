@@ -52,7 +52,7 @@ from mvit_jax.training.run import goodput, history, profiling, runtime, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, has_hanging_threads
 from mvit_jax.training.run.metrics import Logbook
 from mvit_jax.training.run.preemption import StopRequest
-from mvit_jax.training.run_folder import check_order, check_resume, initial_params
+from mvit_jax.training.run_folder import check_resume, initial_params
 from mvit_jax.training.state import State, with_params
 
 _CONFIG = define_flag()
@@ -148,11 +148,10 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     intervals = Intervals(run.steps, config.checkpoint.every, run.validation_steps)
     started = workdir.has_checkpoint(folder)
     # Initial weights are read first, so that a read error leaves no new workdir.
-    initial = None if started else initial_weights(config, settings.model)
-    if config.resume is not None and not started:
-        check_order(config.resume, videos.class_names)
+    names = videos.class_names
+    initial = None if started else initial_weights(config, settings.model, names)
     with coordination.process_0_first("workdir", files.to_path(folder) / "config.json"):
-        workdir.prepare(folder, config, videos.class_names, custom.digests(config))
+        workdir.prepare(folder, config, names, custom.digests(config))
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision(config.precision),
@@ -230,19 +229,23 @@ def lists(config: Config) -> tuple[Source, Source | None]:
     return videos, validation
 
 
-def initial_weights(config: Config, model: Functional) -> tuple[Any, str] | None:
+def initial_weights(
+    config: Config, model: Functional, class_names: tuple[str, ...] | None = None
+) -> tuple[Any, str] | None:
     """Reads the initial weights of `config.init`, adapted to `model`, and checks `config.resume`.
+
+    The classifier is new or reordered if the weights were trained with other `class_names`.
 
     Returns:
       Parameters and a summary for the log; None if `config.init` names no weights or the run
       resumes from another (`config.resume`).
     """
     if config.resume is not None:
-        check_resume(config.resume, model, config)
+        check_resume(config.resume, model, config, class_names)
         return None
     if config.init.checkpoint is None:
         return None
-    return initial_params(config.init.checkpoint, model, config.init.inflate)
+    return initial_params(config.init.checkpoint, model, config.init.inflate, class_names)
 
 
 def initial_state(

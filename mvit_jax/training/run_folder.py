@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,15 @@ class RunFolder:
             )
         check_order(self.path, names)
 
+    def trained_classes(self, which: str = "last") -> tuple[str, ...] | None:
+        """Returns the class names of the classifier from the folder's labels.txt.
+
+        None if the file is missing, has another number of names, or numbers for names.
+        """
+        file = self.path / "labels.txt"
+        names = read_class_names(file) if file.exists() else ()
+        return _without_numbers(names) if len(names) == self.num_classes(which) else None
+
     @property
     def _item(self) -> str:
         return "ema" if self.config.optim.ema > 0 else "params"
@@ -210,32 +219,95 @@ def score(
 
 
 def initial_params(
-    folder: str | AnyPath, model: Functional, inflate: adapt.Inflation | None
+    folder: str | AnyPath,
+    model: Functional,
+    inflate: adapt.Inflation | None,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[Any, str]:
     """Returns the weights in `folder`, adapted to `model`, and a summary for the log.
 
-    Positional embeddings are resized. Tensors that do not match, such as a classifier for another
-    number of classes, are newly initialised.
+    Positional embeddings are resized. Tensors that do not match are newly initialised. The
+    classifier is new if the classes differ; for the same classes in another order, it is reordered.
+
+    Args:
+      folder: the workdir of a run, or a folder of converted weights.
+      model: the target.
+      inflate: conversion between image and video kernels; None allows none.
+      class_names: class names of the data, compared with those of `folder`; None compares only
+        the numbers of classes.
+
+    Raises:
+      UserError: the folder holds no weights, or the weights do not fit the model.
     """
-    params, source = read_params(folder)
-    params, report = adapt.convert_params(params, source, model, inflate)
+    with RunFolder(folder) as run:
+        params, source = run.params(), run.settings().model
+        trained = run.trained_classes()
+    change, note = _compare_classes(trained, class_names, source.config.num_classes)
+    if change == "reorder":
+        assert trained is not None and class_names is not None
+        order = [trained.index(name) for name in class_names]
+        head = {name: values[..., order] for name, values in params["head"]["classifier"].items()}
+        params = params | {"head": params["head"] | {"classifier": head}}
+    params, report = adapt.convert_params(
+        params, source, model, inflate, new_classifier=change == "replace"
+    )
     new = [line.path for line in report.lines if line.done.startswith("new")]
-    summary = "; ".join(f"{count} {done}" for done, count in report.counts.items())
-    return params, f"weights from {folder}: {summary}" + (f"; new: {', '.join(new)}" if new else "")
+    parts = ["; ".join(f"{count} {done}" for done, count in report.counts.items())]
+    parts += [f"new: {', '.join(new)}"] if new else []
+    parts += [note] if note else []
+    return params, f"weights from {folder}: {'; '.join(parts)}"
 
 
-def check_resume(folder: str | AnyPath, model: Functional, config: Config) -> None:
+def _compare_classes(
+    trained: tuple[str, ...] | None, names: Sequence[str] | None, count: int
+) -> tuple[Literal["keep", "reorder", "replace"], str]:
+    """Decides what happens to a classifier of `count` classes; returns a note for the log, too.
+
+    Args:
+      trained: class names of the classifier, or None if unknown.
+      names: class names of the data, or None if unknown.
+      count: number of classes of the classifier. Another number of `names` needs no decision, as
+        `adapt.convert_params` initialises a classifier of another shape.
+    """
+    if names is None or len(names) != count:
+        return "keep", ""
+    names = _without_numbers(tuple(names))
+    if trained is None or names is None:
+        unknown = "the weights" if trained is None else "the data"
+        return "keep", f"the classes were not compared, as {unknown} have no labels.txt"
+    if names == trained:
+        return "keep", ""
+    if len(set(names)) == count and set(names) == set(trained):
+        return "reorder", "the classifier was reordered: the data have its classes in another order"
+    old, new = next((a, b) for a, b in zip(trained, names, strict=True) if a != b)
+    return "replace", (
+        f"the classifier is new, because the data have other classes: {new!r} instead of {old!r}"
+    )
+
+
+def _without_numbers(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Returns the names, or None for numbers, which stand for names where labels.txt is missing."""
+    return None if names == tuple(str(label) for label in range(len(names))) else names
+
+
+def check_resume(
+    folder: str | AnyPath,
+    model: Functional,
+    config: Config,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Checks that a run can resume from the workdir `folder` (`config.resume`).
 
     Raises:
-      UserError: the folder has no checkpoint or no optimiser state, or its architecture or custom
-        modules differ.
+      UserError: the folder has no checkpoint or no optimiser state, or its architecture, classes or
+        custom modules differ.
     """
     path = to_path(folder)
     if not (path / "checkpoints").is_dir():
         raise UserError(f"resume={path} holds no checkpoint: check the folder")
     with RunFolder(path) as run:
         shapes, resumable = run.checkpoints.shapes(), run.checkpoints.has_training()
+        trained = run.trained_classes()
     if not resumable:
         raise UserError(
             f"resume={path} holds weights without a training state: start from the weights with "
@@ -245,6 +317,14 @@ def check_resume(folder: str | AnyPath, model: Functional, config: Config) -> No
     difference = first_difference(expected, shapes)
     if difference:
         raise UserError(f"resume={path} is for another architecture: {difference}")
+    change, _ = _compare_classes(
+        trained, class_names, shapes["head"]["classifier"]["bias"].shape[0]
+    )
+    if change != "keep":
+        raise UserError(
+            f"resume={path} was trained on other classes, or on these in another order: use that "
+            f"run's labels.txt, or start from its weights with --config.init.checkpoint={path}"
+        )
     if any(config.model[kind] != run.config.model[kind] for kind in custom.KINDS):
         raise UserError(
             f"resume={path} has other custom modules: set model.block, model.attention and "

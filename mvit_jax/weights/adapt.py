@@ -89,12 +89,24 @@ def adapt(
 
 
 def convert_params(
-    params: Params, source_model: Functional, model: Functional, inflate: Inflation | None = None
+    params: Params,
+    source_model: Functional,
+    model: Functional,
+    inflate: Inflation | None = None,
+    *,
+    new_classifier: bool = False,
 ) -> tuple[Params, Report]:
     """Returns parameters of `source_model` converted to `model`, and the report.
 
     If either model has custom modules, block tensors without a counterpart are initialised or
     dropped.
+
+    Args:
+      params: parameters of `source_model`.
+      source_model: the model that the parameters belong to.
+      model: the target.
+      inflate: conversion between image and video kernels; None allows none.
+      new_classifier: initialises the classifier even if its number of classes is the same.
 
     Raises:
       WeightsError: a tensor does not fit, or it is missing or unused although no differing field
@@ -107,6 +119,10 @@ def convert_params(
         if getattr(source_model.config, f.name) != getattr(model.config, f.name)
     ]
     fitted, unused = adapt(source, model, changed=changed, inflate=inflate)
+    if new_classifier:
+        head = {path: shape for path, shape in model.shapes().items() if path.startswith("head/")}
+        fitted |= {path: Fitted(_initialise(path, shape), "new") for path, shape in head.items()}
+        unused |= {path: True for path in source if path.startswith("head/")}
     if source_model.is_custom or model.is_custom:
         initial: dict[str, Any] = flatten_dict(
             jax.device_get(jax.jit(model.init)(jax.random.key(0))), sep="/"

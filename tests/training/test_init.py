@@ -83,8 +83,8 @@ def converted(tmp_path_factory):
     return folder, flatten_dict(params, sep="/")
 
 
-def initial(config, classes=8):
-    params, words = train.initial_weights(config, build.settings(config, classes).model)
+def initial(config, classes=8, names=None):
+    params, words = train.initial_weights(config, build.settings(config, classes).model, names)
     flat = flatten_dict(params, sep="/")
     assert {path: values.shape for path, values in flat.items()} == shapes_of(config, classes)
     return flat, words
@@ -122,6 +122,66 @@ def test_a_run_initialises_from_its_averaged_parameters(digits, tmp_path):
         ours, words = initial(settings(digits, **{"init.checkpoint": str(tmp_path / str(ema))}))
         assert_same_except(ours, theirs)
         assert "new" not in words
+
+
+NAMES = tuple("abcdefgh")
+
+
+def with_names(folder, digits, names=NAMES):
+    """Saves a run; returns the config of a run that starts from it, and the saved weights."""
+    theirs = make_run(folder, settings(digits), digits, 0)
+    if names is not None:
+        (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names))
+    return settings(digits, **{"init.checkpoint": str(folder)}), theirs
+
+
+@pytest.mark.parametrize("changed", ["all", "one"])
+def test_other_classes_of_the_same_number_get_a_new_classifier(changed, digits, tmp_path):
+    config, theirs = with_names(tmp_path, digits)
+    names = tuple("ABCDEFGH") if changed == "all" else (*NAMES[:7], "i")
+    ours, words = initial(config, names=names)
+    assert_same_except(ours, theirs, "head/")
+    assert 0.01 < ours["head/classifier/kernel"].std() < 0.03
+    assert not ours["head/classifier/bias"].any()
+    assert "new: head/classifier/bias, head/classifier/kernel" in words
+    old = NAMES[0] if changed == "all" else "h"
+    assert f"the data have other classes: {names[NAMES.index(old)]!r} instead of {old!r}" in words
+
+
+def test_the_same_classes_in_another_order_reorder_the_classifier(digits, tmp_path):
+    config, theirs = with_names(tmp_path, digits)
+    names = ("c", "a", "b", *NAMES[3:])
+    ours, words = initial(config, names=names)
+    assert_same_except(ours, theirs, "head/")
+    for label, name in enumerate(names):
+        old = NAMES.index(name)
+        for path in ("head/classifier/kernel", "head/classifier/bias"):
+            np.testing.assert_array_equal(ours[path][..., label], theirs[path][..., old])
+    assert "reordered" in words and "new" not in words
+
+
+@pytest.mark.parametrize(
+    ("trained", "names", "note"),
+    [(NAMES, NAMES, ""), (None, NAMES, "the weights have no labels.txt"),
+     (NAMES, tuple("01234567"), "the data have no labels.txt"),
+     (tuple("01234567"), NAMES, "the weights have no labels.txt")],
+)  # fmt: skip
+def test_equal_or_unknown_classes_keep_the_classifier(trained, names, note, digits, tmp_path):
+    config, theirs = with_names(tmp_path, digits, trained)
+    ours, words = initial(config, names=names)
+    assert_same_except(ours, theirs)
+    assert "new" not in words and note in words and ("not compared" in words) == bool(note)
+
+
+def test_a_run_resumes_only_on_the_classes_of_its_classifier(digits, tmp_path):
+    with_names(tmp_path, digits)
+    config = settings(digits, resume=str(tmp_path))
+    model = build.settings(config, 8).model
+    for names in (NAMES, tuple("01234567")):
+        assert train.initial_weights(config, model, names) is None
+    for names in (NAMES[::-1], (*NAMES[:7], "i")):
+        with pytest.raises(UserError, match=r"^resume=.* was trained on other classes"):
+            train.initial_weights(config, model, names)
 
 
 def test_other_clip_sizes_resize_positional_embeddings_alone(converted, digits):
