@@ -10,6 +10,8 @@ SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read without execu
 program writes DIR, which `evaluate`, `predict` and `--config.init.checkpoint` read. DIR holds the
 parameters, architecture, preprocessing, report.txt with a line per tensor, and with --labels also
 labels.txt. If a tensor does not fit the model, the program ends with an error and writes nothing.
+Of a file with plain and averaged weights (EMA), the averaged ones are read; --weights=plain reads
+the others, and report.txt has a note.
 
 With --to, DIR may also be the workdir of a run. --to=stablehlo writes the whole model, which JAX
 runs without this package. The model's input is uint8 clips [batch, T, H, W, 3], or images
@@ -44,6 +46,7 @@ from mvit_jax.weights.key_tables import Origin
 from mvit_jax.weights.load import Loaded, load
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.stablehlo import save_stablehlo
+from mvit_jax.weights.state_dicts import WEIGHTS
 
 _VARIANT = flags.DEFINE_string("variant", None, "Variant of SOURCE; `describe --all` lists them.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; with --to, the file to write.")
@@ -59,6 +62,13 @@ _WHICH = flags.DEFINE_enum(
     "last",
     ["last", "best"],
     "With --to: the checkpoint of a run.",
+    allow_override=True,
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    WEIGHTS,
+    "Plain or averaged (ema) weights; by default averaged ones if SOURCE or the run has any.",
     allow_override=True,
 )
 _PLATFORMS = flags.DEFINE_list(
@@ -109,15 +119,23 @@ def main(argv: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise errors.UserError(f"{out} already exists: choose another --out, or move it away")
     labels = None if _LABELS.value is None else read_class_names(local_path(_LABELS.value))
-    import_checkpoint(source, _VARIANT.value, out, labels, _INFLATE.value, **overrides)
+    import_checkpoint(
+        source, _VARIANT.value, out, labels, _INFLATE.value, _WEIGHTS.value, **overrides
+    )
 
 
 def import_checkpoint(
-    source: str, variant: str, out: Path, labels: tuple[str, ...] | None, inflate, **overrides
+    source: str,
+    variant: str,
+    out: Path,
+    labels: tuple[str, ...] | None,
+    inflate,
+    weights: str | None = None,
+    **overrides,
 ) -> None:
     """Converts a checkpoint of another project to the folder `out`, atomically."""
     try:
-        loaded = load(source, variant, inflate=inflate, **overrides)
+        loaded = load(source, variant, inflate=inflate, weights=weights, **overrides)
     except WeightsError as error:
         print(error.report)  # lists every tensor; the error has only the problems
         raise

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ def strip_prefixes(state: State) -> tuple[dict[str, np.ndarray], str]:
     names, removed = {name: name for name in state}, ""
     while True:
         prefix = next((p for p in PREFIXES if _is_common_prefix(names.values(), p)), "")
+        prefix = prefix or _unknown_prefix(names.values())
         present = set(names.values())
         shorter = {
             name: short.removeprefix(prefix)
@@ -63,6 +65,23 @@ def strip_prefixes(state: State) -> tuple[dict[str, np.ndarray], str]:
 def _is_common_prefix(names: Iterable[str], prefix: str) -> bool:
     begins = [name.startswith(prefix) for name in names]
     return 2 * sum(begins) > len(begins)
+
+
+def _unknown_prefix(names: Collection[str]) -> str:
+    """Returns the prefix of most names before those of a supported format, or ""."""
+    sign = "|".join(_SIGNS.values())
+    if any(re.match(sign, name) for name in names):
+        return ""
+    before = (re.match(rf"((?:[A-Za-z_]\w*\.)+?)(?:{sign})", name) for name in names)
+    counts = Counter(match[1] for match in before if match and "rev_" not in match[1])
+    prefix = max(counts, key=counts.__getitem__, default="")
+    return prefix if prefix and _is_common_prefix(names, prefix) else ""
+
+
+def is_supported(names: Iterable[str]) -> bool:
+    """Returns True if tensor names, after any prefix, are of a format that can be loaded."""
+    pattern = rf"(?:[A-Za-z_]\w*\.)*?(?:{'|'.join(_SIGNS.values())})"
+    return any(re.match(pattern, name) for name in names)
 
 
 def detect_format(state: State) -> str:

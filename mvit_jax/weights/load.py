@@ -18,7 +18,7 @@ from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant as variant_config
 from mvit_jax.weights import adapt, key_tables
 from mvit_jax.weights.adapt import Inflation
-from mvit_jax.weights.detect import PREFIXES, Structure, strip_prefixes, structure
+from mvit_jax.weights.detect import PREFIXES, Structure, is_supported, strip_prefixes, structure
 from mvit_jax.weights.report import Line, Report, WeightsError
 from mvit_jax.weights.tensor_files import Tensors, read_tensors, state_dict
 
@@ -39,6 +39,7 @@ def load_torch(
     /,
     *,
     inflate: Inflation | None = None,
+    weights: str | None = None,
     dtype=jnp.float32,
     **overrides: Any,
 ) -> tuple[MViT, Report]:
@@ -54,6 +55,8 @@ def load_torch(
         as safetensors; or a mapping of names to arrays or torch tensors.
       variant: a name listed by `python -m mvit_jax.describe --all`.
       inflate: conversion of an image model to a video model or back: "centre", "mean" or "repeat".
+      weights: "plain", or "ema" for averaged weights, if the file has both. By default averaged
+        weights if there are any; the report has a note.
       dtype: dtype of the computation; parameters are float32.
       overrides: fields of `MViTConfig`. If `num_classes` differs from the file's, the classifier
         is newly initialised. If `frames` or `size` differ, positional embeddings are resized.
@@ -62,7 +65,7 @@ def load_torch(
       UserError: the file cannot be read.
       WeightsError: the checkpoint does not fit; the error's `report` lists every tensor.
     """
-    loaded = load(source, variant, inflate=inflate, **overrides)
+    loaded = load(source, variant, inflate=inflate, weights=weights, **overrides)
     params = jax.tree.map(jnp.asarray, loaded.params)
     return functional(loaded.config, dtype=dtype).module(params), loaded.report
 
@@ -73,21 +76,21 @@ def load(
     /,
     *,
     inflate: Inflation | None = None,
+    weights: str | None = None,
     **overrides: Any,
 ) -> Loaded:
     """Loads a checkpoint as `load_torch` does, but builds no module."""
     if inflate not in (None, *get_args(Inflation)):
         raise UserError(f"inflate must be centre, mean or repeat, not {inflate!r}")
     config = variant_config(variant, **overrides)
-    tensors, name = _open(source)
+    tensors, name = _open(source, weights)
     state, prefix = strip_prefixes(tensors.tensors)
     try:
         arch = structure(state, variant, config, set(overrides), inflate is not None)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     report = Report(f"{name}: {arch.format} -> {variant}, {len(state)} tensors")
-    if tensors.wrapper:
-        report.notes.append(f"read from the entry {tensors.wrapper!r}")
+    report.notes += _note_origin(tensors)
     if prefix:
         report.notes.append(f"the prefix {prefix!r} was removed from the names")
     report.problems += arch.problems
@@ -105,16 +108,32 @@ def load(
     return Loaded(params, arch.config, report, _origin(state, arch))
 
 
-def _open(source: Any) -> tuple[Tensors, str]:
+def _open(source: Any, weights: str | None = None) -> tuple[Tensors, str]:
     """Returns the tensors of a file or a mapping, and its name for messages."""
+    selection = {"weights": weights, "recognised": is_supported}
     if isinstance(source, Mapping):
-        return state_dict(source), "the state dict"
+        return state_dict(source, **selection), "the state dict"
     if isinstance(source, str | os.PathLike):
-        return read_tensors(source), os.fspath(source)
+        return read_tensors(source, **selection), os.fspath(source)
     raise UserError(
         f"weights are read from a file or a state dict, not from a {type(source).__name__}: "
         "for a PyTorch module, pass module.state_dict()"
     )
+
+
+def _note_origin(tensors: Tensors) -> list[str]:
+    """Returns notes on the entry that holds the weights, and on other weights in the file."""
+    notes = []
+    if tensors.wrapper:
+        kind = ", averaged weights" if tensors.averaged else ""
+        notes.append(f"read from the entry {tensors.wrapper!r}{kind}")
+    if tensors.others:
+        others = [
+            f"{path!r}" + (f" (weights={kind} reads it)" if kind else "")
+            for path, kind in tensors.others.items()
+        ]
+        notes.append(f"the file has other weights, which were not read: {', '.join(others)}")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,8 @@ def _defect(values: np.ndarray) -> str:
 
 def _describe_unknown(name: str, values: np.ndarray, state: Mapping[str, np.ndarray]) -> Line:
     shape = tuple(values.shape)
+    if name == "n_averaged":  # of torch.optim.swa_utils.AveragedModel
+        return Line(name, shape, "", None, "unused: the number of averaged updates")
     second = re.sub(r"\._attention_pool_([qkv])\.(pool|norm)\.", r".\2_\1.", name)
     if second != name and second in state:  # PyTorchVideo stores pools under two names
         same = np.array_equal(values, state[second], equal_nan=True)

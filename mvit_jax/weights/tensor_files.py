@@ -11,7 +11,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,8 @@ import safetensors.numpy
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
-from mvit_jax.weights import torch_pickle, torch_zip
+from mvit_jax.weights import state_dicts, torch_pickle, torch_zip
 from mvit_jax.weights.torch_pickle import printable
-
-# Entries that hold the state dict: of PySlowFast, of timm and most others, of DeiT, with averaged
-# parameters (two names), and of distributed wrappers.
-WRAPPERS = ("model_state", "state_dict", "model", "model_ema", "state_dict_ema", "module")
 
 # Exceptions that a malformed file causes in this package, zipfile or pickle.
 _BROKEN = (
@@ -45,12 +41,19 @@ class Tensors:
     wrapper: str  # path to the state dict, such as "model_state", "state_dict.model" or ""
     dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
     format: Literal["torch", "safetensors", "memory"]
+    averaged: bool = False  # True for averaged parameters (EMA)
+    others: Mapping[str, str] = field(default_factory=dict)  # see `state_dicts.Selection`
 
 
-def read_tensors(path: str | os.PathLike[str]) -> Tensors:
+def read_tensors(path: str | os.PathLike[str], **selection: Any) -> Tensors:
     """Reads the state dict in a PyTorch file (either format) or a safetensors file.
 
     Arrays have the dtypes of the file: bool, integers, floats or `ml_dtypes.bfloat16`.
+
+    Args:
+      path: the file.
+      **selection: `weights` and `recognised` of `state_dicts.select`, which select one of several
+        state dicts.
 
     Raises:
       UserError: the file is missing or damaged, has another format, refers to code, or has no state
@@ -63,7 +66,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
             problem = kind if path.exists() else "does not exist"
             raise UserError(f"{path} {problem}: give the path of a file of weights")
         with path.open("rb") as file:
-            return _read(file, path)
+            return _read(file, path, selection)
     except UserError:
         raise
     except OSError as error:
@@ -76,18 +79,19 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
         ) from None
 
 
-def _read(file: io.BufferedReader, path: Path) -> Tensors:
+def _read(file: io.BufferedReader, path: Path, selection: dict[str, Any]) -> Tensors:
     head = file.read(512)
     file.seek(0)
     length = int.from_bytes(head[:8], "little")
     # Checked before pickles: a safetensors file with a header of 640 bytes begins like a pickle.
     # safetensors limits headers to 100 MB.
     if head[8:9] == b"{" and length <= 100_000_000:
-        return Tensors(_read_safetensors(path), "", (), "safetensors")
+        tensors = _read_safetensors(path)
+        return _selected(tensors, "safetensors", _is_array, str(path), lambda x: x, selection)
     if head.startswith(b"PK\x03\x04"):
-        return _read_torch(torch_zip.open_zip(file, path), path)
+        return _read_torch(torch_zip.open_zip(file, path), path, selection)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return _read_torch(torch_zip.open_legacy(file, path), path)
+        return _read_torch(torch_zip.open_legacy(file, path), path, selection)
     begins = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if not head:
         what = "is empty: download or copy it again"
@@ -100,10 +104,28 @@ def _read(file: io.BufferedReader, path: Path) -> Tensors:
     raise UserError(f"{path} {what}")
 
 
-def _read_torch(saved: torch_zip.OpenedFile, path: Path) -> Tensors:
+def _read_torch(saved: torch_zip.OpenedFile, path: Path, selection: dict[str, Any]) -> Tensors:
     kinds = torch_pickle.Tensor | torch_pickle.NumpyArray
-    tensors, wrapper, dropped = _unwrap(saved.value, lambda x: isinstance(x, kinds), str(path))
-    return Tensors(torch_zip.arrays(tensors, saved, path), wrapper, dropped, "torch")
+    return _selected(
+        saved.value, "torch", lambda x: isinstance(x, kinds), str(path),
+        lambda tensors: torch_zip.arrays(tensors, saved, path), selection,
+    )  # fmt: skip
+
+
+def _selected(
+    top: Any,
+    form: Literal["torch", "safetensors", "memory"],
+    is_tensor: Callable[[Any], bool],
+    where: str,
+    arrays: Callable[[dict[str, Any]], dict[str, np.ndarray]],
+    selection: dict[str, Any],
+) -> Tensors:
+    """Returns the selected state dict of a checkpoint; `arrays` converts its tensors."""
+    chosen = state_dicts.select(top, is_tensor, where, **selection)
+    state = chosen.state
+    return Tensors(
+        arrays(state.tensors), state.path, chosen.dropped, form, state.averaged, chosen.others
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -122,7 +144,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def state_dict(mapping: Mapping[Any, Any]) -> Tensors:
+def state_dict(mapping: Mapping[Any, Any], **selection: Any) -> Tensors:
     """Copies a state dict in memory and removes its wrapper as `read_tensors` does.
 
     Values may be NumPy arrays, JAX arrays or torch tensors.
@@ -130,9 +152,11 @@ def state_dict(mapping: Mapping[Any, Any]) -> Tensors:
     Raises:
       UserError: the mapping has no state dict, or a value is no dense numeric array.
     """
-    tensors, wrapper, dropped = _unwrap(mapping, _is_array, "the state dict")
-    arrays = {name: _copy(name, value) for name, value in tensors.items()}
-    return Tensors(arrays, wrapper, dropped, "memory")
+
+    def copies(tensors: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {name: _copy(name, value) for name, value in tensors.items()}
+
+    return _selected(mapping, "memory", _is_array, "the state dict", copies, selection)
 
 
 def _copy(name: str, value: Any) -> np.ndarray:
@@ -155,53 +179,6 @@ def _copy(name: str, value: Any) -> np.ndarray:
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
-
-
-def _unwrap(
-    top: Any, is_tensor: Callable[[Any], bool], where: str
-) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """Returns the state dict inside nested mappings, its wrapper, and the other entries' names."""
-    if not isinstance(top, Mapping):
-        kind = printable(type(top).__name__)
-        raise UserError(f"{where} holds a {kind}, not a state dict: save a state_dict()")
-    keys = _find(top, is_tensor, depth=2)
-    if keys is None:
-        raise UserError(_explain_missing(top, is_tensor, where))
-    state, dropped = top, []
-    for depth, key in enumerate(keys):
-        before = "".join(f"{outer}." for outer in keys[:depth])
-        dropped += [before + str(name) for name in state if name != key]
-        state = state[key]
-    return dict(state), ".".join(keys), tuple(dropped)
-
-
-def _find(
-    mapping: Mapping[Any, Any], is_tensor: Callable[[Any], bool], depth: int
-) -> tuple[str, ...] | None:
-    if mapping and all(isinstance(k, str) and is_tensor(v) for k, v in mapping.items()):
-        return ()
-    for name in WRAPPERS if depth else ():
-        inner = mapping.get(name)
-        if isinstance(inner, Mapping):
-            keys = _find(inner, is_tensor, depth - 1)
-            if keys is not None:
-                return (name, *keys)
-    return None
-
-
-def _explain_missing(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], where: str) -> str:
-    """Returns the error message for a checkpoint without a state dict."""
-    here = top
-    for _ in range(2):
-        inner = (here.get(name) for name in WRAPPERS)
-        if not any(map(is_tensor, here.values())):
-            here = next((it for it in inner if isinstance(it, Mapping) and it), here)
-    wrong = [key for key, value in here.items() if not (isinstance(key, str) and is_tensor(value))]
-    listed = ", ".join(printable(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
-    if not any(map(is_tensor, here.values())):
-        content = f"holds only {listed}" if listed else "is empty"
-        return f"{where} has no state dict, it {content}: save a state_dict()"
-    return f"{where} has entries other than named tensors: {listed}; remove them"
 
 
 def write_torch(

@@ -113,6 +113,10 @@ class NumpyArray:
     values: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
     def nbytes(self) -> int:
         return self.values.nbytes
 

@@ -153,6 +153,22 @@ def test_an_image_model_is_inflated_to_a_video_model(tmp_path):
         np.testing.assert_allclose(frame, np.einsum("oihw->hwio", image) / 3, rtol=1e-6)
 
 
+def test_weights_selects_plain_or_averaged_weights_of_a_file(tmp_path, capsys):
+    averaged = {f"ema.{name}": 2 * values for name, values in tensors_of().items()}
+    write_safetensors(
+        tmp_path / "in", averaged | {f"net.{name}": v for name, v in tensors_of().items()}
+    )
+    for flag, factor, other in (
+        ([], 2, "'net' (weights=plain reads it)"),
+        (["--weights=plain"], 1, "'ema' (weights=ema reads it)"),
+    ):
+        out = tmp_path / f"out{factor}"
+        run(tmp_path / "in", f"--out={out}", *VIDEO, *flag)
+        params, _ = run_folder.read_params(out)
+        np.testing.assert_array_equal(params["norm"]["scale"], factor * tensors_of()["norm.weight"])
+        assert other in capsys.readouterr().out and other in (out / "report.txt").read_text()
+
+
 # Export.
 
 

@@ -563,7 +563,7 @@ ONE, TWO = np.ones(1), np.full(2, 2.0)
     ],
 )
 def test_the_state_dict_is_unwrapped(container, wrapper, dropped):
-    result = state_dict(container)
+    result = state_dict(container, weights="plain")
     assert (result.wrapper, result.dropped) == (wrapper, dropped)
     ((_, array),) = result.tensors.items()
     same(array, ONE)
@@ -582,7 +582,7 @@ def test_the_state_dict_is_unwrapped(container, wrapper, dropped):
             {"epoch": 1, "model_state": {"a": ONE, "n": None}},
             "entries other than named tensors: 'n'",
         ),
-        ({"a": {"b": {"c": ONE}}}, "has no state dict, it holds only 'a'"),
+        ({"a": {"b": {"c": {"d": {"e": ONE}}}}}, "has no state dict, it holds only 'a'"),
         ({"a": np.float64(3)}, "has no state dict, it holds only 'a'"),
         ({"a": np.array(["x"])}, "a has the dtype <U1"),
         ({"a": np.array([1j])}, "a has the dtype complex128"),

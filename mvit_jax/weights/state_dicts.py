@@ -1,0 +1,184 @@
+"""Search for the state dict in a checkpoint, which may hold several in nested mappings.
+
+State dicts are recognised by their structure, a mapping of names to tensors, not by the names of
+the entries that hold them: projects call these "model_state", "state_dict", "net", "ema" and so on.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mvit_jax.common.errors import UserError
+from mvit_jax.weights.torch_pickle import shown
+
+WEIGHTS = ("plain", "ema")  # the last update's parameters, or averaged parameters
+
+# Entries that are preferred to others: of PySlowFast, of timm and most others, of DeiT, and of
+# distributed wrappers.
+_PREFERRED = ("model_state", "state_dict", "model", "module")
+# Words in the names of entries with averaged parameters. A student's teacher is an average only if
+# both have the same shapes.
+_AVERAGED = {"ema", "averaged", "average", "avg", "swa", "shadow", "teacher"}
+# Entries of an optimiser hold tensors that have the names and shapes of the parameters.
+_OPTIMISER = re.compile(r"optim|adam|exp_avg|moment|sched|scaler|grad")
+_DEPTH = 3  # nested entries
+_ALIKE = 0.9  # share of equal shapes above which state dicts are copies of one model
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """Tensors by name, and the entries that lead to them."""
+
+    keys: tuple[str, ...]
+    tensors: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        return ".".join(self.keys)
+
+    @property
+    def averaged(self) -> bool:
+        """True if the names of the entries state averaged parameters."""
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", " ".join(self.keys))
+        return not _AVERAGED.isdisjoint(word.lower() for word in words)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected state dict of a checkpoint."""
+
+    state: StateDict
+    dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
+    others: dict[str, str]  # paths of other state dicts, with "plain", "ema" or ""
+
+
+def select(
+    top: Any,
+    is_tensor: Callable[[Any], bool],
+    where: str,
+    *,
+    weights: str | None = None,
+    recognised: Callable[[Collection[str]], bool] | None = None,
+) -> Selection:
+    """Selects the state dict inside nested mappings.
+
+    Args:
+      top: a checkpoint.
+      is_tensor: returns True for a tensor, which has a `shape`.
+      where: name of the checkpoint for messages.
+      weights: "plain", "ema" for averaged parameters, or None for averaged parameters if there are
+        any.
+      recognised: returns True for the tensor names of a supported model. State dicts of such models
+        are preferred.
+
+    Raises:
+      UserError: there is no state dict, or none with the required weights.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise UserError(f"weights must be plain or ema, not {weights!r}")
+    if not isinstance(top, Mapping):
+        raise UserError(f"{where} holds a {shown(type(top).__name__)}: save a state_dict()")
+    states = list(_search(top, is_tensor))
+    if not states:
+        raise UserError(_explain_missing(top, is_tensor, where))
+    if recognised is not None:
+        states = [state for state in states if recognised(state.tensors)] or states
+    most = max(len(state.tensors) for state in states)
+    states = sorted((s for s in states if 2 * len(s.tensors) >= most), key=_preference)
+    plain = next((state for state in states if not state.averaged), None)
+    averaged = next(
+        (s for s in states if s.averaged and (plain is None or _alike(s.tensors, plain.tensors))),
+        None,
+    )
+    by_kind = {"plain": plain, "ema": averaged}
+    state = averaged or plain if weights is None else by_kind[weights]
+    if state is None:
+        other = next(state for state in by_kind.values() if state is not None)
+        kind = "averaged" if weights == "ema" else "plain"
+        raise UserError(
+            f"{where} has no {kind} weights, only {shown(other.path or 'one state dict')}: leave "
+            f"out weights={weights}"
+        )
+    kinds = {id(state): kind for kind, state in by_kind.items()}
+    others = {other.path: kinds.get(id(other), "") for other in states if other is not state}
+    return Selection(state, tuple(_dropped(top, state)), others)
+
+
+def _mappings(top: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Returns a mapping and those nested in it, by their keys; outer ones come first."""
+    # A pickle can nest a mapping in itself, or in many others.
+    nested, visited = [((), top)], {id(top)}
+    for keys, mapping in nested:  # grows
+        for name, inner in mapping.items() if len(keys) < _DEPTH else ():
+            if not isinstance(inner, Mapping) or id(inner) in visited:
+                continue
+            if isinstance(name, str) and not _OPTIMISER.search(name.lower()):
+                visited.add(id(inner))
+                nested.append(((*keys, name), inner))
+    return nested
+
+
+def _search(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> Iterator[StateDict]:
+    """Yields the mappings that hold mostly tensors."""
+    for keys, mapping in _mappings(top):
+        tensors = {k: v for k, v in mapping.items() if isinstance(k, str) and is_tensor(v)}
+        if 2 * len(tensors) <= len(mapping):
+            continue
+        copies = _split(tensors)
+        yield from (StateDict((*keys, name), copy) for name, copy in copies.items())
+        if not copies:
+            yield StateDict(keys, tensors)
+
+
+def _split(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the copies of one model in a state dict, by the prefix of their names.
+
+    A Lightning module with an average has the names "model.norm.weight" and "ema.norm.weight".
+    Empty if the state dict is of one model.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        prefix, _, rest = name.partition(".")
+        groups.setdefault(prefix, {})[rest] = tensor
+    largest = max(groups.values(), key=len)
+    copies = {prefix: group for prefix, group in groups.items() if _alike(group, largest)}
+    whole = sum(map(len, copies.values())) >= _ALIKE * len(tensors)
+    averaged = any(StateDict((prefix,), {}).averaged for prefix in copies)
+    return copies if whole and averaged and 1 < len(copies) < len(tensors) else {}
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Returns True if almost all tensors of two state dicts have equal shapes, in any order."""
+    shapes = [Counter(tuple(t.shape) for t in tensors.values()) for tensors in (one, other)]
+    return (shapes[0] & shapes[1]).total() >= _ALIKE * max(len(one), len(other))
+
+
+def _preference(state: StateDict) -> list[int]:
+    """Returns a sort key: entries with known names before others, and outer before inner ones."""
+    last = len(_PREFERRED)
+    return [_PREFERRED.index(key) if key in _PREFERRED else last for key in state.keys]
+
+
+def _dropped(top: Mapping[Any, Any], state: StateDict) -> Iterator[str]:
+    """Yields the paths of all entries beside a state dict and beside the entries around it."""
+    before, here = "", top
+    for key in state.keys:
+        yield from (before + str(name) for name in here if name != key)
+        if key not in here:  # a prefix of names
+            return
+        before, here = f"{before}{key}.", here[key]
+    yield from (before + str(name) for name in here if name not in state.tensors)
+
+
+def _explain_missing(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], where: str) -> str:
+    """Returns the error message for a checkpoint without a state dict."""
+    mappings = [mapping for _, mapping in _mappings(top)]
+    here = max(mappings, key=lambda mapping: sum(map(is_tensor, mapping.values())))
+    wrong = [key for key, value in here.items() if not (isinstance(key, str) and is_tensor(value))]
+    listed = ", ".join(shown(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
+    if not any(map(is_tensor, here.values())):
+        content = f"holds only {listed}" if listed else "is empty"
+        return f"{where} has no state dict, it {content}: save a state_dict()"
+    return f"{where} has entries other than named tensors: {listed}; remove them"
