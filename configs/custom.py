@@ -59,4 +59,5 @@ def get_config(name: str = "mvitv2_s_16x4") -> Any:  # a ConfigDict
 
     c.optim.update(lr_batch=16, lr=2e-4, start_lr=2e-6, end_lr=2e-6, warmup_epochs=3.0)
     c.optim.layer_decay = 0.75
+    c.optim.ema_warmup = True  # if optim.ema is set
     return c

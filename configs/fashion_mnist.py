@@ -35,6 +35,7 @@ def get_config() -> Any:  # a ConfigDict
     c.augment.update(crop_area=None, flip=0.5, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 
     c.optim.update(lr=2e-3, start_lr=1e-4, end_lr=2e-5, warmup_epochs=0.5)
+    c.optim.ema_warmup = True  # if optim.ema is set
     c.eval.every_epochs = 2.0
     c.eval.batch = 500
     c.eval.clips = 1

@@ -41,6 +41,7 @@ def get_config(model: str = "mvit") -> Any:  # a ConfigDict
     c.augment.crop_area = None
 
     c.optim.update(lr=2e-3, start_lr=1e-4, end_lr=2e-5, warmup_epochs=0.5)
+    c.optim.ema_warmup = True  # if optim.ema is set
     c.checkpoint.every = 100
     c.eval.every_epochs = 1.0
     c.eval.batch = 32

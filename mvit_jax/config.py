@@ -121,6 +121,8 @@ KEYS: dict[str, Key] = {
 
     "init.checkpoint": Key(None, "folder of a run, or of converted weights, to start from",
                            kind=str),
+    "init.weights": Key(None, "weights of that run: plain, or ema for averaged ones; None takes "
+                        "averaged ones if the run has any", kind=str, choices=("plain", "ema")),
     "init.inflate": Key(None, "inflation of an image model's patch kernel: centre fills only the "
                         "centre frame; repeat fills every frame; mean also divides by their number",
                         kind=str, choices=("centre", "mean", "repeat")),
@@ -222,6 +224,8 @@ KEYS: dict[str, Key] = {
     "optim.clip_norm": Key(1.0, "gradient clipping by global norm; 0 for none", low=0),
     "optim.ema": Key(0.0, "decay of averaged weights (EMA), which are then tested; 0 for none",
                      low=0, high=1),
+    "optim.ema_warmup": Key(False, "warm-up of that decay, to at most 1 - (1 + step)^(-2/3) as in "
+                            "timm: averages of short runs then forget the initial weights"),
 
     "mesh.data": Key(-1, "size of the mesh axis along which weights are replicated; -1 for all "
                      "remaining devices"),

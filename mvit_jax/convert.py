@@ -10,14 +10,14 @@ SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read without execu
 program writes DIR, which `evaluate`, `predict` and `--config.init.checkpoint` read. DIR holds the
 parameters, architecture, preprocessing, report.txt with a line per tensor, and with --labels also
 labels.txt. If a tensor does not fit the model, the program ends with an error and writes nothing.
-Of a file with plain and averaged weights (EMA), the averaged ones are read; --weights=plain reads
+If SOURCE has plain and averaged weights (EMA), the averaged ones are read; --weights=plain reads
 the others, and report.txt has a note.
 
-With --to, DIR may also be the workdir of a run. --to=stablehlo writes the whole model, which JAX
-runs without this package. The model's input is uint8 clips [batch, T, H, W, 3], or images
-[batch, H, W, 3], with RGB from 0 to 255, resized and cropped to the model's size. The model
-normalises its input, computes in the run's dtype and precision, and returns float32 logits
-[batch, classes].
+With --to, DIR may also be the workdir of a run; --weights selects its weights, too. --to=stablehlo
+writes the whole model, which JAX runs without this package. The model's input is uint8 clips
+[batch, T, H, W, 3], or images [batch, H, W, 3], with RGB from 0 to 255, resized and cropped to the
+model's size. The model normalises its input, computes in the run's dtype and precision, and returns
+float32 logits [batch, classes].
 """
 
 import dataclasses
@@ -106,9 +106,10 @@ def main(argv: list[str]) -> None:
         if out.exists():
             raise errors.UserError(f"{out} already exists: choose another --out, or move it away")
         if _TO.value == "stablehlo":
-            export_program(to_path(source), out, _WHICH.value, _BATCH.value, _PLATFORMS.value)
+            options = _BATCH.value, _PLATFORMS.value, _WEIGHTS.value
+            export_program(to_path(source), out, _WHICH.value, *options)
         else:
-            export_checkpoint(to_path(source), out, _TO.value, _WHICH.value)
+            export_checkpoint(to_path(source), out, _TO.value, _WHICH.value, _WEIGHTS.value)
         return
     if _WHICH.value != "last":
         raise errors.UserError("--which=best requires --to: without it, SOURCE is a file")
@@ -187,9 +188,11 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
         checkpoints.save_params(loaded.params)
 
 
-def export_checkpoint(folder: AnyPath, out: Path, to: str, which: str) -> None:
+def export_checkpoint(
+    folder: AnyPath, out: Path, to: str, which: str, weights: str | None = None
+) -> None:
     """Exports the weights of a run or a converted folder to another project's format."""
-    with RunFolder(folder) as run:
+    with RunFolder(folder, weights=weights) as run:
         params, model = run.params(which), run.settings(which).model
     if model.is_custom:
         raise errors.UserError(
@@ -203,10 +206,15 @@ def export_checkpoint(folder: AnyPath, out: Path, to: str, which: str) -> None:
 
 
 def export_program(
-    folder: AnyPath, out: Path, which: str, batch: int | None, platforms: list[str] | None
+    folder: AnyPath,
+    out: Path,
+    which: str,
+    batch: int | None,
+    platforms: list[str] | None,
+    weights: str | None = None,
 ) -> None:
     """Exports the model of a run or a converted folder to a StableHLO file."""
-    with RunFolder(folder) as run:
+    with RunFolder(folder, weights=weights) as run:
         params, config, settings = run.params(which), run.config, run.settings(which)
     mean, std = settings.step.mean, settings.step.std
     with jax.default_matmul_precision(config.precision):

@@ -17,11 +17,12 @@ Writes into DIR
     clips.json                      the example clips of the report
     report.html                     the HTML report of the run, which needs no server
 
-With --which=best, --shuffle_frames or another list, all names but report.html have a suffix, like
-`_val_best_shuffled`. --shuffle_frames writes no clips.json. Several values of --clips are tested
-in one pass over the list: the files above describe the largest value, and views.json and views.png
-compare all values. --compare tests nothing; it prints a table of the runs and writes it as an HTML
-page.
+--weights=plain tests the plain weights of a run that also has averaged ones (EMA). With that flag,
+--which=best, --shuffle_frames or another list, all names but report.html have a suffix, like
+`_val_best_plain_shuffled`. --shuffle_frames writes no clips.json. Several values of --clips are
+tested in one pass over the list: the files above describe the largest value, and views.json and
+views.png compare all values. --compare tests nothing; it prints a table of the runs and writes it
+as an HTML page.
 """
 
 import csv
@@ -45,9 +46,17 @@ from mvit_jax.training.distributed import coordination, failure, launch
 from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.run import runtime, workdir
 from mvit_jax.training.run_folder import RunFolder, score
+from mvit_jax.weights.state_dicts import WEIGHTS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", allow_override=True)
 _WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "The checkpoint to test.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    WEIGHTS,
+    "Plain or averaged (ema) weights; by default averaged ones if the run has any.",
+    allow_override=True,
+)
 _LIST = flags.DEFINE_enum("list", "test", ["test", "val", "train"], "The list of videos.")
 _CLIPS = flags.DEFINE_list(
     "clips", None, "Clips per video, one or more numbers; by default the config's eval.clips."
@@ -93,9 +102,10 @@ def test(folder: AnyPath) -> None:
         "eval.batch": _BATCH.value,
         "data.folder": _DATA.value,
     }
-    with RunFolder(folder, changes) as run:
+    with RunFolder(folder, changes, weights=_WEIGHTS.value) as run:
         config, counts = run.config, counts or [run.config.eval.clips]
         options = {"list": _LIST.value, "which": _WHICH.value, "shuffle_frames": _SHUFFLE.value}
+        options |= {"weights": _WEIGHTS.value}
         coordination.check_equal(
             "test", workdir.shared_values(config) | options | {"clips": counts}
         )
@@ -118,6 +128,7 @@ def test(folder: AnyPath) -> None:
         "crops": config.eval.crops,
         "ensemble": config.eval.ensemble,
         "shuffled_frames": _SHUFFLE.value,
+        "plain_weights": run.averages and _WEIGHTS.value == "plain",
         "classes": list(videos.class_names),
     } | scores.metrics()
     end = suffix(results, _LIST.value)
@@ -167,9 +178,10 @@ def compare(folders: list[str], out: str) -> None:
 
 
 def suffix(results: dict[str, Any], which: str) -> str:
-    """Returns the file name suffix for a list, checkpoint or frame order other than the default."""
+    """Returns the file name suffix for options of a test other than the default."""
     checkpoint = results["checkpoint"]
     parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
+    parts.append("plain" if results["plain_weights"] else "")
     parts.append("shuffled" if results["shuffled_frames"] else "")
     return "".join(f"_{part}" for part in parts if part)
 
@@ -239,7 +251,7 @@ def summary(folder: AnyPath) -> str:
         rows.append((
             Path(r["list"]).name.partition(".")[0],
             "shuffled" if r["shuffled_frames"] else "in order",
-            f"{r['checkpoint']}, step {r['step']}", f"{r['top1']:.2f}", f"{r['top5']:.2f}",
+            run_data.checkpoint(r), f"{r['top1']:.2f}", f"{r['top5']:.2f}",
             f"{r['map']:.2f}" if "map" in r else "", str(r["videos"]), str(len(r["left_out"])),
             f"{r['clips']} x {r['crops']}",
         ))  # fmt: skip

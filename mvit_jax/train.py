@@ -141,6 +141,10 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
     spans = goodput.Spans()
     check(config)
     check_start(config)
+    resumed = workdir.with_recorded_behaviour(config, folder, config.resume)
+    if resumed is not config and config.optim.ema > 0:
+        coordination.print_once("optim.ema_warmup is off: this run was started before that key")
+    config = resumed
     coordination.check_equal("config", workdir.shared_values(config))
     videos, validation = lists(config)
     run = build.training(config, videos)
@@ -245,7 +249,8 @@ def initial_weights(
         return None
     if config.init.checkpoint is None:
         return None
-    return initial_params(config.init.checkpoint, model, config.init.inflate, class_names)
+    c = config.init
+    return initial_params(c.checkpoint, model, c.inflate, class_names, c.weights)
 
 
 def initial_state(
@@ -308,6 +313,8 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     for note in class_notes(videos):
         log.print(f"note: {note}")
     log.print(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
+    if note := build.ema_note(config, steps):
+        log.print(f"note: {note}")
     log.begin({
         "command": command(),
         "steps": steps,

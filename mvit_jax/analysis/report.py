@@ -226,7 +226,8 @@ def identify(evaluation: dict[str, Any]) -> dict[str, Any]:
     The video list is identified by its file name alone, as the data may have moved between two
     evaluations.
     """
-    names = ("checkpoint", "step", "clips", "crops", "videos", "classes")
+    names = ["checkpoint", "step", "clips", "crops", "videos", "classes"]
+    names += ["plain_weights"] if evaluation.get("plain_weights") else []  # newer than some files
     return {name: evaluation[name] for name in names} | {"list": Path(evaluation["list"]).name}
 
 
@@ -240,6 +241,8 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
             words.append(f"--list={which}")
     if e.get("checkpoint", "last") != "last":
         words.append(f"--which={e['checkpoint']}")
+    if e.get("plain_weights"):
+        words.append("--weights=plain")
     for key in ("clips", "crops"):
         if key in e and e[key] != run.config.get(f"eval.{key}"):
             words.append(f"--{key}={e[key]}")

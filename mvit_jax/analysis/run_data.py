@@ -54,6 +54,7 @@ def read(folder: str | AnyPath) -> Run:
             e["shuffled_frames"],
             Path(e["list"]).name != config.data.test_list,
             e["checkpoint"] != "last",
+            e.get("plain_weights", False),
         ),
     )
     classes = _classes(folder, log, tests)
@@ -101,6 +102,12 @@ def write_example_clips(path: AnyPath, sheet: dict[str, Any], evaluation: dict[s
 def evaluations(folder: AnyPath) -> list[dict[str, Any]]:
     """Reads a workdir's evaluations, ordered by file name."""
     return [_load(path, _EVALUATION) for path in sorted(folder.glob("evaluation*.json"))]
+
+
+def checkpoint(evaluation: dict[str, Any]) -> str:
+    """Returns the checkpoint of an evaluation in words, like "last, step 300"."""
+    plain = ", plain weights" if evaluation.get("plain_weights") else ""
+    return f"{evaluation['checkpoint']}, step {evaluation['step']}{plain}"
 
 
 def _load(path: AnyPath, keys: set[str]) -> dict[str, Any]:

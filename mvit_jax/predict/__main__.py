@@ -10,7 +10,8 @@ combined over K clips x C crops, as in the test program. A video longer than K c
 overlapping windows, each as long as a clip. The video's probabilities are then combined over all
 windows, and a timeline is added. --clips=K disables windows. Class names are the lines of
 DIR/labels.txt, or else of the data folder's labels.txt. A file that cannot be decoded is reported;
-the other files are still processed, and the exit status is 1.
+the other files are still processed, and the exit status is 1. Of a run with averaged weights (EMA),
+these are used; --weights=plain uses the others.
 
 --pictures writes NAME_prediction.png for each file. --attention adds attention rollout and Grad-CAM
 to this figure, and animates both in NAME_attention.gif and .mp4. --serve serves a page for uploads
@@ -35,6 +36,7 @@ from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
 from mvit_jax.predict.windows import clock
 from mvit_jax.training.run import runtime
+from mvit_jax.weights.state_dicts import WEIGHTS
 
 # Other programs have flags of the same names, and tests import them all.
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.", allow_override=True)
@@ -43,6 +45,13 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _WHICH = flags.DEFINE_enum(
     "which", "last", ["last", "best"], "The checkpoint of the run.", allow_override=True
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    WEIGHTS,
+    "Plain or averaged (ema) weights; by default averaged ones if the run has any.",
+    allow_override=True,
 )
 _CLIPS = flags.DEFINE_integer(
     "clips",
@@ -78,8 +87,9 @@ def main(argv: list[str]) -> None:
     pictures = None if _PICTURES.value is None else local_path(_PICTURES.value)
     if pictures is not None:
         _make_folder(pictures)
-    predictor = Predictor(folder, which=_WHICH.value, clips=_CLIPS.value, crops=_CROPS.value)
-    results: dict[str, Any] = {"folder": str(folder), "which": _WHICH.value}
+    model = {"which": _WHICH.value, "weights": _WEIGHTS.value}
+    predictor = Predictor(folder, **model, clips=_CLIPS.value, crops=_CROPS.value)
+    results: dict[str, Any] = {"folder": str(folder), **model}
     results |= predict(predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value)
     failed = show(results["files"])
     if _JSON.value is not None:
@@ -114,7 +124,7 @@ def _serve(folder: AnyPath, files: list[str]) -> None:
     from mvit_jax.predict import server  # needs gradio, an optional dependency
 
     server.serve(
-        lambda: Predictor(folder, which=_WHICH.value, crops=_CROPS.value),
+        lambda: Predictor(folder, which=_WHICH.value, weights=_WEIGHTS.value, crops=_CROPS.value),
         host=_HOST.value,
         port=_PORT.value,
         limits=server.Limits(_MAX_MB.value, _MAX_MINUTES.value),

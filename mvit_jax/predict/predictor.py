@@ -76,6 +76,7 @@ class Predictor:
         folder: AnyPath,
         *,
         which: str = "last",
+        weights: str | None = None,
         clips: int | None = None,
         crops: int | None = None,
     ) -> None:
@@ -84,12 +85,14 @@ class Predictor:
         Args:
           folder: a folder with config.json and checkpoints.
           which: the "last" or the "best" checkpoint.
+          weights: "plain", or "ema" for averaged weights; by default averaged ones if any.
           clips: K of the test protocol, which disables windows. By default the config's K, and long
             videos are read in windows.
           crops: squares cut from each clip, 1 or 3; by default the config's.
         """
         mesh = sharding.make_mesh()  # the run's mesh may need more devices than this machine has
-        with RunFolder(folder, {"eval.clips": clips, "eval.crops": crops}) as run:
+        changes = {"eval.clips": clips, "eval.crops": crops}
+        with RunFolder(folder, changes, weights=weights) as run:
             self.config: Config = run.config
             self.names = class_names(self.config, folder, run.num_classes(which))
             settings = run.settings(which)

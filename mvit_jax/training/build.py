@@ -273,6 +273,18 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     return optimizer.adamw(b1=c.b1, b2=c.b2, **common)
 
 
+def ema_note(config: Config, steps: int) -> str | None:
+    """Returns a sentence if averages of a run of `steps` steps hold too much of their start."""
+    c = config.optim
+    share = optimizer.ema_initial_share(steps, c.ema, c.ema_warmup) if c.ema > 0 else 0.0
+    if share <= 0.01:
+        return None
+    return (
+        f"after {steps:,} steps, {100 * share:.3g} % of the averaged weights are still the initial "
+        f"ones, as optim.ema={c.ema:g}: set optim.ema_warmup=True, or lower optim.ema"
+    )
+
+
 def model_apply(config: Config, model: Functional, mesh: Mesh) -> Callable[..., Any]:
     """Returns `model.apply` with the config's rematerialisation, and a scan except on CPUs.
 
@@ -326,6 +338,7 @@ def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any
 
 def _step_config(config: Config, num_classes: int) -> StepConfig:
     values = {**config, **config.data, **config.augment, "ema": config.optim.ema}
+    values |= {"ema_warmup": config.optim.ema_warmup}
     values |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
     names = [field.name for field in dataclasses.fields(StepConfig)]
     return StepConfig(**{name: _as_tuple(values[name]) for name in names})

@@ -51,7 +51,7 @@ def describe(config: Config, devices: int) -> str:
         _numbered("Augmentation, in this order", _augmentation(config, model)),
         section("Steps", _steps(config, videos, devices)),
         "Learning rate\n" + indent(_rates(config, videos)),
-        section("Optimiser", _optimizer(config)),
+        section("Optimiser", _optimizer(config, videos)),
         "Weight decay\n" + indent(_decay(config, params)),
     ]
     if config.optim.layer_decay != 1:
@@ -121,7 +121,8 @@ def _weights(config: Config) -> str:
         return "fresh"
     folder = config.init.checkpoint
     needed = f" (should be {config.init.needed})" if config.init.get("needed") else ""
-    return f"from {folder}{_if_missing(folder)}{needed}{inflation}"
+    kind = {"plain": ", plain", "ema": ", averaged"}.get(config.init.weights, "")
+    return f"from {folder}{_if_missing(folder)}{needed}{kind}{inflation}"
 
 
 def _if_missing(path: str) -> str:
@@ -237,8 +238,9 @@ def _rates(config: Config, videos: int) -> str:
     return table(("step", "epoch", "rate"), rows)
 
 
-def _optimizer(config: Config) -> Lines:
-    c = config.optim
+def _optimizer(config: Config, videos: int) -> Lines:
+    c, note = config.optim, build.ema_note(config, build.count_steps(config, config.epochs, videos))
+    average = f"decay {c.ema:g}{', after a warm-up from 0' if c.ema_warmup else ''}"
     rates = f"{c.lr:g}, from {c.start_lr:g}, to {c.end_lr:g}"
     if c.lr_batch:
         rates += f", for {c.lr_batch} clips; scaled by {config.batch / c.lr_batch:g}"
@@ -248,7 +250,8 @@ def _optimizer(config: Config) -> Lines:
         ("kind", kind),
         ("rates", rates),
         ("clipping", f"gradients to a global norm of {c.clip_norm:g}" if c.clip_norm else "none"),
-        ("EMA", f"decay {c.ema:g}; the averaged parameters are tested" if c.ema else "none"),
+        ("EMA", f"{average}; the averaged parameters are tested" if c.ema else "none"),
+        *([("", note)] if note else []),
     ]
 
 

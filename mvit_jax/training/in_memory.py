@@ -92,6 +92,8 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
     videos = build.videos(config, "train")
     training = build.training(config, videos, **modules)
     settings, mesh, program = training.settings, training.mesh, training.program
+    if note := build.ema_note(config, training.steps):
+        warnings.warn(note, stacklevel=2)
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         state = program.initial_state()
         if params is not None:

@@ -1,4 +1,4 @@
-"""AdamW, SGD and the learning rate schedule of the papers (MViT, app. D; MViTv2, app. B).
+"""AdamW, SGD, averaged parameters and the learning rates of the papers (MViT, D; MViTv2, B).
 
 The arithmetic is the same as in PyTorch, with which the published models were trained. As in the
 reference code, the schedule is a function of fractional epochs. A step has this order:
@@ -10,6 +10,7 @@ reference code, the schedule is a function of fractional epochs. A step has this
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,25 @@ def learning_rate(
         return end_lr + (lr - end_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
     return schedule
+
+
+def ema_step_size(step: Any, decay: float, warmup: bool) -> Any:
+    """Returns the weight of the new parameters in their average (EMA): 1 - the decay of a step.
+
+    With `warmup`, the decay is at most 1 - (1 + step)^(-2/3), as in timm's `ModelEmaV3`, and the
+    average of step 0 is the new parameters alone.
+
+    Args:
+      step: the step, counted from 0; a number or an array.
+      decay: the decay after the warm-up.
+      warmup: True for a warm-up.
+    """
+    return jnp.maximum(1 - decay, (1.0 + step) ** (-2 / 3)) if warmup else 1 - decay
+
+
+def ema_initial_share(steps: int, decay: float, warmup: bool) -> float:
+    """Returns the weight of the initial parameters in their average after `steps` steps."""
+    return 0.0 if warmup and steps > 0 else decay**steps
 
 
 def decay_mask(params):

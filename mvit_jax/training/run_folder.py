@@ -24,6 +24,7 @@ from mvit_jax.training.evaluation import Scores
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.weights import adapt
+from mvit_jax.weights.state_dicts import WEIGHTS
 
 
 class RunFolder:
@@ -34,18 +35,27 @@ class RunFolder:
     Attributes:
       path: the folder.
       config: the run's config with the changes; keys newer than the run have their defaults.
+      averages: True if the run has averaged weights (EMA) besides the plain ones.
 
     Raises:
-      UserError: the folder holds no run, or a change is invalid.
+      UserError: the folder holds no run or no such weights, or a change is invalid.
     """
 
-    def __init__(self, folder: str | AnyPath, changes: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | AnyPath,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        weights: str | None = None,
+    ) -> None:
         """Opens a folder.
 
         Args:
           folder: the workdir.
           changes: values by dotted keys, like {"eval.crops": 1}. They override the config in
             memory, which is then checked. None values are ignored.
+          weights: "plain" or "ema", the weights to read; by default averaged ones if the run has
+            any.
         """
         self.path = to_path(folder)
         if self.path.is_file():
@@ -57,6 +67,12 @@ class RunFolder:
         if changes is not None:
             change(self.config, {k: value for k, value in changes.items() if value is not None})
             check(self.config)
+        self.averages = self.config.optim.ema > 0
+        if weights not in (None, *WEIGHTS):
+            raise UserError(f"weights must be plain or ema, not {weights!r}")
+        if weights == "ema" and not self.averages:
+            raise UserError(f"{folder} has no averaged weights: leave out weights=ema")
+        self._item = "ema" if self.averages and weights != "plain" else "params"
         self._checkpoints: Checkpoints | None = None
         self._settings: dict[str, Settings] = {}  # by checkpoint, "last" or "best"
 
@@ -105,7 +121,7 @@ class RunFolder:
         return self._settings[which]
 
     def params(self, which: str = "last") -> Any:
-        """Reads parameters as NumPy arrays; the averaged parameters if the run has them."""
+        """Reads parameters as NumPy arrays."""
         return self.checkpoints.read_params(which, self._item)
 
     def params_on(self, mesh: Mesh, which: str = "last") -> Any:
@@ -138,10 +154,6 @@ class RunFolder:
         names = read_class_names(file) if file.exists() else ()
         return _without_numbers(names) if len(names) == self.num_classes(which) else None
 
-    @property
-    def _item(self) -> str:
-        return "ema" if self.config.optim.ema > 0 else "params"
-
 
 def check_order(folder: str | AnyPath, names: tuple[str, ...]) -> None:
     """Raises `UserError` if a folder's labels.txt has the classes `names` in another order."""
@@ -156,16 +168,23 @@ def check_order(folder: str | AnyPath, names: tuple[str, ...]) -> None:
         )
 
 
-def read_params(folder: str | AnyPath, which: str = "last") -> tuple[Any, Functional]:
+def read_params(
+    folder: str | AnyPath, which: str = "last", weights: str | None = None
+) -> tuple[Any, Functional]:
     """Reads the parameters of a workdir or a folder of converted weights, and their model.
 
+    Args:
+      folder: the workdir.
+      which: the "last" or "best" checkpoint.
+      weights: "plain", or "ema" for averaged weights; by default averaged ones if the run has any.
+
     Returns:
-      Parameters as NumPy arrays, averaged if the run averages them, and the model in float32.
+      Parameters as NumPy arrays, and the model in float32.
 
     Raises:
-      UserError: the folder holds no run or no such checkpoint.
+      UserError: the folder holds no run, no such checkpoint or no such weights.
     """
-    with RunFolder(folder) as run:
+    with RunFolder(folder, weights=weights) as run:
         return run.params(which), replace(run.settings(which).model, dtype=jnp.dtype("float32"))
 
 
@@ -223,6 +242,7 @@ def initial_params(
     model: Functional,
     inflate: adapt.Inflation | None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
 ) -> tuple[Any, str]:
     """Returns the weights in `folder`, adapted to `model`, and a summary for the log.
 
@@ -235,12 +255,14 @@ def initial_params(
       inflate: conversion between image and video kernels; None allows none.
       class_names: class names of the data, compared with those of `folder`; None compares only
         the numbers of classes.
+      weights: "plain" or "ema", as for `read_params`.
 
     Raises:
       UserError: the folder holds no weights, or the weights do not fit the model.
     """
-    with RunFolder(folder) as run:
+    with RunFolder(folder, weights=weights) as run:
         params, source = run.params(), run.settings().model
+        kind = {"ema": "averaged ", "params": "plain "}[run._item] if run.averages else ""
         trained = run.trained_classes()
     change, note = _compare_classes(trained, class_names, source.config.num_classes)
     if change == "reorder":
@@ -255,7 +277,7 @@ def initial_params(
     parts = ["; ".join(f"{count} {done}" for done, count in report.counts.items())]
     parts += [f"new: {', '.join(new)}"] if new else []
     parts += [note] if note else []
-    return params, f"weights from {folder}: {'; '.join(parts)}"
+    return params, f"{kind}weights from {folder}: {'; '.join(parts)}"
 
 
 def _compare_classes(

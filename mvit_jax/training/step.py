@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mvit_jax.models.inference import normalise
 from mvit_jax.training import device_augment
+from mvit_jax.training.optimizer import ema_step_size
 from mvit_jax.training.state import Metrics, State
 
 
@@ -34,6 +35,7 @@ class StepConfig:
     ema: float
     accumulate: int
     dtype: Any = jnp.float32
+    ema_warmup: bool = False
 
 
 def train_step(
@@ -94,7 +96,8 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1 - recipe.ema)
+            size = ema_step_size(state.step, recipe.ema, recipe.ema_warmup)
+            ema = optax.incremental_update(params, ema, size)
         after = State(state.step + 1, params, opt_state, ema)
         norm = optax.tree.norm(grads)
         state = _select_finite(jnp.isfinite(value) & jnp.isfinite(norm), after, state)

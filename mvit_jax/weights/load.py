@@ -127,12 +127,12 @@ def _note_origin(tensors: Tensors) -> list[str]:
     if tensors.wrapper:
         kind = ", averaged weights" if tensors.averaged else ""
         notes.append(f"read from the entry {tensors.wrapper!r}{kind}")
-    if tensors.others:
-        others = [
+    if tensors.alternatives:
+        alternatives = [
             f"{path!r}" + (f" (weights={kind} reads it)" if kind else "")
-            for path, kind in tensors.others.items()
+            for path, kind in tensors.alternatives.items()
         ]
-        notes.append(f"the file has other weights, which were not read: {', '.join(others)}")
+        notes.append(f"the file has other weights, which were not read: {', '.join(alternatives)}")
     return notes
 
 

@@ -15,7 +15,7 @@ from mvit_jax.weights.torch_pickle import shown
 
 WEIGHTS = ("plain", "ema")  # the last update's parameters, or averaged parameters
 
-# Entries that are preferred to others: of PySlowFast, of timm and most others, of DeiT, and of
+# Entries that are preferred to others: of PySlowFast, of timm and most projects, of DeiT, and of
 # distributed wrappers.
 _PREFERRED = ("model_state", "state_dict", "model", "module")
 # Words in the names of entries with averaged parameters. A student's teacher is an average only if
@@ -51,7 +51,7 @@ class Selection:
 
     state: StateDict
     dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
-    others: dict[str, str]  # paths of other state dicts, with "plain", "ema" or ""
+    alternatives: dict[str, str]  # paths of other state dicts, with "plain", "ema" or ""
 
 
 def select(
@@ -102,8 +102,8 @@ def select(
             f"out weights={weights}"
         )
     kinds = {id(state): kind for kind, state in by_kind.items()}
-    others = {other.path: kinds.get(id(other), "") for other in states if other is not state}
-    return Selection(state, tuple(_dropped(top, state)), others)
+    alternatives = {other.path: kinds.get(id(other), "") for other in states if other is not state}
+    return Selection(state, tuple(_dropped(top, state)), alternatives)
 
 
 def _mappings(top: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]:

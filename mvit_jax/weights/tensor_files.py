@@ -42,7 +42,7 @@ class Tensors:
     dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
     format: Literal["torch", "safetensors", "memory"]
     averaged: bool = False  # True for averaged parameters (EMA)
-    others: Mapping[str, str] = field(default_factory=dict)  # see `state_dicts.Selection`
+    alternatives: Mapping[str, str] = field(default_factory=dict)  # see `state_dicts.Selection`
 
 
 def read_tensors(path: str | os.PathLike[str], **selection: Any) -> Tensors:
@@ -124,7 +124,7 @@ def _selected(
     chosen = state_dicts.select(top, is_tensor, where, **selection)
     state = chosen.state
     return Tensors(
-        arrays(state.tensors), state.path, chosen.dropped, form, state.averaged, chosen.others
+        arrays(state.tensors), state.path, chosen.dropped, form, state.averaged, chosen.alternatives
     )
 
 

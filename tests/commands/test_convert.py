@@ -215,6 +215,9 @@ def test_the_averaged_weights_of_a_run_are_exported(digits, tmp_path):
     made = read_tensors(tmp_path / "out.pyth").tensors
     # Exports have the averaged weights, as tests do.
     np.testing.assert_array_equal(made["norm.weight"], 2 * params["norm"]["scale"])
+    run(tmp_path / "run", "--to=slowfast", "--weights=plain", f"--out={tmp_path / 'plain.pyth'}")
+    made = read_tensors(tmp_path / "plain.pyth").tensors
+    np.testing.assert_array_equal(made["norm.weight"], params["norm"]["scale"])
     with pytest.raises(UserError, match=r"no checkpoint in .*best"):
         run(tmp_path / "run", "--to=slowfast", "--which=best", f"--out={tmp_path / 'b.pyth'}")
 

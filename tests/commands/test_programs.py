@@ -15,6 +15,7 @@ from PIL import Image
 from mvit_jax import train
 from mvit_jax.analysis import run_data
 from mvit_jax.common.errors import UserError
+from mvit_jax.data import pipeline
 from mvit_jax.models.functional import Functional
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import history, workdir
@@ -166,6 +167,31 @@ def test_the_best_checkpoint_has_separate_files_and_runs_are_compared(run, tmp_p
     assert Page(page.read_text()).ids["runs"].count("–") == 6  # and no test with shuffled frames
     status, output = commands.run("evaluate", "--compare", str(run), str(tmp_path))
     assert status == 1 and f"{tmp_path} holds no run" in output and output.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_plain_weights_of_a_run_are_tested_beside_the_averaged_ones(run):
+    """Their results have files of their own, and scores of the plain parameters."""
+    status, output = evaluate(run, "--weights=plain", "--clips=1")
+    assert status == 0, output
+    assert "last, step 9, plain weights" in output
+    result = json.loads((run / "evaluation_plain.json").read_text())
+    assert result["plain_weights"] is True and result["step"] == 9
+    config = workdir.recorded_config(run)
+    videos = build.videos(config, "test")
+    config.eval.clips = 1
+    params, model = run_folder.read_params(run, weights="plain")
+    settings = build.settings(config, 8)
+    scores = np.load(run / "scores_plain.npz")["probabilities"]
+    for index in range(3):
+        with videos.opened(index, 4) as video:
+            views = pipeline.views(video, settings.clips, clips=1, crops=1)
+        clip = ((views / 255 - 0.45) / 0.225).astype(np.float32)
+        logits = jax.jit(model.apply)(params, clip)[0]
+        np.testing.assert_allclose(scores[index], jax.nn.softmax(logits)[0], atol=1e-5)
+    assert "last, step 9, plain weights" in Page((run / "report.html").read_text()).text
+    for path in run.glob("*_plain.*"):
+        path.unlink()
 
 
 @pytest.mark.slow

@@ -115,6 +115,20 @@ def test_three_crops_are_averaged_in_windows(run, predictor, long_video):
     np.testing.assert_allclose(line.probabilities[0], expected, atol=1e-6)
 
 
+def test_plain_weights_predict_as_their_own_parameters(run, predictor, long_video):
+    """The run's averaged weights are 1.5 times the plain ones."""
+    plain = small.predictor_of(run, weights="plain").predict(long_video)
+    params, model = run_folder.read_params(run, weights="plain")
+    averaged, _ = run_folder.read_params(run, weights="ema")
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(averaged), strict=True):
+        np.testing.assert_allclose(1.5 * one, other, rtol=1e-6)
+    logits, _ = jax.jit(model.apply)(params, normalised(plain.shown[0][None]))
+    expected = np.asarray(jax.nn.softmax(logits))[0]
+    np.testing.assert_allclose(plain.timeline.probabilities[0], expected, atol=1e-6)
+    difference = plain.probabilities - predictor.predict(long_video).probabilities
+    assert np.abs(difference).max() > 1e-3
+
+
 @pytest.mark.slow
 def test_maps_are_rollout_and_grad_cam_of_the_shown_clips(run, predictor, prediction):
     assert predictor._fine_block == 0  # the finest grid is 4 x 4

@@ -24,6 +24,7 @@ from mvit_jax.training.evaluation import Ensemble
 from mvit_jax.training.run import nan_policy, workdir
 from mvit_jax.training.run_folder import RunFolder
 from mvit_jax.weights.adapt import INFLATIONS
+from mvit_jax.weights.state_dicts import WEIGHTS
 from tests.support import commands, tiny
 from tests.support.environment import of_process
 
@@ -39,6 +40,7 @@ def test_choices_are_those_of_the_code():
         "ops": OPS,
         "on_nan": nan_policy.POLICIES,
         "init.inflate": INFLATIONS,
+        "init.weights": WEIGHTS,
         "data.source": SOURCES,
         "data.sampling": get_args(Sampling),
         "data.interpolation": get_args(Interpolation),
@@ -102,6 +104,36 @@ def test_a_run_older_than_a_key_has_its_default(tmp_path):
     c.eval.ensemble = "max"
     with pytest.raises(UserError, match=r"eval\.ensemble was 'mean' and is now 'max'"):
         workdir.record_config(c, tmp_path)
+
+
+def test_a_run_older_than_the_ema_warm_up_keeps_its_constant_decay(tmp_path):
+    old = json.loads(config.base().to_json())
+    del old["optim"]["ema_warmup"]
+    older, other, new = (tmp_path / name for name in ("older", "other", "new"))
+    for folder in (older, other):
+        folder.mkdir()
+    (older / "config.json").write_text(json.dumps(old))
+    now = config.load("moving_digits")
+    workdir.record_config(now, other)
+    assert now.optim.ema_warmup and workdir.recorded_config(other).optim.ema_warmup
+    assert not workdir.recorded_config(older).optim.ema_warmup
+    for folders, warmup in (
+        ([older, None], False), ([str(older)], False), ([other, older], True),
+        ([new, older], False), ([new, None], True),
+    ):  # fmt: skip
+        resumed = workdir.with_recorded_behaviour(now, *folders)
+        assert resumed.optim.ema_warmup == warmup and now.optim.ema_warmup
+        assert (resumed is now) == warmup
+    started = config.load("moving_digits")
+    (older / "config.json").unlink()
+    started.optim.ema_warmup = False
+    workdir.record_config(started, older)
+    values = json.loads((older / "config.json").read_text())
+    del values["optim"]["ema_warmup"]
+    (older / "config.json").write_text(json.dumps(values))
+    workdir.record_config(
+        workdir.with_recorded_behaviour(now, older), older
+    )  # the same command resumes
 
 
 def test_a_run_older_than_a_renamed_key_resumes(tmp_path):

@@ -162,6 +162,7 @@ def test_a_recipe_has_the_papers_values(name):
     assert (c.augment.mixup, c.augment.cutmix) == ((0.8, 1.0) if mix else (0, 0))
     assert c.optim.name == ("sgd" if name.startswith(("ssv2", "charades")) else "adamw")
     assert (c.optim.momentum, c.optim.b1, c.optim.b2, c.optim.ema) == (0.9, 0.9, 0.999, 0)
+    assert not c.optim.ema_warmup
     model = build.model_config(c, c.data.classes)
     assert (f"{model.frames}x{c.data.stride}", model.size) == (sampling, size)
     assert model.drop_path == drop_path

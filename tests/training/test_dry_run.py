@@ -112,6 +112,24 @@ def test_existing_lists_of_videos_are_counted(digits):
         dry_run.describe(tiny.config("no/such"), 8)
 
 
+def test_the_plan_warns_of_averages_that_keep_their_start(digits):
+    """0.9999 ^ 9 = 0.9991 of 9 steps; 0.9999 ^ 187,840 is nothing."""
+
+    def plan(**changes):
+        changes = {f"optim.{key}": value for key, value in changes.items()}
+        return dry_run.describe(tiny.config(digits, epochs=3.0, **changes), 8)
+
+    text = plan(ema=0.9999, ema_warmup=False)
+    assert row(text, "Optimiser", "EMA")[1].startswith("decay 0.9999; the averaged parameters")
+    assert "after 9 steps, 99.9 % of the averaged weights are still the initial ones" in text
+    text = plan(ema=0.9999)  # the config file has the warm-up on
+    assert row(text, "Optimiser", "EMA")[1].startswith("decay 0.9999, after a warm-up from 0;")
+    assert "initial ones" not in text and "initial ones" not in plan(ema=0.5, ema_warmup=False)
+    text = described("kinetics", "mvit_b_16x4", **{"optim.ema": 0.9999})
+    assert row(text, "Optimiser", "EMA")[1].startswith("decay 0.9999; the averaged parameters")
+    assert "initial ones" not in text
+
+
 def test_charades_is_scored_by_mean_average_precision():
     text = described("charades", "mvit_b_16x4")
     assert row(text, "Tests", "scores")[1] == "sigmoids, maximum over the views"

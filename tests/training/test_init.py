@@ -173,6 +173,24 @@ def test_equal_or_unknown_classes_keep_the_classifier(trained, names, note, digi
     assert "new" not in words and note in words and ("not compared" in words) == bool(note)
 
 
+def test_init_weights_chooses_plain_or_averaged_weights(digits, tmp_path):
+    averaged = make_run(tmp_path / "ema", settings(digits, **{"optim.ema": 0.5}), digits, 0)
+    plain = make_run(tmp_path / "none", settings(digits), digits, 0)  # half of the averaged ones
+    folder = {"init.checkpoint": str(tmp_path / "ema")}
+    for chosen, expected, word in (
+        (None, averaged, "averaged weights from"), ("ema", averaged, "averaged weights from"),
+        ("plain", plain, "plain weights from"),
+    ):  # fmt: skip
+        ours, words = initial(settings(digits, **folder, **{"init.weights": chosen}))
+        assert_same_except(ours, expected)
+        assert words.startswith(word)
+    folder = {"init.checkpoint": str(tmp_path / "none")}
+    _, words = initial(settings(digits, **folder, **{"init.weights": "plain"}))
+    assert words.startswith("weights from")
+    with pytest.raises(UserError, match="has no averaged weights: leave out weights=ema"):
+        initial(settings(digits, **folder, **{"init.weights": "ema"}))
+
+
 def test_a_run_resumes_only_on_the_classes_of_its_classifier(digits, tmp_path):
     with_names(tmp_path, digits)
     config = settings(digits, resume=str(tmp_path))

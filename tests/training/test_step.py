@@ -121,6 +121,50 @@ def test_ema_is_the_exponential_moving_average_of_parameters():
     assert distance(after_two.ema, after_two.params) > 1e-4
 
 
+def timm_decay(updates, decay):
+    """Returns the decay of timm's `ModelEmaV3(use_warmup=True)` after a number of updates."""
+    step = max(0, updates - 1)
+    return 0.0 if step == 0 else min(decay, 1 - (1 + step / 1.0) ** -(2 / 3))
+
+
+def test_the_ema_warm_up_is_timms():
+    values = [1 - float(optimizer.ema_step_size(step, 0.9999, True)) for step in range(4)]
+    # 1 - 1 / n^(2/3), computed by hand for n = 1, 2, 3, 4.
+    assert values == pytest.approx([0, 0.370039, 0.519250, 0.603150], abs=1e-6)
+    for step in (0, 1, 74, 31_622, 10**6, 10**7):
+        size = float(optimizer.ema_step_size(jnp.int32(step), 0.9999, True))
+        assert size == pytest.approx(1 - timm_decay(step + 1, 0.9999), rel=1e-5)
+        assert optimizer.ema_step_size(step, 0.9999, False) == 1 - 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.45, 0.9999])
+def test_averages_with_a_warm_up_equal_a_naive_loop(decay):
+    run, state = make(ema=decay, ema_warmup=True, lr=1e-2)
+    average = flat(state.params)
+    for updates in range(1, 6):
+        state, _ = run(state, batch(updates))
+        share = timm_decay(updates, decay)
+        average = share * average + (1 - share) * flat(state.params)
+        np.testing.assert_allclose(flat(state.ema), average, atol=1e-6)
+        if updates == 1:
+            assert distance(state.ema, state.params) == 0
+    assert distance(state.ema, state.params) > 1e-3
+
+
+def flat(params):
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(params)])
+
+
+def test_the_share_of_the_initial_weights_equals_a_naive_loop():
+    for steps, decay, warmup in ((60, 0.9999, False), (9, 0.5, False), (3, 0.9999, True)):
+        share = 1.0
+        for step in range(steps):
+            share *= 1 - float(optimizer.ema_step_size(step, decay, warmup))
+        assert optimizer.ema_initial_share(steps, decay, warmup) == pytest.approx(share, abs=1e-6)
+    assert optimizer.ema_initial_share(60, 0.9999, False) == pytest.approx(0.994, abs=1e-3)
+
+
 @pytest.mark.slow
 def test_randomness_depends_on_seed_and_step_alone():
     config = variant("mvit_b_16x4", num_classes=4, drop_path=0.5, dropout=0.5, **MODEL)

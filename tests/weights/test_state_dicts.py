@@ -45,7 +45,7 @@ def test_a_state_dict_is_found_under_any_name(keys):
     for key in reversed(keys):
         container = {"epoch": 3, "optimizer": OPTIMISER, key: container, "args": {"lr": 0.1}}
     value, read = value_of(container)
-    assert (value, read.wrapper, read.others, read.averaged) == (2, ".".join(keys), {}, False)
+    assert (value, read.wrapper, read.alternatives, read.averaged) == (2, ".".join(keys), {}, False)
     assert {"epoch", "optimizer", "args"} <= set(read.dropped)
 
 
@@ -57,7 +57,7 @@ def test_an_optimisers_tensors_are_no_weights():
         "net": weights(2.0),
     }
     value, read = value_of(container)
-    assert (value, read.wrapper, read.others) == (2, "net", {})
+    assert (value, read.wrapper, read.alternatives) == (2, "net", {})
     assert value_of({"metrics": {"loss": np.ones(())}, "net": weights(2.0)})[0] == 2
 
 
@@ -85,7 +85,7 @@ def test_averaged_weights_are_taken_unless_plain_ones_are_chosen(plain, averaged
         ("plain", 1, plain, averaged, "ema"),
     ):
         value, read = value_of(container, weights=chosen)
-        assert (value, read.wrapper, read.others) == (expected, path, {other: kind})
+        assert (value, read.wrapper, read.alternatives) == (expected, path, {other: kind})
         assert read.averaged == (expected == 2)
 
 
@@ -105,7 +105,7 @@ def test_a_prefix_of_names_separates_averaged_weights_too(tmp_path):
 def test_a_teacher_of_another_architecture_is_no_average():
     teacher = weights(2.0) | {"fc.weight": np.ones((7, 9)), "fc.bias": np.ones(7)}
     value, read = value_of({"teacher": teacher, "student": weights(1.0)})
-    assert (value, read.wrapper, read.others) == (1, "student", {"teacher": ""})
+    assert (value, read.wrapper, read.alternatives) == (1, "student", {"teacher": ""})
 
 
 @pytest.mark.parametrize(

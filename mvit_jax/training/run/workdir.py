@@ -37,7 +37,7 @@ from mvit_jax.common.files import (
     to_path,
     write_atomically,
 )
-from mvit_jax.config import Config, base, with_new_names
+from mvit_jax.config import Config, base, change, with_new_names
 
 LOCK_SECONDS = 60
 _VALIDATED = "validated.txt"
@@ -49,6 +49,10 @@ MAY_CHANGE = (
     "data.train_videos", "data.classes", "published",
     "mesh.", "remat", "checkpoint.", "log_every", "eval.batch", "on_nan",
 )  # fmt: skip
+
+# Keys whose default is the behaviour before the key existed, while experiments in configs/ have
+# another value: a run that does not record such a key keeps the default.
+_OLD_BEHAVIOUR = ("optim.ema_warmup",)
 
 # Orbax writes this file last into a checkpoint in a bucket, which has no atomic rename.
 _COMPLETE = "commit_success.txt"
@@ -89,6 +93,31 @@ def record_config(config: ConfigDict, workdir: str | AnyPath) -> None:
             f"{workdir} holds a run with another config ({'; '.join(differing)}): start with the "
             "same values to resume this run, or choose another --workdir"
         )
+
+
+def with_recorded_behaviour(config: Config, *folders: str | AnyPath | None) -> Config:
+    """Returns the config of a run that resumes, with old behaviour where its folder records no key.
+
+    Args:
+      config: the config of this start.
+      folders: the workdir, and the workdir of another run that it resumes from (`config.resume`).
+        The first that has a config counts.
+    """
+    paths = [to_path(folder) / "config.json" for folder in folders if folder is not None]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return config
+    recorded = _flat(with_new_names(read(path)))
+    now, defaults = (_flat(json.loads(c.to_json())) for c in (config, base()))
+    old = {
+        key: defaults[key]
+        for key in _OLD_BEHAVIOUR
+        if key not in recorded and now[key] != defaults[key]
+    }
+    if old:
+        config = config.copy_and_resolve_references()
+        change(config, old)
+    return config
 
 
 def prepare(
