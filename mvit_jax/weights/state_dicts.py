@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.weights.torch_pickle import shown
+from mvit_jax.weights.torch_pickle import printable
 
 WEIGHTS = ("plain", "ema")  # the last update's parameters, or averaged parameters
 
@@ -79,7 +79,7 @@ def select(
     if weights not in (None, *WEIGHTS):
         raise UserError(f"weights must be plain or ema, not {weights!r}")
     if not isinstance(top, Mapping):
-        raise UserError(f"{where} holds a {shown(type(top).__name__)}: save a state_dict()")
+        raise UserError(f"{where} holds a {printable(type(top).__name__)}: save a state_dict()")
     states = list(_search(top, is_tensor))
     if not states:
         raise UserError(_explain_missing(top, is_tensor, where))
@@ -98,7 +98,7 @@ def select(
         other = next(state for state in by_kind.values() if state is not None)
         kind = "averaged" if weights == "ema" else "plain"
         raise UserError(
-            f"{where} has no {kind} weights, only {shown(other.path or 'one state dict')}: leave "
+            f"{where} has no {kind} weights, only {printable(other.path or 'one state dict')}: leave "
             f"out weights={weights}"
         )
     kinds = {id(state): kind for kind, state in by_kind.items()}
@@ -109,7 +109,8 @@ def select(
 def _mappings(top: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Returns a mapping and those nested in it, by their keys; outer ones come first."""
     # A pickle can nest a mapping in itself, or in many others.
-    nested, visited = [((), top)], {id(top)}
+    nested: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), top)]
+    visited = {id(top)}
     for keys, mapping in nested:  # grows
         for name, inner in mapping.items() if len(keys) < _DEPTH else ():
             if not isinstance(inner, Mapping) or id(inner) in visited:
@@ -177,7 +178,7 @@ def _explain_missing(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool], w
     mappings = [mapping for _, mapping in _mappings(top)]
     here = max(mappings, key=lambda mapping: sum(map(is_tensor, mapping.values())))
     wrong = [key for key, value in here.items() if not (isinstance(key, str) and is_tensor(value))]
-    listed = ", ".join(shown(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
+    listed = ", ".join(printable(repr(key)) for key in (wrong[:8])) + ", ..." * (len(wrong) > 8)
     if not any(map(is_tensor, here.values())):
         content = f"holds only {listed}" if listed else "is empty"
         return f"{where} has no state dict, it {content}: save a state_dict()"
