@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mvit_jax.models.pooling import MaxPool as MaxPool
     from mvit_jax.models.variants import VARIANTS as VARIANTS
     from mvit_jax.models.variants import variant as variant
+    from mvit_jax.training.run_folder import TrainedModel as TrainedModel
+    from mvit_jax.training.run_folder import load_run as load_run
     from mvit_jax.weights.export import save_torch as save_torch
     from mvit_jax.weights.load import load_torch as load_torch
     from mvit_jax.weights.stablehlo import save_stablehlo as save_stablehlo
@@ -44,6 +46,8 @@ _HOME = {
     "MViTConfig": "mvit_jax.models.plan",
     "plan": "mvit_jax.models.plan",
     "Inference": "mvit_jax.models.inference",
+    "load_run": "mvit_jax.training.run_folder",
+    "TrainedModel": "mvit_jax.training.run_folder",
     "load_torch": "mvit_jax.weights.load",
     "save_torch": "mvit_jax.weights.export",
     "save_stablehlo": "mvit_jax.weights.stablehlo",

@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
 def import_checkpoint(
     source: str,
     variant: str,
-    out: Path,
+    out: str | Path,
     labels: tuple[str, ...] | None,
     inflate,
     weights: str | None = None,
@@ -145,6 +145,7 @@ def import_checkpoint(
             f"--labels names {len(labels)} classes, but the model has "
             f"{loaded.config.num_classes}: give the list of its classes"
         )
+    out = Path(out)
     workdir.make(out.parent)
     needed = sum(values.nbytes for values in jax.tree.leaves(loaded.params))
     free = shutil.disk_usage(out.parent).free
@@ -189,7 +190,7 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
 
 
 def export_checkpoint(
-    folder: AnyPath, out: Path, to: str, which: str, weights: str | None = None
+    folder: str | AnyPath, out: Path, to: str, which: str, weights: str | None = None
 ) -> None:
     """Exports the weights of a run or a converted folder to another project's format."""
     with RunFolder(folder, weights=weights) as run:
@@ -206,7 +207,7 @@ def export_checkpoint(
 
 
 def export_program(
-    folder: AnyPath,
+    folder: str | AnyPath,
     out: Path,
     which: str,
     batch: int | None,
@@ -228,8 +229,8 @@ def export_program(
     )
 
 
-def _origin(folder: AnyPath) -> Origin | None:
-    path = folder / ORIGIN
+def _origin(folder: str | AnyPath) -> Origin | None:
+    path = to_path(folder) / ORIGIN
     if not path.exists():
         return None
     fields = workdir.read(path)

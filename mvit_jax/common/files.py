@@ -38,11 +38,11 @@ def to_path(path: str | os.PathLike[str]) -> AnyPath:
     Raises:
       UserError: `path` is another kind of address, or its bucket cannot be reached or used.
     """
-    if isinstance(path, PurePath) and not isinstance(path, Path):
-        return path  # pyright: ignore[reportReturnType]  # an earlier result of this function
     text = os.fspath(path)
     if not _ADDRESS.match(text):
-        return expanded(path)
+        return expanded(text)
+    if isinstance(path, PurePath) and not isinstance(path, Path):
+        return path  # pyright: ignore[reportReturnType]  # an earlier result of this function
     bucket = text.removeprefix("gs://").partition("/")[0]
     if not text.startswith("gs://") or not bucket:
         raise UserError(

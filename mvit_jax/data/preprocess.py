@@ -65,6 +65,8 @@ class Preprocess:
             size=expected.size,
             short_side=expected.short_side,
             interpolation=expected.interpolation,
+            sampling=expected.sampling,
+            whole=expected.whole_image,
         )
         if isinstance(source, str | os.PathLike):
             footage = opened(source, expected.frames)

@@ -205,6 +205,8 @@ class Preprocessing:
     mean: tuple[float, float, float]  # mean of red, green and blue in [0, 1]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]  # bicubic is antialiased, as in PIL
+    sampling: Literal["span", "segments", "stride"] = "span"  # of frames, see `data.sampling`
+    whole_image: bool = False  # scales the whole frame to the square, without a crop
 
 
 def preprocessing(name: str, /, **overrides: Any) -> Preprocessing:

@@ -12,18 +12,16 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from mvit_jax.analysis import attention_maps, token_geometry
-from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath, expanded
+from mvit_jax.common.files import AnyPath
 from mvit_jax.config import Config
 from mvit_jax.data import pipeline
-from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.data.images import Footage, Frames
 from mvit_jax.data.video import Video, opened
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
 from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.run_folder import RunFolder
+from mvit_jax.training.run_folder import RunFolder, class_names
 
 AT_A_TIME = 8  # windows per batch
 SHOWN = 8  # windows of a long video whose frames are returned for figures
@@ -73,7 +71,7 @@ class Predictor:
 
     def __init__(
         self,
-        folder: AnyPath,
+        folder: str | AnyPath,
         *,
         which: str = "last",
         weights: str | None = None,
@@ -241,24 +239,3 @@ class Predictor:
 def _seconds(video: Footage, indices: np.ndarray) -> np.ndarray:
     """Returns the presentation times of frames."""
     return video.seconds[indices] if isinstance(video, Video) else indices / video.fps
-
-
-def class_names(config: Config, folder: AnyPath, count: int) -> tuple[str, ...]:
-    """Returns the class names from labels.txt, or "class 0" and so on if there is no such file.
-
-    The model's folder is searched before the data folder.
-
-    Raises:
-      UserError: the file does not have `count` names.
-    """
-    folders = [folder] if config.data.folder is None else [folder, expanded(config.data.folder)]
-    for file in (parent / "labels.txt" for parent in folders):
-        if file.is_file():
-            names = read_class_names(file)
-            if len(names) != count:
-                raise UserError(
-                    f"{file} names {len(names)} classes, and the model has {count}: put the list "
-                    f"that it was trained with at {folder / 'labels.txt'}"
-                )
-            return names
-    return tuple(f"class {label}" for label in range(count))

@@ -1,22 +1,27 @@
 """Access to a workdir: its config, checkpoints, parameters and test scores."""
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import AnyPath, to_path
+from mvit_jax.common.files import AnyPath, expanded, to_path
 from mvit_jax.config import Config, change, check
 from mvit_jax.data.formats.video_list import read_class_names
+from mvit_jax.data.preprocess import Preprocess
 from mvit_jax.data.source import Source
-from mvit_jax.models.functional import Functional, first_difference
+from mvit_jax.models.functional import Functional, Params, first_difference
+from mvit_jax.models.variants import Preprocessing
 from mvit_jax.training import build, custom, evaluation
 from mvit_jax.training.build import Settings
 from mvit_jax.training.distributed import sharding
@@ -186,6 +191,105 @@ def read_params(
     """
     with RunFolder(folder, weights=weights) as run:
         return run.params(which), replace(run.settings(which).model, dtype=jnp.dtype("float32"))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A trained model with its parameters, preprocessing and class names; made by `load_run`.
+
+        run = mvit_jax.load_run("runs/moving_digits")
+        probabilities = run(run.preprocess("video.mp4", clips=5)).mean(0)
+        run.class_names[int(probabilities.argmax())]
+
+    Attributes:
+      model: the model in float32, with custom modules if the run has any:
+        `logits, features = run.model.apply(run.params, clips)`.
+      params: float32 parameters, nested as in the model.
+      preprocess: the run's test preprocessing, for files and raw frames; see `mvit_jax.preprocess`.
+      class_names: name of each class; "class 0" and so on if there is no labels.txt.
+      step: number of training steps; 0 for converted weights.
+      config: the run's config.
+    """
+
+    model: Functional
+    params: Params
+    preprocess: Preprocess
+    class_names: tuple[str, ...]
+    step: int
+    config: Config
+
+    def __call__(self, clips: Float[Any, "batch ..."]) -> Float[Array, "batch classes"]:
+        """Returns the probabilities of the classes.
+
+        Args:
+          clips: normalised clips `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
+
+        Returns:
+          Softmax of the logits; sigmoids if the run is multi-label.
+        """
+        with jax.default_matmul_precision(self.config.precision):
+            return self._probabilities(self.params, clips)
+
+    @cached_property
+    def _probabilities(self) -> Callable[[Params, Any], Array]:
+        activation = jax.nn.sigmoid if self.config.data.multi_label else jax.nn.softmax
+        return jax.jit(lambda params, clips: activation(self.model.apply(params, clips)[0]))
+
+
+def load_run(
+    folder: str | os.PathLike[str], *, which: str = "last", weights: str | None = None
+) -> TrainedModel:
+    """Loads the model of a run, or of a folder that `convert` wrote.
+
+    Args:
+      folder: the workdir, local or gs://BUCKET/DIR.
+      which: the "last" or "best" checkpoint.
+      weights: "plain", or "ema" for averaged weights; by default averaged ones if the run has any.
+
+    Raises:
+      UserError: the folder holds no run, no such checkpoint or no such weights, a custom module
+        cannot be imported, or labels.txt has a wrong number of names.
+    """
+    with RunFolder(to_path(folder), weights=weights) as run:
+        params, settings = run.params(which), run.settings(which)
+        names = class_names(run.config, run.path, run.num_classes(which))
+        step, config = run.step(which), run.config
+    clips = settings.clips
+    preprocessing = Preprocessing(
+        frames=clips.frames, stride=clips.stride, size=clips.size, short_side=clips.short_side,
+        mean=settings.step.mean, std=settings.step.std, interpolation=clips.interpolation,
+        sampling=clips.sampling, whole_image=clips.whole,
+    )  # fmt: skip
+    return TrainedModel(
+        model=replace(settings.model, dtype=jnp.dtype("float32")),
+        params=jax.tree.map(jnp.asarray, params),
+        preprocess=Preprocess(preprocessing),
+        class_names=names,
+        step=step,
+        config=config,
+    )
+
+
+def class_names(config: Config, folder: str | AnyPath, count: int) -> tuple[str, ...]:
+    """Returns the class names from labels.txt, or "class 0" and so on if there is no such file.
+
+    The model's folder is searched before the data folder.
+
+    Raises:
+      UserError: the file does not have `count` names.
+    """
+    folders = [to_path(folder)]
+    folders += [] if config.data.folder is None else [expanded(config.data.folder)]
+    for file in (parent / "labels.txt" for parent in folders):
+        if file.is_file():
+            names = read_class_names(file)
+            if len(names) != count:
+                raise UserError(
+                    f"{file} names {len(names)} classes, and the model has {count}: put the list "
+                    f"that it was trained with at {folders[0] / 'labels.txt'}"
+                )
+            return names
+    return tuple(f"class {label}" for label in range(count))
 
 
 def score(

@@ -21,8 +21,8 @@ class StepConfig:
 
     seed: int
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     multi_label: bool
     flip: float
     random_erase_prob: float

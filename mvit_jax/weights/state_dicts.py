@@ -97,10 +97,8 @@ def select(
     if state is None:
         other = next(state for state in by_kind.values() if state is not None)
         kind = "averaged" if weights == "ema" else "plain"
-        raise UserError(
-            f"{where} has no {kind} weights, only {printable(other.path or 'one state dict')}: leave "
-            f"out weights={weights}"
-        )
+        name = printable(other.path or "one state dict")
+        raise UserError(f"{where} has no {kind} weights, only {name}: leave out weights={weights}")
     kinds = {id(state): kind for kind, state in by_kind.items()}
     alternatives = {other.path: kinds.get(id(other), "") for other in states if other is not state}
     return Selection(state, tuple(_dropped(top, state)), alternatives)

@@ -1,7 +1,7 @@
 """Paths and buckets of arguments, atomic writes, and early errors for unwritable paths."""
 
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -12,9 +12,8 @@ from mvit_jax.common import files
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.making.splitting import write_lists
 from mvit_jax.data.source import open_source
-from mvit_jax.predict.predictor import class_names
 from mvit_jax.training.run import workdir
-from mvit_jax.training.run_folder import RunFolder
+from mvit_jax.training.run_folder import RunFolder, class_names
 from mvit_jax.weights.tensor_files import read_tensors, write_torch
 from tests.support import bucket
 
@@ -65,6 +64,15 @@ def test_files_are_written_and_read_in_the_home(tmp_path, monkeypatch):
     (home / "mine.py").write_text("from mvit_jax import config\nget_config = config.base\n")
     assert mvit_jax.config.load("~/mine.py").to_dict() == mvit_jax.config.base().to_dict()
     assert not list((tmp_path / "cwd").iterdir())
+
+
+@pytest.mark.parametrize("kind", [PurePosixPath, epath.Path])
+def test_paths_of_other_libraries_are_local_paths(kind):
+    """A relative one would reach Orbax, which refuses it."""
+    for name in ("runs/b", "/runs"):
+        assert isinstance(files.to_path(kind(name)), Path) and files.to_path(kind(name)) == Path(
+            name
+        )
 
 
 @pytest.mark.parametrize("name", ["s3://b/runs", "http://host/runs", "file:///runs", "gs://"])
