@@ -146,7 +146,7 @@ def test_a_size_without_a_token_is_refused_with_the_smallest_size():
             with pytest.raises(UserError, match=re.escape("x".join(map(str, smallest)))):
                 function(config, *size)
     unpadded = variant("mvit_b_16x4", **TINY, **CONFIGS["unpadded patches"])
-    with pytest.raises(UserError, match=r"a clip of 2x32x32 .* takes is 3x8x8"):
+    with pytest.raises(UserError, match=r"a clip of 2x32x32 .* at least 3x8x8"):
         patch_grid(unpadded, 2, 32, 32)
 
 

@@ -71,7 +71,7 @@ def test_other_files_are_skipped_and_counted(folder, capsys):
     assert len(read_class_folders(folder, "train", "train")) == 5
     assert capsys.readouterr().err == (
         f"note: {folder}/train holds 3 files or folders without a suffix of videos or images, "
-        f"for example {folder}/train/archery/deeper; they are ignored\n"
+        f"for example {folder}/train/archery/deeper, which are left out\n"
     )
 
 

@@ -61,7 +61,10 @@ def test_labels_are_parsed_as_quoted_numbers():
         ("a.mp4 0\n", "{0}, line 1 should be the header `original_vido_id video_id frame_id path"),
         ("\xff\xfe\x00\x01", "line 1 should be the header"),
         (frames.text(""), "{0} lists no frames"),
-        (frames.text(*(frames.row(v, 0) for v in "aba")), "line 4: the frames of a are in two pla"),
+        (
+            frames.text(*(frames.row(v, 0) for v in "aba")),
+            "line 4: the frames of a are not contiguous",
+        ),
     ],
 )
 def test_invalid_lists_end_with_a_one_sentence_error(tmp_path, content, expected):

@@ -81,7 +81,8 @@ def test_a_gif_of_one_frame_is_an_image(tmp_path):
     assert np.all(read_image(still) == GREYS[0])
     assert decode_failure(opened(moving, 4)) is None
     assert (
-        decode_failure(opened(still, 4)) == "it is an image, and the model takes clips of 4 frames"
+        decode_failure(opened(still, 4))
+        == "it is an image, but the model requires clips of 4 frames"
     )
 
 
@@ -93,7 +94,8 @@ def test_heic_is_neither_listed_nor_read_as_a_video(tmp_path):
         "there is no decoder of HEIC images: convert it to JPEG or PNG"
     )
     assert (
-        decode_failure(opened(path, 4)) == "it is an image, and the model takes clips of 4 frames"
+        decode_failure(opened(path, 4))
+        == "it is an image, but the model requires clips of 4 frames"
     )
 
 

@@ -340,7 +340,7 @@ def test_an_image_in_a_list_of_videos_is_refused_everywhere(videos, tmp_path):
     listed = read_video_list(tmp_path, "train.csv")
     assert (
         decode_failure(listed.opened(3, 8))
-        == "it is an image, and the model takes clips of 8 frames"
+        == "it is an image, but the model requires clips of 8 frames"
     )
     manifest = packing.prepare(tmp_path / "train.csv", tmp_path / "packed", shards=1, workers=1)
     [shard] = manifest.shards
