@@ -187,11 +187,11 @@ def first_difference(model: Any, other: Any) -> str | None:
     for name in sorted({*shapes, *other_shapes}):
         shape, other_shape = shapes.get(name), other_shapes.get(name)
         if other_shape is None:
-            return f"{name} is missing, and this model requires it with shape {shape}"
+            return f"{name} is missing, and is required with shape {shape}"
         if shape is None:
-            return f"{name} with shape {other_shape} does not exist in this model"
+            return f"{name} with shape {other_shape} is not expected"
         if shape != other_shape:
-            return f"{name} has shape {other_shape}, but this model requires {shape}"
+            return f"{name} has shape {other_shape}, but {shape} is required"
     return None
 
 

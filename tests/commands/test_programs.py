@@ -336,7 +336,11 @@ def change_list(data, old, new):
             {"eval.crops": 3, "eval.whole_image": True},
             "tests the whole image, without crops",
         ),
-        (lambda d: None, {"augment.crop_area": (0.5, 1.0), "augment.jitter": (40, 50)}, "two ways"),
+        (
+            lambda d: None,
+            {"augment.crop_area": (0.5, 1.0), "augment.jitter": (40, 50)},
+            "exclude each other",
+        ),
         (lambda d: None, {"augment.randaugment": "rand-m7-q3-inc1"}, "q3"),
         (lambda d: None, {"data.repeats": 3}, "data.repeats=3; set a multiple of 24"),
         (lambda d: None, {"data.sampling": "segments"}, "data.sampling=segments samples one clip"),

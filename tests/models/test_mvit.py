@@ -117,9 +117,9 @@ def test_every_block_has_a_separate_key():
     [
         (
             {"num_classes": 7},
-            r"head/classifier/bias has shape \[3\], but this model requires \[7\]",
+            r"head/classifier/bias has shape \[3\], but \[7\] is required",
         ),
-        ({"depths": (1, 1, 2)}, r"blocks/1/.* has shape .*, but this model requires "),
+        ({"depths": (1, 1, 2)}, r"blocks/1/.* has shape .*, but .* is required"),
     ],
 )
 def test_an_architecture_mismatch_error_names_the_parameter(change, message):

@@ -38,7 +38,7 @@ def test_file_kinds_are_checked_by_ending_and_first_bytes(tmp_path):
         "list.mp4": (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "not a video"),
         "concat.mkv": (b"ffconcat version 1.0\nfile a.mp4\n", "not a video"),
         "empty.mp4": (b"", "the file is empty"),
-        "a.txt": (b"text", r"takes \.mp4 .*, not \.txt"),
+        "a.txt": (b"text", r"accepts \.mp4 .*, not \.txt"),
         "none": (b"text", "not files without a suffix"),
         "a.png": (b"\x89PNG\r\n\x1a\n", r"not \.png"),
     }
@@ -56,7 +56,9 @@ def test_long_videos_and_large_frames_are_refused(tmp_path, monkeypatch):
     path = small.write_video(tmp_path / "a.mp4", small.textured(60), rate=10)
     with Video(path) as video:
         check_size(video, Limits(1, 0.1))
-        with pytest.raises(UserError, match=r"it is 0:06 long, .* up to 0.05 minutes"):
+        with pytest.raises(
+            UserError, match=r"it is too long .0:06, 60 frames.: .* up to 0.05 minutes"
+        ):
             check_size(video, Limits(1, 0.05))
         with monkeypatch.context() as patch:
             patch.setattr(Video, "fps", 1e6)  # false times

@@ -75,7 +75,7 @@ class Policy:
             if self._skips < SKIPS:
                 self._log(f"{what}: its update is skipped ({self._skips} in a row)")
                 return
-            what += f", after {SKIPS - 1} skipped updates in a row"
+            what += f", the last of {SKIPS} skipped updates in a row"
         raise _ended(what)
 
     def roll_back(self, checkpoints: Checkpoints, state: State, step: int) -> tuple[State, int]:
