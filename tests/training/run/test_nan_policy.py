@@ -156,9 +156,8 @@ def test_stop_keeps_the_last_checkpoint_and_allows_another_policy(digits, tmp_pa
 @pytest.mark.slow
 def test_too_many_skips_in_a_row_end_the_run(digits, tmp_path):
     more = {"epochs": 8.0, "on_nan": "skip"}
-    with pytest.raises(
-        NotFiniteError, match=rf"at step {2 + SKIPS}, the last of {SKIPS} skipped updates in a row"
-    ):
+    message = rf"at step {2 + SKIPS}, the last of {SKIPS} skipped updates in a row"
+    with pytest.raises(NotFiniteError, match=message):
         run(digits, tmp_path, *range(3, 24), **more)
     saved = final_state(tmp_path)
     assert all(np.isfinite(value).all() for value in saved.values())
