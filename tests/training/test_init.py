@@ -18,6 +18,7 @@ from mvit_jax.models.functional import functional
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import history, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
+from mvit_jax.training.run.metrics import Logbook
 from mvit_jax.training.state import init_state
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.tensor_files import write_torch
@@ -345,9 +346,11 @@ def test_resuming_in_another_workdir_equals_an_uninterrupted_run(
 
 
 def test_another_training_list_is_logged_on_resume(tmp_path):
-    class Log:
-        first = True
+    class Log(Logbook):
         lines: ClassVar[list[str]] = []
+
+        def __init__(self):
+            self.first = True
 
         def print(self, text):
             self.lines.append(text)
