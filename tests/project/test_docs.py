@@ -56,7 +56,7 @@ SMALL = {
 # another run where later commands read the folder.
 NIGHTLY = {
     "runs/pictures": "", "runs/sharded": "", "runs/traced": "", "runs/tuned": "",
-    "runs/vit": "runs/moving_digits",
+    "runs/averaged": "runs/mine", "runs/vit": "runs/moving_digits",
 }  # fmt: skip
 SHIM = """#!{python} -IS
 import os, shutil, subprocess, sys
