@@ -15,6 +15,7 @@ This module does not import JAX.
 
 import difflib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict, config_dict
 
 from mvit_jax.common.errors import UserError, renamed_keys
 from mvit_jax.common.files import expanded
-from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.plan import MViTConfig, check_field
 
 Config = Any  # a ConfigDict: no type checker knows its keys
 
@@ -38,9 +39,10 @@ RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 class Key:
     """A key of the config: its default and valid values.
 
-    `low` and `high` are inclusive bounds, `above` is an exclusive lower bound. A key whose default
-    is None, or that is `optional`, can be None. `kind` is the type of the values; it must be set if
-    the default has another type, such as None.
+    `low` and `high` are inclusive bounds, `above` and `below` are exclusive bounds. They bound each
+    of the `length` numbers of a tuple, which have the type `item`. A key whose default is None, or
+    that is `optional`, can be None. `kind` is the type of the values; it must be set if the default
+    has another type, such as None. A `required` text is not empty.
     """
 
     default: Any
@@ -50,8 +52,12 @@ class Key:
     low: int | float | None = None
     high: int | float | None = None
     above: int | float | None = None
+    below: int | float | None = None
+    length: int | None = None
+    item: type = float
     choices: tuple[Any, ...] = ()
     optional: bool = False
+    required: bool = False
     kind: Any = None
 
     def __post_init__(self) -> None:
@@ -66,19 +72,39 @@ class Key:
         """Range or choices in words; empty if every value of the type is valid."""
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
-        if self.above is not None:
-            return f"above {self.above}"
-        if self.high is not None:
+        if self.low is not None and self.high is not None:
             return f"from {self.low} to {self.high}"
-        return "" if self.low is None else f"at least {self.low}"
+        words = {"above": self.above, "at least": self.low, "below": self.below,
+                 "at most": self.high}  # fmt: skip
+        return " and ".join(f"{word} {x}" for word, x in words.items() if x is not None)
 
-    def allows(self, value: Any) -> bool:
-        """Returns True if a value other than None is in the range or among the choices."""
+    def problem(self, value: Any) -> str:
+        """Returns what a value other than None must be, like "a number"; empty if it is valid."""
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(self.kind, self.kind)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind in (int, float)):
+            return _WORDS[self.kind]
         if self.choices:
-            return value in self.choices
-        if self.above is not None:
-            return value > self.above
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+            return "" if value in self.choices else self.limits
+        if self.length is not None:
+            if self.can_be_none and len(value) == 0:  # () is a way to write None
+                return ""
+            number = Key(None, kind=self.item, low=self.low, high=self.high, above=self.above)
+            if len(value) == self.length and not any(number.problem(x) for x in value):
+                return ""
+            return f"{self.length} {_WORDS[self.item].removeprefix('a ')}s, each {self.limits}"
+        if self.kind in (int, float):
+            if isinstance(value, float) and not math.isfinite(value):
+                return "a finite number"
+            return "" if self._in_range(value) else self.limits
+        return "a text that is not empty" if self.required and not value else ""
+
+    def _in_range(self, value: int | float) -> bool:
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
 
 
 def _model_key(annotation: Any) -> Key:
@@ -129,7 +155,8 @@ KEYS: dict[str, Key] = {
     "init.needed": Key(None, "description of the weights that the recipe must start from",
                        kind=str),
 
-    "model.variant": Key("mvit_b_16x4", "variant by name, see `python -m mvit_jax.describe --all`"),
+    "model.variant": Key("mvit_b_16x4", "variant by name, see `python -m mvit_jax.describe --all`",
+                         required=True),
     **{f"model.{field.name}": _model_key(field.type) for field in fields(MViTConfig)
        if field.name != "num_classes"},  # the data determine num_classes
     "model.block": Key(None, "custom block, MODULE:CLASS (docs/variants.md)", kind=str),
@@ -152,9 +179,10 @@ KEYS: dict[str, Key] = {
                              low=1, kind=int),
     "data.classes": Key(None, "number of classes, for plans made without the data",
                         low=1, kind=int),
-    "data.train_list": Key("train.csv", 'training list, with lines "path label"'),
-    "data.val_list": Key("val.csv", 'list for validation during training; "" for none'),
-    "data.test_list": Key("test.csv", "list for `evaluate`"),
+    "data.train_list": Key("train.csv", 'training list, with lines "path label"', required=True),
+    "data.val_list": Key("val.csv", "list for validation during training; None for none",
+                         optional=True),
+    "data.test_list": Key("test.csv", "list for `evaluate`; None for none", optional=True),
     "data.sampling": Key("span", "sampling of a clip's frames. span: evenly over frames * stride "
                          "/ 30 seconds (Kinetics); segments: one from each of as many equal parts "
                          "(SSv2); stride: each stride-th (Charades)",
@@ -170,8 +198,9 @@ KEYS: dict[str, Key] = {
     "data.interpolation": Key("bilinear", "interpolation when resizing; bicubic is antialiased, as "
                               "for ImageNet", choices=("bilinear", "bicubic")),
     "data.mean": Key((0.45, 0.45, 0.45), "mean of red, green, blue in [0, 1]; clips are "
-                     "(value - mean) / std"),
-    "data.std": Key((0.225, 0.225, 0.225), "standard deviation of red, green, blue in [0, 1]"),
+                     "(value - mean) / std", length=3, low=0, high=1),
+    "data.std": Key((0.225, 0.225, 0.225), "standard deviation of red, green, blue in [0, 1]",
+                    length=3, above=0, high=1),
     "data.threads": Key(4, "decoding threads per host; 0 decodes in the main thread", low=0),
     "data.processes": Key(0, "decoding processes per host, each with data.threads threads; 0 "
                           "for none", low=0),
@@ -188,10 +217,11 @@ KEYS: dict[str, Key] = {
     "augment.randaugment": Key("", 'policy in the notation of timm, like '
                                'rand-m7-n4-mstd0.5-inc1; "" for none'),
     "augment.crop_area": Key((0.08, 1.0), "lowest and highest share of the frame's area in a "
-                             "random resized crop; None: no random crop", optional=True),
+                             "random resized crop; None: no random crop", length=2, above=0, high=1,
+                             optional=True),
     "augment.jitter": Key(None, "lowest and highest short side before a random square crop (its "
                           "inverse is uniform); instead of crop_area",
-                          unit="pixels", kind=tuple),
+                          unit="pixels", length=2, item=int, low=1, kind=tuple),
     "augment.flip": Key(0.5, "probability of a left-right flip", low=0, high=1),
     "augment.random_erase_prob": Key(0.0, "probability of random erasing",
                                      low=0, high=1),
@@ -218,18 +248,18 @@ KEYS: dict[str, Key] = {
                               low=0),
     "optim.layer_decay": Key(1.0, "layer decay: factor of the learning rate from each block to the "
                              "previous one; 1 for none", low=0, high=1),
-    "optim.b1": Key(0.9, "decay of AdamW's mean of gradients", low=0, high=1),
-    "optim.b2": Key(0.999, "decay of AdamW's mean of squared gradients", low=0, high=1),
-    "optim.momentum": Key(0.9, "momentum of SGD", low=0, high=1),
+    "optim.b1": Key(0.9, "decay of AdamW's mean of gradients", low=0, below=1),
+    "optim.b2": Key(0.999, "decay of AdamW's mean of squared gradients", low=0, below=1),
+    "optim.momentum": Key(0.9, "momentum of SGD", low=0, below=1),
     "optim.clip_norm": Key(1.0, "gradient clipping by global norm; 0 for none", low=0),
     "optim.ema": Key(0.0, "decay of averaged weights (EMA), which are then tested; 0 for none",
-                     low=0, high=1),
+                     low=0, below=1),
     "optim.ema_warmup": Key(False, "warm-up of that decay, to at most 1 - (1 + step)^(-2/3) as in "
                             "timm: averages of short runs then forget the initial weights"),
 
     "mesh.data": Key(-1, "size of the mesh axis along which weights are replicated; -1 for all "
-                     "remaining devices"),
-    "mesh.fsdp": Key(1, "size of the mesh axis along which weights are sharded"),
+                     "remaining devices", low=-1),
+    "mesh.fsdp": Key(1, "size of the mesh axis along which weights are sharded", low=1),
 
     "checkpoint.every": Key(500, "interval of checkpoints", unit="steps", low=1),
     "checkpoint.keep": Key(2, "last checkpoints to keep, besides the best one", low=1),
@@ -274,13 +304,36 @@ _WORDS = {
 }  # fmt: skip
 
 
+class _Section(ConfigDict):
+    """A section of the config; an assignment of a wrong type names the key and its type."""
+
+    _prefix = ""
+
+    def __setitem__(self, field: str, value: Any) -> None:
+        section = field in self and isinstance(self[field], ConfigDict)
+        if section and not isinstance(value, dict | ConfigDict):
+            raise UserError(f"{field}={value!r}: it is a section; set its keys, like {field}.KEY")
+        try:
+            super().__setitem__(field, value)
+        except TypeError:
+            name = f"{self._prefix}{field}"
+            if name not in KEYS:
+                raise
+            raise UserError(f"{name}={value!r}: {_wrong_type(name)}") from None
+
+
+def _wrong_type(name: str) -> str:
+    return f"it must be {_WORDS[KEYS[name].kind]}"
+
+
 def base() -> Config:
     """Returns a locked config of all keys with their defaults."""
-    config: Any = ConfigDict()
+    config: Any = _Section()
     for name, key in KEYS.items():
         section, _, field = name.rpartition(".")
         if section and section not in config:
-            config[section] = ConfigDict()
+            config[section] = _Section()
+            object.__setattr__(config[section], "_prefix", f"{section}.")
         holder = config[section] if section else config
         if key.can_be_none:
             holder[field] = config_dict.placeholder(key.kind)
@@ -314,7 +367,8 @@ def change(config: Config, changes: Mapping[str, Any]) -> None:
         try:
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError) as error:
-            reason = f"there is no such key{nearest(key)}" if isinstance(error, KeyError) else error
+            unknown = isinstance(error, KeyError) or key not in KEYS
+            reason = f"there is no such key{nearest(key)}" if unknown else _wrong_type(key)
             raise UserError(f"{key}={value!r}: {reason}") from None
 
 
@@ -335,16 +389,18 @@ def check(config: Config) -> None:
     for name, key in KEYS.items():
         _check_key(name, key, value(config, name))
     area, jitter = config.augment.crop_area, config.augment.jitter
-    if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
+    if area and area[0] > area[1]:
         raise UserError(f"augment.crop_area must be two shares, 0 < low <= high <= 1, not {area}")
-    if jitter is not None and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
+    if jitter and jitter[0] > jitter[1]:
         raise UserError(
             f"augment.jitter must be two short sides, 0 < low <= high pixels, not {jitter}"
         )
-    if area is not None and jitter is not None:
+    if area and jitter:
         raise UserError(
             "augment.crop_area and augment.jitter exclude each other: set one of them to None"
         )
+    if config.mesh.data == 0:
+        raise UserError("mesh.data must be -1, for all other devices, or at least 1, not 0")
     if config.eval.whole_image and config.eval.crops != 1:
         raise UserError("eval.whole_image tests the whole image, without crops: set eval.crops=1")
     if config.data.sampling == "segments" and config.eval.clips != 1:
@@ -361,12 +417,11 @@ def _check_key(name: str, key: Key, value: Any) -> None:
         if not key.can_be_none:
             raise UserError(f"{name} cannot be None: its default is {key.default!r}")
         return
-    kinds = {float: (int, float), tuple: (tuple, list)}.get(key.kind, key.kind)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and key.kind in (int, float)):
-        raise UserError(f"{name} must be {_WORDS[key.kind]}, not {value!r}")
-    if not key.allows(value):
-        shown = repr(value) if key.choices else value
-        raise UserError(f"{name} must be {key.limits}, not {shown}")
+    if problem := key.problem(value):
+        raise UserError(f"{name} must be {problem}, not {value!r}")
+    section, _, field = name.rpartition(".")
+    if section == "model" and field in MViTConfig.__dataclass_fields__:
+        check_field(field, tuple(value) if isinstance(value, list) else value, name)
 
 
 def check_start(config: Config) -> None:
@@ -381,8 +436,7 @@ def check_start(config: Config) -> None:
 
 def missing_weights(config: Config) -> bool:
     """Returns True if the recipe requires initial weights and the config names none."""
-    has_weights = config.init.checkpoint is not None or config.resume is not None
-    return bool(config.init.needed) and not has_weights
+    return bool(config.init.needed) and not (config.init.checkpoint or config.resume)
 
 
 def find(path: str) -> Path:
@@ -433,20 +487,25 @@ def define_flag() -> Any:
     class OrNone(flags.ArgumentParser):
         """A parser that returns None for the word None, and calls `parse` for all other texts."""
 
-        def __init__(self, parse: Callable[[Any], Any]) -> None:
-            self._parse = parse
+        def __init__(self, kind: type, parse: Callable[[Any], Any]) -> None:
+            self._kind, self._parse = kind, parse
 
         def parse(self, argument: Any) -> Any:
-            return None if argument == "None" else self._parse(argument)
+            if self._kind is tuple and argument == "":
+                return ()
+            try:
+                return None if argument == "None" else self._parse(argument)
+            except (TypeError, ValueError):
+                raise ValueError(f"it must be {_WORDS[self._kind]}") from None
 
     parsers = (
         (int, flags.IntegerParser()), (float, flags.FloatParser()), (bool, flags.BooleanParser()),
         (str, flags.ArgumentParser()), (tuple, TupleParser()),
     )  # fmt: skip
     for kind, parser in parsers:
-        config_flags.register_flag_parser_for_type(kind, OrNone(parser.parse))
+        config_flags.register_flag_parser_for_type(kind, OrNone(kind, parser.parse))
     holder = config_flags.DEFINE_config_file(
-        "config", None, "An experiment: configs/NAME.py[:arg]."
+        "config", None, "An experiment: configs/NAME.py[:arg].", flags.FLAGS
     )
     parser: Any = flags.FLAGS["config"].parser
     read = parser.parse

@@ -244,10 +244,10 @@ def initial_weights(
       Parameters and a summary for the log; None if `config.init` names no weights or the run
       resumes from another (`config.resume`).
     """
-    if config.resume is not None:
+    if config.resume:
         check_resume(config.resume, model, config, class_names)
         return None
-    if config.init.checkpoint is None:
+    if not config.init.checkpoint:
         return None
     c = config.init
     return initial_params(c.checkpoint, model, c.inflate, class_names, c.weights)
@@ -270,7 +270,7 @@ def initial_state(
     state = checkpoints.resume(fresh, coordination.print_once)
     if state is not None:
         return state, "resumes from this workdir's last checkpoint"
-    if config.resume is not None:
+    if config.resume:
         with closing(Checkpoints(config.resume)) as previous:
             state = previous.restore(fresh)
         assert state is not None  # guaranteed by `check_resume`

@@ -10,7 +10,6 @@ queries, adaptive key/value strides, skip connections and relative positional em
 `python -m mvit_jax.describe` prints these counts.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -348,20 +347,8 @@ def _triple(values) -> Triple:
 
 
 def _check(config: MViTConfig) -> None:
-    for field in dataclasses.fields(config):
-        _check_field(field.name, field.type, getattr(config, field.name))
-    for name in ("frames", "size", "num_classes", "width", "heads", "growth", "mlp_ratio"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if not config.depths or min(config.depths) < 1:
-        raise UserError(
-            f"depths must be the number of blocks of each stage, at least 1, not {config.depths}"
-        )
-    for name in ("drop_path", "dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{name} must be in [0, 1), not {getattr(config, name)}")
-    if config.pool_norm_eps <= 0:
-        raise UserError(f"pool_norm_eps must be above 0, not {config.pool_norm_eps}")
+    for name in MViTConfig.__dataclass_fields__:
+        check_field(name, getattr(config, name))
     if config.width % config.heads:
         raise UserError(f"width {config.width} is not divisible by {config.heads} heads")
     if config.positions == "sincos" and config.width % 16:
@@ -398,36 +385,60 @@ def _check_skips(config: MViTConfig) -> None:
             )
 
 
-def _check_field(name: str, kind: Any, value: object) -> None:
+def check_field(field: str, value: Any, name: str | None = None) -> None:
+    """Checks the type and the range of a field of `MViTConfig`.
+
+    Args:
+      field: name of the field.
+      value: its value.
+      name: name of the field in the error, such as the key of a config; by default `field`.
+
+    Raises:
+      UserError: the value has another type, or is out of range.
+    """
+    name, kind = name or field, MViTConfig.__dataclass_fields__[field].type
     literals = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
     choices = [option for part in literals for option in get_args(part)]
     if kind in (int, float, bool):
         expected = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{name} must be {expected}, not {value!r}")
-    elif name == "pool_kernel":
+        _check_range(field, value, name)
+    elif field == "pool_kernel":
         if value is not None and value not in choices:
             _check_triple(name, value)
     elif choices:
         if value not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    elif name in ("q_kernels", "kv_kernels"):
+    elif field in ("q_kernels", "kv_kernels"):
         if not isinstance(value, tuple):
             raise UserError(f"{name} must be kernels like ((3, 3, 3), (1, 3, 3)), not {value!r}")
         for kernel in value:
             _check_triple(name, kernel)
-    elif name == "depths":
+    elif field == "depths":
         if not isinstance(value, tuple) or not all(type(n) is int for n in value):
-            raise UserError(f"depths must be whole numbers like (1, 2, 11, 2), not {value!r}")
+            raise UserError(f"{name} must be whole numbers like (1, 2, 11, 2), not {value!r}")
+        if not value or min(value) < 1:
+            raise UserError(
+                f"{name} must be blocks per stage, at least 1 for each stage, not {value}"
+            )
     else:
-        _check_triple(name, value)
+        _check_triple(name, value, lowest=0 if field == "patch_padding" else 1)
 
 
-def _check_triple(name: str, value: object) -> None:
+def _check_range(field: str, value: Any, name: str) -> None:
+    if MViTConfig.__dataclass_fields__[field].type is int and value < 1:
+        raise UserError(f"{name} must be at least 1, not {value}")
+    if field in ("drop_path", "dropout") and not 0 <= value < 1:
+        raise UserError(f"{name} must be in [0, 1), not {value}")
+    if field == "pool_norm_eps" and not 0 < value < math.inf:
+        raise UserError(f"{name} must be above 0, not {value}")
+
+
+def _check_triple(name: str, value: object, lowest: int = 1) -> None:
     if not isinstance(value, tuple) or not all(type(n) is int for n in value):
         raise UserError(f"{name} must be whole numbers like (1, 2, 2), not {value!r}")
     if len(value) != 3:
         raise UserError(f"{name} must be three numbers (t, h, w), not {value!r}")
-    lowest = 0 if name == "patch_padding" else 1
     if min(value) < lowest:
         raise UserError(f"{name} must be at least {lowest} on every axis, not {value}")

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.config import Config
+from mvit_jax.config import Config, check
 from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.loader import Batch, LoaderOptions
@@ -102,8 +102,10 @@ def training(config: Config, videos: Source, **modules: Any) -> Training:
     """Builds the inputs of the training loop; `modules` are as in `settings`.
 
     Raises:
-      UserError: values of the config contradict each other, or a custom module fails.
+      UserError: a value of the config is invalid, values contradict each other, or a custom module
+        fails.
     """
+    check(config)
     built = settings(config, len(videos.class_names), **modules)
     custom.check(built.model)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -184,13 +186,13 @@ def videos(config: Config, which: str) -> Source:
         raise UserError(f"data.{which}_list is empty: set it to a list of videos, like {which}.csv")
     # `folder` is no required_placeholder, because ml_collections 1.1 cannot lock a config with one.
     return open_source(
-        c.folder,
+        c.folder or None,
         name,
         source=c.source,
-        tfds=c.tfds,
+        tfds=c.tfds or None,
         train_list=c.train_list,
         prefix=c.prefix,
-        separator=c.separator,
+        separator=c.separator or None,
         multi_label=c.multi_label,
         max_missing=c.max_broken,
     )
@@ -356,8 +358,8 @@ def _clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
         interpolation=config.data.interpolation,
         whole=config.eval.whole_image,
         augmentation=Augmentation(
-            crop_area=None if c.crop_area is None else _as_tuple(c.crop_area),
-            jitter=None if c.jitter is None else _as_tuple(c.jitter),
+            crop_area=_as_tuple(c.crop_area) or None,  # () is None
+            jitter=_as_tuple(c.jitter) or None,
             short_side=c.short_side,
             randaugment=policy,
             fill=_fill_colour(config, model),

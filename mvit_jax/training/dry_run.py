@@ -80,7 +80,7 @@ def _videos_and_model(config: Config, train: Source | str) -> tuple[int, MViTCon
 
 def _open_list(config: Config, which: str) -> Source | str:
     """Opens a list of videos, or returns the reason why it cannot be opened."""
-    if config.data.folder is None:
+    if not config.data.folder:
         return "give --config.data.folder=DIR"
     if not config.data[f"{which}_list"]:
         return "none"
@@ -111,13 +111,13 @@ def _model_lines(config: Config, handle: Functional) -> Lines:
 
 
 def _weights(config: Config) -> str:
-    if config.resume is not None:
+    if config.resume:
         return f"resumed from the last checkpoint of {config.resume}{_if_missing(config.resume)}"
     if missing_weights(config):
         return f"MISSING: {config.init.needed}; give --config.init.checkpoint=DIR"
     inflate = config.init.inflate
-    inflation = f", image to video: {inflate}" if inflate is not None else ""
-    if config.init.checkpoint is None:
+    inflation = f", image to video: {inflate}" if inflate else ""
+    if not config.init.checkpoint:
         return "fresh"
     folder = config.init.checkpoint
     needed = f" (should be {config.init.needed})" if config.init.get("needed") else ""
@@ -168,10 +168,10 @@ def _augmentation(config: Config, model: MViTConfig) -> list[str]:
     scaled = [f"frames scaled to a short side of {a.short_side} pixels"] if a.short_side else []
     alike = ", the same for all frames" if model.frames > 1 else ""
     random = [f"RandAugment {a.randaugment}{alike}"] if a.randaugment else []
-    if a.jitter is not None:
+    if a.jitter:
         crop = f"short side drawn from {a.jitter[0]} to {a.jitter[1]} (uniform inverse), then "
         crop += f"a random square of {model.size}"
-    elif a.crop_area is not None:
+    elif a.crop_area:
         crop = f"random crop of {100 * a.crop_area[0]:g} to {100 * a.crop_area[1]:g} % of the area"
         crop += f", resized to {model.size} ({config.data.interpolation})"
     else:

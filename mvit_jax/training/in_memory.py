@@ -85,7 +85,7 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
     check(config)
     runtime.cache_compiled_programs()
     for name, value in (("resume", config.resume), ("init.checkpoint", config.init.checkpoint)):
-        if value is not None:
+        if value:
             raise UserError(
                 f"in-memory runs read no checkpoint: unset {name}={value} and pass `params`"
             )

@@ -279,7 +279,7 @@ def class_names(config: Config, folder: str | AnyPath, count: int) -> tuple[str,
       UserError: the file does not have `count` names.
     """
     folders = [to_path(folder)]
-    folders += [] if config.data.folder is None else [expanded(config.data.folder)]
+    folders += [expanded(config.data.folder)] if config.data.folder else []
     for file in (parent / "labels.txt" for parent in folders):
         if file.is_file():
             names = read_class_names(file)
