@@ -92,7 +92,8 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None or (_WORKDIR.value is None and not plans):
         raise errors.UserError("give --config=configs/moving_digits.py and --workdir=DIR")
     if _DRY_RUN.value:
-        print(dry_run.describe(_CONFIG.value, jax.device_count()))
+        print(dry_run.describe(_CONFIG.value, jax.device_count()), flush=True)
+        build.device_mesh(_CONFIG.value)  # raises as training does
     if _SHEET.value is not None:
         print(f"wrote {contact_sheet.draw(_CONFIG.value, _SHEET.value)}")
     if _WORKDIR.value is None or plans:
@@ -185,6 +186,8 @@ def train(config: Config, folder: str, profile: tuple[int, int] | None = None) -
                 log_list_changes(log, folder, videos, intervals.steps)
             log_start(log, config, settings.model, state, videos, mesh, start, intervals.steps)
             log.print(origin)
+            for sentence in build.warnings(config, len(videos)):
+                log.print(f"warning: {sentence}")
             evaluate = functools.partial(
                 validate,
                 predict=program.predict,

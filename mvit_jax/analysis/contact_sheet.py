@@ -50,6 +50,8 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
     arrays = {name: jnp.asarray(x) for name, x in batch.items()}
     clips, targets = jax.device_get(step.augment(arrays, key, settings.step))
     pixels = np.clip(clips.astype(np.float32) * settings.step.std + settings.step.mean, 0, 1)
+    if not settings.step.multi_label and settings.step.label_smoothing < 1:
+        targets = _without_smoothing(targets, settings.step.label_smoothing)
     plots.save(_figure(pixels, targets, videos.class_names), path)
     return Path(path)
 
@@ -71,11 +73,16 @@ def _figure(
     return figure
 
 
+def _without_smoothing(targets: np.ndarray, smoothing: float) -> np.ndarray:
+    """Returns the classes' shares of each clip, which sum to 1: targets before label smoothing."""
+    return (targets - smoothing / targets.shape[1]) / (1 - smoothing)
+
+
 def _label(target: np.ndarray, names: tuple[str, ...]) -> str:
-    """Returns the classes of a soft target: one name, or up to three names with weights."""
-    # With label smoothing, absent classes have the minimum instead of 0.
-    floor = target.min() if target.min() < target.max() else 0.0
-    above = [int(i) for i in np.argsort(-target, kind="stable") if target[i] > floor]
+    """Returns the classes of a soft target: one name, or up to three names with shares."""
+    # At most two classes are mixed, so that of three or more the least probable one is absent.
+    floor = target.min() if len(target) > 2 and target.min() < target.max() else 0.0
+    above = [int(i) for i in np.argsort(-target, kind="stable") if target[i] > floor + 0.005]
     if len(above) == 1:
         return plots.truncate(names[above[0]])
     return ", ".join(f"{plots.truncate(names[i])} {target[i]:.2f}" for i in above[:3])

@@ -370,7 +370,7 @@ def duration(seconds: float) -> str:
 
 
 def value(entry: Any) -> str:
-    """Formats a config value; None (the variant's or the data's default) becomes a dash."""
+    """Formats a config value; None becomes a dash."""
     if entry is None:
         return GAP
     if isinstance(entry, list | tuple):

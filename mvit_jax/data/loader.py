@@ -2,20 +2,29 @@
 
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from mvit_jax.common.errors import HungError
+from mvit_jax.common.errors import HungError, UserError
 from mvit_jax.data import watchdog
 
 Batch = dict[str, np.ndarray]
+
+_GUARD = 'put the code of the script under `if __name__ == "__main__":`, or set data.processes=0'
+
+
+class WorkerError(UserError):
+    """A worker process has ended, by an error, a signal, or for lack of memory."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,14 @@ def load_batches(
 
     Raises:
       HungError: while iterating, a batch takes longer than `options.timeout`.
+      WorkerError: while iterating, a worker process ends.
+      UserError: worker processes would run the script again that starts them.
     """
     if batches == 0:
         return
     processes, threads = options.processes, options.threads
+    if processes > 0:
+        _check_script()
     earlier_processes = frozenset(multiprocessing.active_children())
     reads = None
     if options.timeout > 0:
@@ -76,12 +89,39 @@ def load_batches(
     except HungError:
         hangs = True
         raise
+    except RuntimeError as error:
+        if ended := re.search(
+            r"Worker process was terminated.*?( with exit code -?\d+)?[.]", str(error)
+        ):
+            raise WorkerError(
+                f"a worker process of data.processes={processes} ended{ended[1] or ''}: the lines "
+                f"above name the reason; if they name this script, {_GUARD}"
+            ) from error
+        raise
     finally:
         # Closing may block for ever on a lock that a killed worker held.
         if not (hangs and processes > 0):
             iterator.close()
         if reads is not None:
             reads.close()
+
+
+def _check_script() -> None:
+    """Raises `UserError` in a script without a guard, which its worker processes would run again.
+
+    A spawned process imports the script that was started, up to this call.
+    """
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if not getattr(multiprocessing.current_process(), "_inheriting", False):
+        if file is None or getattr(main, "__spec__", None) is not None:  # notebooks, python -m
+            return
+        try:
+            if "__name__" in Path(file).read_text(errors="replace"):
+                return
+        except OSError:
+            return
+    raise UserError(f"{file or 'this script'} would be run again by each worker process: {_GUARD}")
 
 
 def _dataset(load: Any, batches: int, rows: int, options: LoaderOptions, prefetch: int) -> Any:

@@ -110,19 +110,9 @@ def open_source(
     """
     if source not in SOURCES:
         raise UserError(f"data.source must be one of {', '.join(SOURCES)}, not {source!r}")
-    kind = source if tfds is None else f"data.tfds={tfds}"
+    check_multi_label(source, tfds, multi_label)
     if source == "synthetic" and tfds is None:
         return Synthetic(multi_label=multi_label)
-    if multi_label and kind != "charades":
-        raise UserError(
-            f"data.multi_label is on, but each video of the source {kind} has one label: turn it "
-            "off, or set another data.source"
-        )
-    if kind == "charades" and not multi_label:
-        raise UserError(
-            "a video of Charades has any number of labels: set data.multi_label=True, or set "
-            "another data.source"
-        )
     if folder is None:
         raise UserError(
             "data.folder is not set: pass --config.data.folder=DIR, or --data=DIR to the evaluation"
@@ -151,6 +141,21 @@ def open_source(
     return read_video_list(
         folder, list_name, prefix=prefix, separator=separator, max_missing=max_missing
     )
+
+
+def check_multi_label(source: str, tfds: str | None, multi_label: bool) -> None:
+    """Raises `UserError` if a data set does not match `multi_label`; arguments of `open_source`."""
+    kind = source if tfds is None else f"data.tfds={tfds}"
+    if multi_label and kind not in ("charades", "synthetic"):
+        raise UserError(
+            f"data.multi_label is on, but each video of the source {kind} has one label: turn it "
+            "off, or set another data.source"
+        )
+    if kind == "charades" and not multi_label:
+        raise UserError(
+            "a video of Charades has any number of labels: set data.multi_label=True, or set "
+            "another data.source"
+        )
 
 
 def fingerprint(videos: Source) -> dict[str, int]:

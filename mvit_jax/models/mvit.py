@@ -122,6 +122,9 @@ class MViT(nnx.Module):
 
           Under `jit`, features that the jitted function does not return are not computed.
         """
+        options = {"key": key, "capture": capture, "scan": scan, "remat": remat}
+        if clip.ndim > 0 and clip.shape[0] == 0:
+            return self._forward_none(_as_video(clip, self.config), options)
         keys = fold_keys(key, len(self.blocks) + 1)
         with self.operations():
             x, grid = self.embed(clip)
@@ -133,6 +136,15 @@ class MViT(nnx.Module):
         names = [n for n in records[0] if all(n in record for record in records)] if capture else []
         captured = {name: [record[name] for record in records] for name in names}
         return logits, {"stages": after, "tokens": tokens} | captured
+
+    def _forward_none(
+        self, clips: Float[Array, "0 T H W 3"], options: dict[str, Any]
+    ) -> tuple[Float[Array, "0 num_classes"], dict[str, Any]]:
+        """Returns the empty outputs of `forward` for no clips."""
+        # An empty array cannot be reshaped to an inferred length, which many operations do.
+        one = jax.ShapeDtypeStruct((1, *clips.shape[1:]), clips.dtype)
+        shapes = jax.eval_shape(lambda clip: self.forward(clip, **options), one)
+        return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), shapes)
 
     def operations(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context for calling parts of the model, such as `embed`, directly."""

@@ -20,7 +20,7 @@ from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.loader import Batch, LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.source import Source, open_source
+from mvit_jax.data.source import Source, check_multi_label, open_source
 from mvit_jax.models.functional import Functional, functional
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
@@ -108,8 +108,7 @@ def training(config: Config, videos: Source, **modules: Any) -> Training:
     check(config)
     built = settings(config, len(videos.class_names), **modules)
     custom.check(built.model)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_batch(config, mesh.size)
+    mesh = device_mesh(config)
     steps = count_steps(config, config.epochs, len(videos))
     validates = config.data.val_list and config.eval.every_epochs > 0
     between = count_steps(config, config.eval.every_epochs, len(videos))
@@ -198,6 +197,29 @@ def videos(config: Config, which: str) -> Source:
     )
 
 
+def check_source(config: Config) -> None:
+    """Raises `UserError` if `data.multi_label` does not match the format of the data."""
+    c = config.data
+    check_multi_label(c.source, c.tfds or None, c.multi_label)
+
+
+def device_mesh(config: Config) -> Mesh:
+    """Returns the mesh of all devices.
+
+    Raises:
+      UserError: the devices cannot form the mesh, or cannot share the batch.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_devices(config, mesh.size)
+    return mesh
+
+
+def check_devices(config: Config, devices: int) -> None:
+    """Raises `UserError` if `devices` cannot form the mesh, or cannot share the batch."""
+    sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, devices)
+    check_batch(config, devices)
+
+
 def check_batch(config: Config, devices: int) -> None:
     """Checks that the batch is divisible by devices, repeats, micro-batches and mixup groups.
 
@@ -245,14 +267,46 @@ def count_steps(config: Config, epochs: float, videos: int) -> int:
     """Returns the steps of `epochs` passes over `videos` videos, rounded down, at least 1.
 
     A batch may span two epochs here. The reference code drops the incomplete batch of each epoch.
+
+    Raises:
+      UserError: the steps cannot be counted in 32 bits.
     """
-    return max(int(epochs * videos * config.data.repeats / config.batch), 1)
+    steps = epochs * videos * config.data.repeats / config.batch
+    if steps >= 2**31:
+        raise UserError(
+            f"{epochs:g} epochs are {steps:.1e} steps, too many to count: lower epochs, or "
+            "eval.every_epochs"
+        )
+    return max(int(steps), 1)
+
+
+def warnings(config: Config, videos: int) -> list[str]:
+    """Returns a sentence for each value that does not fit the length of the run.
+
+    Such a run is possible, and short trials of a recipe are useful, so it is no error.
+    """
+    c, sentences = config.optim, []
+    steps = count_steps(config, config.epochs, videos)
+    if c.warmup_epochs >= config.epochs:
+        rate = schedule(config, videos)
+        highest = max(rate(0), rate(steps - 1))
+        sentences.append(
+            f"the warm-up lasts the whole run (optim.warmup_epochs={c.warmup_epochs:g}, "
+            f"epochs={config.epochs:g}): the learning rate only rises, to {highest:.3g} of "
+            f"{c.lr * rate_factor(config):g}; for a shorter warm-up set "
+            f"--config.optim.warmup_epochs={config.epochs / 10:g}"
+        )
+    if c.ema**steps > 0.1:
+        sentences.append(
+            f"the averaged parameters, which are tested, still are {100 * c.ema**steps:.0f} % "
+            f"initial weights after {steps:,} steps (optim.ema={c.ema:g}): set --config.optim.ema=0"
+        )
+    return sentences
 
 
 def schedule(config: Config, videos: int) -> Callable[[int], float]:
     """Returns the learning rate as a function of the step, for `videos` training videos."""
-    c = config.optim
-    factor = 1 if c.lr_batch is None else config.batch / c.lr_batch
+    c, factor = config.optim, rate_factor(config)
     return optimizer.learning_rate(
         lr=c.lr * factor,
         start_lr=c.start_lr * factor,
@@ -261,6 +315,11 @@ def schedule(config: Config, videos: int) -> Callable[[int], float]:
         epochs=config.epochs,
         steps_per_epoch=videos * config.data.repeats / config.batch,
     )
+
+
+def rate_factor(config: Config) -> float:
+    """Returns the factor of all learning rates: batch / `optim.lr_batch`, or 1."""
+    return config.batch / config.optim.lr_batch if config.optim.lr_batch else 1.0
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:

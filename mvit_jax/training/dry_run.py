@@ -27,13 +27,15 @@ from mvit_jax.training import build, custom, optimizer
 def describe(config: Config, devices: int) -> str:
     """Returns the plan of training `config` on `devices` devices, as text.
 
-    Reads only the lists of videos, if they exist; writes nothing.
+    Reads only the lists of videos, if they exist; writes nothing. The plan names data and weights
+    that are missing, and a batch or mesh that does not fit the devices.
 
     Raises:
       UserError: a value of the config is invalid, or there is neither a training list nor
         `data.train_videos`.
     """
     check(config)
+    build.check_source(config)
     lists = {name: _open_list(config, name) for name in ("train", "val", "test")}
     videos, model = _videos_and_model(config, lists["train"])
     handle = build.settings(config, model.num_classes).model  # also checks the clip settings
@@ -57,6 +59,7 @@ def describe(config: Config, devices: int) -> str:
     if config.optim.layer_decay != 1:
         parts.append("Learning rates by layers\n" + indent(_layers(config, params)))
     parts.append(section("Tests", _tests(config, model, videos)))
+    parts += [f"Warning: {sentence}" for sentence in build.warnings(config, videos)]
     return "\n\n".join(parts)
 
 
@@ -213,7 +216,7 @@ def _steps(config: Config, videos: int, devices: int) -> Lines:
     if config.accumulate > 1:
         share += f", in {config.accumulate} micro-batches"
     try:
-        build.check_batch(config, devices)
+        build.check_devices(config, devices)
     except UserError as error:
         share += f": {error}"
     return [
@@ -243,7 +246,7 @@ def _optimizer(config: Config, videos: int) -> Lines:
     average = f"decay {c.ema:g}{', after a warm-up from 0' if c.ema_warmup else ''}"
     rates = f"{c.lr:g}, from {c.start_lr:g}, to {c.end_lr:g}"
     if c.lr_batch:
-        rates += f", for {c.lr_batch} clips; scaled by {config.batch / c.lr_batch:g}"
+        rates += f", for {c.lr_batch} clips; scaled by {build.rate_factor(config):g}"
     sgd = f"SGD, Nesterov momentum {c.momentum:g}, L2 weight decay"
     kind = sgd if c.name == "sgd" else f"AdamW, b1 {c.b1:g}, b2 {c.b2:g}, decoupled weight decay"
     return [
@@ -295,16 +298,13 @@ def _layers(config: Config, params: Any) -> str:
     factor = {layers[path]: rate for path, rate in rates.items()}
     last = max(sizes)
     names = {0: "patch and positional embeddings", last: "norm, head"}
+    highest = config.optim.lr * build.rate_factor(config)
     rows = [
         (str(layer), names.get(layer, f"block {layer - 1}"), f"{factor[layer]:.4g}",
-         f"{config.optim.lr * _scale(config) * factor[layer]:.4g}", f"{sum(sizes[layer]):,}")
+         f"{highest * factor[layer]:.4g}", f"{sum(sizes[layer]):,}")
         for layer in sorted(sizes)
     ]  # fmt: skip
     return table(("layer", "module", "factor", "peak rate", "parameters"), rows)
-
-
-def _scale(config: Config) -> float:
-    return config.batch / config.optim.lr_batch if config.optim.lr_batch else 1.0
 
 
 def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:

@@ -91,6 +91,8 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
             )
     videos = build.videos(config, "train")
     training = build.training(config, videos, **modules)
+    for sentence in build.warnings(config, len(videos)):
+        warnings.warn(sentence, stacklevel=2)
     settings, mesh, program = training.settings, training.mesh, training.program
     if note := build.ema_note(config, training.steps):
         warnings.warn(note, stacklevel=2)

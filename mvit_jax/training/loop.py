@@ -1,5 +1,6 @@
 """The training loop: load, step, log, checkpoint, validate."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from mvit_jax.common import errors
-from mvit_jax.data.loader import Batch
+from mvit_jax.data.loader import Batch, WorkerError
 from mvit_jax.data.source import Source
 from mvit_jax.data.video import decode_failure
 from mvit_jax.training.distributed import coordination, sharding
@@ -87,6 +88,7 @@ def train(
     """
     done, log, steps = start, upkeep.log, upkeep.intervals.steps
     broken: set[int] = set()
+    log.print("loading the first batch and compiling the training step")
     while done < steps:
         batch = _next_batch(batches, stop, partial(upkeep.save_at_once, state, done))
         if batch is None:
@@ -94,7 +96,10 @@ def train(
         report_broken(log, videos, batch["broken"], broken, clip_frames)
         with log.spans.measure("step" if done > start else "compile"), profile.step(done + 1):
             rate = np.float32(learning_rate(done))
+            began = time.monotonic()
             state, metrics = step(state, sharding.to_devices(batch, mesh), rate)
+        if done == start:
+            log.print(f"compiled in {time.monotonic() - began:.0f} s")
         done += 1
         try:
             log.step(done, metrics, rate)
@@ -196,13 +201,13 @@ def _next_batch(
     """
     try:
         return next(batches)
-    except RuntimeError:  # raised if Ctrl-C ends worker processes during their start
-        if not stop.signal:
-            raise
-        save()
-        return None
-    except errors.UserError:
-        if jax.process_count() == 1:  # with several, saving would block on the others
+    except (RuntimeError, errors.UserError) as error:
+        # Ctrl-C may end worker processes during their start.
+        if stop.signal and isinstance(error, RuntimeError | WorkerError):
+            save()
+            return None
+        # With several processes, saving would block on the others.
+        if isinstance(error, errors.UserError) and jax.process_count() == 1:
             save()
         raise
 

@@ -1,5 +1,7 @@
 """The contact sheet of the first training batch."""
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from mvit_jax.analysis import contact_sheet
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-from mvit_jax.training import build
+from mvit_jax.training import build, step
 from tests.support import commands, tiny
 
 
@@ -35,6 +37,31 @@ def test_titles_have_the_soft_targets_of_classes():
     assert contact_sheet._label(np.array([0.05, 0.9, 0.05]), names) == "right"
     assert contact_sheet._label(np.array([0.63, 0.33, 0.03]), names) == "left 0.63, right 0.33"
     assert contact_sheet._label(np.array([1.0, 0.0, 1.0]), names) == "left 1.00, up 1.00"
+    assert contact_sheet._label(np.array([0.3, 0.7]), names) == "right 0.70, left 0.30"
+    assert contact_sheet._label(np.array([0.0, 1.0]), names) == "right"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_cutmix_shows_both_classes_with_their_shares_of_the_pixels(classes):
+    """Clips of all 0 and all 1: the mean of a mixed clip is its share of the second class."""
+    recipe = build.settings(
+        tiny.config("", **{"augment.cutmix": 1.0, "augment.mixup_group_size": 2}), classes
+    ).step
+    clip = np.stack([np.full((2, 32, 32, 3), value, np.uint8) for value in (0, 255) * 4])
+    batch = {"clip": jnp.asarray(clip), "label": jnp.asarray([0, 1] * 4)}
+    clips, targets = step.augmented(batch, jax.random.key(0), recipe)
+    pixels = np.asarray(clips) * recipe.std + recipe.mean
+    shares = contact_sheet._without_smoothing(np.asarray(targets), recipe.label_smoothing)
+    mixed = 0
+    for pixel, share in zip(pixels, shares, strict=True):
+        second = float(pixel.mean())
+        np.testing.assert_allclose(share[:2], [1 - second, second], atol=1e-4)
+        if 0.01 < second < 0.99:
+            mixed += 1
+            parts = sorted([(1 - second, "left"), (second, "right")], reverse=True)
+            label = contact_sheet._label(share, ("left", "right", "up"))
+            assert label == ", ".join(f"{name} {value:.2f}" for value, name in parts)
+    assert mixed >= 2
 
 
 def test_missing_folders_are_errors(digits, tmp_path):

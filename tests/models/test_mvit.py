@@ -38,6 +38,45 @@ def test_inputs_of_other_shapes_or_dtypes_are_refused(config, shape, dtype, word
         jax.eval_shape(model.apply, drawn.shapes(model), jax.ShapeDtypeStruct(shape, dtype))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        IMAGES,
+        dataclasses.replace(SMALL, class_token=False),
+        dataclasses.replace(SMALL, mean_pooling=True, pool_mode="max"),
+        dataclasses.replace(SMALL, pool_first=True, positions="sincos", width=16),
+        variant("mvitv2_t", size=32, width=8, depths=(1, 2)),
+        variant("vit_b_8x8", size=32, width=8, heads=2, depths=(2,)),
+    ],
+    ids=["mvit", "image", "no class token", "mean", "pool first", "mvitv2", "vit"],
+)
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+def test_no_clips_have_empty_outputs_of_the_same_shapes(config, ops):
+    model = functional(config, ops=ops)
+    weights = drawn.shapes(model)
+    frames = () if config.frames == 1 else (config.frames,)
+
+    def outputs(clips, function=model.apply, **options):
+        clip = jax.ShapeDtypeStruct((clips, *frames, config.size, config.size, 3), jnp.float32)
+        return jax.eval_shape(lambda *a: function(*a, **options), weights, clip)
+
+    for options in ({"capture": True}, {"scan": True, "key": jax.random.key(0), "remat": "blocks"}):
+        none, two = outputs(0, **options), outputs(2, **options)
+        assert jax.tree.structure(none) == jax.tree.structure(two)
+        for empty, full in zip(jax.tree.leaves(none), jax.tree.leaves(two), strict=True):
+            assert (empty.shape, empty.dtype) == ((0, *full.shape[1:]), full.dtype)
+
+
+def test_no_clips_have_no_gradient_and_are_checked():
+    model = functional(SMALL)
+    weights = jax.tree.map(lambda x: jnp.ones(x.shape), drawn.shapes(model))
+    gradients = jax.grad(lambda w: model.apply(w, jnp.zeros((0, 2, 8, 8, 3)))[0].sum())(weights)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradients))
+    with pytest.raises(UserError, match=r"this input has shape \[0, 8, 8, 3\]"):
+        model.apply(weights, jnp.zeros((0, 8, 8, 3)))
+
+
 def test_drop_path_drops_each_branch_for_some_clips():
     rate, grid = SMALL.drop_path, (1, 2, 2)
     model = functional(SMALL)

@@ -4,7 +4,7 @@ import pytest
 
 from mvit_jax import train
 from mvit_jax.common.errors import UserError
-from mvit_jax.training import dry_run
+from mvit_jax.training import build, dry_run
 from tests.support import commands, tiny
 
 
@@ -142,6 +142,64 @@ def test_the_program_prints_the_plan_and_writes_no_files(tmp_path):
     status, output = commands.run("train", *flags, cwd=tmp_path)
     assert status == 0 and "published  81.2 / 95.1 (MViT, Table 4)" in output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the 8 devices"),
+        ({"mesh.data": 0}, "mesh.data must be -1"),
+        ({"mesh.data": 3}, "mesh.data=3 x mesh.fsdp=1 are 3 devices, and there are 8"),
+        ({"batch": 12}, "batch=12 does not divide into 8 devices"),
+        ({"accumulate": 3}, "batch=8 does not divide into 8 devices x accumulate=3"),
+        ({"data.short_side": 16}, "crops of 32 pixels cannot be cut"),
+        ({"augment.jitter": (16, 64)}, "crops of 32 pixels cannot be cut"),
+        ({"data.std": (0.2, 0.2, 0.0)}, "data.std must be 3 numbers"),
+        ({"data.multi_label": True}, "data.multi_label is on, but each video"),
+        ({"data.source": "charades"}, "a video of Charades has any number of labels"),
+        ({"augment.randaugment": "rand-m7"}, "RandAugment's string 'rand-m7'"),
+        ({"model.variant": "mvit_c"}, "mvit_c"),
+        ({"model.block": "nothing:Block"}, "model.block=nothing:Block cannot be imported"),
+        ({"model.size": 2, "data.short_side": 2}, "leaves no token"),
+        ({"epochs": 1e300}, "1e+300 epochs are"),
+    ],
+)
+def test_the_plan_is_refused_where_training_is(changes, sentence, digits, tmp_path):
+    config = tiny.config(digits, **changes)
+    with pytest.raises(UserError) as training:
+        train.train(config, str(tmp_path / "run"))
+    with pytest.raises(UserError) as plan:
+        dry_run.describe(config, 8)
+        build.device_mesh(config)
+    assert sentence in str(training.value) == str(plan.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_does_not_fit_the_devices_is_printed_and_refused(tmp_path):
+    flags = ["--config=configs/moving_digits.py", "--config.data.train_videos=800"]
+    status, output = commands.run("train", *flags, "--dry_run", "--config.mesh.fsdp=2")
+    refusal = "mesh.fsdp=2 does not divide the 1 devices; set a divisor of 1"
+    assert status == 1 and "Learning rate" in output
+    assert output.endswith(f"error: {refusal}\n")
+    assert row(output, "Steps", "share")[1].endswith(refusal)
+
+
+def test_values_that_do_not_fit_the_length_of_the_run_are_warned_of(digits, monkeypatch):
+    """Step 9,391 of 9,392 is epoch 9.9989 of a warm-up of 30: 1.6e-5 + 1.584e-3 x 0.3333."""
+    text = described("kinetics", "mvit_b_16x4", epochs=10.0)
+    sentence = (
+        "the warm-up lasts the whole run (optim.warmup_epochs=30, epochs=10): the learning rate "
+        "only rises, to 0.000544 of 0.0016; for a shorter warm-up set "
+        "--config.optim.warmup_epochs=1"
+    )
+    assert text.endswith(f"\n\nWarning: {sentence}")
+    assert "Warning" not in described("kinetics", "mvit_b_16x4")
+    # 24 videos in batches of 8: 9 steps in 3 epochs, 0.9 ^ 9 = 0.387.
+    config = tiny.config(digits, **{"epochs": 3.0, "optim.ema": 0.9})
+    [sentence] = build.warnings(config, 24)
+    assert "still are 39 % initial weights after 9 steps (optim.ema=0.9)" in sentence
+    assert not build.warnings(tiny.config(digits, **{"epochs": 3.0, "optim.ema": 0.5}), 24)
+    assert len(build.warnings(tiny.config(digits, **{"epochs": 0.5, "optim.ema": 0.9}), 24)) == 2
 
 
 def test_training_without_the_weights_of_a_recipe_raises(tmp_path):

@@ -31,20 +31,28 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
       UserError: `data` x `fsdp` is not the number of devices, or an fsdp group spans two slices.
     """
     devices = _in_order(jax.devices() if devices is None else devices)
-    if fsdp < 1 or (data == -1 and len(devices) % fsdp):
+    shape = mesh_shape(data, fsdp, len(devices))
+    _check_slices(devices, fsdp)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    """Returns the sizes of the axes "data" and "fsdp" on a number of devices; see `make_mesh`.
+
+    Raises:
+      UserError: `data` x `fsdp` is not the number of devices.
+    """
+    if fsdp < 1 or (data == -1 and devices % fsdp):
         raise UserError(
-            f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices; set a divisor of "
-            f"{len(devices)}"
+            f"mesh.fsdp={fsdp} does not divide the {devices} devices; set a divisor of {devices}"
         )
-    data = len(devices) // fsdp if data == -1 else data
-    if data * fsdp != len(devices):
+    data = devices // fsdp if data == -1 else data
+    if data * fsdp != devices:
         raise UserError(
             f"mesh.data={data} x mesh.fsdp={fsdp} requires {data * fsdp} devices, but there are "
-            f"{len(devices)}; set mesh.data=-1 to use all"
+            f"{devices}; set mesh.data=-1 to use all"
         )
-    _check_slices(devices, fsdp)
-    grid = np.asarray(devices).reshape(data, fsdp)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+    return data, fsdp
 
 
 def _in_order(devices) -> list:

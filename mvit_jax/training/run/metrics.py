@@ -164,7 +164,7 @@ class Logbook:
         """Logs the metrics of a validation after `step`."""
         self._scalars(step, {f"val/{k}": v for k, v in scalars.items()})
         self._append_line("val", step, scalars)
-        text = "  ".join(f"{k} {v:.2f}" for k, v in scalars.items())
+        text = "  ".join(f"{k} {_number(v)}" for k, v in scalars.items())
         self.print(f"step {step}/{self.steps}  validation: {text}")
         # The time of a validation is excluded from the training throughput.
         self.last_time, self.last_step = time.monotonic(), step
@@ -216,6 +216,11 @@ class Logbook:
                 self._stop_history(error)
         if self.events is not None:
             self.events.close()
+
+
+def _number(value: int | float) -> str:
+    """Formats a metric: counts are whole numbers, other values have two decimals."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 def _has_columns() -> bool:

@@ -8,6 +8,14 @@ from tests.training.run.test_checkpoints import files_of_at_most
 STEPS = 60
 
 
+def test_counts_of_a_validation_are_whole_numbers(tmp_path, capsys):
+    log = Logbook(tmp_path, start=0, steps=4, batch=8, every=2)
+    log.validation(4, {"top1": 50.0, "videos": 12000, "seconds": 3.456})
+    log.close()
+    line = "step 4/4  validation: top1 50.00  videos 12,000  seconds 3.46\n"
+    assert capsys.readouterr().out == line
+
+
 def test_on_a_full_disk_training_continues_without_events_and_history(tmp_path, capsys):
     one, none = jnp.ones(()), jnp.zeros(())
     metrics = dict.fromkeys(("loss", "accuracy", "gradient_norm"), (one, one))
