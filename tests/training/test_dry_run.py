@@ -147,11 +147,12 @@ def test_the_program_prints_the_plan_and_writes_no_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the 8 devices"),
+        ({"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the 1 devices"),
         ({"mesh.data": 0}, "mesh.data must be -1"),
-        ({"mesh.data": 3}, "mesh.data=3 x mesh.fsdp=1 are 3 devices, and there are 8"),
-        ({"batch": 12}, "batch=12 does not divide into 8 devices"),
-        ({"accumulate": 3}, "batch=8 does not divide into 8 devices x accumulate=3"),
+        ({"mesh.data": 3}, "mesh.data=3 x mesh.fsdp=1 are 3 devices, and there are 1"),
+        ({"data.repeats": 3}, "batch=8 does not divide into 1 devices x data.repeats=3"),
+        ({"accumulate": 3}, "batch=8 does not divide into 1 devices x accumulate=3"),
+        ({"augment.mixup": 1.0, "augment.mixup_group_size": 3}, "does not divide the 8 clips"),
         ({"data.short_side": 16}, "crops of 32 pixels cannot be cut"),
         ({"augment.jitter": (16, 64)}, "crops of 32 pixels cannot be cut"),
         ({"data.std": (0.2, 0.2, 0.0)}, "data.std must be 3 numbers"),
@@ -160,7 +161,7 @@ def test_the_program_prints_the_plan_and_writes_no_files(tmp_path):
         ({"augment.randaugment": "rand-m7"}, "RandAugment's string 'rand-m7'"),
         ({"model.variant": "mvit_c"}, "mvit_c"),
         ({"model.block": "nothing:Block"}, "model.block=nothing:Block cannot be imported"),
-        ({"model.size": 2, "data.short_side": 2}, "leaves no token"),
+        ({"model.patch_padding": (0, 0, 0), "model.size": 4}, "leaves no token"),
         ({"epochs": 1e300}, "1e+300 epochs are"),
     ],
 )
@@ -169,7 +170,7 @@ def test_the_plan_is_refused_where_training_is(changes, sentence, digits, tmp_pa
     with pytest.raises(UserError) as training:
         train.train(config, str(tmp_path / "run"))
     with pytest.raises(UserError) as plan:
-        dry_run.describe(config, 8)
+        dry_run.describe(config, 1)
         build.device_mesh(config)
     assert sentence in str(training.value) == str(plan.value)
     assert not (tmp_path / "run").exists()
