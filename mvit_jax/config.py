@@ -85,7 +85,7 @@ class Key:
             return _WORDS[self.kind]
         if self.choices:
             return "" if value in self.choices else self.limits
-        if self.length is not None:
+        if self.length is not None and isinstance(value, tuple | list):
             if self.can_be_none and len(value) == 0:  # () is a way to write None
                 return ""
             number = Key(None, kind=self.item, low=self.low, high=self.high, above=self.above)

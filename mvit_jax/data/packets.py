@@ -177,7 +177,7 @@ def read_packets(container: InputContainer, stream: VideoStream, path: str) -> P
     return Packets(
         num_frames=len(presented),
         rate=float(stream.average_rate or stream.guessed_rate or 30),
-        time_base=stream.time_base or Fraction(1),
+        time_base=Fraction(stream.time_base or 1),
         times=sorted(times) if usable else [],
         positions={packet.pts: position for position, packet in enumerate(read)},
         sizes=[packet.size for packet in read],
@@ -244,7 +244,7 @@ def _check_length(
     if name not in _STATE_THEIR_DURATION or not container.duration or not stream.time_base:
         return
     duration = container.duration / 1e6
-    if float(last * stream.time_base) < MIN_SHARE * duration:
+    if float(last * Fraction(stream.time_base)) < MIN_SHARE * duration:
         # The sound may be longer than the pictures.
         seconds = _end_of_all_streams(container)
         if seconds < MIN_SHARE * duration:
@@ -256,7 +256,9 @@ def _end_of_all_streams(container: InputContainer) -> float:
     """Returns the largest end time of any packet of any stream, in seconds."""
     container.seek(0)
     ends = [
-        float(((packet.pts or packet.dts or 0) + (packet.duration or 0)) * packet.time_base)
+        float(
+            ((packet.pts or packet.dts or 0) + (packet.duration or 0)) * Fraction(packet.time_base)
+        )
         for packet in container.demux()
         if packet.size and packet.time_base
     ]
@@ -267,7 +269,7 @@ def _clock_jumps(container: InputContainer, stream: VideoStream, times: list[int
     if container.format.name not in _BROADCAST or len(times) < 2:
         return False
     gaps = np.diff(np.sort(np.asarray(times, np.int64)))
-    return float(gaps.max() * (stream.time_base or 1)) > _CLOCK_JUMP
+    return float(int(gaps.max()) * Fraction(stream.time_base or 1)) > _CLOCK_JUMP
 
 
 def _in_plausible_order(times: list[int], stream: VideoStream, keys: int) -> bool:

@@ -20,6 +20,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Float64, Int, UInt8
 
+from mvit_jax.common.media import open_media
 from mvit_jax.data import orientation, packets
 from mvit_jax.data.images import (
     MAX_PIXELS,
@@ -182,9 +183,8 @@ class Video:
 
     def _open(self) -> None:
         try:
-            # Metadata in an unknown encoding must not make a video unreadable.
             file = self._file if self._bytes is None else io.BytesIO(self._bytes)
-            container = av.open(file, "r", metadata_errors="replace")
+            container = open_media(file)
         except (FFmpegError, OSError) as error:
             raise self._decode_error(error) from error
         if container.format.name == "tty":  # FFmpeg renders any text as a video

@@ -48,6 +48,13 @@ def test_without_libtpu_the_error_has_the_pip_line(monkeypatch):
         compile.tpu_mesh(accelerators.parse("v5e:2x2"))
 
 
+@pytest.mark.parametrize("effort", [QUICK, 0.0, 0.5])
+def test_the_installed_compiler_takes_an_effort(effort):
+    lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), np.float32))
+    compiled = lowered.compile(compiler_options=compile.compiler_options(effort))
+    np.testing.assert_array_equal(compiled(jnp.zeros(2)), [1, 1])
+
+
 def collective_bytes(slices, fsdp, effort):
     """Returns bytes by (kind, devices, between slices) of a step that learns one weight."""
     mesh = compile.tpu_mesh(accelerators.parse("v5e:4x4", slices), -1, fsdp)
@@ -61,7 +68,7 @@ def collective_bytes(slices, fsdp, effort):
         jax.ShapeDtypeStruct((WIDTH, OUT), np.float32),
         jax.ShapeDtypeStruct((ROWS, WIDTH), np.float32),
     )
-    options = {"exec_time_optimization_effort": effort}
+    options = compile.compiler_options(effort)
     counts = cost.count(lowered.compile(compiler_options=options).as_text() or "")
     total = Counter()
     for c in counts.collectives:

@@ -1,0 +1,18 @@
+"""Opening of media files with the arguments that the installed PyAV has."""
+
+import io
+
+import av
+from av.container import InputContainer
+
+# Metadata in an unknown encoding must not make a video unreadable. PyAV 19 keeps its bytes.
+_ARGUMENTS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+def open_media(file: str | io.BytesIO) -> InputContainer:
+    """Opens a media file, or one in memory, for reading.
+
+    Raises:
+      FFmpegError, OSError: the file cannot be read.
+    """
+    return av.open(file, "r", **_ARGUMENTS)
