@@ -48,6 +48,8 @@ def _plain_operation(frame: Image.Image, operation: Operation, fill: Colour) -> 
         case "Invert":
             return ImageOps.invert(frame)
         case "Posterize":
+            if int(argument) == 0:  # Pillow 13 rejects it, Pillow 12 made the picture black
+                return Image.new(frame.mode, frame.size)
             return ImageOps.posterize(frame, int(argument))
         case "Solarize":
             return ImageOps.solarize(frame, int(argument))

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from mvit_jax.common import absent_tpu
+from mvit_jax.common import absent_tpu, extras
 
 __version__ = "0.1.0"
 
@@ -59,12 +59,14 @@ _HOME = {
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 absent_tpu.skip()  # before JAX initialises its backends
+extras.explain_to_programs()
 
 
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'mvit_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    with extras.explained():
+        return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

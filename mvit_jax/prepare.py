@@ -23,7 +23,7 @@ down to a short side of 256 pixels and re-encoded so that random clips decode fa
 the same frames at the same times. The split is named after the list. Its manifest,
 train.manifest.json, lists the packed videos, and the failed ones with the reason of each failure.
 The same command resumes an interrupted run. Packing runs on Apache Beam
-(pip install 'mvit_jax[prepare]'), in processes on this machine. Flags for Beam come last, after --,
+(pip install -e '.[prepare]'), in processes on this machine. Flags for Beam come last, after --,
 as in -- --runner=FlinkRunner; then all workers must see the videos and DIR under the same paths.
 
     python -m mvit_jax.prepare lists --out=DIR [--val=0.1 --test=0.1]

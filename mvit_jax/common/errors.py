@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from mvit_jax.common import extras
+
 renamed_keys: dict[str, tuple[str, str]] = {}
 """Renamed config keys, filled by `config`: last part of the old key to (old key, new key)."""
 
@@ -35,7 +37,8 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
-        return main(argv)
+        with extras.explained():
+            return main(argv)
     except HungError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(1)

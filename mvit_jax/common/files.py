@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.extras import pip_line
 
 # Type of the paths that `to_path` returns. `epath.Path` is a `PurePath` with the methods of `Path`.
 # As importing `epath` is slow, type checkers get `Path`.
@@ -156,7 +157,7 @@ def _check_bucket(bucket: str) -> None:
             raise ImportError
     except ImportError:
         raise UserError(
-            f"gs://{bucket} needs Google's clients and TensorFlow: pip install -e '.[gcs]'"
+            f"gs://{bucket} needs Google's clients and TensorFlow: {pip_line('gcs')}"
         ) from None
     advice = "check the network, and GOOGLE_CLOUD_PROJECT"
     try:

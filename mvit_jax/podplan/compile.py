@@ -3,7 +3,6 @@
 If a program does not fit, XLA's error contains the memory that the program would need.
 """
 
-import importlib.util
 import os
 import re
 import time
@@ -15,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common import extras
 from mvit_jax.config import Config
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.podplan.accelerators import Topology
@@ -95,8 +94,7 @@ def tpu_mesh(topology: Topology, data: int = -1, fsdp: int = 1, devices: int = 0
     Raises:
       UserError: libtpu is not installed, or the mesh does not divide the chips.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
+    extras.require("libtpu")
     for name, value in _ABSENT.items():  # before libtpu is loaded
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}

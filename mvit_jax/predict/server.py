@@ -11,11 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mvit_jax.analysis import render
+from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import images
 from mvit_jax.data.images import DecodeError, Frames
@@ -65,8 +65,7 @@ def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits
     Raises:
       UserError: gradio is not installed, or the address cannot be bound.
     """
-    if find_spec("gradio") is None:
-        raise UserError("the page needs gradio: pip install -e '.[demo]'")
+    extras.require("gradio")
     with (
         _open_socket(host, port) as listener,
         tempfile.TemporaryDirectory(prefix="mvit_jax_") as folder,

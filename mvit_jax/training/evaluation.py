@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Integer
 
+from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
 from mvit_jax.data.loader import DEFAULT, LoaderOptions
@@ -119,6 +120,7 @@ class Scores:
                 for i, n in enumerate(truth.sum(0).tolist())
             ]
         else:
+            extras.require("sklearn")
             from sklearn.metrics import average_precision_score  # importing takes a second
 
             per_class = [

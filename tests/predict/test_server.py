@@ -83,8 +83,10 @@ def test_a_port_in_use_or_a_foreign_address_is_a_one_sentence_error():
 
 
 def test_missing_gradio_is_an_error_with_the_install_command(monkeypatch):
-    monkeypatch.setattr(server, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=re.escape("pip install -e '.[demo]'")):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=re.escape("gradio is not installed: pip install -e '.[demo]'")
+    ):
         server.serve(lambda: None, host="127.0.0.1", port=0, limits=LIMITS, top=5)
 
 

@@ -10,7 +10,7 @@ if [[ ! -x .venv/bin/python ]]; then
   python3 -m uv venv --quiet --python=3.11 --seed .venv
 fi
 .venv/bin/python -m pip install --quiet --constraint=requirements.txt \
-  --constraint=requirements-dev.txt --editable '.[tpu,gcs]'
+  --constraint=requirements-dev.txt --editable '.[train,tfds,tpu,gcs]'
 
 if (($# > 0)) && ! mountpoint --quiet ~/bucket; then
   if ! command -v gcsfuse >/dev/null; then

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.images import DecodeError, Frames, check_still, decode_image
 
@@ -76,6 +77,7 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
         access, or does not consist of labelled images. The message has the command that prepares
         the set, where this helps.
     """
+    extras.require("tensorflow_datasets")
     import tensorflow_datasets as tfds  # takes a second, and few data sets need it
 
     builder = prepared_builder(name, folder)
@@ -134,6 +136,7 @@ def prepared_builder(name: str, folder: str) -> Any:
     Raises:
       UserError: the set does not exist or is not prepared.
     """
+    extras.require("tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     try:

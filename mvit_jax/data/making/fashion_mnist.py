@@ -19,6 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.tfds import read_split
@@ -48,6 +49,7 @@ def prepare(folder: str, files: str | None = None) -> None:
       UserError: a file is missing, damaged or of another set; the download fails; the folder
         cannot be written; or `read_split` cannot read the existing set.
     """
+    extras.require("tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():

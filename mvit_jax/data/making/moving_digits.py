@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded, write_atomically
 from mvit_jax.common.progress import track
@@ -94,6 +95,7 @@ class Scene:
 def handwriting(seed: int) -> dict[str, Float[np.ndarray, "digits 8 8"]]:
     """Splits the digits, ink 0 to 1, by a permutation from `seed`; the splits are disjoint."""
     # Imported here, since the import takes a second and a finished folder needs no digits.
+    extras.require("sklearn")
     from sklearn.datasets import load_digits
 
     images = np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8) / 16

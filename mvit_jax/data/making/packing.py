@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.extras import pip_line
 from mvit_jax.common.files import expanded, write_atomically
 from mvit_jax.common.progress import Progress
 from mvit_jax.data.formats.shards import (
@@ -304,8 +305,7 @@ def run_jobs(
         import apache_beam as beam
     except ImportError as error:
         raise UserError(
-            f"Apache Beam, which packs videos, cannot be imported ({error}): "
-            "pip install 'mvit_jax[prepare]'"
+            f"Apache Beam, which packs videos, cannot be imported ({error}): " + pip_line("prepare")
         ) from None
     finally:
         logging.disable(logging.NOTSET)
