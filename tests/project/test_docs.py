@@ -6,9 +6,9 @@ with the output of the `sh` block before it (a line `...` stands for any lines).
 block that begins with a comment `# configs/NAME.py` or `# my_ideas.py` is written there. A block
 that cannot run here has the line `% not run: why` before it.
 
-Commands run on a small scale: the first `python` on the path adds `SMALL` to the programs' flags.
-It then runs a fork of a process that has imported the package (`warm.py`). The check leaves some
-trainings to the nightly tests (`NIGHTLY`).
+Commands that train, make data or plan run on a small scale: the first `python` on the path adds
+`SMALL` to their flags, and to those of no other command. It then runs a fork of a process that has
+imported the package (`warm.py`). The check leaves some trainings to the nightly tests (`NIGHTLY`).
 """
 
 import ast
@@ -50,7 +50,6 @@ SMALL = {
     "mvit_jax.train of images": [*_IMAGES, "--config.epochs=1"],
     "mvit_jax.prepare moving_digits": ["--train_videos=24", "--val_videos=8", "--test_videos=10"],
     "mvit_jax.podplan": [*tiny.FLAGS[:6], "--config.model.heads=1"],
-    "mvit_jax.convert": ["frames=8", "size=64", "width=16", "depths=(1,1,1)"],
 }
 # By workdir, what only the nightly tests train; the check reads the flags (`--dry_run`), and copies
 # another run where later commands read the folder.
@@ -67,8 +66,6 @@ if program == "mvit_jax.train" and any("pictures" in a or "fashion" in a for a i
     program += " of images"
 if program == "mvit_jax.prepare":
     program += " " + args[2]
-if program == "mvit_jax.convert" and not any(a.startswith("--variant") for a in args):
-    program = ""
 if {compiler!r} not in flags:  # a page has set its own: two devices show as much as eight
     os.environ["XLA_FLAGS"] = flags.replace("device_count=8", "device_count=2") + " " + {compiler!r}
 command = [{executable!r}, *args, *small.get(program, [])]
