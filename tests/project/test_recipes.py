@@ -49,6 +49,7 @@ SSV2_L = (40, 3, 8 * 16, 1, 0.00125 * 16, 1e-6 * 16, 1e-6 * 16, 1e-4, 2, 1, Fals
 CHARADES = (200, 30, 256, 1, 0.6, 0.024, 2.4e-4, 1e-7, 0, 1, False)
 
 # recipe: (schedule, frames x stride, pixels, drop path, views, inflation, published)
+NO_RESULT = "no result"
 ROWS = {
     "kinetics:vit_b_8x8": (SCRATCH, "8x8", 224, 0.2, "5x1", None, "68.5 / 86.9"),
     "kinetics:vit_b_8x8_in21k": (FROM_21K, "8x8", 224, 0.2, "5x1", "centre", "79.3 / 93.9"),
@@ -65,9 +66,9 @@ ROWS = {
     "kinetics:mvitv2_b_32x3": (SCRATCH, "32x3", 224, 0.3, "5x1", None, "82.9 / 95.7"),
     "kinetics:mvitv2_b_32x3_in1k": (FROM_1K, "32x3", 224, 0.3, "5x1", "centre", "83.3"),
     "kinetics:mvitv2_b_32x3_in21k": (FROM_21K, "32x3", 224, 0.3, "5x1", "centre", "84.3"),
-    "kinetics:mvitv2_l_16x4": (SCRATCH, "16x4", 224, 0.75, "5x1", None, "no result"),
-    "kinetics:mvitv2_l_16x4_in1k": (FROM_1K, "16x4", 224, 0.75, "5x1", "centre", "no result"),
-    "kinetics:mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "5x1", "centre", "no result"),
+    "kinetics:mvitv2_l_16x4": (SCRATCH, "16x4", 224, 0.75, "5x1", None, NO_RESULT),
+    "kinetics:mvitv2_l_16x4_in1k": (FROM_1K, "16x4", 224, 0.75, "5x1", "centre", NO_RESULT),
+    "kinetics:mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "5x1", "centre", NO_RESULT),
     "kinetics:mvitv2_l_40x3": (LONG, "40x3", 224, 0.75, "5x1", None, "81.4"),
     "kinetics:mvitv2_l_40x3_in1k": (LONG, "40x3", 224, 0.75, "5x1", None, "83.4"),
     "kinetics:mvitv2_l_40x3_in21k": (LONG, "40x3", 224, 0.75, "5x1", None, "84.5"),
@@ -80,12 +81,12 @@ ROWS = {
     "kinetics:k600_mvit_b_32x3": (SCRATCH, "32x3", 224, 0.2, "5x1", None, "83.4 / 96.3"),
     "kinetics:k600_mvit_b24_32x3": (SCRATCH, "32x3", 224, 0.3, "5x1", None, "83.8 / 96.3"),
     "kinetics:k600_mvitv2_b_32x3": (SCRATCH, "32x3", 224, 0.3, "5x1", None, "85.5 / 97.2"),
-    "kinetics:k600_mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "5x1", "centre", "no result"),
+    "kinetics:k600_mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "5x1", "centre", NO_RESULT),
     "kinetics:k600_mvitv2_l_32x3_312_in21k": (LONG, "32x3", 312, 0.75, "4x3", None, "87.2 / 97.6"),
     "kinetics:k600_mvitv2_l_40x3_312_in21k": (LONG, "40x3", 312, 0.75, "4x3", None, "87.5 / 97.8"),
     "kinetics:k600_mvitv2_l_40x3_352_in21k": (LONG, "40x3", 352, 0.75, "4x3", None, "87.9 / 97.9"),
     "kinetics:k700_mvitv2_b_32x3": (SCRATCH, "32x3", 224, 0.3, "3x3", None, "76.6 / 93.2"),
-    "kinetics:k700_mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "3x3", "centre", "no result"),
+    "kinetics:k700_mvitv2_l_16x4_in21k": (FROM_21K, "16x4", 224, 0.75, "3x3", "centre", NO_RESULT),
     "kinetics:k700_mvitv2_l_40x3_312_in21k": (LONG, "40x3", 312, 0.75, "3x3", None, "79.4 / 94.9"),
     "imagenet:mvit_b16": (IN_V1, "1x1", 224, 0.1, "1x1", None, "83.0"),
     "imagenet:mvit_b16_max": (IN_V1, "1x1", 224, 0.1, "1x1", None, "82.5"),
