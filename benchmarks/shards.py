@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from mvit_jax.data.making.transcoding import Encoded, Encoding, encode
-from mvit_jax.data.video import Video
+from mvit_jax.data.media.video import Video
 
 FRAMES, WIDTH, HEIGHT = 300, 340, 256
 CLIPS, ROUNDS = 20, 3

@@ -1,12 +1,15 @@
 """Opening of media files with the arguments that the installed PyAV has."""
 
 import io
+from typing import Any
 
 import av
 from av.container import InputContainer
 
 # Metadata in an unknown encoding must not make a video unreadable. PyAV 19 keeps its bytes.
-_ARGUMENTS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_ARGUMENTS: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 
 
 def open_media(file: str | io.BytesIO) -> InputContainer:

@@ -20,11 +20,11 @@ from jaxtyping import Int64, UInt8
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation, sampling, watchdog
 from mvit_jax.data.augmentation import Augmentation
-from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, load_batches
+from mvit_jax.data.media.images import DecodeError, Footage
+from mvit_jax.data.media.video import Video
 from mvit_jax.data.sampling import Sampling
 from mvit_jax.data.source import Source
-from mvit_jax.data.video import Video
 
 # First word of each random seed, different for each purpose, so that no streams are shared.
 _ORDER, _CLIP, _SHUFFLE = range(3)

@@ -10,8 +10,8 @@ from jaxtyping import Float32
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-from mvit_jax.data.images import Frames
-from mvit_jax.data.video import opened
+from mvit_jax.data.media.images import Frames
+from mvit_jax.data.media.video import opened
 from mvit_jax.models.variants import Preprocessing, preprocessing
 
 

@@ -16,7 +16,7 @@ from mvit_jax.data.formats.ssv2 import read_ssv2
 from mvit_jax.data.formats.synthetic import Synthetic
 from mvit_jax.data.formats.tfds import read_split
 from mvit_jax.data.formats.video_list import read_video_list
-from mvit_jax.data.images import Footage
+from mvit_jax.data.media.images import Footage
 
 SOURCES = ("list", "folders", "shards", "ssv2", "charades", "synthetic")
 """Values of `data.source`; `data.tfds` selects a data set of TFDS instead."""

@@ -31,7 +31,7 @@ from mvit_jax.analysis import render
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, expanded, local_path, to_path, write_atomically
 from mvit_jax.common.text import printable, table
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.media.images import DecodeError
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
 from mvit_jax.predict.windows import clock

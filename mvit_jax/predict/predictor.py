@@ -15,8 +15,8 @@ from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.files import AnyPath
 from mvit_jax.config import Config
 from mvit_jax.data import pipeline
-from mvit_jax.data.images import Footage, Frames
-from mvit_jax.data.video import Video, opened
+from mvit_jax.data.media.images import Footage, Frames
+from mvit_jax.data.media.video import Video, opened
 from mvit_jax.models.inference import Inference, normalise
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
 from mvit_jax.training import evaluation

@@ -17,9 +17,9 @@ from typing import Any
 from mvit_jax.analysis import render
 from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
-from mvit_jax.data import images
-from mvit_jax.data.images import DecodeError, Frames
-from mvit_jax.data.video import Video
+from mvit_jax.data.media import images
+from mvit_jax.data.media.images import DecodeError, Frames
+from mvit_jax.data.media.video import Video
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
 from mvit_jax.predict.request_filter import filter_requests, is_loopback

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
 from mvit_jax.data import pipeline, sampling
+from mvit_jax.data.media.video import Video
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.video import Video
 
 FEWEST = 4
 """Number of clip lengths up to which a video is always short: a timeline needs more windows."""

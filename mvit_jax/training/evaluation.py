@@ -15,9 +15,9 @@ from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
 from mvit_jax.data.loader import DEFAULT, LoaderOptions
+from mvit_jax.data.media.video import decode_failure
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source
-from mvit_jax.data.video import decode_failure
 from mvit_jax.training.distributed.sharding import (
     batch_sharding,
     local_rows,

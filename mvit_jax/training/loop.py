@@ -11,8 +11,8 @@ import numpy as np
 
 from mvit_jax.common import errors
 from mvit_jax.data.loader import Batch, WorkerError
+from mvit_jax.data.media.video import decode_failure
 from mvit_jax.data.source import Source
-from mvit_jax.data.video import decode_failure
 from mvit_jax.training.distributed import coordination, sharding
 from mvit_jax.training.run import profiling, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints

@@ -13,7 +13,7 @@ from PIL import Image
 
 import mvit_jax
 from mvit_jax import train
-from mvit_jax.data.video import Video
+from mvit_jax.data.media.video import Video
 from mvit_jax.models.functional import functional
 from mvit_jax.predict import __main__ as predict
 from mvit_jax.predict.predictor import Maps

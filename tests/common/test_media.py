@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mvit_jax.common.media import open_media
-from mvit_jax.data.video import Video
+from mvit_jax.data.media.video import Video
 
 
 @pytest.mark.parametrize("broken", [b"\xff\xfe\xe9\xa4\xe8\xc3", b"\xcf\xee\xf1\xf2\xee\xf0"])

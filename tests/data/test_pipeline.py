@@ -15,11 +15,11 @@ from PIL import Image
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-
-# Imported as a module: pytest would collect pipeline.test_batches as a test of this file.
-from mvit_jax.data import video as decoding
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import read_video_list
+
+# Imported as a module: pytest would collect pipeline.test_batches as a test of this file.
+from mvit_jax.data.media import video as decoding
 from mvit_jax.data.randaugment import parse
 from tests.data.bar_codes import BAR, BITS, HEIGHT, bar_code, decode_all, write
 from tests.data.loading import loading

@@ -12,8 +12,8 @@ import mvit_jax
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline, sampling
 from mvit_jax.data.formats.video_list import VideoList
+from mvit_jax.data.media.video import DecodeError
 from mvit_jax.data.preprocess import Preprocess
-from mvit_jax.data.video import DecodeError
 from mvit_jax.models.inference import normalise
 from tests.data.bar_codes import write
 

@@ -16,8 +16,8 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.config import KEYS
 from mvit_jax.data.formats.frame_lists import FrameList, ListedFrames
 from mvit_jax.data.formats.video_list import VideoList
-from mvit_jax.data.images import Footage
 from mvit_jax.data.making import moving_digits
+from mvit_jax.data.media.images import Footage
 from mvit_jax.data.source import SOURCES, Source, class_notes, fingerprint, open_source
 from tests.data import frames
 from tests.data.stored import stills, store

@@ -12,7 +12,7 @@ from mvit_jax import train
 from mvit_jax.common.errors import UserError
 from mvit_jax.training import build
 from tests.data.bar_codes import write
-from tests.data.test_video import audio_only, half_without_index
+from tests.data.media.test_video import audio_only, half_without_index
 from tests.support import commands, scoring, tiny
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from mvit_jax.training import build
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import init_state
-from tests.data.test_video import audio_only
+from tests.data.media.test_video import audio_only
 from tests.support import tiny
 
 IMAGES = {

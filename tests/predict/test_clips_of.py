@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mvit_jax.data import pipeline, sampling
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.media.images import DecodeError
+from mvit_jax.data.media.video import Video
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.video import Video
 from mvit_jax.predict.windows import clips_of
 from tests.predict.small import textured, write_video
 

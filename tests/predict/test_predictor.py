@@ -12,7 +12,7 @@ from PIL import Image
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation
-from mvit_jax.data.video import Video
+from mvit_jax.data.media.video import Video
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Predictor, class_names
 from mvit_jax.training import run_folder

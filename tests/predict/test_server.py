@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data.images import Frames
-from mvit_jax.data.video import Video
+from mvit_jax.data.media.images import Frames
+from mvit_jax.data.media.video import Video
 from mvit_jax.predict import server
 from mvit_jax.predict.server import Limits, check_kind, check_size
 from tests.predict import small

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mvit_jax.data import sampling
+from mvit_jax.data.media.video import Video
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.video import Video
 from mvit_jax.predict.windows import Timeline, clock, is_long, windows
 from tests.data.bar_codes import write
 

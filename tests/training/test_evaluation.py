@@ -9,8 +9,8 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data.images import DecodeError, Frames
 from mvit_jax.data.loader import LoaderOptions
+from mvit_jax.data.media.images import DecodeError, Frames
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding

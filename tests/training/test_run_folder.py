@@ -15,7 +15,7 @@ import mvit_jax
 from mvit_jax import convert
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
-from mvit_jax.data.video import Video
+from mvit_jax.data.media.video import Video
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt8
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data import video as decoding
 from mvit_jax.data.formats.listing import frame_files
 from mvit_jax.data.formats.video_list import VideoList
-from mvit_jax.data.images import DecodeError, Footage, distinct, read_image
+from mvit_jax.data.media import video as decoding
+from mvit_jax.data.media.images import DecodeError, Footage, distinct, read_image
 
 FRAME_RATE = 30.0
 """Assumed frames per second of image files, which do not record it (PySlowFast: `ffmpeg -r 30`)."""

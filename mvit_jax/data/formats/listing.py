@@ -13,8 +13,8 @@ from pathlib import Path
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.text import plural
 from mvit_jax.data.formats.video_list import list_names
-from mvit_jax.data.images import SUFFIXES as IMAGE_SUFFIXES
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.media.images import SUFFIXES as IMAGE_SUFFIXES
+from mvit_jax.data.media.images import DecodeError
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".qt", ".mj2", ".3gp", ".3g2", ".f4v", ".mkv", ".mk3d", ".webm",

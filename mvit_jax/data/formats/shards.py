@@ -2,7 +2,7 @@
 
 A split NAME consists of `NAME.manifest.json` and the shards `NAME-00000-of-00016.array_record` and
 so on, with one record per video in the order of the packed list. A record is a msgpack map of "id"
-(str), "label" (int), "video" (bytes of an mp4 file, H.264) and the fields of `video.Index`, which
+(str), "label" (int), "video" (bytes of an mp4 file, H.264) and the fields of `packets.Index`, which
 make parsing the container unnecessary. The manifest has the names, labels and lengths of all
 videos, so a split is opened without reading the shards.
 """
@@ -22,9 +22,9 @@ from jaxtyping import Int, Int32
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
-from mvit_jax.data.images import DecodeError
-from mvit_jax.data.packets import Index
-from mvit_jax.data.video import Video
+from mvit_jax.data.media.images import DecodeError
+from mvit_jax.data.media.packets import Index
+from mvit_jax.data.media.video import Video
 
 FORMAT = 1
 """Format version in manifests; increases when older shards become unreadable."""

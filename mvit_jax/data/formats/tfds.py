@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
-from mvit_jax.data.images import DecodeError, Frames, check_still, decode_image
+from mvit_jax.data.media.images import DecodeError, Frames, check_still, decode_image
 
 # Limit in bytes. A set up to this size is read into memory at once, in 7 microseconds per 28x28
 # image, against 130 to 300 for separate reads. Decoded pixels up to this size are cached, which

@@ -13,8 +13,8 @@ from jaxtyping import Int, Int32
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, expanded
-from mvit_jax.data import video
-from mvit_jax.data.images import Footage
+from mvit_jax.data.media import video
+from mvit_jax.data.media.images import Footage
 
 
 # eq=False: dataclass equality would compare the label arrays elementwise and raise.

@@ -32,8 +32,8 @@ from mvit_jax.data.formats.shards import (
     read_manifest,
 )
 from mvit_jax.data.formats.video_list import VideoList, read_class_names, read_video_list
-from mvit_jax.data.images import DecodeError, is_image
 from mvit_jax.data.making.transcoding import Encoding, encode
+from mvit_jax.data.media.images import DecodeError, is_image
 
 # About 100 MB for videos of ten seconds: large enough for any file system, and small enough that an
 # interrupted run loses little. Small sets are split into more shards, so that all cores have work.

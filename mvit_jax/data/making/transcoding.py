@@ -11,11 +11,11 @@ from av.video.frame import PictureType
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data import orientation
-from mvit_jax.data.images import DecodeError
-from mvit_jax.data.orientation import Orientation
-from mvit_jax.data.packets import Index
-from mvit_jax.data.video import Video
+from mvit_jax.data.media import orientation
+from mvit_jax.data.media.images import DecodeError
+from mvit_jax.data.media.orientation import Orientation
+from mvit_jax.data.media.packets import Index
+from mvit_jax.data.media.video import Video
 
 
 @dataclass(frozen=True)

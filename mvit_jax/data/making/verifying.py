@@ -12,9 +12,9 @@ from mvit_jax.common.files import expanded
 from mvit_jax.common.progress import track
 from mvit_jax.data.formats import shards
 from mvit_jax.data.formats.video_list import VideoList, read_video_list
-from mvit_jax.data.images import DecodeError, is_image
+from mvit_jax.data.media.images import DecodeError, is_image
+from mvit_jax.data.media.video import decode_failure
 from mvit_jax.data.source import Source
-from mvit_jax.data.video import decode_failure
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def test_other_files_are_skipped_and_counted(folder, capsys):
     fill(folder, "train/archery/deeper/e.mp4", "train/readme.md", "train/.cache/f.mp4")
     assert len(read_class_folders(folder, "train", "train")) == 5
     assert capsys.readouterr().err == (
-        f"note: {folder}/train holds 3 files or folders that are neither videos nor images by their "
-        f"names, for example {folder}/train/archery/deeper, which are left out\n"
+        f"note: {folder}/train holds 3 files or folders that are neither videos nor images by "
+        f"their names, for example {folder}/train/archery/deeper, which are left out\n"
     )
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvit_jax.data import video as decoding
 from mvit_jax.data.formats.frame_lists import FrameFolders
-from mvit_jax.data.images import DecodeError, Footage
 from mvit_jax.data.making import moving_digits
-from mvit_jax.data.video import decode_failure
+from mvit_jax.data.media import video as decoding
+from mvit_jax.data.media.images import DecodeError, Footage
+from mvit_jax.data.media.video import decode_failure
 from tests.data import frames
 
 

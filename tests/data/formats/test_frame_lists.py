@@ -6,7 +6,7 @@ import pytest
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.frame_lists import label_numbers, read_frame_list
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.media.images import DecodeError
 from tests.data import frames
 from tests.support.refusals import refused
 

@@ -8,9 +8,9 @@ from PIL import Image
 from mvit_jax.data.formats import listing
 from mvit_jax.data.formats.class_folders import read_class_folders
 from mvit_jax.data.formats.frame_lists import FrameFolders
-from mvit_jax.data.images import SUFFIXES, is_image, read_image
 from mvit_jax.data.making.splitting import write_lists
-from mvit_jax.data.video import Video, decode_failure, opened
+from mvit_jax.data.media.images import SUFFIXES, is_image, read_image
+from mvit_jax.data.media.video import Video, decode_failure, opened
 from tests.data import frames
 from tests.support.refusals import refused
 

@@ -16,11 +16,11 @@ from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.making import packing
 from mvit_jax.data.making.transcoding import Encoding
 from mvit_jax.data.making.verifying import check
+from mvit_jax.data.media.video import DecodeError, Video, decode_failure
 from mvit_jax.data.source import Source, open_source
-from mvit_jax.data.video import DecodeError, Video, decode_failure
 from tests.data.bar_codes import numbers_of, write
 from tests.data.making.test_moving_digits import contents
-from tests.data.test_video import audio_only, cut, empty, text
+from tests.data.media.test_video import audio_only, cut, empty, text
 from tests.support.refusals import refused
 
 

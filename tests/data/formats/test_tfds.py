@@ -18,7 +18,7 @@ from mvit_jax.data import pipeline
 from mvit_jax.data.formats import tfds as tfds_images
 from mvit_jax.data.formats.tfds import read_split
 from mvit_jax.data.making import fashion_mnist
-from mvit_jax.data.video import DecodeError, decode_failure
+from mvit_jax.data.media.video import DecodeError, decode_failure
 from mvit_jax.training import build
 from tests.data.making import idx
 from tests.data.stored import stills, store

@@ -8,7 +8,7 @@ import pytest
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.video_list import read_video_list
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.media.images import DecodeError
 from tests.support.refusals import refused
 
 

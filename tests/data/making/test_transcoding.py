@@ -11,9 +11,16 @@ import pytest
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.making.transcoding import Encoding, encode
-from mvit_jax.data.video import DecodeError, Video
+from mvit_jax.data.media.video import DecodeError, Video
 from tests.data.bar_codes import numbers_of, packets_of, write
-from tests.data.test_video import FORMATS, audio_only, empty, half_without_index, panning, text
+from tests.data.media.test_video import (
+    FORMATS,
+    audio_only,
+    empty,
+    half_without_index,
+    panning,
+    text,
+)
 
 
 def all_frames(file, index=None):

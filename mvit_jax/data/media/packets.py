@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from jaxtyping import Float64
 
-from mvit_jax.data.images import DecodeError
+from mvit_jax.data.media.images import DecodeError
 
 MIN_SHARE = 0.9
 """Smallest share of the stated frames or seconds of an intact file.

@@ -11,7 +11,7 @@ import pytest
 from av.video.frame import PictureType
 
 from mvit_jax.data.making.transcoding import Encoding, encode
-from mvit_jax.data.video import DecodeError, Video, decode_failure, opened
+from mvit_jax.data.media.video import DecodeError, Video, decode_failure, opened
 from tests.data.bar_codes import decode_all, number_of, numbers_of, packets_of, write
 
 

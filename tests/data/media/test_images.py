@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 from mvit_jax.data import augmentation, pipeline
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import VideoList
-from mvit_jax.data.images import is_image, read_image
-from mvit_jax.data.video import DecodeError, decode_failure, opened
+from mvit_jax.data.media.images import is_image, read_image
+from mvit_jax.data.media.video import DecodeError, decode_failure, opened
 from tests.support import commands
 from tests.support.refusals import refused
 
@@ -182,7 +182,7 @@ def test_harmless_warnings_of_pillow_are_not_printed(tmp_path):
     picture_ = Image.new("P", (40, 40))
     picture_.save(path, transparency=bytes([0, 128, 255]))
     code = (
-        "import sys; from PIL import Image; from mvit_jax.data.images import read_image; "
+        "import sys; from PIL import Image; from mvit_jax.data.media.images import read_image; "
         "Image.MAX_IMAGE_PIXELS = 1000; sys.stderr = sys.stdout; read_image(sys.argv[1])"
     )
     assert commands.printed(code, path, fork=True) == ""

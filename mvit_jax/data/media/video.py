@@ -21,8 +21,8 @@ from av.video.stream import VideoStream
 from jaxtyping import Float64, Int, UInt8
 
 from mvit_jax.common.media import open_media
-from mvit_jax.data import orientation, packets
-from mvit_jax.data.images import (
+from mvit_jax.data.media import orientation, packets
+from mvit_jax.data.media.images import (
     MAX_PIXELS,
     DecodeError,
     Footage,
@@ -32,7 +32,7 @@ from mvit_jax.data.images import (
     is_image,
     read_image,
 )
-from mvit_jax.data.packets import Index, KeyFrame
+from mvit_jax.data.media.packets import Index, KeyFrame
 
 # Codecs whose decoders can skip single frames that no other frame refers to. Skipping those that
 # are not requested saves a fifth to a half of the time at stride 4 with B-frames. The pixels of

@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data import orientation
+from mvit_jax.data.media import orientation
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".avif",

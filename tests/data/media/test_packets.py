@@ -7,9 +7,9 @@ import av
 import numpy as np
 import pytest
 
-from mvit_jax.data.packets import Packets
+from mvit_jax.data.media.packets import Packets
+from mvit_jax.data.media.video import DecodeError, Video, decode_failure, opened
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.video import DecodeError, Video, decode_failure, opened
 from tests.data.bar_codes import decode_all, numbers_of, write
 
 ORDINARY = {"gop": 12}
@@ -231,14 +231,14 @@ def test_joined_recordings_are_read_in_their_order(tmp_path):
 
 def test_frames_of_too_many_pixels_are_an_error(tmp_path, monkeypatch):
     path = write(tmp_path / "x.mp4", 3)
-    monkeypatch.setattr("mvit_jax.data.video.MAX_PIXELS", 64 * 32 - 1)
+    monkeypatch.setattr("mvit_jax.data.media.video.MAX_PIXELS", 64 * 32 - 1)
     with pytest.raises(DecodeError, match="frames of 64x32 have more than 2,047 pixels: scale"):
         Video(path)
 
 
 def test_a_cover_picture_is_no_video(tmp_path):
     """Sound with a picture of the album, as music files have it."""
-    from tests.data.test_video import audio_only
+    from tests.data.media.test_video import audio_only
 
     sound, path = audio_only(tmp_path), tmp_path / "song.m4a"
     with av.open(str(sound)) as reader, av.open(str(path), "w", format="mp4") as writer:
