@@ -183,13 +183,18 @@ class Video:
 
     def _open(self) -> None:
         try:
-            file = self._file if self._bytes is None else io.BytesIO(self._bytes)
-            container = open_media(file)
+            # FFmpeg would take a relative name with a colon for an address.
+            path = str(Path(self._file).absolute())
+            container = open_media(path if self._bytes is None else io.BytesIO(self._bytes))
         except (FFmpegError, OSError) as error:
             raise self._decode_error(error) from error
         if container.format.name == "tty":  # FFmpeg renders any text as a video
             container.close()
             raise DecodeError(self.path, "it is text, not a video")
+        if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+            container.close()
+            reason = "it is an image with the name of a video: correct its suffix"
+            raise DecodeError(self.path, reason)
         try:
             stream = self._video_stream(container)
         except DecodeError:
@@ -206,8 +211,8 @@ class Video:
         """Returns the container's main video; raises `DecodeError` if it has none."""
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
-            streams = "only other streams" if container.streams else "and no other streams"
-            raise DecodeError(self.path, f"it holds no video, {streams}")
+            other = ", only other streams" if len(container.streams) else ""
+            raise DecodeError(self.path, f"it holds no video{other}")
         if stream.disposition & Disposition.attached_pic:
             raise DecodeError(self.path, "it holds no video, only sound and a cover picture")
         if stream.width * stream.height > MAX_PIXELS:
@@ -437,6 +442,7 @@ class Video:
             reason = "it is not a video, or it is damaged or cut off"
         else:
             reason = str(getattr(error, "strerror", None) or error).lower()
+            reason = f"it {reason}" if reason.startswith("is ") else reason
         return DecodeError(self.path, reason)
 
 

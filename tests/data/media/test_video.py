@@ -213,16 +213,22 @@ def audio_only(folder):
     return path
 
 
+def image(folder):
+    (folder / "image.mp4").write_bytes(cv2.imencode(".jpg", quarters())[1].tobytes())
+    return folder / "image.mp4"
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (empty, "empty"),
+        (image, "it is an image with the name of a video"),
         (text, "not a video"),
         (half_without_index, "it is not a video, or it is damaged or cut off"),
         (cut, "it is cut off, with 50 of its 100 frames"),
         (audio_only, "no video"),
         (lambda folder: folder / "missing.mp4", "no such file"),
-        (lambda folder: folder, "directory"),
+        (lambda folder: folder, "it is a directory"),
     ],
 )
 def test_invalid_videos_raise_with_path_and_reason(make, reason, tmp_path):
@@ -236,6 +242,13 @@ def test_invalid_videos_raise_with_path_and_reason(make, reason, tmp_path):
     assert decode_failure(opened(path, 1)) == error.reason
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.path, copy.reason, str(copy)) == (error.path, error.reason, str(error))
+
+
+def test_a_relative_name_with_a_colon_is_a_file(video_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("12:30 party.mp4").write_bytes(Path(video_path).read_bytes())
+    with Video("12:30 party.mp4") as video:
+        assert video.num_frames == 100
 
 
 def test_frame_numbers_out_of_range_raise(video_path):
