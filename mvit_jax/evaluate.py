@@ -146,10 +146,11 @@ def test(folder: AnyPath) -> None:
                 scores, videos, settings.clips, local_params, settings.model, settings.step
             )
         run_data.write_example_clips(written[-1], pictures, results)
-    written.append(run_data.write_report(folder))
+    report = run_data.write_report(folder)
     for sentence in scores.failures:
         print(f"left out: {sentence}")
-    print("wrote " + ", ".join(str(path) for path in written))
+    print(f"wrote into {folder}: {', '.join(path.name for path in written)}")
+    print(f"open {report} in a browser")
 
 
 def numbers(texts: list[str] | None) -> list[int]:
@@ -243,21 +244,24 @@ def write_views(
 
 
 def summary(folder: AnyPath) -> str:
-    """Returns a text table of all evaluations in a run's folder."""
+    """Returns a text table of all evaluations in a run's folder, at most 60 columns wide.
+
+    The columns "mAP" and "left out" are left away where they have no numbers.
+    """
     rows: list[tuple[str, ...]] = [
-        ("list", "frames", "checkpoint", "top-1", "top-5", "mAP", "videos", "left out", "views")
+        ("list", "frames", "step", "top-1", "top-5", "mAP", "videos", "left out", "views")
     ]
     for r in run_data.evaluations(folder):
         rows.append((
             Path(r["list"]).name.partition(".")[0],
             "shuffled" if r["shuffled_frames"] else "in order",
-            run_data.checkpoint(r), f"{r['top1']:.2f}", f"{r['top5']:.2f}",
+            run_data.checkpoint(r).replace(" step", ""), f"{r['top1']:.2f}", f"{r['top5']:.2f}",
             f"{r['map']:.2f}" if "map" in r else "", str(r["videos"]), str(len(r["left_out"])),
             f"{r['clips']} x {r['crops']}",
         ))  # fmt: skip
-    if not any(row[5] for row in rows[1:]):  # no multi-label evaluation
-        rows = [row[:5] + row[6:] for row in rows]
-    return table(rows[0], rows[1:], numbers_right=False)
+    columns = [i for i in range(len(rows[0])) if any(row[i] not in ("", "0") for row in rows[1:])]
+    header, *rows = [tuple(row[i] for i in columns) for row in rows]
+    return table(header, rows, numbers_right=False)
 
 
 if __name__ == "__main__":
