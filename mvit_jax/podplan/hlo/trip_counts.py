@@ -2,6 +2,7 @@
 
 import operator
 import re
+from collections.abc import Iterator
 
 from mvit_jax.podplan.hlo.parser import Computation, Instruction, Module
 
@@ -31,6 +32,12 @@ def trips(line: Instruction, computation: Computation, module: Module) -> int | 
         return int(match.group(1))
     body, condition = (module.computations[line.called(name)[0]] for name in ("body", "condition"))
     carried = computation.instructions[line.operands[0]]
+    if carried.opcode == "parameter":  # XLA for CPUs wraps loops in calls since jaxlib 0.12
+        calls = list(_calls(computation.name, module))
+        if len(calls) != 1:
+            return None
+        call, computation = calls[0]
+        carried = computation.instructions[call.operands[int(carried.inside)]]
     if carried.opcode != "tuple" or body.root.opcode != "tuple":
         return None
     start = [_number(name, computation, module, []) for name in carried.operands]
@@ -43,6 +50,14 @@ def trips(line: Instruction, computation: Computation, module: Module) -> int | 
         numbers = {index: _number(name, body, module, [state]) for index, name in after.items()}
         state = {index: number for index, number in numbers.items() if number is not None}
     return None
+
+
+def _calls(name: str, module: Module) -> Iterator[tuple[Instruction, Computation]]:
+    """Yields the calls of a computation, and the computations that hold them."""
+    for caller in module.computations.values():
+        for line in caller.instructions.values():
+            if line.opcode == "call" and name in line.called("to_apply"):
+                yield line, caller
 
 
 def _number(
