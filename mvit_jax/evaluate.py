@@ -223,11 +223,12 @@ def write_views(
     folder: AnyPath, by_count: dict[int, dict[str, Any]], results: dict[str, Any], end: str
 ) -> list[AnyPath]:
     """Prints accuracy by number of clips, writes it as JSON and as a figure; returns the paths."""
-    measures = [name for name in ("top1", "top5", "map") if name in results]
+    measures = [name for name in ("top1", "top5", "mean_class", "map") if name in results]
     rows = [{"clips": n} | {m: metrics[m] for m in measures} for n, metrics in by_count.items()]
     print("clips  " + "  ".join(f"{m:>6}" for m in measures))
     for row in rows:
-        print(f"{row['clips']:5d}  " + "  ".join(f"{row[m]:6.2f}" for m in measures))
+        values = (f"{row[m]:{max(len(m), 6)}.2f}" for m in measures)
+        print(f"{row['clips']:5d}  " + "  ".join(values))
     keys = ("list", "checkpoint", "step", "crops", "ensemble", "videos")
     common = {k: results[k] for k in keys}
     paths = [folder / f"views{end}.json", folder / f"views{end}.png"]
@@ -246,18 +247,18 @@ def write_views(
 def summary(folder: AnyPath) -> str:
     """Returns a text table of all evaluations in a run's folder, at most 60 columns wide.
 
-    The columns "mAP" and "left out" are left away where they have no numbers.
+    "class" is the mean class accuracy. Columns without numbers, like "mAP", are omitted.
     """
     rows: list[tuple[str, ...]] = [
-        ("list", "frames", "step", "top-1", "top-5", "mAP", "videos", "left out", "views")
+        ("list", "frames", "step", "top-1", "top-5", "class", "mAP", "videos", "left out", "views")
     ]
     for r in run_data.evaluations(folder):
         rows.append((
             Path(r["list"]).name.partition(".")[0],
             "shuffled" if r["shuffled_frames"] else "in order",
             run_data.checkpoint(r).replace(" step", ""), f"{r['top1']:.2f}", f"{r['top5']:.2f}",
-            f"{r['map']:.2f}" if "map" in r else "", str(r["videos"]), str(len(r["left_out"])),
-            f"{r['clips']} x {r['crops']}",
+            *(f"{r[name]:.2f}" if name in r else "" for name in ("mean_class", "map")),
+            str(r["videos"]), str(len(r["left_out"])), f"{r['clips']} x {r['crops']}",
         ))  # fmt: skip
     columns = [i for i in range(len(rows[0])) if any(row[i] not in ("", "0") for row in rows[1:])]
     header, *rows = [tuple(row[i] for i in columns) for row in rows]

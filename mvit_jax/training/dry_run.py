@@ -316,10 +316,13 @@ def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
     if model.frames == 1 and e.whole_image:
         square = f"the whole image resized to {model.size} x {model.size}"
     ensemble = {"mean": "mean over the views", "max": "maximum over the views"}.get(e.ensemble)
+    metrics = "top-1, top-5, mean class accuracy"
+    if config.data.multi_label:
+        metrics = "mean average precision"
     lines = [
         ("views", f"{views}: {square}"),
         ("scores", f"{scores}, {ensemble or e.ensemble}"),
-        ("metrics", "mean average precision" if config.data.multi_label else "top-1, top-5"),
+        ("metrics", metrics),
     ]
     if e.every_epochs > 0 and config.data.val_list:
         every = build.count_steps(config, e.every_epochs, videos)

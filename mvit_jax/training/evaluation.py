@@ -85,6 +85,8 @@ class Scores:
 
           * "top1", "top5": share of the videos for which one of the 1 or 5 most probable classes is
             correct.
+          * "mean_class", for single-label data: mean class accuracy, the mean of the top-1
+            accuracies of all classes with tested videos.
           * "per_class": accuracy of each class; for multi-label data its average precision. None
             for classes without tested videos.
           * "confusion": `confusion[i][j]` counts videos of class i predicted as class j. A
@@ -119,6 +121,7 @@ class Scores:
                 100 * float(confusion[i, i] / n) if n else None
                 for i, n in enumerate(truth.sum(0).tolist())
             ]
+            metrics["mean_class"] = float(np.mean([a for a in per_class if a is not None]))
         else:
             extras.require("sklearn")
             from sklearn.metrics import average_precision_score  # importing takes a second
@@ -221,15 +224,16 @@ def validate(
     """Validates a state, with its averaged parameters if it has any; arguments as for `evaluate`.
 
     Returns:
-      "top1", "top5" and, for multi-label data, "map", in percent; "videos", the number of tested
-      videos; "seconds", the duration.
+      "top1", "top5" and "mean_class", for multi-label data "map" in place of "mean_class", in
+      percent; "videos", the number of tested videos; "seconds", the duration.
     """
     began = time.monotonic()
     [scores] = evaluate(
         predict, state.eval_params, videos, settings, protocol, mesh=mesh, loader=loader
     )
     metrics = scores.metrics()
-    return {name: metrics[name] for name in ("map", "top1", "top5") if name in metrics} | {
+    names = ("map", "top1", "top5", "mean_class")
+    return {name: metrics[name] for name in names if name in metrics} | {
         "videos": metrics["videos"],
         "seconds": time.monotonic() - began,
     }

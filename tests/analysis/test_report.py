@@ -23,6 +23,7 @@ def page(html):
 def test_the_headline_figures_are_those_of_the_evaluation(page):
     total = cost(pages.run().model)
     assert page.ids["top1"] == "66.7 %" and page.ids["top5"] == "100.0 %"
+    assert page.ids["mean_class"] == "67.1 %"
     assert page.ids["videos"] == "21" and page.ids["views"] == "2 x 1"
     assert int(page.ids["parameters"].replace(",", "")) == total.parameters
     number, unit = page.ids["multiply_adds"].split()
@@ -118,6 +119,14 @@ def test_shuffled_frames_of_another_checkpoint_are_not_compared():
     run = pages.run(evaluations=evaluations)
     assert run.shuffled is None
     assert "--shuffle_frames" in Page(report.report(run)).text
+
+
+def test_evaluations_without_a_mean_class_accuracy_are_shown():
+    """Of multi-label data, or written by an older version."""
+    test = pages.evaluation()
+    del test["mean_class"]
+    page = Page(report.report(pages.run(evaluations=[test])))
+    assert "mean_class" not in page.ids and page.ids["top1"] == "66.7 %"
 
 
 def test_many_classes_are_named_only_in_tables():

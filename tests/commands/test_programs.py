@@ -163,6 +163,8 @@ def test_evaluation_counts_every_video_once_on_any_number_of_devices(run, digits
     np.testing.assert_array_equal(confusion.sum(1), np.bincount(labels, minlength=8))
     assert result["top1"] == pytest.approx(100 * np.trace(confusion) / 10)
     assert result["top1"] <= result["top5"] <= 100
+    shares = [confusion[i, i] / n for i, n in enumerate(confusion.sum(1)) if n]
+    assert result["mean_class"] == pytest.approx(100 * np.mean(shares))
     for name in ("confusion.png", "per_class.png"):
         assert min(Image.open(run / name).size) > 200
     page = Page((run / run_data.REPORT).read_text())

@@ -96,6 +96,7 @@ def test_multi_label_metrics_have_a_mean_average_precision():
     assert metrics["per_class"].pop(3) is None
     assert metrics["per_class"] == pytest.approx(expected)
     assert metrics["map"] == pytest.approx(np.mean(expected))
+    assert "mean_class" not in metrics
     best = probabilities.argmax(1)
     right = [sets[i, best[i]] for i in np.flatnonzero(tested)]
     assert metrics["top1"] == pytest.approx(100 * np.mean(right))
@@ -119,6 +120,22 @@ def test_single_label_metrics_have_no_mean_average_precision():
     assert metrics["confusion"] == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
     assert metrics["per_class"] == [50.0, 0.0, None]
     assert "map" not in metrics
+
+
+def test_mean_class_accuracy_gives_each_class_with_videos_the_same_weight():
+    random = np.random.default_rng(0)
+    labels = np.where(random.random(200) < 0.9, 0, random.integers(1, 5, 200))
+    probabilities = random.random((200, 6))  # class 5 has no videos
+    probabilities[:, 0] += 0.3
+    tested = (random.random(200) < 0.8) & (labels != 4)  # none of class 4 can be decoded
+    metrics = Scores(probabilities, labels, tested).metrics()
+    shares = []
+    for label in range(4):
+        rows = [i for i in range(200) if tested[i] and labels[i] == label]
+        shares.append(sum(max(range(6), key=probabilities[i].__getitem__) == label for i in rows))
+        shares[-1] /= len(rows)
+    assert metrics["mean_class"] == pytest.approx(25 * sum(shares))
+    assert metrics["mean_class"] < metrics["top1"] - 10  # the frequent class is predicted best
 
 
 def metrics_of(broken, clips):

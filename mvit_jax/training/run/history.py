@@ -37,7 +37,7 @@ class History:
       starts: one entry for each start of the training program, in the order of time.
       train: "step", "loss", "accuracy" (percent, of augmented clips), "grad_norm", "param_norm",
         "learning_rate" and "clips_per_second". Metrics are means since the previous line.
-      val: "step", "top1", "top5" and, for multi-label data, "map" (percent).
+      val: "step", "top1", "top5", and "mean_class" or, for multi-label data, "map" (percent).
       seconds: time from each start to its last line, summed over all starts.
       spent: seconds of each phase (`goodput.PHASES`), summed over all starts. The time of steps
         that a later start repeated or a rollback undid is counted as `goodput.REPEATED` instead.
