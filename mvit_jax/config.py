@@ -252,6 +252,9 @@ KEYS: dict[str, Key] = {
     "optim.b2": Key(0.999, "decay of AdamW's mean of squared gradients", low=0, below=1),
     "optim.momentum": Key(0.9, "momentum of SGD", low=0, below=1),
     "optim.clip_norm": Key(1.0, "gradient clipping by global norm; 0 for none", low=0),
+    "optim.trained_blocks": Key(None, "number of last blocks that are trained, with the final norm "
+                                "and the head; all other weights are frozen. 0 trains the head "
+                                "alone (linear probe), None everything", low=0, kind=int),
     "optim.ema": Key(0.0, "decay of averaged weights (EMA), which are then tested; 0 for none",
                      low=0, below=1),
     "optim.ema_warmup": Key(False, "warm-up of that decay, to at most 1 - (1 + step)^(-2/3) as in "
@@ -425,7 +428,16 @@ def _check_key(name: str, key: Key, value: Any) -> None:
 
 
 def check_start(config: Config) -> None:
-    """Raises `UserError` if the recipe requires initial weights and the config names none."""
+    """Checks that the config names the initial weights that it requires.
+
+    Raises:
+      UserError: the recipe requires weights, or fresh weights would be frozen.
+    """
+    if config.optim.trained_blocks is not None and not (config.init.checkpoint or config.resume):
+        raise UserError(
+            f"optim.trained_blocks={config.optim.trained_blocks} would freeze fresh weights: set "
+            "--config.init.checkpoint=DIR to a run's folder or one made by mvit_jax.convert"
+        )
     if missing_weights(config):
         raise UserError(
             f"this experiment starts from {config.init.needed}: set --config.init.checkpoint=DIR "

@@ -48,6 +48,7 @@ from mvit_jax.training import build, custom, dry_run, loop
 from mvit_jax.training.distributed import coordination, failure, launch
 from mvit_jax.training.evaluation import validate
 from mvit_jax.training.loop import Intervals, Upkeep
+from mvit_jax.training.optimizer import partition
 from mvit_jax.training.run import goodput, history, profiling, runtime, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, has_hanging_threads
 from mvit_jax.training.run.metrics import Logbook
@@ -308,9 +309,13 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     log.text("parameters", f"```\n{overview}\n```")
     log.text("config", f"```\n{config}\n```")
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    parts = partition(state.params, config.optim.trained_blocks)
+    trained = sum(x.size for x in jax.tree.leaves(parts[0]))
+    of_these = f" ({trained:,} of them trained)" if trained < parameters else ""
     log.print(
-        f"{config.model.variant}: {parameters:,} parameters, clips of {model.config.frames} x "
-        f"{model.config.size}^2, {len(videos):,} videos of {len(videos.class_names)} classes, "
+        f"{config.model.variant}: {parameters:,} parameters{of_these}, "
+        f"clips of {model.config.frames} x {model.config.size}^2, "
+        f"{len(videos):,} videos of {len(videos.class_names)} classes, "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
     )
     for note in class_notes(videos):
@@ -322,6 +327,7 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
         "command": command(),
         "steps": steps,
         "parameters": parameters,
+        "trained_parameters": trained,
         "multiply_adds": model.cost().multiply_adds,
         "videos": len(videos),
         "list_checksum": fingerprint(videos)["names in order"],

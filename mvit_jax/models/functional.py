@@ -71,6 +71,7 @@ class Functional:
         capture: bool = False,
         scan: bool = False,
         remat: str = "none",
+        frozen_blocks: int = 0,
     ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
         """Returns logits and features of normalised clips; see `MViT.forward`.
 
@@ -82,7 +83,9 @@ class Functional:
             shape or dtype.
         """
         model = self.module(params)
-        return model.forward(clip, key=key, capture=capture, scan=scan, remat=remat)
+        return model.forward(
+            clip, key=key, capture=capture, scan=scan, remat=remat, frozen_blocks=frozen_blocks
+        )
 
     def module(self, params: Params) -> MViT:
         """Returns a module that shares the arrays of `params`.

@@ -99,6 +99,7 @@ class MViT(nnx.Module):
         capture: bool = False,
         scan: bool = False,
         remat: str = "none",
+        frozen_blocks: int = 0,
     ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
         """Returns logits and features.
 
@@ -109,6 +110,8 @@ class MViT(nnx.Module):
           scan: runs identical blocks as one loop, which compiles faster. Results stay the same.
           remat: the rematerialisation policy, one of `run_blocks.REMAT`: trades arithmetic for
             memory in training. Results stay the same.
+          frozen_blocks: the number of first blocks whose weights are not differentiated. No loop
+            has frozen and trained blocks, so no gradient of frozen weights is computed.
 
         Returns:
           The logits and a dict of features. "stages" is a list of the grids
@@ -130,7 +133,7 @@ class MViT(nnx.Module):
             x, grid = self.embed(clip)
             x, after, records = run_blocks.run(
                 list(self.blocks), plan(self.config), x, grid, keys,
-                capture=capture, scan=scan, remat=remat,
+                capture=capture, scan=scan, remat=remat, frozen_blocks=frozen_blocks,
             )  # fmt: skip
             logits, tokens = self.classify(x, keys[-1])
         names = [n for n in records[0] if all(n in record for record in records)] if capture else []

@@ -36,6 +36,7 @@ def run(
     capture: bool = False,
     scan: bool = False,
     remat: str = "none",
+    frozen_blocks: int = 0,
 ) -> tuple[Tokens, list[Array], list[Record]]:
     """Runs tokens on `grid` through all blocks.
 
@@ -50,6 +51,8 @@ def run(
         backward pass of a loop is slow. Blocks that a loop cannot run (see `_loop_end`) run one by
         one.
       remat: a policy of `REMAT`.
+      frozen_blocks: the number of first blocks whose weights are not differentiated. No loop has
+        frozen and trained blocks: a loop differentiates the weights of all its blocks.
 
     Returns:
       The last block's tokens, the grids `[batch, T, H, W, channels]` after each stage, and with
@@ -70,7 +73,8 @@ def run(
         call = functools.partial(_call, grid=grid, remat="blocks" if rematerialised else remat)
         stop = start + 1
         if scan and not capture:
-            stop = _loop_end(blocks, plans, start, x, grid, keys[start], call)
+            end = frozen_blocks if start < frozen_blocks else len(blocks)
+            stop = _loop_end(blocks[:end], plans[:end], start, x, grid, keys[start], call)
         name = f"block{start}" if stop == start + 1 else f"blocks{start}-{stop - 1}"
         after = plan.output(grid)
         expected = x.shape[1] - math.prod(grid) + math.prod(after)

@@ -22,7 +22,7 @@ from mvit_jax.data.loader import Batch, LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source, check_multi_label, open_source
 from mvit_jax.models.functional import Functional, functional
-from mvit_jax.models.plan import MViTConfig
+from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
 from mvit_jax.training import custom, evaluation, optimizer
 from mvit_jax.training.distributed import sharding
@@ -135,6 +135,7 @@ def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
       UserError: values of the config contradict each other, or a custom module is missing.
     """
     architecture = model_config(config, num_classes)
+    _frozen_blocks(config, architecture)  # checks their number
     views = {"batch": config.eval.batch, "max_broken": config.data.max_broken}
     return Settings(
         model=functional(
@@ -330,8 +331,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         "clip_norm": c.clip_norm,
     }
     if c.name == "sgd":
-        return optimizer.sgd(momentum=c.momentum, **common)
-    return optimizer.adamw(b1=c.b1, b2=c.b2, **common)
+        transform = optimizer.sgd(momentum=c.momentum, **common)
+    else:
+        transform = optimizer.adamw(b1=c.b1, b2=c.b2, **common)
+    return optimizer.of_trained(transform, c.trained_blocks)
 
 
 def ema_note(config: Config, steps: int) -> str | None:
@@ -368,7 +371,15 @@ def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
     shardings = sharding.state_shardings(mesh, shapes)
     rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = jax.jit(
-        functools.partial(train_step, apply=apply, optimizer=optimizer, recipe=settings.step),
+        functools.partial(
+            train_step,
+            # Loops end at the last frozen block, whose weights have no gradients.
+            apply=functools.partial(
+                apply, frozen_blocks=_frozen_blocks(config, settings.model.config)
+            ),
+            optimizer=optimizer,
+            recipe=settings.step,
+        ),
         in_shardings=(shardings, rows, replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
@@ -397,9 +408,25 @@ def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any
     )
 
 
+def _frozen_blocks(config: Config, model: MViTConfig) -> int:
+    """Returns the number of frozen first blocks.
+
+    Raises:
+      UserError: `optim.trained_blocks` exceeds the model's number of blocks.
+    """
+    depth, trained = len(plan(model)), config.optim.trained_blocks
+    if trained is None:
+        return 0
+    if trained > depth:
+        raise UserError(
+            f"optim.trained_blocks={trained} exceeds the model's {depth} blocks: set at most "
+            f"{depth}, or None to train everything"
+        )
+    return depth - trained
+
+
 def _step_config(config: Config, num_classes: int) -> StepConfig:
-    values = {**config, **config.data, **config.augment, "ema": config.optim.ema}
-    values |= {"ema_warmup": config.optim.ema_warmup}
+    values = {**config, **config.data, **config.augment, **config.optim}
     values |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
     names = [field.name for field in dataclasses.fields(StepConfig)]
     return StepConfig(**{name: _as_tuple(values[name]) for name in names})

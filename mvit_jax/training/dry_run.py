@@ -41,6 +41,7 @@ def describe(config: Config, devices: int) -> str:
     handle = build.settings(config, model.num_classes).model  # also checks the clip settings
     custom.check(handle)
     params = jax.eval_shape(handle.init, jax.random.key(0))
+    trained, _ = optimizer.partition(params, config.optim.trained_blocks)
     parts = [
         align(
             [
@@ -53,8 +54,8 @@ def describe(config: Config, devices: int) -> str:
         _numbered("Augmentation, in this order", _augmentation(config, model)),
         section("Steps", _steps(config, videos, devices)),
         "Learning rate\n" + indent(_rates(config, videos)),
-        section("Optimiser", _optimizer(config, videos)),
-        "Weight decay\n" + indent(_decay(config, params)),
+        section("Optimiser", [("trained", _trained(config, params)), *_optimizer(config, videos)]),
+        "Weight decay\n" + indent(_decay(config, trained)),
     ]
     if config.optim.layer_decay != 1:
         parts.append("Learning rates by layers\n" + indent(_layers(config, params)))
@@ -241,6 +242,19 @@ def _rates(config: Config, videos: int) -> str:
     return table(("step", "epoch", "rate"), rows)
 
 
+def _trained(config: Config, params: Any) -> str:
+    blocks = config.optim.trained_blocks
+    if blocks is None:
+        return "all parameters"
+    trained, frozen = (
+        sum(int(np.prod(shape.shape)) for shape in jax.tree.leaves(part))
+        for part in optimizer.partition(params, blocks)
+    )
+    last = "the last block" if blocks == 1 else f"the last {blocks} blocks"
+    parts = f"{last}, norm and head" if blocks else "the head"
+    return f"{trained:,} of {trained + frozen:,} parameters: {parts}; the others are frozen"
+
+
 def _optimizer(config: Config, videos: int) -> Lines:
     c, note = config.optim, build.ema_note(config, build.count_steps(config, config.epochs, videos))
     average = f"decay {c.ema:g}{', after a warm-up from 0' if c.ema_warmup else ''}"
@@ -259,7 +273,7 @@ def _optimizer(config: Config, videos: int) -> Lines:
 
 
 def _decay(config: Config, params: Any) -> str:
-    """Returns a table with the numbers of tensors and parameters by weight decay and kind."""
+    """Returns a table of the trained tensors and parameters by weight decay and kind."""
     groups: dict[tuple[float, str], list[int]] = {}
     decays = flatten_dict(optimizer.decay_mask(params), sep="/")
     shapes: dict[str, Any] = flatten_dict(params, sep="/")
@@ -289,14 +303,18 @@ def _kind(path: str) -> str:
 
 
 def _layers(config: Config, params: Any) -> str:
-    rates = flatten_dict(optimizer.layer_rates(params, config.optim.layer_decay), sep="/")
-    layers: dict[str, Any] = flatten_dict(optimizer.layers(params), sep="/")
-    shapes: dict[str, Any] = flatten_dict(params, sep="/")
+    trees = (
+        optimizer.layer_rates(params, config.optim.layer_decay), optimizer.layers(params), params
+    )  # fmt: skip
+    rates, layers, shapes = (
+        flatten_dict(optimizer.partition(tree, config.optim.trained_blocks)[0], sep="/")
+        for tree in trees
+    )
     sizes: dict[int, list[int]] = {}
     for path, shape in shapes.items():
         sizes.setdefault(layers[path], []).append(int(np.prod(shape.shape)))
     factor = {layers[path]: rate for path, rate in rates.items()}
-    last = max(sizes)
+    last = max(sizes)  # the head is always trained
     names = {0: "patch and positional embeddings", last: "norm, head"}
     highest = config.optim.lr * build.rate_factor(config)
     rows = [

@@ -91,9 +91,10 @@ def layers(params):
     """Returns the layer of each tensor for layer decay.
 
     Layer 0 is the patch embedding, class token and positional embeddings. Layer i + 1 is block i.
-    Layer depth + 1 is all other tensors (final norm, head).
+    Layer depth + 1 is all other tensors (final norm, head). `params` may be the trained parameters
+    alone (`partition`).
     """
-    depth = len(params["blocks"])
+    depth = 1 + max(map(int, params.get("blocks", {})), default=-1)
 
     def rule(path, leaf) -> int:
         module = path[0].key
@@ -106,8 +107,63 @@ def layers(params):
 
 def layer_rates(params, layer_decay: float):
     """Returns each tensor's learning rate factor, `layer_decay` ^ (depth + 1 - layer)."""
-    last = len(params["blocks"]) + 1
-    return jax.tree.map(lambda layer: layer_decay ** (last - layer), layers(params))
+    numbers = layers(params)
+    last = max(jax.tree.leaves(numbers))  # of the head
+    return jax.tree.map(lambda layer: layer_decay ** (last - layer), numbers)
+
+
+def partition(params: dict[str, Any], trained_blocks: int | None) -> tuple[Any, Any]:
+    """Splits parameters, or any tree of the same keys, into trained and frozen ones.
+
+    Args:
+      params: the nested dict.
+      trained_blocks: number of trained last blocks. The head is always trained, and the final norm
+        if any block is. None trains everything.
+
+    Returns:
+      Two nested dicts with disjoint leaves; `merge` is the inverse.
+    """
+    if trained_blocks is None:
+        return params, {}
+    first = len(params["blocks"]) - trained_blocks
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    for name, module in params.items():
+        if name == "blocks":
+            for index, block in module.items():
+                part = trained if int(index) >= first else frozen
+                part.setdefault(name, {})[index] = block
+        else:
+            is_trained = name == "head" or (name == "norm" and trained_blocks > 0)
+            (trained if is_trained else frozen)[name] = module
+    return trained, frozen
+
+
+def merge(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tree that `partition` has split."""
+    if not frozen:
+        return trained
+    blocks = frozen.get("blocks", {}) | trained.get("blocks", {})
+    return frozen | trained | {"blocks": blocks}
+
+
+def of_trained(
+    transform: optax.GradientTransformation, trained_blocks: int | None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimiser of the trained parameters alone, which has no state of frozen ones.
+
+    `init` and `update` take all parameters; gradients and updates are those of the trained ones.
+    """
+    transform = optax.with_extra_args_support(transform)
+
+    def init(params):
+        return transform.init(partition(params, trained_blocks)[0])
+
+    def update(updates, state, params=None, **extra):
+        trained = None if params is None else partition(params, trained_blocks)[0]
+        return transform.update(updates, state, trained, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adamw(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mvit_jax.models.inference import normalise
 from mvit_jax.training import device_augment
-from mvit_jax.training.optimizer import ema_step_size
+from mvit_jax.training.optimizer import ema_step_size, merge, partition
 from mvit_jax.training.state import Metrics, State
 
 
@@ -34,6 +34,7 @@ class StepConfig:
     label_smoothing: float
     ema: float
     accumulate: int
+    trained_blocks: int | None = None
     dtype: Any = jnp.float32
     ema_warmup: bool = False
 
@@ -60,20 +61,24 @@ def train_step(
         broken video that a clip replaces, or a negative number if it replaces none.
       learning_rate: learning rate of this step.
       apply: `Functional.apply` of a model that computes in `recipe.dtype`.
-      optimizer: an optimiser from `training.optimizer`.
+      optimizer: an optimiser from `training.optimizer`, made by `of_trained` if parameters are
+        frozen (`recipe.trained_blocks`).
       recipe: augmentation and loss settings.
 
     Returns:
       The new state, and (sum, count) of "loss", "accuracy" (percent, on the augmented clips),
-      "grad_norm", "param_norm" (after the update) and "broken".
+      "grad_norm" (of the trained parameters), "param_norm" (of all, after the update) and "broken".
     """
     # Named scopes appear in profiles (`train --profile`).
     key_batch, key_model = keys(recipe.seed, state.step)
     with jax.named_scope("augment"):
         clip, targets = augment(batch, key_batch, recipe)
 
-    def loss(params, clip, targets, labels, key):
-        logits, _ = apply(params, clip, key=key)
+    # Frozen parameters are constants of the loss, so that no gradient of them is computed.
+    trained, frozen = partition(state.params, recipe.trained_blocks)
+
+    def loss(trained, clip, targets, labels, key):
+        logits, _ = apply(merge(trained, frozen), clip, key=key)
         with jax.named_scope("loss"):
             best = jnp.argmax(logits, -1)
             if recipe.multi_label:
@@ -85,7 +90,7 @@ def train_step(
     (value, correct), grads = _accumulate_gradients(
         jax.value_and_grad(loss, has_aux=True),
         recipe.accumulate,
-        state.params,
+        trained,
         (clip, targets, batch["label"]),
         key_model,
     )
@@ -93,12 +98,13 @@ def train_step(
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, learning_rate=learning_rate
         )
-        params = optax.apply_updates(state.params, updates)
+        trained = optax.apply_updates(trained, updates)
         ema = state.ema
         if ema is not None:
             size = ema_step_size(state.step, recipe.ema, recipe.ema_warmup)
-            ema = optax.incremental_update(params, ema, size)
-        after = State(state.step + 1, params, opt_state, ema)
+            averaged, constant = partition(ema, recipe.trained_blocks)
+            ema = merge(optax.incremental_update(trained, averaged, size), constant)
+        after = State(state.step + 1, merge(trained, frozen), opt_state, ema)
         norm = optax.tree.norm(grads)
         state = _select_finite(jnp.isfinite(value) & jnp.isfinite(norm), after, state)
     clips = jnp.asarray(batch["label"].shape[0])

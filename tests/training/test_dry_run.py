@@ -92,6 +92,22 @@ def test_the_plan_lists_learning_rates_by_layers():
     assert "by layers" not in described("kinetics", "mvit_b_16x4")
 
 
+def test_the_plan_counts_trained_parameters():
+    """By hand: the head of MViT-B has 769 x 400 parameters, a last block 12 x 768^2 and more."""
+    changes = {"optim.layer_decay": 0.5}
+    text = described("kinetics", "mvit_b_16x4", **changes, **{"optim.trained_blocks": 0})
+    plan = row(text, "Optimiser", "trained")[1]
+    assert plan == "307,600 of 36,610,672 parameters: the head; the others are frozen"
+    assert row(text, "Weight decay", "0.05", "kernels")[2:] == ["1", "307,200"]
+    assert row(text, "Learning rates by layers", "17")[1:] == [
+        "norm, head", "1", "0.0016", "307,600"
+    ]  # fmt: skip
+    text = described("kinetics", "mvit_b_16x4", **changes, **{"optim.trained_blocks": 1})
+    assert "parameters: the last block, norm and head" in row(text, "Optimiser", "trained")[1]
+    assert row(text, "Learning rates by layers", "16")[2] == "0.5"
+    assert row(described("kinetics", "mvit_b_16x4"), "Optimiser", "trained")[1] == "all parameters"
+
+
 def test_another_batch_size_scales_rates_and_must_be_divisible():
     text = described("kinetics", "mvit_b_16x4", batch=256)
     assert row(text, "Optimiser", "rates")[1].endswith("for 512 clips; scaled by 0.5")
