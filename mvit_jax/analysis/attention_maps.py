@@ -164,7 +164,7 @@ def grad_cam(
         return x
 
     def score(x: Array) -> Array:
-        logits, _ = module.classify(run_blocks(x, index, len(blocks)))
+        logits, *_ = module.classify(run_blocks(x, index, len(blocks)))
         labels = jnp.argmax(logits, -1) if label is None else jnp.full(logits.shape[0], label)
         return jnp.take_along_axis(logits, labels[:, None], axis=-1).sum()
 

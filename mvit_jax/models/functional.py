@@ -87,6 +87,22 @@ class Functional:
             clip, key=key, capture=capture, scan=scan, remat=remat, frozen_blocks=frozen_blocks
         )
 
+    def features(
+        self, params: Params, clip: Shaped[Array, "..."], *, stage: int | None = None
+    ) -> Float[Array, "batch channels"]:
+        """Returns one float32 vector per normalised clip, for probes, retrieval and clustering.
+
+        Args:
+          params: the parameters.
+          clip: as for `apply`.
+          stage: as for `select_features`.
+
+        Raises:
+          UserError: as for `apply`, or the model has no such stage.
+        """
+        check_stage(self.config, stage)
+        return select_features(self.apply(params, clip)[1], stage)
+
     def module(self, params: Params) -> MViT:
         """Returns a module that shares the arrays of `params`.
 
@@ -145,6 +161,27 @@ def functional(
     reference implementations, which `jax.jvp` and `jax.hessian` can differentiate.
     """
     return Functional(config, block, attention, pooling, jnp.dtype(dtype), ops)
+
+
+def select_features(features: dict[str, Any], stage: int | None) -> Float[Array, "batch channels"]:
+    """Returns one vector per clip, in float32 (float64 for float64 features).
+
+    Args:
+      features: the features that `Functional.apply` returns.
+      stage: None for the vector that the head classifies: the class token after the final norm, or
+        without one the mean of the tokens. K for the mean over the grid after stage K, counted
+        from 0, without class token and final norm.
+    """
+    x = features["pooled"] if stage is None else features["stages"][stage]
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if stage is None else x.mean((1, 2, 3))
+
+
+def check_stage(config: MViTConfig, stage: int | None) -> None:
+    """Raises `UserError` if the model has no stage of this number."""
+    stages = len(config.depths)
+    if stage is not None and not 0 <= stage < stages:
+        raise UserError(f"stage {stage} must be from 0 to {stages - 1}: the model has {stages}")
 
 
 def create_model(

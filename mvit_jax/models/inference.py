@@ -17,6 +17,7 @@ from mvit_jax.models.functional import Functional, Params
 BUCKETS = (1, 2, 4, 8, 16)
 
 Colour = Sequence[float]  # one value each for red, green and blue
+Output = Callable[[Array, dict[str, Any]], Array]
 
 
 class Inference:
@@ -40,6 +41,7 @@ class Inference:
         std: Colour | None = None,
         buckets: Sequence[int] = BUCKETS,
         devices: Sequence[Any] | None = None,
+        output: Output | None = None,
         **options: Any,
     ) -> None:
         """Converts the parameters and places them on the devices, if `devices` is set.
@@ -55,6 +57,8 @@ class Inference:
           devices: the devices to shard batches over, such as `jax.devices()`. Parameters are
             replicated, and buckets are rounded up to multiples of the number of devices. None
             computes on the device of `params`.
+          output: a function of the logits and features of `model.apply`, which returns an array
+            with a row per clip in place of the logits.
           **options: passed to `model.apply`.
 
         Raises:
@@ -67,7 +71,7 @@ class Inference:
         self.params = with_dtype(params, model.dtype)
         self.buckets = tuple(sorted({-(-size // count) * count for size in buckets}))
         self._accepts_uint8 = mean is not None
-        forward = forward_function(model, mean=mean, std=std, **options)
+        forward = forward_function(model, mean=mean, std=std, output=output, **options)
         self._mesh = None
         if devices is None:
             self._apply = jax.jit(forward)
@@ -121,7 +125,12 @@ class Inference:
 
 
 def forward_function(
-    model: Functional, *, mean: Colour | None = None, std: Colour | None = None, **options: Any
+    model: Functional,
+    *,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+    output: Output | None = None,
+    **options: Any,
 ) -> Callable[[Params, Array], Array]:
     """Returns the function `forward(params, clips) -> logits`; see `Inference` for the arguments.
 
@@ -136,7 +145,8 @@ def forward_function(
     def forward(params: Params, clips: Array) -> Array:
         if mean is not None and std is not None and clips.dtype == jnp.uint8:
             clips = normalise(clips, tuple(mean), tuple(std), model.dtype)
-        return model.apply(params, clips, **options)[0]
+        logits, features = model.apply(params, clips, **options)
+        return logits if output is None else output(logits, features)
 
     return forward
 

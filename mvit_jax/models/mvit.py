@@ -116,7 +116,7 @@ class MViT(nnx.Module):
         Returns:
           The logits and a dict of features. "stages" is a list of the grids
           `[batch, T, H, W, channels]` after each stage. "tokens" are the normalised tokens that
-          the head reads.
+          the head reads, and "pooled" is the vector `[batch, channels]` that it classifies.
 
           With `capture`, the dict also has lists with an entry per block. "attention" holds the
           probabilities `[batch, heads, queries, keys]`, float32. "queries", "keys" and "values",
@@ -135,10 +135,10 @@ class MViT(nnx.Module):
                 list(self.blocks), plan(self.config), x, grid, keys,
                 capture=capture, scan=scan, remat=remat, frozen_blocks=frozen_blocks,
             )  # fmt: skip
-            logits, tokens = self.classify(x, keys[-1])
+            logits, tokens, pooled = self.classify(x, keys[-1])
         names = [n for n in records[0] if all(n in record for record in records)] if capture else []
         captured = {name: [record[name] for record in records] for name in names}
-        return logits, {"stages": after, "tokens": tokens} | captured
+        return logits, {"stages": after, "tokens": tokens, "pooled": pooled} | captured
 
     def _forward_none(
         self, clips: Float[Array, "0 T H W 3"], options: dict[str, Any]
@@ -164,10 +164,11 @@ class MViT(nnx.Module):
 
     def classify(
         self, x: Tokens, key: Array | None = None
-    ) -> tuple[Float[Array, "batch num_classes"], Tokens]:
-        """Returns the logits of the last block's tokens, and the normalised tokens."""
+    ) -> tuple[Float[Array, "batch num_classes"], Tokens, Float[Array, "batch channels"]]:
+        """Returns logits of the last block's tokens, normalised tokens, and the head's input."""
         tokens = self.norm(x)
-        return self.head(self._representation(x, tokens), key), tokens
+        pooled = self._representation(x, tokens)
+        return self.head(pooled, key), tokens, pooled
 
     def _representation(self, x: Tokens, tokens: Tokens) -> Float[Array, "batch channels"]:
         """Returns the vector that the head classifies: the class token or a mean of tokens."""

@@ -3,6 +3,7 @@
     python -m mvit_jax.predict FILE... --workdir=DIR
     python -m mvit_jax.predict FILE... --checkpoint=DIR --top=3 --json=FILE
     python -m mvit_jax.predict FILE... --workdir=DIR --pictures=DIR --attention
+    python -m mvit_jax.predict FILE... --workdir=DIR --features=FILE.npz --features_of=stage:2
     python -m mvit_jax.predict --serve --workdir=DIR
 
 DIR is a workdir (--workdir) or a folder that `convert` wrote (--checkpoint). Probabilities are
@@ -14,12 +15,20 @@ the other files are still processed, and the exit status is 1. Of a run with ave
 these are used; --weights=plain uses the others.
 
 --pictures writes NAME_prediction.png for each file. --attention adds attention rollout and Grad-CAM
-to this figure, and animates both in NAME_attention.gif and .mp4. --serve serves a page for uploads
-(pip install -e '.[demo]').
+to this figure, and animates both in NAME_attention.gif and .mp4.
+
+--features writes the features of the files that can be decoded: "names", text [files], and
+"features", float32 [files, channels], the mean over a file's clips. --features_of=head is the
+vector that the head classifies, stage:K the mean over the grid after stage K, from 0. With
+--features_per=clip and --clips=K, features are [files, K, channels].
+
+--serve serves a page for uploads (pip install -e '.[demo]').
 """
 
+import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +39,7 @@ from tqdm import tqdm
 from mvit_jax.analysis import render
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, expanded, local_path, to_path, write_atomically
-from mvit_jax.common.text import printable, table
+from mvit_jax.common.text import plural, printable, table
 from mvit_jax.data.media.images import DecodeError
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
@@ -66,6 +75,11 @@ _TOP = flags.DEFINE_integer("top", 5, "Number of classes per file.", lower_bound
 _JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder for a figure of each file.")
 _ATTENTION = flags.DEFINE_bool("attention", False, "Draw attention maps; requires --pictures.")
+_FEATURES = flags.DEFINE_string("features", None, "File for features, in NumPy's format npz.")
+_FEATURES_OF = flags.DEFINE_string("features_of", "head", "head, or stage:K from stage:0.")
+_FEATURES_PER = flags.DEFINE_enum(
+    "features_per", "video", ["video", "clip"], "Mean over clips, or each of --clips=K clips."
+)
 _SERVE = flags.DEFINE_bool("serve", False, "Serve a page for uploads, until Ctrl-C.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page; local by default.")
 _PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any free port.", 0, 65535)
@@ -84,16 +98,31 @@ def main(argv: list[str]) -> None:
         raise errors.UserError("give video or image files, or --serve")
     if _ATTENTION.value and _PICTURES.value is None:
         raise errors.UserError("--attention requires --pictures=DIR, the folder for the figures")
+    if _FEATURES.value is not None and _FEATURES_PER.value == "clip" and _CLIPS.value is None:
+        raise errors.UserError(
+            "--features_per=clip requires --clips=K: otherwise long videos have more clips than "
+            "short ones"
+        )
     pictures = None if _PICTURES.value is None else local_path(_PICTURES.value)
     if pictures is not None:
         _make_folder(pictures)
     model = {"which": _WHICH.value, "weights": _WEIGHTS.value}
-    predictor = Predictor(folder, **model, clips=_CLIPS.value, crops=_CROPS.value)
+    predictor = Predictor(
+        folder, **model, clips=_CLIPS.value, crops=_CROPS.value,
+        features=None if _FEATURES.value is None else _FEATURES_OF.value,
+    )  # fmt: skip
     results: dict[str, Any] = {"folder": str(folder), **model}
-    results |= predict(predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value)
+    features: list[tuple[str, np.ndarray]] = []
+    results |= predict(
+        predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value,
+        add_features=lambda *named: features.append(named),
+    )  # fmt: skip
     failed = show(results["files"])
     if _JSON.value is not None:
         write_atomically(_JSON.value, json.dumps(results, indent=1) + "\n")
+    if _FEATURES.value is not None and features:
+        write_features(_FEATURES.value, features, _FEATURES_PER.value)
+        print(f"wrote {_FEATURES.value}: features of {plural(len(features), 'file')}")
     if failed:
         sys.exit(1)
 
@@ -115,6 +144,7 @@ def _folder() -> AnyPath:
 def _serve(folder: AnyPath, files: list[str]) -> None:
     unused = {
         "--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--attention": _ATTENTION,
+        "--features": _FEATURES,
     }  # fmt: skip
     extra = [*files, *(name for name, flag in unused.items() if flag.value)]
     if extra:
@@ -139,6 +169,7 @@ def predict(
     top: int,
     pictures: Path | None = None,
     maps: bool = False,
+    add_features: Callable[[str, np.ndarray], object] = lambda file, features: None,
 ) -> dict[str, Any]:
     """Predicts files and writes their figures.
 
@@ -148,6 +179,7 @@ def predict(
       top: number of classes per file.
       pictures: folder for the figures; None draws none.
       maps: draw attention maps too.
+      add_features: called with each decoded file and its features, if the predictor computes any.
 
     Returns:
       A JSON-serialisable dict. "files" has an entry per file, with "classes" or "error". For a long
@@ -168,6 +200,8 @@ def predict(
 
                 # Absolute, since FFmpeg takes "12:30.mp4" for an address.
                 prediction = predictor.predict(expanded(file).absolute(), progress=progress)
+            if prediction.features is not None:
+                add_features(file, prediction.features)
             result |= _described(prediction, predictor.names, top)
             if pictures is not None:
                 written = _draw(predictor, prediction, file, pictures / stem, top, maps)
@@ -226,6 +260,21 @@ def _draw(
         render.save_gif(written[1], frames, fps)
         render.save_mp4(written[2], frames, fps)
     return written
+
+
+def write_features(path: str, features: list[tuple[str, np.ndarray]], per: str) -> None:
+    """Writes features as arrays "names" and "features" (.npz).
+
+    Args:
+      path: the file.
+      features: names of files, and their features [clips, channels].
+      per: "clip" for [videos, clips, channels], or "video" for the mean over the clips.
+    """
+    names, by_clip = zip(*features, strict=True)
+    values = np.stack(by_clip if per == "clip" else [clips.mean(0) for clips in by_clip])
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, names=np.array(names), features=values)
+    write_atomically(path, arrays.getvalue())
 
 
 def picture_names(files: list[str], folder: Path) -> list[str]:

@@ -17,7 +17,9 @@ from mvit_jax.config import Config
 from mvit_jax.data import pipeline
 from mvit_jax.data.media.images import Footage, Frames
 from mvit_jax.data.media.video import Video, opened
-from mvit_jax.models.inference import Inference, normalise
+from mvit_jax.models.functional import check_stage, select_features
+from mvit_jax.models.inference import Inference, Output, normalise
+from mvit_jax.models.plan import MViTConfig
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
 from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding
@@ -39,6 +41,7 @@ class Prediction:
       shown: centre crops of the middle clip, or of evenly spaced windows of a long video.
       times: presentation times of the frames of `shown`, in seconds.
       seconds: length of the video; 0 for an image.
+      features: features of each clip or window, as mean over its crops; None if not requested.
     """
 
     probabilities: Float64[np.ndarray, " classes"]
@@ -47,6 +50,7 @@ class Prediction:
     shown: UInt8[np.ndarray, "clips time size size 3"]
     times: Float64[np.ndarray, "clips time"]
     seconds: float
+    features: Float32[np.ndarray, "clips channels"] | None = None
 
 
 class Maps(NamedTuple):
@@ -77,6 +81,7 @@ class Predictor:
         weights: str | None = None,
         clips: int | None = None,
         crops: int | None = None,
+        features: str | None = None,
     ) -> None:
         """Loads the model.
 
@@ -87,6 +92,9 @@ class Predictor:
           clips: K of the test protocol, which disables windows. By default the config's K, and long
             videos are read in windows.
           crops: squares cut from each clip, 1 or 3; by default the config's.
+          features: features that predictions have: "head", the vector that the head classifies, or
+            "stage:K", the mean over the grid after stage K, from 0 (`functional.select_features`).
+            None for none.
         """
         mesh = sharding.make_mesh()  # the run's mesh may need more devices than this machine has
         changes = {"eval.clips": clips, "eval.crops": crops}
@@ -108,6 +116,7 @@ class Predictor:
             # Batch sizes for short videos, and for windows of long videos.
             buckets=(eval_.clips * eval_.crops, AT_A_TIME * eval_.crops),
             devices=jax.devices(),
+            output=None if features is None else _with_features(features, self.model),
         )
 
     def predict(
@@ -147,15 +156,15 @@ class Predictor:
             else:
                 views = pipeline.views(video, settings, clips=eval_.clips, crops=eval_.crops)
         middle = eval_.clips // 2
+        by_view, features = self._split(list(self._scored([views])), eval_.clips)
         return Prediction(
-            probabilities=evaluation.reduce_views(
-                np.concatenate(list(self._scored([views]))), eval_.ensemble, axis=0
-            ),
+            probabilities=evaluation.reduce_views(by_view, eval_.ensemble, axis=0),
             clips=eval_.clips,
             timeline=None,
             shown=views[middle * eval_.crops + eval_.crops // 2][None],
             times=_seconds(video, indices[middle][None]),
             seconds=n / fps if isinstance(video, Video) else 0.0,
+            features=features,
         )
 
     def _predict_windows(self, video: Video, progress: Callable[[int, int], object]) -> Prediction:
@@ -177,9 +186,9 @@ class Predictor:
                     yield np.concatenate(batch)
                     batch.clear()
 
-        scores = self._scored(batches())
+        by_view, features = self._split(list(self._scored(batches())), count)
         ensemble = self.config.eval.ensemble
-        by_crop = np.concatenate(list(scores)).reshape(count, crops, -1)
+        by_crop = by_view.reshape(count, crops, -1)
         by_window = evaluation.reduce_views(by_crop, ensemble, axis=1)
         return Prediction(
             probabilities=evaluation.reduce_views(by_window, ensemble, axis=0),
@@ -188,22 +197,37 @@ class Predictor:
             shown=np.stack(shown),
             times=_seconds(video, indices[drawn]),
             seconds=video.num_frames / video.fps,
+            features=features,
         )
 
     def _scored(
         self, batches: Iterable[np.ndarray]
-    ) -> Iterator[Float64[np.ndarray, "views classes"]]:
-        """Yields probabilities of batches of uint8 views."""
+    ) -> Iterator[Float64[np.ndarray, "views columns"]]:
+        """Yields probabilities of batches of uint8 views, and after them the features, if any."""
+        classes = len(self.names)
         activation = jax.nn.sigmoid if self._recipe.multi_label else jax.nn.softmax
         pending: jax.Array | None = None
         for views in batches:
             with jax.default_matmul_precision(self.config.precision):
-                probabilities = activation(self._logits(views))
+                output = self._logits(views)
+                probabilities = activation(output[:, :classes])
+                if output.shape[1] > classes:
+                    probabilities = jnp.concatenate([probabilities, output[:, classes:]], axis=1)
             if pending is not None:  # the next batch is decoded while the model computes
                 yield np.asarray(pending, np.float64)
             pending = probabilities
         if pending is not None:
             yield np.asarray(pending, np.float64)
+
+    def _split(
+        self, batches: list[Float64[np.ndarray, "_ columns"]], clips: int
+    ) -> tuple[Float64[np.ndarray, "views classes"], Float32[np.ndarray, "clips channels"] | None]:
+        """Splits the columns of `_scored` into probabilities, and features averaged over crops."""
+        by_view, classes = np.concatenate(batches), len(self.names)
+        if by_view.shape[1] == classes:
+            return by_view, None
+        features = by_view[:, classes:].reshape(clips, -1, by_view.shape[1] - classes).mean(1)
+        return by_view[:, :classes], features.astype(np.float32)
 
     def maps(self, shown: UInt8[np.ndarray, "clips time size size 3"]) -> Maps:
         """Returns attention rollout and Grad-CAM (of the most probable class) for each clip."""
@@ -234,6 +258,24 @@ class Predictor:
     def _fine_block(self) -> int:
         size = self.model.size
         return attention_maps.fine_block(self.model, (self.model.frames, size, size))
+
+
+def _with_features(name: str, model: MViTConfig) -> Output:
+    """Returns the function that appends the features called `name` to the logits.
+
+    Raises:
+      UserError: there are no such features.
+    """
+    kind, _, number = name.partition(":")
+    if name != "head" and not (kind == "stage" and number.isdecimal()):
+        raise UserError(f"features of {name!r} do not exist: choose head, or stage:K from stage:0")
+    stage = None if name == "head" else int(number)
+    check_stage(model, stage)
+
+    def append(logits: jax.Array, features: dict[str, Any]) -> jax.Array:
+        return jnp.concatenate([logits, select_features(features, stage)], axis=1)
+
+    return append
 
 
 def _seconds(video: Footage, indices: np.ndarray) -> np.ndarray:

@@ -13,11 +13,13 @@ from PIL import Image
 
 import mvit_jax
 from mvit_jax import train
+from mvit_jax.common.errors import UserError
+from mvit_jax.data import pipeline
 from mvit_jax.data.media.video import Video
 from mvit_jax.models.functional import functional
 from mvit_jax.predict import __main__ as predict
 from mvit_jax.predict.predictor import Maps
-from mvit_jax.training import build
+from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from tests.predict import small
@@ -134,6 +136,7 @@ def test_pictures_are_written_as_png_gif_and_mp4(predictor, paths, tmp_path):
         (["a.mp4", "--checkpoint=/no/such"], "/no/such holds no run"),
         (["a.mp4", "--workdir=a", "--attention"], "--attention requires --pictures=DIR"),
         (["a.mp4", "--workdir=a", "--pictures=/dev/null/x"], "cannot be made"),
+        (["a.mp4", "--workdir=a", "--features=b", "--features_per=clip"], "requires --clips=K"),
         (["a.mp4", "--workdir=a", "--serve"], "leave out a.mp4"),
         (["--workdir=a", "--serve", "--clips=1"], "leave out --clips"),
     ],
@@ -142,6 +145,48 @@ def test_bad_flags_end_with_a_one_sentence_error(args, sentence):
     status, output = commands.run("predict", *args)
     assert status == 1 and sentence in output
     assert output.startswith("error: ") and output.count("\n") == 1
+
+
+def test_features_of_the_files_are_written(run, predictor, paths, tmp_path):
+    """By definition: the middle of the module on the clips of the test protocol."""
+    long = str(small.write_video(tmp_path / "long.mp4", small.textured(150, height=32)))
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    files = [long, str(tmp_path / "broken.mp4"), paths[0]]
+    arrays = {}
+    for per, flags in (("video", []), ("clip", ["--clips=3", "--features_of=stage:1"])):
+        path = tmp_path / f"{per}.npz"
+        status, output = commands.run(
+            "predict", *files, f"--workdir={run}", f"--features={path}", f"--features_per={per}",
+            *flags,
+        )  # fmt: skip
+        assert status == 1 and f"wrote {path}: features of 2 files" in output
+        with np.load(path) as stored:
+            arrays[per] = {name: stored[name] for name in stored.files}
+        assert arrays[per]["names"].tolist() == [long, paths[0]]
+    assert arrays["video"]["features"].dtype == np.float32
+    assert arrays["video"]["features"].shape == (2, 32)
+    assert arrays["clip"]["features"].shape == (2, 3, 32)
+    params, model = run_folder.read_params(run)
+    apply = jax.jit(model.apply)
+    with Video(paths[0]) as video:
+        settings = predictor._settings
+        for per, clips in (("video", 2), ("clip", 3)):
+            views = pipeline.views(video, settings, clips=clips, crops=1)
+            _, features = apply(params, ((views / 255 - 0.45) / 0.225).astype(np.float32))
+            head = np.asarray(features["tokens"][:, 0]).mean(0)
+            grid = np.asarray(features["stages"][1]).mean((1, 2, 3))
+            expected = head if per == "video" else grid
+            np.testing.assert_allclose(arrays[per]["features"][1], expected, atol=1e-5)
+
+
+def test_features_do_not_change_predictions(run, predictor, paths):
+    same = small.predictor_of(run, features="head").predict(paths[0])
+    np.testing.assert_allclose(
+        same.probabilities, predictor.predict(paths[0]).probabilities, atol=1e-6
+    )
+    for name in ("stage:2", "stage:-1", "stage", "neck"):
+        with pytest.raises(UserError, match=r"stage 2 must be from 0 to 1|features of '"):
+            small.predictor_of(run, features=name)
 
 
 def test_pictures_of_different_files_have_different_names(tmp_path):
