@@ -191,8 +191,9 @@ KEYS: dict[str, Key] = {
                        unit="frames", low=1),
     "data.repeats": Key(1, "augmented copies of each decoded clip (repeated augmentation)",
                         low=1),
-    "data.multi_label": Key(False, "videos with any number of classes (Charades): sigmoids, binary "
-                            "cross-entropy, mAP"),
+    "data.multi_label": Key(False, "videos with any number of classes, as in Charades: sigmoids, "
+                            'binary cross-entropy, mAP. Lists have lines "path label,label", '
+                            'folders a labels.csv with lines "file,class;class"'),
     "data.short_side": Key(256, "short side of test videos before the crop",
                            unit="pixels", low=1),
     "data.interpolation": Key("bilinear", "interpolation when resizing; bicubic is antialiased, as "

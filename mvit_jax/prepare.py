@@ -78,6 +78,9 @@ SHARDS = flags.DEFINE_integer(
 WORKERS = flags.DEFINE_integer(
     "workers", None, "Number of processes (check: threads); default: all cores."
 )
+MULTI_LABEL = flags.DEFINE_bool(
+    "multi_label", False, "Lines of a list have any number of labels: path 4,17."
+)
 SPLIT = flags.DEFINE_string("split", None, "Split to check; default: all.")
 
 # Flags that each data set or task accepts.
@@ -85,8 +88,18 @@ DATA_SETS = {
     "moving_digits": ("seed", "train_videos", "val_videos", "test_videos"),
     "fashion_mnist": ("files",),
     "lists": ("val", "test", "seed"),
-    "videos": ("csv", "prefix", "separator", "short_side", "gop", "crf", "shards", "workers"),
-    "check": ("split", "prefix", "separator", "workers"),
+    "videos": (
+        "csv",
+        "prefix",
+        "separator",
+        "multi_label",
+        "short_side",
+        "gop",
+        "crf",
+        "shards",
+        "workers",
+    ),
+    "check": ("split", "prefix", "separator", "multi_label", "workers"),
 }
 
 
@@ -148,6 +161,7 @@ def _videos(out: str, beam_flags: list[str]) -> None:
             shards=SHARDS.value,
             workers=WORKERS.value,
             beam_flags=beam_flags,
+            multi_label=MULTI_LABEL.value,
         )
     except packing.DeadWorkerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -169,8 +183,9 @@ def _check(rest: list[str]) -> None:
             "the data set to check is missing: give its folder, as in prepare check DIR"
         )
     reports = verifying.check(
-        rest[0], SPLIT.value, prefix=PREFIX.value, separator=SEPARATOR.value, workers=WORKERS.value
-    )
+        rest[0], SPLIT.value, prefix=PREFIX.value, separator=SEPARATOR.value,
+        workers=WORKERS.value, multi_label=MULTI_LABEL.value,
+    )  # fmt: skip
     for report in reports:
         for problem in report.problems:
             print(problem)

@@ -12,6 +12,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.charades import read_charades
 from mvit_jax.data.formats.class_folders import read_class_folders
+from mvit_jax.data.formats.label_tables import read_label_table
 from mvit_jax.data.formats.ssv2 import read_ssv2
 from mvit_jax.data.formats.synthetic import Synthetic
 from mvit_jax.data.formats.tfds import read_split
@@ -20,6 +21,9 @@ from mvit_jax.data.media.images import Footage
 
 SOURCES = ("list", "folders", "shards", "ssv2", "charades", "synthetic")
 """Values of `data.source`; `data.tfds` selects a data set of TFDS instead."""
+
+MULTI_LABEL = ("list", "folders", "shards", "charades", "synthetic")
+"""The sources of `data.multi_label`."""
 
 
 @runtime_checkable  # for beartype, in the tests
@@ -123,11 +127,12 @@ def open_source(
     if tfds is not None:
         return read_split(tfds, str(folder), list_name)
     if source == "folders":
-        return read_class_folders(folder, list_name, train_list)
+        read = read_label_table if multi_label else read_class_folders
+        return read(folder, list_name, train_list)
     if source == "shards":
         from mvit_jax.data.formats.shards import read_shards
 
-        return read_shards(folder, list_name)
+        return read_shards(folder, list_name, multi_label=multi_label)
     if source == "ssv2":
         return read_ssv2(folder, list_name, prefix=prefix)
     if source == "charades":
@@ -139,14 +144,15 @@ def open_source(
             "line, label 0 first"
         )
     return read_video_list(
-        folder, list_name, prefix=prefix, separator=separator, max_missing=max_missing
-    )
+        folder, list_name, prefix=prefix, separator=separator, max_missing=max_missing,
+        multi_label=multi_label,
+    )  # fmt: skip
 
 
 def check_multi_label(source: str, tfds: str | None, multi_label: bool) -> None:
     """Raises `UserError` if a data set does not match `multi_label`; arguments of `open_source`."""
     kind = source if tfds is None else f"data.tfds={tfds}"
-    if multi_label and kind not in ("charades", "synthetic"):
+    if multi_label and kind not in MULTI_LABEL:
         raise UserError(
             f"data.multi_label is on, but each video of the source {kind} has one label: turn it "
             "off, or set another data.source"

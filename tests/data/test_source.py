@@ -32,6 +32,10 @@ def root(tmp_path_factory):
     for name in ("list/a.mp4", "list/b.mp4", *(f"folders/{name}" for name in in_folders)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(video)
+    for name in ("a.mp4", "b.mp4"):
+        (root / "labels/train").mkdir(parents=True, exist_ok=True)
+        (root / "labels/train" / name).write_bytes(video)
+    (root / "labels/train/labels.csv").write_text("a.mp4,x\nb.mp4,y;x\n")
     (root / "list/train.csv").write_text("a.mp4,1\nb.mp4,0\n")
     (root / "list/labels.txt").write_text("x\ny\n")
     for name in ("ssv2", "charades"):
@@ -57,6 +61,7 @@ OPENED = {
     "ssv2": ("ssv2", "something-something-v2-train.json", SSV2),
     "ssv2 frames": ("ssv2", "train.csv", SSV2),
     "charades": ("charades", "train.csv", CHARADES),
+    "labels": ("labels", "train.csv", {"source": "folders", "multi_label": True}),
     "synthetic": ("", "", {"source": "synthetic"}),
     "tfds": ("tfds", "train", {"tfds": "levels"}),
     "tfds read": ("tfds", "train", {"tfds": "levels"}),
@@ -89,6 +94,8 @@ def test_sources_implement_the_protocol(root, kind, monkeypatch):
     if kind == "charades":
         assert label.shape == (157,) and np.flatnonzero(label).tolist() == [3]
         assert not np.any(source.label(1, np.array([0, 2])))
+    elif kind == "labels":
+        assert label.tolist() == [1, 1] and label.dtype == np.uint8
     else:
         assert isinstance(label, int) and 0 <= label < len(source.class_names)
     still = kind.startswith("tfds")
@@ -146,7 +153,10 @@ def test_arguments_reach_their_reader(root, tmp_path, monkeypatch):
     ("arguments", "expected"),
     [
         ({"source": "lists"}, "data.source must be one of list, folders, shards, ssv2, "),
-        ({"multi_label": True}, "data.multi_label is on, but each video of the source list has"),
+        (
+            {"multi_label": True, "source": "ssv2"},
+            "data.multi_label is on, but each video of the source ssv2 has",
+        ),
         ({"multi_label": True, "tfds": "x"}, "each video of the source data.tfds=x has one label"),
         ({"source": "charades"}, "any number of labels: set data.multi_label=True"),
         ({"folder": None}, "data.folder is not set: pass --config.data.folder=DIR"),

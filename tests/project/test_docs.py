@@ -54,7 +54,7 @@ SMALL = {
 # By workdir, what only the nightly tests train; the check reads the flags (`--dry_run`), and copies
 # another run where later commands read the folder.
 NIGHTLY = {
-    "runs/pictures": "", "runs/sharded": "", "runs/traced": "", "runs/tuned": "",
+    "runs/pictures": "", "runs/probe": "", "runs/sharded": "", "runs/traced": "", "runs/tuned": "",
     "runs/averaged": "runs/mine", "runs/vit": "runs/moving_digits",
 }  # fmt: skip
 SHIM = """#!{python} -IS

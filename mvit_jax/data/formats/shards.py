@@ -2,9 +2,9 @@
 
 A split NAME consists of `NAME.manifest.json` and the shards `NAME-00000-of-00016.array_record` and
 so on, with one record per video in the order of the packed list. A record is a msgpack map of "id"
-(str), "label" (int), "video" (bytes of an mp4 file, H.264) and the fields of `packets.Index`, which
-make parsing the container unnecessary. The manifest has the names, labels and lengths of all
-videos, so a split is opened without reading the shards.
+(str), "label" (int; in multi-label data a list of ints), "video" (bytes of an mp4 file, H.264) and
+the fields of `packets.Index`, which make parsing the container unnecessary. The manifest has the
+names, labels and lengths of all videos, so a split is opened without reading the shards.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
+from mvit_jax.data.formats.video_list import multi_hot
 from mvit_jax.data.media.images import DecodeError
 from mvit_jax.data.media.packets import Index
 from mvit_jax.data.media.video import Video
@@ -39,7 +40,7 @@ class Shard:
       size: file size in bytes.
       sha256: digest of the file.
       ids: name of each video.
-      labels: class of each video.
+      labels: class of each video; in multi-label data, a list of them.
       frames: number of frames of each video.
       seconds: duration of each video.
       failed: id, label and reason of each listed video that could not be packed.
@@ -49,7 +50,7 @@ class Shard:
     size: int
     sha256: str
     ids: Sequence[str]
-    labels: Sequence[int]
+    labels: Sequence[Any]
     frames: Sequence[int]
     seconds: Sequence[float]
     failed: Sequence[Sequence[Any]]
@@ -70,6 +71,11 @@ class Manifest:
     settings: Mapping[str, Any]
     classes: Sequence[str]
     shards: Sequence[Shard]
+
+    @property
+    def multi_label(self) -> bool:
+        """True if videos have any number of labels."""
+        return bool(self.settings.get("multi_label"))
 
     def encoded(self) -> str:
         """Returns the manifest as JSON, one shard per line, with totals for human readers."""
@@ -99,7 +105,8 @@ class ShardedVideos:
 
     Attributes:
       ids: name of each video.
-      labels: class of each video, in `range(len(class_names))`.
+      labels: class of each video, in `range(len(class_names))`; for multi-label data, a multi-hot
+        vector of each.
       class_names: name of each class.
       list_file: path of the manifest, for messages.
       records: record of each video by index. Each process opens a shard on the first use, from
@@ -107,7 +114,7 @@ class ShardedVideos:
     """
 
     ids: tuple[str, ...]
-    labels: Int32[np.ndarray, " videos"]
+    labels: Int32[np.ndarray, " videos"] | UInt8[np.ndarray, "videos classes"]
     class_names: tuple[str, ...]
     list_file: str
     records: Any  # ArrayRecordDataSource, which has no usable type
@@ -115,8 +122,10 @@ class ShardedVideos:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def label(self, index: int, frames: Int[np.ndarray, " frames"] | None = None) -> int:
-        return int(self.labels[index])
+    def label(
+        self, index: int, frames: Int[np.ndarray, " frames"] | None = None
+    ) -> int | UInt8[np.ndarray, " classes"]:
+        return int(self.labels[index]) if self.labels.ndim == 1 else self.labels[index].copy()
 
     def item(self, index: int) -> str:
         return f"{self.ids[index]} of {self.list_file}"
@@ -134,13 +143,15 @@ class ShardedVideos:
             reason = str(error).strip().split("\n")[0].partition(" [")[0]
             raise DecodeError(name, f"its record cannot be read ({reason})") from error
         entry = (record["id"], record["label"])
-        if entry != (self.ids[index], self.labels[index]):
+        label = self.label(index)
+        listed = label if isinstance(label, int) else np.flatnonzero(label).tolist()
+        if entry != (self.ids[index], listed):
             reason = "its record holds {} with the label {}".format(*entry)
             raise DecodeError(name, f"{reason}: the manifest and the shards do not match")
         return Video(record["video"], name, record["index"])
 
 
-def encode_record(name: str, label: int, video: bytes, index: Index) -> bytes:
+def encode_record(name: str, label: int | list[int], video: bytes, index: Index) -> bytes:
     """Encodes the record of a video."""
     fields_of = {"id": name, "label": label, "video": video} | asdict(index)
     return msgpack.packb(fields_of) or b""
@@ -153,12 +164,16 @@ def decode_record(record: bytes) -> dict[str, Any]:
     return {"id": values["id"], "label": values["label"], "video": values["video"], "index": index}
 
 
-def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
+def read_shards(
+    folder: str | os.PathLike[str], split: str, *, multi_label: bool | None = None
+) -> ShardedVideos:
     """Opens a split that `python -m mvit_jax.prepare videos` wrote.
 
     Args:
       folder: folder of the manifest and the shards; `~` is the user's home.
       split: name of the split, or of the packed list (train.csv).
+      multi_label: True or False requires data with any number of labels, or with one; None
+        accepts both.
 
     Raises:
       UserError: the folder or split does not exist or is incomplete, or the manifest cannot be
@@ -172,9 +187,16 @@ def read_shards(folder: str | os.PathLike[str], split: str) -> ShardedVideos:
     problem = next(problems(root, path, manifest), None)
     if problem:
         raise UserError(problem)
+    if multi_label is not None and multi_label != manifest.multi_label:
+        raise UserError(
+            f"the videos of {path} have {'one label' if multi_label else 'any number of labels'} "
+            f"each: set data.multi_label={not multi_label}"
+        )
     shards = manifest.shards
     ids = tuple(name for shard in shards for name in shard.ids)
-    labels = np.array([label for shard in shards for label in shard.labels], np.int32)
+    listed = [label for shard in shards for label in shard.labels]
+    classes = len(manifest.classes)
+    labels = multi_hot(listed, classes) if manifest.multi_label else np.array(listed, np.int32)
     # Without the record counts, ArrayRecordDataSource would open each shard.
     parts: list[Any] = [
         SimpleNamespace(filename=str(root / file), skip=0, take=count, examples_in_shard=count)
@@ -223,7 +245,8 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path} has format {content['format']}, but this version reads format {FORMAT}: "
                 "prepare the videos again"
             )
-        shards = [_shard(shard) for shard in content["shards"]]
+        multi_label = bool(content["settings"].get("multi_label"))
+        shards = [_shard(shard, multi_label) for shard in content["shards"]]
         return Manifest(
             bool(content["complete"]), dict(content["settings"]), list(content["classes"]), shards
         )
@@ -236,11 +259,14 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
 
 
-def _shard(content: dict[str, Any]) -> Shard:
+def _shard(content: dict[str, Any], multi_label: bool) -> Shard:
     """Parses a shard of the manifest; raises TypeError or ValueError for wrong values."""
     kinds = {"ids": str, "labels": int, "frames": int, "seconds": (int, float), "failed": list}
     for name, kind in kinds.items():
-        if not all(isinstance(value, kind) for value in content[name]):
+        values = content[name]
+        if name == "labels" and multi_label:
+            values = [label for labels in values for label in labels]
+        if not all(isinstance(value, kind) for value in values):
             raise TypeError(f"{name} of {content['file']} has values of the wrong type")
     if not isinstance(content["size"], int) or "/" in content["file"]:
         raise ValueError(f"{content['file']} has no size, or is in another folder")
@@ -257,7 +283,8 @@ def problems(root: Path, path: Path, manifest: Manifest) -> Iterator[str]:
         lengths = {len(column) for column in (shard.ids, shard.labels, shard.frames, shard.seconds)}
         if len(lengths) != 1:
             yield f"{path} is inconsistent: the columns of {shard.file} differ in length"
-        wrong = [label for label in shard.labels if not 0 <= label < classes]
+        sets = shard.labels if manifest.multi_label else [[label] for label in shard.labels]
+        wrong = [label for labels in sets for label in labels if not 0 <= label < classes]
         if wrong:
             yield (
                 f"{path} is inconsistent: {shard.file} has the label {wrong[0]}, but there are "

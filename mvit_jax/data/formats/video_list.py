@@ -1,15 +1,17 @@
 """Lists of video and image files, and class names."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, expanded
@@ -25,21 +27,24 @@ class VideoList:
 
     Attributes:
       paths: absolute path of each file.
-      labels: class of each file, in `range(len(class_names))`.
+      labels: class of each file, in `range(len(class_names))`; for multi-label data, a multi-hot
+        vector of each.
       class_names: name of each class.
       list_file: path of the list, for messages.
     """
 
     paths: tuple[str, ...]
-    labels: Int32[np.ndarray, " videos"]
+    labels: Int32[np.ndarray, " videos"] | UInt8[np.ndarray, "videos classes"]
     class_names: tuple[str, ...]
     list_file: str
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def label(self, index: int, frames: Int[np.ndarray, " frames"] | None = None) -> int:
-        return int(self.labels[index])
+    def label(
+        self, index: int, frames: Int[np.ndarray, " frames"] | None = None
+    ) -> int | UInt8[np.ndarray, " classes"]:
+        return int(self.labels[index]) if self.labels.ndim == 1 else self.labels[index].copy()
 
     def item(self, index: int) -> str:
         return self.paths[index]
@@ -56,6 +61,7 @@ def read_video_list(
     prefix: str = "",
     separator: str | None = None,
     max_missing: float = 0.0,
+    multi_label: bool = False,
 ) -> VideoList:
     """Reads a list of lines `path label`, the format of PySlowFast's csv files of Kinetics.
 
@@ -73,6 +79,8 @@ def read_video_list(
       max_missing: share of missing files from which an error is raised. Below this share, the
         number of missing files is printed on stderr. These files stay in the list and fail to
         decode.
+      multi_label: True for lines of a path and any number of labels, with commas or semicolons
+        between them (semicolons if the separator is a comma), like `path 4,17`; `path ""` for none.
 
     Raises:
       UserError: the folder, the list or a video file does not exist, a line is not `path label`,
@@ -93,17 +101,28 @@ def read_video_list(
     lines = read_lines(list_file)
     base = f"{root / expanded(prefix)}/"
     try:
-        paths, labels = _parse(lines, base, separator)
+        paths, labels = _parse(lines, base, separator, multi_label)
     except _BadLineError as bad:
-        reason = _explain(bad, lines, separator)
+        reason = _explain(bad, lines, separator, multi_label)
         raise UserError(f"{list_file}, line {bad.number}{reason}") from None
     if not paths:
         raise UserError(f"{list_file} lists no videos: it should hold lines `path label`")
-    class_names = _class_names(root, num_classes, max(1, max(labels) + 1))
+    class_names = _class_names(root, num_classes, 1 + max([0, *_flat(labels)]))
     _check_labels(list_file, lines, labels, len(class_names))
     _check_files(list_file, lines, paths, max_missing)
     _note_repeated(list_file, lines, paths, labels)
-    return VideoList(tuple(paths), np.asarray(labels, np.int32), class_names, str(list_file))
+    array = multi_hot(labels, len(class_names)) if multi_label else np.array(labels, np.int32)
+    return VideoList(tuple(paths), array, class_names, str(list_file))
+
+
+def multi_hot(
+    labels: Sequence[Sequence[int]], classes: int
+) -> UInt8[np.ndarray, "videos {classes}"]:
+    """Returns a vector for each set of labels, with 1 for each label."""
+    array = np.zeros((len(labels), classes), np.uint8)
+    for row, numbers in zip(array, labels, strict=True):
+        row[list(numbers)] = 1
+    return array
 
 
 def read_class_names(file: AnyPath) -> tuple[str, ...]:
@@ -170,8 +189,14 @@ class _BadLineError(Exception):
         self.number, self.line = number, line
 
 
-def _parse(lines: Sequence[str], base: str, separator: str | None) -> tuple[list[str], list[int]]:
-    """Returns the absolute paths and the labels of the lines that are not blank."""
+def _parse(
+    lines: Sequence[str], base: str, separator: str | None, multi_label: bool
+) -> tuple[list[str], list[Any]]:
+    """Returns the absolute paths and the labels of the lines that are not blank.
+
+    A label is a number, or in multi-label lists a tuple of numbers.
+    """
+    parse = _label_set if multi_label else int
     paths, labels = [], []
     for number, line in enumerate(lines, start=1):
         line = line.strip()
@@ -179,7 +204,7 @@ def _parse(lines: Sequence[str], base: str, separator: str | None) -> tuple[list
             continue
         try:
             path, label = line.rsplit(separator, 1)
-            labels.append(int(_unquoted(label)))
+            labels.append(parse(_unquoted(label)))
         except ValueError:
             raise _BadLineError(number, line) from None
         # os.path.join would double the time of this loop.
@@ -195,16 +220,25 @@ def _unquoted(field: str) -> str:
     return field
 
 
+def _label_set(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.split("[,;]", text))) if text else ()
+
+
 _SEPARATORS = (None, ",", ";", "\t", "|")
 
 
-def _explain(bad: _BadLineError, lines: Sequence[str], separator: str | None) -> str:
+def _explain(
+    bad: _BadLineError, lines: Sequence[str], separator: str | None, multi_label: bool
+) -> str:
     """Explains a bad line: it is a header, has another separator, or is wrong by itself."""
+    if not multi_label and _fits([bad.line], separator, True):
+        label = bad.line.rsplit(separator, 1)[1]
+        return f": {label[:50]!r} is not one label: set data.multi_label=True to read several"
     sample = [line for line in lines if line.strip()][:20]
     if sample[0].strip() == bad.line:
         for candidate in (separator, *_SEPARATORS):
             for header in (0, 1):
-                if not _fits(sample[header:], candidate):
+                if not _fits(sample[header:], candidate, multi_label):
                     continue
                 problems = [" looks like a header: remove it"] * header
                 if candidate != separator:
@@ -214,12 +248,14 @@ def _explain(bad: _BadLineError, lines: Sequence[str], separator: str | None) ->
     fields = bad.line.rsplit(separator, 1)
     if len(fields) != 2:
         return f": {bad.line[:200]!r} should be a path and a label with {between} between them"
+    if multi_label:
+        return f": the labels {fields[1][:50]!r} are not whole numbers, like '4,17'"
     return f": the label {fields[1][:50]!r} is not a whole number"
 
 
-def _fits(lines: Sequence[str], separator: str | None) -> bool:
+def _fits(lines: Sequence[str], separator: str | None, multi_label: bool) -> bool:
     try:
-        return bool(_parse(lines, "", separator)[0])
+        return bool(_parse(lines, "", separator, multi_label)[0])
     except _BadLineError:
         return False
 
@@ -251,14 +287,23 @@ def _class_names(root: Path, num_classes: int | None, labels_seen: int) -> tuple
     return names
 
 
+def _flat(labels: Sequence[Any]) -> Sequence[int]:
+    """Returns all labels of all elements."""
+    if isinstance(labels[0], int):
+        return labels
+    return [number for label in labels for number in label]
+
+
 def _check_labels(
-    list_file: Path, lines: Sequence[str], labels: Sequence[int], classes: int
+    list_file: Path, lines: Sequence[str], labels: Sequence[Any], classes: int
 ) -> None:
-    if min(labels) >= 0 and max(labels) < classes:
+    numbers = _flat(labels)
+    if not numbers or (min(numbers) >= 0 and max(numbers) < classes):
         return
-    index = next(index for index, label in enumerate(labels) if not 0 <= label < classes)
+    pairs = ((index, number) for index, label in enumerate(labels) for number in _flat([label]))
+    index, label = next(pair for pair in pairs if not 0 <= pair[1] < classes)
     raise UserError(
-        f"{list_file}, line {_line_number(lines, index)}: the label {labels[index]} should be from "
+        f"{list_file}, line {_line_number(lines, index)}: the label {label} should be from "
         f"0 to {classes - 1}, as there are {classes} classes"
     )
 

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.extras import pip_line
 from mvit_jax.common.files import expanded, write_atomically
@@ -48,13 +50,13 @@ class Job:
     Attributes:
       folder: folder of the shard.
       file: file name of the shard.
-      videos: id, path and label of each video.
+      videos: id, path and label of each video; in multi-label data, a list of labels.
       encoding: settings of the video encoder.
     """
 
     folder: str
     file: str
-    videos: Sequence[tuple[str, str, int]]
+    videos: Sequence[tuple[str, str, Any]]
     encoding: Encoding
 
     @property
@@ -82,6 +84,7 @@ def prepare(
     shards: int | None = None,
     workers: int | None = None,
     beam_flags: Sequence[str] = (),
+    multi_label: bool = False,
 ) -> Manifest:
     """Packs the videos of a list into shards, or resumes an interrupted run.
 
@@ -98,6 +101,7 @@ def prepare(
       shards: number of shards; None for one per 256 videos, at least 16.
       workers: processes on this machine; None for one per core.
       beam_flags: flags of Apache Beam; a `--runner` replaces the processes on this machine.
+      multi_label: True for lines with any number of labels.
 
     Returns:
       The manifest, new or from an earlier complete run.
@@ -115,8 +119,9 @@ def prepare(
             raise UserError(f"{location} is not on this machine: mount it, and give its local path")
     list_file = expanded(csv).absolute()
     videos = read_video_list(
-        list_file.parent, list_file.name, prefix=prefix, separator=separator, max_missing=1.0
-    )
+        list_file.parent, list_file.name, prefix=prefix, separator=separator, max_missing=1.0,
+        multi_label=multi_label,
+    )  # fmt: skip
     if not (list_file.parent / "labels.txt").is_file():
         # The lists of one data set may differ in their number of classes.
         raise UserError(
@@ -170,7 +175,11 @@ def _plan(
     """Returns the jobs and the settings; both depend only on the list and the arguments."""
     ids = [path.removeprefix(f"{base}/") for path in videos.paths]
     count = min(shards or max(MIN_SHARDS, -(-len(ids) // VIDEOS_A_SHARD)), len(ids))
-    rows = list(zip(ids, videos.paths, videos.labels.tolist(), strict=True))
+    multi_label = videos.labels.ndim == 2
+    labels = videos.labels.tolist()
+    if multi_label:
+        labels = [np.flatnonzero(row).tolist() for row in videos.labels]
+    rows = list(zip(ids, videos.paths, labels, strict=True))
     bounds = [number * len(rows) // count for number in range(count + 1)]
     jobs = [
         Job(
@@ -182,7 +191,8 @@ def _plan(
         for number in range(count)
     ]
     digest = hashlib.sha256("".join(f"{row[0]} {row[2]}\n" for row in rows).encode()).hexdigest()
-    return jobs, asdict(encoding) | {"shards": count, "videos": len(ids), "list": digest}
+    settings = asdict(encoding) | {"shards": count, "videos": len(ids), "list": digest}
+    return jobs, settings | ({"multi_label": True} if multi_label else {})
 
 
 def _open_manifest(path: Path, new: Manifest, lists: Path) -> Manifest:
@@ -239,8 +249,8 @@ def pack(job: Job) -> None:
     part = job.path.with_name(f".{job.file}.{os.uname().nodename}-{os.getpid()}.part")
     # Videos are compressed already. Groups of one record make random access fast.
     writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
-    made: list[tuple[str, int, int, float]] = []
-    failed: list[tuple[str, int, str]] = []
+    made: list[tuple[str, Any, int, float]] = []
+    failed: list[tuple[str, Any, str]] = []
     with job.progress.open("ab", buffering=0) as progress:
         for name, path, label in job.videos:
             try:

@@ -39,6 +39,7 @@ def check(
     prefix: str = "",
     separator: str | None = None,
     workers: int | None = None,
+    multi_label: bool = False,
 ) -> list[Report]:
     """Decodes every video and image of a data set, stored in shards or listed in files.
 
@@ -53,6 +54,7 @@ def check(
       prefix: folder of the lists' relative paths, itself relative to `folder`.
       separator: separator of path and label in lists; None for white space.
       workers: decoding threads; None for one per core.
+      multi_label: True for lists with any number of labels per line.
 
     Raises:
       UserError: `folder` has no data set, or a list or manifest cannot be read.
@@ -71,7 +73,9 @@ def check(
         raise UserError(f"{root} holds neither manifests of shards nor lists (*.csv) of files")
     reports = []
     for each in lists if name is None else [f"{name}.csv"]:
-        videos = read_video_list(root, each, prefix=prefix, separator=separator, max_missing=2.0)
+        videos = read_video_list(
+            root, each, prefix=prefix, separator=separator, max_missing=2.0, multi_label=multi_label
+        )
         title = each.removesuffix(".csv")
         problems = [*_images_among_videos(videos), *_decode_failures(title, videos, threads)]
         reports.append(Report(title, len(videos), tuple(problems)))

@@ -349,3 +349,22 @@ def test_an_image_in_a_list_of_videos_is_refused_everywhere(videos, tmp_path):
 
     (tmp_path / "train.csv").write_text("".join(f"{n}.JPG 1\n" for n in range(4)) + lines[0])
     assert check(tmp_path, "train")[0].problems == ()
+
+
+def test_videos_with_several_labels_are_packed(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"{number}.mp4", 8)
+    (tmp_path / "train.csv").write_text('0.mp4 2,0\n1.mp4 ""\n2.mp4 1\n')
+    (tmp_path / "labels.txt").write_text("walk\nrun\njump\n")
+    out = tmp_path / "set"
+    packing.prepare(tmp_path / "train.csv", out, shards=1, workers=1, multi_label=True)
+    source = open_source(out, "train", source="shards", multi_label=True)
+    assert [source.label(i).tolist() for i in range(3)] == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert decode_failure(source.opened(0, 1)) is None  # its record has the manifest's labels
+    assert [report.problems for report in check(out)] == [()]
+    assert check(tmp_path, "train", multi_label=True)[0].videos == 3
+    with refused("have any number of labels each: set data.multi_label=True"):
+        open_source(out, "train", source="shards")
+    (tmp_path / "train.csv").write_text("0.mp4 2\n1.mp4 0\n2.mp4 1\n")
+    with refused("was written for another list of videos"):
+        packing.prepare(tmp_path / "train.csv", out, shards=1, workers=1)

@@ -193,3 +193,35 @@ def test_each_folder_is_listed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
     assert len(read_video_list(tmp_path, "train.csv")) == 100
     assert sorted(listed) == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+@pytest.mark.parametrize("separator", [None, ","])
+def test_multi_label_lists_have_any_number_of_labels_per_line(folder, separator):
+    between, comma = ("   ", ",") if separator is None else (",", ";")
+    labels = ((3, 0), (), (1,), (0, 2, 2))
+    names = ("a.mp4", "b.mp4", "with space/c d.mp4", "a.mp4")
+    texts = [comma.join(map(str, numbers)) or '""' for numbers in labels]
+    write_list(folder, *(f"{n}{between}{t}" for n, t in zip(names, texts, strict=True)))
+    options = {"prefix": "videos", "separator": separator, "multi_label": True}
+    videos = read_video_list(folder, "train.csv", **options)
+    expected = [[int(c in numbers) for c in range(4)] for numbers in labels]
+    assert [videos.label(i).tolist() for i in range(4)] == expected
+    assert videos.labels.dtype == np.uint8 and len(videos.class_names) == 4
+    assert [path.removeprefix(f"{folder}/videos/") for path in videos.paths] == list(names)
+    write_list(folder, f'a.mp4{between}""')
+    assert read_video_list(folder, "train.csv", **options).labels.tolist() == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "multi_label", "sentence"),
+    [
+        ("videos/a.mp4 0,x", True, "line 2: the labels '0,x' are not whole numbers, like '4,17'"),
+        ("videos/a.mp4 0,5", True, "line 2: the label 5 should be from 0 to 1"),
+        ("videos/a.mp4 0,1", False, "line 2: '0,1' is not one label: set data.multi_label=True"),
+        ("videos/gone.mp4 0,1", True, "line 2: there is no file"),
+    ],
+)
+def test_bad_lines_of_multi_label_lists_raise(folder, line, multi_label, sentence):
+    write_list(folder, "videos/b.mp4 1", line, labels=["a", "b"])
+    with refused(sentence):
+        read_video_list(folder, "train.csv", multi_label=multi_label)

@@ -1,0 +1,50 @@
+"""Tables of class names beside the files of a folder."""
+
+import pytest
+
+from mvit_jax.data.source import open_source
+from tests.support.refusals import refused
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("train/a.mp4", "train/b, c.mp4", "train/d.mp4", "val/e.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "train/labels.csv").write_text('a.mp4,run; jump\n"b, c.mp4",walk\n\nd.mp4,\n')
+    (tmp_path / "val/labels.csv").write_text("e.mp4,run\n")
+    return tmp_path
+
+
+def read(folder, name):
+    return open_source(folder, name, source="folders", multi_label=True)
+
+
+def test_the_table_gives_files_and_sets_of_classes(folder):
+    videos = read(folder, "train.csv")
+    assert videos.class_names == ("jump", "run", "walk")
+    assert [videos.label(i).tolist() for i in range(3)] == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
+    assert videos.item(1) == f"{folder}/train/b, c.mp4"
+    validation = read(folder, "val.csv")
+    assert validation.class_names == videos.class_names
+    assert validation.label(0).tolist() == [0, 1, 0]
+    (folder / "labels.txt").write_text("walk\nsit\nrun\njump\n")
+    assert read(folder, "train").label(0).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (None, "there is no table {0}/val/labels.csv: with data.multi_label it should hold"),
+        ("e.mp4,run,jump\n", "labels.csv, line 1: 'e.mp4,run,jump' should be a file and its"),
+        ("e.mp4,run\ne.mp4,sit\n", "labels.csv, line 2: {0}/train/labels.csv has no class 'sit'"),
+        ("f.mp4,run\n", "labels.csv, line 1: there is no file {0}/val/f.mp4"),
+        ("\n", "labels.csv lists no files"),
+    ],
+)
+def test_bad_tables_raise(folder, table, sentence):
+    (folder / "val/labels.csv").unlink()
+    if table is not None:
+        (folder / "val/labels.csv").write_text(table)
+    with refused(sentence.format(folder)):
+        read(folder, "val.csv")
