@@ -191,6 +191,8 @@ KEYS: dict[str, Key] = {
                        unit="frames", low=1),
     "data.repeats": Key(1, "augmented copies of each decoded clip (repeated augmentation)",
                         low=1),
+    "data.balanced": Key(False, "draw training videos so that every epoch has each class equally "
+                         "often: videos of small classes repeat, those of large classes alternate"),
     "data.multi_label": Key(False, "videos with any number of classes, as in Charades: sigmoids, "
                             'binary cross-entropy, mAP. Lists have lines "path label,label", '
                             'folders a labels.csv with lines "file,class;class"'),
@@ -252,6 +254,9 @@ KEYS: dict[str, Key] = {
     "optim.b1": Key(0.9, "decay of AdamW's mean of gradients", low=0, below=1),
     "optim.b2": Key(0.999, "decay of AdamW's mean of squared gradients", low=0, below=1),
     "optim.momentum": Key(0.9, "momentum of SGD", low=0, below=1),
+    "optim.class_weights": Key(None, "weights of the classes in the loss. balanced: inverse to the "
+                               "number of training videos, with mean 1; None: all equal",
+                               kind=str, choices=("balanced",)),
     "optim.clip_norm": Key(1.0, "gradient clipping by global norm; 0 for none", low=0),
     "optim.trained_blocks": Key(None, "number of last blocks that are trained, with the final norm "
                                 "and the head; all other weights are frozen. 0 trains the head "
@@ -414,6 +419,15 @@ def check(config: Config) -> None:
             "mixup and cutmix do not support data.multi_label: set augment.mixup=0 and "
             "augment.cutmix=0"
         )
+    corrections = {
+        "data.balanced=True": config.data.balanced,
+        "optim.class_weights=balanced": config.optim.class_weights is not None,
+    }
+    chosen = [name for name, on in corrections.items() if on]
+    if len(chosen) == 2:
+        raise UserError(f"{' and '.join(chosen)} both correct for rare classes: choose one")
+    if chosen and config.data.multi_label:
+        raise UserError(f"{chosen[0]} requires one label per video: set data.multi_label=False")
 
 
 def _check_key(name: str, key: Key, value: Any) -> None:

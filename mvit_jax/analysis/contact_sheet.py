@@ -44,6 +44,7 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
         steps=1,
         rows=rows,
         repeats=config.data.repeats,
+        balanced=config.data.balanced,
         loader=LoaderOptions(config.data.threads),
     )
     key, _ = step.keys(config.seed, 0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import augmentation, sampling, watchdog
@@ -24,7 +24,7 @@ from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, load_batches
 from mvit_jax.data.media.images import DecodeError, Footage
 from mvit_jax.data.media.video import Video
 from mvit_jax.data.sampling import Sampling
-from mvit_jax.data.source import Source
+from mvit_jax.data.source import Source, all_labels
 
 # First word of each random seed, different for each purpose, so that no streams are shared.
 _ORDER, _CLIP, _SHUFFLE = range(3)
@@ -112,6 +112,7 @@ def train_batches(
     start: int = 0,
     rows: range | None = None,
     repeats: int = 1,
+    balanced: bool = False,
     loader: LoaderOptions = DEFAULT,
     prefetch: int = 2,
 ) -> Generator[Batch, None, None]:
@@ -131,6 +132,8 @@ def train_batches(
       rows: contiguous rows of the global batch that this host loads; None for all. Start and
         length are multiples of `repeats`.
       repeats: clips augmented from the same decoded frames.
+      balanced: True for epochs with each class equally often, see `balanced_order`. A replacement
+        of a broken video may have another class.
       loader: threads, processes and timeout of the loading; the batches do not depend on them.
       prefetch: number of prefetched batches.
 
@@ -151,7 +154,10 @@ def train_batches(
             f"data.repeats={repeats} on each host: change batch"
         )
     decoded = range(rows.start // repeats, rows.stop // repeats)
-    load = _TrainElements(videos, settings, seed, batch // repeats, start, decoded, repeats)
+    members = ClassMembers.of(all_labels(videos)) if balanced else None
+    load = _TrainElements(
+        videos, settings, seed, batch // repeats, start, decoded, repeats, members
+    )
     batches = load_batches(load, max(steps - start, 0), len(decoded), loader, prefetch)
     return _flatten_repeats(batches)
 
@@ -330,6 +336,44 @@ def epoch_order(videos: int, seed: int, epoch: int) -> Int64[np.ndarray, " video
     return order
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ClassMembers:
+    """The videos of each class that has any; hashed by identity.
+
+    Attributes:
+      indices: indices of the videos, an array for each class.
+      videos: number of all videos, including those of unknown class.
+    """
+
+    indices: tuple[Int64[np.ndarray, " members"], ...]
+    videos: int
+
+    @classmethod
+    def of(cls, labels: Int32[np.ndarray, " videos"]) -> "ClassMembers":
+        """Groups the videos by their label; a negative label is unknown."""
+        classes = np.unique(labels[labels >= 0])
+        return cls(tuple(np.flatnonzero(labels == label) for label in classes), len(labels))
+
+
+@functools.lru_cache(maxsize=4)
+def balanced_order(members: ClassMembers, seed: int, epoch: int) -> Int64[np.ndarray, " videos"]:
+    """Returns the videos of an epoch of as many draws as videos, from (seed, epoch).
+
+    The classes' numbers of draws differ by 1 at most, as do those of the videos of one class.
+    """
+    rng = _make_rng(_ORDER, seed, epoch)
+    classes = len(members.indices)
+    counts = np.full(classes, members.videos // classes)
+    counts[rng.permutation(classes)[: members.videos % classes]] += 1
+    drawn = []
+    for indices, count in zip(members.indices, counts.tolist(), strict=True):
+        passes = [rng.permutation(indices) for _ in range(-(-count // len(indices)))]
+        drawn.append(np.concatenate(passes)[:count])
+    order = rng.permutation(np.concatenate(drawn))
+    order.flags.writeable = False  # the cache returns the same array to all callers
+    return order
+
+
 # Dataclasses rather than closures, so that they can be pickled for worker processes. repr=False:
 # Grain formats them when it makes an iterator, which took 13 s for 55,000 images in memory.
 @dataclass(frozen=True, eq=False, repr=False)
@@ -341,13 +385,18 @@ class _TrainElements:
     start: int
     rows: range
     repeats: int
+    members: ClassMembers | None = None
     reads: watchdog.ActiveReads | None = None
 
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
         index = (self.start + step) * self.batch + self.rows[row]
         epoch, position = divmod(index, len(self.videos))
-        drawn = video = int(epoch_order(len(self.videos), self.seed, epoch)[position])
+        if self.members is None:
+            order = epoch_order(len(self.videos), self.seed, epoch)
+        else:
+            order = balanced_order(self.members, self.seed, epoch)
+        drawn = video = int(order[position])
         failure = None
         for attempt in range(_ATTEMPTS):
             rng = _make_rng(_CLIP, self.seed, index, attempt)

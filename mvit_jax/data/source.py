@@ -2,11 +2,11 @@
 
 import os
 import zlib
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int32, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
@@ -17,7 +17,7 @@ from mvit_jax.data.formats.ssv2 import read_ssv2
 from mvit_jax.data.formats.synthetic import Synthetic
 from mvit_jax.data.formats.tfds import read_split
 from mvit_jax.data.formats.video_list import read_video_list
-from mvit_jax.data.media.images import Footage
+from mvit_jax.data.media.images import DecodeError, Footage
 
 SOURCES = ("list", "folders", "shards", "ssv2", "charades", "synthetic")
 """Values of `data.source`; `data.tfds` selects a data set of TFDS instead."""
@@ -162,6 +162,15 @@ def check_multi_label(source: str, tfds: str | None, multi_label: bool) -> None:
             "a video of Charades has any number of labels: set data.multi_label=True, or set "
             "another data.source"
         )
+
+
+def all_labels(videos: Source) -> Int32[np.ndarray, " videos"]:
+    """Returns the label of each element of single-label data; -1 for one that cannot be read."""
+    labels = np.full(len(videos), -1, np.int32)
+    for index in range(len(videos)):
+        with suppress(DecodeError):
+            labels[index] = videos.label(index)
+    return labels
 
 
 def fingerprint(videos: Source) -> dict[str, int]:

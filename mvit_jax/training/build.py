@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Int32
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.config import Config, check
@@ -20,7 +21,7 @@ from mvit_jax.data import pipeline, randaugment
 from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.loader import Batch, LoaderOptions
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.data.source import Source, check_multi_label, open_source
+from mvit_jax.data.source import Source, all_labels, check_multi_label, open_source
 from mvit_jax.models.functional import Functional, functional
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
@@ -108,6 +109,10 @@ def training(config: Config, videos: Source, **modules: Any) -> Training:
     check(config)
     built = settings(config, len(videos.class_names), **modules)
     custom.check(built.model)
+    if config.optim.class_weights == "balanced":
+        weights = class_weights(all_labels(videos), len(videos.class_names))
+        step = dataclasses.replace(built.step, class_weights=weights)
+        built = dataclasses.replace(built, step=step)
     mesh = device_mesh(config)
     steps = count_steps(config, config.epochs, len(videos))
     validates = config.data.val_list and config.eval.every_epochs > 0
@@ -152,6 +157,17 @@ def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
         ),
         validation=Protocol(**views),
     )
+
+
+def class_weights(labels: Int32[np.ndarray, " videos"], classes: int) -> tuple[float, ...]:
+    """Returns the weights of `optim.class_weights=balanced`.
+
+    They are inverse to the number of videos, with mean 1 over the classes that have videos. A class
+    without videos has the weight 0, and negative labels do not count.
+    """
+    counts = np.bincount(labels[labels >= 0], minlength=classes)
+    inverse = np.divide(1, counts, where=counts > 0, out=np.zeros(classes))
+    return tuple((inverse / inverse[counts > 0].mean()).tolist())
 
 
 def model_config(config: Config, num_classes: int) -> MViTConfig:
@@ -260,6 +276,7 @@ def batches(
         start=start,
         rows=sharding.local_rows(config.batch, mesh),
         repeats=config.data.repeats,
+        balanced=config.data.balanced,
         loader=settings.loader,
     )
 
@@ -428,6 +445,7 @@ def _frozen_blocks(config: Config, model: MViTConfig) -> int:
 def _step_config(config: Config, num_classes: int) -> StepConfig:
     values = {**config, **config.data, **config.augment, **config.optim}
     values |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
+    values["class_weights"] = None  # those of a training list are set in `training`
     names = [field.name for field in dataclasses.fields(StepConfig)]
     return StepConfig(**{name: _as_tuple(values[name]) for name in names})
 

@@ -149,6 +149,8 @@ def _data(config: Config, lists: dict[str, Source | str], videos: int) -> Lines:
         else:
             lines.append((which, f"{source.list_file}: {len(source):,}"))
     lines.append(("labels", "any number per video" if d.multi_label else "one per video"))
+    if d.balanced:
+        lines.append(("drawn", "each class equally often in an epoch"))
     workers = f"{d.processes} processes x " if d.processes else ""
     lines.append(("decoded", f"by {workers}{d.threads} threads per host"))
     lines.append(("broken", f"replaced by others, up to {100 * d.max_broken:g} % of all videos"))
@@ -261,10 +263,12 @@ def _optimizer(config: Config, videos: int) -> Lines:
     rates = f"{c.lr:g}, from {c.start_lr:g}, to {c.end_lr:g}"
     if c.lr_batch:
         rates += f", for {c.lr_batch} clips; scaled by {build.rate_factor(config):g}"
+    weights = [("classes", "weighted by inverse frequency, mean 1")] if c.class_weights else []
     sgd = f"SGD, Nesterov momentum {c.momentum:g}, L2 weight decay"
     kind = sgd if c.name == "sgd" else f"AdamW, b1 {c.b1:g}, b2 {c.b2:g}, decoupled weight decay"
     return [
         ("kind", kind),
+        *weights,
         ("rates", rates),
         ("clipping", f"gradients to a global norm of {c.clip_norm:g}" if c.clip_norm else "none"),
         ("EMA", f"{average}; the averaged parameters are tested" if c.ema else "none"),

@@ -1,6 +1,6 @@
 """The training step, the prediction step and the losses, as pure functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class StepConfig:
     ema: float
     accumulate: int
     trained_blocks: int | None = None
+    class_weights: tuple[float, ...] | None = None
     dtype: Any = jnp.float32
     ema_warmup: bool = False
 
@@ -85,7 +86,8 @@ def train_step(
                 right = jnp.take_along_axis(labels, best[:, None], axis=1)
                 correct = jnp.sum(right, dtype=jnp.int32)
                 return jnp.mean(binary_cross_entropy(logits, targets)), correct
-            return jnp.mean(cross_entropy(logits, targets)), jnp.sum(best == labels)
+            losses = cross_entropy(logits, targets, recipe.class_weights)
+            return jnp.mean(losses), jnp.sum(best == labels)
 
     (value, correct), grads = _accumulate_gradients(
         jax.value_and_grad(loss, has_aux=True),
@@ -216,9 +218,17 @@ def soft_targets(
 
 
 def cross_entropy(
-    logits: Float[Array, "batch num_classes"], targets: Float[Array, "batch num_classes"]
+    logits: Float[Array, "batch num_classes"],
+    targets: Float[Array, "batch num_classes"],
+    weights: Sequence[float] | None = None,
 ) -> Float[Array, " batch"]:
-    """Returns each clip's soft-target cross-entropy, in nats; targets are not renormalised."""
+    """Returns each clip's soft-target cross-entropy, in nats; targets are not renormalised.
+
+    `weights` multiply the terms of the classes, as in PyTorch's CrossEntropyLoss with soft targets.
+    The loss of a mixed clip is then the mix of its two clips' weighted losses.
+    """
+    if weights is not None:
+        targets = targets * jnp.asarray(weights, targets.dtype)[None]
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 

@@ -400,3 +400,35 @@ def test_the_middle_of_a_very_long_image_is_scaled():
     settings = dataclasses.replace(SETTINGS, frames=1, size=32, short_side=32)
     square = pipeline.test_crops(line, settings, 1)
     assert square.shape == (1, 1, 32, 32, 3) and square.min() == 255
+
+
+def test_balanced_epochs_draw_classes_and_their_videos_evenly():
+    labels = np.array([0] * 50 + [2] * 9 + [5] * 2 + [-1], np.int32)  # the last cannot be read
+    members = pipeline.ClassMembers.of(labels)
+    orders = [pipeline.balanced_order(members, 3, epoch) for epoch in range(30)]
+    seen = np.zeros(62, int)
+    for order in orders:
+        assert len(order) == 62
+        counts = np.bincount(order, minlength=62)
+        seen += counts
+        by_class = {label: counts[labels == label] for label in (0, 2, 5)}
+        assert sorted(sum(n) for n in by_class.values()) == [20, 21, 21]
+        assert all(n.max() - n.min() <= 1 for n in by_class.values())
+        assert counts[61] == 0
+    assert seen[:50].min() > 0  # all videos of the large class are drawn in the end
+    assert len({tuple(order) for order in orders}) == 30
+    again = pipeline.ClassMembers.of(labels.copy())
+    np.testing.assert_array_equal(pipeline.balanced_order(again, 3, 7), orders[7])
+    assert not np.array_equal(pipeline.balanced_order(again, 4, 7), orders[7])
+
+
+def test_balanced_batches_depend_on_seed_and_step_alone(good):
+    """Three classes of 4, 2 and 1 videos; a step of 7 clips is an epoch."""
+    unbalanced = dataclasses.replace(good, labels=np.array([0, 0, 0, 0, 1, 1, 2], np.int32))
+    options = {"balanced": True, "batch": 7, "steps": 12}
+    batches = train(unbalanced, **options)
+    for batch in batches:
+        assert sorted(np.bincount(batch["label"], minlength=3)) == [2, 2, 3]
+    assert_equal(train(unbalanced, **options, start=9, threads=0), batches[9:])
+    hosts = [train(unbalanced, **options, rows=rows) for rows in (range(4), range(4, 7))]
+    assert_equal(join(hosts), batches)

@@ -84,6 +84,21 @@ def test_a_wrong_value_is_a_one_sentence_error(key, value, sentence):
     assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.balanced": True, "optim.class_weights": "balanced"}, "both correct for rare"),
+        ({"data.balanced": True, "data.multi_label": True}, "data.balanced=True requires one"),
+        ({"optim.class_weights": "balanced", "data.multi_label": True}, "balanced requires one"),
+    ],
+)
+def test_corrections_for_rare_classes_exclude_each_other_and_several_labels(changes, sentence):
+    c = config.base()
+    config.change(c, {"augment.mixup": 0.0, "augment.cutmix": 0.0} | changes)
+    with pytest.raises(UserError, match=sentence):
+        config.check(c)
+
+
 def test_optional_keys_can_be_set_to_none():
     c = config.load("kinetics", "mvit_b_16x4")
     for name, key in config.KEYS.items():
