@@ -122,7 +122,7 @@ def test_shuffled_frames_of_another_checkpoint_are_not_compared():
 
 
 def test_evaluations_without_a_mean_class_accuracy_are_shown():
-    """Those of multi-label data, or written by an older version."""
+    """Results of multi-label data, and of older versions."""
     test = pages.evaluation()
     del test["mean_class"]
     page = Page(report.report(pages.run(evaluations=[test])))
