@@ -43,7 +43,7 @@ from mvit_jax.common.text import plural, printable, table
 from mvit_jax.data.media.images import DecodeError
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
-from mvit_jax.predict.windows import clock
+from mvit_jax.predict.windows import clock, interval
 from mvit_jax.training.run import runtime
 from mvit_jax.weights.state_dicts import WEIGHTS
 
@@ -341,8 +341,7 @@ def segments(timeline: dict[str, Any]) -> list[tuple[str, ...]]:
     """Returns rows of time, class and probability, headings first."""
     rows = [("time", "class", "probability")]
     for s in timeline["segments"]:
-        time = f"{clock(s['start'])} - {clock(s['end'])}"
-        rows.append((time, s["class"], f"{s['probability']:.2f}"))
+        rows.append((interval(s["start"], s["end"]), s["class"], f"{s['probability']:.2f}"))
     return rows
 
 

@@ -23,7 +23,7 @@ from mvit_jax.data.media.video import Video
 from mvit_jax.predict import figures
 from mvit_jax.predict.predictor import Prediction, Predictor
 from mvit_jax.predict.request_filter import filter_requests, is_loopback
-from mvit_jax.predict.windows import clock
+from mvit_jax.predict.windows import clock, interval
 
 # The page takes fewer kinds of files than `predict`: those that `check_kind` recognises.
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
@@ -239,7 +239,7 @@ def _timeline_plot(prediction: Prediction, names: tuple[str, ...]) -> str | None
         return None
     drawn = figures.timeline_picture(prediction.timeline, names)
     rows = "".join(
-        f"<tr><td>{clock(s.start)} - {clock(s.end)}</td><td>{html.escape(names[s.label])}</td>"
+        f"<tr><td>{interval(s.start, s.end)}</td><td>{html.escape(names[s.label])}</td>"
         f"<td>{s.probability:.2f}</td></tr>"
         for s in prediction.timeline.segments()
     )

@@ -95,10 +95,12 @@ class Timeline:
     probabilities: Float[np.ndarray, "windows classes"]
 
     def segments(self) -> list[Segment]:
-        """Returns the video as consecutive segments of one class.
+        """Returns the video as consecutive segments of one class, at least half a hop long.
 
         A moment's probabilities are the mean over the windows that contain it, usually two. This
-        makes a spurious segment between two scenes less likely.
+        makes a spurious segment between two scenes less likely. At rates such as 29.97 per second,
+        an edge of one window lies a millisecond from an edge of another. A shorter segment, the
+        shortest first, becomes part of the neighbour whose class is more probable in it.
         """
         edges = np.unique(np.concatenate([self.starts, self.ends]))
         # Windows are in order, so the windows that contain a moment are consecutive.
@@ -107,23 +109,64 @@ class Timeline:
         sums = np.concatenate([np.zeros_like(self.probabilities[:1]), self.probabilities.cumsum(0)])
         moments = (sums[behind] - sums[first]) / (behind - first)[:, None]
         labels, lengths = moments.argmax(1), np.diff(edges)
-        rows = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
+        # The integral of the probabilities from the start to each edge.
+        integral = np.concatenate([sums[:1], (moments * lengths[:, None]).cumsum(0)])
+        hop = np.median(np.diff(self.starts)) if len(self.starts) > 1 else 0.0
+        changes = np.flatnonzero(labels[1:] != labels[:-1]) + 1
+        rows = np.concatenate([[0], changes, [len(labels)]])
+        rows, labels = _merge_short(edges, integral, rows, labels[rows[:-1]], hop / 2)
         return [
             Segment(
                 float(edges[row]),
                 float(edges[end]),
-                int(labels[row]),
-                float(np.average(moments[row:end, labels[row]], weights=lengths[row:end])),
+                int(label),
+                float((integral[end] - integral[row])[label] / (edges[end] - edges[row])),
             )
-            for row, end in itertools.pairwise(rows)
+            for (row, end), label in zip(itertools.pairwise(rows), labels, strict=True)
         ]
 
 
-def clock(seconds: float) -> str:
-    """Formats a duration as 0:07, 12:30 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
+def _merge_short(
+    edges: Float[np.ndarray, " edges"],
+    integral: Float[np.ndarray, "edges classes"],
+    rows: Int64[np.ndarray, " bounds"],
+    labels: Int64[np.ndarray, " segments"],
+    shortest: float,
+) -> tuple[Int64[np.ndarray, " _bounds"], Int64[np.ndarray, " _segments"]]:
+    """Merges segments shorter than `shortest` into their neighbours.
+
+    Args:
+      edges: times at which the probabilities change, in seconds.
+      integral: of the probabilities, from the first edge to each edge.
+      rows: indices of the edges that bound the segments, one more than segments.
+      labels: the class of each segment.
+      shortest: length in seconds.
+    """
+    while len(labels) > 1:
+        lengths = np.diff(edges[rows])
+        i = int(lengths.argmin())
+        if lengths[i] >= shortest * (1 - 1e-6):  # edges are rounded
+            break
+        inside = integral[rows[i + 1]] - integral[rows[i]]
+        beside = [j for j in (i - 1, i + 1) if 0 <= j < len(labels)]
+        labels[i] = labels[max(beside, key=lambda j: inside[labels[j]])]
+        equal = [j for j in (i, i + 1) if 0 < j < len(labels) and labels[j] == labels[j - 1]]
+        rows, labels = np.delete(rows, equal), np.delete(labels, equal)
+    return rows, labels
+
+
+def clock(seconds: float, digits: int = 0) -> str:
+    """Formats a duration as 0:07, 12:30 or 1:02:03; with one digit, as 0:07.4."""
+    whole, part = divmod(round(seconds * 10**digits), 10**digits)
+    minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    text = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{text}.{part:0{digits}}" if digits else text
+
+
+def interval(start: float, end: float) -> str:
+    """Formats an interval as 0:07.4 - 0:09.0; two segments may begin in the same second."""
+    return f"{clock(start, 1)} - {clock(end, 1)}"
 
 
 def clips_of(

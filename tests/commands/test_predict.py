@@ -93,7 +93,7 @@ def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_
     assert line["seconds"] == 5 and len(line["windows"]) == 18
     assert lines[5] == f"{long}: 0:05, means over 18 windows above, over time:"
     last = line["segments"][-1]
-    assert cells[7 + len(line["segments"])][2] == "0:05"
+    assert cells[7 + len(line["segments"])][2] == "0:05.0"
     assert cells[7 + len(line["segments"])][-1] == f"{last['probability']:.2f}"
     assert line["windows"][1]["start"] == pytest.approx(8 / 30)
     assert [len(window["classes"]) for window in line["windows"]] == [2] * 18

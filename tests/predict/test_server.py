@@ -187,7 +187,7 @@ def test_a_video_shows_classes_over_time_and_attention(browser, files, served):
     body = browser.inner_text("body")
     assert "good.mp4: 0:05; means over 18 windows" in body
     assert len(re.findall(r"\d+%", body)) == 5
-    assert re.search(r"0:00 - 0:\d\d\s+\w+\s+0\.\d\d", body)
+    assert re.search(r"0:00\.0 - 0:\d\d\.\d\s+\w+\s+0\.\d\d", body)
     for label in ("classes over time", "attention"):
         image = browser.wait_for_selector(f"img[alt='{label}']")
         assert browser.evaluate("i => i.complete && i.naturalWidth > 400", image), label

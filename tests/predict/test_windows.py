@@ -8,7 +8,7 @@ import pytest
 from mvit_jax.data import sampling
 from mvit_jax.data.media.video import Video
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.predict.windows import Timeline, clock, is_long, windows
+from mvit_jax.predict.windows import Timeline, clock, interval, is_long, windows
 from tests.data.bar_codes import write
 
 SHAPES = [  # frames of the video, its rate, T, tau
@@ -88,6 +88,47 @@ def test_segments_have_the_most_probable_class_at_every_time(seed):
         assert np.mean([p for _, p in inside]) == pytest.approx(segment.probability, abs=0.02)
 
 
+@pytest.mark.parametrize(("count", "fps", "frames", "stride"), SHAPES[:4])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_segment_is_shorter_than_half_a_hop(count, fps, frames, stride, seed):
+    rng = np.random.default_rng(seed)
+    result = windows(count, fps, frames=frames, stride=stride)
+    raw = rng.random((len(result.starts), 3)) ** 3
+    timeline = Timeline(result.starts, result.ends, raw / raw.sum(1, keepdims=True))
+    segments = timeline.segments()
+    shortest = frames * stride / 30 / 4
+    assert segments[0].start == 0 and segments[-1].end == result.ends[-1]
+    for one, next_ in itertools.pairwise(segments):
+        assert one.end == next_.start and one.label != next_.label
+    # Starts are whole frames, so a hop may be a frame shorter than half a window.
+    assert min(s.end - s.start for s in segments) >= shortest - 0.5 / fps
+    # Where one class is the most probable for longer, the timeline has this class.
+    tops = naive_segments(timeline, step := 0.2 / fps)
+    times, labels, _ = map(np.asarray, zip(*tops, strict=True))
+    for label, run in itertools.groupby(range(len(labels)), key=lambda i: labels[i]):
+        run = list(run)
+        if len(run) * step > shortest + 1 / fps:
+            middle = times[run[len(run) // 2]]
+            assert next(s.label for s in segments if s.end > middle) == label
+    for segment in segments:
+        seen = [timeline.starts, timeline.ends]
+        inside = times[(times > segment.start) & (times < segment.end)]
+        means = [
+            timeline.probabilities[(seen[0] <= t) & (t < seen[1])].mean(0)[segment.label]
+            for t in inside[:: max(len(inside) // 500, 1)]
+        ]
+        assert np.mean(means) == pytest.approx(segment.probability, abs=0.02)
+
+
+def test_a_short_segment_joins_the_neighbour_that_is_more_probable_in_it():
+    """A second window of 29.97 frames per second ends 1 ms after the fourth begins."""
+    starts, ends = np.asarray([0.0, 1, 2, 3]), np.asarray([2.0, 3.001, 4, 5])
+    tops = np.asarray([[0.9, 0, 0.1], [0.8, 0, 0.2], [0.1, 0.5, 0.4], [0, 0.51, 0.49]])
+    segments = Timeline(starts, ends, tops).segments()
+    # From 3 s to 3.001 s three windows overlap, and class 2 is the most probable on their mean.
+    assert [(s.start, s.end, s.label) for s in segments] == [(0, 3.0, 0), (3.0, 5, 1)]
+
+
 def test_one_window_between_two_scenes_makes_no_segment():
     result = windows(320, 30.0, frames=8, stride=4)
     tops = np.eye(3)[[0] * 9 + [2] + [1] * 9] * 0.7 + 0.1
@@ -103,6 +144,10 @@ def test_clock_formats_minutes_and_hours():
     assert [clock(s) for s in (0.0, 7.4, 59.6, 750.0, 3723.0)] == [
         "0:00", "0:07", "1:00", "12:30", "1:02:03",
     ]  # fmt: skip
+    assert [clock(s, 1) for s in (0.04, 7.46, 59.96, 3723.21)] == [
+        "0:00.0", "0:07.5", "1:00.0", "1:02:03.2",
+    ]  # fmt: skip
+    assert interval(0.53, 12.0) == "0:00.5 - 0:12.0"
 
 
 def test_windows_of_a_variable_rate_have_the_frames_of_their_time(tmp_path):
