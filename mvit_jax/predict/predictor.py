@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from mvit_jax.analysis import attention_maps, token_geometry
+from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath
 from mvit_jax.config import Config
 from mvit_jax.data import pipeline

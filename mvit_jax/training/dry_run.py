@@ -314,7 +314,8 @@ def _layers(config: Config, params: Any) -> str:
         flatten_dict(optimizer.partition(tree, config.optim.trained_blocks)[0], sep="/")
         for tree in trees
     )
-    sizes: dict[int, list[int]] = {}
+    sizes: dict[Any, list[int]] = {}
+    shape: Any
     for path, shape in shapes.items():
         sizes.setdefault(layers[path], []).append(int(np.prod(shape.shape)))
     factor = {layers[path]: rate for path, rate in rates.items()}

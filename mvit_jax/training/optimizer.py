@@ -139,7 +139,7 @@ def partition(params: dict[str, Any], trained_blocks: int | None) -> tuple[Any, 
     return trained, frozen
 
 
-def merge(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+def merge(trained: Any, frozen: dict[str, Any]) -> Any:
     """Returns the tree that `partition` has split."""
     if not frozen:
         return trained
