@@ -40,10 +40,11 @@ def to_path(path: str | os.PathLike[str]) -> AnyPath:
       UserError: `path` is another kind of address, or its bucket cannot be reached or used.
     """
     text = os.fspath(path)
+    opened = isinstance(path, PurePath) and not isinstance(path, Path) and hasattr(path, "exists")
+    if opened and (_ADDRESS.match(text) or PurePath(text).is_absolute()):
+        return path  # pyright: ignore[reportReturnType]  # an earlier result of this function
     if not _ADDRESS.match(text):
         return expanded(text)
-    if isinstance(path, PurePath) and not isinstance(path, Path):
-        return path  # pyright: ignore[reportReturnType]  # an earlier result of this function
     bucket = text.removeprefix("gs://").partition("/")[0]
     if not text.startswith("gs://") or not bucket:
         raise UserError(

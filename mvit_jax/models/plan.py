@@ -167,7 +167,9 @@ def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
     kv_stride = config.kv_stride
     # The sizes of relative positional embeddings follow from integer division of the grid. A padded
     # convolution may leave one position more (39 -> 20, not 19); `RelativePositions` interpolates.
-    nominal = patch_grid(config, config.frames, config.size, config.size)
+    size = (config.frames, config.size, config.size)
+    grid = conv_output(size, config.patch_kernel, config.patch_stride, config.patch_padding)
+    nominal = _triple(max(n, 1) for n in grid)  # `_check` rejects a size without a token
     for stage, depth in enumerate(config.depths):
         for i in range(depth):
             first = i == 0 and stage > 0
@@ -360,6 +362,7 @@ def _check(config: MViTConfig) -> None:
         if count not in (0, sum(config.depths)):
             raise UserError(f"{name} must be empty or have a kernel for each of the "
                             f"{sum(config.depths)} blocks, not {count} kernels")  # fmt: skip
+    patch_grid(config, config.frames, config.size, config.size)  # raises if no token is left
     _check_skips(config)
 
 
@@ -420,7 +423,7 @@ def check_field(field: str, value: Any, name: str | None = None) -> None:
             raise UserError(f"{name} must be whole numbers like (1, 2, 11, 2), not {value!r}")
         if not value or min(value) < 1:
             raise UserError(
-                f"{name} must be blocks per stage, at least 1 for each stage, not {value}"
+                f"{name} must be the number of blocks of each stage, at least 1, not {value}"
             )
     else:
         _check_triple(name, value, lowest=0 if field == "patch_padding" else 1)

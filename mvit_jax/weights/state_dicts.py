@@ -85,8 +85,8 @@ def select(
         raise UserError(_explain_missing(top, is_tensor, where))
     if recognised is not None:
         states = [state for state in states if recognised(state.tensors)] or states
-    most = max(len(state.tensors) for state in states)
-    states = sorted((s for s in states if 2 * len(s.tensors) >= most), key=_preference)
+    largest = max(len(state.tensors) for state in states)
+    states = sorted((s for s in states if 2 * len(s.tensors) >= largest), key=_preference)
     plain = next((state for state in states if not state.averaged), None)
     averaged = next(
         (s for s in states if s.averaged and (plain is None or _alike(s.tensors, plain.tensors))),

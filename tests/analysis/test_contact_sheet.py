@@ -49,7 +49,7 @@ def test_cutmix_shows_both_classes_with_their_shares_of_the_pixels(classes):
     ).step
     clip = np.stack([np.full((2, 32, 32, 3), value, np.uint8) for value in (0, 255) * 4])
     batch = {"clip": jnp.asarray(clip), "label": jnp.asarray([0, 1] * 4)}
-    clips, targets = step.augmented(batch, jax.random.key(0), recipe)
+    clips, targets = step.augment(batch, jax.random.key(0), recipe)
     pixels = np.asarray(clips) * recipe.std + recipe.mean
     shares = contact_sheet._without_smoothing(np.asarray(targets), recipe.label_smoothing)
     mixed = 0

@@ -312,7 +312,7 @@ TRAIN = "--config=configs/moving_digits.py"
         ([TRAIN, "--config.foo=1"], "there is no config key 'foo'"),
         ([TRAIN, "--config.augment.group=2"], "augment.group is now called augment.mixup_group"),
         ([TRAIN, "--config.augment.erase=0.1"], "now called augment.random_erase_prob"),
-        ([TRAIN, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
+        ([TRAIN, "--config.optim.lr=fast"], "optim.lr=fast: it must be a number"),
         ([TRAIN + ":resnet"], "has no model 'resnet': choose mvit or vit"),
         (["--config=configs/no.py"], "there is no config file configs/no.py"),
         (["--config=configs/kinetics.py"], "pass --config.data.folder=DIR"),
@@ -353,7 +353,7 @@ def change_list(data, old, new):
         (lambda d: None, {"model.dropout": 1.5}, "dropout must be in [0, 1)"),
         (lambda d: (d / "labels.txt").unlink(), {}, "there is no labels.txt"),
         (lambda d: None, {"augment.flip": 2.0}, "augment.flip must be from 0 to 1, not 2.0"),
-        (lambda d: None, {"augment.crop_area": (2.0, 0.1)}, "augment.crop_area must be two"),
+        (lambda d: None, {"augment.crop_area": (2.0, 0.1)}, "augment.crop_area must be 2 numbers"),
         (
             lambda d: None,
             {"eval.crops": 3, "eval.whole_image": True},
@@ -367,7 +367,7 @@ def change_list(data, old, new):
         (lambda d: None, {"augment.randaugment": "rand-m7-q3-inc1"}, "q3"),
         (lambda d: None, {"data.repeats": 3}, "data.repeats=3; set a multiple of 24"),
         (lambda d: None, {"data.sampling": "segments"}, "data.sampling=segments samples one clip"),
-        (lambda d: None, {"data.multi_label": True}, "data.multi_label"),
+        (lambda d: None, {"data.multi_label": True, "data.source": "ssv2"}, "data.multi_label"),
         (
             lambda d: None,
             {"augment.jitter": (20, 40)},

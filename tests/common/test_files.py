@@ -69,10 +69,8 @@ def test_files_are_written_and_read_in_the_home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [PurePosixPath, epath.Path])
 def test_paths_of_other_libraries_are_local_paths(kind):
     """A relative one would reach Orbax, which refuses it."""
-    for name in ("runs/b", "/runs"):
-        assert isinstance(files.to_path(kind(name)), Path) and files.to_path(kind(name)) == Path(
-            name
-        )
+    path = files.to_path(kind("runs/b"))
+    assert isinstance(path, Path) and path == Path("runs/b")
 
 
 @pytest.mark.parametrize("name", ["s3://b/runs", "http://host/runs", "file:///runs", "gs://"])

@@ -8,7 +8,7 @@ import pytest
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import loader
-from mvit_jax.data.loader import LoaderOptions, WorkerError, batched
+from mvit_jax.data.loader import LoaderOptions, WorkerError, load_batches
 from tests.support import tiny
 from tests.support.environment import of_process
 
@@ -45,7 +45,7 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path, monkeypatch):
     guarded.write_text(GUARDED)
     monkeypatch.setitem(sys.modules, "__main__", main_module(unguarded))
     with pytest.raises(UserError) as caught:
-        next(batched(None, 1, 1, LoaderOptions(processes=1), 1))
+        next(load_batches(None, 1, 1, LoaderOptions(processes=1), 1))
     message = str(caught.value)
     assert str(unguarded) in message and 'if __name__ == "__main__":' in message
     assert "data.processes=0" in message and "\n" not in message
@@ -75,7 +75,7 @@ def test_a_worker_process_that_ends_is_an_error_of_one_sentence(code, words, mon
 
     monkeypatch.setattr(loader, "_dataset", lambda *_: Ended())
     with pytest.raises(WorkerError, match=words):
-        next(batched(None, 1, 1, LoaderOptions(processes=2), 1))
+        next(load_batches(None, 1, 1, LoaderOptions(processes=2), 1))
 
 
 @pytest.mark.slow

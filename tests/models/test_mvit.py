@@ -73,7 +73,7 @@ def test_no_clips_have_no_gradient_and_are_checked():
     weights = jax.tree.map(lambda x: jnp.ones(x.shape), drawn.shapes(model))
     gradients = jax.grad(lambda w: model.apply(w, jnp.zeros((0, 2, 8, 8, 3)))[0].sum())(weights)
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradients))
-    with pytest.raises(UserError, match=r"this input has shape \[0, 8, 8, 3\]"):
+    with pytest.raises(UserError, match=r"the input has shape \[0, 8, 8, 3\]"):
         model.apply(weights, jnp.zeros((0, 8, 8, 3)))
 
 

@@ -35,14 +35,14 @@ NOT_NONE = names("""
     optim.start_lr optim.end_lr optim.warmup_epochs optim.weight_decay optim.layer_decay optim.b1
     optim.b2 optim.momentum optim.clip_norm optim.ema mesh.data mesh.fsdp checkpoint.every
     checkpoint.keep eval.every_epochs eval.batch eval.clips eval.crops eval.ensemble
-    eval.whole_image
+    eval.whole_image data.balanced optim.ema_warmup
 """)
 ZERO = names("""
     seed data.threads data.processes data.timeout data.max_broken augment.flip
     augment.random_erase_prob augment.mixup augment.cutmix augment.mixup_switch_prob
     augment.label_smoothing optim.lr optim.start_lr optim.end_lr optim.warmup_epochs
     optim.weight_decay optim.layer_decay optim.b1 optim.b2 optim.momentum optim.clip_norm
-    optim.ema eval.every_epochs model.drop_path model.dropout
+    optim.ema optim.trained_blocks eval.every_epochs model.drop_path model.dropout
 """)
 UP_TO_ONE = names("""
     data.max_broken augment.flip augment.random_erase_prob augment.mixup_switch_prob
@@ -172,7 +172,7 @@ def test_an_assignment_of_another_type_names_key_and_type():
     [
         (["augment.crop_area=(0.5,0.1)"], "augment.crop_area must be two shares"),
         (["augment.jitter=(64,32)"], "augment.jitter must be two short sides"),
-        (["augment.crop_area=(0.1,1)", "augment.jitter=(64,80)"], "are two ways to crop"),
+        (["augment.crop_area=(0.1,1)", "augment.jitter=(64,80)"], "exclude each other"),
         (["mesh.data=0"], "mesh.data must be -1, for all other devices, or at least 1, not 0"),
         (["data.std=(0,0,0)"], "data.std must be 3 numbers, each above 0 and at most 1"),
         (["data.mean=(123,116,103)"], "data.mean must be 3 numbers, each from 0 to 1"),

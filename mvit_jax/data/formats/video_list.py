@@ -337,7 +337,7 @@ def _check_files(
 
 
 def _note_repeated(
-    list_file: Path, lines: Sequence[str], paths: Sequence[str], labels: Sequence[int]
+    list_file: Path, lines: Sequence[str], paths: Sequence[str], labels: Sequence[Any]
 ) -> None:
     """Prints how many lines name a file of an earlier line, if any do; other labels count first."""
     if len(set(paths)) == len(paths):

@@ -42,7 +42,7 @@ def test_a_window_counts_from_the_first_step_and_ends_with_the_run(window, start
 def test_windows_are_parsed():
     assert window("10:15") == (10, 15) and window("7:7") == (7, 7)
     for text in ("10", "0:3", "5:3", "a:b", "", "1:2:3", "-1:2"):
-        with pytest.raises(ValueError, match="no range of steps"):
+        with pytest.raises(ValueError, match="is not a range of steps"):
             window(text)
 
 
