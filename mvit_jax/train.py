@@ -321,8 +321,6 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     for note in class_notes(videos):
         log.print(f"note: {note}")
     log.print(f"from step {start} to {steps}" + (" (resumed)" if start else ""))
-    if note := build.ema_note(config, steps):
-        log.print(f"note: {note}")
     log.begin({
         "command": command(),
         "steps": steps,

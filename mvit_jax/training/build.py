@@ -314,11 +314,8 @@ def warnings(config: Config, videos: int) -> list[str]:
             f"{c.lr * rate_factor(config):g}; for a shorter warm-up set "
             f"--config.optim.warmup_epochs={config.epochs / 10:g}"
         )
-    if c.ema**steps > 0.1:
-        sentences.append(
-            f"the averaged parameters, which are tested, still are {100 * c.ema**steps:.0f} % "
-            f"initial weights after {steps:,} steps (optim.ema={c.ema:g}): set --config.optim.ema=0"
-        )
+    if note := _ema_note(config, steps):
+        sentences.append(note)
     return sentences
 
 
@@ -354,7 +351,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     return optimizer.of_trained(transform, c.trained_blocks)
 
 
-def ema_note(config: Config, steps: int) -> str | None:
+def _ema_note(config: Config, steps: int) -> str | None:
     """Returns a sentence if averages of a run of `steps` steps hold too much of their start."""
     c = config.optim
     share = optimizer.ema_initial_share(steps, c.ema, c.ema_warmup) if c.ema > 0 else 0.0

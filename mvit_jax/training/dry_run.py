@@ -54,7 +54,7 @@ def describe(config: Config, devices: int) -> str:
         _numbered("Augmentation, in this order", _augmentation(config, model)),
         section("Steps", _steps(config, videos, devices)),
         "Learning rate\n" + indent(_rates(config, videos)),
-        section("Optimiser", [("trained", _trained(config, params)), *_optimizer(config, videos)]),
+        section("Optimiser", [("trained", _trained(config, params)), *_optimizer(config)]),
         "Weight decay\n" + indent(_decay(config, trained)),
     ]
     if config.optim.layer_decay != 1:
@@ -257,8 +257,8 @@ def _trained(config: Config, params: Any) -> str:
     return f"{trained:,} of {trained + frozen:,} parameters: {parts}; the others are frozen"
 
 
-def _optimizer(config: Config, videos: int) -> Lines:
-    c, note = config.optim, build.ema_note(config, build.count_steps(config, config.epochs, videos))
+def _optimizer(config: Config) -> Lines:
+    c = config.optim
     average = f"decay {c.ema:g}{', after a warm-up from 0' if c.ema_warmup else ''}"
     rates = f"{c.lr:g}, from {c.start_lr:g}, to {c.end_lr:g}"
     if c.lr_batch:
@@ -272,7 +272,6 @@ def _optimizer(config: Config, videos: int) -> Lines:
         ("rates", rates),
         ("clipping", f"gradients to a global norm of {c.clip_norm:g}" if c.clip_norm else "none"),
         ("EMA", f"{average}; the averaged parameters are tested" if c.ema else "none"),
-        *([("", note)] if note else []),
     ]
 
 

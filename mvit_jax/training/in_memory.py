@@ -94,8 +94,6 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
     for sentence in build.warnings(config, len(videos)):
         warnings.warn(sentence, stacklevel=2)
     settings, mesh, program = training.settings, training.mesh, training.program
-    if note := build.ema_note(config, training.steps):
-        warnings.warn(note, stacklevel=2)
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
         state = program.initial_state()
         if params is not None:

@@ -221,7 +221,7 @@ def _unquoted(field: str) -> str:
 
 
 def _label_set(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.split("[,;]", text))) if text else ()
+    return tuple(sorted({*map(int, re.split("[,;]", text))})) if text else ()
 
 
 _SEPARATORS = (None, ",", ";", "\t", "|")
