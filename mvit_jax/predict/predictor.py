@@ -51,7 +51,7 @@ class Prediction:
     shown: UInt8[np.ndarray, "clips time size size 3"]
     times: Float64[np.ndarray, "clips time"]
     seconds: float
-    features: Float32[np.ndarray, "clips channels"] | None = None
+    features: Float32[np.ndarray, "inputs channels"] | None = None
 
 
 class Maps(NamedTuple):
