@@ -29,7 +29,6 @@ import csv
 import io
 import json
 import signal
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,7 +38,7 @@ from absl import flags
 from mvit_jax.analysis import example_clips, plots, run_data
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, to_path, write_atomically
-from mvit_jax.common.text import plural, table
+from mvit_jax.common.text import plural
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.training import build
 from mvit_jax.training.distributed import coordination, failure, launch
@@ -134,7 +133,7 @@ def test(folder: AnyPath) -> None:
     end = suffix(results, _LIST.value)
     # Results are written before the example clips are rendered, which can fail.
     written = write(folder, results, end) + write_scores(folder, scores, videos, end)
-    print(summary(folder), flush=True)
+    print(run_data.summary(folder), flush=True)
     if len(counts) > 1:
         metrics = [s.metrics() for s in by_count]
         written += write_views(folder, dict(zip(counts, metrics, strict=True)), results, end)
@@ -242,27 +241,6 @@ def write_views(
     axes.set(xticks=list(by_count), ylim=(None, min(axes.get_ylim()[1], 100.5)))
     plots.save(figure, paths[1])
     return paths
-
-
-def summary(folder: AnyPath) -> str:
-    """Returns a text table of all evaluations in a run's folder, at most 60 columns wide.
-
-    "class" is the mean class accuracy. Columns without numbers, like "mAP", are omitted.
-    """
-    rows: list[tuple[str, ...]] = [
-        ("list", "frames", "step", "top-1", "top-5", "class", "mAP", "videos", "left out", "views")
-    ]
-    for r in run_data.evaluations(folder):
-        rows.append((
-            Path(r["list"]).name.partition(".")[0],
-            "shuffled" if r["shuffled_frames"] else "in order",
-            run_data.checkpoint(r).replace(" step", ""), f"{r['top1']:.2f}", f"{r['top5']:.2f}",
-            *(f"{r[name]:.2f}" if name in r else "" for name in ("mean_class", "map")),
-            str(r["videos"]), str(len(r["left_out"])), f"{r['clips']} x {r['crops']}",
-        ))  # fmt: skip
-    columns = [i for i in range(len(rows[0])) if any(row[i] not in ("", "0") for row in rows[1:])]
-    header, *rows = [tuple(row[i] for i in columns) for row in rows]
-    return table(header, rows, numbers_right=False)
 
 
 if __name__ == "__main__":

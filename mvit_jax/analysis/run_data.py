@@ -20,6 +20,7 @@ from mvit_jax.analysis import report
 from mvit_jax.analysis.report import Run
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import AnyPath, io_errors, to_path, write_atomically
+from mvit_jax.common.text import table
 from mvit_jax.config import base
 from mvit_jax.data.formats.video_list import read_class_names
 from mvit_jax.training import build
@@ -108,6 +109,27 @@ def checkpoint(evaluation: dict[str, Any]) -> str:
     """Returns the checkpoint of an evaluation in words, like "last, step 300"."""
     plain = ", plain weights" if evaluation.get("plain_weights") else ""
     return f"{evaluation['checkpoint']}, step {evaluation['step']}{plain}"
+
+
+def summary(folder: str | AnyPath) -> str:
+    """Returns a text table of all evaluations in a run's folder, at most 60 columns wide.
+
+    "class" is the mean class accuracy. Columns without numbers, like "mAP", are omitted.
+    """
+    rows: list[tuple[str, ...]] = [
+        ("list", "frames", "step", "top-1", "top-5", "class", "mAP", "videos", "left out", "views")
+    ]
+    for r in evaluations(folder):
+        rows.append((
+            Path(r["list"]).name.partition(".")[0],
+            "shuffled" if r["shuffled_frames"] else "in order",
+            checkpoint(r).replace(" step", ""), f"{r['top1']:.2f}", f"{r['top5']:.2f}",
+            *(f"{r[name]:.2f}" if name in r else "" for name in ("mean_class", "map")),
+            str(r["videos"]), str(len(r["left_out"])), f"{r['clips']} x {r['crops']}",
+        ))  # fmt: skip
+    columns = [i for i in range(len(rows[0])) if any(row[i] not in ("", "0") for row in rows[1:])]
+    header, *rows = [tuple(row[i] for i in columns) for row in rows]
+    return table(header, rows, numbers_right=False)
 
 
 def _load(path: AnyPath, keys: set[str]) -> dict[str, Any]:

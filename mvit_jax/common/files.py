@@ -70,10 +70,10 @@ def local_path(path: str) -> Path:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Returns a local path whose leading `~` or `~name` is the home of the user, if there is one.
+    """Returns a local path with a leading `~` or `~name` replaced by that user's home, if known.
 
-    Shells expand `~` at the start of a word only, so not in `--workdir=~/runs`. A folder that is
-    called `~` is `./~`.
+    Shells expand `~` at the start of a word only, so not in `--workdir=~/runs`. A folder called `~`
+    is written as `./~`.
     """
     home = Path(os.path.expanduser(path))  # noqa: PTH111, pathlib raises for an unknown user
     # pathlib drops the "./" of such a folder, and later calls would expand it.

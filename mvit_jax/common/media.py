@@ -6,7 +6,7 @@ from typing import Any
 import av
 from av.container import InputContainer
 
-# Metadata in an unknown encoding must not make a video unreadable. PyAV 19 keeps its bytes.
+# Metadata in an unknown encoding must not make a video unreadable. PyAV 19 keeps such bytes.
 _ARGUMENTS: dict[str, Any] = (
     {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 )

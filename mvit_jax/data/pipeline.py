@@ -31,7 +31,7 @@ _ORDER, _CLIP, _SHUFFLE = range(3)
 
 _ATTEMPTS = 10
 
-# Decoded frames in memory: 16 frames of 720p, but not of 4K.
+# Bytes of decoded frames to transform at once: 16 frames of 720p fit, 16 frames of 4K do not.
 _BYTES_IN_PARTS = 48 << 20
 
 
@@ -345,7 +345,7 @@ class ClassMembers:
       videos: number of all videos, including those of unknown class.
     """
 
-    indices: tuple[Int64[np.ndarray, " members"], ...]
+    indices: tuple[Int64[np.ndarray, "_"], ...]
     videos: int
 
     @classmethod

@@ -95,7 +95,7 @@ def preprocess(variant: str, /, **overrides: Any) -> Preprocess:
         `Preprocess(dataclasses.replace(p.settings, stride=8))`.
 
     Raises:
-      UserError: unknown variant or field.
+      UserError: unknown variant or field, or a value out of range.
     """
     return Preprocess(preprocessing(variant, **overrides))
 

@@ -110,13 +110,14 @@ class MViT(nnx.Module):
           scan: runs identical blocks as one loop, which compiles faster. Results stay the same.
           remat: the rematerialisation policy, one of `run_blocks.REMAT`: trades arithmetic for
             memory in training. Results stay the same.
-          frozen_blocks: the number of first blocks whose weights are not differentiated. No loop
-            has frozen and trained blocks, so no gradient of frozen weights is computed.
+          frozen_blocks: number of first blocks that the caller does not differentiate. No loop has
+            both frozen and trained blocks, as it differentiates the weights of all its blocks.
 
         Returns:
           The logits and a dict of features. "stages" is a list of the grids
-          `[batch, T, H, W, channels]` after each stage. "tokens" are the normalised tokens that
-          the head reads, and "pooled" is the vector `[batch, channels]` that it classifies.
+          `[batch, T, H, W, channels]` after each stage. "tokens" are the last block's
+          tokens after the final norm, and "pooled" is the vector `[batch, channels]` that the head
+          classifies.
 
           With `capture`, the dict also has lists with an entry per block. "attention" holds the
           probabilities `[batch, heads, queries, keys]`, float32. "queries", "keys" and "values",

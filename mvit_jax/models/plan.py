@@ -383,8 +383,9 @@ def _check_skips(config: MViTConfig) -> None:
         kernels = zip(block.q_pool.kernel, block.skip_pool.kernel, strict=True)
         if any((q - s) % 2 for q, s in kernels):
             raise UserError(
-                f"pool_kernel {block.q_pool.kernel} with q_stride {config.q_stride} pools the "
-                'queries and the skip connection to different grids; use pool_kernel="stride + 1"'
+                f"block {i} pools its queries by the kernel {block.q_pool.kernel} and its skip "
+                f"connection by {block.skip_pool.kernel}, to different grids: leave q_kernels "
+                'empty, and set pool_kernel="stride + 1"'
             )
 
 

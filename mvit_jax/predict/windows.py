@@ -95,12 +95,13 @@ class Timeline:
     probabilities: Float[np.ndarray, "windows classes"]
 
     def segments(self) -> list[Segment]:
-        """Returns the video as consecutive segments of one class, at least half a hop long.
+        """Returns the video as consecutive segments, each of one class.
 
         A moment's probabilities are the mean over the windows that contain it, usually two. This
         makes a spurious segment between two scenes less likely. At rates such as 29.97 per second,
-        an edge of one window lies a millisecond from an edge of another. A shorter segment, the
-        shortest first, becomes part of the neighbour whose class is more probable in it.
+        edges of two windows can be a millisecond apart, and a segment as short. Segments of less
+        than half a hop are merged, the shortest first: each becomes part of the neighbour whose
+        class is more probable within the short segment.
         """
         edges = np.unique(np.concatenate([self.starts, self.ends]))
         # Windows are in order, so the windows that contain a moment are consecutive.

@@ -1,6 +1,6 @@
-"""Short training runs for notebooks, which write no workdir.
+"""Short training runs without a workdir, for notebooks.
 
-They use the same data pipeline, training step and test as the commands. In a notebook:
+The runs use the same data pipeline, training step and test as the commands. In a notebook:
 
     config = in_memory.read_config("moving_digits", **{"data.folder": "data/moving_digits"})
     result = in_memory.run(config, pooling=MyPool)

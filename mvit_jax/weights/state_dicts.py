@@ -40,7 +40,7 @@ class StateDict:
 
     @property
     def averaged(self) -> bool:
-        """True if the names of the entries state averaged parameters."""
+        """True if an entry's name has a word for averaged parameters, such as "ema"."""
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", " ".join(self.keys))
         return not _AVERAGED.isdisjoint(word.lower() for word in words)
 
@@ -105,7 +105,10 @@ def select(
 
 
 def _mappings(top: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Returns a mapping and those nested in it, by their keys; outer ones come first."""
+    """Returns pairs of keys and mapping: `top`, then mappings nested in it, outer ones first.
+
+    Entries of an optimiser and mappings more than `_DEPTH` keys deep are excluded.
+    """
     # A pickle can nest a mapping in itself, or in many others.
     nested: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), top)]
     visited = {id(top)}

@@ -193,7 +193,7 @@ class _Reader(pickle._Unpickler):
         _check(type(function) is Global and type(args) is tuple and len(args) <= 64)
         _check(keywords is None or (type(keywords) is dict and not keywords))
         if function.name not in _CALLS:
-            raise DamagedFileError(f"its pickle calls {function.name}")
+            raise DamagedFileError(f"its pickle calls {function.name}, which is not supported")
         sized = (dict, list, tuple, set, frozenset, str, bytes)
         self.copied += sum(len(arg) for arg in args if isinstance(arg, sized))
         _check(self.copied <= MAX_COPIED, "its pickle copies too many items")
@@ -326,7 +326,7 @@ def _storage(saved: Any) -> Storage:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     if not isinstance(storage, Storage) or storage.dtype is None:
-        raise DamagedFileError("a tensor without a storage")
+        raise DamagedFileError("a tensor has no typed storage")
     return _view(storage, storage.dtype, offset, size, stride)
 
 

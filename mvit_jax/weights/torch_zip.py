@@ -131,7 +131,9 @@ def arrays(
     """Reads the tensors that `tensors` describes into separate arrays."""
     claimed = sum(tensor.nbytes for tensor in tensors.values())
     if claimed > MAX_SHARED * path.stat().st_size:
-        raise DamagedFileError(f"its tensors claim {claimed} bytes in all")
+        raise DamagedFileError(
+            f"its tensors take {claimed:,} bytes, over {MAX_SHARED} times the file"
+        )
     result: dict[str, np.ndarray] = {}
     by_storage: dict[str, dict[str, torch_pickle.Tensor]] = {}
     for name, tensor in tensors.items():

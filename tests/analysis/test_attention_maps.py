@@ -73,7 +73,7 @@ def test_captured_attention_is_the_softmax_of_queries_and_keys(name):
         np.testing.assert_allclose(attended, expected, atol=1e-4 * expected.std())
     plain, fewer = jax.jit(functional(CONFIGS[name]).apply)(params, clip)
     np.testing.assert_allclose(logits, plain, atol=1e-4)
-    assert fewer.keys() == {"stages", "tokens"}
+    assert fewer.keys() == {"stages", "tokens", "pooled"}
 
 
 def attention_outputs(params, clip, config):

@@ -218,7 +218,7 @@ def test_a_folder_without_data_and_labels_can_be_used(run, tmp_path):
     assert [file["error"] for file in result["files"]] == [
         "cannot be decoded: there is no such file",
         "cannot be decoded: it is an image, but the model requires clips of 4 frames",
-        "cannot be decoded: is a directory",
+        "cannot be decoded: it is a directory",
     ]
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvit_jax import evaluate as program
 from mvit_jax import train
 from mvit_jax.analysis import run_data
 from mvit_jax.common.errors import UserError
@@ -128,13 +127,13 @@ def test_the_table_of_evaluations_fits_60_columns(tmp_path):
     for name, shuffled in (("evaluation", False), ("evaluation_shuffled", True)):
         content = json.dumps(result | {"shuffled_frames": shuffled})
         (tmp_path / f"{name}.json").write_text(content)
-    lines = program.summary(tmp_path).splitlines()
+    lines = run_data.summary(tmp_path).splitlines()
     assert max(map(len, lines)) <= 60
     assert lines[0].split() == ["list", "frames", "step", "top-1", "top-5", "videos", "views"]
     assert lines[3].startswith("test  shuffled  last, 12375  98.25  100.00  10000   5 x 1")
     content = json.dumps(result | {"shuffled_frames": False, "left_out": ["x: y"], "map": 50.0})
     (tmp_path / "evaluation.json").write_text(content)
-    header, _, first, _ = program.summary(tmp_path).splitlines()
+    header, _, first, _ = run_data.summary(tmp_path).splitlines()
     assert "left out" in header and "mAP" in header
     assert first.split()[-5:] == ["10000", "1", "5", "x", "1"] and "50.00" in first
 

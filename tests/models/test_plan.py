@@ -126,7 +126,7 @@ BAD = [
         {"pool_kernel": (3, 2, 2)},
         r"pool_kernel \(3, 2, 2\) .* the queries and the skip connection to",
     ),
-    ({"q_stride": (1, 3, 3)}, r"q_stride \(1, 3, 3\) pools the queries and the skip connection"),
+    ({"q_stride": (1, 3, 3)}, r"pools its queries by the kernel .* and its skip connection by .* to different grids"),
     ({"pool_mode": "conv_unshared"}, "conv_unshared.* requires pool_first=True"),
     (
         {"kv_kernels": ((3, 3, 3),)},

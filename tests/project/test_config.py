@@ -46,6 +46,7 @@ def test_choices_are_those_of_the_code():
         "data.interpolation": get_args(Interpolation),
         "augment.random_erase_mode": ("pixel", "const"),
         "optim.name": ("adamw", "sgd"),
+        "optim.class_weights": ("balanced",),
         "eval.crops": (1, 3),
         "eval.ensemble": get_args(Ensemble),
         **{f"model.{field.name}": get_args(field.type)

@@ -383,7 +383,7 @@ MALFORMED = {
 
 MESSAGES = {
     "outside": "lies outside its storage",
-    "expanded": "its tensors claim 262144 bytes",
+    "expanded": "its tensors take 262,144 bytes",
     "deep key": "its pickle has a tuple as a key",
     "deep list as key": "its pickle has a tuple as a key",
     "endless copies": "copies too many items",
@@ -419,7 +419,7 @@ def test_many_tensors_of_one_storage_are_refused(tmp_path):
     many = b"J\x00\x00\x02\x00"
     value = tensor(storage(size=many), size=many + b"\x85") + b"q\x000}("
     value += b"".join(text(f"{i}") + b"h\x00" for i in range(2000)) + b"u"
-    with pytest.raises(UserError, match="its tensors claim 1048576000 bytes"):
+    with pytest.raises(UserError, match="its tensors take 1,048,576,000 bytes"):
         read_tensors(zipped(tmp_path / "x", value, {"data/0": bytes(2**19)}))
 
 

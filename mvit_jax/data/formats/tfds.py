@@ -93,8 +93,8 @@ def read_split(name: str, folder: str, split: str) -> TfdsSplit:
     except NotImplementedError:
         raise UserError(
             f"{title} is prepared in {folder} as {builder.info.file_format.value}, which has "
-            f"no random access: {prepare_command(name, 'DIR', folder)} prepares it as array_record "
-            "in another folder, to be named by --config.data.folder=DIR"
+            "no random access: prepare it as array_record in another folder DIR by "
+            f"{prepare_command(name, 'DIR', folder)}, and set --config.data.folder=DIR"
         ) from None
     except Exception as error:  # TFDS and its readers raise many types
         raise UserError(

@@ -41,7 +41,7 @@ _STATE_THEIR_DURATION = ("matroska,webm", "flv")
 
 
 class KeyFrame(NamedTuple):
-    """A packet at which decoding can start, and its position in the file."""
+    """A packet at which decoding can start; `position` is its index in decoding order."""
 
     pts: int
     dts: int | None

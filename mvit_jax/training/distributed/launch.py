@@ -131,9 +131,9 @@ def _raise_no_cluster(error: Exception, address: tuple[Any, ...]) -> None:
             "port in --coordinator of all processes"
         ) from error
     raise UserError(
-        f"the processes of this run could not connect ({message[:300]}): fix the cause, give "
-        "--coordinator=HOST:PORT, --num_processes and --process_id, or --num_processes=1 for a "
-        "single process"
+        f"the processes of this run could not connect ({message[:300]}): fix the cause; or give "
+        "--coordinator=HOST:PORT, --num_processes and --process_id together; or give "
+        "--num_processes=1 for a single process"
     ) from error
 
 
@@ -228,7 +228,5 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--num_processes={num_processes} must be at least 1")
     if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
-        raise UserError(
-            f"--process_id={process_id} must be from 0 to {(num_processes or 1) - 1}, below "
-            f"--num_processes={num_processes}"
-        )
+        limit = f"from 0 to {num_processes - 1}" if num_processes else "at least 0"
+        raise UserError(f"--process_id={process_id} must be {limit}")

@@ -107,7 +107,7 @@ class Policy:
         origin = int(back.step)
         self._rollbacks = self._rollbacks + 1 if origin == self._landed else 1
         if self._rollbacks > ROLLBACKS:
-            raise _ended(f"{what}, after {ROLLBACKS} rollbacks without a checkpoint in between")
+            raise _ended(f"{what}, after {ROLLBACKS} rollbacks to the same weights")
         self._landed = step
         self._log(
             f"{what}: training continues after step {step} with the weights of step {origin}; the "
