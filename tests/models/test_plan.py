@@ -124,9 +124,12 @@ BAD = [
     ({"patch_padding": (-1, 0, 0)}, "patch_padding must be at least 0 on"),
     (
         {"pool_kernel": (3, 2, 2)},
-        r"pool_kernel \(3, 2, 2\) .* the queries and the skip connection to",
+        r"queries by the kernel \(3, 2, 2\) and its skip connection by .*, to different grids",
     ),
-    ({"q_stride": (1, 3, 3)}, r"pools its queries by the kernel .* and its skip connection by .* to different grids"),
+    (
+        {"q_stride": (1, 3, 3)},
+        r"pools its queries by the kernel .* and its skip connection by .* to different grids",
+    ),
     ({"pool_mode": "conv_unshared"}, "conv_unshared.* requires pool_first=True"),
     (
         {"kv_kernels": ((3, 3, 3),)},

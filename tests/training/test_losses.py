@@ -1,5 +1,6 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_class_weights_are_inverse_frequencies_of_mean_one():
     np.testing.assert_allclose(weights, [value / mean for value in inverse])
 
 
-@pytest.mark.parametrize("mixup", [0.0, 0.8])
+@pytest.mark.parametrize("mixup", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_class_weights_multiply_the_terms_of_soft_and_mixed_targets(mixup):
     """In a loop over clips and classes, with the targets of the step."""
     weights = (0.5, 2.0, 0.0, 1.5)
@@ -60,7 +61,7 @@ def test_class_weights_multiply_the_terms_of_soft_and_mixed_targets(mixup):
     recipe = StepConfig(**test_step.RECIPE | changes)
     batch = test_step.batch()
     clip, targets = augment(batch, keys(0, 0)[0], recipe)
-    logits = functional(test_step.CONFIG).apply(state.params, clip)[0]
+    logits = jax.jit(functional(test_step.CONFIG).apply)(state.params, clip)[0]
     total = 0.0
     for row, target in zip(np.asarray(logits, np.float64), np.asarray(targets), strict=True):
         scale = sum(math.exp(value) for value in row)

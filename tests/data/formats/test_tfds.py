@@ -160,7 +160,10 @@ def test_unsupported_formats_and_features_are_rejected(tmp_path):
     store(tmp_path, "floats", floats, {"image": grey, "label": 1})
     store(tmp_path, "texts", {"text": features.Text()}, {"text": "hello"})
     for name, parts in (
-        ("records", ["as tfrecord, which has no random access: `python"]),
+        (
+            "records",
+            ["as tfrecord, which has no random access: prepare it as array_record in another"],
+        ),
         ("floats", ["must have the features image ", "float32"]),
         ("texts", ["must have the features image ", "'text': Text"]),
     ):
@@ -219,7 +222,7 @@ def test_a_split_without_labels_is_rejected(imagenet):
 def test_the_suggested_command_converts_a_tfrecord_set(imagenet, tmp_path):
     with pytest.raises(UserError) as error:
         read_split("imagenet2012:5.1.0", str(imagenet / "tfrecord"), "train")
-    (command,) = re.findall(r"as tfrecord, which has .*: `(.*)` prepares it", str(error.value))
+    (command,) = re.findall(r"as tfrecord, which has .* by `(.*)`, and set ", str(error.value))
     program, *arguments = shlex.split(command.replace("DIR", str(tmp_path / "converted")))
     assert program == "python" and "\n" not in str(error.value)
     # TFDS requires the tars in this folder.
