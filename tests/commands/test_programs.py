@@ -196,7 +196,7 @@ def test_the_plain_weights_of_a_run_are_tested_beside_the_averaged_ones(run):
     """Their results have files of their own, and scores of the plain parameters."""
     status, output = evaluate(run, "--weights=plain", "--clips=1")
     assert status == 0, output
-    assert "last, step 9, plain weights" in output
+    assert "last, 9, plain weights" in output
     result = json.loads((run / "evaluation_plain.json").read_text())
     assert result["plain_weights"] is True and result["step"] == 9
     config = workdir.recorded_config(run)
