@@ -167,7 +167,7 @@ def test_too_many_skips_in_a_row_end_the_run(digits, tmp_path):
 
 @pytest.mark.nightly
 def test_rollbacks_without_progress_end_the_run(digits, tmp_path, capsys):
-    with pytest.raises(NotFiniteError, match=f"after {ROLLBACKS} rollbacks without a checkpoint"):
+    with pytest.raises(NotFiniteError, match=f"after {ROLLBACKS} rollbacks to the same weights"):
         run(digits, tmp_path, *range(3, 24), epochs=8.0, on_nan="rollback")
     assert capsys.readouterr().out.count("with the weights of step") == ROLLBACKS
     # Rollbacks with progress in between do not end the run.
