@@ -40,9 +40,9 @@ class Key:
     """A key of the config: its default and valid values.
 
     `low` and `high` are inclusive bounds, `above` and `below` are exclusive bounds. They bound each
-    of the `length` numbers of a tuple, which have the type `item`. A key whose default is None, or
-    that is `optional`, can be None. `kind` is the type of the values; it must be set if the default
-    has another type, such as None. A `required` text is not empty.
+    of the `length` numbers of a tuple, which have the type `item` (None: float). A key whose
+    default is None, or that is `optional`, can be None. `kind` is the type of the values; it must
+    be set if the default has another type, such as None. A `required` text is not empty.
     """
 
     default: Any
@@ -54,7 +54,7 @@ class Key:
     above: int | float | None = None
     below: int | float | None = None
     length: int | None = None
-    item: type = float
+    item: type | None = None
     choices: tuple[Any, ...] = ()
     optional: bool = False
     required: bool = False
@@ -88,10 +88,11 @@ class Key:
         if self.length is not None and isinstance(value, tuple | list):
             if self.can_be_none and len(value) == 0:  # () is a way to write None
                 return ""
-            number = Key(None, kind=self.item, low=self.low, high=self.high, above=self.above)
+            item = self.item or float
+            number = Key(None, kind=item, low=self.low, high=self.high, above=self.above)
             if len(value) == self.length and not any(number.problem(x) for x in value):
                 return ""
-            return f"{self.length} {_WORDS[self.item].removeprefix('a ')}s, each {self.limits}"
+            return f"{self.length} {_WORDS[item].removeprefix('a ')}s, each {self.limits}"
         if self.kind in (int, float):
             if isinstance(value, float) and not math.isfinite(value):
                 return "a finite number"

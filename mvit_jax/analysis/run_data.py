@@ -100,9 +100,9 @@ def write_example_clips(path: AnyPath, sheet: dict[str, Any], evaluation: dict[s
     write_atomically(path, json.dumps(sheet | {"of": report.identify(evaluation)}) + "\n")
 
 
-def evaluations(folder: AnyPath) -> list[dict[str, Any]]:
+def evaluations(folder: str | AnyPath) -> list[dict[str, Any]]:
     """Reads a workdir's evaluations, ordered by file name."""
-    return [_load(path, _EVALUATION) for path in sorted(folder.glob("evaluation*.json"))]
+    return [_load(path, _EVALUATION) for path in sorted(to_path(folder).glob("evaluation*.json"))]
 
 
 def checkpoint(evaluation: dict[str, Any]) -> str:

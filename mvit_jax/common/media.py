@@ -13,9 +13,5 @@ _ARGUMENTS: dict[str, Any] = (
 
 
 def open_media(file: str | io.BytesIO) -> InputContainer:
-    """Opens a media file, or one in memory, for reading.
-
-    Raises:
-      FFmpegError, OSError: the file cannot be read.
-    """
+    """Opens a media file, or one in memory, for reading; raises PyAV's error if it cannot."""
     return av.open(file, "r", **_ARGUMENTS)

@@ -74,7 +74,6 @@ if program == "mvit_jax.podplan" and nightly or workdir in nightly:
         sys.exit()
     if nightly[workdir]:
         shutil.copytree(nightly[workdir], workdir)
-    os.environ.pop("XLA_FLAGS")
     command += ["--dry_run"]
 os.execv(command[0], command)
 """
