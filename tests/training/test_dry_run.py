@@ -215,11 +215,11 @@ def test_values_that_do_not_fit_the_length_of_the_run_are_warned_of(digits, monk
     assert text.endswith(f"\n\nWarning: {sentence}")
     assert "Warning" not in described("kinetics", "mvit_b_16x4")
     # 24 videos in batches of 8: 9 steps in 3 epochs, 0.9 ^ 9 = 0.387.
-    config = tiny.config(digits, **{"epochs": 3.0, "optim.ema": 0.9})
-    [sentence] = build.warnings(config, 24)
+    constant = {"epochs": 3.0, "optim.ema": 0.9, "optim.ema_warmup": False}
+    [sentence] = build.warnings(tiny.config(digits, **constant), 24)
     assert "after 9 steps, 38.7 % of the averaged weights are still the initial ones" in sentence
-    assert not build.warnings(tiny.config(digits, **{"epochs": 3.0, "optim.ema": 0.5}), 24)
-    assert len(build.warnings(tiny.config(digits, **{"epochs": 0.5, "optim.ema": 0.9}), 24)) == 2
+    assert not build.warnings(tiny.config(digits, **constant | {"optim.ema": 0.5}), 24)
+    assert len(build.warnings(tiny.config(digits, **constant | {"epochs": 0.5}), 24)) == 2
 
 
 def test_training_without_the_weights_of_a_recipe_raises(tmp_path):
