@@ -4,6 +4,7 @@ Presentation times are the truth about a video. Frame rates and frame counts of 
 against them. If the times themselves are broken, frames are counted in the decoder's order.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,14 @@ _BROADCAST = ("mpegts", "mpeg")
 # FFmpeg's threshold for a jump in seconds (`-dts_delta_threshold`).
 _CLOCK_JUMP = 10
 
-_STATE_THEIR_DURATION = ("matroska,webm", "flv")
+# Headers of the formats that state a duration: "Duration" of Matroska's segment, as a float of 4 or
+# 8 bytes, and FLV's number above 0. FFmpeg makes durations up where headers have none.
+_DURATION = {
+    "matroska,webm": rb"\x15\x49\xa9\x66.{1,500}?\x44\x89[\x84\x88]",
+    "flv": rb"duration\0(?!\0{8})",
+}
+HEAD = 1 << 16
+"""Number of first bytes of a file that contain its header."""
 
 
 class KeyFrame(NamedTuple):
@@ -150,18 +158,25 @@ def from_index(index: Index) -> Packets:
     )
 
 
-def read_packets(container: InputContainer, stream: VideoStream, path: str) -> Packets:
+def read_packets(container: InputContainer, stream: VideoStream, path: str, head: bytes) -> Packets:
     """Reads all packets of a stream once.
 
     Frames that no decoder can present do not count: those that an edit list hides, and those before
     the first key frame.
 
+    Args:
+      container: the opened file.
+      stream: its video.
+      path: name of the file in errors.
+      head: the first `HEAD` bytes of the file.
+
     Raises:
-      DecodeError: the file is truncated, or has no frames; the error contains `path`.
+      DecodeError: the file is truncated, or has no frames.
     """
     indexed = len(stream.index_entries)
     read = _read(container, stream)
-    _check_length(container, stream, path, read, indexed)
+    _check_frames(container, stream, path, read, indexed)
+    _check_duration(container, stream, path, read, head)
     keys = [position for position, packet in enumerate(read) if packet.is_key]
     # Streams in which the encoder marks no key frame are decoded from the first packet.
     start = keys[0] if keys else 0
@@ -224,32 +239,38 @@ def _read(container: InputContainer, stream: VideoStream) -> list[_Packet]:
     return read[:-1] if read and read[-1].is_corrupt else read
 
 
-def _check_length(
+def _check_frames(
     container: InputContainer, stream: VideoStream, path: str, read: list[_Packet], indexed: int
 ) -> None:
-    """Raises `DecodeError` if far less can be read than the file states.
+    """Raises `DecodeError` if far fewer frames can be read than the file states.
 
     `indexed` is the number of frames in the container's index, before the packets were read.
     """
     name, frames, stated = container.format.name, len(read), stream.frames
-    last = max((packet.time for packet in read), default=0)
     if name == "avi":
         # Chunks without content repeat the frame before; they have a time, but no packet.
-        frames = max(frames, last + 1)
+        frames = max([frames, *(packet.time + 1 for packet in read)])
     elif stated and indexed:
         # Edit lists hide whole groups of pictures, which the index leaves out.
         stated = min(stated, indexed)
     if frames < MIN_SHARE * stated:
         raise DecodeError(path, f"it is cut off, with {frames} of its {stated} frames")
-    if name not in _STATE_THEIR_DURATION or not container.duration or not stream.time_base:
+
+
+def _check_duration(
+    container: InputContainer, stream: VideoStream, path: str, read: list[_Packet], head: bytes
+) -> None:
+    """Raises `DecodeError` if far less time can be read than the file states."""
+    pattern = _DURATION.get(container.format.name)
+    if not pattern or not re.search(pattern, head, re.DOTALL) or len(read) < 2:
         return
-    duration = container.duration / 1e6
-    if float(last * Fraction(stream.time_base)) < MIN_SHARE * duration:
-        # The sound may be longer than the pictures.
-        seconds = _end_of_all_streams(container)
-        if seconds < MIN_SHARE * duration:
-            reason = f"it is cut off, with {seconds:.1f} of its {duration:.1f} seconds"
-            raise DecodeError(path, reason)
+    seconds = np.sort([packet.time for packet in read]) * float(Fraction(stream.time_base or 1))
+    duration = (container.duration or 0) / 1e6
+    # The last picture of slides may be shown for as long as others.
+    least = min(MIN_SHARE * duration, duration - 2 * np.diff(seconds).max())
+    # The sound may be longer than the pictures.
+    if seconds[-1] < least and (end := _end_of_all_streams(container)) < least:
+        raise DecodeError(path, f"it is cut off, with {end:.1f} of its {duration:.1f} seconds")
 
 
 def _end_of_all_streams(container: InputContainer) -> float:

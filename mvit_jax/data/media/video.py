@@ -114,7 +114,9 @@ class Video:
         self._open()
         try:
             assert self._container
-            self._packets = packets.read_packets(self._container, self._stream, self.path)
+            self._packets = packets.read_packets(
+                self._container, self._stream, self.path, self._head()
+            )
         except BaseException as error:
             self.close()
             if isinstance(error, FFmpegError):
@@ -206,6 +208,12 @@ class Video:
         stream.thread_count = 1
         self._container, self._stream = container, stream
         self._codec = stream.codec_context
+
+    def _head(self) -> bytes:
+        if self._bytes is not None:
+            return self._bytes[: packets.HEAD]
+        with Path(self._file).open("rb") as file:
+            return file.read(packets.HEAD)
 
     def _video_stream(self, container: InputContainer) -> VideoStream:
         """Returns the container's main video; raises `DecodeError` if it has none."""

@@ -1,5 +1,6 @@
 """Presentation times of video files: variable, broken and truncated."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -48,12 +49,7 @@ def uneven_times(count):
 
 def without_rate(path):
     """Removes the frame rate of a Matroska file (DefaultDuration), as browsers leave it out."""
-    data = Path(path).read_bytes()
-    at = data.index(b"\x23\xe3\x83")
-    size = data[at + 3] & 0x7F
-    # An element "Void" of the same length.
-    void = b"\xec" + bytes([0x80 | (size + 2)]) + bytes(size + 2)
-    Path(path).write_bytes(data[:at] + void + data[at + 4 + size :])
+    without_element(path, b"\x23\xe3\x83")
     return path
 
 
@@ -161,6 +157,65 @@ def test_a_truncated_file_states_what_is_missing(suffix, tmp_path):
     path.write_bytes(data[: len(data) * 6 // 10])
     with pytest.raises(DecodeError, match=r"cut off, with \d\.\d of its 5\.\d seconds"):
         Video(str(path))
+
+
+def noise(path, sound, seconds=2, **options):
+    """Writes noisy pictures and PCM sound, from whose bit rates FFmpeg estimates a duration."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("mjpeg" if sound == "pcm_s16le" else "flv", rate=30)
+        stream.width, stream.height = 64, 32
+        stream.pix_fmt = "yuvj420p" if sound == "pcm_s16le" else "yuv420p"
+        stream.bit_rate = 50_000
+        audio = container.add_stream("pcm_s16le", rate=44100)
+        audio.layout = "mono"
+        for _ in range(30 * seconds):
+            pixels = rng.integers(0, 256, (32, 64, 3), np.uint8)
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+        silence = np.zeros((1, 44100 * seconds), np.int16)
+        frame = av.AudioFrame.from_ndarray(silence, format="s16", layout="mono")
+        frame.rate = 44100
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    return path
+
+
+def without_element(path, identifier):
+    """Replaces a Matroska element by a void one of the same length."""
+    data = Path(path).read_bytes()
+    at = data.index(identifier)
+    size = data[at + len(identifier)] & 0x7F
+    length = len(identifier) + 1 + size
+    void = b"\xec" + bytes([0x80 | (length - 2)]) + bytes(length - 2)
+    Path(path).write_bytes(data[:at] + void + data[at + length :])
+
+
+def test_a_duration_that_ffmpeg_estimates_is_not_a_stated_one(tmp_path):
+    """Browsers and live encoders state none; FFmpeg then divides the size by the bit rates."""
+    recorded = noise(tmp_path / "x.mkv", "pcm_s16le")
+    without_element(recorded, b"\x44\x89")
+    live = noise(tmp_path / "x.flv", "flv", flvflags="no_duration_filesize")
+    data = live.read_bytes()
+    live.write_bytes(data[:-4] + bytes(4))  # the size of the last tag, from which FFmpeg seeks
+    for path in (recorded, live):
+        with av.open(str(path)) as container:
+            assert (container.duration or 0) > 2.2e6
+        with Video(str(path)) as video:  # the last tag of FLV counts as incomplete
+            assert video.num_frames == (60 if path is recorded else 59)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_slides_may_end_long_after_their_last_picture(count, tmp_path):
+    path = write(tmp_path / "x.mkv", count, times=[5000 * n for n in range(count)], bf="0")
+    data = Path(path).read_bytes()
+    at = data.index(b"\x44\x89\x88") + 3
+    Path(path).write_bytes(data[:at] + struct.pack(">d", 5000.0 * count) + data[at + 8 :])
+    with av.open(path) as container:
+        assert container.duration == 5_000_000 * count
+    with Video(path) as video:
+        assert video.num_frames == count
 
 
 def test_a_video_may_be_shorter_than_its_sound(tmp_path):
