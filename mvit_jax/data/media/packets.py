@@ -267,9 +267,9 @@ def _check_duration(
     seconds = np.sort([packet.time for packet in read]) * float(Fraction(stream.time_base or 1))
     duration = (container.duration or 0) / 1e6
     # The last picture of slides may be shown for as long as others.
-    least = min(MIN_SHARE * duration, duration - 2 * np.diff(seconds).max())
+    required = min(MIN_SHARE * duration, duration - 2 * np.diff(seconds).max())
     # The sound may be longer than the pictures.
-    if seconds[-1] < least and (end := _end_of_all_streams(container)) < least:
+    if seconds[-1] < required and (end := _end_of_all_streams(container)) < least:
         raise DecodeError(path, f"it is cut off, with {end:.1f} of its {duration:.1f} seconds")
 
 
