@@ -1,4 +1,4 @@
-"""Example clips of a test with predictions, attention rollout and Grad-CAM, for the HTML report."""
+"""Example clips of a test with predictions and Grad-CAM, for the HTML report."""
 
 import base64
 import functools
@@ -45,9 +45,9 @@ def make(
       - "examples" and "mistakes": lists of clips. A clip has "video" (path relative to the list's
         folder), "truth" and "predicted" (labels), "probability" (of the predicted class, over all
         views) and "pictures" (WebP images as data URIs). A picture has some frames of the centre
-        clip, with attention rollout and Grad-CAM of the most probable class below each.
+        clip, with Grad-CAM of the most probable class below each.
       - "wrong": number of misclassified videos.
-      - "no_attention": the reason for missing attention maps, or None.
+      - "no_grad_cam": the reason for missing maps, or None.
     """
     painter = Painter(params, model, recipe)
     chosen, worst = examples(scores), mistakes(scores)
@@ -59,7 +59,7 @@ def make(
         "examples": [entries[index] for index in chosen],
         "mistakes": [entries[index] for index in worst],
         "wrong": int(wrong.sum()),
-        "no_attention": painter.failure,
+        "no_grad_cam": painter.failure,
     }
 
 
@@ -85,10 +85,10 @@ def mistakes(scores: Scores, limit: int = MISTAKES) -> list[int]:
 
 
 class Painter:
-    """Draws clips with attention rollout and Grad-CAM.
+    """Draws clips with Grad-CAM.
 
     Attributes:
-      failure: the reason why attention maps are missing, or None. After the first failure, no
+      failure: the reason why maps are missing, or None. After the first failure, no
         further maps are computed.
     """
 
@@ -96,37 +96,31 @@ class Painter:
         self.params, self.model, self.recipe = params, model.config, recipe
         exact = replace(model, dtype=jnp.dtype("float32"))
         self.failure: str | None = None
-        self.rollout = jax.jit(functools.partial(attention_maps.rollout, exact))
         self.grad_cam = jax.jit(functools.partial(attention_maps.grad_cam, exact))
 
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
         """Returns a clip as WebP images with up to `ROW` frames each, as data URIs."""
         frames = frame_indices(len(clip))
-        strips = np.stack([_shrink(strip[frames]) for strip in (clip, *self._overlays(clip))])
-        if len(frames) == 1:  # one frame: its overlays are beside it, not below
+        strips = np.stack([_shrink(strip[frames]) for strip in (clip, *self._overlay(clip))])
+        if len(frames) == 1:  # one frame: its overlay is beside it, not below
             return [_webp(strips.swapaxes(0, 1))]
         return [_webp(strips[:, start : start + ROW]) for start in range(0, len(frames), ROW)]
 
-    def _overlays(self, clip: np.ndarray) -> list[np.ndarray]:
-        """Returns the clip overlaid with attention rollout and with Grad-CAM; [] on failure."""
+    def _overlay(self, clip: np.ndarray) -> list[np.ndarray]:
+        """Returns the clip overlaid with Grad-CAM, alone in a list; [] on failure."""
         if self.failure is not None:
             return []
         recipe = self.recipe
         try:
-            # One clip at a time: the attention of a full-size model takes much memory.
             normal = normalise(jnp.asarray(clip[None]), recipe.mean, recipe.std, jnp.float32)
-            maps = [np.asarray(f(self.params, normal)) for f in (self.rollout, self.grad_cam)]
+            maps = np.asarray(self.grad_cam(self.params, normal))
         except (UserError, jax.errors.JaxRuntimeError) as error:
             self.failure = first_line(error)
             return []
         time, height, width, _ = clip.shape
         size = (time, height, width)
-        blocks = (0, attention_maps.fine_block(self.model, size))
-        spread = [
-            token_geometry.to_pixels(m, size, self.model, b)
-            for m, b in zip(maps, blocks, strict=True)
-        ]
-        return [render.overlay(clip, heat[0]) for heat in spread]
+        block = attention_maps.fine_block(self.model, size)
+        return [render.overlay(clip, token_geometry.to_pixels(maps, size, self.model, block)[0])]
 
 
 def frame_indices(frames: int) -> list[int]:

@@ -32,7 +32,7 @@ _EVALUATION = {
     "list", "checkpoint", "step", "clips", "crops", "shuffled_frames", "classes", "top1", "top5",
     "videos", "left_out", "per_class", "confusion",
 }  # fmt: skip
-_SHEET = {"of", "examples", "mistakes", "wrong", "no_attention"}
+_SHEET = {"of", "examples", "mistakes", "wrong"}
 
 
 def read(folder: str | AnyPath) -> Run:
@@ -76,7 +76,9 @@ def read(folder: str | AnyPath) -> Run:
     identity = report.identify(run.test)
     for path in sorted(folder.glob("clips*.json")):
         sheet = _load(path, _SHEET)
-        if sheet["of"] == identity:  # else the last test was killed: this file is an earlier test's
+        # A killed test leaves an earlier test's file; pictures made before there was the key
+        # "no_grad_cam" do not fit the caption.
+        if sheet["of"] == identity and "no_grad_cam" in sheet:
             return replace(run, sheet=sheet)
     return run
 

@@ -2,7 +2,7 @@
 
     python -m mvit_jax.predict FILE... --workdir=DIR
     python -m mvit_jax.predict FILE... --checkpoint=DIR --top=3 --json=FILE
-    python -m mvit_jax.predict FILE... --workdir=DIR --pictures=DIR --attention
+    python -m mvit_jax.predict FILE... --workdir=DIR --pictures=DIR --grad_cam
     python -m mvit_jax.predict FILE... --workdir=DIR --features=FILE.npz --features_of=stage:2
     python -m mvit_jax.predict --serve --workdir=DIR
 
@@ -14,8 +14,9 @@ DIR/labels.txt, or else of the data folder's labels.txt. A file that cannot be d
 the other files are still processed, and the exit status is 1. Of a run with averaged weights (EMA),
 these are used; --weights=plain uses the others.
 
---pictures writes NAME_prediction.png for each file. --attention adds attention rollout and Grad-CAM
-to this figure, and animates both in NAME_attention.gif and .mp4.
+--pictures writes NAME_prediction.png for each file. --grad_cam adds Grad-CAM to this figure:
+brighter parts contributed more to the score of the most probable class. NAME_grad_cam.gif and .mp4
+animate it.
 
 --features writes the features of the files that can be decoded: "names", text [files], and
 "features", float32 [files, channels], the mean over a file's clips. --features_of=head is the
@@ -74,7 +75,7 @@ _CROPS = flags.DEFINE_integer(
 _TOP = flags.DEFINE_integer("top", 5, "Number of classes per file.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File for the results as JSON.")
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder for a figure of each file.")
-_ATTENTION = flags.DEFINE_bool("attention", False, "Draw attention maps; requires --pictures.")
+_GRAD_CAM = flags.DEFINE_bool("grad_cam", False, "Draw Grad-CAM; requires --pictures.")
 _FEATURES = flags.DEFINE_string("features", None, "File for features, in NumPy's format npz.")
 _FEATURES_OF = flags.DEFINE_string("features_of", "head", "head, or stage:K from stage:0.")
 _FEATURES_PER = flags.DEFINE_enum(
@@ -96,8 +97,8 @@ def main(argv: list[str]) -> None:
         return
     if not files:
         raise errors.UserError("give video or image files, or --serve")
-    if _ATTENTION.value and _PICTURES.value is None:
-        raise errors.UserError("--attention requires --pictures=DIR, the folder for the figures")
+    if _GRAD_CAM.value and _PICTURES.value is None:
+        raise errors.UserError("--grad_cam requires --pictures=DIR, the folder for the figures")
     if _FEATURES.value is not None and _FEATURES_PER.value == "clip" and _CLIPS.value is None:
         raise errors.UserError(
             "--features_per=clip requires --clips=K: otherwise long videos have more clips than "
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> None:
     results: dict[str, Any] = {"folder": str(folder), **model}
     features: list[tuple[str, np.ndarray]] = []
     results |= predict(
-        predictor, files, top=_TOP.value, pictures=pictures, maps=_ATTENTION.value,
+        predictor, files, top=_TOP.value, pictures=pictures, grad_cam=_GRAD_CAM.value,
         add_features=lambda *named: features.append(named),
     )  # fmt: skip
     failed = show(results["files"])
@@ -143,7 +144,7 @@ def _folder() -> AnyPath:
 
 def _serve(folder: AnyPath, files: list[str]) -> None:
     unused = {
-        "--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--attention": _ATTENTION,
+        "--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--grad_cam": _GRAD_CAM,
         "--features": _FEATURES,
     }  # fmt: skip
     extra = [*files, *(name for name, flag in unused.items() if flag.value)]
@@ -168,7 +169,7 @@ def predict(
     *,
     top: int,
     pictures: Path | None = None,
-    maps: bool = False,
+    grad_cam: bool = False,
     add_features: Callable[[str, np.ndarray], object] = lambda file, features: None,
 ) -> dict[str, Any]:
     """Predicts files and writes their figures.
@@ -178,7 +179,7 @@ def predict(
       files: paths of video or image files.
       top: number of classes per file.
       pictures: folder for the figures; None draws none.
-      maps: draw attention maps too.
+      grad_cam: draw Grad-CAM too.
       add_features: called with each decoded file and its features, if the predictor computes any.
 
     Returns:
@@ -204,7 +205,7 @@ def predict(
                 add_features(file, prediction.features)
             result |= _described(prediction, predictor.names, top)
             if pictures is not None:
-                written = _draw(predictor, prediction, file, pictures / stem, top, maps)
+                written = _draw(predictor, prediction, file, pictures / stem, top, grad_cam)
                 result["pictures"] = [str(path) for path in written]
         except DecodeError as error:
             result["error"] = f"cannot be decoded: {error.reason}"
@@ -242,21 +243,21 @@ def _top(probabilities: np.ndarray, names: tuple[str, ...], top: int) -> list[di
 
 
 def _draw(
-    predictor: Predictor, prediction: Prediction, file: str, start: Path, top: int, maps: bool
+    predictor: Predictor, prediction: Prediction, file: str, start: Path, top: int, grad_cam: bool
 ) -> list[Path]:
     """Writes a file's figures and returns their paths, which begin with `start`."""
     shown = prediction.shown
-    attention = predictor.maps(shown) if maps else None
+    heat = predictor.grad_cam(shown) if grad_cam else None
     drawn = figures.picture(
         file, prediction.probabilities, predictor.names, shown, prediction.times,
-        top=top, timeline=prediction.timeline, maps=attention,
+        top=top, timeline=prediction.timeline, grad_cam=heat,
     )  # fmt: skip
     written = [Path(f"{start}_prediction.png")]
     write_atomically(written[0], drawn)
-    if attention is not None and shown.shape[0] * shown.shape[1] > 1:  # else nothing moves
-        frames = figures.attention_frames(shown, attention)
-        fps = figures.attention_fps(shown, predictor.config.data.stride)
-        written += [Path(f"{start}_attention.gif"), Path(f"{start}_attention.mp4")]
+    if heat is not None and shown.shape[0] * shown.shape[1] > 1:  # else nothing moves
+        frames = figures.animate(shown, heat)
+        fps = figures.animation_fps(shown, predictor.config.data.stride)
+        written += [Path(f"{start}_grad_cam.gif"), Path(f"{start}_grad_cam.mp4")]
         render.save_gif(written[1], frames, fps)
         render.save_mp4(written[2], frames, fps)
     return written
@@ -289,7 +290,7 @@ def picture_names(files: list[str], folder: Path) -> list[str]:
         name = stem
         while name.casefold() in {n.casefold() for n in names} or any(
             (folder / f"{name}{ending}").resolve() in taken
-            for ending in ("_prediction.png", "_attention.gif", "_attention.mp4")
+            for ending in ("_prediction.png", "_grad_cam.gif", "_grad_cam.mp4")
         ):
             number += 1
             name = f"{stem}_{number}"

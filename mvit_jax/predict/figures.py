@@ -1,4 +1,4 @@
-"""Figures of a prediction: frames, class bars, timeline, and animated attention maps."""
+"""Figures of a prediction: frames, class bars, timeline, and Grad-CAM, still and animated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,21 +12,17 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mvit_jax.analysis import plots, render
 from mvit_jax.common.text import printable
 from mvit_jax.data.sampling import FRAME_RATE
-from mvit_jax.predict.predictor import Maps
 from mvit_jax.predict.windows import Timeline, clock
 
 Shown = UInt8[np.ndarray, "clips time height width 3"]
+Heat = Float[np.ndarray, "clips time height width"]
 
 BLUE = "#2a6f97"
 # The colour-blind safe palette of Okabe and Ito (2008), without black and pale yellow.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 GREY = "#9a9a9a"
 FRAMES = 8  # frames drawn at most
-# In the order of `Maps`.
-CAPTIONS = (
-    "attention rollout: attention to each position (pooled keys show as a grid)",
-    "Grad-CAM: evidence for the most probable class",
-)
+CAPTION = "Grad-CAM: brighter parts contributed more to the score of the most probable class"
 SECONDS_A_PICTURE = 0.5  # duration of each frame in an image model's animation
 
 _INCHES = {"frames": 1.6, "bar": 0.32, "timeline": 2.6, "gap": 0.7}
@@ -41,7 +37,7 @@ def picture(
     *,
     top: int = 5,
     timeline: Timeline | None = None,
-    maps: Maps | None = None,
+    grad_cam: Heat | None = None,
 ) -> bytes:
     """Returns a PNG file with frames, bars of the most probable classes, and the timeline.
 
@@ -53,10 +49,10 @@ def picture(
       times: presentation times of the frames of `shown`, in seconds, drawn above the frames.
       top: number of bars.
       timeline: the timeline of a long video.
-      maps: attention maps of `shown`, drawn below the frames.
+      grad_cam: maps of `shown`, drawn below the frames.
     """
     top = min(top, len(names))
-    rows = 1 if maps is None else 1 + len(CAPTIONS)
+    rows = 1 if grad_cam is None else 2
     heights = [_INCHES["frames"] * rows, _INCHES["bar"] * top + _INCHES["gap"]]
     if timeline is not None:
         heights.append(_INCHES["timeline"])
@@ -66,7 +62,7 @@ def picture(
         _plain(title if len(title) <= 100 else "…" + title[-99:]), x=0.01, ha="left", fontsize=12
     )
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _strip(parts[0], shown, times, maps)
+    _strip(parts[0], shown, times, grad_cam)
     _bars(parts[1].subplots(), probabilities, names, top)
     if timeline is not None:
         _draw_timeline(parts[2], timeline, names)
@@ -80,22 +76,22 @@ def timeline_picture(timeline: Timeline, names: Sequence[str]) -> bytes:
     return plots.png(figure, dpi=110)
 
 
-def attention_frames(shown: Shown, maps: Maps) -> UInt8[np.ndarray, "frames _height _width 3"]:
-    """Returns the clips as one animation: each frame alone and under each map, side by side."""
+def animate(shown: Shown, grad_cam: Heat) -> UInt8[np.ndarray, "frames _height _width 3"]:
+    """Returns the clips as one animation: each frame alone, and beside it under its map."""
     rows = []
-    for i, clip in enumerate(shown):
-        panels = [clip, *(render.overlay(clip, heat[i]) for heat in maps)]
+    for clip, heat in zip(shown, grad_cam, strict=True):
+        panels = (clip, render.overlay(clip, heat))
         rows.append(np.concatenate([render.enlarge(panel, 224) for panel in panels], axis=2))
     return np.concatenate(rows)
 
 
-def attention_fps(shown: Shown, stride: int) -> float:
+def animation_fps(shown: Shown, stride: int) -> float:
     """Returns the animation's frame rate: real time for clips, slow for an image model's frames."""
     return 1 / SECONDS_A_PICTURE if shown.shape[1] == 1 else FRAME_RATE / stride
 
 
 def _strip(
-    figure: SubFigure, shown: Shown, times: Float[np.ndarray, "clips time"], maps: Maps | None
+    figure: SubFigure, shown: Shown, times: Float[np.ndarray, "clips time"], grad_cam: Heat | None
 ) -> None:
     """Draws up to `FRAMES` frames: evenly spaced for one clip, else each clip's middle frame."""
     if len(shown) == 1:
@@ -103,7 +99,7 @@ def _strip(
         pairs = [(0, int(i)) for i in frames]
     else:
         pairs = [(i, shown.shape[1] // 2) for i in range(len(shown))]
-    axes = figure.subplots(1 if maps is None else 1 + len(maps), FRAMES, squeeze=False)
+    axes = figure.subplots(1 if grad_cam is None else 2, FRAMES, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     moving = shown.size > shown[0, 0].size
@@ -113,10 +109,10 @@ def _strip(
             seconds = times[clip, frame]
             label = clock(seconds) if len(shown) > 1 else f"{seconds:.1f} s"
             axes[0, column].set_title(label, fontsize=8, pad=3)
-        for row, heat in enumerate(maps or (), 1):
-            _image(axes[row, column], render.overlay(shown[clip], heat[clip])[frame])
-    for row, caption in enumerate(CAPTIONS if maps else (), 1):
-        axes[row, 0].set_title(caption, fontsize=8, pad=3, loc="left")
+        if grad_cam is not None:
+            _image(axes[1, column], render.overlay(shown[clip], grad_cam[clip])[frame])
+    if grad_cam is not None:
+        axes[1, 0].set_title(CAPTION, fontsize=8, pad=3, loc="left")
 
 
 def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:

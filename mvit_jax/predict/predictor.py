@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +52,6 @@ class Prediction:
     times: Float64[np.ndarray, "clips time"]
     seconds: float
     features: Float32[np.ndarray, "inputs channels"] | None = None
-
-
-class Maps(NamedTuple):
-    """Attention maps per pixel, at least 0; the scale differs from clip to clip."""
-
-    rollout: Float32[np.ndarray, "clips time size size"]  # traced from the head to the cubes
-    grad_cam: Float32[np.ndarray, "clips time size size"]  # of each clip's most probable class
 
 
 class Predictor:
@@ -230,30 +223,28 @@ class Predictor:
         features = by_view[:, classes:].reshape(clips, -1, by_view.shape[1] - classes).mean(1)
         return by_view[:, :classes], features.astype(np.float32)
 
-    def maps(self, shown: UInt8[np.ndarray, "clips time size size 3"]) -> Maps:
-        """Returns attention rollout and Grad-CAM (of the most probable class) for each clip."""
+    def grad_cam(
+        self, shown: UInt8[np.ndarray, "clips time size size 3"]
+    ) -> Float32[np.ndarray, "clips time size size"]:
+        """Returns Grad-CAM of each clip's most probable class, per pixel.
+
+        Values are at least 0; their scale differs from clip to clip.
+        """
         with jax.default_matmul_precision(self.config.precision):
-            # One clip at a time: the attention of all blocks takes much memory.
-            both = [jax.device_get(self._jitted_maps(self._params, clip[None])) for clip in shown]
-        rollout, grad_cam = (np.concatenate(maps) for maps in zip(*both, strict=True))
+            # One clip at a time: gradients need the activations of many blocks.
+            maps = [np.asarray(self._jitted_grad_cam(self._params, clip[None])) for clip in shown]
         size = shown.shape[1:4]
-        return Maps(
-            token_geometry.to_pixels(rollout, size, self.model),
-            token_geometry.to_pixels(grad_cam, size, self.model, self._fine_block),
-        )
+        return token_geometry.to_pixels(np.concatenate(maps), size, self.model, self._fine_block)
 
     @cached_property
-    def _jitted_maps(self) -> Callable[[Any, np.ndarray], tuple[jax.Array, jax.Array]]:
+    def _jitted_grad_cam(self) -> Callable[[Any, np.ndarray], jax.Array]:
         model = replace(self._handle, dtype=jnp.dtype("float32"))
 
-        def maps(params: Any, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def grad_cam(params: Any, clip: jax.Array) -> jax.Array:
             clip = normalise(clip, self._recipe.mean, self._recipe.std, jnp.float32)
-            return (
-                attention_maps.rollout(model, params, clip),
-                attention_maps.grad_cam(model, params, clip, block=self._fine_block),
-            )
+            return attention_maps.grad_cam(model, params, clip, block=self._fine_block)
 
-        return jax.jit(maps)
+        return jax.jit(grad_cam)
 
     @property
     def _fine_block(self) -> int:

@@ -1,4 +1,4 @@
-"""Local web page for uploads: classes, classes over time, attention maps."""
+"""Local web page for uploads: classes, classes over time, Grad-CAM."""
 
 import base64
 import errno
@@ -164,7 +164,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
         heading = result()
         label = gradio.Label(label="Classes", num_top_classes=top, show_heading=False)
         over_time = result()
-        attention = result()
+        grad_cam = result()
 
         def answer(path: str | None, progress=gradio.Progress()) -> Iterator[tuple[Any, ...]]:  # noqa: B008
             if path is None:
@@ -181,7 +181,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
                 Path(path).unlink(missing_ok=True)
 
         done = file.upload(
-            answer, file, [heading, label, over_time, attention], api_visibility="private",
+            answer, file, [heading, label, over_time, grad_cam], api_visibility="private",
             show_progress_on=label,
         )  # fmt: skip
         # Clears the upload for the next file, also after a failure.
@@ -201,7 +201,7 @@ async def _cached_upload(to_cache: Callable[..., Any], path: str) -> str:
 def _answer(
     predictor: Predictor, path: Path, limits: Limits, top: int, endings: list[str], progress: Any
 ) -> tuple[Any, ...]:
-    """Returns heading, probabilities by class, classes over time, and attention."""
+    """Returns heading, probabilities by class, classes over time, and Grad-CAM."""
     check_kind(path, endings)
     prediction = predictor.predict(
         path,
@@ -214,12 +214,12 @@ def _answer(
     for i in (-prediction.probabilities).argsort(kind="stable")[:top]:
         name = names[i] if names[i] not in confidences else f"{names[i]} ({i})"
         confidences[name] = float(prediction.probabilities[i])
-    progress(1.0, desc="drawing attention")
+    progress(1.0, desc="drawing Grad-CAM")
     return (
         _heading(path.name, prediction),
         confidences,
         _timeline_plot(prediction, names),
-        _attention(predictor, prediction),
+        _grad_cam(predictor, prediction),
     )
 
 
@@ -249,14 +249,13 @@ def _timeline_plot(prediction: Prediction, names: tuple[str, ...]) -> str | None
     )
 
 
-def _attention(predictor: Predictor, prediction: Prediction) -> str:
+def _grad_cam(predictor: Predictor, prediction: Prediction) -> str:
     shown = prediction.shown
-    frames = figures.attention_frames(shown, predictor.maps(shown))
-    moving = render.gif(frames, figures.attention_fps(shown, predictor.config.data.stride))
-    captions = "; ".join(figures.CAPTIONS)
+    frames = figures.animate(shown, predictor.grad_cam(shown))
+    moving = render.gif(frames, figures.animation_fps(shown, predictor.config.data.stride))
     return (
-        f"<h3>Attention</h3>{_image(moving, 'gif', 'attention', 'pixels')}"
-        f"<p>Input frames; {html.escape(captions)}.</p>"
+        f"<h3>Evidence for the class</h3>{_image(moving, 'gif', 'Grad-CAM', 'pixels')}"
+        f"<p>Left: input frames. Right: {html.escape(figures.CAPTION)}.</p>"
     )
 
 

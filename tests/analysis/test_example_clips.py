@@ -69,7 +69,7 @@ def pixels(picture: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(float)
 
 
-def test_a_sheet_shows_the_clips_and_their_attention_maps(material):
+def test_a_sheet_shows_the_clips_and_their_grad_cam(material):
     videos, settings, *model = material
     probabilities = np.full((10, 8), 0.05)
     probabilities[np.arange(10), videos.labels] = 0.65
@@ -77,30 +77,30 @@ def test_a_sheet_shows_the_clips_and_their_attention_maps(material):
     probabilities[3] = np.eye(8)[wrong]
     s = Scores(probabilities, videos.labels, np.ones(10, bool))
     made = example_clips.make(s, videos, settings, *model)
-    assert made["wrong"] == len(made["mistakes"]) == 1 and made["no_attention"] is None
+    assert made["wrong"] == len(made["mistakes"]) == 1 and made["no_grad_cam"] is None
     mistake = made["mistakes"][0]
     assert mistake["predicted"] == wrong and mistake["truth"] == videos.labels[3]
     assert mistake["probability"] == 1.0 and mistake["video"] == "videos/test/00003.mp4"
     assert len(made["examples"]) == 10  # of each class up to two: of six there is but one
     (picture,) = mistake["pictures"]
     image = pixels(picture)
-    assert image.shape == (3 * 32 + 2, 4 * 32 + 3, 3)
-    # Above the frames themselves, nearly grey as the data are; below in the colours of attention.
+    assert image.shape == (2 * 32 + 1, 4 * 32 + 3, 3)
+    # Above the frames themselves, nearly grey as the data are; below in the colours of the map.
     clip = example_clips.pipeline.load_views(videos, 3, settings, clips=1, crops=1)[0]
     assert np.abs(image[:32, :32] - clip[0]).mean() < 6
     above, below = (np.ptp(part, axis=-1).mean() for part in (image[:32], image[-32:]))
     assert below > 4 * above
 
 
-def test_a_model_without_captured_attention_shows_frames_alone(material, monkeypatch):
+def test_where_grad_cam_fails_frames_are_shown_alone(material, monkeypatch):
     videos, settings, *model = material
 
     def silent(*args, **kwargs):
-        raise UserError("this attention keeps no probabilities\nand more")
+        raise UserError("this block has other grids\nand more")
 
-    monkeypatch.setattr(attention_maps, "rollout", silent)
+    monkeypatch.setattr(attention_maps, "grad_cam", silent)
     s = Scores(np.eye(8)[videos.labels], videos.labels, np.ones(10, bool))
     made = example_clips.make(s, videos, settings, *model)
-    assert made["no_attention"] == "this attention keeps no probabilities"
+    assert made["no_grad_cam"] == "this block has other grids"
     assert made["mistakes"] == []  # all is right
     assert all(pixels(e["pictures"][0]).shape == (32, 131, 3) for e in made["examples"])

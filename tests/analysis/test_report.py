@@ -1,12 +1,14 @@
+import json
 import re
 
 import numpy as np
 import pytest
 
-from mvit_jax.analysis import plots, report
+from mvit_jax.analysis import plots, report, run_data
 from mvit_jax.analysis.plots import Curve
 from mvit_jax.models.cost import cost
-from tests.support import pages
+from mvit_jax.training.run import workdir
+from tests.support import pages, tiny
 from tests.support.pages import NAMES, Page
 
 
@@ -107,11 +109,23 @@ def test_a_folder_of_weights_alone_has_a_report():
     assert Page(report.report(pages.run(model=None))).ids["top1"] == "66.7 %"
 
 
-def test_missing_mistakes_and_attention_are_stated():
-    sheet = {"examples": [], "mistakes": [], "wrong": 0, "no_attention": "it <hides>"}
+def test_missing_mistakes_and_maps_are_stated():
+    sheet = {"examples": [], "mistakes": [], "wrong": 0, "no_grad_cam": "it <hides>"}
     page = Page(report.report(pages.run(sheet=sheet)))
     assert "all videos were classified correctly" in page.ids["no_mistakes"]
-    assert "Attention is not shown: it <hides>." in " ".join(page.text.split())
+    assert "Grad-CAM is not shown: it <hides>." in " ".join(page.text.split())
+
+
+def test_clips_of_an_earlier_version_are_not_shown(digits, tmp_path):
+    """Their pictures have attention rollout too, which the caption does not mention."""
+    workdir.record_config(tiny.config(digits), tmp_path)
+    evaluation, sheet = pages.evaluation(), pages.run().sheet
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    run_data.write_example_clips(tmp_path / "clips.json", sheet, evaluation)
+    assert run_data.read(tmp_path).sheet == sheet | {"of": report.identify(evaluation)}
+    old = {("no_attention" if key == "no_grad_cam" else key): entry for key, entry in sheet.items()}
+    run_data.write_example_clips(tmp_path / "clips.json", old, evaluation)
+    assert run_data.read(tmp_path).sheet is None
 
 
 def test_shuffled_frames_of_another_checkpoint_are_not_compared():

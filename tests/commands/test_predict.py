@@ -18,7 +18,6 @@ from mvit_jax.data import pipeline
 from mvit_jax.data.media.video import Video
 from mvit_jax.models.functional import functional
 from mvit_jax.predict import __main__ as predict
-from mvit_jax.predict.predictor import Maps
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -107,21 +106,21 @@ def test_pictures_are_written_as_png_gif_and_mp4(predictor, paths, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     files = [paths[0], str(long)]
-    results = predict.predict(predictor, files, top=2, pictures=folder, maps=True)["files"]
+    results = predict.predict(predictor, files, top=2, pictures=folder, grad_cam=True)["files"]
     stem = Path(paths[0]).stem
-    ends = ("prediction.png", "attention.gif", "attention.mp4")
+    ends = ("prediction.png", "grad_cam.gif", "grad_cam.mp4")
     expected = [str(folder / f"{name}_{end}") for name in (stem, "long") for end in ends]
     assert [path for result in results for path in result["pictures"]] == expected
     assert sorted(map(str, folder.iterdir())) == sorted(expected)
     with Image.open(folder / "long_prediction.png") as image:
         assert image.format == "PNG" and image.width > 1000
         assert len(image.convert("RGB").getcolors(2**24)) > 300
-    with Image.open(folder / "long_attention.gif") as image:
-        assert image.format == "GIF" and image.size == (672, 224) and image.is_animated
-    with Video(folder / "long_attention.mp4") as video:
+    with Image.open(folder / "long_grad_cam.gif") as image:
+        assert image.format == "GIF" and image.size == (448, 224) and image.is_animated
+    with Video(folder / "long_grad_cam.mp4") as video:
         assert video.num_frames == 8 * 4
         assert video.frames([0]).std() > 20
-    with Video(folder / f"{stem}_attention.mp4") as video:
+    with Video(folder / f"{stem}_grad_cam.mp4") as video:
         assert video.num_frames == 4
 
 
@@ -134,7 +133,7 @@ def test_pictures_are_written_as_png_gif_and_mp4(predictor, paths, tmp_path):
         (["--workdir=a"], "give video or image files, or --serve"),
         (["a.mp4", "--checkpoint=best"], "give --workdir=DIR --which=best"),
         (["a.mp4", "--checkpoint=/no/such"], "/no/such holds no run"),
-        (["a.mp4", "--workdir=a", "--attention"], "--attention requires --pictures=DIR"),
+        (["a.mp4", "--workdir=a", "--grad_cam"], "--grad_cam requires --pictures=DIR"),
         (["a.mp4", "--workdir=a", "--pictures=/dev/null/x"], "cannot be made"),
         (["a.mp4", "--workdir=a", "--features=b", "--features_per=clip"], "requires --clips=K"),
         (["a.mp4", "--workdir=a", "--serve"], "leave out a.mp4"),
@@ -194,8 +193,8 @@ def test_pictures_of_different_files_have_different_names(tmp_path):
     stems = predict.picture_names(names, tmp_path)
     assert stems == ["x", "x_2", "x_3", "X_4", "x_2_2", "y", ".mp4"]
     # Pictures of earlier pictures lie beside them.
-    files = [str(tmp_path / "x.mp4"), str(tmp_path / "x_attention.mp4")]
-    assert predict.picture_names(files, tmp_path) == ["x_2", "x_attention"]
+    files = [str(tmp_path / "x.mp4"), str(tmp_path / "x_grad_cam.mp4")]
+    assert predict.picture_names(files, tmp_path) == ["x_2", "x_grad_cam"]
 
 
 def test_predictions_survive_a_picture_that_cannot_be_written(predictor, paths, tmp_path):
@@ -250,8 +249,8 @@ def test_image_predictions_equal_preprocess_and_apply(images, tmp_path, monkeypa
     files = [str(images / f"{index}.jpg") for index in (23, 17)]
     predictor = small.predictor_of(tmp_path)
     flat = np.ones((1, 1, 32, 32), np.float32)
-    monkeypatch.setattr(predictor, "maps", lambda shown: Maps(flat, flat))
-    results = predict.predict(predictor, files, top=2, pictures=tmp_path, maps=True)["files"]
+    monkeypatch.setattr(predictor, "grad_cam", lambda shown: flat)
+    results = predict.predict(predictor, files, top=2, pictures=tmp_path, grad_cam=True)["files"]
     assert "damaged or cut off" in results[0]["error"]
     assert results[1]["pictures"] == [str(tmp_path / "17_prediction.png")]  # nothing moves
     model = build.model_config(config, 8)

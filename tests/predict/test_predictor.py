@@ -1,4 +1,4 @@
-"""Predictions and attention maps of a loaded model, against `apply` on each clip."""
+"""Predictions and Grad-CAM of a loaded model, against `apply` on each clip."""
 
 import functools
 import io
@@ -130,22 +130,14 @@ def test_plain_weights_predict_as_their_own_parameters(run, predictor, long_vide
 
 
 @pytest.mark.slow
-def test_maps_are_rollout_and_grad_cam_of_the_shown_clips(run, predictor, prediction):
+def test_grad_cam_is_of_each_shown_clip(run, predictor, prediction):
     assert predictor._fine_block == 0  # the finest grid is 4 x 4
-    result = predictor.maps(prediction.shown[:2])
+    result = predictor.grad_cam(prediction.shown[:2])
     params, model = run_folder.read_params(run)
-
-    @jax.jit
-    def compute(params, clips):
-        return (
-            attention_maps.rollout(model, params, clips),
-            attention_maps.grad_cam(model, params, clips, block=0),
-        )
-
-    maps = jax.device_get(compute(params, normalised(prediction.shown[:2])))
-    for ours, expected in zip((result.rollout, result.grad_cam), maps, strict=True):
-        pixels = token_geometry.to_pixels(expected, (4, 32, 32), model.config)
-        np.testing.assert_allclose(ours, pixels, atol=1e-4)
+    compute = jax.jit(functools.partial(attention_maps.grad_cam, model, block=0))
+    maps = np.asarray(compute(params, normalised(prediction.shown[:2])))
+    pixels = token_geometry.to_pixels(maps, (4, 32, 32), model.config)
+    np.testing.assert_allclose(result, pixels, atol=1e-4)
 
 
 def test_the_picture_shows_frames_classes_and_the_timeline(predictor, prediction):
@@ -153,9 +145,9 @@ def test_the_picture_shows_frames_classes_and_the_timeline(predictor, prediction
         figures.picture, "$ and _ in a name.mp4", prediction.probabilities, predictor.names,
         prediction.shown, prediction.times,
     )  # fmt: skip
-    maps = predictor.maps(prediction.shown)
+    heat = predictor.grad_cam(prediction.shown)
     sizes, line = [], prediction.timeline
-    for content in (drawn(), drawn(timeline=line), drawn(timeline=line, maps=maps)):
+    for content in (drawn(), drawn(timeline=line), drawn(timeline=line, grad_cam=heat)):
         image = Image.open(io.BytesIO(content))
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 300
         sizes.append(image.height)
@@ -174,13 +166,13 @@ def test_a_file_whose_name_is_not_utf8_has_a_picture():
     assert Image.open(io.BytesIO(drawn)).format == "PNG"
 
 
-def test_attention_frames_show_the_clip_beside_its_maps(predictor, prediction):
-    maps = predictor.maps(prediction.shown[:2])
-    frames = figures.attention_frames(prediction.shown[:2], maps)
-    assert frames.shape == (8, 224, 3 * 224, 3)
+def test_the_animation_shows_the_clip_beside_its_map(predictor, prediction):
+    heat = predictor.grad_cam(prediction.shown[:2])
+    frames = figures.animate(prediction.shown[:2], heat)
+    assert frames.shape == (8, 224, 2 * 224, 3)
     seen = frames[:, ::7, :224:7]
     np.testing.assert_array_equal(seen, prediction.shown[:2].reshape(8, 32, 32, 3))
-    assert figures.attention_fps(prediction.shown, 4) == 7.5
+    assert figures.animation_fps(prediction.shown, 4) == 7.5
 
 
 @pytest.mark.slow
@@ -199,8 +191,8 @@ def test_an_image_model_predicts_one_window_a_second(digits, tmp_path):
     assert still.timeline is None and still.seconds == 0
     np.testing.assert_allclose(prediction.timeline.probabilities[2], still.probabilities, atol=1e-6)
     np.testing.assert_array_equal(prediction.shown[2], still.shown[0])
-    assert predictor.maps(still.shown).rollout.shape == (1, 1, 32, 32)
-    assert figures.attention_fps(still.shown, 4) == 2
+    assert predictor.grad_cam(still.shown).shape == (1, 1, 32, 32)
+    assert figures.animation_fps(still.shown, 4) == 2
 
 
 def test_class_names_come_from_the_run_or_from_the_data(digits, tmp_path):

@@ -179,16 +179,16 @@ def drop(tab, path, wait):
 
 
 @pytest.mark.browser
-def test_a_video_shows_classes_over_time_and_attention(browser, files, served):
+def test_a_video_shows_classes_over_time_and_grad_cam(browser, files, served):
     assert "deleted" in browser.inner_text("body")
-    drop(browser, files / "good.mp4", "h3:has-text('Attention')")
+    drop(browser, files / "good.mp4", "h3:has-text('Evidence')")
     # The heading may be there before the progress, with its own "100%", is gone.
-    browser.wait_for_selector("text=drawing attention", state="detached")
+    browser.wait_for_selector("text=drawing Grad-CAM", state="detached")
     body = browser.inner_text("body")
     assert "good.mp4: 0:05; means over 18 windows" in body
     assert len(re.findall(r"\d+%", body)) == 5
     assert re.search(r"0:00\.0 - 0:\d\d\.\d\s+\w+\s+0\.\d\d", body)
-    for label in ("classes over time", "attention"):
+    for label in ("classes over time", "Grad-CAM"):
         image = browser.wait_for_selector(f"img[alt='{label}']")
         assert browser.evaluate("i => i.complete && i.naturalWidth > 400", image), label
     assert not browser.errors

@@ -68,7 +68,7 @@ def run(**changes) -> Run:
         "evaluations": [evaluation(), evaluation(shuffled_frames=True, top1=41.25)],
         "sheet": {
             "examples": [clip(0, 0, 0.91), clip(1, 1, 0.5)],
-            "mistakes": [clip(0, 1, 0.875)], "wrong": 7, "no_attention": None,
+            "mistakes": [clip(0, 1, 0.875)], "wrong": 7, "no_grad_cam": None,
         },
     }  # fmt: skip
     return Run(**(values | changes))
