@@ -71,9 +71,13 @@ def ratios(heat: Maps, masks: Masks) -> np.ndarray:
 
 
 def correlation(heat: Maps) -> float:
-    """Returns the mean Pearson correlation of the maps of two clips, over all pairs of clips."""
-    pairs = np.corrcoef(heat.reshape(len(heat), -1))
-    return float(pairs[np.triu_indices(len(heat), 1)].mean())
+    """Returns the mean Pearson correlation of the maps of two clips, over all pairs of clips.
+
+    Clips with an empty map are left out.
+    """
+    maps = heat.reshape(len(heat), -1)
+    pairs = np.corrcoef(maps[np.ptp(maps, axis=1) > 0])
+    return float(pairs[np.triu_indices(len(pairs), 1)].mean())
 
 
 def hits(heat: Maps, masks: Masks) -> tuple[float, float]:
@@ -155,10 +159,10 @@ def main(workdir: str) -> None:
     print(f"share of pixels on the digit: {masks.mean():.0%}\n")
     print(f"{'map':33} correlation  on digit  on other's  ratio  above 2")
     for name, heat in kinds(model, params, clips):
-        own, other = hits(heat, masks)
+        hit, hit_other = hits(heat, masks)
         ratio = ratios(heat, masks)
         print(
-            f"{name:33} {correlation(heat):11.2f}  {own:8.0%}  {other:10.0%}  {ratio.mean():5.2f}  "
+            f"{name:33} {correlation(heat):11.2f}  {hit:8.0%}  {hit_other:10.0%}  {ratio.mean():5.2f}  "
             f"{(ratio > 2).mean():7.0%}"
         )
 

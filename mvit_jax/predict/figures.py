@@ -99,7 +99,8 @@ def _strip(
         pairs = [(0, int(i)) for i in frames]
     else:
         pairs = [(i, shown.shape[1] // 2) for i in range(len(shown))]
-    axes = figure.subplots(1 if grad_cam is None else 2, FRAMES, squeeze=False)
+    rows = figure.subfigures(1 if grad_cam is None else 2, 1, squeeze=False)[:, 0]
+    axes = np.stack([row.subplots(1, FRAMES) for row in rows])
     for ax in axes.flat:
         ax.axis("off")
     moving = shown.size > shown[0, 0].size
@@ -112,7 +113,7 @@ def _strip(
         if grad_cam is not None:
             _image(axes[1, column], render.overlay(shown[clip], grad_cam[clip])[frame])
     if grad_cam is not None:
-        axes[1, 0].set_title(CAPTION, fontsize=8, pad=3, loc="left")
+        rows[1].suptitle(CAPTION, x=0.003, ha="left", fontsize=8)
 
 
 def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:

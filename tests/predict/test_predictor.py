@@ -151,7 +151,7 @@ def test_the_picture_shows_frames_classes_and_the_timeline(predictor, prediction
         image = Image.open(io.BytesIO(content))
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 300
         sizes.append(image.height)
-    assert sizes[0] + 200 < sizes[1] and sizes[1] + 200 < sizes[2]
+    assert sizes[0] + 200 < sizes[1] and sizes[1] + 150 < sizes[2]
     # Each colour of a class on top is in the timeline.
     top = {segment.label for segment in prediction.timeline.segments()}
     alone = Image.open(io.BytesIO(figures.timeline_picture(prediction.timeline, predictor.names)))
