@@ -139,7 +139,8 @@ def kinds(model: Functional, params: Any, clips: Array) -> Iterator[tuple[str, M
     def compute(function: Any, block: int = 0) -> Maps:
         program = jax.jit(functools.partial(function, model))
         maps = np.asarray(program(params, clips))
-        return token_geometry.to_pixels(maps, clips.shape[1:4], model.config, block)
+        _, time, height, width, _ = clips.shape
+        return token_geometry.to_pixels(maps, (time, height, width), model.config, block)
 
     rollout = compute(attention_maps.rollout)
     yield "rollout", rollout
@@ -162,8 +163,8 @@ def main(workdir: str) -> None:
         hit, hit_other = hits(heat, masks)
         ratio = ratios(heat, masks)
         print(
-            f"{name:33} {correlation(heat):11.2f}  {hit:8.0%}  {hit_other:10.0%}  {ratio.mean():5.2f}  "
-            f"{(ratio > 2).mean():7.0%}"
+            f"{name:33} {correlation(heat):11.2f}  {hit:8.0%}  {hit_other:10.0%}  "
+            f"{ratio.mean():5.2f}  {(ratio > 2).mean():7.0%}"
         )
 
 

@@ -132,8 +132,8 @@ def grad_cam(
       1610.02391). This assumes that a channel has the same meaning everywhere.
 
     Measured on moving digits (trained as in the README, block 1; `python -m benchmarks.pointing`,
-    2026-12-01): the maps of two clips have a correlation of 0.20. The maximum is on the digit of the
-    clip in 98 % of clips, and on that of another clip in 43 %. With `by_channel`, these are 0.12,
+    2026-12-01): the maps of two clips have a correlation of 0.20. The maximum is on the clip's own
+    digit in 98 % of clips, and on another clip's digit in 43 %. With `by_channel`, these are 0.12,
     83 % and 42 %.
 
     The map is of the block's input, not of its output. At the last block's output, a head on the

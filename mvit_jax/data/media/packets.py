@@ -269,7 +269,7 @@ def _check_duration(
     # The last picture of slides may be shown for as long as others.
     required = min(MIN_SHARE * duration, duration - 2 * np.diff(seconds).max())
     # The sound may be longer than the pictures.
-    if seconds[-1] < required and (end := _end_of_all_streams(container)) < least:
+    if seconds[-1] < required and (end := _end_of_all_streams(container)) < required:
         raise DecodeError(path, f"it is cut off, with {end:.1f} of its {duration:.1f} seconds")
 
 
