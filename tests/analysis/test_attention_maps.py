@@ -15,7 +15,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import grids, plan
 from mvit_jax.models.variants import variant
-from tests.support.marks import slow
+from tests.support.marks import nightly, slow
 
 SMALL = {"frames": 4, "size": 24, "num_classes": 5, "width": 8, "depths": (1, 2)}
 V2 = {"positions": "none", "relative_positions": "both", "full_q_pool": True, "drop_path": 0.0}
@@ -125,7 +125,14 @@ def dense_rollout(config, features, blocks):
 
 @pytest.mark.parametrize(
     "name",
-    ["v1", slow("v2"), slow("v2 of timm"), slow("mean pooling"), slow("no skip"), slow("vit")],
+    [
+        "v1",
+        slow("v2"),
+        nightly("v2 of timm"),
+        nightly("mean pooling"),
+        slow("no skip"),
+        nightly("vit"),
+    ],
 )
 def test_rollout_is_the_product_of_the_blocks_matrices(name):
     config = CONFIGS[name]
@@ -161,7 +168,7 @@ def test_missing_blocks_tokens_and_labels_are_errors():
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "label"), [("v1", 0, None), slow("v1", -1, 2), slow("v2 of timm", 1, None)]
+    ("name", "block", "label"), [("v1", 0, None), slow("v1", -1, 2), nightly("v2 of timm", 1, None)]
 )
 def test_grad_cam_agrees_with_finite_differences(name, block, label):
     """A channel's mean gradient is the slope of the score in a shift of all its positions."""

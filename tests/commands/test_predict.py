@@ -146,6 +146,7 @@ def test_bad_flags_end_with_a_one_sentence_error(args, sentence):
     assert output.startswith("error: ") and output.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_features_of_the_files_are_written(run, predictor, paths, tmp_path):
     """By definition: the middle of the module on the clips of the test protocol."""
     long = str(small.write_video(tmp_path / "long.mp4", small.textured(150, height=32)))

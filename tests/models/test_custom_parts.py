@@ -20,11 +20,13 @@ from mvit_jax.models.ops.attention import on_grid
 from mvit_jax.models.plan import MViTConfig, Pool, plan
 from mvit_jax.models.pooling import AvgPool, ConvPool
 from tests.support import drawn, tiny
+from tests.support.marks import nightly, slow
 
 # Three blocks with equal plans, whose drop path rates differ.
 CONFIG = MViTConfig(
-    frames=2, size=8, width=4, depths=(3,), num_classes=3, kv_stride=(1, 2, 2), drop_path=0.4
-)
+    frames=2, size=8, width=4, depths=(3,), num_classes=3, kv_stride=(1, 2, 2), drop_path=0.4,
+    pool_kernel=(1, 3, 3),
+)  # fmt: skip
 CLIP = np.random.default_rng(0).standard_normal((2, 2, 8, 8, 3))
 
 
@@ -185,17 +187,10 @@ NOT_LOOPED = {
 MODULES = LOOPED | NOT_LOOPED
 
 
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
-
-
-def nightly(value):
-    return pytest.param(value, marks=pytest.mark.nightly)
-
-
 WAYS = [
     {"scan": True, "remat": "blocks"},
-    *(slow(way) for way in ({"scan": True}, {"remat": "blocks"}, {"scan": True, "remat": "cheap"})),
+    slow({"scan": True}),
+    *(nightly(way) for way in ({"remat": "blocks"}, {"scan": True, "remat": "cheap"})),
 ]
 
 
@@ -216,8 +211,10 @@ def loss(name, **way):
     return run
 
 
-QUICK = ("attention", "block", "pooling", "all three")
-MORE = ("guide's attention", "block that reads its rate", "blocks that differ")
+QUICK = ("block", "all three")
+MORE = (
+    "attention", "pooling", "guide's attention", "block that reads its rate", "blocks that differ",
+)  # fmt: skip
 NAMES = [
     name if name in QUICK else slow(name) if name in MORE else nightly(name) for name in MODULES
 ]
@@ -233,7 +230,9 @@ def test_custom_modules_have_equal_gradients_however_blocks_are_run(name, way):
             np.testing.assert_allclose(actual, correct, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [name if name in (*QUICK, *NOT_LOOPED) else slow(name) for name in MODULES]
+)
 def test_custom_modules_are_scanned_and_lowered_for_accelerators(name):
     params = drawn.shapes(functional(CONFIG, **MODULES[name]))
     traced = jax.jit(jax.grad(loss(name, scan=True, remat="blocks"))).trace(params)
@@ -267,7 +266,7 @@ def test_blocks_are_scanned_after_one_that_changes_the_dtype():
     np.testing.assert_allclose(scanned, expected, rtol=0, atol=2e-2 * np.std(expected))
 
 
-@pytest.mark.parametrize("name", ["ours", "attention", slow("guide's block"), "pooling"])
+@pytest.mark.parametrize("name", [slow("ours"), "attention", slow("guide's block"), "pooling"])
 def test_custom_modules_are_used_by_the_module_and_the_functions(name):
     model = functional(CONFIG, **LOOPED[name])
     params = drawn.weights(model)

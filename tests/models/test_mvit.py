@@ -38,21 +38,28 @@ def test_inputs_of_other_shapes_or_dtypes_are_refused(config, shape, dtype, word
         jax.eval_shape(model.apply, drawn.shapes(model), jax.ShapeDtypeStruct(shape, dtype))
 
 
+EMPTY = {
+    "mvit": SMALL,
+    "image": IMAGES,
+    "no class token": dataclasses.replace(SMALL, class_token=False),
+    "mean": dataclasses.replace(SMALL, mean_pooling=True, pool_mode="max"),
+    "pool first": dataclasses.replace(SMALL, pool_first=True, positions="sincos", width=16),
+    "mvitv2": variant("mvitv2_t", size=32, width=8, depths=(1, 2)),
+    "vit": variant("vit_b_8x8", size=32, width=8, heads=2, depths=(2,)),
+}
+QUICK = [("mvit", "auto"), ("mvitv2", "auto"), ("mean", "reference"), ("vit", "auto")]
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("name", "ops"),
     [
-        SMALL,
-        IMAGES,
-        dataclasses.replace(SMALL, class_token=False),
-        dataclasses.replace(SMALL, mean_pooling=True, pool_mode="max"),
-        dataclasses.replace(SMALL, pool_first=True, positions="sincos", width=16),
-        variant("mvitv2_t", size=32, width=8, depths=(1, 2)),
-        variant("vit_b_8x8", size=32, width=8, heads=2, depths=(2,)),
+        pytest.param(name, ops, marks=[] if (name, ops) in QUICK else pytest.mark.slow)
+        for name in EMPTY
+        for ops in ("auto", "reference")
     ],
-    ids=["mvit", "image", "no class token", "mean", "pool first", "mvitv2", "vit"],
 )
-@pytest.mark.parametrize("ops", ["auto", "reference"])
-def test_no_clips_have_empty_outputs_of_the_same_shapes(config, ops):
+def test_no_clips_have_empty_outputs_of_the_same_shapes(name, ops):
+    config = EMPTY[name]
     model = functional(config, ops=ops)
     weights = drawn.shapes(model)
     frames = () if config.frames == 1 else (config.frames,)

@@ -15,6 +15,7 @@ from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import grids, patch_grid, smallest_clip
 from mvit_jax.models.variants import VARIANTS, variant
 from tests.support import drawn
+from tests.support.marks import nightly, slow
 
 
 def traced(config, frames, height, width):
@@ -26,7 +27,7 @@ def traced(config, frames, height, width):
 
 
 # The others take over two seconds each, or are of the same kind.
-QUICK = ("mvit_b_16x4", "vit_b_8x8")
+QUICK = ("vit_b_8x8",)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-FEW = ("no overlap", "unpadded patches")
+CASES = [
+    "no overlap", "unpadded patches", slow("3x3x3"), slow("five steps along time"),
+    nightly("no overlap along time"), nightly("no overlap, keys far apart"), nightly("max"),
+    nightly("2 stride + 1"), nightly("a wide patch"),
+]  # fmt: skip
 
 
 def windows_fit(config, size) -> bool:
@@ -113,9 +118,7 @@ def windows(config, n, stride) -> int:
     return math.ceil(n / stride)  # odd windows, padded by half: one starts at every stride
 
 
-@pytest.mark.parametrize(
-    "case", [c if c in FEW else pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_accepted_sizes_equal_a_brute_force_search(case):
     config = variant("mvit_b_16x4", **TINY, **CONFIGS[case])
     shortest = []

@@ -11,7 +11,7 @@ from mvit_jax.training.distributed import sharding
 from tests.support import tiny
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("multi_label", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_abstract_shapes_and_shardings_equal_those_of_real_arrays(multi_label):
     changes = {"data.multi_label": multi_label, "augment.mixup": 0.0, "augment.cutmix": 0.0}
     config = tiny.config("", **{"data.stride": 1, **changes})

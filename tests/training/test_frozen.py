@@ -24,6 +24,7 @@ from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.training.state import init_state
 from mvit_jax.training.step import StepConfig, train_step
 from tests.support import tiny
+from tests.support.marks import slow
 from tests.training.test_step import RECIPE, batch
 
 DEPTH = 4
@@ -78,8 +79,7 @@ def reference(trained_blocks, name):
 
 @pytest.mark.parametrize(
     ("trained_blocks", "scan", "name"),
-    [(2, False, "sgd"), (0, True, "sgd"), pytest.param(2, True, "sgd", marks=pytest.mark.slow),
-     pytest.param(2, True, "adamw", marks=pytest.mark.slow)],
+    [(2, True, "sgd"), slow(2, False, "sgd"), slow(0, True, "sgd"), slow(2, True, "adamw")],
 )  # fmt: skip
 def test_updates_are_those_of_masked_full_gradients(trained_blocks, scan, name):
     step, state = make(trained_blocks, scan, name)
@@ -118,7 +118,7 @@ def test_frozen_parameters_have_no_moments(trained_blocks):
     assert sorted(sizes) == sorted(trained * 2)  # means of gradients and of their squares
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [slow(False), True])
 def test_no_gradients_of_frozen_parameters_are_computed(scan):
     """The gradient of a product costs two products: of the weights and of the input."""
 

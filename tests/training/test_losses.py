@@ -52,7 +52,8 @@ def test_class_weights_are_inverse_frequencies_of_mean_one():
     np.testing.assert_allclose(weights, [value / mean for value in inverse])
 
 
-@pytest.mark.parametrize("mixup", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
 def test_class_weights_multiply_the_terms_of_soft_and_mixed_targets(mixup):
     """In a loop over clips and classes, with the targets of the step."""
     weights = (0.5, 2.0, 0.0, 1.5)

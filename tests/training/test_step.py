@@ -61,6 +61,7 @@ def distance(a, b) -> float:
     return float(optax.tree.norm(optax.tree.sub(a, b), ord=jnp.inf))
 
 
+@pytest.mark.slow
 def test_the_step_overfits_one_batch():
     run, state = make(lr=3e-3)
     losses = []

@@ -24,6 +24,7 @@ from mvit_jax.weights.load import Loaded, load
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.tensor_files import write_safetensors, write_torch
 from tests.models.test_parity import CASES
+from tests.support.marks import slow
 from tests.weights import foreign
 from tests.weights.foreign import same
 
@@ -352,7 +353,7 @@ VALID = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", ["v1 video", "v2 image"])
+@pytest.mark.parametrize("kind", ["v1 video", slow("v2 image")])
 def test_any_tensor_of_a_wrong_shape_is_refused(kind, change):
     """Skips tensors of the second kind that the first has with as many axes."""
     tensors, first = foreign.slowfast(kind), foreign.slowfast(KIND)
@@ -450,13 +451,13 @@ def test_checkpoints_of_other_models_are_refused(shapes, message):
     ("expected", "requested"),
     [
         ("mvitv2_s", "mvit_b_16x4"),
-        ("mvitv2_s", "mvitv2_t"),
-        ("mvitv2_s", "mvitv2_s_16x4"),
+        slow("mvitv2_s", "mvitv2_t"),
+        slow("mvitv2_s", "mvitv2_s_16x4"),
         ("mvitv2_t", "mvitv2_s"),
-        ("mvitv2_b", "mvitv2_s"),
+        slow("mvitv2_b", "mvitv2_s"),
         ("mvit_b16", "mvitv2_s"),
-        ("mvit_b_16x4", "mvitv2_s_16x4"),
-        ("mvit_b24_32x3", "mvit_b_16x4"),
+        slow("mvit_b_16x4", "mvitv2_s_16x4"),
+        slow("mvit_b24_32x3", "mvit_b_16x4"),
     ],
 )
 def test_a_wrong_variant_ends_with_an_error_that_names_the_right_one(expected, requested):

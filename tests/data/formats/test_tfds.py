@@ -219,6 +219,7 @@ def test_a_split_without_labels_is_rejected(imagenet):
         read_split("imagenet2012", str(imagenet / "array_record"), "test")
 
 
+@pytest.mark.slow
 def test_the_suggested_command_converts_a_tfrecord_set(imagenet, tmp_path):
     with pytest.raises(UserError) as error:
         read_split("imagenet2012:5.1.0", str(imagenet / "tfrecord"), "train")

@@ -36,18 +36,11 @@ def draw(case, first, dtype=np.float32):
     return plan, *(jnp.array(array, dtype) for array in (x, weight, gradient))
 
 
-def slow(case):
-    return pytest.param(case, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize("whole", WHOLE)
-@pytest.mark.parametrize("first", [slow(0), 1])
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.nightly), 1])
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(c, marks=[] if i in (0, 3, 5) else pytest.mark.slow)
-        for i, c in enumerate(CASES)
-    ],
+    [pytest.param(c, marks=[] if i in (0, 3) else pytest.mark.slow) for i, c in enumerate(CASES)],
     ids=str,
 )
 def test_the_kernels_equal_the_convolution_and_its_gradients(case, first, whole, monkeypatch):

@@ -20,6 +20,7 @@ from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints, DamagedError, NotSavedError
 from mvit_jax.training.state import init_state
 from tests.support import group
+from tests.support.marks import slow
 from tests.support.tiny import MODEL
 
 
@@ -179,12 +180,12 @@ def truncate(file):
     [
         (lambda f: flip(values_of(f, 3)), f"3 {DETECTED}"),
         (lambda f: flip(values_of(f, 3, "training")), f"3 {DETECTED}"),
-        (lambda f: flip(values_of(f, 3, "ema")), f"3 {DETECTED}"),
+        slow(lambda f: flip(values_of(f, 3, "ema")), f"3 {DETECTED}"),
         (lambda f: truncate(values_of(f, 3)), "checkpoints/3 cannot be read"),
-        (lambda f: flip(f / "checkpoints/3/params/_METADATA"), "checkpoints/3"),
-        (lambda f: flip(f / "checkpoints/3/digests/digests.json"), "checkpoints/3"),
+        slow(lambda f: flip(f / "checkpoints/3/params/_METADATA"), "checkpoints/3"),
+        slow(lambda f: flip(f / "checkpoints/3/digests/digests.json"), "checkpoints/3"),
         (lambda f: shutil.rmtree(f / "checkpoints/3/digests"), "digests.json"),
-        (lambda f: (f / "checkpoints/3/params/manifest.ocdbt").unlink(), "cannot be read"),
+        slow(lambda f: (f / "checkpoints/3/params/manifest.ocdbt").unlink(), "cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(folder, spoil, message):

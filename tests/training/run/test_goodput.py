@@ -186,7 +186,12 @@ def train(folder, steps, *, wait, work, watch=None):
 
 @pytest.mark.parametrize(
     ("wait", "work", "data_share"),
-    [(0.1, 0.0, 1.0), (0.0, 0.1, 0.0), (0.05, 0.25, 0.0), (0.3, 0.1, 2 / 3)],
+    [
+        (0.1, 0.0, 1.0),
+        pytest.param(0.0, 0.1, 0.0, marks=pytest.mark.slow),
+        (0.05, 0.1, 0.0),
+        pytest.param(0.3, 0.1, 2 / 3, marks=pytest.mark.slow),
+    ],
 )
 def test_slow_clips_and_slow_steps_are_distinguished(tmp_path, wait, work, data_share):
     wall = train(tmp_path, 10, wait=wait, work=work)
