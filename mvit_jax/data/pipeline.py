@@ -311,7 +311,7 @@ def _transform_frames(
     for number, frame in video.in_order(distinct.tolist()):
         part.append(frame)
         if number == distinct[-1] or sum(frame.nbytes for frame in part) >= _BYTES_IN_PARTS:
-            transformed.append(transform(np.stack(part)))
+            transformed.append(transform(np.stack(part) if len(part) > 1 else frame[None]))
             part = []
     return np.concatenate(transformed, axis=1)[:, inverse]
 

@@ -89,14 +89,14 @@ def encode(file: str | bytes, encoding: Encoding, name: str | None = None) -> En
 
 def _encode(video: Video, encoding: Encoding) -> Encoded:
     time_base, times = video.times()
-    reformatter = VideoReformatter()
+    reformatter, orientations = VideoReformatter(), orientation.Reader()
     memory = io.BytesIO()
     size = (0, 0)
     with av.open(memory, "w", format="mp4") as container:
         stream = None
         for number, picture in video.pictures(range(video.num_frames)):
             size = size if stream else _size(picture.width, picture.height, encoding.short_side)
-            stored = orientation.of_frame(picture)
+            stored = orientations.of_frame(picture)
             picture = reformatter.reformat(
                 picture,
                 width=size[0],

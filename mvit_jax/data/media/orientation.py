@@ -44,7 +44,25 @@ def of_exif(value: object) -> Orientation:
     return _OF_EXIF[value - 1] if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
 
 
-def of_frame(frame: av.VideoFrame) -> Orientation:
+class Reader:
+    """Reads the orientation of each of a stream's frames.
+
+    PyAV's list of a frame's side data and the frame refer to each other, so that memory is kept
+    until the next garbage collection. The list is read only where the rotation changes.
+    """
+
+    def __init__(self) -> None:
+        self._rotation: int | None = None
+        self._orientation = UPRIGHT
+
+    def of_frame(self, frame: av.VideoFrame) -> Orientation:
+        """Returns the orientation of the stream's next frame."""
+        if frame.rotation != self._rotation:
+            self._rotation, self._orientation = frame.rotation, _of_frame(frame)
+        return self._orientation
+
+
+def _of_frame(frame: av.VideoFrame) -> Orientation:
     """Returns the orientation that a decoded frame's display matrix states.
 
     The matrix maps the pixel (x, y) to (ax + cy, bx + dy), up to a shift. The nearest of the eight

@@ -1,19 +1,22 @@
 """The packets of a video file: presentation times, key frames, and their reliability.
 
 Presentation times are the truth about a video. Frame rates and frame counts of headers are checked
-against them. If the times themselves are broken, frames are counted in the decoder's order.
+against them. Times that are missing, doubled, or jump are repaired, and frames are then counted in
+the decoder's order.
 """
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.stream import VideoStream
 from jaxtyping import Float64
 
@@ -32,11 +35,17 @@ _FORWARD_ONLY = ("mpeg",)
 # No codec displays a frame more than 16 frames before or after its place in the stream.
 _MOST_REORDERED = 16
 
-# Broadcast formats: recordings start and end anywhere, and joined ones have jumps of the clock.
+# Broadcast formats: recordings start and end anywhere.
 _BROADCAST = ("mpegts", "mpeg")
+
+# In these formats, joined recordings and restarted streams have jumps of the clock.
+_JUMPING = (*_BROADCAST, "flv")
 
 # FFmpeg's threshold for a jump in seconds (`-dts_delta_threshold`).
 _CLOCK_JUMP = 10
+
+# Unit of repaired times in seconds.
+_REPAIRED = Fraction(1, 1_000_000)
 
 # Headers of the formats that state a duration: "Duration" of Matroska's segment, as a float of 4 or
 # 8 bytes, and FLV's number above 0. FFmpeg makes durations up where headers have none.
@@ -87,14 +96,15 @@ class Packets:
       num_frames: number of presented frames.
       rate: average frames per second, as the file states it.
       time_base: unit of the presentation times in seconds.
-      times: presentation times in ascending order, one per frame; empty if the file states none
-        that can be used.
+      times: presentation times in ascending order, one per frame, repaired where single ones are
+        broken; empty if the file states none.
       positions: position of the packet of each presentation time, in decoding order.
       sizes: size of each packet in bytes.
       key_frames: key frames, by presentation time.
       by_time: True if a picture's presentation time determines its frame number. Otherwise pictures
         are counted from the start of the file.
       seekable: True if decoding may start at any key frame.
+      invisible: presentation time and size of packets of which no picture is shown.
     """
 
     num_frames: int
@@ -106,6 +116,7 @@ class Packets:
     key_frames: list[KeyFrame]
     by_time: bool
     seekable: bool
+    invisible: frozenset[tuple[int | None, int]] = frozenset()
     _key_times: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -186,15 +197,19 @@ def read_packets(container: InputContainer, stream: VideoStream, path: str, head
     presented = [packet.pts for packet in read[start:] if not packet.is_hidden]
     if not presented:
         raise DecodeError(path, "it holds no frames")
+    base = Fraction(stream.time_base or 1)
+    longest = _CLOCK_JUMP / base if container.format.name in _JUMPING else None
     times = [time for time in presented if time is not None]
-    usable = len(set(times)) == len(presented) and not _clock_jumps(container, stream, times)
-    by_time = usable and _in_plausible_order(times, stream, len(keys))
+    segments = _between_jumps(times, longest)
+    exact = len(set(times)) == len(presented) and len(segments) == 1
+    by_time = exact and _in_plausible_order(times, stream, len(keys))
+    visible = {p.pts: i for i, p in enumerate(read) if not p.is_hidden}
     return Packets(
         num_frames=len(presented),
         rate=float(stream.average_rate or stream.guessed_rate or 30),
-        time_base=Fraction(stream.time_base or 1),
-        times=sorted(times) if usable else [],
-        positions={packet.pts: position for position, packet in enumerate(read)},
+        time_base=base if exact else _REPAIRED,
+        times=sorted(times) if exact else _repaired(presented, longest, base),
+        positions={packet.pts: position for position, packet in enumerate(read)} | visible,
         sizes=[packet.size for packet in read],
         key_frames=[
             KeyFrame(packet.pts, packet.dts, position)
@@ -203,7 +218,18 @@ def read_packets(container: InputContainer, stream: VideoStream, path: str, head
         ],
         by_time=by_time,
         seekable=by_time and container.format.name not in _FORWARD_ONLY,
+        invisible=frozenset((packet.pts, packet.size) for packet in read if packet.is_invisible),
     )
+
+
+def demux(container: InputContainer, *streams: VideoStream) -> Iterator[Packet]:
+    """Yields the packets of streams, or of all streams, up to the end of the file."""
+    for packet in container.demux(*streams):
+        # PyAV then ends each stream by a packet without content, and fails if streams were found
+        # while it read.
+        if packet.size == 0 and packet.dts is None:
+            return
+        yield packet
 
 
 class _Packet(NamedTuple):
@@ -211,8 +237,9 @@ class _Packet(NamedTuple):
     dts: int | None
     size: int
     is_key: bool
-    is_hidden: bool
+    is_hidden: bool  # by an edit list, or invisible
     is_corrupt: bool
+    is_invisible: bool = False
 
     @property
     def time(self) -> int:
@@ -224,18 +251,19 @@ def _read(container: InputContainer, stream: VideoStream) -> list[_Packet]:
 
     Other packets that are marked as corrupt follow a fault of transmission. Most are intact.
     """
-    read = [
-        _Packet(
-            packet.pts,
-            packet.dts,
-            packet.size,
-            packet.is_keyframe,
-            packet.is_discard,
-            packet.is_corrupt,
-        )
-        for packet in container.demux(stream)
-        if packet.size > 0
-    ]
+    read = []
+    for packet in demux(container, stream):
+        if packet.size == 0:
+            continue
+        # VP8's alternate reference frames serve for prediction alone (RFC 6386, section 9.1).
+        invisible = stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
+        hidden = packet.is_discard or invisible
+        read.append(
+            _Packet(
+                packet.pts, packet.dts, packet.size, packet.is_keyframe, hidden, packet.is_corrupt,
+                invisible,
+            )
+        )  # fmt: skip
     return read[:-1] if read and read[-1].is_corrupt else read
 
 
@@ -280,17 +308,55 @@ def _end_of_all_streams(container: InputContainer) -> float:
         float(
             ((packet.pts or packet.dts or 0) + (packet.duration or 0)) * Fraction(packet.time_base)
         )
-        for packet in container.demux()
+        for packet in demux(container)
         if packet.size and packet.time_base
     ]
     return max(ends, default=0.0)
 
 
-def _clock_jumps(container: InputContainer, stream: VideoStream, times: list[int]) -> bool:
-    if container.format.name not in _BROADCAST or len(times) < 2:
-        return False
-    gaps = np.diff(np.sort(np.asarray(times, np.int64)))
-    return float(int(gaps.max()) * Fraction(stream.time_base or 1)) > _CLOCK_JUMP
+def _between_jumps(times: Sequence[int], longest: Fraction | None) -> list[Sequence[int]]:
+    """Returns times, in the order of packets, cut where the clock jumps.
+
+    It jumps back by more than codecs reorder frames, or forward by more than `longest`, if any.
+    """
+    if len(set(times)) < 2:
+        return [times]
+    back = _MOST_REORDERED * max(1, int(np.median(np.diff(np.unique(times)))))
+    cuts, latest = [0], times[0]
+    for i, time in enumerate(times):
+        if time < latest - back or (longest is not None and time > latest + longest):
+            cuts.append(i)
+            latest = time
+        latest = max(latest, time)
+    return [times[start:stop] for start, stop in pairwise([*cuts, len(times)])]
+
+
+def _repaired(
+    presented: Sequence[int | None], longest: Fraction | None, base: Fraction
+) -> list[int]:
+    """Returns ascending times in units of `_REPAIRED`, or [] if no two times differ.
+
+    Frames that share a time, or follow one without, are spread evenly up to the next time. After a
+    jump of the clock, times continue at the typical interval.
+    """
+    stated = [time for time in presented if time is not None]
+    if len(set(stated)) < 2:
+        return []
+    step = max(1, int(np.median(np.diff(np.unique(stated)))))
+    filled: list[int] = []
+    for time in presented:
+        filled.append(time if time is not None else filled[-1] if filled else stated[0])
+    joined: list[int] = []
+    for segment in _between_jumps(filled, longest):
+        shift = max(joined) + step - min(segment) if joined else 0
+        joined += [time + shift for time in segment]
+    values, counts = np.unique(joined, return_counts=True)
+    gaps = np.append(np.diff(values), step)
+    return [
+        round((int(value) + Fraction(i * int(gap), int(count))) * base / _REPAIRED)
+        for value, gap, count in zip(values, gaps, counts, strict=True)
+        for i in range(count)
+    ]
 
 
 def _in_plausible_order(times: list[int], stream: VideoStream, keys: int) -> bool:

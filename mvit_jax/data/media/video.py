@@ -103,6 +103,7 @@ class Video:
         self._file = "a video" if isinstance(file, bytes) else os.fspath(file)
         self.path = name or self._file
         self._reformatter = VideoReformatter()
+        self._orientations = orientation.Reader()
         self._size: tuple[int, int] | None = None
         self._index = index
         self._container: InputContainer | None = None
@@ -369,6 +370,8 @@ class Video:
           _UnsoundSeek: the file read from its start has another packet there.
         """
         position = self._packets.positions.get(packet.pts)
+        if (packet.pts, packet.size) in self._packets.invisible:
+            return None
         if position is None or packet.size == self._packets.sizes[position]:
             return position
         raise _UnsoundSeek
@@ -414,14 +417,14 @@ class Video:
                     continue
                 with contextlib.suppress(FFmpegError):
                     self._container.seek(stamp, stream=self._stream)
-                    stream = self._container.demux(self._stream)
+                    stream = packets.demux(self._container, self._stream)
                     packet = next(stream)
                     position = self._position(packet)
                     if position is not None and position <= start.position:
                         return itertools.chain([packet], stream)
         self._container.close()
         self._open()
-        return self._container.demux(self._stream)
+        return packets.demux(self._container, self._stream)
 
     def _indexed(self, index: Index, start: int) -> Iterator[av.Packet]:
         data = self._bytes or b""
@@ -438,7 +441,7 @@ class Video:
         image = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", threads=1
         ).to_ndarray()
-        return orientation.of_frame(frame).apply(image)
+        return self._orientations.of_frame(frame).apply(image)
 
     def _decode_error(self, error: Exception) -> DecodeError:
         file = None if self._bytes is not None else Path(self._file)

@@ -1,5 +1,6 @@
 """Presentation times of video files: variable, broken and truncated."""
 
+import inspect
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from mvit_jax.data.media.packets import Packets
+from mvit_jax.data.media.packets import Packets, demux
 from mvit_jax.data.media.video import DecodeError, Video, decode_failure, opened
 from mvit_jax.data.pipeline import ClipSettings
 from tests.data.bar_codes import decode_all, numbers_of, write
@@ -282,6 +283,92 @@ def test_joined_recordings_are_read_in_their_order(tmp_path):
         images = video.frames(range(video.num_frames))
         assert numbers_of(images) == numbers_of(expected)
         assert video.fps == pytest.approx(30, abs=0.1)
+
+
+@pytest.mark.parametrize(("first", "more"), [("flv", 3600), ("ts", -1)])
+def test_jumps_of_the_clock_are_no_pauses(first, more, tmp_path):
+    """A stream that was started again after an hour, or at the clock's start."""
+
+    def jumping(number, packet):
+        if number >= 30:
+            ticks = int(more / packet.time_base) if more > 0 else int(-0.9 / packet.time_base)
+            packet.pts += ticks
+            packet.dts += ticks
+
+    source = write(tmp_path / "x.mkv", 60, bf="0", gop=30)
+    if first == "ts":
+        half = copied(write(tmp_path / "1.ts", 30, bf="0"), tmp_path / "2.ts")
+        path = tmp_path / "both.ts"
+        path.write_bytes(Path(half).read_bytes() * 2)
+    else:
+        path = copied(source, tmp_path / "x.flv", jumping)
+    with Video(str(path)) as video:
+        assert video.num_frames == 60 and video.fps == pytest.approx(30, abs=0.2)
+        assert video.seconds[-1] == pytest.approx(59 / 30, abs=0.02)
+        assert (np.diff(video.seconds) > 0).all()
+        expected = [*range(30)] * 2 if first == "ts" else [*range(60)]
+        assert numbers_of(video.frames(range(60))) == expected
+        assert numbers_of(video.frames([45])) == [expected[45]]
+
+
+@pytest.mark.parametrize("suffix", ["webm", "mkv", "flv"])
+def test_one_doubled_time_leaves_the_others_in_force(suffix, tmp_path):
+    times = uneven_times(96)
+    path = tmp_path / f"x.{suffix}"
+    codec = "libvpx" if suffix == "webm" else "libx264"
+    double = [*times[:20], times[19], *times[21:]]
+    content = write(tmp_path / "even.mkv", 96, codec=codec, bf="0")
+
+    def doubled(number, packet):
+        packet.time_base, packet.pts, packet.dts = Fraction(1, 1000), double[number], None
+        packet.dts = double[number]
+
+    path = copied(content, path, doubled)
+    if suffix == "mkv":
+        without_rate(path)
+    with Video(path) as video:
+        assert video.num_frames == 96
+        assert video.fps == pytest.approx(95 / (times[-1] - times[0]) * 1000, rel=1e-3)
+        repaired = [*times]
+        repaired[20] = times[19] + (times[21] - times[19]) / 2
+        seconds = (np.array(repaired) - times[0]) / 1000
+        np.testing.assert_allclose(video.seconds, seconds, atol=2e-3)
+        assert numbers_of(video.frames([19, 20, 21, 95])) == [19, 20, 21, 95]
+
+
+def test_vp8_packets_without_a_picture_do_not_count(tmp_path):
+    """Encoders with two passes add alternate reference frames, which share a time with another."""
+    source, path = write(tmp_path / "1.mkv", 60, codec="libvpx", gop=20), tmp_path / "x.webm"
+    with av.open(source) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for number, packet in enumerate(reader.demux(video=0)):
+            if packet.size and number % 7 == 5:
+                content = bytes(packet)
+                hidden = av.Packet(bytes([content[0] & ~0x10]) + content[1:])
+                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+                hidden.stream = stream
+                writer.mux(hidden)
+            if packet.size:
+                packet.stream = stream
+                writer.mux(packet)
+    assert len(decode_all(str(path))) == 60
+    assert_exact(str(path))
+    with Video(path) as video:
+        assert video.fps == pytest.approx(30) and video._packets.seekable
+
+
+def test_packets_end_with_the_file():
+    """PyAV's packets after the end fail where FFmpeg found streams while it read."""
+
+    class Container:
+        def demux(self, *streams):
+            yield packet
+            yield av.Packet()
+            raise IndexError("list index out of range")
+
+    packet = av.Packet(b"content")
+    unchecked = inspect.unwrap(demux)  # without the types that the tests check
+    assert list(unchecked(Container())) == [packet]
 
 
 def test_frames_of_too_many_pixels_are_an_error(tmp_path, monkeypatch):

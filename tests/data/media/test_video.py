@@ -1,5 +1,6 @@
 """Decoding of video files: frame numbers, seeking, and broken files."""
 
+import gc
 import pickle
 from fractions import Fraction
 from pathlib import Path
@@ -337,3 +338,21 @@ def test_frames_after_a_resolution_change_have_the_first_size(tmp_path):
     assert images.shape[1:] == (32, 64, 3)
     assert images[0].mean() == pytest.approx(60, abs=4)
     assert images[-1].mean() == pytest.approx(180, abs=4)
+
+
+def test_decoded_frames_are_freed_at_once(tmp_path):
+    """Without the garbage collector: large frames would fill the memory before it runs."""
+
+    def count():
+        return sum(isinstance(x, av.VideoFrame) for x in gc.get_objects())
+
+    with Video(write(tmp_path / "x.mp4", 30, rotation=90)) as video:
+        gc.collect()
+        gc.disable()
+        before = count()
+        try:
+            for _ in video.in_order(range(30)):
+                pass
+            assert count() - before <= 3
+        finally:
+            gc.enable()
