@@ -6,6 +6,7 @@ the decoder's order.
 """
 
 import re
+import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ _DURATION = {
     "matroska,webm": rb"\x15\x49\xa9\x66.{1,500}?\x44\x89[\x84\x88]",
     "flv": rb"duration\0(?!\0{8})",
 }
+# The start of ASF's file properties, with the size of the file 40 bytes later, and flags after 88.
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 HEAD = 1 << 16
 """Number of first bytes of a file that contain its header."""
 
@@ -187,6 +190,7 @@ def read_packets(container: InputContainer, stream: VideoStream, path: str, head
     indexed = len(stream.index_entries)
     read = _read(container, stream)
     _check_frames(container, stream, path, read, indexed)
+    _check_bytes(container, path, head)
     _check_duration(container, stream, path, read, head)
     keys = [position for position, packet in enumerate(read) if packet.is_key]
     # Streams in which the encoder marks no key frame are decoded from the first packet.
@@ -278,6 +282,8 @@ def _check_frames(
     if name == "avi":
         # Chunks without content repeat the frame before; they have a time, but no packet.
         frames = max([frames, *(packet.time + 1 for packet in read)])
+    elif name == "mxf":
+        stated = stream.duration or 0  # in frames
     elif stated and indexed:
         # Edit lists hide whole groups of pictures, which the index leaves out.
         stated = min(stated, indexed)
@@ -299,6 +305,19 @@ def _check_duration(
     # The sound may be longer than the pictures.
     if seconds[-1] < required and (end := _end_of_all_streams(container)) < required:
         raise DecodeError(path, f"it is cut off, with {end:.1f} of its {duration:.1f} seconds")
+
+
+def _check_bytes(container: InputContainer, path: str, head: bytes) -> None:
+    """Raises `DecodeError` if an ASF or WMV file is far shorter than it states."""
+    start = head.find(_ASF_PROPERTIES) if container.format.name == "asf" else -1
+    if start < 0 or len(head) < start + 92:
+        return
+    (stated,), (flags,) = (
+        struct.unpack_from(f, head, start + n) for f, n in (("<Q", 40), ("<I", 88))
+    )
+    is_broadcast = flags & 1  # its size was not known at the start
+    if not is_broadcast and 0 < container.size < MIN_SHARE * stated:
+        raise DecodeError(path, f"it is cut off, with {container.size:,} of its {stated:,} bytes")
 
 
 def _end_of_all_streams(container: InputContainer) -> float:

@@ -160,6 +160,23 @@ def test_a_truncated_file_states_what_is_missing(suffix, tmp_path):
         Video(str(path))
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "words"),
+    [
+        ("mxf", "mpeg2video", r"\d+ of its 150 frames"),
+        ("wmv", "wmv2", r"[\d,]+ of its [\d,]+ bytes"),
+    ],
+)
+def test_a_truncated_file_without_times_states_what_is_missing(suffix, codec, words, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (150, 96, 128, 3), np.uint8)
+    path = Path(write(tmp_path / f"x.{suffix}", frames, codec=codec, bf="0"))
+    assert decode_failure(opened(path, 1)) is None
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises(DecodeError, match=f"cut off, with {words}"):
+        Video(str(path))
+
+
 def noise(path, sound, seconds=2, **options):
     """Writes noisy pictures and PCM sound, from whose bit rates FFmpeg estimates a duration."""
     rng = np.random.default_rng(0)
