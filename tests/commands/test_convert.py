@@ -321,6 +321,7 @@ def test_flags_reject_values_outside_their_choices(flag, source, tmp_path):
 # Export of a program.
 
 
+@pytest.mark.slow
 def test_a_converted_folder_is_exported_to_a_program_for_jax(converted, tmp_path):
     folder, _ = converted
     status, out = commands.run(

@@ -101,6 +101,7 @@ def test_the_program_prints_tables_and_writes_json_and_pictures(run, paths, tmp_
     assert lines[-1] == f"wrote {drawn[0]}, {drawn[1]}"
 
 
+@pytest.mark.slow
 def test_pictures_are_written_as_png_gif_and_mp4(predictor, paths, tmp_path):
     long = small.write_video(tmp_path / "long.mp4", small.textured(150, height=32))
     folder = tmp_path / "pictures"

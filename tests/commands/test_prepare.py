@@ -38,6 +38,7 @@ def test_a_data_set_is_written_with_progress_in_plain_lines(tmp_path):
     assert output.startswith("error: ") and "seed=0, not seed=1" in output
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_complete_files_and_resumes(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     counts = ("--train_videos=64", "--val_videos=8", "--test_videos=8")

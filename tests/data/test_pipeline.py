@@ -111,9 +111,10 @@ def test_train_batches_have_the_promised_shapes(good):
 @pytest.mark.parametrize(
     ("hosts", "options"),
     [
-        *((hosts, {"threads": threads}) for hosts in (1, 2, 4) for threads in (0, 1, 3)),
-        *((hosts, {"repeats": 2}) for hosts in (1, 2)),
-        *((1, {"start": start}) for start in (1, 3, 4, 9)),  # of 4 steps
+        *((1, {"threads": threads}) for threads in (0, 3)),
+        *((hosts, {"threads": 1}) for hosts in (2, 4)),
+        (2, {"repeats": 2}),
+        *((1, {"start": start}) for start in (3, 4, 9)),  # of 4 steps
         (2, {"repeats": 2, "processes": 2, "start": 1}),
     ],
 )

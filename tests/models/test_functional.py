@@ -127,7 +127,7 @@ def test_costs_of_custom_modules_are_counted():
     assert more == 2 * tokens * 2 * width * 4 * width
 
 
-@pytest.mark.parametrize("config", [V1, dataclasses.replace(V2, class_token=False)])
+@pytest.mark.parametrize("config", [slow(V1), dataclasses.replace(V2, class_token=False)])
 def test_features_are_the_heads_input_and_means_over_the_grids(config):
     """Logits are the head's input times its weights; grids are those of all blocks' tokens."""
     model = functional(config)

@@ -207,6 +207,7 @@ def test_decode_failures_in_a_batch_are_counted():
     assert [int(x) for x in run(state, inputs)[1]["broken"]] == [3, 8]
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
     run, state = make()
     half, _ = make(dtype=jnp.bfloat16)
