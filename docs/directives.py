@@ -22,7 +22,7 @@ from sphinx.util.docutils import SphinxDirective
 import mvit_jax
 from mvit_jax.config import KEYS, SECTIONS, Key
 from mvit_jax.describe import config_file
-from mvit_jax.models.ablations import ABLATIONS
+from mvit_jax.describe.ablations import ABLATIONS
 from mvit_jax.models.cost import cost
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.summary import describe

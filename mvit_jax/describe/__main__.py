@@ -18,7 +18,7 @@ from mvit_jax.common import errors
 from mvit_jax.common.text import table
 from mvit_jax.config import check, define_flag
 from mvit_jax.describe import config_file
-from mvit_jax.models.ablations import ABLATIONS
+from mvit_jax.describe.ablations import ABLATIONS
 from mvit_jax.models.cost import Cost, cost
 from mvit_jax.models.summary import Row, describe
 from mvit_jax.models.variants import CLASSES, PUBLISHED, VARIANTS, Published, override, variant

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.models import cost
+from mvit_jax.models.detection import Boxes
 from mvit_jax.models.mvit import MViT
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
@@ -66,14 +67,15 @@ class Functional:
         self,
         params: Params,
         clip: Shaped[Array, "..."],
+        boxes: Boxes | None = None,
         *,
         key: Array | None = None,
         capture: bool = False,
         scan: bool = False,
         remat: str = "none",
         frozen_blocks: int = 0,
-    ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
-        """Returns logits and features of normalised clips; see `MViT.forward`.
+    ) -> tuple[Float[Array, "batch *boxes num_classes"], dict[str, Any]]:
+        """Returns logits and features of normalised clips, or of their boxes; see `MViT.forward`.
 
         A `key` selects training mode, with drop path and dropout: block i draws from
         `fold_in(key, i)`. Without a key the model is in inference mode.
@@ -84,8 +86,9 @@ class Functional:
         """
         model = self.module(params)
         return model.forward(
-            clip, key=key, capture=capture, scan=scan, remat=remat, frozen_blocks=frozen_blocks
-        )
+            clip, boxes, key=key, capture=capture, scan=scan, remat=remat,
+            frozen_blocks=frozen_blocks,
+        )  # fmt: skip
 
     def features(
         self, params: Params, clip: Shaped[Array, "..."], *, stage: int | None = None
@@ -136,7 +139,9 @@ class Functional:
         # "auto" would trace every platform's implementation and count the most expensive one.
         model = dataclasses.replace(self, ops="reference")
         params = jax.eval_shape(model.init, jax.random.key(0))
-        program = jax.make_jaxpr(lambda params, clip: model.apply(params, clip)[0])(params, clip)
+        boxes = jax.ShapeDtypeStruct((1, 1, 4), jnp.float32) if c.task == "detection" else None
+        run = lambda *inputs: model.apply(*inputs)[0]  # noqa: E731
+        program = jax.make_jaxpr(run)(params, clip, boxes)
         return cost.Cost(sum(x.size for x in jax.tree.leaves(params)), cost.products(program))
 
     def _build(self, rngs: nnx.Rngs) -> MViT:

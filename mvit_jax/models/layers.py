@@ -41,15 +41,15 @@ class LayerNorm(nnx.Module):
 
 
 class ClassificationHead(nnx.Module):
-    """Dropout and a linear layer, applied to one vector per clip."""
+    """Dropout and a linear layer, applied to one vector per clip, or per box of a clip."""
 
     def __init__(self, config: MViTConfig, width: int, *, dtype, rngs: nnx.Rngs) -> None:
         self.rate = config.dropout
         self.classifier = linear(width, config.num_classes, dtype, rngs)
 
     def __call__(
-        self, pooled: Float[Array, "batch channels"], key: Array | None = None
-    ) -> Float[Array, "batch num_classes"]:
+        self, pooled: Float[Array, "batch *boxes channels"], key: Array | None = None
+    ) -> Float[Array, "batch *boxes num_classes"]:
         """Returns logits in float32 (float64 for float64 input); a `key` turns dropout on."""
         if key is not None and self.rate > 0:
             keep = jax.random.bernoulli(key, 1 - self.rate, pooled.shape)

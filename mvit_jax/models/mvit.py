@@ -8,7 +8,7 @@ widths from its `BlockPlan`. `functional.py` has the model as pure functions of 
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.models import run_blocks
+from mvit_jax.models.detection import Boxes, box_features, total_stride
 from mvit_jax.models.layers import (
     ClassificationHead,
     LayerNorm,
@@ -83,28 +84,35 @@ class MViT(nnx.Module):
         self.norm = LayerNorm(blocks[-1].width_out, dtype)
         self.head = ClassificationHead(config, blocks[-1].width_out, dtype=dtype, rngs=rngs)
 
-    def __call__(self, clip: Shaped[Array, "..."]) -> Float[Array, "batch num_classes"]:
+    def __call__(
+        self, clip: Shaped[Array, "..."], boxes: Boxes | None = None
+    ) -> Float[Array, "batch *boxes num_classes"]:
         """Returns logits of normalised clips `[batch, T, H, W, 3]` or images `[batch, H, W, 3]`.
 
+        With `task="detection"` these are the logits of `boxes [batch, boxes, 4]`; see `forward`.
         T, H and W may differ from the configured sizes, as positional embeddings are interpolated.
         Every block must be left with at least one token (see `plan.smallest_clip`).
         """
-        return self.forward(clip)[0]
+        return self.forward(clip, boxes)[0]
 
     def forward(
         self,
         clip: Shaped[Array, "..."],
+        boxes: Boxes | None = None,
         *,
         key: Array | None = None,
         capture: bool = False,
         scan: bool = False,
         remat: str = "none",
         frozen_blocks: int = 0,
-    ) -> tuple[Float[Array, "batch num_classes"], dict[str, Any]]:
+    ) -> tuple[Float[Array, "batch *boxes num_classes"], dict[str, Any]]:
         """Returns logits and features.
 
         Args:
           clip: normalised clips `[batch, T, H, W, 3]` or images `[batch, H, W, 3]`.
+          boxes: for `task="detection"` alone: x1, y1, x2, y2 of persons at the middle frame, in
+            pixels of `clip`. Clips have the same number of boxes; zeros stand for a missing one,
+            whose logits the caller ignores.
           key: a PRNG key that turns drop path and dropout on, as in training.
           capture: captures each block's intermediates; turns `scan` off.
           scan: runs identical blocks as one loop, which compiles faster. Results stay the same.
@@ -117,7 +125,7 @@ class MViT(nnx.Module):
           The logits and a dict of features. "stages" is a list of the grids
           `[batch, T, H, W, channels]` after each stage. "tokens" are the last block's
           tokens after the final norm, and "pooled" is the vector `[batch, channels]` that the head
-          classifies.
+          classifies, or the vectors `[batch, boxes, channels]`.
 
           With `capture`, the dict also has lists with an entry per block. "attention" holds the
           probabilities `[batch, heads, queries, keys]`, float32. "queries", "keys" and "values",
@@ -125,10 +133,15 @@ class MViT(nnx.Module):
           scaling. The class token, if any, is the first token.
 
           Under `jit`, features that the jitted function does not return are not computed.
+
+        Raises:
+          UserError: the clips have an unsupported shape or dtype, or boxes are missing or given
+            for a model of another task.
         """
+        self._check_boxes(clip, boxes)
         options = {"key": key, "capture": capture, "scan": scan, "remat": remat}
         if clip.ndim > 0 and clip.shape[0] == 0:
-            return self._forward_none(_as_video(clip, self.config), options)
+            return self._forward_none(_as_video(clip, self.config), boxes, options)
         keys = fold_keys(key, len(self.blocks) + 1)
         with self.operations():
             x, grid = self.embed(clip)
@@ -136,18 +149,23 @@ class MViT(nnx.Module):
                 list(self.blocks), plan(self.config), x, grid, keys,
                 capture=capture, scan=scan, remat=remat, frozen_blocks=frozen_blocks,
             )  # fmt: skip
-            logits, tokens, pooled = self.classify(x, keys[-1])
+            _, *grid, _ = after[-1].shape
+            logits, tokens, pooled = self.classify(x, keys[-1], grid, boxes)
         names = [n for n in records[0] if all(n in record for record in records)] if capture else []
         captured = {name: [record[name] for record in records] for name in names}
         return logits, {"stages": after, "tokens": tokens, "pooled": pooled} | captured
 
     def _forward_none(
-        self, clips: Float[Array, "0 T H W 3"], options: dict[str, Any]
-    ) -> tuple[Float[Array, "0 num_classes"], dict[str, Any]]:
+        self,
+        clips: Float[Array, "0 T H W 3"],
+        boxes: Float[Array, "0 boxes 4"] | None,
+        options: dict[str, Any],
+    ) -> tuple[Float[Array, "0 *boxes num_classes"], dict[str, Any]]:
         """Returns the empty outputs of `forward` for no clips."""
         # An empty array cannot be reshaped to an inferred length, which many operations do.
-        one = jax.ShapeDtypeStruct((1, *clips.shape[1:]), clips.dtype)
-        shapes = jax.eval_shape(lambda clip: self.forward(clip, **options), one)
+        inputs = [clips] if boxes is None else [clips, boxes]
+        one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in inputs]
+        shapes = jax.eval_shape(lambda *inputs: self.forward(*inputs, **options), *one)
         return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), shapes)
 
     def operations(self) -> contextlib.AbstractContextManager[None]:
@@ -164,12 +182,42 @@ class MViT(nnx.Module):
         return dispatch.keep_batch_sharded(x), (t, h, w)
 
     def classify(
-        self, x: Tokens, key: Array | None = None
-    ) -> tuple[Float[Array, "batch num_classes"], Tokens, Float[Array, "batch channels"]]:
-        """Returns logits of the last block's tokens, normalised tokens, and the head's input."""
+        self,
+        x: Tokens,
+        key: Array | None = None,
+        grid: Sequence[int] = (),
+        boxes: Boxes | None = None,
+    ) -> tuple[
+        Float[Array, "batch *boxes num_classes"], Tokens, Float[Array, "batch *boxes channels"]
+    ]:
+        """Returns logits of the last block's tokens, normalised tokens, and the head's input.
+
+        Args:
+          x: the last block's tokens.
+          key: a PRNG key that turns dropout on.
+          grid: the grid of `x`; required with `boxes` alone.
+          boxes: as for `forward`.
+        """
         tokens = self.norm(x)
-        pooled = self._representation(x, tokens)
+        if boxes is None:
+            pooled = self._representation(x, tokens)
+        else:
+            t, h, w = grid
+            on_grid = run_blocks.unflatten(tokens, (t, h, w))
+            pooled = box_features(on_grid, boxes, total_stride(self.config))
         return self.head(pooled, key), tokens, pooled
+
+    def _check_boxes(self, clip: Shaped[Array, "..."], boxes: Boxes | None) -> None:
+        detects = self.config.task == "detection"
+        if detects and boxes is None:
+            raise UserError('a model with task="detection" requires boxes [batch, boxes, 4]')
+        if not detects and boxes is not None:
+            raise UserError('boxes require a model with task="detection"')
+        if boxes is not None and (boxes.shape[:1], boxes.shape[2:]) != (clip.shape[:1], (4,)):
+            raise UserError(
+                f"boxes must have the shape [batch, boxes, 4] with the {clip.shape[0]} clips, not "
+                f"{list(boxes.shape)}"
+            )
 
     def _representation(self, x: Tokens, tokens: Tokens) -> Float[Array, "batch channels"]:
         """Returns the vector that the head classifies: the class token or a mean of tokens."""

@@ -32,6 +32,8 @@ class MViTConfig:
     frames: int = 16  # frames per clip
     size: int = 224  # side of the square crop, pixels
     num_classes: int = 400
+    # "detection" classifies boxes of a clip (AVA) from the mean of the last grid over time.
+    task: Literal["classification", "detection"] = "classification"
     patch_kernel: Triple = (3, 7, 7)  # kernel of the patch embedding
     patch_stride: Triple = (2, 4, 4)  # stride of the patch embedding
     patch_padding: Triple = (1, 3, 3)  # zeros on either side of the clip
@@ -75,6 +77,10 @@ class MViTConfig:
     # Library whose order of float32 operations decides how distances are truncated. The order
     # matters only if neither the query grid nor the key grid is a multiple of the other.
     relative_distances: Literal["slowfast", "torchvision"] = "slowfast"
+    # Relative positions on a frame that is no square: "stretch" interpolates each axis's embeddings
+    # to its length. "clamp" has the shorter axis's distances for both, and repeats the end values
+    # beyond them (reference code of MeMViT).
+    relative_resize: Literal["stretch", "clamp"] = "stretch"
     # Residual pooling adds the pooled queries to the attention's output (MViTv2, section 4.1):
     # "grid" for all tokens but the class token, "all" for the class token too (timm).
     residual_pool: Literal["none", "grid", "all"] = "none"
@@ -132,6 +138,7 @@ class BlockPlan:
     relative_time: int = 0  # rows of the relative positional embedding along time; 0 for none
     relative_space: int = 0  # likewise along height and along width
     relative_distances: str = "slowfast"
+    relative_resize: str = "stretch"
     residual_pool: str = "none"
 
     @property
@@ -204,6 +211,7 @@ def plan(config: MViTConfig) -> tuple[BlockPlan, ...]:
                     relative_time=time,
                     relative_space=space,
                     relative_distances=config.relative_distances,
+                    relative_resize=config.relative_resize,
                     residual_pool=config.residual_pool,
                 )
             )
@@ -355,6 +363,8 @@ def _check(config: MViTConfig) -> None:
         raise UserError(f"width {config.width} is not divisible by {config.heads} heads")
     if config.positions == "sincos" and config.width % 16:
         raise UserError(f'positions="sincos" requires a width divisible by 16, not {config.width}')
+    if config.mean_pooling and config.task == "detection":
+        raise UserError('mean_pooling requires task="classification"')
     if config.pool_mode == "conv_unshared" and not config.pool_first:
         raise UserError('pool_mode "conv_unshared" requires pool_first=True')
     for name in ("q_kernels", "kv_kernels"):

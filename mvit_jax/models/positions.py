@@ -74,6 +74,7 @@ class RelativePositions(nnx.Module):
 
     def __init__(self, plan: BlockPlan, *, dtype, rngs: nnx.Rngs) -> None:
         self.order, self.dtype = plan.relative_distances, dtype
+        self.clamps = plan.relative_resize == "clamp"
         if plan.relative_time:
             self.time = _embedding(rngs, plan.relative_time, plan.head_dim)
         if plan.relative_space:
@@ -84,18 +85,26 @@ class RelativePositions(nnx.Module):
         self, queries: Triple, keys: Triple
     ) -> dict[str, Float[Array, "queries_of_axis keys_of_axis dim"]]:
         """Returns, by axis with embeddings, the embedding of each pair of query and key indices."""
+        shorter = 1 if queries[1] <= queries[2] else 2
         return {
-            axis: self._rows(axis, q, k)
-            for axis, q, k in zip(("time", "height", "width"), queries, keys, strict=True)
-            if hasattr(self, axis)
+            name: self._rows(name, (q, k), axis, (queries[shorter], keys[shorter]))
+            for axis, (name, q, k) in enumerate(
+                zip(("time", "height", "width"), queries, keys, strict=True)
+            )
+            if hasattr(self, name)
         }
 
-    def _rows(self, axis: str, queries: int, keys: int) -> Array:
-        rows = resize(getattr(self, axis)[...], 2 * max(queries, keys) - 1, 0)
-        return rows[distances(queries, keys, self.order)].astype(self.dtype)
+    def _rows(
+        self, name: str, lengths: tuple[int, int], axis: int, shorter: tuple[int, int]
+    ) -> Array:
+        scale = shorter if self.clamps and axis > 0 else lengths
+        rows = resize(getattr(self, name)[...], 2 * max(scale) - 1, 0)
+        return rows[distances(*lengths, self.order, scale)].astype(self.dtype)
 
 
-def distances(queries: int, keys: int, order: str) -> Int[np.ndarray, "queries keys"]:
+def distances(
+    queries: int, keys: int, order: str, scale: tuple[int, int] | None = None
+) -> Int[np.ndarray, "{queries} {keys}"]:
     """Returns the index of the relative positional embedding of each pair of query and key.
 
     There are 2 max(queries, keys) - 1 embeddings. Positions are scaled to the finer grid, and their
@@ -107,13 +116,18 @@ def distances(queries: int, keys: int, order: str) -> Int[np.ndarray, "queries k
       queries: number of query positions along the axis.
       keys: number of key positions along the axis.
       order: "slowfast" or "torchvision", as `MViTConfig.relative_distances`.
+      scale: the queries and keys of another axis, which has the embeddings; distances beyond them
+        are clamped. By default those of this axis.
     """
     f = np.float32
-    q = np.arange(queries, dtype=f)[:, None] * f(max(keys / queries, 1))
-    k, ratio = np.arange(keys, dtype=f)[None], max(queries / keys, 1)
+    of_queries, of_keys = scale or (queries, keys)
+    q = np.arange(queries, dtype=f)[:, None] * f(max(of_keys / of_queries, 1))
+    k, ratio = np.arange(keys, dtype=f)[None], max(of_queries / of_keys, 1)
     if order == "torchvision":
-        return (q - (k + f(1 - keys)) * f(ratio)).astype(np.int64)
-    return (q - k * f(ratio) + f((keys - 1) * ratio)).astype(np.int64)
+        indices = q - (k + f(1 - of_keys)) * f(ratio)
+    else:
+        indices = q - k * f(ratio) + f((of_keys - 1) * ratio)
+    return np.clip(indices, 0, 2 * max(of_queries, of_keys) - 2).astype(np.int64)
 
 
 def resize(values: Array, length: int, axis: int) -> Array:

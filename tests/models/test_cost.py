@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from mvit_jax.models.ablations import ABLATIONS
+from mvit_jax.describe.ablations import ABLATIONS
 from mvit_jax.models.cost import block_cost, cost, embedding_cost, head_cost, products
 from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import MViTConfig, grids, plan

@@ -213,7 +213,7 @@ def test_the_site_builds_without_a_warning_and_has_every_public_name(site):
 
 @pytest.mark.slow
 def test_generated_tables_flags_and_figures_are_in_the_site(site):
-    from mvit_jax.models.ablations import ABLATIONS
+    from mvit_jax.describe.ablations import ABLATIONS
     from mvit_jax.models.variants import VARIANTS
 
     variants = (site / "variants.html").read_text()
