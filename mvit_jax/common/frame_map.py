@@ -118,7 +118,7 @@ def measure_frame_ap(
 ) -> FrameAP:
     """Computes the average precision of each class over all images.
 
-    5.6 million detections take 6 to 10 seconds of one core (`python -m benchmarks.frame_map`,
+    5.6 million detections take 6 to 10 seconds of one core (`python -m benchmarks.detection`,
     2026-12-01).
 
     Args:
