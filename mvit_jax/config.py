@@ -159,7 +159,8 @@ KEYS: dict[str, Key] = {
     "model.variant": Key("mvit_b_16x4", "variant by name, see `python -m mvit_jax.describe --all`",
                          required=True),
     **{f"model.{field.name}": _model_key(field.type) for field in fields(MViTConfig)
-       if field.name != "num_classes"},  # the data determine num_classes
+       # The data determine num_classes, and the programs train classifiers.
+       if field.name not in ("num_classes", "task")},
     "model.block": Key(None, "custom block, MODULE:CLASS (docs/variants.md)", kind=str),
     "model.attention": Key(None, "custom attention, MODULE:CLASS", kind=str),
     "model.pooling": Key(None, "custom pooling of Q, K and V, MODULE:CLASS", kind=str),

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.models import cost
-from mvit_jax.models.detection import Boxes
 from mvit_jax.models.mvit import MViT
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import variant
@@ -67,7 +66,7 @@ class Functional:
         self,
         params: Params,
         clip: Shaped[Array, "..."],
-        boxes: Boxes | None = None,
+        boxes: Shaped[Array, "..."] | None = None,
         *,
         key: Array | None = None,
         capture: bool = False,

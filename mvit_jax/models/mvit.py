@@ -85,7 +85,7 @@ class MViT(nnx.Module):
         self.head = ClassificationHead(config, blocks[-1].width_out, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, clip: Shaped[Array, "..."], boxes: Boxes | None = None
+        self, clip: Shaped[Array, "..."], boxes: Shaped[Array, "..."] | None = None
     ) -> Float[Array, "batch *boxes num_classes"]:
         """Returns logits of normalised clips `[batch, T, H, W, 3]` or images `[batch, H, W, 3]`.
 
@@ -98,7 +98,7 @@ class MViT(nnx.Module):
     def forward(
         self,
         clip: Shaped[Array, "..."],
-        boxes: Boxes | None = None,
+        boxes: Shaped[Array, "..."] | None = None,
         *,
         key: Array | None = None,
         capture: bool = False,
@@ -207,7 +207,7 @@ class MViT(nnx.Module):
             pooled = box_features(on_grid, boxes, total_stride(self.config))
         return self.head(pooled, key), tokens, pooled
 
-    def _check_boxes(self, clip: Shaped[Array, "..."], boxes: Boxes | None) -> None:
+    def _check_boxes(self, clip: Shaped[Array, "..."], boxes: Shaped[Array, "..."] | None) -> None:
         detects = self.config.task == "detection"
         if detects and boxes is None:
             raise UserError('a model with task="detection" requires boxes [batch, boxes, 4]')
