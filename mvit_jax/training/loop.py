@@ -88,7 +88,10 @@ def train(
     """
     done, log, steps = start, upkeep.log, upkeep.intervals.steps
     broken: set[int] = set()
-    log.print("loading the first batch and compiling the training step")
+    log.print(
+        "loading the first batch and compiling the training step: about a minute for a small "
+        "model, several for a large one, seconds if this program was compiled before"
+    )
     while done < steps:
         batch = _next_batch(batches, stop, partial(upkeep.save_at_once, state, done))
         if batch is None:
