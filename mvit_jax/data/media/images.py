@@ -170,8 +170,10 @@ class _UnknownRangeError(ValueError):
 
 def _rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded)) as image:
+        pixels = _stored_rgb(image, encoded)
+        # After the pixels: Pillow turns TIFF upright as it loads them, and then drops the tag.
         stored = orientation.of_exif(image.getexif().get(ExifTags.Base.Orientation))
-        return stored.apply(_stored_rgb(image, encoded))[None]
+        return stored.apply(pixels)[None]
 
 
 def _stored_rgb(image: Image.Image, encoded: bytes) -> np.ndarray:

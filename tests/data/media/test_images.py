@@ -72,7 +72,7 @@ TURNED[0x0112] = 6  # a rotation by 90 degrees
 
 
 @pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are invalid
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif"])
 def test_photos_are_turned_upright(orientation, name, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -80,6 +80,24 @@ def test_photos_are_turned_upright(orientation, name, tmp_path):
     with Image.open(path) as image:
         expected = ImageOps.exif_transpose(image).convert("RGB")
     np.testing.assert_array_equal(read_image(path)[0], expected)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_photos_are_turned_once(orientation, compression, tmp_path):
+    """Pillow itself turns them as it loads their pixels."""
+    turns = (
+        lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud, lambda x: x.swapaxes(0, 1),
+        lambda x: np.rot90(x, -1), lambda x: np.rot90(x, 2).swapaxes(0, 1), np.rot90,
+    )  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.tif", picture(), exif=exif, compression=compression)
+    np.testing.assert_array_equal(read_image(path)[0], turns[orientation - 1](picture()))
+    deep = picture()[..., 0].astype(np.uint16) * 256
+    path = save(tmp_path / "deep.tif", deep, exif=exif, compression=compression)
+    grey = np.stack([picture()[..., 0]] * 3, axis=-1)
+    np.testing.assert_array_equal(read_image(path)[0], turns[orientation - 1](grey))
 
 
 WHOLE = cv2.imencode(".jpg", picture(200, 300))[1].tobytes()
