@@ -80,7 +80,8 @@ def read_video_list(
         number of missing files is printed on stderr. These files stay in the list and fail to
         decode.
       multi_label: True for lines of a path and any number of labels, with commas or semicolons
-        between them (semicolons if the separator is a comma), like `path 4,17`; `path ""` for none.
+        between them (semicolons or quotes if the separator is a comma), like `path 4,17`;
+        `path ""` for none.
 
     Raises:
       UserError: the folder, the list or a video file does not exist, a line is not `path label`,
@@ -203,7 +204,7 @@ def _parse(
         if not line:
             continue
         try:
-            path, label = line.rsplit(separator, 1)
+            path, label = _split(line, separator)
             labels.append(parse(_unquoted(label)))
         except ValueError:
             raise _BadLineError(number, line) from None
@@ -211,6 +212,16 @@ def _parse(
         path = _unquoted(path.rstrip())
         paths.append(path if path.startswith("/") else base + path)
     return paths, labels
+
+
+def _split(line: str, separator: str | None) -> list[str]:
+    """Returns path and label, the last field, which may hold the separator within quotes."""
+    if line.endswith('"'):
+        opening = line.rfind('"', 0, -1)
+        fields = f"{line[: max(opening, 0)]}_".rsplit(separator, 1)
+        if len(fields) == 2 and fields[1].strip(" ") == "_":
+            return [fields[0], line[opening:]]
+    return line.rsplit(separator, 1)
 
 
 def _unquoted(field: str) -> str:
@@ -232,7 +243,7 @@ def _explain(
 ) -> str:
     """Explains a bad line: it is a header, has another separator, or is wrong by itself."""
     if not multi_label and _fits([bad.line], separator, True):
-        label = bad.line.rsplit(separator, 1)[1]
+        label = _unquoted(_split(bad.line, separator)[1])
         return f": {label[:50]!r} is not one label: set data.multi_label=True to read several"
     sample = [line for line in lines if line.strip()][:20]
     if sample[0].strip() == bad.line:
@@ -245,7 +256,7 @@ def _explain(
                     problems.append(_suggest_separator(candidate))
                 return ", and ".join(problems) if header else f": {problems[0]}"
     between = "white space" if separator is None else repr(separator)
-    fields = bad.line.rsplit(separator, 1)
+    fields = _split(bad.line, separator)
     if len(fields) != 2:
         return f": {bad.line[:200]!r} should be a path and a label with {between} between them"
     if multi_label:

@@ -212,6 +212,20 @@ def test_multi_label_lists_have_any_number_of_labels_per_line(folder, separator)
     assert read_video_list(folder, "train.csv", **options).labels.tolist() == [[0]]
 
 
+@pytest.mark.parametrize("separator", [",", " ", "\t"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_quoted_labels_may_hold_the_separator(folder, separator, quoting):
+    (folder / "videos/x, y.mp4").touch()
+    rows = [("videos/a.mp4", "0,1"), ("videos/x, y.mp4", "1, 2"), ("videos/b.mp4", "2")]
+    with (folder / "train.csv").open("w", newline="") as file:
+        csv.writer(file, delimiter=separator, quoting=quoting).writerows(rows)
+    videos = read_video_list(folder, "train.csv", separator=separator, multi_label=True)
+    assert videos.paths == tuple(str(folder / name) for name, _ in rows)
+    assert videos.labels.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+    with refused("line 1: '0,1' is not one label: set data.multi_label=True"):
+        read_video_list(folder, "train.csv", separator=separator)
+
+
 @pytest.mark.parametrize(
     ("line", "multi_label", "sentence"),
     [
