@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
+from mvit_jax.data.formats.listing import is_media, note_unlisted
 from mvit_jax.data.formats.video_list import VideoList, multi_hot, read_class_names, read_lines
 
 TABLE = "labels.csv"
@@ -14,8 +15,9 @@ TABLE = "labels.csv"
 def read_label_table(folder: str | os.PathLike[str], list_name: str, train_list: str) -> VideoList:
     """Reads `folder/LIST/labels.csv`, with lines `file,name;name` of files in `folder/LIST`.
 
-    A file without classes has the line `file,`. The classes are the lines of `folder/labels.txt`;
-    without this file they are the names in the training list's table, sorted.
+    A file without classes has the line `file,`; several lines of one file add up. The classes are
+    the lines of `folder/labels.txt`; without this file they are the names in the training list's
+    table, sorted. Videos and images beside the files that have no line are counted on stderr.
 
     Args:
       folder: folder of the data set; `~` is the user's home.
@@ -45,9 +47,12 @@ def read_label_table(folder: str | os.PathLike[str], list_name: str, train_list:
             )
         if not (table.parent / file).is_file():
             raise UserError(f"{table}, line {line}: there is no file {table.parent / file}")
-    labels = multi_hot([[number[name] for name in row[2]] for row in rows], len(names))
-    paths = tuple(str(table.parent / file) for _, file, _ in rows)
-    return VideoList(paths, labels, names, str(table))
+    merged: dict[str, set[int]] = {}
+    for _, file, classes in rows:
+        merged.setdefault(str(table.parent / file), set()).update(number[name] for name in classes)
+    note_unlisted(table, tuple(merged))
+    labels = multi_hot([sorted(label) for label in merged.values()], len(names))
+    return VideoList(tuple(merged), labels, names, str(table))
 
 
 def _rows(table: Path) -> list[tuple[int, str, list[str]]]:
@@ -70,4 +75,11 @@ def _rows(table: Path) -> list[tuple[int, str, list[str]]]:
         rows.append((line, file.strip(), [c.strip() for c in classes.split(";") if c.strip()]))
     if not rows:
         raise UserError(f"{table} lists no files: it should hold lines `file,class;class`")
+    if [_names_file(table, file) for _, file, _ in rows[:2]] == [False, True]:
+        raise UserError(f"{table}, line {rows[0][0]} looks like a header: remove it")
     return rows
+
+
+def _names_file(table: Path, file: str) -> bool:
+    """Returns True if a field is the name of a file, as a header's is not."""
+    return is_media(file) or (table.parent / file).is_file()

@@ -26,6 +26,7 @@ def write_video(path):
     # Suffixes of formats that FFmpeg writes under another suffix.
     alias = {".qt": ".mov", ".mpe": ".mpg", ".divx": ".avi", ".mod": ".vob", ".tod": ".m2ts"}
     alias |= {".m2p": ".vob", ".tp": ".ts", ".trp": ".ts", ".mk3d": ".mkv", ".ogm": ".ogv"}
+    alias |= {".lrv": ".mp4", ".insv": ".mp4"}
     alias |= {".rmvb": ".rm", ".mj2": ".mov", ".265": ".hevc", ".h265": ".hevc", ".h264": ".264"}
     written = path.with_name("x" + alias.get(path.suffix, path.suffix))
     if path.suffix in (".gif", ".apng"):
@@ -153,6 +154,33 @@ def test_a_folder_whose_name_is_no_line_is_an_error(tmp_path, read, name):
     root = fill(tmp_path / "root", "cat/a.mp4", "dog/b.mp4", f"{name}/c.mp4")
     with refused("cannot name a class", ascii(name)[1:-1]):
         read(root)
+
+
+@pytest.mark.parametrize("read", [in_lists, in_folders])
+def test_the_folder_of_hidden_files_of_macos_is_no_class(tmp_path, capsys, read):
+    root = fill(
+        tmp_path / "root", "cat/a.LRV", "dog/b.insv", "__MACOSX/c.mp4", "__MACOSX/d/._e.mp4"
+    )
+    assert read(root) == {"cat/a.LRV", "dog/b.insv"}
+    assert (
+        f"holds 1 files or folders that are neither videos nor images by their names, for "
+        f"example {root}/__MACOSX, which are left out" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("read", [in_lists, in_folders])
+def test_files_in_two_classes_through_links_are_noted(tmp_path, capsys, read):
+    root = fill(tmp_path / "root", "cat/a.mp4", "dog/b.mp4", "dog/c.mp4", "fish/d.mp4")
+    fill(tmp_path, "store/e.mp4")
+    (root / "hound").symlink_to("dog")
+    (root / "fish/a.mp4").symlink_to("../cat/a.mp4")
+    (root / "fish/e.mp4").symlink_to(tmp_path / "store/e.mp4")
+    (root / "fish/f.mp4").symlink_to(tmp_path / "store/e.mp4")
+    assert len(read(root)) == 9
+    assert capsys.readouterr().err == (
+        f"note: 3 files are in two classes through links, for example {root}/cat/a.mp4 and "
+        f"{root}/fish/a.mp4: keep each file in one class\n"
+    )
 
 
 def test_other_files_among_frames_are_left_out_and_counted_once(tmp_path, capsys, monkeypatch):
