@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from mvit_jax.common.errors import UserError
@@ -20,10 +21,17 @@ WEIGHTS = ("plain", "ema")  # the last update's parameters, or averaged paramete
 _PREFERRED = ("model_state", "state_dict", "model", "module")
 # Words in the names of entries with averaged parameters. A student's teacher is an average only if
 # both have the same shapes.
-_AVERAGED = {"ema", "averaged", "average", "avg", "swa", "shadow", "teacher"}
+_AVERAGED = {"ema", "averaged", "average", "avg", "swa", "shadow", "teacher", "polyak"}
+_NETWORK = {"model", "net", "network", "encoder", "backbone"}
+# Such words before a word for a network, as in "mean_model" or MoCo's "momentum_encoder".
+_AVERAGED_NETWORK = {"mean", "momentum"}
 # Entries of an optimiser hold tensors that have the names and shapes of the parameters.
-_OPTIMISER = re.compile(r"optim|adam|exp_avg|moment|sched|scaler|grad")
-_DEPTH = 3  # nested entries
+_OPTIMISER = {
+    "optim", "optimizer", "optimizers", "optimiser", "optimisers", "moment", "moments", "momentum",
+    "sched", "scheduler", "schedulers", "scaler", "grad", "grads", "gradient", "gradients",
+}  # fmt: skip
+_METHODS = {"adam", "adamw"}  # may also be in the name of a network, as in "net_adamw"
+_DEPTH = 8  # nested entries
 _ALIKE = 0.9  # share of equal shapes above which state dicts are copies of one model
 
 
@@ -41,8 +49,7 @@ class StateDict:
     @property
     def averaged(self) -> bool:
         """True if an entry's name has a word for averaged parameters, such as "ema"."""
-        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", " ".join(self.keys))
-        return not _AVERAGED.isdisjoint(word.lower() for word in words)
+        return _is_averaged(_words(" ".join(self.keys)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Selection:
 
     state: StateDict
     dropped: tuple[str, ...]  # names of the other entries, such as "epoch"
-    alternatives: dict[str, str]  # paths of other state dicts, with "plain", "ema" or ""
+    # Paths of other entries with many tensors, each with the `weights` that select it, or "".
+    alternatives: dict[str, str]
 
 
 def select(
@@ -80,7 +88,7 @@ def select(
         raise UserError(f"weights must be plain or ema, not {weights!r}")
     if not isinstance(top, Mapping):
         raise UserError(f"{where} holds a {printable(type(top).__name__)}: save a state_dict()")
-    states = list(_search(top, is_tensor))
+    candidates = states = _find(top, is_tensor)
     if not states:
         raise UserError(_explain_missing(top, is_tensor, where))
     if recognised is not None:
@@ -100,14 +108,51 @@ def select(
         name = printable(other.path or "one state dict")
         raise UserError(f"{where} has no {kind} weights, only {name}: leave out weights={weights}")
     kinds = {id(state): kind for kind, state in by_kind.items()}
-    alternatives = {other.path: kinds.get(id(other), "") for other in states if other is not state}
+    counts = {
+        other.path: len(other.tensors) for other in [*states, *candidates] if other is not state
+    }
+    counts |= _lists(top, is_tensor)
+    by_path = {other.path: kinds.get(id(other), "") for other in states}
+    many = [path for path, count in counts.items() if 2 * count >= len(state.tensors)]
+    alternatives = {path: by_path.get(path, "") for path in many}
     return Selection(state, tuple(_dropped(top, state)), alternatives)
 
 
-def _mappings(top: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+def _words(name: str) -> list[str]:
+    """Splits a name at punctuation and capitals: "modelEMA.net_1" has model, ema and net."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+
+
+def _is_averaged(words: list[str]) -> bool:
+    return not _AVERAGED.isdisjoint(words) or any(
+        one in _AVERAGED_NETWORK and other in _NETWORK for one, other in pairwise(words)
+    )
+
+
+def _is_optimiser(name: str) -> bool:
+    words = _words(name)
+    if ("exp", "avg") in pairwise(words):  # of Adam
+        return True
+    if not _METHODS.isdisjoint(words) and _NETWORK.isdisjoint(words):
+        return True
+    return not _OPTIMISER.isdisjoint(words) and not _is_averaged(words)
+
+
+def _find(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> list[StateDict]:
+    """Returns all state dicts except those of an optimiser, unless there is only one."""
+    states = list(_search(_mappings(top), is_tensor))
+    if not states:
+        states = list(_search(_mappings(top, optimiser=True), is_tensor))
+        states = states if len(states) == 1 else []
+    return states
+
+
+def _mappings(
+    top: Mapping[Any, Any], *, optimiser: bool = False
+) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Returns pairs of keys and mapping: `top`, then mappings nested in it, outer ones first.
 
-    Entries of an optimiser and mappings more than `_DEPTH` keys deep are excluded.
+    Mappings more than `_DEPTH` keys deep are excluded, and entries of an optimiser by default.
     """
     # A pickle can nest a mapping in itself, or in many others.
     nested: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), top)]
@@ -116,15 +161,27 @@ def _mappings(top: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], Mapping[Any
         for name, inner in mapping.items() if len(keys) < _DEPTH else ():
             if not isinstance(inner, Mapping) or id(inner) in visited:
                 continue
-            if isinstance(name, str) and not _OPTIMISER.search(name.lower()):
+            if isinstance(name, str) and (optimiser or not _is_optimiser(name)):
                 visited.add(id(inner))
                 nested.append(((*keys, name), inner))
     return nested
 
 
-def _search(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> Iterator[StateDict]:
+def _lists(top: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> dict[str, int]:
+    """Returns the number of tensors in each list by its path, such as "ema.shadow_params"."""
+    return {
+        ".".join((*keys, str(name))): sum(map(is_tensor, value))
+        for keys, mapping in _mappings(top)
+        for name, value in mapping.items()
+        if isinstance(value, list | tuple) and not _is_optimiser(str(name))
+    }
+
+
+def _search(
+    mappings: list[tuple[tuple[str, ...], Mapping[Any, Any]]], is_tensor: Callable[[Any], bool]
+) -> Iterator[StateDict]:
     """Yields the mappings that hold mostly tensors."""
-    for keys, mapping in _mappings(top):
+    for keys, mapping in mappings:
         tensors = {k: v for k, v in mapping.items() if isinstance(k, str) and is_tensor(v)}
         if 2 * len(tensors) <= len(mapping):
             continue
@@ -148,7 +205,15 @@ def _split(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     copies = {prefix: group for prefix, group in groups.items() if _alike(group, largest)}
     whole = sum(map(len, copies.values())) >= _ALIKE * len(tensors)
     averaged = any(StateDict((prefix,), {}).averaged for prefix in copies)
-    return copies if whole and averaged and 1 < len(copies) < len(tensors) else {}
+    if not (whole and averaged and 1 < len(copies) < len(tensors)):
+        return {}
+    # Stable Diffusion's LitEma removes the dots from the names, and adds a decay and a counter.
+    dotless = {p: copy for p, copy in copies.items() if not any("." in name for name in copy)}
+    dotted = [name for p, copy in copies.items() if p not in dotless for name in copy]
+    names = {name.replace(".", ""): name for name in dotted}
+    for prefix, copy in dotless.items():
+        copies[prefix] = {names[n]: tensor for n, tensor in copy.items() if n in names} or copy
+    return copies
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -25,6 +25,12 @@ def prefixed(prefix, tensors):
     return {prefix + name: values for name, values in tensors.items()}
 
 
+def nested(keys, container):
+    for key in reversed(keys):
+        container = {key: container}
+    return container
+
+
 def value_of(container, **selection):
     """Returns the value of the selected tensors, and the result."""
     read = state_dict(container, **selection)
@@ -38,7 +44,8 @@ def value_of(container, **selection):
 @pytest.mark.parametrize(
     "keys",
     [("model_state_dict",), ("net",), ("network",), ("params",), ("student",), ("weights",),
-     ("my own name",), ("model", "net"), ("checkpoint", "inner", "weights")],
+     ("my own name",), ("model", "net"), ("checkpoint", "inner", "weights"),
+     ("a", "b", "c", "d"), ("net_adamw",), ("upgraded_model",), ("optimized_grads",)],
 )  # fmt: skip
 def test_a_state_dict_is_found_under_any_name(keys):
     container = weights(2.0)
@@ -69,7 +76,8 @@ def test_other_values_among_tensors_are_left_out_by_name():
 AVERAGED = [  # plain and averaged entries
     ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("net", "ema"),
     ("model_state_dict", "ema_state_dict"), ("student", "teacher"), ("module", "moduleEMA"),
-    ("model", "swa_model"), ("model_state", "averaged.module"),
+    ("model", "swa_model"), ("model_state", "averaged.module"), ("model", "polyak"),
+    ("model", "mean_model"), ("model", "momentum_encoder"),
 ]  # fmt: skip
 
 
@@ -102,6 +110,31 @@ def test_a_prefix_of_names_separates_averaged_weights_too(tmp_path):
         assert values == expected
 
 
+def test_averaged_names_without_dots_are_those_of_the_plain_weights():
+    """Stable Diffusion's LitEma stores parameter "norm.weight" as "model_ema.normweight"."""
+    averaged = {name.replace(".", ""): values for name, values in weights(2.0).items()}
+    counters = {"decay": np.ones(()), "num_updates": np.ones((), int)}
+    container = prefixed(
+        "model.", {f"{i}.{n}": v for i in range(9) for n, v in weights(1.0).items()}
+    )
+    copies = {f"{i}{n}": v for i in range(9) for n, v in averaged.items()}
+    read = state_dict(container | prefixed("model_ema.", copies | counters))
+    assert read.averaged and read.alternatives == {"model": "plain"}
+    assert sorted(read.tensors) == sorted(name.removeprefix("model.") for name in container)
+    assert {float(x) for values in read.tensors.values() for x in values.flat} == {2}
+
+
+def test_lists_and_other_networks_with_many_tensors_are_named_as_not_read():
+    container = {"model": weights(1.0), "ema": {"shadow_params": list(weights(2.0).values())}}
+    value, read = value_of(container | {"optimizer": {"moments": [np.ones(3)] * 9}})
+    assert (value, read.alternatives) == (1, {"ema.shadow_params": ""})
+    other = {f"layers.{i}.weight": np.ones((2, 2)) for i in range(4)}
+    _, read = value_of(
+        {"detector": other, "model": weights()}, recognised=lambda names: "fc.bias" in names
+    )
+    assert read.alternatives == {"detector": ""}
+
+
 def test_a_teacher_of_another_architecture_is_no_average():
     teacher = weights(2.0) | {"fc.weight": np.ones((7, 9)), "fc.bias": np.ones(7)}
     value, read = value_of({"teacher": teacher, "student": weights(1.0)})
@@ -115,7 +148,8 @@ def test_a_teacher_of_another_architecture_is_no_average():
         (weights(), "ema", "has no averaged weights, only one state dict: leave out"),
         ({"ema": weights()}, "plain", "has no plain weights, only ema: leave out weights=plain"),
         (weights(), "best", "weights must be plain or ema, not 'best'"),
-        ({"a": {"b": {"c": {"d": weights()}}}}, None, "has no state dict, it holds only 'a'"),
+        (nested("abcdefghi", weights()), None, "has no state dict, it holds only 'a'"),
+        ({"optimizer": {"mean": weights(), "scale": weights()}}, None, "has no state dict"),
     ],
 )
 def test_missing_weights_are_refused_with_the_reason(container, chosen, message):
