@@ -20,6 +20,10 @@ class UserError(ValueError):
     """An error that the user can fix; its message states what is wrong, where, and what to do."""
 
 
+class MissingDataError(UserError):
+    """A `UserError` for data that are not there: no folder, no list, or no prepared data set."""
+
+
 class HungError(UserError):
     """A `UserError` raised while threads hang, which would block the interpreter's exit."""
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.common.text import Lines, align, indent, plural, section, table
 from mvit_jax.config import Config, check, missing_weights
@@ -31,8 +31,8 @@ def describe(config: Config, devices: int) -> str:
     that are missing, and a batch or mesh that does not fit the devices.
 
     Raises:
-      UserError: a value of the config is invalid, or there is neither a training list nor
-        `data.train_videos`.
+      UserError: a value of the config is invalid, a training or validation list cannot be read,
+        or there is neither a training list nor `data.train_videos`.
     """
     check(config)
     build.check_source(config)
@@ -68,7 +68,8 @@ def data_and_model(config: Config) -> tuple[int, MViTConfig]:
     """Returns the number of training videos, and the architecture for the data's classes.
 
     Raises:
-      UserError: there is neither a training list nor `data.train_videos`.
+      UserError: the training list cannot be read, or there is neither one nor
+        `data.train_videos`.
     """
     return _videos_and_model(config, _open_list(config, "train"))
 
@@ -83,14 +84,22 @@ def _videos_and_model(config: Config, train: Source | str) -> tuple[int, MViTCon
 
 
 def _open_list(config: Config, which: str) -> Source | str:
-    """Opens a list of videos, or returns the reason why it cannot be opened."""
+    """Opens a list of videos, or returns the reason why there is none.
+
+    Raises:
+      UserError: there is a list that training reads, but it cannot be read.
+    """
     if not config.data.folder:
         return "give --config.data.folder=DIR"
     if not config.data[f"{which}_list"]:
         return "none"
     try:
         return build.videos(config, which)
+    except MissingDataError as error:
+        return str(error)
     except UserError as error:
+        if which != "test":
+            raise
         return str(error)
 
 

@@ -128,6 +128,17 @@ def test_existing_lists_of_videos_are_counted(digits):
         dry_run.describe(tiny.config("no/such"), 8)
 
 
+@pytest.mark.parametrize("content", [b"a\n\nb\n", "a\nb\n".encode("utf-16")])
+@pytest.mark.parametrize("videos", [None, 5])
+def test_unreadable_data_end_the_plan_with_their_own_error(content, videos, tmp_path):
+    config = tiny.config(tmp_path, **{"data.train_videos": videos})
+    (tmp_path / "train.csv").write_text("a.mp4 0\n")
+    (tmp_path / "labels.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"labels.txt(, line 2 is blank| is not UTF-8)") as plan:
+        dry_run.describe(config, 1)
+    assert "train_videos" not in str(plan.value)
+
+
 def test_the_plan_warns_of_averages_that_keep_their_start(digits):
     """0.9999 ^ 9 = 0.9991 of 9 steps; 0.9999 ^ 187,840 is nothing."""
 
@@ -182,6 +193,8 @@ def test_the_program_prints_the_plan_and_writes_no_files(tmp_path):
         ({"model.block": "nothing:Block"}, "model.block=nothing:Block cannot be imported"),
         ({"model.patch_padding": (0, 0, 0), "model.size": 4}, "is too small"),
         ({"epochs": 1e300}, "1e+300 epochs are"),
+        ({"data.train_list": "labels.txt"}, "labels.txt, line 1"),
+        ({"data.val_list": "labels.txt"}, "labels.txt, line 1"),
     ],
 )
 def test_the_plan_is_refused_where_training_is(changes, sentence, digits, tmp_path):

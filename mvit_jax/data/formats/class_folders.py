@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.listing import class_files, folders_in
 from mvit_jax.data.formats.video_list import VideoList, read_class_names
@@ -33,7 +33,7 @@ def read_class_folders(
     root = expanded(folder).absolute()
     split, train = (root / name.removesuffix(".csv") for name in (list_name, train_list))
     if not split.is_dir():
-        raise UserError(
+        raise MissingDataError(
             f"there is no folder {split}: it should hold a folder of videos or images for each "
             "class; data.train_list, data.val_list and data.test_list name such folders"
         )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt8
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.data.formats.listing import frame_files
 from mvit_jax.data.formats.video_list import VideoList
 from mvit_jax.data.media import video as decoding
@@ -181,7 +181,7 @@ def read_frame_list(list_file: Path) -> tuple[FrameList, list[set[bytes]]]:
         header's five fields, or lists the frames of a video in two places.
     """
     if not list_file.is_file():
-        raise UserError(
+        raise MissingDataError(
             f"there is no list {list_file}: it should hold a line for each frame, after the header "
             f"`{_HEADER.decode()}`"
         )

@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.listing import is_media, note_unlisted
 from mvit_jax.data.formats.video_list import VideoList, multi_hot, read_class_names, read_lines
@@ -58,7 +58,7 @@ def read_label_table(folder: str | os.PathLike[str], list_name: str, train_list:
 def _rows(table: Path) -> list[tuple[int, str, list[str]]]:
     """Returns line number, file and class names of the lines that are not blank."""
     if not table.is_file():
-        raise UserError(
+        raise MissingDataError(
             f"there is no table {table}: with data.multi_label it should hold a line "
             "`file,class;class` for each file beside it"
         )

@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.video_list import multi_hot
 from mvit_jax.data.media.images import DecodeError
@@ -234,7 +234,7 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_file():
         names = ", ".join(splits(path.parent)) if path.parent.is_dir() else ""
         advice = f"name one of its splits ({names})" if names else "name the folder of the shards"
-        raise UserError(
+        raise MissingDataError(
             f"there is no manifest {path}: {advice}, or make it with `python -m mvit_jax.prepare "
             f"videos --csv={path.name.removesuffix('.manifest.json')}.csv --out={path.parent}`"
         )

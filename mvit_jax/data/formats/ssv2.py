@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.data.formats.frame_lists import FrameFolders, ListedFrames, read_frame_list
 
@@ -64,7 +64,7 @@ def _read_classes(folder: Path) -> dict[str, int]:
     """Reads the label of each template; labels are contiguous from 0."""
     file = next((folder / name for name in _LABELS if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(
+        raise MissingDataError(
             f"there is no {_LABELS[0]} in {folder}: put the data set's own file there, "
             "or name the folder that holds it, --config.data.folder=DIR"
         )
@@ -113,7 +113,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise UserError(
+        raise MissingDataError(
             f"there is no list {file}: name one of the data set's own lists, like "
             "something-something-v2-validation.json, or a frame list"
         ) from None

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mvit_jax.common import extras
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.data.media.images import DecodeError, Frames, check_still, decode_image
 
 # Limit in bytes. A set up to this size is read into memory at once, in 7 microseconds per 28x28
@@ -149,7 +149,7 @@ def prepared_builder(name: str, folder: str) -> Any:
     if not builder.data_path.exists():
         files = f" from the files that TFDS requires in {folder}/downloads/manual"
         manual = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) is not None
-        raise UserError(
+        raise MissingDataError(
             f"{name} is not prepared in {folder}: {prepare_command(name, folder)} prepares it"
             f"{files * manual}, or name the folder that holds it, --config.data.folder=DIR"
         )

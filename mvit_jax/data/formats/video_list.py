@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from mvit_jax.common.errors import UserError
+from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.common.files import AnyPath, expanded
 from mvit_jax.data.media import video
 from mvit_jax.data.media.images import Footage
@@ -89,14 +89,14 @@ def read_video_list(
     """
     root = expanded(folder).absolute()
     if not root.is_dir():
-        raise UserError(
+        raise MissingDataError(
             f"there is no data folder {root}: make the default data set with "
             f"`python -m mvit_jax.prepare moving_digits --out={root}`, "
             "or name the folder that holds your lists of videos"
         )
     list_file = root / list_name
     if not list_file.is_file():
-        raise UserError(
+        raise MissingDataError(
             f"there is no list {list_file}: it should hold one line `path label` per video"
         )
     lines = read_lines(list_file)
