@@ -116,12 +116,19 @@ def checkpoint(evaluation: dict[str, Any]) -> str:
 def summary(folder: str | AnyPath) -> str:
     """Returns a text table of all evaluations in a run's folder, at most 60 columns wide.
 
-    "class" is the mean class accuracy. Columns without numbers, like "mAP", are omitted.
+    A test with shuffled frames is omitted if none of the tests in order is of the same list and
+    checkpoint. "class" is the mean class accuracy. Columns
+    without numbers, like "mAP", are omitted.
     """
     rows: list[tuple[str, ...]] = [
         ("list", "frames", "step", "top-1", "top-5", "class", "mAP", "videos", "left out", "views")
     ]
-    for r in evaluations(folder):
+    tests = evaluations(folder)
+    in_order = [report.identify(r) for r in tests if not r["shuffled_frames"]]
+    for r in tests:
+        # A shuffled test of an earlier list or step stays in the folder, but compares to no other.
+        if r["shuffled_frames"] and in_order and report.identify(r) not in in_order:
+            continue
         rows.append((
             Path(r["list"]).name.partition(".")[0],
             "shuffled" if r["shuffled_frames"] else "in order",

@@ -136,6 +136,11 @@ def test_the_table_of_evaluations_fits_60_columns(tmp_path):
     header, _, first, _ = run_data.summary(tmp_path).splitlines()
     assert "left out" in header and "mAP" in header
     assert first.split()[-5:] == ["10000", "1", "5", "x", "1"] and "50.00" in first
+    # Other data are tested: the shuffled test of the earlier list is not shown beside it.
+    content = json.dumps(result | {"shuffled_frames": False, "videos": 16})
+    (tmp_path / "evaluation.json").write_text(content)
+    table = run_data.summary(tmp_path)
+    assert "in order" in table and "shuffled" not in table
 
 
 def evaluate(folder, *flags):
