@@ -96,6 +96,8 @@ class Key:
         if self.kind in (int, float):
             if isinstance(value, float) and not math.isfinite(value):
                 return "a finite number"
+            if self.kind is int and abs(value) >= 2**31:  # JAX's integers have 32 bits
+                return f"below {2**31} in size"
             return "" if self._in_range(value) else self.limits
         return "a text that is not empty" if self.required and not value else ""
 
@@ -324,10 +326,14 @@ class _Section(ConfigDict):
         section = field in self and isinstance(self[field], ConfigDict)
         if section and not isinstance(value, dict | ConfigDict):
             raise UserError(f"{field}={value!r}: it is a section; set its keys, like {field}.KEY")
+        name = f"{self._prefix}{field}"
+        # `ConfigDict` would convert True to 1.0.
+        number = name in KEYS and KEYS[name].kind in (int, float)
+        if isinstance(value, bool) and number and self.is_type_safe:
+            raise UserError(f"{name}={value!r}: {_wrong_type(name)}")
         try:
             super().__setitem__(field, value)
         except TypeError:
-            name = f"{self._prefix}{field}"
             if name not in KEYS:
                 raise
             raise UserError(f"{name}={value!r}: {_wrong_type(name)}") from None

@@ -61,8 +61,8 @@ TEXTS = {
     object: ["x", "1", "(1,)", "(0,0,0)", "{}"],
 }
 VALUES = {
-    int: ["4", 1.5, float("nan"), float("inf"), [1], -7, True],
-    float: ["0.5", float("nan"), float("inf"), [1.0], -7.0],
+    int: ["4", 1.5, float("nan"), float("inf"), [1], -7, True, 10**30, 2**31],
+    float: ["0.5", float("nan"), float("inf"), [1.0], -7.0, True],
     bool: ["True", 2, float("nan"), [True]],
     str: [1, float("nan"), ("a",), b"a", True],
     tuple: [0.5, float("nan"), "(1, 2)", (0,), (1,) * 9 + (-1,), (float("nan"),) * 3,
