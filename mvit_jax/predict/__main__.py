@@ -28,6 +28,7 @@ vector that the head classifies, stage:K the mean over the grid after stage K, f
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,15 @@ from tqdm import tqdm
 
 from mvit_jax.analysis import render
 from mvit_jax.common import errors
-from mvit_jax.common.files import AnyPath, expanded, local_path, to_path, write_atomically
+from mvit_jax.common.files import (
+    AnyPath,
+    check_writable,
+    expanded,
+    is_local,
+    local_path,
+    to_path,
+    write_atomically,
+)
 from mvit_jax.common.text import plural, printable, table
 from mvit_jax.data.media.images import DecodeError
 from mvit_jax.predict import figures
@@ -104,6 +113,9 @@ def main(argv: list[str]) -> None:
             "--features_per=clip requires --clips=K: otherwise long videos have more clips than "
             "short ones"
         )
+    for file in (_JSON.value, _FEATURES.value):
+        if file is not None and is_local(to_path(file)):
+            check_writable(file)
     pictures = None if _PICTURES.value is None else local_path(_PICTURES.value)
     if pictures is not None:
         _make_folder(pictures)
@@ -305,6 +317,8 @@ def _make_folder(folder: Path) -> None:
         raise errors.UserError(
             f"--pictures={folder} cannot be made ({error.strerror}): choose another folder"
         ) from None
+    if not os.access(folder, os.W_OK):
+        raise errors.UserError(f"--pictures={folder} is not writable: choose another folder")
 
 
 def show(results: list[dict[str, Any]]) -> bool:

@@ -136,6 +136,8 @@ def test_pictures_are_written_as_png_gif_and_mp4(predictor, paths, tmp_path):
         (["a.mp4", "--checkpoint=/no/such"], "/no/such holds no run"),
         (["a.mp4", "--workdir=a", "--grad_cam"], "--grad_cam requires --pictures=DIR"),
         (["a.mp4", "--workdir=a", "--pictures=/dev/null/x"], "cannot be made"),
+        (["a.mp4", "--workdir=a", "--features=/no/such/b.npz"], "make the folder /no/such first"),
+        (["a.mp4", "--workdir=a", "--json=/tmp"], "it is a folder, name a file"),
         (["a.mp4", "--workdir=a", "--features=b", "--features_per=clip"], "requires --clips=K"),
         (["a.mp4", "--workdir=a", "--serve"], "leave out a.mp4"),
         (["--workdir=a", "--serve", "--clips=1"], "leave out --clips"),
