@@ -98,7 +98,7 @@ def _open_list(config: Config, which: str) -> Source | str:
     except MissingDataError as error:
         return str(error)
     except UserError as error:
-        if which != "test":
+        if which == "train" or (which == "val" and config.eval.every_epochs > 0):
             raise
         return str(error)
 

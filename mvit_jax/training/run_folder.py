@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
@@ -212,11 +212,11 @@ class TrainedModel:
     """
 
     model: Functional
-    params: Params
+    params: Params = field(repr=False)
     preprocess: Preprocess
     class_names: tuple[str, ...]
     step: int
-    config: Config
+    config: Config = field(repr=False)
 
     def __call__(self, clips: Float[Any, "batch ..."]) -> Float[Array, "batch classes"]:
         """Returns the probabilities of the classes.

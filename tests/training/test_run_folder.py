@@ -69,6 +69,7 @@ def test_every_kind_of_path_is_read(kind, run, tmp_path, monkeypatch):
         assert checkpoints.step() == 3
     loaded = mvit_jax.load_run(path)
     assert loaded.model == model and loaded.class_names == NAMES
+    assert len(repr(loaded)) < 3000 and "step=3" in repr(loaded)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     assert small.predictor_of(path).names == NAMES
     convert.export_checkpoint(path, tmp_path / "out.pyth", "slowfast", "last")
