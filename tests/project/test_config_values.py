@@ -62,7 +62,7 @@ TEXTS = {
 }
 VALUES = {
     int: ["4", 1.5, float("nan"), float("inf"), [1], -7, True, 10**30, 2**31],
-    float: ["0.5", float("nan"), float("inf"), [1.0], -7.0, True],
+    float: ["0.5", float("nan"), float("inf"), [1.0], -7.0],
     bool: ["True", 2, float("nan"), [True]],
     str: [1, float("nan"), ("a",), b"a", True],
     tuple: [0.5, float("nan"), "(1, 2)", (0,), (1,) * 9 + (-1,), (float("nan"),) * 3,
@@ -135,6 +135,14 @@ def test_wrong_values_in_files_and_notebooks(name):
         with pytest.raises(UserError) as caught:
             in_memory.run(in_memory.read_config("moving_digits", **{name: value}))
         assert is_a_sentence(str(caught.value), name), caught.value
+
+
+def test_true_is_no_number():
+    base = config.base()
+    with pytest.raises(UserError, match=r"^epochs=True: it must be a number"):
+        base.epochs = True
+    with pytest.raises(UserError, match=r"^optim.lr=True: it must be a number"):
+        config.change(base, {"optim.lr": True})
 
 
 @pytest.mark.parametrize("name", config.KEYS)
