@@ -115,7 +115,7 @@ def test_train_batches_have_the_promised_shapes(good):
         *((hosts, {"threads": 1}) for hosts in (2, 4)),
         (2, {"repeats": 2}),
         *((1, {"start": start}) for start in (3, 4, 9)),  # of 4 steps
-        (2, {"repeats": 2, "processes": 2, "start": 1}),
+        pytest.param(2, {"repeats": 2, "processes": 2, "start": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_training_batches_do_not_depend_on_hosts_threads_or_resuming(mixed, hosts, options):

@@ -569,6 +569,10 @@ def test_the_state_dict_is_unwrapped(container, wrapper, dropped):
     same(array, ONE)
 
 
+def nested(depth):
+    return {"a": nested(depth - 1) if depth else ONE}
+
+
 @pytest.mark.parametrize(
     ("container", "message"),
     [
@@ -582,7 +586,7 @@ def test_the_state_dict_is_unwrapped(container, wrapper, dropped):
             {"epoch": 1, "model_state": {"a": ONE, "n": None}},
             "entries other than named tensors: 'n'",
         ),
-        ({"a": {"b": {"c": {"d": {"e": ONE}}}}}, "has no state dict, it holds only 'a'"),
+        (nested(9), "has no state dict, it holds only 'a'"),
         ({"a": np.float64(3)}, "has no state dict, it holds only 'a'"),
         ({"a": np.array(["x"])}, "a has the dtype <U1"),
         ({"a": np.array([1j])}, "a has the dtype complex128"),
