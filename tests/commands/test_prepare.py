@@ -154,6 +154,8 @@ def test_packing_resumes_after_kills_with_equal_bytes(kills, videos, tmp_path):
         left = contents(killed)
         whole = {name: left[name] for name in left if name.endswith(".array_record")}
         assert done <= len(whole) < 12 and whole.items() <= contents(one).items()
+    # A kill may hit while the note of a finished shard is being written.
+    (killed / "..train-00000-of-00012.array_record.json.738").touch()
     status, output = commands.fresh("prepare", *packing(videos, killed, 2))
     assert status == 0, output
     assert contents(killed) == contents(one)

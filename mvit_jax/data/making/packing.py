@@ -142,8 +142,10 @@ def prepare(
         return manifest
     if open_jobs:
         for job in jobs:
-            for part in root.glob(f".{job.file}.*.part"):  # left by killed workers
-                part.unlink(missing_ok=True)
+            # Left by killed workers: unfinished shards, and notes that were being written.
+            for pattern in (f".{job.file}.*.part", f".{job.note.name}.*"):
+                for part in root.glob(pattern):
+                    part.unlink(missing_ok=True)
             job.progress.unlink(missing_ok=True)
         run_jobs(open_jobs, jobs, split, workers or os.cpu_count() or 1, beam_flags)
     made = [_finished(job, recorded) for job in jobs]
