@@ -6,6 +6,7 @@ The sets of valid values are written here anew, not read from the table of keys.
 import sys
 
 import absl.flags
+import grain  # noqa: F401  # before a test replaces absl.flags.FLAGS, where it registers its flags
 import pytest
 
 from mvit_jax import config
