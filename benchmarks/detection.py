@@ -18,8 +18,8 @@ from typing import get_args
 import numpy as np
 from absl import app
 
-from mvit_jax.common.frame_map import Boxes, Order, measure_frame_ap
 from mvit_jax.data.formats.ava_tables import SECONDS, read_key_frames, write_detections
+from mvit_jax.training.evaluation.frame_map import Boxes, Order, measure_frame_ap
 
 IMAGES, CLASSES, VIDEOS = 57_000, 60, 235
 

@@ -172,8 +172,10 @@ KEYS: dict[str, Key] = {
     "data.source": Key("list", "format of the folder. list: video or image files, named in lists; "
                        "folders: CLASS/FILE in a folder for each list; shards: written by "
                        "`prepare videos`; ssv2, charades: frames, with that data set's lists; "
+                       "ava: key frames with boxes, for action detection; "
                        "synthetic: random clips, no files, for benchmarks",
-                       choices=("list", "folders", "shards", "ssv2", "charades", "synthetic")),
+                       choices=("list", "folders", "shards", "ssv2", "charades", "ava",
+                                "synthetic")),
     "data.tfds": Key(None, "images prepared by TensorFlow Datasets, like imagenet2012:5.1.0, "
                      "instead of a source; lists are then splits, like train[:90%]", kind=str),
     "data.prefix": Key("", "prefix of each path in the lists"),
@@ -189,8 +191,9 @@ KEYS: dict[str, Key] = {
     "data.test_list": Key("test.csv", "list for `evaluate`; None for none", optional=True),
     "data.sampling": Key("span", "sampling of a clip's frames. span: evenly over frames * stride "
                          "/ 30 seconds (Kinetics); segments: one from each of as many equal parts "
-                         "(SSv2); stride: each stride-th (Charades)",
-                         choices=("span", "segments", "stride")),
+                         "(SSv2); stride: each stride-th (Charades); key_frame: each stride-th of "
+                         "30 a second, around the key frame (AVA)",
+                         choices=("span", "segments", "stride", "key_frame")),
     "data.stride": Key(4, "distance between sampled frames; for a span, at 30 frames a second",
                        unit="frames", low=1),
     "data.repeats": Key(1, "augmented copies of each decoded clip (repeated augmentation)",
@@ -200,6 +203,18 @@ KEYS: dict[str, Key] = {
     "data.multi_label": Key(False, "videos with any number of classes, as in Charades: sigmoids, "
                             'binary cross-entropy, mAP. Lists have lines "path label,label", '
                             'folders a labels.csv with lines "file,class;class"'),
+    "data.train_boxes": Key(None, "person boxes beside the training labels, of AVA's format; None "
+                            "for none", kind=str),
+    "data.val_boxes": Key(None, "person boxes to classify in validation; None: the labelled ones",
+                          kind=str),
+    "data.test_boxes": Key(None, "person boxes to classify in `evaluate`; None: the labelled ones",
+                           kind=str),
+    "data.min_score": Key(0.9, "smallest score of a person box", low=0, high=1),
+    "data.excluded": Key(None, "list of key frames, `video,second`, that the mAP leaves out",
+                         kind=str),
+    "data.class_list": Key(None, "required by source ava: classes that the mAP is the mean of "
+                           "(.pbtxt)", kind=str),
+    "data.first_second": Key(900, "second that AVA's lists assign to the first frame", low=0),
     "data.short_side": Key(256, "short side of test videos before the crop",
                            unit="pixels", low=1),
     "data.interpolation": Key("bilinear", "interpolation when resizing; bicubic is antialiased, as "
@@ -261,6 +276,9 @@ KEYS: dict[str, Key] = {
     "optim.class_weights": Key(None, "weights of the classes in the loss. balanced: inverse to the "
                                "number of training videos, with mean 1; None: all equal",
                                kind=str, choices=("balanced",)),
+    "optim.loss_reduction": Key("global", "mean over the boxes: global, of the batch; per_device, "
+                                "the mean of each device's mean, as in PySlowFast",
+                                choices=("global", "per_device")),
     "optim.clip_norm": Key(1.0, "gradient clipping by global norm; 0 for none", low=0),
     "optim.trained_blocks": Key(None, "number of last blocks that are trained, with the final norm "
                                 "and the head; all other weights are frozen. 0 trains the head "
@@ -286,6 +304,8 @@ KEYS: dict[str, Key] = {
                          choices=("mean", "max")),
     "eval.whole_image": Key(False, 'resize the whole image to the crop, ignoring its aspect ratio: '
                             'the papers\' column "resize"'),
+    "eval.full_frame": Key(False, "test boxes in the whole frame instead of the centre square, "
+                           "which compiles once per shape of the frames"),
 }
 # fmt: on
 
@@ -427,6 +447,7 @@ def check(config: Config) -> None:
             "mixup and cutmix do not support data.multi_label: set augment.mixup=0 and "
             "augment.cutmix=0"
         )
+    _check_detection(config)
     corrections = {
         "data.balanced=True": config.data.balanced,
         "optim.class_weights=balanced": config.optim.class_weights is not None,
@@ -436,6 +457,37 @@ def check(config: Config) -> None:
         raise UserError(f"{' and '.join(chosen)} both correct for rare classes: choose one")
     if chosen and config.data.multi_label:
         raise UserError(f"{chosen[0]} requires one label per video: set data.multi_label=False")
+
+
+def _check_detection(config: Config) -> None:
+    """Raises `UserError` if values do not match the task, detection for the source ava."""
+    detects = config.data.source == "ava" and config.data.tfds is None
+    if detects != (config.data.sampling == "key_frame"):
+        raise UserError(
+            "data.source=ava and data.sampling=key_frame require each other, but they are "
+            f"{config.data.source} and {config.data.sampling}: set both or neither"
+        )
+    if not detects:
+        if config.eval.full_frame:
+            raise UserError("eval.full_frame requires data.source=ava: set it to False")
+        return
+    if not config.data.class_list:
+        raise UserError(
+            "data.source=ava requires the list of the evaluated classes: set data.class_list to "
+            "AVA's .pbtxt file"
+        )
+    # Mixed clips have the boxes of two, and RandAugment and whole_image would move pixels alone.
+    required = {
+        "data.multi_label": True, "data.balanced": False, "augment.mixup": 0, "augment.cutmix": 0,
+        "augment.randaugment": "", "augment.short_side": None, "augment.label_smoothing": 0,
+        "eval.clips": 1, "eval.crops": 1, "eval.whole_image": False,
+    }  # fmt: skip
+    for name, only in required.items():
+        if value(config, name) != only:
+            raise UserError(
+                f"{name}={value(config, name)!r} does not support boxes (data.source=ava): set "
+                f"{name}={only!r}"
+            )
 
 
 def _check_key(name: str, key: Key, value: Any) -> None:

@@ -42,7 +42,7 @@ from mvit_jax.common.text import plural
 from mvit_jax.data.source import Source, fingerprint
 from mvit_jax.training import build
 from mvit_jax.training.distributed import coordination, failure, launch
-from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.evaluation.classification import Scores
 from mvit_jax.training.run import runtime, workdir
 from mvit_jax.training.run_folder import RunFolder, score
 from mvit_jax.weights.state_dicts import WEIGHTS

@@ -46,7 +46,7 @@ from mvit_jax.data.source import Source, class_notes, fingerprint
 from mvit_jax.models.functional import Functional
 from mvit_jax.training import build, custom, dry_run, loop
 from mvit_jax.training.distributed import coordination, failure, launch
-from mvit_jax.training.evaluation import validate
+from mvit_jax.training.evaluation.testing import validate
 from mvit_jax.training.loop import Intervals, Upkeep
 from mvit_jax.training.optimizer import partition
 from mvit_jax.training.run import goodput, history, profiling, runtime, workdir

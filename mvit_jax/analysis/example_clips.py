@@ -23,7 +23,7 @@ from mvit_jax.data.pipeline import ClipSettings
 from mvit_jax.data.source import Source
 from mvit_jax.models.functional import Functional
 from mvit_jax.models.inference import normalise
-from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.evaluation.classification import Scores
 from mvit_jax.training.step import StepConfig
 
 EXAMPLES = 16  # example clips at most

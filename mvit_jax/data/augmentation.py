@@ -10,12 +10,12 @@ edge here.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image
 
 from mvit_jax.common.errors import UserError
@@ -116,24 +116,99 @@ def augment(
 def _crop(
     clip: np.ndarray, settings: Augmentation, size: int, rng: np.random.Generator, image: bool
 ) -> np.ndarray:
-    """Cuts a square by random resized crop, jitter or centre crop, depending on the settings."""
+    cut = draw_cut(clip.shape[1], clip.shape[2], settings, size, rng, image=image)
+    return cut.apply(clip, settings.interpolation)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A square, or the whole, of a resized region of the frames.
+
+    Attributes:
+      region: region of the frame.
+      height: height of the resized region in pixels.
+      width: width of the resized region in pixels.
+      window: part of the resized region that remains.
+      scale: factors of y and of x of coordinates. They are those of the reference code, which
+        scales both axes by the ratio of the long sides if the short side is resized.
+    """
+
+    region: Box
+    height: int
+    width: int
+    window: Box
+    scale: tuple[float, float]
+
+    def apply(
+        self, clip: UInt8[np.ndarray, "time _ _ 3"], interpolation: Interpolation = "bilinear"
+    ) -> UInt8[np.ndarray, "time _ _ 3"]:
+        """Cuts the frames."""
+        top, left, height, width = self.region
+        clip = clip[:, top : top + height, left : left + width]
+        if clip.shape[1:3] != (self.height, self.width):
+            clip = resize(clip, self.height, self.width, interpolation)
+        top, left, height, width = self.window
+        return clip[:, top : top + height, left : left + width]
+
+    def move(self, boxes: Float64[np.ndarray, "boxes 4"]) -> Float64[np.ndarray, "boxes 4"]:
+        """Returns the boxes (x1, y1, x2, y2 in pixels) after the cut, clipped to it.
+
+        A box outside becomes one without area, on the border.
+        """
+        corner = np.array([self.region.left, self.region.top] * 2)
+        factors = np.array(self.scale[::-1] * 2)
+        moved = (boxes - corner) * factors - [self.window.left, self.window.top] * 2
+        return np.clip(moved, 0, [self.window.width - 1, self.window.height - 1] * 2)
+
+
+def draw_cut(
+    height: int,
+    width: int,
+    settings: Augmentation,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    image: bool = False,
+) -> Cut:
+    """Draws the square of frames of `height` x `width` by random resized crop or by jitter.
+
+    The random resized crop is the "Inception crop" of the papers' training recipes (Fan et al.
+    2021, appendix D.1). The interpolation reads no pixels outside of its region.
+    Without both, the square is the centre of the frame, whose short side is scaled to `size`.
+
+    Raises:
+      UserError: the smallest short side of `settings.jitter` is below `size`.
+    """
     if settings.crop_area is not None:
-        return random_resized_crop(
-            clip, size, rng=rng, area=settings.crop_area, interpolation=settings.interpolation
-        )
+        region = random_box(height, width, rng, settings.crop_area)
+        scale = size / region.height, size / region.width
+        return Cut(region, size, size, Box(0, 0, size, size), scale)
     if settings.jitter is None:
-        clip = resize_short_side(clip, size, settings.interpolation)
-        return crop_views(clip, size, 1, image=image)[0]
+        return centre_cut(height, width, size, size, image=image)
     low, high = settings.jitter
     if low < size:
         raise UserError(
             f"squares of {size} pixels cannot be cut from frames whose short side is {low}: raise "
             "jitter or lower the size"
         )
-    side = round(1 / rng.uniform(1 / high, 1 / low))
-    clip = resize_short_side(clip, side, settings.interpolation)
-    top, left = (int(rng.integers(length - size + 1)) for length in clip.shape[1:3])
-    return clip[:, top : top + size, left : left + size]
+    whole = whole_cut(height, width, round(1 / rng.uniform(1 / high, 1 / low)))
+    top, left = (int(rng.integers(n - size + 1)) for n in (whole.height, whole.width))
+    return replace(whole, window=Box(top, left, size, size))
+
+
+def centre_cut(height: int, width: int, side: int, size: int, *, image: bool = False) -> Cut:
+    """Returns the centre square of `size` pixels after the short side is scaled to `side`."""
+    whole = whole_cut(height, width, side)
+    top, left = centre_corner(whole.height, whole.width, size, image=image)
+    return replace(whole, window=Box(top, left, size, size))
+
+
+def whole_cut(height: int, width: int, side: int) -> Cut:
+    """Returns the whole frame with a short side of `side` pixels, see `resize_short_side`."""
+    region = _middle(height, width)
+    height, width = short_side_size(region.height, region.width, side)
+    ratio = max(height, width) / max(region.height, region.width)
+    return Cut(region, height, width, Box(0, 0, height, width), (ratio, ratio))
 
 
 def resize(
@@ -168,38 +243,21 @@ def resize_short_side(
     Of frames that are more than 50 times as long as wide, the middle part is resized, as the
     whole frame would become very large.
     """
-    clip = _middle(clip)
-    height, width = clip.shape[1:3]
-    if min(height, width) == side:
-        return clip
+    return whole_cut(clip.shape[1], clip.shape[2], side).apply(clip, interpolation)
+
+
+def short_side_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Returns height and width after the short side is scaled to `side` pixels."""
     if height < width:
-        return resize(clip, side, width * side // height, interpolation)
-    return resize(clip, height * side // width, side, interpolation)
+        return side, width * side // height
+    return height * side // width, side
 
 
-def _middle(clip: np.ndarray) -> np.ndarray:
-    """Cuts off both ends of frames that are longer than `_LONGEST` times their width."""
-    height, width = clip.shape[1:3]
+def _middle(height: int, width: int) -> Box:
+    """Returns the frame without both ends, if it is longer than `_LONGEST` times its width."""
     top = max(height - _LONGEST * width, 0) // 2
     left = max(width - _LONGEST * height, 0) // 2
-    return clip[:, top : height - top, left : width - left]
-
-
-def random_resized_crop(
-    clip: UInt8[np.ndarray, "time _ _ 3"],
-    size: int,
-    *,
-    rng: np.random.Generator,
-    area: tuple[float, float] = (0.08, 1.0),
-    interpolation: Interpolation = "bilinear",
-) -> UInt8[np.ndarray, "time {size} {size} 3"]:
-    """Cuts the same `random_box` out of all frames and resizes it to a square.
-
-    This is the "Inception crop" of the papers' training recipes (Fan et al. 2021, appendix D.1).
-    The interpolation reads no pixels outside of the box.
-    """
-    top, left, height, width = random_box(clip.shape[1], clip.shape[2], rng, area)
-    return resize(clip[:, top : top + height, left : left + width], size, size, interpolation)
+    return Box(top, left, height - 2 * top, width - 2 * left)
 
 
 def random_box(
@@ -244,9 +302,7 @@ def crop_views(
       clip: frames, at least `size` high and wide.
       size: side of the squares in pixels.
       crops: 1 for the centre; 3 for left, centre, right (top, centre, bottom of tall frames).
-      image: True for images. If an odd number of pixels is left over, the offset of the centre is
-        rounded to even for images (torchvision's CenterCrop) and up for videos (the reference
-        protocol).
+      image: True for images, see `centre_corner`.
 
     Raises:
       ValueError: frames smaller than the squares, or another number of crops.
@@ -254,8 +310,7 @@ def crop_views(
     height, width = clip.shape[1:3]
     if min(height, width) < size:
         raise ValueError(f"frames of {height}x{width} cannot be cropped to {size}x{size}")
-    rounded = round if image else math.ceil
-    top, left = rounded((height - size) / 2), rounded((width - size) / 2)
+    top, left = centre_corner(height, width, size, image=image)
     if crops == 1:
         corners = [(top, left)]
     elif crops != 3:
@@ -265,3 +320,13 @@ def crop_views(
     else:
         corners = [(top, 0), (top, left), (top, width - size)]
     return np.stack([clip[:, y : y + size, x : x + size] for y, x in corners])
+
+
+def centre_corner(height: int, width: int, size: int, *, image: bool) -> tuple[int, int]:
+    """Returns the top and left edge of the centre square.
+
+    If an odd number of pixels is left over, the offset is rounded to even for images (torchvision's
+    CenterCrop) and up for videos (the reference protocol).
+    """
+    rounded = round if image else math.ceil
+    return rounded((height - size) / 2), rounded((width - size) / 2)

@@ -10,96 +10,26 @@ iterator state is stored.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.data import augmentation, sampling, watchdog
-from mvit_jax.data.augmentation import Augmentation
+from mvit_jax.data import augmentation, detection, sampling, watchdog
+from mvit_jax.data.formats.ava import KeyFrameClips
 from mvit_jax.data.loader import DEFAULT, Batch, LoaderOptions, load_batches
 from mvit_jax.data.media.images import DecodeError, Footage
-from mvit_jax.data.media.video import Video
-from mvit_jax.data.sampling import Sampling
+from mvit_jax.data.media.parts import transform_frames
+from mvit_jax.data.sampling import ClipSettings
 from mvit_jax.data.source import Source, all_labels
 
 # First word of each random seed, different for each purpose, so that no streams are shared.
 _ORDER, _CLIP, _SHUFFLE = range(3)
 
 _ATTEMPTS = 10
-
-# Bytes of decoded frames to transform at once: 16 frames of 720p fit, 16 frames of 4K do not.
-_BYTES_IN_PARTS = 48 << 20
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """Frame sampling, size and augmentation of clips.
-
-    Attributes:
-      frames: T, frames of a clip; 1 for images, which are image files or frames of videos.
-      stride: tau, temporal stride between neighbouring frames, see `sampling`.
-      size: side of the square clip in pixels.
-      short_side: short side in pixels to which test frames are scaled for a single crop. For three
-        crops the short side is `size`, as in the released code.
-      sampling: sampling of a clip's frames, see `sampling.train_indices`.
-      interpolation: interpolation of test frames, "bilinear" as for video or "bicubic" as for
-        ImageNet; see `augmentation.resize`.
-      whole: scales whole test frames to the square instead of cropping; the "resize" column of
-        MViTv2's tables.
-      augmentation: augmentation of training clips.
-
-    Raises:
-      UserError: `short_side` or the lower bound of `augmentation.jitter` is smaller than `size`.
-    """
-
-    frames: int
-    stride: int
-    size: int
-    short_side: int
-    sampling: Sampling = "span"
-    interpolation: augmentation.Interpolation = "bilinear"
-    whole: bool = False
-    augmentation: Augmentation = field(default_factory=Augmentation)
-
-    def __post_init__(self) -> None:
-        if self.short_side < self.size:
-            raise UserError(
-                f"crops of {self.size} pixels cannot be cut from frames whose short side is "
-                f"{self.short_side}: raise the short side or lower the size"
-            )
-        jitter = self.augmentation.jitter
-        if jitter is not None and jitter[0] < self.size:
-            raise UserError(
-                f"crops of {self.size} pixels cannot be cut from frames whose short side may be "
-                f"{jitter[0]}: raise the lower bound of the jitter or lower the size"
-            )
-
-    def view_indices(self, video: Footage, clips: int) -> Int64[np.ndarray, "clips frames"]:
-        """Returns the frame numbers of the test protocol's clips, see `sampling.view_indices`."""
-        indices = sampling.view_indices(
-            video.num_frames,
-            video.fps,
-            frames=self.frames,
-            stride=self.stride,
-            sampling=self.sampling,
-            clips=clips,
-        )
-        return self.by_time(video, indices)
-
-    def by_time(
-        self, video: Footage, indices: Int64[np.ndarray, "*shape"]
-    ) -> Int64[np.ndarray, "*shape"]:
-        """Replaces frame numbers at the average rate by the frames presented at these times.
-
-        Strided clips count frames, whatever their times.
-        """
-        if self.sampling == "stride" or not isinstance(video, Video):
-            return indices
-        return sampling.nearest_frames(indices, video.fps, video.seconds)
 
 
 def train_batches(
@@ -140,7 +70,8 @@ def train_batches(
     Yields:
       "clip", uint8 `[rows, T, size, size, 3]`, RGB; "label", int32 `[rows]`, or uint8 `[rows,
       classes]`, multi-hot; "broken", int32 `[rows]`, index of the video that was drawn first and
-      could not be decoded, or -1. `video.decode_failure` returns the reason.
+      could not be decoded, or -1. `video.decode_failure` returns the reason. Key frames also have
+      "boxes" and "box_mask", and labels of each box, see `detection`.
 
     Raises:
       UserError: `repeats` does not divide the batch or the rows; while iterating, ten videos in a
@@ -173,6 +104,7 @@ def test_batches(
     shuffle_seed: int | None = None,
     loader: LoaderOptions = DEFAULT,
     prefetch: int = 1,
+    size: tuple[int, int] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields batches of the views of every video, each video once, in order.
 
@@ -190,19 +122,23 @@ def test_batches(
         with the index of the video; None to keep the order of the frames.
       loader: threads, processes and timeout of the loading; the batches do not depend on them.
       prefetch: number of prefetched batches.
+      size: height and width of the clips; None for the square. All key frames of `videos` have this
+        size with `settings.full_frame`.
 
     Yields:
       "clip", uint8 `[rows, K * crops, T, size, size, 3]`, RGB, the crops of the first clip
       first; "label", int32 `[rows]`, or uint8 `[rows, classes]`; "video", int32 `[rows]`, index of
       the video, or -1 for padding; "valid", bool `[rows]`, False for padding and for videos that
-      cannot be decoded, whose clips are black. `video.decode_failure` returns the reason.
+      cannot be decoded, whose clips are black. `video.decode_failure` returns the reason. Key
+      frames also have "boxes" and "box_mask", see `detection`.
 
     Raises:
       HungError: while iterating, a batch takes longer than `loader.timeout`.
     """
     rows = _check_rows(rows, batch)
     counts = (clips,) if isinstance(clips, int) else tuple(clips)
-    load = _TestElements(videos, settings, counts, crops, batch, rows, shuffle_seed)
+    size = size or (settings.size, settings.size)
+    load = _TestElements(videos, settings, counts, crops, batch, rows, shuffle_seed, size)
     return load_batches(load, -(-len(videos) // batch), len(rows), loader, prefetch)
 
 
@@ -242,7 +178,7 @@ def load_train_clips(
                 for _ in range(repeats)
             ])  # fmt: skip
 
-        clips = _transform_frames(video, indices, augment)
+        clips = transform_frames(video, indices, augment)
     return clips, videos.label(index, indices)
 
 
@@ -288,32 +224,11 @@ def views(
     indices = np.concatenate([settings.view_indices(video, count) for count in counts])
     if shuffle is not None:
         indices = shuffle.permuted(indices, axis=1)
-    cropped = _transform_frames(
+    cropped = transform_frames(
         video, indices.ravel(), lambda frames: test_crops(frames, settings, crops)
     )
     by_clip = cropped.reshape(crops, *indices.shape, *cropped.shape[2:]).swapaxes(0, 1)
     return by_clip.reshape(len(indices) * crops, *by_clip.shape[2:])
-
-
-def _transform_frames(
-    video: Footage,
-    indices: Int64[np.ndarray, " frames"],
-    transform: Callable[[UInt8[np.ndarray, "time _ _ 3"]], UInt8[np.ndarray, "views time ..."]],
-) -> UInt8[np.ndarray, "views frames ..."]:
-    """Decodes frames and transforms them, large frames in parts, to save memory.
-
-    Each distinct frame is decoded and transformed once, as clips of a short video share frames.
-    """
-    distinct, inverse = np.unique(indices, return_inverse=True)
-    if not isinstance(video, Video):
-        return transform(video.frames(distinct))[:, inverse]
-    transformed, part = [], []
-    for number, frame in video.in_order(distinct.tolist()):
-        part.append(frame)
-        if number == distinct[-1] or sum(frame.nbytes for frame in part) >= _BYTES_IN_PARTS:
-            transformed.append(transform(np.stack(part) if len(part) > 1 else frame[None]))
-            part = []
-    return np.concatenate(transformed, axis=1)[:, inverse]
 
 
 def test_crops(
@@ -404,15 +319,12 @@ class _TrainElements:
                 video = int(rng.integers(len(self.videos)))
             try:
                 with watchdog.record_read(self.reads, element, video):
-                    clips, label = load_train_clips(
-                        self.videos, video, self.settings, rng, self.repeats
-                    )
+                    content = _train_content(self.videos, video, self.settings, rng, self.repeats)
             except DecodeError as error:
                 failure = error
                 continue
-            label = np.asarray(label, np.int32 if np.ndim(label) == 0 else np.uint8)
             broken = np.full(self.repeats, -1 if failure is None else drawn, np.int32)
-            return {"clip": clips, "label": np.stack([label] * self.repeats), "broken": broken}
+            return content | {"broken": broken}
         raise UserError(
             f"{_ATTEMPTS} videos drawn from {self.videos.list_file} in a row cannot be decoded: "
             f"check its files; the last failure: {failure}"
@@ -428,41 +340,55 @@ class _TestElements:
     batch: int
     rows: range
     shuffle_seed: int | None
+    size: tuple[int, int]
     reads: watchdog.ActiveReads | None = None
 
     def __call__(self, element: int) -> dict[str, Any]:
         step, row = divmod(element, len(self.rows))
         video = step * self.batch + self.rows[row]
-        settings, label, views = self.settings, None, None
+        content = None
         if video >= len(self.videos):
             video = -1  # padding
         else:
-            seed = self.shuffle_seed
-            rng = None if seed is None else _make_rng(_SHUFFLE, seed, video)
             with contextlib.suppress(DecodeError), watchdog.record_read(self.reads, element, video):
-                label = self.videos.label(video)
-                views = load_views(
-                    self.videos, video, settings, clips=self.clips, crops=self.crops, shuffle=rng
-                )
-        valid = views is not None
-        if views is None:
-            size = settings.size
-            shape = (sum(self.clips) * self.crops, settings.frames, size, size, 3)
-            views = np.zeros(shape, np.uint8)
-        if label is None:
-            label = self._blank_label()
-        return {
-            "clip": views,
-            "label": np.asarray(label, np.int32 if np.ndim(label) == 0 else np.uint8),
-            "video": np.int32(video),
-            "valid": np.bool_(valid),
-        }
+                content = self._content(video)
+        valid = np.bool_(content is not None)
+        return (content or self._blank()) | {"video": np.int32(video), "valid": valid}
 
-    def _blank_label(self) -> Any:
-        """Returns zeros in the shape of the first label; all labels of a source have one shape."""
+    def _content(self, video: int) -> dict[str, Any]:
+        seed = self.shuffle_seed
+        rng = None if seed is None else _make_rng(_SHUFFLE, seed, video)
+        if isinstance(self.videos, KeyFrameClips):
+            return detection.load_test_clip(self.videos, video, self.settings, rng)
+        label = self.videos.label(video)
+        views = load_views(
+            self.videos, video, self.settings, clips=self.clips, crops=self.crops, shuffle=rng
+        )
+        return {"clip": views, "label": _label_array(label)}
+
+    def _blank(self) -> dict[str, Any]:
+        """Returns black views with labels of 0; all labels of a source have one shape."""
+        frames = self.settings.frames
+        if isinstance(self.videos, KeyFrameClips):
+            return detection.blank(self.videos, frames, *self.size)
+        label = 0
         with contextlib.suppress(DecodeError):
-            return np.zeros_like(self.videos.label(0))
-        return 0
+            label = np.zeros_like(self.videos.label(0))
+        shape = (sum(self.clips) * self.crops, frames, *self.size, 3)
+        return {"clip": np.zeros(shape, np.uint8), "label": _label_array(label)}
+
+
+def _train_content(
+    videos: Source, index: int, settings: ClipSettings, rng: np.random.Generator, repeats: int
+) -> dict[str, Any]:
+    if isinstance(videos, KeyFrameClips):
+        return detection.load_train_clips(videos, index, settings, rng, repeats)
+    clips, label = load_train_clips(videos, index, settings, rng, repeats)
+    return {"clip": clips, "label": np.stack([_label_array(label)] * repeats)}
+
+
+def _label_array(label: Any) -> np.ndarray:
+    return np.asarray(label, np.int32 if np.ndim(label) == 0 else np.uint8)
 
 
 def _flatten_repeats(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:

@@ -1,4 +1,4 @@
-"""Frame sampling: the frame numbers of training and test clips.
+"""Frame sampling: the settings of clips, and the frame numbers of training and test clips.
 
 Frames are numbered in presentation order. The three samplings are those of PySlowFast's data sets,
 with which the published weights were trained:
@@ -8,19 +8,95 @@ with which the published weights were trained:
   section 4). `nearest_frames` makes it the same duration at a variable frame rate.
 - "segments" (Something-Something v2): one frame from each of T equal segments of the whole video.
 - "stride" (Charades): every tau-th frame, whatever the frame rate.
+
+Clips of AVA have their own: "key_frame", every tau-th frame around a key frame.
 """
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from mvit_jax.common.errors import UserError
+from mvit_jax.data import augmentation
+from mvit_jax.data.augmentation import Augmentation
+from mvit_jax.data.media.images import Footage
+from mvit_jax.data.media.video import Video
 
-Sampling = Literal["span", "segments", "stride"]
+Sampling = Literal["span", "segments", "stride", "key_frame"]
 
 FRAME_RATE = 30.0
 """Frame rate at which the length of a span is T * tau frames."""
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Frame sampling, size and augmentation of clips.
+
+    Attributes:
+      frames: T, frames of a clip; 1 for images, which are image files or frames of videos.
+      stride: tau, temporal stride between neighbouring frames, see the module.
+      size: side of the square clip in pixels.
+      short_side: short side in pixels to which test frames are scaled for a single crop. For three
+        crops the short side is `size`, as in the released code.
+      sampling: sampling of a clip's frames, see `train_indices`.
+      interpolation: interpolation of test frames, "bilinear" as for video or "bicubic" as for
+        ImageNet; see `augmentation.resize`.
+      full_frame: tests boxes in the whole frame instead of the square.
+      whole: scales whole test frames to the square instead of cropping; the "resize" column of
+        MViTv2's tables.
+      augmentation: augmentation of training clips.
+
+    Raises:
+      UserError: `short_side` or the lower bound of `augmentation.jitter` is smaller than `size`.
+    """
+
+    frames: int
+    stride: int
+    size: int
+    short_side: int
+    sampling: Sampling = "span"
+    interpolation: augmentation.Interpolation = "bilinear"
+    full_frame: bool = False
+    whole: bool = False
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        if self.short_side < self.size:
+            raise UserError(
+                f"crops of {self.size} pixels cannot be cut from frames whose short side is "
+                f"{self.short_side}: raise the short side or lower the size"
+            )
+        jitter = self.augmentation.jitter
+        if jitter is not None and jitter[0] < self.size:
+            raise UserError(
+                f"crops of {self.size} pixels cannot be cut from frames whose short side may be "
+                f"{jitter[0]}: raise the lower bound of the jitter or lower the size"
+            )
+
+    def view_indices(self, video: Footage, clips: int) -> Int64[np.ndarray, "clips frames"]:
+        """Returns the frame numbers of the test protocol's clips, see `view_indices`."""
+        indices = view_indices(
+            video.num_frames,
+            video.fps,
+            frames=self.frames,
+            stride=self.stride,
+            sampling=self.sampling,
+            clips=clips,
+        )
+        return self.by_time(video, indices)
+
+    def by_time(
+        self, video: Footage, indices: Int64[np.ndarray, "*shape"]
+    ) -> Int64[np.ndarray, "*shape"]:
+        """Replaces frame numbers at the average rate by the frames presented at these times.
+
+        Strided clips count frames, whatever their times.
+        """
+        if self.sampling == "stride" or not isinstance(video, Video):
+            return indices
+        return nearest_frames(indices, video.fps, video.seconds)
 
 
 def train_indices(

@@ -10,6 +10,7 @@ from jaxtyping import Int, Int32, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
+from mvit_jax.data.formats.ava import CUT_START, read_ava
 from mvit_jax.data.formats.charades import read_charades
 from mvit_jax.data.formats.class_folders import read_class_folders
 from mvit_jax.data.formats.label_tables import read_label_table
@@ -19,10 +20,10 @@ from mvit_jax.data.formats.tfds import read_split
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.media.images import DecodeError, Footage
 
-SOURCES = ("list", "folders", "shards", "ssv2", "charades", "synthetic")
+SOURCES = ("list", "folders", "shards", "ssv2", "charades", "ava", "synthetic")
 """Values of `data.source`; `data.tfds` selects a data set of TFDS instead."""
 
-MULTI_LABEL = ("list", "folders", "shards", "charades", "synthetic")
+MULTI_LABEL = ("list", "folders", "shards", "charades", "ava", "synthetic")
 """The sources of `data.multi_label`."""
 
 
@@ -94,6 +95,11 @@ def open_source(
     separator: str | None = None,
     multi_label: bool = False,
     max_missing: float = 0.0,
+    boxes: str | None = None,
+    class_list: str | None = None,
+    min_score: float = 0.9,
+    excluded: str | None = None,
+    first_second: int = CUT_START,
 ) -> Source:
     """Opens a split of a data set; most arguments are config keys of the same name (`data.*`).
 
@@ -107,6 +113,11 @@ def open_source(
       separator: separator of path and label in a list; None for white space.
       multi_label: True if an element may have any number of classes.
       max_missing: share of missing files at which a list raises an error.
+      boxes: csv file of the split's person boxes; this and the following for AVA alone.
+      class_list: list of the evaluated classes.
+      min_score: smallest score of a person box.
+      excluded: list of the key frames that the metric leaves out.
+      first_second: second of the csv files at which the frames begin.
 
     Raises:
       UserError: unknown source, a missing or malformed folder or file, or a source that does not
@@ -137,6 +148,13 @@ def open_source(
         return read_ssv2(folder, list_name, prefix=prefix)
     if source == "charades":
         return read_charades(folder, list_name, prefix=prefix)
+    if source == "ava":
+        assert class_list  # `config.check`
+        return read_ava(
+            folder, list_name, boxes=boxes, class_list=class_list, train=list_name == train_list,
+            min_score=min_score, excluded=excluded, first_second=first_second, prefix=prefix,
+            max_missing=max_missing,
+        )  # fmt: skip
     if folder.is_dir() and not (folder / "labels.txt").exists():
         # Without labels.txt, each list would define its own number of classes.
         raise UserError(
@@ -157,10 +175,11 @@ def check_multi_label(source: str, tfds: str | None, multi_label: bool) -> None:
             f"data.multi_label is on, but each video of the source {kind} has one label: turn it "
             "off, or set another data.source"
         )
-    if kind == "charades" and not multi_label:
+    if kind in ("charades", "ava") and not multi_label:
+        elements = {"charades": "a video of Charades", "ava": "a box"}[kind]
         raise UserError(
-            "a video of Charades has any number of labels: set data.multi_label=True, or set "
-            "another data.source"
+            f"{elements} has any number of labels: set data.multi_label=True, or set another "
+            "data.source"
         )
 
 

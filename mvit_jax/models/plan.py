@@ -21,6 +21,9 @@ Triple = tuple[int, int, int]  # along time, height, width
 KernelRule = Literal["stride", "stride + 1", "2 stride + 1"]
 
 
+Task = Literal["classification", "detection"]
+
+
 @dataclass(frozen=True)
 class MViTConfig:
     """An architecture. Image models have `frames=1` and kernels and strides of 1 along time.
@@ -33,7 +36,7 @@ class MViTConfig:
     size: int = 224  # side of the square crop, pixels
     num_classes: int = 400
     # "detection" classifies boxes of a clip (AVA) from the mean of the last grid over time.
-    task: Literal["classification", "detection"] = "classification"
+    task: Task = "classification"
     patch_kernel: Triple = (3, 7, 7)  # kernel of the patch embedding
     patch_stride: Triple = (2, 4, 4)  # stride of the patch embedding
     patch_padding: Triple = (1, 3, 3)  # zeros on either side of the clip

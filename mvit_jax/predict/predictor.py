@@ -22,8 +22,8 @@ from mvit_jax.models.functional import check_stage, select_features
 from mvit_jax.models.inference import Inference, Output, normalise
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.predict.windows import Timeline, clips_of, is_long, windows
-from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding
+from mvit_jax.training.evaluation import classification
 from mvit_jax.training.run_folder import RunFolder, class_names
 
 AT_A_TIME = 8  # windows per batch
@@ -152,7 +152,7 @@ class Predictor:
         middle = eval_.clips // 2
         by_view, features = self._split(list(self._scored([views])), eval_.clips)
         return Prediction(
-            probabilities=evaluation.reduce_views(by_view, eval_.ensemble, axis=0),
+            probabilities=classification.reduce_views(by_view, eval_.ensemble, axis=0),
             clips=eval_.clips,
             timeline=None,
             shown=views[middle * eval_.crops + eval_.crops // 2][None],
@@ -183,9 +183,9 @@ class Predictor:
         by_view, features = self._split(list(self._scored(batches())), count)
         ensemble = self.config.eval.ensemble
         by_crop = by_view.reshape(count, crops, -1)
-        by_window = evaluation.reduce_views(by_crop, ensemble, axis=1)
+        by_window = classification.reduce_views(by_crop, ensemble, axis=1)
         return Prediction(
-            probabilities=evaluation.reduce_views(by_window, ensemble, axis=0),
+            probabilities=classification.reduce_views(by_window, ensemble, axis=0),
             clips=count,
             timeline=Timeline(spans.starts, spans.ends, by_window),
             shown=np.stack(shown),

@@ -25,9 +25,10 @@ from mvit_jax.data.source import Source, all_labels, check_multi_label, open_sou
 from mvit_jax.models.functional import Functional, functional
 from mvit_jax.models.plan import MViTConfig, plan
 from mvit_jax.models.variants import variant
-from mvit_jax.training import custom, evaluation, optimizer
+from mvit_jax.training import custom, optimizer
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.evaluation import Protocol
+from mvit_jax.training.evaluation import testing
+from mvit_jax.training.evaluation.protocol import Protocol
 from mvit_jax.training.state import State, init_state
 from mvit_jax.training.step import StepConfig, train_step
 
@@ -114,6 +115,7 @@ def training(config: Config, videos: Source, **modules: Any) -> Training:
         step = dataclasses.replace(built.step, class_weights=weights)
         built = dataclasses.replace(built, step=step)
     mesh = device_mesh(config)
+    built = with_loss_reduction(config, built, mesh)
     steps = count_steps(config, config.epochs, len(videos))
     validates = config.data.val_list and config.eval.every_epochs > 0
     between = count_steps(config, config.eval.every_epochs, len(videos))
@@ -159,6 +161,15 @@ def settings(config: Config, num_classes: int, **modules: Any) -> Settings:
     )
 
 
+def with_loss_reduction(config: Config, settings: Settings, mesh: Mesh) -> Settings:
+    """Returns the settings for the mean over boxes of `optim.loss_reduction` on `mesh`."""
+    if config.optim.loss_reduction == "global":
+        return settings
+    return dataclasses.replace(
+        settings, step=dataclasses.replace(settings.step, box_groups=mesh.size)
+    )
+
+
 def class_weights(labels: Int32[np.ndarray, " videos"], classes: int) -> tuple[float, ...]:
     """Returns the weights of `optim.class_weights=balanced`.
 
@@ -174,6 +185,7 @@ def model_config(config: Config, num_classes: int) -> MViTConfig:
     """Returns the architecture of `config.model`: the variant with the changes in that section."""
     fields = {field.name for field in dataclasses.fields(MViTConfig)}
     values = {k: _as_tuple(v) for k, v in config.model.items() if k in fields and v is not None}
+    values["task"] = "detection" if config.data.source == "ava" else "classification"
     return variant(config.model.variant, num_classes=num_classes, **values)
 
 
@@ -181,13 +193,12 @@ def model_fields(name: str, model: MViTConfig) -> dict[str, Any]:
     """Returns the config section `model` of an architecture: the inverse of `model_config`.
 
     The section has the variant's name and the fields that differ from the variant. The number of
-    classes is left out, as it follows from the data.
+    classes and the task are left out, as they follow from the data.
     """
     base = variant(name)
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(MViTConfig)}
-    return {"variant": name} | {
-        k: v for k, v in fields.items() if v != getattr(base, k) and k != "num_classes"
-    }
+    del fields["num_classes"], fields["task"]
+    return {"variant": name} | {k: v for k, v in fields.items() if v != getattr(base, k)}
 
 
 def videos(config: Config, which: str) -> Source:
@@ -211,6 +222,11 @@ def videos(config: Config, which: str) -> Source:
         separator=c.separator or None,
         multi_label=c.multi_label,
         max_missing=c.max_broken,
+        boxes=c[f"{which}_boxes"],
+        class_list=c.class_list,
+        min_score=c.min_score,
+        excluded=c.excluded if which != "train" else None,
+        first_second=c.first_second,
     )
 
 
@@ -375,6 +391,7 @@ def model_apply(config: Config, model: Functional, mesh: Mesh) -> Callable[..., 
 def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
     """Returns the jitted functions of an experiment on `mesh`."""
     optimizer, seed, ema = make_optimizer(config), config.seed, config.optim.ema
+    task = settings.model.config.task
     apply = model_apply(config, settings.model, mesh)
 
     def initial_state() -> State:
@@ -400,17 +417,27 @@ def program(config: Config, settings: Settings, mesh: Mesh) -> Program:
     )
     return Program(
         step=step,
-        predict=evaluation.predictor(apply, settings.step, shapes.params, mesh),
+        predict=testing.predictor(apply, settings.step, shapes.params, mesh, task),
         initial_state=jax.jit(initial_state, out_shardings=shardings),
         state=sharding.with_shardings(shapes, shardings),
     )
+
+
+ASSUMED_BOXES = 32
+"""Boxes of a clip in plans, where the lists are not read."""
 
 
 def batch_shapes(config: Config, model: MViTConfig, mesh: Mesh) -> dict[str, Any]:
     """Returns the abstract batch of `train_step` (shapes, dtypes, shardings), for compilation."""
     clip = (config.batch, model.frames, model.size, model.size, 3)
     classes = (model.num_classes,) if config.data.multi_label else ()
-    batch = {
+    extra = {}
+    if model.task == "detection":
+        boxes = (config.batch, ASSUMED_BOXES)
+        extra["boxes"] = jax.ShapeDtypeStruct((*boxes, 4), jnp.float32)
+        extra["box_mask"] = jax.ShapeDtypeStruct(boxes, jnp.bool_)
+        classes = (ASSUMED_BOXES, *classes)
+    batch = extra | {
         "clip": jax.ShapeDtypeStruct(clip, np.uint8),
         "label": jax.ShapeDtypeStruct(
             (config.batch, *classes), jnp.uint8 if classes else jnp.int32
@@ -443,6 +470,7 @@ def _step_config(config: Config, num_classes: int) -> StepConfig:
     values = {**config, **config.data, **config.augment, **config.optim}
     values |= {"num_classes": num_classes, "dtype": DTYPES[config.dtype]}
     values["class_weights"] = None  # those of a training list are set in `training`
+    values["box_groups"] = 1  # `training` sets that of `optim.loss_reduction=per_device`
     names = [field.name for field in dataclasses.fields(StepConfig)]
     return StepConfig(**{name: _as_tuple(values[name]) for name in names})
 
@@ -458,6 +486,7 @@ def _clip_settings(config: Config, model: MViTConfig) -> ClipSettings:
         sampling=config.data.sampling,
         interpolation=config.data.interpolation,
         whole=config.eval.whole_image,
+        full_frame=config.eval.full_frame,
         augmentation=Augmentation(
             crop_area=_as_tuple(c.crop_area) or None,  # () is None
             jitter=_as_tuple(c.jitter) or None,

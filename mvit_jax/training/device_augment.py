@@ -13,13 +13,23 @@ from jaxtyping import Array, Float
 from mvit_jax.common.errors import UserError
 
 Clips = Float[Array, "batch time height width 3"]
-Targets = Float[Array, "batch num_classes"]
+Targets = Float[Array, "batch *boxes num_classes"]  # boxes of detection, which is never mixed
 
 
 def flip(clip: Clips, key: Array, rate: float) -> Clips:
     """Flips each clip left to right with probability `rate`; all frames or none."""
-    chosen = jax.random.bernoulli(key, rate, (clip.shape[0], 1, 1, 1, 1))
-    return jnp.where(chosen, clip[..., ::-1, :], clip)
+    chosen = jax.random.bernoulli(key, rate, (clip.shape[0],))
+    return jnp.where(chosen[:, None, None, None, None], clip[..., ::-1, :], clip)
+
+
+def flip_boxes(
+    boxes: Float[Array, "batch boxes 4"], key: Array, rate: float, width: int
+) -> Float[Array, "batch boxes 4"]:
+    """Flips boxes (x1, y1, x2, y2 in pixels) as `flip` flips clips of `width` with this `key`."""
+    chosen = jax.random.bernoulli(key, rate, (boxes.shape[0],))
+    x1, y1, x2, y2 = jnp.moveaxis(boxes, -1, 0)
+    flipped = jnp.stack([width - 1 - x2, y1, width - 1 - x1, y2], -1)
+    return jnp.where(chosen[:, None, None], flipped, boxes)
 
 
 def erase(clip: Clips, key: Array, rate: float, mode: str) -> Clips:

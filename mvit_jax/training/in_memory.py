@@ -21,9 +21,11 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.config import Config, change, check, load
 from mvit_jax.data.source import Source
 from mvit_jax.models.plan import MViTConfig
-from mvit_jax.training import build, evaluation
+from mvit_jax.training import build
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.evaluation import testing
+from mvit_jax.training.evaluation.boxes import BoxScores
+from mvit_jax.training.evaluation.classification import Scores
 from mvit_jax.training.run import runtime
 from mvit_jax.training.state import with_params
 
@@ -45,7 +47,7 @@ class Trial:
     params: Any
     model: MViTConfig
     history: dict[str, np.ndarray]
-    scores: Scores
+    scores: Scores | BoxScores
     seconds_per_step: float
 
 
@@ -110,7 +112,7 @@ def run(config: Config, *, params: Any = None, **modules: Any) -> Trial:
                 raise UserError(f"the loss is {history[-1]['loss']} at step {len(history)}")
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
             ends.append(time.perf_counter())
-        [scores] = evaluation.evaluate(
+        [scores] = testing.evaluate(
             program.predict,
             state.eval_params,
             build.videos(config, "test"),

@@ -172,7 +172,7 @@ class Upkeep:
             results = self.evaluate(state)
         self.log.validation(done, results)
         with self.log.spans.measure("checkpoint"):
-            score = results.get("map", results["top1"])
+            score = results["map"] if "map" in results else results["top1"]
             self.checkpoints.save_if_best(state, done, score, self.log.print)
             self.checkpoints.wait_and_log(self.log.print)
         if coordination.is_process_0():

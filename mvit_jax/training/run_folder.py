@@ -22,10 +22,12 @@ from mvit_jax.data.preprocess import Preprocess
 from mvit_jax.data.source import Source
 from mvit_jax.models.functional import Functional, Params, first_difference
 from mvit_jax.models.variants import Preprocessing
-from mvit_jax.training import build, custom, evaluation
+from mvit_jax.training import build, custom
 from mvit_jax.training.build import Settings
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.evaluation import testing
+from mvit_jax.training.evaluation.boxes import BoxScores
+from mvit_jax.training.evaluation.classification import Scores
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.weights import adapt
@@ -255,10 +257,12 @@ def load_run(
         names = class_names(run.config, run.path, run.num_classes(which))
         step, config = run.step(which), run.config
     clips = settings.clips
+    # Without a key frame, the clip is the video's middle.
+    sampling = "stride" if clips.sampling == "key_frame" else clips.sampling
     preprocessing = Preprocessing(
         frames=clips.frames, stride=clips.stride, size=clips.size, short_side=clips.short_side,
         mean=settings.step.mean, std=settings.step.std, interpolation=clips.interpolation,
-        sampling=clips.sampling, whole_image=clips.whole,
+        sampling=sampling, whole_image=clips.whole,
     )  # fmt: skip
     return TrainedModel(
         model=replace(settings.model, dtype=jnp.dtype("float32")),
@@ -299,7 +303,7 @@ def score(
     which: str = "last",
     shuffle: bool = False,
     clips: Sequence[int] | None = None,
-) -> tuple[list[Scores], Any]:
+) -> tuple[list[Scores] | list[BoxScores], Any]:
     """Scores a checkpoint on a list of videos by the test protocol of its config.
 
     Args:
@@ -327,8 +331,8 @@ def score(
     ):
         params = run.params_on(mesh, which)
         apply = build.model_apply(config, settings.model, mesh)
-        scores = evaluation.evaluate(
-            evaluation.predictor(apply, settings.step, params, mesh),
+        scores = testing.evaluate(
+            testing.predictor(apply, settings.step, params, mesh, settings.model.config.task),
             params,
             videos,
             settings.clips,

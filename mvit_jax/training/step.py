@@ -36,6 +36,7 @@ class StepConfig:
     accumulate: int
     trained_blocks: int | None = None
     class_weights: tuple[float, ...] | None = None
+    box_groups: int = 1  # of each group the loss is the mean over boxes; the batch has their mean
     dtype: Any = jnp.float32
     ema_warmup: bool = False
 
@@ -59,7 +60,8 @@ def train_step(
       state: the training state.
       batch: "clip", uint8 [batch, T, H, W, 3]; "label", int32 [batch], or 0 and 1 as uint8
         [batch, num_classes] for multi-label data; "broken", int32 [batch], the index of the
-        broken video that a clip replaces, or a negative number if it replaces none.
+        broken video that a clip replaces, or a negative number if it replaces none. For detection
+        also "boxes" and "box_mask", and "label" of each box, see `data.detection`.
       learning_rate: learning rate of this step.
       apply: `Functional.apply` of a model that computes in `recipe.dtype`.
       optimizer: an optimiser from `training.optimizer`, made by `of_trained` if parameters are
@@ -74,13 +76,20 @@ def train_step(
     key_batch, key_model = keys(recipe.seed, state.step)
     with jax.named_scope("augment"):
         clip, targets = augment(batch, key_batch, recipe)
+        boxes = _augment_boxes(batch, key_batch, recipe)
 
     # Frozen parameters are constants of the loss, so that no gradient of them is computed.
     trained, frozen = partition(state.params, recipe.trained_blocks)
 
-    def loss(trained, clip, targets, labels, key):
-        logits, _ = apply(merge(trained, frozen), clip, key=key)
+    def loss(trained, clip, targets, labels, boxes, key):
+        inputs = [clip] if boxes is None else [clip, boxes[0]]
+        logits, _ = apply(merge(trained, frozen), *inputs, key=key)
         with jax.named_scope("loss"):
+            if boxes is not None:
+                # The weights sum to 1 over all micro-batches, of which the mean is taken.
+                weights = boxes[1] * recipe.accumulate
+                losses = binary_cross_entropy(logits, targets) * weights
+                return jnp.sum(losses), _count_correct_boxes(logits, labels, weights)
             best = jnp.argmax(logits, -1)
             if recipe.multi_label:
                 right = jnp.take_along_axis(labels, best[:, None], axis=1)
@@ -93,7 +102,7 @@ def train_step(
         jax.value_and_grad(loss, has_aux=True),
         recipe.accumulate,
         trained,
-        (clip, targets, batch["label"]),
+        (clip, targets, batch["label"], boxes),
         key_model,
     )
     with jax.named_scope("optimizer"):
@@ -110,9 +119,10 @@ def train_step(
         norm = optax.tree.norm(grads)
         state = _select_finite(jnp.isfinite(value) & jnp.isfinite(norm), after, state)
     clips = jnp.asarray(batch["label"].shape[0])
+    items = clips if boxes is None else jnp.sum(batch["box_mask"])
     metrics = {
-        "loss": (value * clips, clips),
-        "accuracy": (100 * correct, clips),  # percent, on the augmented clips
+        "loss": (value * items, items),
+        "accuracy": (100 * correct, items),  # percent, on the augmented clips
         "grad_norm": (norm, jnp.asarray(1)),
         "param_norm": (optax.tree.norm(state.params), jnp.asarray(1)),  # after the update
         "broken": (jnp.sum(batch["broken"] >= 0), clips),
@@ -143,6 +153,25 @@ def predict_step(
     return probabilities.reshape(batch, views, -1)
 
 
+def detect_step(
+    params: Any, clip: Array, boxes: Array, *, apply: Callable[..., Any], recipe: StepConfig
+) -> Array:
+    """Returns the probabilities of each class in each box; the classes are independent.
+
+    Args:
+      params: the model's parameters.
+      clip: uint8 clips [batch, 1, T, H, W, 3].
+      boxes: x1, y1, x2, y2 in pixels of the clips, [batch, boxes, 4].
+      apply: `Functional.apply`.
+      recipe: mean, standard deviation and dtype of the input.
+
+    Returns:
+      Probabilities [batch, boxes, num_classes].
+    """
+    logits, _ = apply(params, normalise(clip[:, 0], recipe.mean, recipe.std, recipe.dtype), boxes)
+    return jax.nn.sigmoid(logits)
+
+
 def keys(seed: int, step: Any) -> tuple[Array, Array]:
     """Returns the PRNG keys of a step, for the augmentation of the batch and for the model."""
     key_batch, key_model = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
@@ -153,7 +182,8 @@ def augment(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[Ar
     """Normalises, flips, erases and mixes a batch on the device.
 
     Returns:
-      Clips [batch, T, H, W, 3] in `recipe.dtype`, and targets [batch, num_classes].
+      Clips [batch, T, H, W, 3] in `recipe.dtype`, and targets [batch, num_classes], for detection
+      [batch, boxes, num_classes].
     """
     key_flip, key_mix, key_erase = jax.random.split(key, 3)
     clip = normalise(batch["clip"], recipe.mean, recipe.std, recipe.dtype)
@@ -178,6 +208,33 @@ def augment(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[Ar
     )
 
 
+def _augment_boxes(
+    batch: dict[str, Array], key: Array, recipe: StepConfig
+) -> tuple[Array, Array] | None:
+    """Returns the boxes of flipped clips, and the weight of each box in the loss.
+
+    The weights are 0 for missing boxes and sum to 1. They are equal for the boxes of a group of
+    clips, and each group has the same sum.
+    """
+    if "boxes" not in batch:
+        return None
+    boxes, mask = batch["boxes"], batch["box_mask"]
+    if recipe.flip > 0:
+        key_flip = jax.random.split(key, 3)[0]
+        width = batch["clip"].shape[3]
+        boxes = device_augment.flip_boxes(boxes, key_flip, recipe.flip, width)
+    groups = mask.reshape(recipe.box_groups, -1).astype(jnp.float32)
+    counts = jnp.maximum(jnp.sum(groups, 1, keepdims=True), 1)
+    return boxes, (groups / (counts * recipe.box_groups)).reshape(mask.shape)
+
+
+def _count_correct_boxes(logits: Array, labels: Array, weights: Array) -> Array:
+    """Returns the number of boxes whose most probable class is one of their classes."""
+    best = jnp.argmax(logits, -1)
+    right = jnp.take_along_axis(labels, best[..., None], axis=-1)[..., 0]
+    return jnp.sum((right > 0) & (weights > 0), dtype=jnp.int32)
+
+
 def _select_finite(finite: Array, after: State, before: State) -> State:
     """Selects the updated state if the update is `finite`, else the previous state.
 
@@ -197,14 +254,17 @@ def _accumulate_gradients(value_and_grad, parts: int, params, batch: tuple, key:
     """
     if parts == 1:
         return value_and_grad(params, *batch, key)
-    micro_batches = [jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for x in batch]
+    micro_batches = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
+    )
 
     def add(total, micro_batch):
         index, *rows = micro_batch
         out = value_and_grad(params, *rows, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, out), None
 
-    shapes = jax.eval_shape(value_and_grad, params, *(x[0] for x in micro_batches), key)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    shapes = jax.eval_shape(value_and_grad, params, *first, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     ((value, correct), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), *micro_batches))
     return (value / parts, correct), jax.tree.map(lambda g: g / parts, grads)
@@ -233,9 +293,10 @@ def cross_entropy(
 
 
 def binary_cross_entropy(
-    logits: Float[Array, "batch num_classes"], targets: Float[Array, "batch num_classes"]
-) -> Float[Array, " batch"]:
-    """Returns the sigmoid cross-entropy of each clip, averaged over the classes, in nats.
+    logits: Float[Array, "batch *boxes num_classes"],
+    targets: Float[Array, "batch *boxes num_classes"],
+) -> Float[Array, "batch *boxes"]:
+    """Returns the sigmoid cross-entropy of each clip or box, averaged over the classes, in nats.
 
     For multi-label data. The mean over clips equals PyTorch's BCEWithLogitsLoss.
     """

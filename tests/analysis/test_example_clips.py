@@ -10,7 +10,7 @@ from mvit_jax.analysis import attention_maps, example_clips
 from mvit_jax.common.errors import UserError
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.training import build
-from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.evaluation.classification import Scores
 from tests.support import tiny
 
 

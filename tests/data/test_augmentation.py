@@ -1,5 +1,7 @@
 """Crops and resizing against reference implementations pixel by pixel."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -173,7 +175,8 @@ def test_images_are_cropped_before_augmentation():
         result = augment(clip, settings, 16, rng=np.random.default_rng(seed), image=True)
         rng = np.random.default_rng(seed)
         operations = IMAGE.draw(rng)
-        cropped = augmentation.random_resized_crop(clip, 16, rng=rng, interpolation="bicubic")
+        cut = augmentation.draw_cut(40, 60, settings, 16, rng, image=True)
+        cropped = cut.apply(clip, "bicubic")
         np.testing.assert_array_equal(result, plain(cropped, operations, fill))
 
 
@@ -200,20 +203,14 @@ def test_without_augmentation_frames_are_resized_and_centre_cropped():
     assert rng.bit_generator.state == before
 
 
-def test_jitter_draws_the_inverse_short_side_and_a_position(monkeypatch):
-    sides, squares = [], []
-    monkeypatch.setattr(
-        augmentation,
-        "resize_short_side",
-        lambda clip, side, _: sides.append(side) or positions(side, side + 9, 1),
-    )
+def test_jitter_draws_the_inverse_short_side_and_a_position():
     settings = Augmentation(crop_area=None, jitter=(64, 80))
     rng = np.random.default_rng(0)
-    for _ in range(4000):
-        square = augment(noise(1, 40, 60), settings, 56, rng=rng, image=False)
-        assert square.shape == (1, 56, 56, 3)
-        squares.append(square[0, 0, 0, 1:])
-    sides = np.array(sides)
+    cuts = [augmentation.draw_cut(64, 73, settings, 56, rng) for _ in range(4000)]
+    assert {cut.window[2:] for cut in cuts} == {(56, 56)}
+    sides = np.array([cut.height for cut in cuts])
+    squares = np.array([cut.window[:2] for cut in cuts])
+    assert [cut.width for cut in cuts] == [73 * side // 64 for side in sides]
     assert sides.min() == 64 and sides.max() == 80
     # A side is drawn when 1 / u rounds to it.
     values = np.arange(64, 81)
@@ -222,12 +219,12 @@ def test_jitter_draws_the_inverse_short_side_and_a_position(monkeypatch):
     counts = np.bincount(sides - 64)
     assert ((counts - expected) ** 2 / expected).sum() < 39.3  # 16 degrees of freedom
     # For each side, positions are uniform.
-    room = np.stack([sides - 56, sides + 9 - 56], -1)
+    room = np.stack([sides - 56, 73 * sides // 64 - 56], -1)
     assert ((squares / room) <= 1).all()
     assert np.mean(squares / room, 0) == pytest.approx(0.5, abs=0.02)
-    assert (np.array(squares) == 0).any(0).all() and (squares == room).any(0).all()
+    assert (squares == 0).any(0).all() and (squares == room).any(0).all()
     few = sides == 64
-    counts = np.bincount(np.array(squares)[few, 0], minlength=9)
+    counts = np.bincount(squares[few, 0], minlength=9)
     assert ((counts - few.sum() / 9) ** 2 / (few.sum() / 9)).sum() < 26.1
 
 
@@ -266,3 +263,46 @@ def test_a_jitter_short_side_below_the_crop_size_is_rejected():
     settings = Augmentation(crop_area=None, jitter=(15, 30))
     with pytest.raises(UserError, match="squares of 16 pixels"):
         augment(noise(1, 40, 60), settings, 16, rng=np.random.default_rng(0), image=False)
+
+
+def test_boxes_stay_on_the_pixels_that_they_surround():
+    """A painted box is where the moved box says, after every cut."""
+    rng = np.random.default_rng(0)
+    for case in range(60):
+        height, width = rng.integers(60, 90, 2).tolist()
+        y1, y2 = np.sort(rng.choice(np.arange(5, height - 5), 2, replace=False))
+        x1, x2 = np.sort(rng.choice(np.arange(5, width - 5), 2, replace=False))
+        clip = np.zeros((1, height, width, 3), np.uint8)
+        clip[:, y1:y2, x1:x2] = 255
+        settings = [
+            Augmentation(crop_area=(0.2, 1.0)),
+            Augmentation(crop_area=None, jitter=(48, 100)),
+            Augmentation(crop_area=None),
+        ][case % 3]
+        cut = augmentation.draw_cut(height, width, settings, 48, rng)
+        if case % 6 == 5:
+            cut = augmentation.whole_cut(height, width, 48)
+        [moved] = cut.move(np.array([[x1, y1, x2, y2]], float))
+        inside = cut.apply(clip)[0, :, :, 0] > 127
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        if len(rows) == 0:  # outside of the cut, or thinner than a pixel
+            assert min(moved[2] - moved[0], moved[3] - moved[1]) < 1.5
+            continue
+        painted = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        np.testing.assert_allclose(moved, np.minimum(painted, np.tile(inside.shape[::-1], 2) - 1),
+                                   atol=2)  # fmt: skip
+
+
+def test_boxes_are_moved_as_by_the_reference_code():
+    """Values by hand: 1920x1080 to a short side of 300 is 533x300, so the factor is 533 / 1920."""
+    cut = augmentation.whole_cut(1080, 1920, 300)
+    assert (cut.height, cut.width) == (300, 533)
+    box, factor = np.array([[100.0, 200.0, 400.0, 1000.0]]), 533 / 1920
+    np.testing.assert_allclose(cut.move(box), box * factor, rtol=1e-12)
+    square = dataclasses.replace(cut, window=Box(50, 60, 224, 224))
+    expected = [[0, 200 * factor - 50, 400 * factor - 60, 223]]
+    np.testing.assert_allclose(square.move(box), expected, rtol=1e-12)
+    outside = square.move(np.array([[0.0, 0.0, 100.0, 100.0]]))
+    np.testing.assert_array_equal(outside, [[0, 0, 0, 0]])
+    tall = augmentation.whole_cut(1920, 1080, 300)
+    np.testing.assert_allclose(tall.move(box), box * factor, rtol=1e-12)

@@ -19,6 +19,7 @@ from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.video_list import read_video_list
 
 # Imported as a module: pytest would collect pipeline.test_batches as a test of this file.
+from mvit_jax.data.media import parts
 from mvit_jax.data.media import video as decoding
 from mvit_jax.data.randaugment import parse
 from tests.data.bar_codes import BAR, BITS, HEIGHT, bar_code, decode_all, write
@@ -377,7 +378,7 @@ def test_large_frames_are_processed_in_parts_with_the_same_result(
         return clips, pipeline.load_views(good, 1, settings, clips=3, crops=3)
 
     whole = load()
-    monkeypatch.setattr(pipeline, "_BYTES_IN_PARTS", 1)
+    monkeypatch.setattr(parts, "_BYTES_IN_PARTS", 1)
     for part, expected in zip(load(), whole, strict=True):
         np.testing.assert_array_equal(part, expected)
 

@@ -20,7 +20,7 @@ from mvit_jax.models.ops.dispatch import OPS
 from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.run_blocks import REMAT
 from mvit_jax.training import build, custom, in_memory
-from mvit_jax.training.evaluation import Ensemble
+from mvit_jax.training.evaluation.protocol import Ensemble
 from mvit_jax.training.run import nan_policy, workdir
 from mvit_jax.training.run_folder import RunFolder
 from mvit_jax.weights.adapt import INFLATIONS
@@ -47,6 +47,7 @@ def test_choices_are_those_of_the_code():
         "augment.random_erase_mode": ("pixel", "const"),
         "optim.name": ("adamw", "sgd"),
         "optim.class_weights": ("balanced",),
+        "optim.loss_reduction": ("global", "per_device"),
         "eval.crops": (1, 3),
         "eval.ensemble": get_args(Ensemble),
         **{f"model.{field.name}": get_args(field.type)

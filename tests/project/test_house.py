@@ -69,7 +69,7 @@ def test_rooms_import_only_from_their_listed_rooms(path):
 
 def test_only_build_reads_keys_of_the_config():
     """Below `training/build.py` no module reads a key of the config."""
-    names = "run distributed loop.py step.py state.py evaluation.py optimizer.py"
+    names = "run distributed evaluation loop.py step.py state.py optimizer.py"
     roots = [PACKAGE / "training" / name for name in names.split()]
     roots += [PACKAGE / name for name in ("weights", "data", "models", "common")]
     files = [f for root in roots for f in ([root] if root.suffix else root.rglob("*.py"))]

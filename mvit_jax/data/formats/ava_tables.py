@@ -38,9 +38,6 @@ SECONDS = range(902, 1799)
 CLASSES = 80
 """Number of AVA's classes, of which 60 are evaluated."""
 
-GROUPS = {"pose": range(1, 15), "object": range(15, 64), "person": range(64, 81)}
-"""Ids of AVA's groups of classes: poses, manipulation of objects, interaction of persons."""
-
 _SHOWN = 20  # lines that an error describes
 
 
@@ -56,7 +53,8 @@ class KeyFrames:
       starts: position of each key frame's first box, and the number of boxes.
       box: x1, y1, x2, y2 of each box, as fractions of the frame. The boxes of a key frame are in
         the order of their first lines, those of the label files before others.
-      labels: 1 for each class of a box; column 0 is the class with id 1.
+      labels: 1 for each class of a box, or its number of lines in label files if it is repeated;
+        column 0 is the class with id 1.
       score: score of the person detector, 1 for boxes of label files.
     """
 
@@ -74,6 +72,29 @@ class KeyFrames:
     def rows(self, index: int) -> slice:
         """Returns the rows of `box`, `labels` and `score` that belong to key frame `index`."""
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """The evaluated classes.
+
+    Attributes:
+      names: name of each id, ascending.
+      groups: ids of each group of classes. AVA's are poses, manipulation of objects and interaction
+        of persons.
+    """
+
+    names: dict[int, str]
+    groups: dict[str, tuple[int, ...]]
+
+    @property
+    def count(self) -> int:
+        """Number of classes, the largest id. AVA lists 60 of its 80."""
+        return max(self.names)
+
+    def all_names(self) -> tuple[str, ...]:
+        """Returns the name of each class from id 1 on, "action N" for one that is not listed."""
+        return tuple(self.names.get(i, f"action {i}") for i in range(1, self.count + 1))
 
 
 def read_key_frames(
@@ -108,7 +129,7 @@ def read_key_frames(
     table = _Table(classes, seconds, videos, problems)
     for file in label_files:
         table.read_labels(expanded(file))
-    table.check_repeated_labels()
+    table.note_repeated_labels()
     for file in box_files:
         table.read_boxes(expanded(file), min_score)
     problems.raise_any()
@@ -145,11 +166,12 @@ _TOKEN = re.compile(
 )
 
 
-def read_class_list(file: str | os.PathLike[str]) -> dict[int, str]:
-    """Reads a class list in protobuf's text format (`.pbtxt`); returns the name of each id.
+def read_class_list(file: str | os.PathLike[str]) -> ClassList:
+    """Reads a list of the evaluated classes in protobuf's text format (`.pbtxt`).
 
-    An item is `item { name: "stand" id: 12 }`, in any layout. Items may have another name, and
-    `label_id` stands for `id`. Other fields are ignored.
+    An item is `item { name: "stand" id: 12 label_type: PERSON_MOVEMENT }`, in any layout. Items may
+    have another name, and `label_id` stands for `id`. `label_type` is the group; without it, ids 1
+    to 14 are poses, 15 to 63 concern objects, and others persons. Other fields are ignored.
 
     Raises:
       UserError: the file does not exist, is in another format or has no items, or an item has no
@@ -158,9 +180,10 @@ def read_class_list(file: str | os.PathLike[str]) -> dict[int, str]:
     path = expanded(file)
     text, problems = "".join(_lines(path)), _Problems()
     names: dict[int, str] = {}
+    groups: dict[str, tuple[int, ...]] = {}
     item: dict[str, str] | None = None
     for token in _TOKEN.finditer(text):
-        number = text.count("\n", 0, token.start()) + 1
+        line = text.count("\n", 0, token.start()) + 1
         key, value = token["key"], token["value"]
         try:
             if token[0][0] == "#":
@@ -173,18 +196,34 @@ def read_class_list(file: str | os.PathLike[str]) -> dict[int, str]:
                 item["id" if key == "label_id" else key] = value
             elif token["close"] and item is not None:
                 complete, item = item, None
-                _add_class(names, complete)
+                number = _add_class(names, complete)
+                group = _group(number, complete.get("label_type", ""))
+                groups[group] = (*groups.get(group, ()), number)
         except _BadRowError as bad:
-            problems.add(path, number, bad.reason)
+            problems.add(path, line, bad.reason)
     problems.raise_any()
     if item is not None:
         raise UserError(f"{path} ends within an item: it lacks a closing bracket")
     if not names:
         raise UserError(f"{path} has no classes: it should hold `item {{ name: ... id: ... }}`")
-    return dict(sorted(names.items()))
+    return ClassList(dict(sorted(names.items())), {k: tuple(sorted(v)) for k, v in groups.items()})
 
 
-def _add_class(names: dict[int, str], item: dict[str, str]) -> None:
+_GROUPS = {
+    "PERSON_MOVEMENT": "pose",
+    "OBJECT_MANIPULATION": "object",
+    "PERSON_INTERACTION": "person",
+}
+
+
+def _group(number: int, label_type: str) -> str:
+    """Returns the group of a class; without a type, that of AVA's class with this id."""
+    if label_type:
+        return _GROUPS.get(label_type, label_type.lower())
+    return "pose" if number < 15 else "object" if number < 64 else "person"
+
+
+def _add_class(names: dict[int, str], item: dict[str, str]) -> int:
     if "name" not in item or "id" not in item:
         missing = "name" if "name" not in item else "id"
         raise _BadRowError(f"the item that ends here has no {missing}")
@@ -197,6 +236,7 @@ def _add_class(names: dict[int, str], item: dict[str, str]) -> None:
     if name[0] not in "\"'":
         raise _BadRowError(f"the name {name[:50]} is not in quotes")
     names[number] = re.sub(r"\\(.)", r"\1", name[1:-1])
+    return number
 
 
 def write_detections(
@@ -408,17 +448,16 @@ class _Table:
         axis = "x" if float(fields[2]) > float(fields[4]) else "y"
         raise _BadRowError(f"{axis}1 is greater than {axis}2")
 
-    def check_repeated_labels(self) -> None:
-        """Adds the lines of label files that repeat a label of a box to the problems."""
+    def note_repeated_labels(self) -> None:
+        """Prints how many lines of label files repeat a label of a box."""
         pairs = np.array(self._pairs, np.int64)
-        _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
-        for row in np.flatnonzero(first[inverse] != np.arange(len(pairs))).tolist():
-            file, line = self._origin(row)
-            earlier, earlier_line = self._origin(int(first[inverse[row]]))
-            place = f"line {earlier_line}" + ("" if earlier == file else f" of {earlier}")
-            action = self._pairs[row] % self._classes + 1
-            self._problems.add(
-                file, line, f"this box has the action {action} already in {place}: remove one line"
+        first, inverse = np.unique(pairs, return_index=True, return_inverse=True)[1:]
+        again = np.flatnonzero(first[inverse] != np.arange(len(pairs)))
+        if len(again):
+            file, line = self._origin(int(again[0]))
+            _print_note(
+                f"lines that repeat a label of a box: {len(again):,}, the first in {file}, line "
+                f"{line}; the mAP counts them as further boxes, as the original does"
             )
 
     def _origin(self, pair: int) -> tuple[Path, int]:
@@ -427,11 +466,9 @@ class _Table:
 
     def note_flat_boxes(self) -> None:
         if self._flat:
-            print(
-                f"note: boxes without width or height: {self._flat:,}, the first in "
-                f"{self._first_flat}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            _print_note(
+                f"boxes without width or height: {self._flat:,}, the first in {self._first_flat}"
+            )
 
     def key_frames(self) -> KeyFrames:
         codes = np.array(self._frame, np.int64)
@@ -440,8 +477,10 @@ class _Table:
         position = np.empty_like(by_frame)
         position[by_frame] = np.arange(len(codes))
         box, column = np.divmod(np.array(self._pairs, np.int64), self._classes)
-        labels = np.zeros((len(codes), self._classes), np.uint8)
-        labels[position[box], column] = 1
+        labels, listed = np.zeros((len(codes), self._classes), np.uint8), len(self._lines)
+        np.add.at(labels, (position[box[:listed]], column[:listed]), 1)
+        detected = position[box[listed:]], column[listed:]
+        labels[detected] = np.maximum(labels[detected], 1)
         video, second = np.divmod(frames, self._seconds.stop)
         return KeyFrames(
             tuple(self._videos),
@@ -452,6 +491,10 @@ class _Table:
             labels,
             np.array(self._score, np.float64)[by_frame],
         )
+
+
+def _print_note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _check_videos(

@@ -40,7 +40,7 @@ class FrameFiles:
     """
 
     name: str
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     fps: float = FRAME_RATE
 
     @property
@@ -57,13 +57,14 @@ class FrameFiles:
           IndexError: an index is out of range.
         """
         numbers, positions = distinct(indices, self.num_frames)
-        images = [self._image(self.paths[number]) for number in numbers]
-        for number, image in zip(numbers, images, strict=True):
+        paths = [self.paths[number] for number in numbers.tolist()]
+        images = [self._image(path) for path in paths]
+        for path, image in zip(paths, images, strict=True):
             if image.shape != images[0].shape:
                 raise DecodeError(
                     self.name,
-                    f"its frames differ in size: {Path(self.paths[numbers[0]]).name} has "
-                    f"{_size(images[0])} pixels, {Path(self.paths[number]).name} {_size(image)}",
+                    f"its frames differ in size: {Path(paths[0]).name} has {_size(images[0])} "
+                    f"pixels, {Path(path).name} {_size(image)}",
                 )
         return np.concatenate(images)[positions]
 
@@ -103,11 +104,12 @@ class FrameFolders(VideoList):
                 else str(error.strerror).lower()
             )
             raise DecodeError(folder, reason) from error
-        names.sort(key=_natural_order)
+        names.sort(key=natural_order)
         yield FrameFiles(folder, tuple(f"{folder}/{name}" for name in names))
 
 
-def _natural_order(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Returns a sort key that compares numbers in names by value."""
     # Text and numbers alternate, so numbers are compared with numbers. The name itself decides
     # between equal numbers like 1 and 01.
     parts = re.split(r"(\d+)", name)

@@ -226,15 +226,14 @@ def test_all_broken_lines_of_all_files_are_in_one_error(write):
     truth = write(
         "t.csv", f"a,0902,{BOX},5,0", f"a,0902,{BOX},99,0", f"a,0902,{BOX},6,0", f"a,1,{BOX},6,0"
     )
-    again = write("u.csv", f"a,902,{BOX},6,1", f"a,902,{BOX},6,1")
+    more = write("u.csv", f"a,902,{BOX},6,1", f"a,902,{BOX},x,1")
     persons = write("p.csv", "", f"a,0902,{BOX},5,2")
-    earlier = f"already in line 3 of {truth}: remove one line"
     with refused(
         f"{truth}, line 2: the action 99 is not from 1 to 80; line 4: the second 1 is not from 902 "
-        f"to 1798; {again}, line 1: this box has the action 6 {earlier}; line 2: this box has the "
-        f"action 6 {earlier}; {persons}, line 2: the score 2 is not from 0 to 1"
+        f"to 1798; {more}, line 2: the action 'x' is not a whole number; {persons}, line 2: the "
+        "score 2 is not from 0 to 1"
     ):
-        read_key_frames([truth, again], [persons])
+        read_key_frames([truth, more], [persons])
 
 
 def test_at_most_20_broken_lines_are_shown(write):
@@ -246,10 +245,11 @@ def test_at_most_20_broken_lines_are_shown(write):
         read_key_frames([file])
 
 
-def test_a_repeated_label_is_an_error_in_labels_alone(write):
+def test_a_repeated_label_counts_twice_in_labels_alone(write, capfd):
     truth = write("t.csv", f"a,0902,{BOX},5,0", f"a,0902,{BOX},6,0", f"a,0902,{BOX},5,0")
-    with refused(f"{truth}, line 3: this box has the action 5 already in line 1: remove one line"):
-        read_key_frames([truth])
+    labels = read_key_frames([truth]).labels
+    assert (labels[0, 4], labels[0, 5], labels.sum()) == (2, 1, 3)
+    assert f"repeat a label of a box: 1, the first in {truth}, line 3" in capfd.readouterr().err
     truth = write("t.csv", f"a,0902,{BOX},5,0")
     persons = write("p.csv", f"a,0902,{BOX},5,0.99", f"a,0902,{BOX},5,0.99")
     assert as_dict(read_key_frames([truth], [persons])) == {
@@ -305,8 +305,9 @@ def test_excluded_key_frames_are_pairs_of_video_and_second(write):
 @pytest.mark.parametrize(
     "text",
     [
-        'label {\n  name: "bend/bow (at the waist)"\n  label_id: 1\n  label_type: POSE\n}\n'
-        'label {\n  name: "answer phone"\n  label_id: 15\n  label_type: OBJECT\n}\n',
+        'label {\n  name: "bend/bow (at the waist)"\n  label_id: 1\n'
+        "  label_type: PERSON_MOVEMENT\n}\n"
+        'label {\n  name: "answer phone"\n  label_id: 15\n  label_type: OBJECT_MANIPULATION\n}\n',
         'item {\r\n\tid: 15\r\n\tname: "answer phone"\r\n}\r\n'
         "item: { name:'bend/bow (at the waist)', id:1; } # the last",
         '# two items\nitem{name:"bend/bow (at the waist)" id:1}item{name:"answer phone" id:15}',
@@ -315,13 +316,22 @@ def test_excluded_key_frames_are_pairs_of_video_and_second(write):
 def test_class_lists_are_read_in_any_layout(text, tmp_path):
     (tmp_path / "list.pbtxt").write_bytes(text.encode())
     classes = read_class_list(tmp_path / "list.pbtxt")
-    assert classes == {1: "bend/bow (at the waist)", 15: "answer phone"}
-    assert list(classes) == [1, 15]
+    assert classes.names == {1: "bend/bow (at the waist)", 15: "answer phone"}
+    assert list(classes.names) == [1, 15]
+    assert classes.groups == {"pose": (1,), "object": (15,)}
+    assert classes.count == 15 and classes.all_names()[13:] == ("action 14", "answer phone")
+
+
+def test_groups_of_other_data_are_the_label_types(write):
+    file = write(
+        "list.pbtxt", 'x { name: "up" id: 3 label_type: MOTION }', 'x { name: "b" id: 70 }'
+    )
+    assert read_class_list(file).groups == {"motion": (3,), "person": (70,)}
 
 
 def test_names_of_classes_may_hold_brackets_and_quotes(write):
     file = write("list.pbtxt", r'item { name: "say \"{hi}\" # 1" id: 3 }')
-    assert read_class_list(file) == {3: 'say "{hi}" # 1'}
+    assert read_class_list(file).names == {3: 'say "{hi}" # 1'}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
-"""The test protocol: class probabilities of every video over several views, and their metrics."""
+"""Classification tests: class probabilities of every video over several views, and metrics."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,41 +14,16 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
 from mvit_jax.data.loader import DEFAULT, LoaderOptions
 from mvit_jax.data.media.video import decode_failure
-from mvit_jax.data.pipeline import ClipSettings
+from mvit_jax.data.sampling import ClipSettings
 from mvit_jax.data.source import Source
-from mvit_jax.training.distributed.sharding import (
-    batch_sharding,
-    local_rows,
-    replicated,
-    state_shardings,
-    to_devices,
+from mvit_jax.training.distributed.sharding import local_rows, to_devices
+from mvit_jax.training.evaluation.protocol import (
+    Ensemble,
+    Protocol,
+    check_failures,
+    divisible_batch,
+    gather,
 )
-from mvit_jax.training.state import State
-from mvit_jax.training.step import StepConfig, predict_step
-
-Ensemble = Literal["mean", "max"]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """The test protocol: the views of a video and the ensemble of their probabilities.
-
-    Attributes:
-      clips: numbers of clips, spread evenly over a video. Each number n is a separate test with
-        n x `crops` views.
-      crops: square crops per clip, 1 or 3.
-      batch: videos at a time; rounded up to a multiple of the number of devices.
-      ensemble: "mean" of the views' probabilities (equivalent to the sum in the reference code), or
-        "max" (Charades).
-      max_broken: largest share of broken videos, 0 to 1. Broken videos are left out of the metrics
-        and listed in the result.
-    """
-
-    clips: tuple[int, ...] = (1,)
-    crops: int = 1
-    batch: int = 8
-    ensemble: Ensemble = "mean"
-    max_broken: float = 1.0
 
 
 @dataclass
@@ -139,7 +112,7 @@ class Scores:
         return self.labels[:, None] == np.arange(self.probabilities.shape[1])
 
 
-def evaluate(
+def score_videos(
     predict: Callable[[Any, jax.Array], jax.Array],
     params: Any,
     videos: Source,
@@ -154,7 +127,7 @@ def evaluate(
     """Scores every video of a list in one pass.
 
     Args:
-      predict: the function returned by `predictor`.
+      predict: the function returned by `testing.predictor`.
       params: the model's parameters.
       videos: the list of videos.
       settings: frames and size of a clip.
@@ -177,15 +150,15 @@ def evaluate(
     labels = np.zeros(0, np.int32)
     seen, tested = np.zeros(count, bool), np.zeros(count, bool)
     views = np.split(np.arange(sum(clips) * crops), np.cumsum(clips)[:-1] * crops)
-    batch = -(-protocol.batch // mesh.size) * mesh.size  # a multiple of the number of devices
+    batch = divisible_batch(protocol, mesh)
     rows = local_rows(batch, mesh)
     for loaded in pipeline.test_batches(
         videos, settings, clips=clips, crops=crops, batch=batch, rows=rows,
         shuffle_seed=shuffle_seed, loader=loader,
     ):  # fmt: skip
         on_devices = to_devices(loaded, mesh)
-        probabilities = _gather(predict(params, on_devices["clip"]))
-        index, valid, label = (_gather(on_devices[k]) for k in ("video", "valid", "label"))
+        probabilities = gather(predict(params, on_devices["clip"]))
+        index, valid, label = (gather(on_devices[k]) for k in ("video", "valid", "label"))
         real = index >= 0  # the last batch is padded
         if len(labels) == 0:
             labels = np.zeros((count, *label.shape[1:]), label.dtype)
@@ -202,41 +175,8 @@ def evaluate(
         f"{videos.item(i)}: {decode_failure(videos.opened(i, settings.frames))}"
         for i in np.flatnonzero(~tested).tolist()
     ]
-    if tested.any() and len(failures) > protocol.max_broken * count:
-        raise UserError(
-            f"{len(failures)} of the {count} videos of {videos.list_file} cannot be decoded, a "
-            f"larger share than data.max_broken={protocol.max_broken:g}: repair or remove them, or "
-            f"raise data.max_broken; the first: {failures[0]}"
-        )
+    check_failures(failures, count, protocol, videos.list_file)
     return [Scores(p, labels, tested, failures) for p in scores]
-
-
-def validate(
-    state: State,
-    predict: Callable[[Any, jax.Array], jax.Array],
-    videos: Source,
-    settings: ClipSettings,
-    protocol: Protocol,
-    *,
-    mesh: Mesh,
-    loader: LoaderOptions,
-) -> dict[str, float]:
-    """Validates a state, with its averaged parameters if it has any; arguments as for `evaluate`.
-
-    Returns:
-      "top1", "top5" and "mean_class", for multi-label data "map" in place of "mean_class", in
-      percent; "videos", the number of tested videos; "seconds", the duration.
-    """
-    began = time.monotonic()
-    [scores] = evaluate(
-        predict, state.eval_params, videos, settings, protocol, mesh=mesh, loader=loader
-    )
-    metrics = scores.metrics()
-    names = ("map", "top1", "top5", "mean_class")
-    return {name: metrics[name] for name in names if name in metrics} | {
-        "videos": metrics["videos"],
-        "seconds": time.monotonic() - began,
-    }
 
 
 def reduce_views(
@@ -245,32 +185,3 @@ def reduce_views(
     """Reduces the probabilities of the views along `axis` to their mean or maximum, in float64."""
     # In float64, the mean is independent of the batching of views, as the maximum always is.
     return (np.mean if ensemble == "mean" else np.max)(probabilities.astype(np.float64), axis=axis)
-
-
-def predictor(
-    apply: Callable[..., Any], recipe: StepConfig, params: Any, mesh: Mesh
-) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the jitted `predict(params, clip)`, see `step.predict_step`.
-
-    The clips are sharded by video over the mesh; the probabilities are replicated.
-
-    Args:
-      apply: `Functional.apply`.
-      recipe: normalisation, dtype and `multi_label`.
-      params: the model's parameters, as arrays or shapes.
-      mesh: the device mesh.
-    """
-    return jax.jit(
-        partial(predict_step, apply=apply, recipe=recipe),
-        in_shardings=(state_shardings(mesh, params), batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
-
-
-def _gather(x: jax.Array) -> np.ndarray:
-    """Returns an array in host memory, gathered if it is sharded over processes."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

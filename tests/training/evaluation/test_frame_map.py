@@ -6,8 +6,8 @@ import heapq
 import numpy as np
 import pytest
 
-from mvit_jax.common import frame_map
-from mvit_jax.common.frame_map import Boxes, measure_frame_ap
+from mvit_jax.training.evaluation import frame_map
+from mvit_jax.training.evaluation.frame_map import Boxes, measure_frame_ap
 from tests.support.refusals import refused
 
 CLASSES = [1, 3, 4, 7, 8, 11, 12]  # of 12, the ids between them are not evaluated

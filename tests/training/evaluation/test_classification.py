@@ -12,9 +12,10 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.data.loader import LoaderOptions
 from mvit_jax.data.media.images import DecodeError, Frames
 from mvit_jax.data.pipeline import ClipSettings
-from mvit_jax.training import evaluation
 from mvit_jax.training.distributed import sharding
-from mvit_jax.training.evaluation import Scores
+from mvit_jax.training.evaluation import classification
+from mvit_jax.training.evaluation.classification import Scores
+from mvit_jax.training.evaluation.protocol import Protocol
 from mvit_jax.training.run.metrics import BrokenDataError, Logbook
 
 SETTINGS = ClipSettings(frames=2, stride=4, size=8, short_side=8)
@@ -53,8 +54,8 @@ def brightness(params, clip):
 
 def evaluate(videos, **kwargs):
     parts = {"mesh": sharding.make_mesh(devices=jax.devices()[:2]), "loader": LoaderOptions(0)}
-    protocol = evaluation.Protocol(**({"clips": (1, 3), "crops": 3, "batch": 4} | kwargs))
-    return evaluation.evaluate(brightness, None, videos, SETTINGS, protocol, **parts)
+    protocol = Protocol(**({"clips": (1, 3), "crops": 3, "batch": 4} | kwargs))
+    return classification.score_videos(brightness, None, videos, SETTINGS, protocol, **parts)
 
 
 @pytest.mark.parametrize("ensemble", ["mean", "max"])
