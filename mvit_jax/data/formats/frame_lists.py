@@ -57,7 +57,7 @@ class FrameFiles:
           IndexError: an index is out of range.
         """
         numbers, positions = distinct(indices, self.num_frames)
-        paths = [self.paths[number] for number in numbers.tolist()]
+        paths = [self.paths[int(number)] for number in numbers]
         images = [self._image(path) for path in paths]
         for path, image in zip(paths, images, strict=True):
             if image.shape != images[0].shape:

@@ -60,8 +60,8 @@ def test_whole_frames_find_every_person(folder):
     assert {shape[-3:-1] for shape in shapes} == {(32, 42), (42, 32)} and len(shapes) == 2
     assert scores.tested.all() and not scores.failures
     listed = clips.key_frames.labels.any(1)
-    found = scores.probabilities.argmax(1)[listed]
-    np.testing.assert_array_equal(found, clips.key_frames.labels.argmax(1)[listed])
+    predicted = scores.probabilities.argmax(1)[listed]
+    np.testing.assert_array_equal(predicted, clips.key_frames.labels.argmax(1)[listed])
     metrics = scores.metrics()
     assert metrics["map"] == metrics["map_score_order"] == 100
     assert metrics["classes"] == ["red", "blue", "green"] and metrics["class_ids"] == [1, 3, 4]
