@@ -1,8 +1,9 @@
 """Attention rollout across pooling, Grad-CAM at any block, and attention distances.
 
 Maps have a value per token. `token_geometry.to_pixels` interpolates them to pixels, and `render`
-draws them over the frames. All functions can be jitted once every argument except `params` and
-`clip` is bound: `jax.jit(functools.partial(rollout, model))`.
+draws them over the frames. All functions can be jitted once every argument except `params`, `clip`
+and `box` is bound: `jax.jit(functools.partial(rollout, model))`. Maps of a detection model explain
+one box of each clip.
 """
 
 import math
@@ -15,11 +16,13 @@ from jaxtyping import Array, Float, Shaped
 
 from mvit_jax.analysis import token_geometry
 from mvit_jax.common.errors import UserError
+from mvit_jax.models.detection import position_weights, total_stride
 from mvit_jax.models.functional import Functional
 from mvit_jax.models.plan import BlockGrids, BlockPlan, MViTConfig, Triple, grids, plan
 
 Map = Float[Array, "batch time height width"]
 Flow = Float[Array, "batch _tokens"]  # each token's share of the head's input
+Box = Float[Array, "batch 4"]  # x1, y1, x2, y2 of one box of each clip, in pixels of the clip
 
 
 def rollout(
@@ -29,6 +32,7 @@ def rollout(
     *,
     block: int | None = None,
     token: Triple | None = None,
+    box: Box | None = None,
 ) -> Map:
     """Computes attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928) across pooling.
 
@@ -54,17 +58,26 @@ def rollout(
       block: start at this block's output, 0 for the first; the last by default.
       token: start at this token, (t, h, w) on the grid of the block's output; by default at the
         head's input (the class token, or the mean of all tokens).
+      box: for a detection model without `token`: start at the tokens in this box, weighted as by
+        RoIAlign, with equal weights over time.
 
     Returns:
-      The share of each cube; each map sums to 1.
+      The share of each cube. Each map sums to 1, or is 0 for a box outside the clip.
 
     Raises:
-      UserError: the block or the token does not exist.
+      UserError: the block or the token does not exist, or the box is missing or unexpected.
     """
     config = model.config
+    if token is None:
+        _check_box(config, box)
+    elif box is not None:
+        raise UserError("a map starts at a token or at a box: leave one of the two out")
     blocks, rows = plan(config), grids(config, *_clip_size(clip))
     last = _block_index(-1 if block is None else block, len(blocks))
-    flow = _start(config, rows[last].output, token, clip.shape[0])
+    if box is not None:
+        flow = _start_in_box(config, rows[last].output, box, total_stride(config, last + 1))
+    else:
+        flow = _start(config, rows[last].output, token, clip.shape[0])
     attentions = _attentions(model, params, clip)
     for b, row, attention in reversed(list(zip(blocks, rows, attentions, strict=True))[: last + 1]):
         flow = _through_block(flow, b, row, attention)
@@ -85,6 +98,11 @@ def _start(config: MViTConfig, grid: Triple, token: Triple | None, batch: int) -
     else:
         start[first:] = 1 / count
     return jnp.broadcast_to(jnp.asarray(start, jnp.float32), (batch, len(start)))
+
+
+def _start_in_box(config: MViTConfig, grid: Triple, box: Box, stride: tuple[int, int]) -> Flow:
+    frame = position_weights(box[:, None], stride, grid[1:]).reshape(len(box), -1)
+    return jnp.pad(jnp.tile(frame / grid[0], (1, grid[0])), ((0, 0), (int(config.class_token), 0)))
 
 
 def _through_block(flow: Flow, block: BlockPlan, row: BlockGrids, attention: Array) -> Flow:
@@ -120,6 +138,7 @@ def grad_cam(
     block: int | None = None,
     label: int | None = None,
     by_channel: bool = False,
+    box: Box | None = None,
 ) -> Map:
     """Computes Grad-CAM of a class at the input of a block.
 
@@ -145,17 +164,19 @@ def grad_cam(
       clip: normalised, `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
       block: 0 for the first, -1 for the last. The default is `fine_block`: early blocks have a
         finer grid, late blocks more abstract features.
-      label: the class to explain; by default the most probable class of each clip.
+      label: the class to explain; by default the most probable class of each clip, or of its box.
       by_channel: use the original Grad-CAM.
+      box: for a detection model: the box whose class is explained.
 
     Returns:
       Maps on the grid of the block's input. Each sums to 1, or is 0 if no token has positive
       evidence for the class.
 
     Raises:
-      UserError: the block or the class does not exist.
+      UserError: the block or the class does not exist, or the box is missing or unexpected.
     """
     config, module = model.config, model.module(params)
+    _check_box(config, box)
     blocks = plan(config)
     fine = fine_block(config, _clip_size(clip))
     index = fine if block is None else _block_index(block, len(blocks))
@@ -169,7 +190,11 @@ def grad_cam(
         return x
 
     def score(x: Array) -> Array:
-        logits, *_ = module.classify(run_blocks(x, index, len(blocks)))
+        x = run_blocks(x, index, len(blocks))
+        if box is None:
+            logits, *_ = module.classify(x)
+        else:
+            logits = module.classify(x, None, rows[-1].output, box[:, None])[0][:, 0]
         labels = jnp.argmax(logits, -1) if label is None else jnp.full(logits.shape[0], label)
         return jnp.take_along_axis(logits, labels[:, None], axis=-1).sum()
 
@@ -226,10 +251,19 @@ def attention_distance(
     return in_time, in_space
 
 
+def _check_box(config: MViTConfig, box: Box | None) -> None:
+    if config.task == "detection" and box is None:
+        raise UserError("maps of a detection model explain a box: pass box [batch, 4] in pixels")
+    if config.task != "detection" and box is not None:
+        raise UserError('a box requires a model with task="detection"')
+
+
 def _attentions(model: Functional, params: Any, clip: Array) -> list[Array]:
     """Returns each block's attention probabilities, `[batch, heads, queries, keys]`."""
+    # Attention does not depend on the boxes, of which there may be none.
+    boxes = jnp.zeros((len(clip), 0, 4)) if model.config.task == "detection" else None
     try:
-        _, features = model.apply(params, clip, capture=True)
+        _, features = model.apply(params, clip, boxes, capture=True)
         return features["attention"]
     except (KeyError, TypeError) as error:
         if "attention" not in str(error) and "record" not in str(error):

@@ -30,9 +30,12 @@ def box_features(
     return roi_align(grid.mean(1), boxes, stride).max((2, 3))
 
 
-def total_stride(config: MViTConfig) -> tuple[int, int]:
-    """Returns the pixels along height and along width of a cell of the last grid."""
-    strides = [config.patch_stride, *(b.q_pool.stride for b in plan(config) if b.q_pool)]
+def total_stride(config: MViTConfig, blocks: int | None = None) -> tuple[int, int]:
+    """Returns the pixels along height and along width of a position of the grid after `blocks`.
+
+    By default that is the last grid.
+    """
+    strides = [config.patch_stride, *(b.q_pool.stride for b in plan(config)[:blocks] if b.q_pool)]
     return math.prod(s[1] for s in strides), math.prod(s[2] for s in strides)
 
 
@@ -53,12 +56,36 @@ def roi_align(
       stride: pixels per position of the maps, along height and along width.
       bins: cells of a box along each axis.
     """
-    x1, y1, x2, y2 = jnp.moveaxis(lax.stop_gradient(boxes), -1, 0)
-    rows = _samples(y1, y2, stride[0], maps.shape[1], bins).astype(maps.dtype)
-    columns = _samples(x1, x2, stride[1], maps.shape[2], bins).astype(maps.dtype)
+    samples = _box_samples(boxes, stride, maps.shape[1:3], bins)
+    rows, columns = (axis.astype(maps.dtype) for axis in samples)
     # A TPU's default precision would round float32 features to bfloat16.
     cut = jnp.einsum("bnyh,bhwc->bnywc", rows, maps, precision=lax.Precision.HIGHEST)
     return jnp.einsum("bnxw,bnywc->bnyxc", columns, cut, precision=lax.Precision.HIGHEST)
+
+
+def position_weights(
+    boxes: Boxes, stride: tuple[int, int], size: tuple[int, int]
+) -> Float[Array, "batch boxes height width"]:
+    """Returns the weight of each position of a map in the mean of a box's cells.
+
+    The weights of a box sum to 1, or less if the box exceeds the map.
+
+    Args:
+      boxes: the boxes in pixels.
+      stride: pixels per position of the map, along height and along width.
+      size: height and width of the map.
+    """
+    rows, columns = (axis.mean(2) for axis in _box_samples(boxes, stride, size, BINS))
+    return jnp.einsum("bnh,bnw->bnhw", rows, columns, precision=lax.Precision.HIGHEST)
+
+
+def _box_samples(
+    boxes: Boxes, stride: tuple[int, int], size: tuple[int, ...], bins: int
+) -> tuple[Float[Array, "batch boxes {bins} height"], Float[Array, "batch boxes {bins} width"]]:
+    """Returns `_samples` of the boxes along height and along width."""
+    x1, y1, x2, y2 = jnp.moveaxis(lax.stop_gradient(boxes), -1, 0)
+    rows = _samples(y1, y2, stride[0], size[0], bins)
+    return rows, _samples(x1, x2, stride[1], size[1], bins)
 
 
 def _samples(

@@ -1,5 +1,6 @@
 """Rollout, Grad-CAM and attention distances against loops in NumPy and finite differences."""
 
+import dataclasses
 import functools
 import itertools
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from mvit_jax.analysis import attention_maps, token_geometry
 from mvit_jax.common.errors import UserError
 from mvit_jax.models.functional import functional
 from mvit_jax.models.plan import grids, plan
 from mvit_jax.models.variants import variant
+from tests.models.test_detection import looped
 from tests.support.marks import nightly, slow
 
 SMALL = {"frames": 4, "size": 24, "num_classes": 5, "width": 8, "depths": (1, 2)}
@@ -235,6 +238,106 @@ def test_grad_cam_weights_each_position_by_its_gradient():
             heat[b, position] += gradient[b, position, c] * x[b, position, c]
     heat = np.maximum(heat, 0).reshape(2, *grid)
     np.testing.assert_allclose(whole, heat / heat.sum((1, 2, 3), keepdims=True), atol=1e-5)
+
+
+# Maps of a box.
+
+BOX = (5.0, 3.0, 17.0, 25.0)  # it exceeds the clip below
+
+
+def cell_weights(box, stride, size):
+    """Returns the weight of each position in each cell of a box, by a loop over samples."""
+    return looped(np.eye(size[0] * size[1]).reshape(*size, -1), box, stride, 7)
+
+
+@pytest.mark.parametrize(("block", "stride"), [(None, (8, 8)), (0, (4, 4))])
+def test_rollout_of_a_box_starts_at_the_positions_that_roi_align_reads(block, stride):
+    params, clip, _, features = drawn("v1")
+    model = functional(dataclasses.replace(CONFIGS["v1"], task="detection"))
+    blocks = len(plan(model.config)) if block is None else block + 1
+    t, h, w = grids(model.config, 4, 24, 24)[blocks - 1].output
+    inside = cell_weights(BOX, stride, (h, w)).mean((0, 1))
+    start = np.concatenate([[0], np.tile(inside / t, t)])
+    expected = (start @ dense_rollout(model.config, features, blocks))[1:]
+    boxes = jnp.array([BOX, (40.0, 40.0, 50.0, 50.0)])
+    rollout = functools.partial(attention_maps.rollout, model, block=block)
+    maps = jax.jit(lambda p, c, b: rollout(p, c, box=b))(params, clip, boxes)
+    np.testing.assert_allclose(maps[0].ravel(), expected / expected.sum(), atol=1e-6)
+    assert not np.any(maps[1])  # outside of the clip
+    token = jax.jit(functools.partial(rollout, token=(0, 1, 2)))(params, clip)  # as without boxes
+    row = 1 + np.ravel_multi_index((0, 1, 2), (t, h, w))
+    expected = dense_rollout(model.config, features, blocks)[row][1:]
+    np.testing.assert_allclose(token[0].ravel(), expected / expected.sum(), atol=1e-6)
+
+
+def test_grad_cam_of_a_box_is_that_of_its_logit():
+    """The logit is written out: the mean over time, the maximum over cells, the classifier."""
+    params, clip, _, _ = drawn("v1")
+    config = dataclasses.replace(CONFIGS["v1"], task="detection")
+    model = functional(config).module(params)
+    x, grid = block_input(params, clip, config, 2)
+    t, h, w = grids(config, *size_of(config))[2].output
+    weights = jnp.asarray(cell_weights(BOX, (8, 8), (h, w)), jnp.float32)
+    head = params["head"]["classifier"]
+
+    def score(x):
+        tokens = model.norm(model.blocks[2](x, grid))[:, 1:].reshape(2, t, h * w, -1)
+        pooled = jnp.einsum("yxp,bpc->byxc", weights, tokens.mean(1)).max((1, 2))
+        return (pooled @ head["kernel"])[:, 3].sum()
+
+    gradient = jax.jit(jax.grad(score))(x)
+    heat = np.maximum((np.maximum(gradient, 0) * x).sum(-1)[:, 1:], 0).reshape(2, *grid)
+    cam = functools.partial(attention_maps.grad_cam, functional(config), block=2, label=3)
+    maps = jax.jit(lambda p, c, b: cam(p, c, box=b))(params, clip, jnp.array([BOX, BOX]))
+    np.testing.assert_allclose(maps, heat / heat.sum((1, 2, 3), keepdims=True), atol=1e-5)
+
+
+class Pointwise(nnx.Module):
+    """Attention of each token to itself alone."""
+
+    def __init__(self, plan, *, pooling, dtype, rngs):
+        self.linear = nnx.Linear(plan.width, plan.attention_width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, grid, record=None):
+        if record is not None:
+            record["attention"] = jnp.broadcast_to(
+                jnp.eye(x.shape[1]), (len(x), 1, *x.shape[1:2] * 2)
+            )
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "rollout"])
+def test_the_map_of_a_box_lies_in_the_box_where_features_are_local(name):
+    config = dataclasses.replace(
+        CONFIGS["vit"], task="detection", depths=(2,), patch_kernel=(2, 2, 2),
+        patch_stride=(2, 2, 2), patch_padding=(0, 0, 0),
+    )  # fmt: skip
+    model = functional(config, attention=Pointwise)
+    params = model.init(jax.random.key(0))
+    head = params["head"]["classifier"]
+    head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
+    clip = jax.random.normal(jax.random.key(2), (1, 4, 24, 32, 3))
+    for x1, y1, x2, y2 in [(4, 6, 12, 20), (20, 0, 30, 8)]:
+        compute = functools.partial(getattr(attention_maps, name), model)
+        box = jnp.array([[x1, y1, x2, y2]], jnp.float32)
+        heat = jax.jit(lambda p, c, b, f=compute: f(p, c, box=b))(params, clip, box)[0]
+        near = np.zeros((12, 16), bool)  # bilinear samples read a position beyond the box's edge
+        near[max(y1 // 2 - 1, 0) : y2 // 2 + 1, max(x1 // 2 - 1, 0) : x2 // 2 + 1] = True
+        assert heat.shape == (2, 12, 16) and heat.sum() == pytest.approx(1)
+        assert not np.any(np.asarray(heat)[:, ~near])
+
+
+def test_a_box_is_required_by_detection_models_alone():
+    params, clip, _, _ = drawn("v1")
+    detection = functional(dataclasses.replace(CONFIGS["v1"], task="detection"))
+    boxes = jnp.array([BOX, BOX])
+    for compute in (attention_maps.rollout, attention_maps.grad_cam):
+        with pytest.raises(UserError, match=r"explain a box: pass box \[batch, 4\]"):
+            compute(detection, params, clip)
+        with pytest.raises(UserError, match='a box requires a model with task="detection"'):
+            compute(functional(CONFIGS["v1"]), params, clip, box=boxes)
+    with pytest.raises(UserError, match="a token or at a box"):
+        attention_maps.rollout(detection, params, clip, token=(0, 0, 0), box=boxes)
 
 
 @pytest.mark.parametrize("name", ["v1", slow("v2 of timm"), slow("vit")])
