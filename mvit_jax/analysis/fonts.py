@@ -23,7 +23,7 @@ def complete(figure: Figure) -> bool:
     Returns:
       True if a text has another font now, so that the figure must be drawn again.
     """
-    default = _characters(font_manager.findfont(font_manager.FontProperties()))
+    default = _characters(_default())
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     missing = {c for text in texts for c in text.get_text() if c.isprintable()} - default
     if not missing:
@@ -35,6 +35,21 @@ def complete(figure: Figure) -> bool:
         if families and missing.intersection(text.get_text()):
             text.set_fontfamily([*text.get_fontfamily(), *families])
     return bool(families)
+
+
+def path_for(text: str) -> str:
+    """Returns the file of matplotlib's font, or of an installed one if that lacks characters."""
+    missing = {c for c in text if c.isprintable()} - _characters(_default())
+    if not missing:
+        return _default()
+    families, without = installed_for(missing)
+    if without:
+        _note(frozenset(map(_font, without)), min(without))
+    return font_manager.findfont(families[0]) if families else _default()
+
+
+def _default() -> str:
+    return font_manager.findfont(font_manager.FontProperties())
 
 
 def installed_for(characters: set[str]) -> tuple[list[str], set[str]]:
