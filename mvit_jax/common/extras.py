@@ -21,6 +21,7 @@ _EXTRAS = {
     "gcs": ("google.cloud", "google.api_core", "google.auth", "tensorflow"),
     "prepare": ("apache_beam",),
     "demo": ("gradio", "fastapi", "starlette", "uvicorn"),
+    "onnx": ("onnxruntime",),
     "tpu": ("libtpu",),
 }  # fmt: skip
 _PACKAGES = {

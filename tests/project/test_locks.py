@@ -52,7 +52,13 @@ def test_each_required_package_is_in_its_lock():
     programs, tools = lock(f"{INSTALLED}.txt"), lock(f"{INSTALLED}-dev.txt")
     assert closure(PROGRAMS) == programs.keys()
     assert closure([*PROGRAMS, *EXTRAS["dev"], *EXTRAS["docs"]]) <= programs.keys() | tools.keys()
-    for extra in ("tpu", "gcs", "prepare", "demo"):  # which the scripts of launch/ constrain
+    for extra in (
+        "tpu",
+        "gcs",
+        "prepare",
+        "demo",
+        "onnx",
+    ):  # which the scripts of launch/ constrain
         assert closure(EXTRAS[extra]) <= programs.keys() | tools.keys()
 
 
