@@ -8,6 +8,13 @@ lists train.csv, val.csv and test.csv, and the class names, labels.txt. Needs no
 seed gives the same files. The same command resumes an interrupted run; a finished folder stays
 unchanged.
 
+    python -m mvit_jax.prepare moving_scenes --out=DIR
+
+writes the data set `moving_scenes` likewise: 720, 60 and 180 videos (mp4, 176x128 or 128x176, 155
+to 170 frames) of several digits with motions of their own and relations to each other. The csv
+files have AVA's formats: labels, boxes of a detector, excluded key frames, and classes.pbtxt. The
+lists clips_train.csv, clips_val.csv and clips_test.csv have one label a video.
+
     python -m mvit_jax.prepare fashion_mnist --out=DIR
     python -m mvit_jax.prepare fashion_mnist --out=DIR --files=/usr/share/datasets/fashion-mnist
 
@@ -48,6 +55,7 @@ from mvit_jax.common import errors, files
 from mvit_jax.data.making import (
     fashion_mnist,
     moving_digits,
+    moving_scenes,
     packing,
     splitting,
     transcoding,
@@ -55,12 +63,15 @@ from mvit_jax.data.making import (
 )
 
 OUT = flags.DEFINE_string("out", None, "Output folder: new, empty, or of an interrupted run.")
-SEED = flags.DEFINE_integer("seed", 0, "Random seed of moving_digits and of lists.")
+SEED = flags.DEFINE_integer("seed", 0, "Random seed of moving digits or scenes, and of lists.")
 VAL = flags.DEFINE_float("val", 0.1, "Share of each class for the validation list.")
 TEST = flags.DEFINE_float("test", 0.1, "Share of each class for the test list.")
-TRAIN_VIDEOS = flags.DEFINE_integer("train_videos", 2000, "Training videos of moving_digits.")
-VAL_VIDEOS = flags.DEFINE_integer("val_videos", 200, "Validation videos of moving_digits.")
-TEST_VIDEOS = flags.DEFINE_integer("test_videos", 400, "Test videos of moving_digits.")
+VIDEOS = {
+    f"{split}_videos": flags.DEFINE_integer(
+        f"{split}_videos", None, f"Number of {word} videos; default: as above."
+    )
+    for split, word in (("train", "training"), ("val", "validation"), ("test", "test"))
+}
 FILES = flags.DEFINE_string("files", None, "Folder of Fashion-MNIST's files; default: download.")
 CSV = flags.DEFINE_string("csv", None, "List of the videos to pack.")
 PREFIX = flags.DEFINE_string("prefix", "", "Folder that the paths in a list are relative to.")
@@ -85,7 +96,8 @@ SPLIT = flags.DEFINE_string("split", None, "Split to check; default: all.")
 
 # Flags that each data set or task accepts.
 DATA_SETS = {
-    "moving_digits": ("seed", "train_videos", "val_videos", "test_videos"),
+    "moving_digits": ("seed", *VIDEOS),
+    "moving_scenes": ("seed", *VIDEOS),
     "fashion_mnist": ("files",),
     "lists": ("val", "test", "seed"),
     "videos": (
@@ -133,13 +145,9 @@ def main(argv: list[str]) -> None:
         fashion_mnist.prepare(out, FILES.value)
         print(f"{name} is in {OUT.value}")
     else:
-        moving_digits.prepare(
-            OUT.value,
-            seed=SEED.value,
-            train_videos=TRAIN_VIDEOS.value,
-            val_videos=VAL_VIDEOS.value,
-            test_videos=TEST_VIDEOS.value,
-        )
+        made = {"moving_digits": moving_digits, "moving_scenes": moving_scenes}[name]
+        counts = {flag: holder.value for flag, holder in VIDEOS.items() if holder.value is not None}
+        made.prepare(OUT.value, seed=SEED.value, **counts)
         print(f"{name} is in {OUT.value}")
 
 

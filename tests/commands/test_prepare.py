@@ -61,7 +61,7 @@ def test_a_killed_run_leaves_complete_files_and_resumes(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--out=there"], "give one of moving_digits, fashion_mnist"),
+        (["--out=there"], "give one of moving_digits, moving_scenes"),
         (["videos", "--out=there"], "give --csv=FILE"),
         (["videos", "--csv=there.csv"], "give --out=DIR"),
         (["videos", "--csv=there.csv", "--out=there"], "there is no list "),
@@ -82,7 +82,7 @@ def test_a_killed_run_leaves_complete_files_and_resumes(tmp_path):
         (["moving_digits", "--out=gs://bucket/x"], "gs://bucket/x is not a local path"),
         (["fashion_mnist"], "give --out=DIR"),
         (["fashion_mnist", "--out=there", "--files=nowhere"], "there is no file nowhere/train-"),
-        (["fashion_mnist", "--out=there", "--seed=1"], "--seed applies only to moving_digits and"),
+        (["fashion_mnist", "--out=there", "--seed=1"], "--seed applies only to moving_digits"),
         (["lists", "--out=there"], "there is no folder there"),
         (["lists", "--out=configs"], "holds 0 folders with videos"),
         (["lists", "--out=there", "--val=0.6", "--test=0.5"], "leave a share for training"),

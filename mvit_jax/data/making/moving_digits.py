@@ -8,33 +8,29 @@ phase of the first frame is uniformly random, and the classes of a pair differ o
 the velocity. So single frames have the same distribution in both classes of a pair, and shuffled
 frames reveal at best the pair. A horizontal flip turns left into right and clockwise into
 counter_clockwise, so flips do not preserve the labels.
-
-The handwriting is scikit-learn's: 1,797 digits of 8x8 pixels, disjoint between the splits.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import io
-import json
 import os
-import pathlib
 
-import av
 import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from mvit_jax.common import extras
-from mvit_jax.common.errors import UserError
-from mvit_jax.common.files import expanded, write_atomically
-from mvit_jax.common.progress import track
+from mvit_jax.data.making.made_videos import (
+    HANDWRITING,
+    encode,
+    handwriting,
+    open_folder,
+    write_missing,
+    write_videos,
+)
 
 # Recorded in `prepare.json`; increases whenever the same seed gives other videos.
 VERSION = 1
 
 SIZE = 64  # px, both sides of a frame
-FRAME_RATE = 30  # frames per second
 # More than the 32 frames of a clip of 8 frames with stride 4, so that a video's views differ.
 LENGTHS = (40, 56)  # frames, both ends included
 SIDES = (16.0, 44.0)  # px, range of growing and shrinking digits
@@ -62,9 +58,6 @@ SPEEDS = {
     "side": (1 / 64, 1 / 41),
 }
 
-# Number of digits of each split, 1,797 in total.
-HANDWRITING = {"train": 1297, "val": 200, "test": 300}
-
 _CELL = 8  # px of the enlarged digit for each px of the handwriting
 _MARGIN = 2  # px of padding around the handwriting, for the interpolation at its edges
 
@@ -89,20 +82,6 @@ class Scene:
     brightness: float  # grey level of full ink, 0 to 255
     background: Float32[np.ndarray, "height width"]  # grey levels
     noise: Float32[np.ndarray, "time height width"]  # grey levels, added to the frames
-
-
-@functools.cache
-def handwriting(seed: int) -> dict[str, Float[np.ndarray, "digits 8 8"]]:
-    """Splits the digits, ink 0 to 1, by a permutation from `seed`; the splits are disjoint."""
-    # Imported here, since the import takes a second and a finished folder needs no digits.
-    extras.require("sklearn")
-    from sklearn.datasets import load_digits
-
-    images = np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8) / 16
-    # NumPy pads seeds with zeros: this is (seed, 0, 0). Videos have 1 to 3 in the middle.
-    order = np.random.default_rng((seed, 0)).permutation(len(images))
-    parts = np.split(images[order], np.cumsum(list(HANDWRITING.values()))[:-1])
-    return dict(zip(HANDWRITING, parts, strict=True))
 
 
 def draw(label: int, digits: Float[np.ndarray, "digits 8 8"], rng: np.random.Generator) -> Scene:
@@ -162,29 +141,6 @@ def _place(
     return np.roll(centred, (int(row), int(column)), axis=(0, 1))
 
 
-def encode(frames: UInt8[np.ndarray, "time height width"]) -> bytes:
-    """Encodes grey frames as an mp4 file: H.264, yuv420p, 30 frames per second, intra-coded only.
-
-    Reversed frames decode to exactly the reversed video. The same frames give the same bytes with
-    the same x264 in PyAV.
-    """
-    # Inter-predicted frames have traces of their neighbours. From one decoded frame, a random
-    # forest separated left from right in 76 % of videos with x264's defaults, and in 49 % with
-    # these options. Rate control also depends on earlier frames; a constant quantiser does not.
-    options = {"g": "1", "qp": "30"}
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FRAME_RATE, options=options)
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt = "yuv420p"
-        # More threads would make the bytes depend on the number of cores.
-        stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray")))
-        container.mux(stream.encode(None))
-    return file.getvalue()
-
-
 def video(seed: int, split: str, index: int) -> bytes:
     """Makes the mp4 file of a video, whose label is `index` modulo 8.
 
@@ -213,90 +169,22 @@ def prepare(
       UserError: a split has fewer videos than classes, `seed` is negative, or `out` cannot be a
         folder, has other files, or was prepared with other settings.
     """
-    out = expanded(out)
     counts = {"train": train_videos, "val": val_videos, "test": test_videos}
-    for split, count in counts.items():
-        if count < len(CLASSES):
-            raise UserError(
-                f"{split}_videos={count} leaves classes without a video: give at least "
-                f"{len(CLASSES)}"
-            )
-    if seed < 0:
-        raise UserError(f"seed={seed} must be at least 0")
-    _record_settings(
-        out,
-        {"name": "moving_digits", "version": VERSION, "seed": seed}
-        | {f"{split}_videos": count for split, count in counts.items()},
-    )
-    for temporary in out.rglob(".*.[0-9]*"):  # left by a killed run's `write_atomically`
-        temporary.unlink()
+    folder = open_folder(out, "moving_digits", VERSION, seed, counts, len(CLASSES))
     paths = {
         (split, index): f"videos/{split}/{index:05d}.mp4"
         for split, count in counts.items()
         for index in range(count)
     }
-    missing = [key for key, path in paths.items() if not (out / path).exists()]
-    if missing:
-        for split in counts:
-            (out / "videos" / split).mkdir(parents=True, exist_ok=True)
-        _write_videos({key: out / paths[key] for key in missing}, seed, len(paths))
+    write_videos(
+        "moving_digits",
+        {folder / path: functools.partial(video, seed, *key) for key, path in paths.items()},
+        seed,
+    )
     lists = {
         f"{split}.csv": "".join(
             f"{path} {index % len(CLASSES)}\n" for (of, index), path in paths.items() if of == split
         )
         for split in counts
     }
-    lists["labels.txt"] = "".join(f"{name}\n" for name in CLASSES)
-    for name, content in lists.items():
-        if not (out / name).exists():
-            write_atomically(out / name, content)
-
-
-def _record_settings(out: pathlib.Path, settings: dict[str, str | int]) -> None:
-    """Records the settings in `out`, or checks that `out` was prepared with equal settings."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in out.iterdir())
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be used as a folder ({error}): give another folder"
-        ) from None
-    record = out / "prepare.json"
-    if record.name not in names:
-        foreign = [name for name in names if not name.startswith(f".{record.name}.")]
-        if foreign:
-            raise UserError(
-                f"{out} holds other files ({', '.join(foreign[:3])}): give a new or empty folder"
-            )
-        write_atomically(record, json.dumps(settings, indent=2) + "\n")
-        return
-    try:
-        recorded = dict(json.loads(record.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{record} is not a record of a prepared data set: delete {out} or give another folder"
-        ) from None
-    for key, value in settings.items():
-        if recorded.get(key) != value:
-            raise UserError(
-                f"{out} was prepared with {key}={recorded.get(key)}, not {key}={value}: use the "
-                f"same value, delete the folder, or give another folder"
-            )
-
-
-def _write_videos(missing: dict[tuple[str, int], pathlib.Path], seed: int, total: int) -> None:
-    """Writes videos in two threads, as NumPy, OpenCV and x264 release Python's lock."""
-    handwriting(seed)  # fills the cache before the threads need it
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
-        jobs = [
-            pool.submit(lambda key=key, path=path: write_atomically(path, video(seed, *key)))
-            for key, path in missing.items()
-        ]
-        done = total - len(jobs)
-        try:
-            for job in track("moving_digits", concurrent.futures.as_completed(jobs), total, done):
-                job.result()
-        except BaseException:
-            # Otherwise leaving the pool would block until all queued videos are written.
-            pool.shutdown(cancel_futures=True)
-            raise
+    write_missing(folder, lists | {"labels.txt": "".join(f"{name}\n" for name in CLASSES)})
