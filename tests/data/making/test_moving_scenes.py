@@ -108,14 +108,14 @@ def relation_of(first, second):
     line = (second - first)[:, :2].mean(0)
     along = np.abs(line).argmax()
     ahead = np.sign(line[along])
-    own, partner = ((poses[-1] - poses[0])[:2].round(6) for poses in (first, second))
-    if not own.any():
+    moved, partner = ((poses[-1] - poses[0])[:2].round(6) for poses in (first, second))
+    if not moved.any():
         return None
-    if own[along]:
-        if own[along] * partner[along] > 0:
-            return "follows" if own[along] * ahead > 0 else "leads"
-        return "approaches" if own[along] * ahead > 0 else "leaves"
-    ratio = partner[1 - along] / own[1 - along]
+    if moved[along]:
+        if moved[along] * partner[along] > 0:
+            return "follows" if moved[along] * ahead > 0 else "leads"
+        return "approaches" if moved[along] * ahead > 0 else "leaves"
+    ratio = partner[1 - along] / moved[1 - along]
     if ratio <= 0:
         return "passes"
     if ratio == pytest.approx(1):
