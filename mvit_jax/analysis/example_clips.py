@@ -101,10 +101,10 @@ class Painter:
     def pictures(self, clip: UInt8[np.ndarray, "time height width 3"]) -> list[str]:
         """Returns a clip as WebP images with up to `ROW` frames each, as data URIs."""
         frames = frame_indices(len(clip))
-        strips = np.stack([_shrink(strip[frames]) for strip in (clip, *self._overlay(clip))])
+        strips = np.stack([shrink(strip[frames]) for strip in (clip, *self._overlay(clip))])
         if len(frames) == 1:  # one frame: its overlay is beside it, not below
-            return [_webp(strips.swapaxes(0, 1))]
-        return [_webp(strips[:, start : start + ROW]) for start in range(0, len(frames), ROW)]
+            return [webp(strips.swapaxes(0, 1))]
+        return [webp(strips[:, start : start + ROW]) for start in range(0, len(frames), ROW)]
 
     def _overlay(self, clip: np.ndarray) -> list[np.ndarray]:
         """Returns the clip overlaid with Grad-CAM, alone in a list; [] on failure."""
@@ -149,16 +149,16 @@ def _name(videos: Source, index: int) -> str:
     return os.fspath(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-def _shrink(frames: np.ndarray) -> np.ndarray:
-    """Resizes frames to at most `SIDE` pixels on the longer side."""
+def shrink(frames: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """Resizes frames to at most `side` pixels on the longer side."""
     height, width = frames.shape[1:3]
-    shrink = min(SIDE / max(width, height), 1)
-    size = max(round(width * shrink), 1), max(round(height * shrink), 1)
+    factor = min(side / max(width, height), 1)
+    size = max(round(width * factor), 1), max(round(height * factor), 1)
     images = (Image.fromarray(frame) for frame in frames)
     return np.stack([np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for image in images])
 
 
-def _webp(frames: UInt8[np.ndarray, "rows columns height width 3"]) -> str:
+def webp(frames: UInt8[np.ndarray, "rows columns height width 3"]) -> str:
     """Encodes a grid of frames, with transparent gaps, as a data URI."""
     gap = max(frames.shape[3] // 32, 1)
     opaque = np.pad(frames, [*[(0, 0)] * 4, (0, 1)], constant_values=255)

@@ -111,14 +111,15 @@ def confusion_matrix(
 
 
 def class_accuracy(
-    accuracy: Sequence[float | None], names: Sequence[str], title: str = ""
+    accuracy: Sequence[float | None],
+    names: Sequence[str],
+    title: str = "",
+    measure: str = "top-1 accuracy, %",
 ) -> Figure:
     """Plots a bar per class, worst first; skips classes without videos (None)."""
     pairs = sorted((a, name) for a, name in zip(accuracy, names, strict=True) if a is not None)
     few = f"the worst {LABELLED} of {len(pairs)} classes" if len(pairs) > LABELLED else ""
-    return _bars(
-        pairs[:LABELLED], COLOURS[0], "%.0f", title=title, xlabel="top-1 accuracy, %", ylabel=few
-    )
+    return _bars(pairs[:LABELLED], COLOURS[0], "%.0f", title=title, xlabel=measure, ylabel=few)
 
 
 def percentages(amounts: dict[str, float], x: str, marked: str = "") -> Figure:

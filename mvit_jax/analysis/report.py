@@ -24,6 +24,7 @@ from mvit_jax.models import summary
 from mvit_jax.models.cost import Cost, cost
 from mvit_jax.models.plan import MViTConfig
 
+_MEASURES = {"top1": "top-1", "map": "mAP"}
 PAIRS = 12  # most confused pairs of classes
 GAP = "–"  # for a missing value
 
@@ -94,6 +95,11 @@ class Run:
         recorded = [e["step"] for e in (*self.train, *self.val, *self.evaluations)]
         return max(recorded) if recorded else None
 
+    @property
+    def measure(self) -> str:
+        """Key of the validations that the report draws: "map" for detection, else "top1"."""
+        return "top1" if all("top1" in line for line in self.val) else "map"
+
     def changed_keys(self) -> dict[str, Any]:
         """Returns the keys of the config that differ from the defaults, with their values."""
         if self.defaults is None:
@@ -115,8 +121,11 @@ def report(run: Run) -> str:
         test_command=evaluate_command(run, None),
         shuffle_command=evaluate_command(run, (test or {}) | {"shuffled_frames": True}),
         pictures=_test_figures(test) if test else {},
-        pairs=most_confused_pairs(test["confusion"], test["classes"]) if test else [],
+        pairs=most_confused_pairs(test["confusion"], test["classes"])
+        if test and "confusion" in test
+        else [],
         per_class=_per_class(test) if test else [],
+        measure=_MEASURES[run.measure],
         stages=[] if run.model is None else summary.stages(run.model),
         header=summary.HEADER,
         sections=_sections(run),
@@ -130,12 +139,13 @@ def comparison(runs: Sequence[Run]) -> str:
     header, *rows = _figures(runs)
     named = list(zip(names, runs, strict=True))
     loss = [Curve(n, *_columns(r.train, "loss")) for n, r in named if r.train]
-    top1 = [Curve(n, *_columns(r.val, "top1"), dots=True) for n, r in named if r.val]
+    val = [Curve(n, *_columns(r.val, r.measure), dots=True) for n, r in named if r.val]
+    measures = " or ".join(sorted({_MEASURES[r.measure] for r in runs if r.val}))
     figures = [
         _figure(plots.curves(lines, y), label, element)
         for lines, y, label, element in (
             (loss, "training loss", "Training loss of all runs over steps", "loss"),
-            (top1, "validation top-1, %", "Validation accuracy of all runs over steps", "val"),
+            (val, f"validation {measures}, %", "Validation of all runs over steps", "val"),
         )
         if lines
     ]
@@ -227,7 +237,8 @@ def identify(evaluation: dict[str, Any]) -> dict[str, Any]:
     evaluations.
     """
     names = ["checkpoint", "step", "clips", "crops", "videos", "classes"]
-    names += ["plain_weights"] if evaluation.get("plain_weights") else []  # newer than some files
+    # Newer than some files.
+    names += [name for name in ("plain_weights", "full_frame") if evaluation.get(name)]
     return {name: evaluation[name] for name in names} | {"list": Path(evaluation["list"]).name}
 
 
@@ -246,6 +257,8 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
     for key in ("clips", "crops"):
         if key in e and e[key] != run.config.get(f"eval.{key}"):
             words.append(f"--{key}={e[key]}")
+    if e.get("full_frame", False) != (run.config.get("eval.full_frame") or False) and e:
+        words.append(f"--full_frame={e.get('full_frame', False)}")
     folder = run.config.get("data.folder")
     listed = Path(e.get("list", ""))  # an absolute path, except for a TFDS dataset
     if folder is None or (listed.is_absolute() and listed.parent != expanded(folder).absolute()):
@@ -258,6 +271,8 @@ def evaluate_command(run: Run, evaluation: dict[str, Any] | None) -> str:
 def _sections(run: Run) -> list[tuple[str, str]]:
     """Returns ids and titles of the report's sections."""
     tested = [("classes", "Classes"), ("clips", "Clips"), ("mistakes", "Worst mistakes")]
+    if run.test and "counts" in run.test:
+        tested[1] = ("clips", "Key frames")
     broken = [("left_out", "Left out")] if run.test and run.test["left_out"] else []
     return [
         ("training", "Training"),
@@ -276,7 +291,8 @@ def _history_figures(run: Run) -> list[Markup]:
         return []
     accuracy = [Curve("training clips", *_columns(run.train, "accuracy"))] if run.train else []
     if run.val:
-        accuracy.append(Curve("validation, top-1", *_columns(run.val, "top1"), dots=True))
+        name = f"validation, {_MEASURES[run.measure]}"
+        accuracy.append(Curve(name, *_columns(run.val, run.measure), dots=True))
     drawn = [_figure(plots.curves(accuracy, "accuracy, %"), "Accuracy over steps", "accuracy")]
     for key, name, label in (
         ("loss", "loss", "Training loss over steps"),
@@ -300,6 +316,9 @@ def _time_figure(run: Run) -> Markup | None:
 
 def _test_figures(test: dict[str, Any]) -> dict[str, Markup]:
     names = test["classes"]
+    if "counts" in test:
+        bars = plots.class_accuracy(test["per_class"], names, measure="average precision, %")
+        return {"classes": _figure(bars, "Average precision of each class", "classes")}
     return {
         "confusion": _figure(
             plots.confusion_matrix(test["confusion"], names), "Confusion matrix", "confusion"
@@ -311,7 +330,7 @@ def _test_figures(test: dict[str, Any]) -> dict[str, Markup]:
 
 
 def _per_class(test: dict[str, Any]) -> list[tuple[str, int, float | None]]:
-    counts = [sum(row) for row in test["confusion"]]
+    counts = test.get("truth_per_class") or [sum(row) for row in test["confusion"]]
     return list(zip(test["classes"], counts, test["per_class"], strict=True))
 
 
@@ -325,7 +344,11 @@ def _columns(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[int
 
 def _figures(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Returns a table's header and one row of results per run."""
-    rows = [("run", "model", "parameters", "mult-adds", "steps", "time", "top-1", "top-5",
+    boxes = any(run.test and "counts" in run.test for run in runs)
+    measures = {"map": "mAP"} if boxes else {}
+    if not boxes or any(run.test and "top1" in run.test for run in runs):
+        measures = {"top1": "top-1", "top5": "top-5"} | measures
+    rows = [("run", "model", "parameters", "mult-adds", "steps", "time", *measures.values(),
              "shuffled", "videos", "views")]  # fmt: skip
     for name, run in zip(distinct_names(runs), runs, strict=True):
         test, shuffled, total = run.test, run.shuffled, run.cost
@@ -336,13 +359,16 @@ def _figures(runs: Sequence[Run]) -> list[tuple[str, ...]]:
             GAP if total is None else billions(total.multiply_adds),
             whole(run.steps) if run.steps else GAP,
             duration(run.seconds) if run.starts else GAP,
-            GAP if test is None else f"{test['top1']:.2f}",
-            GAP if test is None else f"{test['top5']:.2f}",
-            GAP if shuffled is None else f"{shuffled['top1']:.2f}",
+            *(_number(test, key) for key in measures),
+            _number(shuffled, "top1" if shuffled and "top1" in shuffled else "map"),
             GAP if test is None else whole(test["videos"]),
             GAP if test is None else f"{test['clips']} x {test['crops']}",
         ))  # fmt: skip
     return rows
+
+
+def _number(test: dict[str, Any] | None, key: str) -> str:
+    return GAP if test is None or key not in test else f"{test[key]:.2f}"
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, ...]]:

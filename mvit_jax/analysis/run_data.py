@@ -27,12 +27,13 @@ from mvit_jax.training import build
 from mvit_jax.training.run import history, workdir
 
 REPORT = "report.html"
-# Required keys of evaluation*.json and of clips*.json.
-_EVALUATION = {
-    "list", "checkpoint", "step", "clips", "crops", "shuffled_frames", "classes", "top1", "top5",
-    "videos", "left_out", "per_class", "confusion",
+# Required keys of evaluation*.json, of classification and of detection, and of clips*.json.
+_COMMON = {
+    "list", "checkpoint", "step", "clips", "crops", "shuffled_frames", "classes", "videos",
+    "left_out", "per_class",
 }  # fmt: skip
-_SHEET = {"of", "examples", "mistakes", "wrong"}
+_CLASSIFICATION, _DETECTION = {"top1", "top5", "confusion"}, {"map", "map_by_group", "counts"}
+_SHEET = {"of", "examples"}
 
 
 def read(folder: str | AnyPath) -> Run:
@@ -77,8 +78,8 @@ def read(folder: str | AnyPath) -> Run:
     for path in sorted(folder.glob("clips*.json")):
         sheet = _load(path, _SHEET)
         # A killed test leaves an earlier test's file; pictures made before there was the key
-        # "no_grad_cam" do not fit the caption.
-        if sheet["of"] == identity and "no_grad_cam" in sheet:
+        # "no_grad_cam" do not fit the caption. Sheets of detection have "missed".
+        if sheet["of"] == identity and ("no_grad_cam" in sheet or "missed" in sheet):
             return replace(run, sheet=sheet)
     return run
 
@@ -104,13 +105,20 @@ def write_example_clips(path: AnyPath, sheet: dict[str, Any], evaluation: dict[s
 
 def evaluations(folder: str | AnyPath) -> list[dict[str, Any]]:
     """Reads a workdir's evaluations, ordered by file name."""
-    return [_load(path, _EVALUATION) for path in sorted(to_path(folder).glob("evaluation*.json"))]
+    paths = sorted(to_path(folder).glob("evaluation*.json"))
+    return [_load(path, _COMMON, _CLASSIFICATION, _DETECTION) for path in paths]
 
 
 def checkpoint(evaluation: dict[str, Any]) -> str:
     """Returns the checkpoint of an evaluation in words, like "last, step 300"."""
     plain = ", plain weights" if evaluation.get("plain_weights") else ""
     return f"{evaluation['checkpoint']}, step {evaluation['step']}{plain}"
+
+
+def _views(evaluation: dict[str, Any]) -> str:
+    if "counts" in evaluation:  # detection
+        return "whole frame" if evaluation.get("full_frame") else "centre"
+    return f"{evaluation['clips']} x {evaluation['crops']}"
 
 
 def summary(folder: str | AnyPath) -> str:
@@ -123,6 +131,7 @@ def summary(folder: str | AnyPath) -> str:
     rows: list[tuple[str, ...]] = [
         ("list", "frames", "step", "top-1", "top-5", "class", "mAP", "videos", "left out", "views")
     ]
+    names = ("top1", "top5", "mean_class", "map")
     tests = evaluations(folder)
     in_order = [report.identify(r) for r in tests if not r["shuffled_frames"]]
     for r in tests:
@@ -132,22 +141,27 @@ def summary(folder: str | AnyPath) -> str:
         rows.append((
             Path(r["list"]).name.partition(".")[0],
             "shuffled" if r["shuffled_frames"] else "in order",
-            checkpoint(r).replace(" step", ""), f"{r['top1']:.2f}", f"{r['top5']:.2f}",
-            *(f"{r[name]:.2f}" if name in r else "" for name in ("mean_class", "map")),
-            str(r["videos"]), str(len(r["left_out"])), f"{r['clips']} x {r['crops']}",
+            checkpoint(r).replace(" step", ""),
+            *(f"{r[name]:.2f}" if name in r else "" for name in names),
+            str(r["videos"]), str(len(r["left_out"])), _views(r),
         ))  # fmt: skip
     columns = [i for i in range(len(rows[0])) if any(row[i] not in ("", "0") for row in rows[1:])]
     header, *rows = [tuple(row[i] for i in columns) for row in rows]
     return table(header, rows, numbers_right=False)
 
 
-def _load(path: AnyPath, keys: set[str]) -> dict[str, Any]:
-    """Reads a JSON file of the test program; raises `UserError` if one of `keys` is missing."""
+def _load(path: AnyPath, keys: set[str], *either: set[str]) -> dict[str, Any]:
+    """Reads a JSON file of the test program.
+
+    Raises:
+      UserError: one of `keys` is missing, or one of each set of `either`.
+    """
     try:
         content = json.loads(path.read_text())
     except (*io_errors(), ValueError):
         content = None
-    if not isinstance(content, dict) or not keys <= content.keys():
+    choices = [keys | more for more in either] or [keys]
+    if not isinstance(content, dict) or not any(each <= content.keys() for each in choices):
         raise UserError(
             f"{path} is damaged, or not written by `evaluate`: delete it and test again"
         )
@@ -158,10 +172,10 @@ def _classes(
     folder: AnyPath, log: history.History, evaluations: list[dict[str, Any]]
 ) -> int | None:
     """Returns the number of classes, or None if no file records it."""
-    if evaluations:
-        return len(evaluations[0]["classes"])
     if log.starts and "classes" in log.starts[-1]:
         return log.starts[-1]["classes"]
+    if evaluations:
+        return len(evaluations[0]["classes"])
     labels = folder / "labels.txt"
     return len(read_class_names(labels)) if labels.is_file() else None
 

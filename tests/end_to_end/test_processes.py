@@ -308,7 +308,7 @@ def test_a_broken_connection_is_reported_with_its_message():
 def test_sigterm_ends_an_evaluation_in_several_processes(one_process):
     """JAX handles the signal there, and an evaluation has no loop that checks a flag."""
     sleeps = (
-        "from mvit_jax import evaluate\n"
+        "from mvit_jax.evaluate import __main__ as evaluate\n"
         "evaluate.test = lambda folder: print('tests', flush=True) or time.sleep(100)"
     )
     program = group.program(sleeps, "evaluate.main")

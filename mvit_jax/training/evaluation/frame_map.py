@@ -244,17 +244,18 @@ def _match(truth: Boxes, pairs: Boxes, classes: int) -> Int[np.ndarray, " pairs"
     for candidate in range(count.max(initial=0)):
         rows = rows[count[rows] > candidate]
         boxes = by_key[first[rows] + candidate]
-        iou = _iou(truth.box[boxes], pairs.box[rows])
-        better = iou > best[rows]  # so the first box wins ties
-        best[rows[better]] = iou[better]
+        overlap = iou(truth.box[boxes], pairs.box[rows])
+        better = overlap > best[rows]  # so the first box wins ties
+        best[rows[better]] = overlap[better]
         matched[rows[better]] = boxes[better]
     matched[best < MIN_IOU] = -1
     return matched
 
 
-def _iou(
+def iou(
     truth: Float64[np.ndarray, "pairs 4"], boxes: Float64[np.ndarray, "pairs 4"]
 ) -> Float64[np.ndarray, " pairs"]:
+    """Returns the IoU of each truth box with the box of the same row."""
     low = np.maximum(truth[:, :2], boxes[:, :2])
     high = np.minimum(truth[:, 2:], boxes[:, 2:])
     intersection = np.maximum(high - low, 0).prod(1)

@@ -37,7 +37,8 @@ class History:
       starts: one entry for each start of the training program, in the order of time.
       train: "step", "loss", "accuracy" (percent, of augmented clips), "grad_norm", "param_norm",
         "learning_rate" and "clips_per_second". Metrics are means since the previous line.
-      val: "step", "top1", "top5", and "mean_class" or, for multi-label data, "map" (percent).
+      val: "step", "top1", "top5", and "mean_class" or, for multi-label data, "map" (percent). For
+        detection "step" and "map" alone.
       seconds: time from each start to its last line, summed over all starts.
       spent: seconds of each phase (`goodput.PHASES`), summed over all starts. The time of steps
         that a later start repeated or a rollback undid is counted as `goodput.REPEATED` instead.
@@ -210,7 +211,7 @@ def goodput_sentence(run: History) -> str | None:
 _NEEDED = {
     "start": (),
     "train": ("loss", "accuracy", "grad_norm", "learning_rate"),
-    "val": ("top1", "top5"),
+    "val": (),
     "end": (),
     "rollback": ("to",),
 }
@@ -227,7 +228,10 @@ def _entries(path: AnyPath):
             continue
         if type(entry.get("step")) is not int or not _is_number(entry.get("time")):
             continue
-        if all(_is_number(entry.get(name)) for name in _NEEDED[entry["kind"]]):
+        needed = _NEEDED[entry["kind"]]
+        if entry["kind"] == "val":  # detection has no top-1
+            needed = ("top1", "top5") if "top1" in entry else ("map",)
+        if all(_is_number(entry.get(name)) for name in needed):
             yield entry
 
 

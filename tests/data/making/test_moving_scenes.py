@@ -9,10 +9,10 @@ import json
 import av
 import numpy as np
 import pytest
+from mvit_jax.common.frame_map import Boxes, measure_frame_ap
 from sklearn.ensemble import RandomForestClassifier
 
 from mvit_jax.common.errors import UserError
-from mvit_jax.common.frame_map import Boxes, measure_frame_ap
 from mvit_jax.data.formats import ava_tables
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.making import moving_scenes, scene_drawing

@@ -1,5 +1,7 @@
 """The test command: class probabilities of every video, aggregated over K clips x C crops.
 
+For action detection: class probabilities of every box, and the frame mAP.
+
     python -m mvit_jax.evaluate --workdir=DIR
     python -m mvit_jax.evaluate --workdir=DIR --shuffle_frames     (MViT, Table 9)
     python -m mvit_jax.evaluate --workdir=DIR --which=best --list=val
@@ -17,32 +19,35 @@ Writes into DIR
     clips.json                      the example clips of the report
     report.html                     the HTML report of the run, which needs no server
 
+A run of action detection has no confusion matrix, and instead of scores.npz and videos.csv
+
+    detections.csv                  detections in the format of the ActivityNet challenge
+    boxes.npz                       per-box results: "probabilities" [boxes, classes], "boxes"
+                                    [boxes, 4] as fractions of the frame, "video", "second",
+                                    "classes"
+
 --weights=plain tests the plain weights of a run that also has averaged ones (EMA). With that flag,
---which=best, --shuffle_frames or another list, all names but report.html have a suffix, like
-`_val_best_plain_shuffled`. --shuffle_frames writes no clips.json. Several values of --clips are
-tested in one pass over the list: the files above describe the largest value, and views.json and
-views.png compare all values. --compare tests nothing; it prints a table of the runs and writes it
-as an HTML page.
+--which=best, --shuffle_frames, --full_frame or another list, all names but report.html have a
+suffix, like `_val_best_plain_shuffled`. --shuffle_frames writes no clips.json. Several values of
+--clips are tested in one pass over the list: the files above describe the largest value, and
+views.json and views.png compare all values. --compare tests nothing; it prints a table of the runs
+and writes it as an HTML page.
 """
 
-import csv
-import io
-import json
 import signal
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
-from mvit_jax.analysis import example_clips, plots, run_data
+from mvit_jax.analysis import example_boxes, example_clips, run_data
 from mvit_jax.common import errors
-from mvit_jax.common.files import AnyPath, to_path, write_atomically
-from mvit_jax.common.text import plural
-from mvit_jax.data.source import Source, fingerprint
+from mvit_jax.common.files import AnyPath, to_path
+from mvit_jax.data.source import fingerprint
+from mvit_jax.evaluate import classification, detection
 from mvit_jax.training import build
 from mvit_jax.training.distributed import coordination, failure, launch
-from mvit_jax.training.evaluation.classification import Scores
+from mvit_jax.training.evaluation.boxes import BoxScores
 from mvit_jax.training.run import runtime, workdir
 from mvit_jax.training.run_folder import RunFolder, score
 from mvit_jax.weights.state_dicts import WEIGHTS
@@ -66,6 +71,9 @@ _BATCH = flags.DEFINE_integer(
 )
 _DATA = flags.DEFINE_string("data", None, "The data folder; by default data.folder.")
 _SHUFFLE = flags.DEFINE_bool("shuffle_frames", False, "Shuffle the frames of each clip.")
+_FULL_FRAME = flags.DEFINE_bool(
+    "full_frame", None, "Test boxes in the whole frame; by default eval.full_frame."
+)
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the runs in the folders that follow.")
 _OUT = flags.DEFINE_string("out", "comparison.html", "HTML report that --compare writes.")
 
@@ -100,6 +108,7 @@ def test(folder: AnyPath) -> None:
         "eval.crops": _CROPS.value,
         "eval.batch": _BATCH.value,
         "data.folder": _DATA.value,
+        "eval.full_frame": _FULL_FRAME.value,
     }
     with RunFolder(folder, changes, weights=_WEIGHTS.value) as run:
         config, counts = run.config, counts or [run.config.eval.clips]
@@ -127,23 +136,31 @@ def test(folder: AnyPath) -> None:
         "crops": config.eval.crops,
         "ensemble": config.eval.ensemble,
         "shuffled_frames": _SHUFFLE.value,
+        "full_frame": config.eval.full_frame,
         "plain_weights": run.averages and _WEIGHTS.value == "plain",
         "classes": list(videos.class_names),
     } | scores.metrics()
     end = suffix(results, _LIST.value)
     # Results are written before the example clips are rendered, which can fail.
-    written = write(folder, results, end) + write_scores(folder, scores, videos, end)
+    if isinstance(scores, BoxScores):
+        written = detection.write(folder, scores, results, end)
+    else:
+        written = classification.write(folder, scores, videos, results, end)
     print(run_data.summary(folder), flush=True)
     if len(counts) > 1:
         metrics = [s.metrics() for s in by_count]
-        written += write_views(folder, dict(zip(counts, metrics, strict=True)), results, end)
+        by_number = dict(zip(counts, metrics, strict=True))
+        written += classification.write_views(folder, by_number, results, end)
     if not _SHUFFLE.value:
         written.append(folder / f"clips{end}.json")
-        local_params = jax.device_get(params)  # replicated, so process 0 holds them all
-        with jax.default_matmul_precision(config.precision):
-            pictures = example_clips.make(
-                scores, videos, settings.clips, local_params, settings.model, settings.step
-            )
+        if isinstance(scores, BoxScores):
+            pictures = example_boxes.make(scores, settings.clips)
+        else:
+            local_params = jax.device_get(params)  # replicated, so process 0 holds them all
+            with jax.default_matmul_precision(config.precision):
+                pictures = example_clips.make(
+                    scores, videos, settings.clips, local_params, settings.model, settings.step
+                )
         run_data.write_example_clips(written[-1], pictures, results)
     report = run_data.write_report(folder)
     for sentence in scores.failures:
@@ -169,78 +186,22 @@ def numbers(texts: list[str] | None) -> list[int]:
     return counts
 
 
+def suffix(results: dict[str, Any], which: str) -> str:
+    """Returns the file name suffix for options of a test other than the default."""
+    checkpoint = results["checkpoint"]
+    parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
+    parts.append("plain" if results["plain_weights"] else "")
+    parts.append("full" if results["full_frame"] else "")
+    parts.append("shuffled" if results["shuffled_frames"] else "")
+    return "".join(f"_{part}" for part in parts if part)
+
+
 def compare(folders: list[str], out: str) -> None:
     """Prints a comparison of the runs in `folders` and writes it as the HTML page `out`."""
     if not folders:
         raise errors.UserError("--compare needs the folders of runs: --compare DIR1 DIR2")
     print(run_data.write_comparison(folders, out))
     print(f"wrote {out}")
-
-
-def suffix(results: dict[str, Any], which: str) -> str:
-    """Returns the file name suffix for options of a test other than the default."""
-    checkpoint = results["checkpoint"]
-    parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
-    parts.append("plain" if results["plain_weights"] else "")
-    parts.append("shuffled" if results["shuffled_frames"] else "")
-    return "".join(f"_{part}" for part in parts if part)
-
-
-def write(folder: AnyPath, results: dict[str, Any], end: str) -> list[AnyPath]:
-    """Writes the results as JSON and as figures, and returns the paths."""
-    names = (f"evaluation{end}.json", f"confusion{end}.png", f"per_class{end}.png")
-    paths = [folder / name for name in names]
-    title = f"top-1 {results['top1']:.1f} % of {results['videos']} videos"
-    title += ", frames shuffled" if results["shuffled_frames"] else ""
-    write_atomically(paths[0], json.dumps(results, indent=1) + "\n")
-    plots.save(plots.confusion_matrix(results["confusion"], results["classes"], title), paths[1])
-    plots.save(plots.class_accuracy(results["per_class"], results["classes"], title), paths[2])
-    return paths
-
-
-def write_scores(folder: AnyPath, scores: Scores, videos: Source, end: str) -> list[AnyPath]:
-    """Writes per-video scores (.npz) and the table of tested videos (.csv); returns the paths."""
-    paths = [folder / f"scores{end}.npz", folder / f"videos{end}.csv"]
-    items = [videos.item(i) for i in range(len(videos))]
-    arrays, table = io.BytesIO(), io.StringIO()
-    np.savez_compressed(
-        arrays, probabilities=scores.probabilities.astype(np.float32), labels=scores.labels,
-        tested=scores.tested, videos=np.array(items), classes=np.array(videos.class_names),
-    )  # fmt: skip
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["video", "label", "predicted", "probability"])
-    for i in np.flatnonzero(scores.tested).tolist():
-        label, predicted = scores.labels[i], int(scores.predicted[i])
-        classes = label if label.ndim == 0 else " ".join(map(str, np.flatnonzero(label)))
-        rows.writerow([items[i], classes, predicted, f"{scores.probabilities[i, predicted]:.4f}"])
-    write_atomically(paths[0], arrays.getvalue())
-    write_atomically(paths[1], table.getvalue())
-    return paths
-
-
-def write_views(
-    folder: AnyPath, by_count: dict[int, dict[str, Any]], results: dict[str, Any], end: str
-) -> list[AnyPath]:
-    """Prints accuracy by number of clips, writes it as JSON and as a figure; returns the paths."""
-    measures = [name for name in ("top1", "top5", "mean_class", "map") if name in results]
-    rows = [{"clips": n} | {m: metrics[m] for m in measures} for n, metrics in by_count.items()]
-    print("clips  " + "  ".join(f"{m:>6}" for m in measures))
-    for row in rows:
-        values = (f"{row[m]:{max(len(m), 6)}.2f}" for m in measures)
-        print(f"{row['clips']:5d}  " + "  ".join(values))
-    keys = ("list", "checkpoint", "step", "crops", "ensemble", "videos")
-    common = {k: results[k] for k in keys}
-    paths = [folder / f"views{end}.json", folder / f"views{end}.png"]
-    write_atomically(paths[0], json.dumps(common | {"views": rows}, indent=1) + "\n")
-    shown = "map" if "map" in measures else "top1"
-    line = plots.Curve(shown, [row["clips"] for row in rows], [row[shown] for row in rows], True)
-    name = "mAP, %" if shown == "map" else "top-1, %"
-    crops = plural(results["crops"], "crop")
-    figure = plots.curves([line], name, f"clips of a video, {crops} of each")
-    axes = figure.axes[0]
-    axes.set(xticks=list(by_count), ylim=(None, min(axes.get_ylim()[1], 100.5)))
-    plots.save(figure, paths[1])
-    return paths
 
 
 if __name__ == "__main__":
