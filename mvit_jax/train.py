@@ -315,7 +315,8 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     log.print(
         f"{config.model.variant}: {parameters:,} parameters{of_these}, "
         f"clips of {model.config.frames} x {model.config.size}^2, "
-        f"{len(videos):,} videos of {len(videos.class_names)} classes, "
+        f"{len(videos):,} {'key frames' if model.config.task == 'detection' else 'videos'} of "
+        f"{len(videos.class_names)} classes, "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
     )
     for note in class_notes(videos):

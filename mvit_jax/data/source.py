@@ -10,7 +10,7 @@ from jaxtyping import Int, Int32, UInt8
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
-from mvit_jax.data.formats.ava import CUT_START, read_ava
+from mvit_jax.data.formats.ava import CUT_START, KeyFrameClips, read_ava
 from mvit_jax.data.formats.charades import read_charades
 from mvit_jax.data.formats.class_folders import read_class_folders
 from mvit_jax.data.formats.label_tables import read_label_table
@@ -198,17 +198,22 @@ def fingerprint(videos: Source) -> dict[str, int]:
     The checksum does not depend on the folder of the data set.
 
     Returns:
-      "videos" and "classes", their numbers; "names in order", the CRC-32 of all their names.
+      "videos" and "classes", their numbers; "names in order", the CRC-32 of all their names; for
+      detection also "boxes and labels", the CRC-32 of both.
     """
     items = [videos.item(i).removesuffix(f" of {videos.list_file}") for i in range(len(videos))]
     folder = len(os.path.commonprefix(items))  # noqa: RUF071, names may be ids
     names = [*videos.class_names, *(item[folder:] for item in items)]
-    return {
+    result = {
         "videos": len(videos),
         "classes": len(videos.class_names),
         # Names of files may have bytes that are not UTF-8.
         "names in order": zlib.crc32("\n".join(names).encode(errors="surrogateescape")),
     }
+    if isinstance(videos, KeyFrameClips):
+        boxes = videos.key_frames.box.tobytes() + videos.key_frames.labels.tobytes()
+        result["boxes and labels"] = zlib.crc32(boxes)
+    return result
 
 
 def class_notes(videos: Source) -> list[str]:

@@ -9,6 +9,7 @@ from mvit_jax.common.errors import MissingDataError
 from mvit_jax.data.formats.ava import clip_indices, read_ava
 from mvit_jax.data.media.images import Frames
 from mvit_jax.data.media.video import Video
+from mvit_jax.data.source import fingerprint
 from tests.data.bar_codes import numbers_of, write
 from tests.support.ava_folder import write_ava
 from tests.support.refusals import refused
@@ -88,6 +89,13 @@ def test_training_boxes_are_labelled_and_detected_ones(folder):
     assert len(tested.truth.box) == 16 and tested.item(1).endswith("v0.mp4 at second 903")
     labelled = opened(folder, boxes=None, train=False)
     np.testing.assert_array_equal(labelled.key_frames.box, tested.key_frames.box)
+
+
+def test_hosts_with_other_labels_have_another_fingerprint(folder):
+    clips, labelled = opened(folder), opened(folder, boxes=None)
+    ours, theirs = fingerprint(clips), fingerprint(labelled)
+    assert ours["names in order"] == theirs["names in order"] and ours != theirs
+    assert ours == fingerprint(opened(folder))
 
 
 def test_a_subset_has_the_boxes_of_its_key_frames(folder):
