@@ -192,6 +192,11 @@ def all_labels(videos: Source) -> Int32[np.ndarray, " videos"]:
     return labels
 
 
+def video_of(videos: Source, index: int) -> int:
+    """Returns the number of the video of an element; key frames share a video."""
+    return int(videos.key_frames.video[index]) if isinstance(videos, KeyFrameClips) else index
+
+
 def fingerprint(videos: Source) -> dict[str, int]:
     """Returns counts and a checksum, equal on hosts that have the same split.
 

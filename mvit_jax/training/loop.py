@@ -12,7 +12,7 @@ import numpy as np
 from mvit_jax.common import errors
 from mvit_jax.data.loader import Batch, WorkerError
 from mvit_jax.data.media.video import decode_failure
-from mvit_jax.data.source import Source
+from mvit_jax.data.source import Source, video_of
 from mvit_jax.training.distributed import coordination, sharding
 from mvit_jax.training.run import profiling, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -225,7 +225,10 @@ def report_broken(
 ) -> None:
     """Logs each broken video once, with the reason; adds its index to `reported`."""
     for index in {int(i) for i in broken if i >= 0} - reported:
+        again = video_of(videos, index) in {video_of(videos, i) for i in reported}
         reported.add(index)
+        if again:  # another key frame of the same video
+            continue
         reason = decode_failure(videos.opened(index, clip_frames))
         log.print(
             f"{videos.item(index)} cannot be decoded ({reason}) and is replaced by another video; "

@@ -25,8 +25,8 @@ from mvit_jax.data.formats import ava_tables
 from mvit_jax.data.formats.ava_tables import ClassList, KeyFrames
 from mvit_jax.data.formats.frame_lists import FRAME_RATE, FrameFiles, natural_order
 from mvit_jax.data.formats.listing import VIDEO_SUFFIXES, frame_files
-from mvit_jax.data.media import video as decoding
 from mvit_jax.data.media.images import DecodeError, Footage
+from mvit_jax.data.media.packets import Packets
 from mvit_jax.data.media.video import Video
 
 CUT_START = 900
@@ -136,7 +136,8 @@ class KeyFrameClips:
     def opened(self, index: int, clip_frames: int) -> Iterator[Footage]:
         path = self.files[self.key_frames.video[index]]
         if not Path(path).is_dir():
-            with decoding.opened(path, clip_frames) as video:
+            # A film is read whole once, not for each of its 900 key frames.
+            with Video(path, packet_list=_packet_list(path)) as video:
                 yield video
             return
         yield FrameFiles(path, _frame_paths(path))
@@ -284,6 +285,12 @@ def _stored(parent: Path) -> Mapping[str, str]:
         if entry.name.lower().endswith(VIDEO_SUFFIXES) and not entry.name.startswith(".")
     }
     return files | {entry.name: entry.path for entry in entries if entry.is_dir()}
+
+
+@functools.lru_cache(maxsize=1000)
+def _packet_list(path: str) -> Packets:
+    with Video(path) as video:
+        return video.packet_list
 
 
 @dataclass(frozen=True)

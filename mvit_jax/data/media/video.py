@@ -1,6 +1,7 @@
 """Frames of video files, decoded by PyAV, and the opening of video and image files."""
 
 import contextlib
+import copy
 import io
 import itertools
 import os
@@ -80,6 +81,8 @@ class Video:
       file: path of a video file, or its bytes.
       name: name of the video in messages; the path by default.
       index: packet index of `file`, which is then bytes; None to read the container.
+      packet_list: `packet_list` of an earlier object of the same file, which is then not read
+        whole; None to read all packets.
 
     Attributes:
       path: path of the file, or its name in messages.
@@ -98,6 +101,7 @@ class Video:
         file: str | os.PathLike[str] | bytes,
         name: str | None = None,
         index: Index | None = None,
+        packet_list: packets.Packets | None = None,
     ):
         self._bytes = file if isinstance(file, bytes) else None
         self._file = "a video" if isinstance(file, bytes) else os.fspath(file)
@@ -113,6 +117,9 @@ class Video:
             self._open_index(index)
             return
         self._open()
+        if packet_list is not None:
+            self._packets = copy.copy(packet_list)  # which a failed seek changes
+            return
         try:
             assert self._container
             self._packets = packets.read_packets(
@@ -123,6 +130,11 @@ class Video:
             if isinstance(error, FFmpegError):
                 raise self._decode_error(error) from error
             raise
+
+    @property
+    def packet_list(self) -> packets.Packets:
+        """The packets, 4 MB for 15 minutes."""
+        return self._packets
 
     @property
     def num_frames(self) -> int:

@@ -1,5 +1,6 @@
 """Action detection tests: class probabilities of every box, and the frame mAP."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -187,8 +188,14 @@ def score_boxes(
                 tested[frame] = True
             done += int((index >= 0).sum())
             progress(done)
+
+    @functools.cache
+    def failure(video: int) -> str | None:  # once per video, which is decoded whole
+        index = int(np.searchsorted(clips.key_frames.video, video))
+        return decode_failure(clips.opened(index, settings.frames))
+
     failures = [
-        f"{clips.item(i)}: {decode_failure(clips.opened(i, settings.frames))}"
+        f"{clips.item(i)}: {failure(int(clips.key_frames.video[i]))}"
         for i in np.flatnonzero(~tested).tolist()
     ]
     check_failures(failures, len(clips), protocol, clips.list_file)

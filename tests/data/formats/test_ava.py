@@ -7,6 +7,7 @@ import pytest
 
 from mvit_jax.common.errors import MissingDataError
 from mvit_jax.data.formats.ava import clip_indices, read_ava
+from mvit_jax.data.media import packets
 from mvit_jax.data.media.images import Frames
 from mvit_jax.data.media.video import Video
 from mvit_jax.data.source import fingerprint
@@ -64,6 +65,22 @@ def test_clips_of_a_whole_film_begin_at_minute_15():
     # Frames before the cut repeat its first frame, as if the minutes were cut out.
     assert clip_indices(film, 10, 4, 10, 900).tolist()[:2] == [900 * 25, 900 * 25]
     assert clip_indices(film, 60, 16, 4, 0)[8] == 50  # own data that begin at second 0
+
+
+def test_a_file_is_read_whole_once(folder, tmp_path, monkeypatch):
+    """The clips of later key frames equal those of the first reading."""
+    path = write(tmp_path / "v.mp4", 130)
+    (tmp_path / "train.csv").write_text("v,902,0,0,1,1,1,0\nv,903,0,0,1,1,1,0\n")
+    (tmp_path / "classes.pbtxt").write_text('x { name: "a" id: 1 }')
+    clips = opened(tmp_path, boxes=None, prefix=".")
+    read = []
+    original = packets.read_packets
+    monkeypatch.setattr(packets, "read_packets", lambda *a: read.append(a[2]) or original(*a))
+    for index in (0, 1, 0):
+        with clips.opened(index, 4) as video:
+            indices = clips.clip_indices(index, video, 4, 8)
+            assert numbers_of(video.frames(indices)) == indices.tolist()
+    assert read == [str(path)]
 
 
 def test_folders_of_frames_equal_videos(folder, tmp_path):
