@@ -220,22 +220,26 @@ class TrainedModel:
     step: int
     config: Config = field(repr=False)
 
-    def __call__(self, clips: Float[Any, "batch ..."]) -> Float[Array, "batch classes"]:
+    def __call__(
+        self, clips: Float[Any, "batch ..."], boxes: Float[Any, "batch boxes 4"] | None = None
+    ) -> Float[Array, "batch *boxes classes"]:
         """Returns the probabilities of the classes.
 
         Args:
           clips: normalised clips `[batch, T, H, W, 3]`, or images `[batch, H, W, 3]`.
+          boxes: for detection alone: x1, y1, x2, y2 in pixels of the clips.
 
         Returns:
-          Softmax of the logits; sigmoids if the run is multi-label.
+          Softmax of the logits; sigmoids if the run is multi-label, as for detection.
         """
         with jax.default_matmul_precision(self.config.precision):
-            return self._probabilities(self.params, clips)
+            return self._probabilities(self.params, clips, boxes)
 
     @cached_property
-    def _probabilities(self) -> Callable[[Params, Any], Array]:
+    def _probabilities(self) -> Callable[[Params, Any, Any], Array]:
         activation = jax.nn.sigmoid if self.config.data.multi_label else jax.nn.softmax
-        return jax.jit(lambda params, clips: activation(self.model.apply(params, clips)[0]))
+        apply = self.model.apply
+        return jax.jit(lambda params, *inputs: activation(apply(params, *inputs)[0]))
 
 
 def load_run(

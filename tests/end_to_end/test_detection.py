@@ -8,7 +8,11 @@ import signal
 import numpy as np
 import pytest
 
+import mvit_jax
 from mvit_jax import train
+from mvit_jax.data import detection
+from mvit_jax.data.formats.ava import read_ava
+from mvit_jax.data.sampling import ClipSettings
 from mvit_jax.training.run import history
 from tests.end_to_end.test_processes import assert_alike, run
 from tests.support import ava_folder, commands, group, tiny
@@ -72,8 +76,19 @@ def test_the_detections_file_has_every_box_and_evaluated_class(trained):
     for number, row in enumerate(rows):
         box, column = number // 3, int(row[6]) - 1
         assert row[0] == scores["video"][box] and int(row[1]) == scores["second"][box]
-        np.testing.assert_allclose(np.float64(row[2:6]), scores["boxes"][box], atol=5e-4)
+        np.testing.assert_allclose(np.array(row[2:6], np.float64), scores["boxes"][box], atol=5e-4)
         assert float(row[7]) == pytest.approx(float(scores["probabilities"][box, column]), abs=5e-5)
+
+
+def test_a_loaded_run_scores_boxes_as_the_test_does(folder, trained):
+    loaded, scores = mvit_jax.load_run(trained), np.load(trained / "boxes.npz")
+    clips = read_ava(folder, "test.csv", boxes="boxes.csv", class_list="classes.pbtxt", train=False)
+    settings = ClipSettings(4, 2, 32, 32, sampling="key_frame")
+    tested = detection.load_test_clip(clips, 1, settings)
+    clip = (tested["clip"][0] / 255 - 0.45) / 0.225
+    ours = loaded(clip[None].astype(np.float32), tested["boxes"][None])
+    np.testing.assert_allclose(ours[0], scores["probabilities"][2:5], atol=1e-5)
+    assert loaded.class_names == ("red", "action 2", "blue", "green")
 
 
 def test_the_report_shows_precisions_key_frames_and_mistakes(trained):
