@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import json
+import shutil
 
 import av
 import numpy as np
@@ -17,6 +18,7 @@ from mvit_jax.data.formats import ava_tables
 from mvit_jax.data.formats.video_list import read_video_list
 from mvit_jax.data.making import moving_scenes, scene_drawing
 from mvit_jax.data.making.moving_scenes import CLASSES, UNLISTED
+from mvit_jax.training.evaluation.frame_map import Boxes, measure_frame_ap
 from tests.data.making.test_moving_digits import contents
 
 SPLITS = ("train", "val", "test")
@@ -216,8 +218,11 @@ def test_files_are_wide_or_tall_and_long_enough_for_clips_of_the_last_key_frame(
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_tables_are_read_without_a_note(listed, split, capfd):
-    names = ava_tables.read_class_list(listed / "classes.pbtxt")
-    assert names == NAMES and max(names) == 20
+    evaluated = ava_tables.read_class_list(listed / "classes.pbtxt")
+    assert evaluated.names == NAMES and evaluated.count == 20
+    assert evaluated.groups == {
+        kind.lower(): tuple(group.values()) for kind, group in CLASSES.items()
+    }
     truth = key_frames(listed, split)
     ava_tables.read_key_frames(
         [listed / f"{split}.csv"], [listed / f"{split}_boxes.csv"], classes=20
@@ -302,19 +307,28 @@ def test_lists_of_clips_have_every_video_and_its_relation(prepared, capfd):
     assert len(contents(prepared)) == 7 + 6 + 6 + 12 + 1
 
 
-def test_the_seed_determines_the_bytes_and_missing_files_are_written(prepared, tmp_path, capfd):
-    moving_scenes.prepare(tmp_path / "again", **SMALL)
-    assert contents(tmp_path / "again") == contents(prepared)
+def test_missing_files_are_written_and_others_are_not(prepared, tmp_path, capfd):
+    folder = tmp_path / "folder"
+    shutil.copytree(prepared, folder)
     for name in ("videos/train_00005.mp4", "test_boxes.csv", "classes.pbtxt"):
-        (tmp_path / "again" / name).unlink()
-    (tmp_path / "again" / "videos" / ".train_00005.mp4.999").write_text("lef")
-    moving_scenes.prepare(tmp_path / "again", **SMALL)
-    assert contents(tmp_path / "again") == contents(prepared)
+        (folder / name).unlink()
+    (folder / "videos" / ".train_00005.mp4.999").write_text("lef")
+    moving_scenes.prepare(folder, **SMALL)
+    assert contents(folder) == contents(prepared)
     capfd.readouterr()
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
     moving_scenes.prepare(prepared, **SMALL)
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
     assert capfd.readouterr().err == ""
+
+
+def test_the_seed_determines_the_bytes_whatever_the_number_of_videos(prepared, listed):
+    for split in SPLITS:
+        file = prepared / "videos" / f"{split}_00004.mp4"
+        assert file.read_bytes() == moving_scenes.video(3, split, 4)
+    again = moving_scenes.tables(0, {"train": 2, "val": 2, "test": 2})
+    for name, content in again.items():
+        assert set(content.splitlines()) <= set((listed / name).read_text().splitlines())
 
 
 def test_another_seed_and_other_splits_give_other_scenes():
