@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Float64, UInt8
 
 SIZE = (176, 128)  # px, long and short side of a frame
 LENGTHS = (155, 170)  # frames, both ends included
-SHOTS = (30, 44)  # frames of a shot, both ends included
+SHOTS = (22, 32)  # frames of a shot, both ends included
 
 MOTIONS = ("up", "down", "sideways", "still", "growing", "shrinking", "turning")
 IN_PLACE = MOTIONS[3:]
@@ -27,8 +27,8 @@ RELATIONS = ("approaches", "leaves", "follows", "passes", "accompanies", "overta
 
 _ROOM = 128  # px, side of the central square that the partners stay in: a central crop has both
 _TRAVEL = 34.0  # px, longest way in a shot
-_SIDES = (20.0, 30.0)  # px for the 8 px of handwriting, geometric middle of an actor's range
-_GROWTH = (1.5, 1.9)  # factor in a shot
+_SIDES = (24.0, 32.0)  # px for the 8 px of handwriting, geometric middle of an actor's range
+_GROWTH = (1.4, 1.7)  # factor in a shot
 _TURNS = (2.5, 6.0)  # degrees a frame
 _CELL = 8  # px of the enlarged glyph for each px of the handwriting
 _INK = 0.25  # least ink of a pixel inside a box
@@ -264,15 +264,15 @@ def _clearance(
 
 def draw_texture(rng: np.random.Generator) -> Float32[np.ndarray, "rows columns 3"]:
     """Draws a ground of dim colours with blots of about 18 px, larger than a frame."""
-    level, spread = rng.uniform(25, 70, 3), rng.uniform(8, 20)
+    level, spread = rng.uniform(25, 60, 3), rng.uniform(5, 15)
     blots = rng.normal(level, spread, size=(16, 16, 3)).astype(np.float32)
     return cv2.resize(blots, (288, 288), interpolation=cv2.INTER_CUBIC)
 
 
 def draw_drift(frames: int, rng: np.random.Generator) -> Float64[np.ndarray, "time 2"]:
-    """Draws the drift of the ground in a shot, at most 1 px a frame on each axis."""
+    """Draws the drift of the ground in a shot, at most 0.5 px a frame on each axis."""
     # The texture has 112 px more than the long side of a frame.
-    return rng.uniform(44, 68, 2) + np.outer(np.arange(frames), rng.uniform(-1, 1, 2))
+    return rng.uniform(16, 96, 2) + np.outer(np.arange(frames), rng.uniform(-0.5, 0.5, 2))
 
 
 def draw_pillars(
@@ -284,14 +284,18 @@ def draw_pillars(
     return np.repeat(ends[None], frames, axis=0)
 
 
-def draw_colours(count: int, rng: np.random.Generator) -> Float[np.ndarray, "colours 3"]:
-    """Draws bright colours whose hues are apart: RGB, 0 to 255."""
-    hues = (rng.uniform() + (np.arange(count) + rng.uniform(-0.2, 0.2, count)) / count) % 1
-    thirds = np.array([0, 1 / 3, 2 / 3])
-    away = np.abs((hues[:, None] - thirds + 0.5) % 1 - 0.5)  # of a hue from red, green and blue
-    rgb = np.clip(2 - 6 * away, 0, 1)
-    pale = rng.uniform(0.1, 0.4, (count, 1))
-    return rng.permutation(rng.uniform(180, 250, (count, 1)) * (pale + (1 - pale) * rgb))
+def draw_colours(
+    singles: int, distractors: int, rng: np.random.Generator
+) -> list[Float[np.ndarray, "3"]]:
+    """Draws the RGB, 0 to 255, of two partners, of further actors and of distractors.
+
+    Partners have one warm colour, further actors have cold ones, and distractors are grey.
+    """
+    warm, cold = rng.uniform(0, 1 / 6), rng.uniform(0.4, 0.5) + 0.15 * np.arange(singles)
+    hues = np.array([warm, warm, *cold])[:, None]
+    away = np.abs((hues - np.array([0, 1 / 3, 2 / 3]) + 0.5) % 1 - 0.5)  # from red, green, blue
+    colours = rng.uniform(200, 250) * (0.15 + 0.85 * np.clip(2 - 6 * away, 0, 1))
+    return [*colours, *np.repeat(rng.uniform(110, 200, (distractors, 1)), 3, axis=1)]
 
 
 def distractor_glyph(rng: np.random.Generator) -> Float[np.ndarray, "8 8"]:
