@@ -28,7 +28,7 @@ def draw_boxes(
     frame: UInt8[np.ndarray, "height width 3"],
     boxes: Float[np.ndarray, "boxes 4"],
     labels: Sequence[Sequence[Label]],
-    tracks: Sequence[int],
+    colours: Sequence[int],
     caption: str = "",
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Returns the frame with boxes, and a line per label beside each box.
@@ -40,7 +40,7 @@ def draw_boxes(
       frame: RGB.
       boxes: x1, y1, x2, y2, as fractions of the frame.
       labels: names and scores of each box.
-      tracks: number of each box's track, which selects the colour.
+      colours: index of each box's colour in `COLOURS`.
       caption: text in the lower left corner.
     """
     image = Image.fromarray(frame)
@@ -49,15 +49,15 @@ def draw_boxes(
     size = max(_SMALLEST, round(min(width, height) / _SHARE))
     line = max(2, round(min(width, height) / 300))
     corners = [_in_frame(box, (width, height)) for box in boxes]
-    colours = [colour_of(track) for track in tracks]
-    for corner, colour in zip(corners, colours, strict=True):
+    fills = [colour_of(index) for index in colours]
+    for corner, colour in zip(corners, fills, strict=True):
         # The dark edges set the line off from a background of its colour.
         _outline(draw, corner, line + 2, 1, _BLACK)
         _outline(draw, corner, line, 0, colour)
     blocks: list[Rectangle] = []
     if caption:
         blocks.append(_write(draw, (0, height), [caption], size, _BLACK, (width, height)))
-    for corner, colour, lines in zip(corners, colours, labels, strict=True):
+    for corner, colour, lines in zip(corners, fills, labels, strict=True):
         if lines:
             texts = _fitted(lines, size, width)
             block = _extent(texts, size)
@@ -66,9 +66,9 @@ def draw_boxes(
     return np.asarray(image)
 
 
-def colour_of(track: int) -> tuple[int, int, int]:
-    """Returns the RGB colour of a track; colours repeat."""
-    red, green, blue = ImageColor.getrgb(COLOURS[track % len(COLOURS)])[:3]
+def colour_of(index: int) -> tuple[int, int, int]:
+    """Returns a colour of `COLOURS` as RGB."""
+    red, green, blue = ImageColor.getrgb(COLOURS[index])[:3]
     return red, green, blue
 
 
@@ -127,7 +127,7 @@ def _place(
         x, y = at
         rectangle = (x, y, x + block[0], y + block[1])
         covered = 10 * sum(_shared(rectangle, other) for other in blocks)
-        covered += sum(_shared(rectangle, box) for box in boxes)
+        covered += 3 * sum(_shared(rectangle, box) for box in boxes)
         distance = max(corner[0] - rectangle[2], x - corner[2], 0)
         distance += max(corner[1] - rectangle[3], y - corner[3], 0)
         return covered + distance * block[1]

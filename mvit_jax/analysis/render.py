@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import av
 import matplotlib
@@ -60,11 +60,16 @@ def enlarge(frames: Frames, min_side: int) -> UInt8[np.ndarray, "time _height _w
     return frames.repeat(factor, 1).repeat(factor, 2) if factor > 1 else frames
 
 
-def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Writes a PNG file atomically; raises `UserError` on failure."""
+def png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """Returns the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Writes a PNG file atomically; raises `UserError` on failure."""
+    write_atomically(path, png(image))
 
 
 def gif(frames: Frames, fps: float) -> bytes:
@@ -82,20 +87,30 @@ def save_gif(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
     write_atomically(path, gif(frames, fps))
 
 
-def save_mp4(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
-    """Writes an H.264 mp4, which every browser plays.
+def mp4(frames: Iterable[UInt8[np.ndarray, "height width 3"]], fps: float) -> bytes:
+    """Returns the content of an H.264 mp4, which every browser plays.
 
     H.264 requires even sides: an odd side is padded by repeating its last pixel.
     """
-    odd = [(0, n % 2) for n in frames.shape[1:3]]
-    frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=max(round(fps), 1))
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18"}
-        for frame in frames:
+        for i, frame in enumerate(frames):
+            odd = [(0, n % 2) for n in frame.shape[:2]]
+            frame = np.pad(frame, [*odd, (0, 0)], mode="edge")
+            if i == 0:
+                stream.height, stream.width = frame.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         container.mux(stream.encode())
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_mp4(
+    path: str | os.PathLike[str],
+    frames: Iterable[UInt8[np.ndarray, "height width 3"]],
+    fps: float,
+) -> None:
+    """Writes the content of `mp4`; frames may come from a generator."""
+    write_atomically(path, mp4(frames, fps))

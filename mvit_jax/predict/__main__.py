@@ -4,6 +4,8 @@
     python -m mvit_jax.predict FILE... --checkpoint=DIR --top=3 --json=FILE
     python -m mvit_jax.predict FILE... --workdir=DIR --pictures=DIR --grad_cam
     python -m mvit_jax.predict FILE... --workdir=DIR --features=FILE.npz --features_of=stage:2
+    python -m mvit_jax.predict FILE... --workdir=DIR --boxes=FILE.csv --pictures=DIR
+    python -m mvit_jax.predict FILE... --workdir=DIR --detector=FILE.onnx --pictures=DIR
     python -m mvit_jax.predict --serve --workdir=DIR
 
 DIR is a workdir (--workdir) or a folder that `convert` wrote (--checkpoint). Probabilities are
@@ -23,6 +25,12 @@ animate it.
 vector that the head classifies, stage:K the mean over the grid after stage K, from 0. With
 --features_per=clip and --clips=K, features are [files, K, channels].
 
+A model of action detection scores the persons of key frames. --boxes is a csv file of their boxes
+in AVA's format, whose seconds count from --first_second on, 900 for AVA's videos. --detector is a
+person detector, an ONNX file (pip install -e '.[onnx]'), for the middle frame of each second. Boxes
+that overlap from second to second are one person. --pictures writes NAME_boxes.png, a sheet of key
+frames, and NAME_boxes.mp4, the video around them, with the classes of at least --min_score.
+
 --serve serves a page for uploads (pip install -e '.[demo]').
 """
 
@@ -31,6 +39,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +58,21 @@ from mvit_jax.common.files import (
     to_path,
     write_atomically,
 )
-from mvit_jax.common.text import plural, printable, table
+from mvit_jax.common.text import plural, printable
 from mvit_jax.data.media.images import DecodeError
-from mvit_jax.predict import figures
+from mvit_jax.predict import box_figures, figures, tables
+from mvit_jax.predict.boxes import (
+    BoxPredictor,
+    KeyFrames,
+    Progress,
+    Shown,
+    described,
+    detect,
+    is_detection,
+    read_boxes,
+)
+from mvit_jax.predict.detector import MIN_SCORE, PersonDetector
 from mvit_jax.predict.predictor import Prediction, Predictor
-from mvit_jax.predict.windows import clock, interval
 from mvit_jax.training.run import runtime
 from mvit_jax.weights.state_dicts import WEIGHTS
 
@@ -90,6 +109,17 @@ _FEATURES_OF = flags.DEFINE_string("features_of", "head", "head, or stage:K from
 _FEATURES_PER = flags.DEFINE_enum(
     "features_per", "video", ["video", "clip"], "Mean over clips, or each of --clips=K clips."
 )
+_BOXES = flags.DEFINE_string("boxes", None, "Boxes of persons in AVA's format, a csv file.")
+_DETECTOR = flags.DEFINE_string("detector", None, "Person detector, an ONNX file.")
+_FIRST_SECOND = flags.DEFINE_integer(
+    "first_second", 0, "Second of --boxes at which the videos begin.", lower_bound=0
+)
+_MIN_PERSON = flags.DEFINE_float(
+    "min_person", MIN_SCORE, "Smallest score of a person, of --boxes or --detector.", 0.0, 1.0
+)
+_MIN_SCORE = flags.DEFINE_float(
+    "min_score", 0.3, "Smallest probability of a class that is drawn at a box.", 0.0, 1.0
+)
 _SERVE = flags.DEFINE_bool("serve", False, "Serve a page for uploads, until Ctrl-C.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page; local by default.")
 _PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any free port.", 0, 65535)
@@ -101,8 +131,10 @@ def main(argv: list[str]) -> None:
     files = argv[1:]
     folder = _folder()
     runtime.cache_compiled_programs()
+    detection = is_detection(folder)
+    _check_task(detection)
     if _SERVE.value:
-        _serve(folder, files)
+        _serve(folder, files, detection)
         return
     if not files:
         raise errors.UserError("give video or image files, or --serve")
@@ -120,17 +152,22 @@ def main(argv: list[str]) -> None:
     if pictures is not None:
         _make_folder(pictures)
     model = {"which": _WHICH.value, "weights": _WEIGHTS.value}
-    predictor = Predictor(
-        folder, **model, clips=_CLIPS.value, crops=_CROPS.value,
-        features=None if _FEATURES.value is None else _FEATURES_OF.value,
-    )  # fmt: skip
     results: dict[str, Any] = {"folder": str(folder), **model}
     features: list[tuple[str, np.ndarray]] = []
-    results |= predict(
-        predictor, files, top=_TOP.value, pictures=pictures, grad_cam=_GRAD_CAM.value,
-        add_features=lambda *named: features.append(named),
-    )  # fmt: skip
-    failed = show(results["files"])
+    if detection:
+        persons = _person_source()
+        shown = Shown(_TOP.value, _MIN_SCORE.value)
+        results |= predict_boxes(BoxPredictor(folder, **model), files, persons, shown, pictures)
+    else:
+        predictor = Predictor(
+            folder, **model, clips=_CLIPS.value, crops=_CROPS.value,
+            features=None if _FEATURES.value is None else _FEATURES_OF.value,
+        )  # fmt: skip
+        results |= predict(
+            predictor, files, top=_TOP.value, pictures=pictures, grad_cam=_GRAD_CAM.value,
+            add_features=lambda *named: features.append(named),
+        )  # fmt: skip
+    failed = tables.show(results["files"])
     if _JSON.value is not None:
         write_atomically(_JSON.value, json.dumps(results, indent=1) + "\n")
     if _FEATURES.value is not None and features:
@@ -154,7 +191,47 @@ def _folder() -> AnyPath:
     return to_path(folders[0])
 
 
-def _serve(folder: AnyPath, files: list[str]) -> None:
+def _check_task(detection: bool) -> None:
+    """Raises `UserError` if flags do not match the task of the model."""
+    persons = [
+        name for name, flag in (("--boxes", _BOXES), ("--detector", _DETECTOR)) if flag.value
+    ]
+    if not detection and persons:
+        raise errors.UserError(
+            f"{persons[0]} requires a model of action detection, but this one classifies whole "
+            f"videos: leave {persons[0]} out, or give the workdir of such a model"
+        )
+    if not detection:
+        return
+    unused = {
+        "--clips": _CLIPS, "--crops": _CROPS, "--grad_cam": _GRAD_CAM, "--features": _FEATURES,
+    }  # fmt: skip
+    for name, flag in unused.items():
+        if flag.value:
+            raise errors.UserError(
+                f"{name} is not for models of action detection, which score boxes: leave it out"
+            )
+    if len(persons) != 1:
+        raise errors.UserError(
+            "this model scores the boxes of persons: give either --boxes=FILE.csv, with lines "
+            "`video,second,x1,y1,x2,y2,,score`, or --detector=FILE.onnx, a person detector"
+        )
+
+
+def _person_source() -> KeyFrames:
+    """Returns the function that finds the persons of a video."""
+    if _DETECTOR.value is not None:
+        return partial(detect, PersonDetector(_DETECTOR.value, _MIN_PERSON.value))
+    boxes = expanded(_BOXES.value or "")
+    if not boxes.is_file():
+        raise errors.UserError(f"there is no file {boxes}: --boxes must be a csv file of boxes")
+    return partial(
+        read_boxes, boxes, min_score=_MIN_PERSON.value,
+        first_second=_FIRST_SECOND.value,
+    )  # fmt: skip
+
+
+def _serve(folder: AnyPath, files: list[str], detection: bool) -> None:
     unused = {
         "--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--grad_cam": _GRAD_CAM,
         "--features": _FEATURES,
@@ -166,13 +243,17 @@ def _serve(folder: AnyPath, files: list[str]) -> None:
         )
     from mvit_jax.predict import server  # needs gradio, an optional dependency
 
+    def load() -> Predictor | server.BoxPage:
+        model = {"which": _WHICH.value, "weights": _WEIGHTS.value}
+        if not detection:
+            return Predictor(folder, **model, crops=_CROPS.value)
+        shown = Shown(_TOP.value, _MIN_SCORE.value)
+        return server.BoxPage(BoxPredictor(folder, **model), _person_source(), shown)
+
     server.serve(
-        lambda: Predictor(folder, which=_WHICH.value, weights=_WEIGHTS.value, crops=_CROPS.value),
-        host=_HOST.value,
-        port=_PORT.value,
+        load, host=_HOST.value, port=_PORT.value, top=_TOP.value,
         limits=server.Limits(_MAX_MB.value, _MAX_MINUTES.value),
-        top=_TOP.value,
-    )
+    )  # fmt: skip
 
 
 def predict(
@@ -199,34 +280,90 @@ def predict(
       video, "timeline" has the classes of all "windows", and "segments", which are intervals with
       the same most probable class throughout. Times are in seconds.
     """
+
+    def answer(path: Path, file: str, stem: str, progress: Progress) -> dict[str, Any]:
+        prediction = predictor.predict(path, progress=progress)
+        if prediction.features is not None:
+            add_features(file, prediction.features)
+        result = _described(prediction, predictor.names, top)
+        if pictures is not None:
+            written = _draw(predictor, prediction, file, pictures / stem, top, grad_cam)
+            result["pictures"] = [str(path) for path in written]
+        return result
+
+    results = _each_file(files, pictures, "window", answer)
+    config = predictor.config.eval
+    return {
+        "step": predictor.step, "clips": config.clips, "crops": config.crops, "files": results,
+    }  # fmt: skip
+
+
+def predict_boxes(
+    predictor: BoxPredictor,
+    files: list[str],
+    persons: KeyFrames,
+    shown: Shown,
+    pictures: Path | None = None,
+) -> dict[str, Any]:
+    """Predicts the actions of persons in files and writes their figures.
+
+    Args:
+      predictor: the model.
+      files: paths of video files.
+      persons: returns the key frames of an opened video, with the boxes of persons.
+      shown: choice of classes.
+      pictures: folder for the figures; None draws none.
+
+    Returns:
+      A JSON-serialisable dict. "files" has an entry per file: that of `boxes.described`, or
+      "error".
+    """
+
+    def answer(path: Path, file: str, stem: str, progress: Progress) -> dict[str, Any]:
+        prediction = predictor.predict(path, persons, progress=progress)
+        result = described(prediction, predictor.names, shown)
+        if pictures is not None:
+            written = box_figures.write(
+                path, prediction, predictor.names, shown, pictures / stem, progress
+            )
+            result["pictures"] = [str(path) for path in written]
+        return result
+
+    results = _each_file(files, pictures, "key frame", answer)
+    return {"step": predictor.step, "files": results}
+
+
+def _each_file(
+    files: list[str], pictures: Path | None, unit: str, answer: Callable[..., dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns an entry per file, with its answer or an error.
+
+    Args:
+      files: paths of the files.
+      pictures: folder of the figures, if any.
+      unit: of the progress.
+      answer: called with the absolute path, the file as it was passed, the prefix of its figures
+        and a function for the progress.
+    """
     stems = picture_names(files, pictures) if pictures else files
     results: list[dict[str, Any]] = []
     for file, stem in zip(files, stems, strict=True):
         result: dict[str, Any] = {"file": file}
         results.append(result)
         try:
-            with tqdm(unit="window", desc=printable(Path(file).name), delay=2, disable=None) as bar:
+            with tqdm(unit=unit, desc=printable(Path(file).name), delay=2, disable=None) as bar:
 
                 def progress(done: int, of: int, bar=bar) -> None:
                     bar.total = of
                     bar.update(done - bar.n)
 
                 # Absolute, since FFmpeg takes "12:30.mp4" for an address.
-                prediction = predictor.predict(expanded(file).absolute(), progress=progress)
-            if prediction.features is not None:
-                add_features(file, prediction.features)
-            result |= _described(prediction, predictor.names, top)
-            if pictures is not None:
-                written = _draw(predictor, prediction, file, pictures / stem, top, grad_cam)
-                result["pictures"] = [str(path) for path in written]
+                result |= answer(expanded(file).absolute(), file, stem, progress)
         except DecodeError as error:
             result["error"] = f"cannot be decoded: {error.reason}"
         except errors.UserError as error:
             result["error"] = str(error)
-    config = predictor.config.eval
-    return {
-        "step": predictor.step, "clips": config.clips, "crops": config.crops, "files": results,
-    }  # fmt: skip
+    return results
 
 
 def _described(prediction: Prediction, names: tuple[str, ...], top: int) -> dict[str, Any]:
@@ -290,6 +427,11 @@ def write_features(path: str, features: list[tuple[str, np.ndarray]], per: str) 
     write_atomically(path, arrays.getvalue())
 
 
+_ENDINGS = (
+    "_prediction.png", "_grad_cam.gif", "_grad_cam.mp4", "_boxes.png", "_boxes.mp4",
+)  # fmt: skip
+
+
 def picture_names(files: list[str], folder: Path) -> list[str]:
     """Returns a unique prefix for each file's figures: the file's stem, numbered if needed.
 
@@ -301,8 +443,7 @@ def picture_names(files: list[str], folder: Path) -> list[str]:
         stem, number = Path(file).stem or "file", 1
         name = stem
         while name.casefold() in {n.casefold() for n in names} or any(
-            (folder / f"{name}{ending}").resolve() in taken
-            for ending in ("_prediction.png", "_grad_cam.gif", "_grad_cam.mp4")
+            (folder / f"{name}{ending}").resolve() in taken for ending in _ENDINGS
         ):
             number += 1
             name = f"{stem}_{number}"
@@ -319,49 +460,6 @@ def _make_folder(folder: Path) -> None:
         ) from None
     if not os.access(folder, os.W_OK):
         raise errors.UserError(f"--pictures={folder} is not writable: choose another folder")
-
-
-def show(results: list[dict[str, Any]]) -> bool:
-    """Prints the results, and failures to stderr; returns True if a file failed."""
-    done = [result for result in results if "classes" in result]
-    if done:
-        print(_align(classes(done)))
-    for result in done:
-        if "timeline" in result:
-            line = result["timeline"]
-            print(
-                f"\n{printable(result['file'])}: {clock(line['seconds'])}, means over "
-                f"{len(line['windows'])} windows above, over time:\n{_align(segments(line))}"
-            )
-    written = [path for result in done for path in result.get("pictures", ())]
-    if written:
-        print("wrote " + ", ".join(map(printable, written)))
-    failures = [result for result in results if "error" in result]
-    for result in failures:
-        print(f"{printable(result['file'])} {result['error']}", file=sys.stderr)
-    return bool(failures)
-
-
-def classes(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Returns rows of file, class and probability, headings first."""
-    rows = [("file", "class", "probability")]
-    for result in results:
-        for rank, entry in enumerate(result["classes"]):
-            file = printable(result["file"]) if rank == 0 else ""
-            rows.append((file, entry["class"], f"{entry['probability']:.4f}"))
-    return rows
-
-
-def segments(timeline: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Returns rows of time, class and probability, headings first."""
-    rows = [("time", "class", "probability")]
-    for s in timeline["segments"]:
-        rows.append((interval(s["start"], s["end"]), s["class"], f"{s['probability']:.2f}"))
-    return rows
-
-
-def _align(rows: list[tuple[str, ...]]) -> str:
-    return table(rows[0], rows[1:], numbers_right=False)
 
 
 if __name__ == "__main__":

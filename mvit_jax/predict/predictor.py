@@ -146,7 +146,7 @@ class Predictor:
                 return self._predict_windows(video, progress)
             indices = settings.view_indices(video, eval_.clips)
             if isinstance(video, Video):
-                views = np.concatenate(list(clips_of(video, indices, settings, eval_.crops)))
+                views = np.concatenate(list(clips_of(video, indices, self._crop)))
             else:
                 views = pipeline.views(video, settings, clips=eval_.clips, crops=eval_.crops)
         middle = eval_.clips // 2
@@ -171,7 +171,7 @@ class Predictor:
 
         def batches() -> Iterator[np.ndarray]:
             batch: list[np.ndarray] = []
-            for i, clip in enumerate(clips_of(video, indices, settings, crops)):
+            for i, clip in enumerate(clips_of(video, indices, self._crop)):
                 batch.append(clip)
                 if i in drawn:
                     shown.append(clip[crops // 2])
@@ -193,6 +193,11 @@ class Predictor:
             seconds=video.num_frames / video.fps,
             features=features,
         )
+
+    def _crop(
+        self, frames: UInt8[np.ndarray, "time _ _ 3"]
+    ) -> UInt8[np.ndarray, "crops time size size 3"]:
+        return pipeline.test_crops(frames, self._settings, self.config.eval.crops)
 
     def _scored(
         self, batches: Iterable[np.ndarray]

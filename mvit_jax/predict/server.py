@@ -1,4 +1,4 @@
-"""Local web page for uploads: classes, classes over time, Grad-CAM."""
+"""Local web page for uploads: classes, classes over time, Grad-CAM; or the actions of persons."""
 
 import base64
 import errno
@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 from mvit_jax.analysis import render
 from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
+from mvit_jax.common.text import plural
 from mvit_jax.data.media import images
 from mvit_jax.data.media.images import DecodeError, Frames
 from mvit_jax.data.media.video import Video
-from mvit_jax.predict import figures
+from mvit_jax.predict import box_figures, figures, tables
+from mvit_jax.predict.boxes import BoxPredictor, KeyFrames, Shown, described
 from mvit_jax.predict.predictor import Prediction, Predictor
 from mvit_jax.predict.request_filter import filter_requests, is_loopback
 from mvit_jax.predict.windows import clock, interval
@@ -31,16 +33,22 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 MAX_PIXELS = 4096 * 2304  # of a frame at most: 28 MB in memory
 MAX_FPS = 120  # limits the number of frames, as a file may state any frame rate
+SECONDS = 60  # of a video with boxes that the page shows
+SIDE = 480  # short side of that video at most
 WAITING = 8  # requests in the queue at most; one is processed at a time
 
 STYLE = """
 .gradio-container { max-width: 960px !important; margin: 0 auto !important; }
 .result img { width: 100%; height: auto; display: block; }
+.result video { width: 100%; height: auto; display: block; }
 .result img.pixels { image-rendering: pixelated; }
 .result .wide { overflow-x: auto; contain: inline-size; }
 .result .wide img { min-width: 600px; }
+.result .wide img.sheet { min-width: 900px; }
 .result td, .result th { padding: .2rem .75rem !important; }
 .result td:last-child { text-align: right; }
+.result .persons td { text-align: left; vertical-align: top; }
+.result .persons td, .result .persons th { word-break: normal; overflow-wrap: normal; }
 """
 
 
@@ -52,7 +60,24 @@ class Limits:
     minutes: float  # of a video
 
 
-def serve(load: Callable[[], Predictor], *, host: str, port: int, limits: Limits, top: int) -> None:
+@dataclass(frozen=True)
+class BoxPage:
+    """A page of action detection.
+
+    Attributes:
+      predictor: the model.
+      persons: returns the key frames of an opened video, with the boxes of persons.
+      shown: choice of classes.
+    """
+
+    predictor: BoxPredictor
+    persons: KeyFrames
+    shown: Shown
+
+
+def serve(
+    load: Callable[[], Predictor | BoxPage], *, host: str, port: int, limits: Limits, top: int
+) -> None:
     """Serves the page until interrupted; uploads go to a temporary folder.
 
     Args:
@@ -135,11 +160,12 @@ def _mount(blocks: Any, limits: Limits) -> Any:
     )
 
 
-def build(predictor: Predictor, limits: Limits, top: int) -> Any:
+def build(model: Predictor | BoxPage, limits: Limits, top: int) -> Any:
     """Returns the page as gradio Blocks; `limits` are enforced on the server."""
     import gradio
 
-    takes_images = predictor.model.frames == 1
+    predictor = model.predictor if isinstance(model, BoxPage) else model
+    takes_images = isinstance(predictor, Predictor) and predictor.model.frames == 1
     endings = [*VIDEOS, *(IMAGES if takes_images else ())]
     kinds = "a video or an image" if takes_images else "a video"
     with gradio.Blocks(
@@ -161,17 +187,20 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
         )
         # Not gradio.HTML, whose templates the browser runs as code.
         result = partial(gradio.Markdown, elem_classes="result", latex_delimiters=[])
-        heading = result()
-        label = gradio.Label(label="Classes", num_top_classes=top, show_heading=False)
-        over_time = result()
-        grad_cam = result()
+        outputs: list[Any] = [result() for _ in range(4)]
+        if isinstance(model, Predictor):
+            outputs[1] = gradio.Label(label="Classes", num_top_classes=top, show_heading=False)
 
         def answer(path: str | None, progress=gradio.Progress()) -> Iterator[tuple[Any, ...]]:  # noqa: B008
             if path is None:
                 return
-            yield None, None, None, None
+            yield (None,) * len(outputs)
             try:
-                yield _answer(predictor, Path(path), limits, top, endings, progress)
+                check_kind(Path(path), endings)
+                if isinstance(model, BoxPage):
+                    yield _answer_boxes(model, Path(path), limits, progress)
+                else:
+                    yield _answer(model, Path(path), limits, top, progress)
             except UserError as error:
                 reason = error.reason if isinstance(error, DecodeError) else str(error)
                 raise gradio.Error(
@@ -181,8 +210,7 @@ def build(predictor: Predictor, limits: Limits, top: int) -> Any:
                 Path(path).unlink(missing_ok=True)
 
         done = file.upload(
-            answer, file, [heading, label, over_time, grad_cam], api_visibility="private",
-            show_progress_on=label,
+            answer, file, outputs, api_visibility="private", show_progress_on=outputs[1],
         )  # fmt: skip
         # Clears the upload for the next file, also after a failure.
         for after in (done.success, done.failure):
@@ -199,10 +227,9 @@ async def _cached_upload(to_cache: Callable[..., Any], path: str) -> str:
 
 
 def _answer(
-    predictor: Predictor, path: Path, limits: Limits, top: int, endings: list[str], progress: Any
+    predictor: Predictor, path: Path, limits: Limits, top: int, progress: Any
 ) -> tuple[Any, ...]:
     """Returns heading, probabilities by class, classes over time, and Grad-CAM."""
-    check_kind(path, endings)
     prediction = predictor.predict(
         path,
         check=lambda video: check_size(video, limits),
@@ -220,6 +247,62 @@ def _answer(
         confidences,
         _timeline_plot(prediction, names),
         _grad_cam(predictor, prediction),
+    )
+
+
+def _answer_boxes(page: BoxPage, path: Path, limits: Limits, progress: Any) -> tuple[Any, ...]:
+    """Returns heading, the video with boxes, persons with their classes, and key frames."""
+    predictor, names = page.predictor, page.predictor.names
+    prediction = predictor.predict(
+        path,
+        page.persons,
+        check=lambda video: check_size(video, limits),
+        progress=lambda done, of: progress((done, of), desc="predicting", unit="key frames"),
+    )
+    result = described(prediction, names, page.shown)
+    count = len(result["persons"])
+    heading = (
+        f"<p><b>{html.escape(path.name)}</b>: {clock(prediction.seconds)}; "
+        f"{plural(count, 'person')} in {plural(len(prediction.frames), 'key frame')}</p>"
+    )
+    if not count:
+        return heading, None, None, None
+    first = [frame for frame in prediction.frames if frame.seconds < SECONDS]
+    start = replace(prediction, frames=tuple(first or prediction.frames[:1]))
+    frames, fps = box_figures.moving(
+        path, start, names, page.shown, largest=SIDE,
+        progress=lambda done, of: progress((done, of), desc="drawing", unit="frames"),
+    )  # fmt: skip
+    coded = base64.b64encode(render.mp4(frames, fps)).decode()
+    shown = f"<video controls muted src='data:video/mp4;base64,{coded}'></video>"
+    if len(first) < len(prediction.frames):
+        shown += f"<p>The first {clock(SECONDS)} of the video; all key frames are predicted.</p>"
+    sheet = render.png(box_figures.picture(path, prediction, names, page.shown, columns=2))
+    return (
+        heading,
+        shown,
+        _person_table(result["persons"]),
+        f"<h3>Key frames</h3><div class='wide'>{_image(sheet, 'png', 'key frames', 'sheet')}</div>",
+    )
+
+
+def _person_table(persons: list[dict[str, Any]]) -> str:
+    """Returns the longest tracks with their classes as HTML."""
+    rows = "".join(
+        f"<tr><td>{person['track']}</td><td>{tables.moments(person)}</td><td>"
+        + ", ".join(
+            f"{html.escape(entry['class'])} {entry['probability']:.2f}"
+            for entry in person["classes"]
+        )
+        + "</td></tr>"
+        for person in persons[: tables.PERSONS]
+    )
+    more = len(persons) - tables.PERSONS
+    return (
+        "<h3>Persons</h3><div class='persons'><table><tr><th>person</th><th>time</th>"
+        f"<th>classes, by mean probability</th></tr>{rows}</table></div>"
+        + f"<p>And {plural(more, 'person')} for a shorter time.</p>"
+        * (more > 0)
     )
 
 

@@ -60,3 +60,21 @@ def _pairs(iou: Float[np.ndarray, "before after"], smallest: float) -> list[tupl
         pairs.append((int(before), int(after)))
         left[before], left[:, after] = -1, -1
     return pairs
+
+
+def colours(tracks: Sequence[Int64[np.ndarray, " _"]], count: int) -> dict[int, int]:
+    """Returns a colour for each track, from 0 to `count` - 1.
+
+    Tracks of one key frame have different colours while there are enough. A new track has the
+    colour that was last in use the longest time ago.
+    """
+    chosen: dict[int, int] = {}
+    order = list(range(count))  # the last used ones at the end
+    for frame in tracks:
+        present = [int(track) for track in frame]
+        for track in sorted(present, key=lambda track: track not in chosen):
+            if track not in chosen:
+                chosen[track] = order[0]
+            order.remove(chosen[track])
+            order.append(chosen[track])
+    return chosen

@@ -7,16 +7,15 @@ in two windows.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from mvit_jax.data import pipeline, sampling
+from mvit_jax.data import sampling
 from mvit_jax.data.media.video import Video
-from mvit_jax.data.pipeline import ClipSettings
 
 FEWEST = 4
 """Number of clip lengths up to which a video is always short: a timeline needs more windows."""
@@ -171,17 +170,18 @@ def interval(start: float, end: float) -> str:
 
 
 def clips_of(
-    video: Video, indices: Int64[np.ndarray, "clips time"], settings: ClipSettings, crops: int
-) -> Iterator[UInt8[np.ndarray, "crops time size size 3"]]:
-    """Yields clips one by one, resized and cropped as in `pipeline.views`.
+    video: Video,
+    indices: Int64[np.ndarray, "clips time"],
+    transform: Callable[[UInt8[np.ndarray, "1 _ _ 3"]], UInt8[np.ndarray, "views 1 _ _ 3"]],
+) -> Iterator[UInt8[np.ndarray, "views time _height _width 3"]]:
+    """Yields clips one by one, transformed.
 
-    Each frame is decoded once. Memory holds the frames of one clip, at the model's size.
+    Each frame is decoded and transformed once. Memory holds the transformed frames of one clip.
 
     Args:
       video: the file.
       indices: frame numbers of the clips; the clips' starts must not decrease.
-      settings: settings of resizing and cropping.
-      crops: squares cut from each clip, 1 or 3.
+      transform: resizes a frame and cuts views from it, such as `pipeline.test_crops`.
 
     Raises:
       DecodeError: while iterating, if the file is broken.
@@ -192,5 +192,5 @@ def clips_of(
         buffer = {number: frame for number, frame in buffer.items() if number >= clip.min()}
         while clip.max() not in buffer:
             number, frame = next(decoded)
-            buffer[number] = pipeline.test_crops(frame[None], settings, crops)
+            buffer[number] = transform(frame[None])
         yield np.concatenate([buffer[number] for number in clip.tolist()], axis=1)

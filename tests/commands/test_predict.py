@@ -18,6 +18,7 @@ from mvit_jax.data import pipeline
 from mvit_jax.data.media.video import Video
 from mvit_jax.models.functional import functional
 from mvit_jax.predict import __main__ as predict
+from mvit_jax.predict import tables
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -278,5 +279,5 @@ def test_a_test_after_training_on_images_skips_a_broken_file(images, tmp_path):
 
 def test_a_name_that_is_not_utf8_is_one_row(capsys):
     result = {"file": "caf\udce9\n.mp4", "classes": [{"class": "b", "probability": 0.75}]}
-    assert not predict.show([result])
+    assert not tables.show([result])
     assert "\ncaf\\udce9\\n.mp4  b" in capsys.readouterr().out

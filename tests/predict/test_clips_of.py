@@ -17,6 +17,10 @@ from tests.predict.small import textured, write_video
 SETTINGS = ClipSettings(frames=4, stride=4, size=32, short_side=32)
 
 
+def crop(settings, crops):
+    return lambda frames: pipeline.test_crops(frames, settings, crops)
+
+
 @pytest.fixture(
     scope="module",
     params=[{"g": "1000", "bf": "0"}, {"g": "12", "bf": "2"}],
@@ -43,7 +47,7 @@ def test_clips_are_the_views_of_the_test_protocol(path, crops):
     settings = replace(SETTINGS, short_side=40)
     with Video(path) as video:
         indices = sampling.view_indices(200, 30.0, frames=4, stride=4, clips=7)
-        clips = list(clips_of(video, indices, settings, crops))
+        clips = list(clips_of(video, indices, crop(settings, crops)))
         expected = pipeline.views(video, settings, clips=7, crops=crops)
     np.testing.assert_array_equal(np.concatenate(clips), expected)
 
@@ -61,7 +65,7 @@ def test_overlapping_clips_decode_each_frame_once(path, monkeypatch):
 
         monkeypatch.setattr(video, "_decoded", counted)
         monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(1) or rgb(frame))
-        clips = list(clips_of(video, indices, SETTINGS, 1))
+        clips = list(clips_of(video, indices, crop(SETTINGS, 1)))
     assert len(clips) == 46 and len(converted) == len(np.unique(indices))
     assert next(decoded) <= 200
 
@@ -74,7 +78,7 @@ def test_a_damaged_file_raises_at_the_damaged_frames(path, tmp_path):
     broken.write_bytes(data)
     indices = np.arange(0, 180)[:, None] + np.arange(0, 16, 4)
     with pytest.raises(DecodeError), Video(broken) as video:
-        list(clips_of(video, indices, SETTINGS, 1))
+        list(clips_of(video, indices, crop(SETTINGS, 1)))
 
 
 def test_missing_frames_at_the_end_repeat_the_last_frame(path, monkeypatch):

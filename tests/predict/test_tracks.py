@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mvit_jax.predict.tracks import link, overlaps
+from mvit_jax.predict.tracks import colours, link, overlaps
 
 
 def test_overlaps_are_shares_of_the_union():
@@ -34,3 +34,12 @@ def test_the_largest_overlap_is_linked_first_and_each_box_once():
     assert [t.tolist() for t in link([0.0, 1.0], far)] == [[0], [1]]
     assert [t.tolist() for t in link([0.0, 1.0], far, min_iou=0.1)] == [[0], [0]]
     assert link([], []) == []
+
+
+def test_a_track_keeps_its_colour_and_tracks_of_one_frame_differ():
+    tracks = [np.array(x) for x in ([0, 1], [1, 2, 3], [4, 1], [5, 1], [1, 6])]
+    chosen = colours(tracks, 3)
+    assert chosen == {0: 0, 1: 1, 2: 2, 3: 0, 4: 2, 5: 0, 6: 2}
+    for frame in tracks:
+        assert len({chosen[track] for track in frame.tolist()}) == len(frame)
+    assert set(colours([np.arange(7)], 3).values()) == {0, 1, 2}
