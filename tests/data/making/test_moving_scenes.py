@@ -10,7 +10,6 @@ import shutil
 import av
 import numpy as np
 import pytest
-from mvit_jax.common.frame_map import Boxes, measure_frame_ap
 from sklearn.ensemble import RandomForestClassifier
 
 from mvit_jax.common.errors import UserError
