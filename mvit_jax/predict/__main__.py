@@ -131,10 +131,8 @@ def main(argv: list[str]) -> None:
     files = argv[1:]
     folder = _folder()
     runtime.cache_compiled_programs()
-    detection = is_detection(folder)
-    _check_task(detection)
     if _SERVE.value:
-        _serve(folder, files, detection)
+        _serve(folder, files)
         return
     if not files:
         raise errors.UserError("give video or image files, or --serve")
@@ -154,7 +152,7 @@ def main(argv: list[str]) -> None:
     model = {"which": _WHICH.value, "weights": _WEIGHTS.value}
     results: dict[str, Any] = {"folder": str(folder), **model}
     features: list[tuple[str, np.ndarray]] = []
-    if detection:
+    if _detects(folder):
         persons = _person_source()
         shown = Shown(_TOP.value, _MIN_SCORE.value)
         results |= predict_boxes(BoxPredictor(folder, **model), files, persons, shown, pictures)
@@ -191,18 +189,23 @@ def _folder() -> AnyPath:
     return to_path(folders[0])
 
 
-def _check_task(detection: bool) -> None:
-    """Raises `UserError` if flags do not match the task of the model."""
+def _detects(folder: AnyPath) -> bool:
+    """Returns True for a model of action detection.
+
+    Raises:
+      UserError: flags do not match the task of the model.
+    """
+    detects = is_detection(folder)
     persons = [
         name for name, flag in (("--boxes", _BOXES), ("--detector", _DETECTOR)) if flag.value
     ]
-    if not detection and persons:
-        raise errors.UserError(
-            f"{persons[0]} requires a model of action detection, but this one classifies whole "
-            f"videos: leave {persons[0]} out, or give the workdir of such a model"
-        )
-    if not detection:
-        return
+    if not detects:
+        if persons:
+            raise errors.UserError(
+                f"{persons[0]} requires a model of action detection, but this one classifies whole "
+                f"videos: leave {persons[0]} out, or give the workdir of such a model"
+            )
+        return False
     unused = {
         "--clips": _CLIPS, "--crops": _CROPS, "--grad_cam": _GRAD_CAM, "--features": _FEATURES,
     }  # fmt: skip
@@ -216,10 +219,11 @@ def _check_task(detection: bool) -> None:
             "this model scores the boxes of persons: give either --boxes=FILE.csv, with lines "
             "`video,second,x1,y1,x2,y2,,score`, or --detector=FILE.onnx, a person detector"
         )
+    return True
 
 
 def _person_source() -> KeyFrames:
-    """Returns the function that finds the persons of a video."""
+    """Returns the function of an opened video that returns its persons."""
     if _DETECTOR.value is not None:
         return partial(detect, PersonDetector(_DETECTOR.value, _MIN_PERSON.value))
     boxes = expanded(_BOXES.value or "")
@@ -231,7 +235,7 @@ def _person_source() -> KeyFrames:
     )  # fmt: skip
 
 
-def _serve(folder: AnyPath, files: list[str], detection: bool) -> None:
+def _serve(folder: AnyPath, files: list[str]) -> None:
     unused = {
         "--clips": _CLIPS, "--json": _JSON, "--pictures": _PICTURES, "--grad_cam": _GRAD_CAM,
         "--features": _FEATURES,
@@ -245,7 +249,7 @@ def _serve(folder: AnyPath, files: list[str], detection: bool) -> None:
 
     def load() -> Predictor | server.BoxPage:
         model = {"which": _WHICH.value, "weights": _WEIGHTS.value}
-        if not detection:
+        if not _detects(folder):
             return Predictor(folder, **model, crops=_CROPS.value)
         shown = Shown(_TOP.value, _MIN_SCORE.value)
         return server.BoxPage(BoxPredictor(folder, **model), _person_source(), shown)

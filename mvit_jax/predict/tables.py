@@ -29,7 +29,8 @@ def show(results: list[dict[str, Any]]) -> bool:
         print("wrote " + ", ".join(map(printable, written)))
     failures = [result for result in results if "error" in result]
     for result in failures:
-        print(f"{printable(result['file'])} {result['error']}", file=sys.stderr)
+        between = " " if result["error"].startswith("cannot be decoded") else ": "
+        print(f"{printable(result['file'])}{between}{result['error']}", file=sys.stderr)
     return bool(failures)
 
 

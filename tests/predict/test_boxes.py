@@ -1,7 +1,6 @@
 """Persons of videos: csv files, key frames, and scores against the model on frames cut by hand."""
 
 import functools
-from contextlib import closing
 
 import cv2
 import jax
@@ -26,38 +25,20 @@ from mvit_jax.predict.boxes import (
 )
 from mvit_jax.predict.detector import PersonDetector
 from mvit_jax.training import build
-from mvit_jax.training.run import workdir
-from mvit_jax.training.run.checkpoints import Checkpoints
-from mvit_jax.training.state import init_state
-from tests.predict.small import textured, write_video
-from tests.support import ava_folder, drawn, onnx_files, tiny
-
-NAMES = ("stand", "walk", "talk to (a person)")
-
-
-def make_detection_run(folder):
-    """Writes a run of action detection with random weights; returns its config and parameters."""
-    config = tiny.config(folder, **ava_folder.FLAGS)
-    params = drawn.weights(functional(build.model_config(config, len(NAMES))))
-    params = jax.tree.map(lambda x: x.astype(np.float32), params)
-    workdir.record_config(config, folder)
-    (folder / "labels.txt").write_text("\n".join(NAMES) + "\n")
-    with closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save(init_state(params, build.make_optimizer(config), 0.0), 3)
-    return config, params
+from tests.predict.detection_run import NAMES, make_run, wide_video
+from tests.predict.small import write_video
+from tests.support import onnx_files
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, *make_detection_run(folder)
+    return folder, *make_run(folder)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Returns a video of 96 frames at 24 per second, 48 x 64."""
-    pixels = np.concatenate([textured(96), textured(96)], axis=2)[:, :48, :64]
-    return write_video(tmp_path_factory.mktemp("v") / "yard.mp4", pixels, rate=24)
+    return wide_video(tmp_path_factory.mktemp("v") / "yard.mp4")
 
 
 def lines(file, *rows):

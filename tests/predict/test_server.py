@@ -1,6 +1,8 @@
 """The demo page: its limits and errors, and its use in a real browser."""
 
 import asyncio
+import base64
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,8 +24,9 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.data.media.images import Frames
 from mvit_jax.data.media.video import Video
 from mvit_jax.predict import server
+from mvit_jax.predict.boxes import BoxPredictor, KeyFrame, Shown
 from mvit_jax.predict.server import Limits, check_kind, check_size
-from tests.predict import small
+from tests.predict import detection_run, small
 from tests.support import tiny
 
 LIMITS = Limits(megabytes=1, minutes=0.25)
@@ -99,6 +103,35 @@ def test_a_url_in_a_request_is_not_downloaded(digits, monkeypatch):
     to_cache = gradio.processing_utils.async_move_files_to_cache
     with pytest.raises(ValueError, match="a URL instead of an upload"):
         asyncio.run(to_cache(named, file, check_in_upload_folder=True))
+
+
+def persons(video, progress):
+    """Returns the same two persons at two key frames."""
+    boxes = np.array([(0.1, 0.1, 0.4, 0.9), (0.5, 0.1, 0.9, 0.9)])
+    return [KeyFrame(seconds, boxes, np.ones(2)) for seconds in (1.0, 2.0)]
+
+
+def test_the_page_of_persons_has_the_video_a_table_and_key_frames(tmp_path, monkeypatch):
+    detection_run.make_run(tmp_path)
+    (tmp_path / "labels.txt").write_text("<b>stand\nwalk\ntalk\n")
+    path = detection_run.wide_video(tmp_path / "<i>.mp4")
+    page = server.BoxPage(BoxPredictor(tmp_path), persons, Shown(3, 0.0))
+    heading, video, table, sheet = server._answer_boxes(page, path, LIMITS, mock.Mock())
+    assert heading == "<p><b>&lt;i&gt;.mp4</b>: 0:04; 2 persons in 2 key frames</p>"
+    coded = re.fullmatch(r"<video controls muted src='data:video/mp4;base64,(.*)'></video>", video)
+    with Video(base64.b64decode(coded[1])) as drawn:
+        assert drawn.num_frames == 49
+    assert table.count("<tr>") == 3 and "&lt;b&gt;stand 0." in table and "<b>" not in table
+    assert "<td>0</td><td>0:01.0 - 0:02.0</td>" in table
+    assert "data:image/png" in sheet
+    monkeypatch.setattr(server, "SECONDS", 1.5)
+    _, video, *_ = server._answer_boxes(page, path, LIMITS, mock.Mock())
+    assert video.endswith("of the video; all key frames are predicted.</p>")
+    nobody = dataclasses.replace(
+        page, persons=lambda video, progress: [KeyFrame(1.0, np.zeros((0, 4)), np.zeros(0))]
+    )
+    heading, *rest = server._answer_boxes(nobody, path, LIMITS, mock.Mock())
+    assert "0 persons in 1 key frame" in heading and rest == [None] * 3
 
 
 def serve(run, folder, *flags):
@@ -202,6 +235,37 @@ def test_a_video_shows_classes_over_time_and_grad_cam(browser, files, served):
     for width in (375, 1280):
         browser.set_viewport_size({"width": width, "height": 800})
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
+def test_a_page_of_action_detection_plays_the_video_with_boxes(browser, tmp_path):
+    (tmp_path / "run").mkdir()
+    detection_run.make_run(tmp_path / "run")
+    detection_run.wide_video(tmp_path / "yard.mp4")
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("yard,0001,0.1,0.2,0.5,0.9,,0.9\nyard,0002,0.1,0.2,0.5,0.9,,0.9\n")
+    process = serve(tmp_path / "run", tmp_path, f"--boxes={boxes}")
+    try:
+        address = re.search(r"http://\S+", process.stdout.readline())
+        assert address, process.stderr.read()
+        tab = browser.context.browser.new_page()
+        tab.goto(address[0])
+        tab.wait_for_selector("input[type=file]", state="attached")
+        drop(tab, tmp_path / "yard.mp4", "img[alt='key frames']")
+        assert "yard.mp4: 0:04; 1 person in 2 key frames" in tab.inner_text("body")
+        tab.wait_for_function("document.querySelector('video').readyState > 0")
+        shape = tab.evaluate("(v => [v.videoWidth, v.duration])(document.querySelector('video'))")
+        assert shape == [512, pytest.approx(49 / 24, abs=0.1)]
+        for width in (375, 1280):
+            tab.set_viewport_size({"width": width, "height": 800})
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        (tmp_path / "porch.mp4").write_bytes((tmp_path / "yard.mp4").read_bytes())
+        message = drop(tab, tmp_path / "porch.mp4", ".toast-body")
+        assert "no boxes of porch, only of 1 video (yard)" in message
+        tab.close()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.browser
