@@ -16,6 +16,7 @@ from mvit_jax.common.errors import MissingDataError, UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.common.text import Lines, align, indent, plural, section, table
 from mvit_jax.config import Config, check, missing_weights
+from mvit_jax.data.formats.ava import KeyFrameClips
 from mvit_jax.data.source import Source
 from mvit_jax.models.functional import Functional
 from mvit_jax.models.plan import MViTConfig
@@ -143,7 +144,7 @@ def _if_missing(path: str) -> str:
 
 
 def _data(config: Config, lists: dict[str, Source | str], videos: int) -> Lines:
-    d = config.data
+    d, items = config.data, _items(config)
     name = d.tfds and f"{d.tfds} of TensorFlow Datasets"
     lines = [
         ("source", name or d.source),
@@ -153,16 +154,59 @@ def _data(config: Config, lists: dict[str, Source | str], videos: int) -> Lines:
         lines.append(("prefix", f"{d.prefix}, prepended to the paths in the lists"))
     for which, source in lists.items():
         if isinstance(source, str):
-            taken = f"; assuming {videos:,} videos (data.train_videos)" if which == "train" else ""
-            lines.append((which, f"{d[f'{which}_list'] or 'no list'}: {source}{taken}"))
+            assumed = f"; assuming {videos:,} {items} (data.train_videos)"
+            reason = source + (assumed if which == "train" else "")
+            lines.append((which, f"{d[f'{which}_list'] or 'no list'}: {reason}"))
         else:
-            lines.append((which, f"{source.list_file}: {len(source):,}"))
-    lines.append(("labels", "any number per video" if d.multi_label else "one per video"))
+            lines.append((which, f"{source.list_file}: {_count(source)}"))
+    if _detects(config):
+        lines += _box_files(config)
+    per = "box" if _detects(config) else "video"
+    lines.append(("labels", f"any number per {per}" if d.multi_label else f"one per {per}"))
     if d.balanced:
         lines.append(("drawn", "each class equally often in an epoch"))
     workers = f"{d.processes} processes x " if d.processes else ""
     lines.append(("decoded", f"by {workers}{d.threads} threads per host"))
-    lines.append(("broken", f"replaced by others, up to {100 * d.max_broken:g} % of all videos"))
+    lines.append(("broken", f"replaced by others, up to {100 * d.max_broken:g} % of all {items}"))
+    return lines
+
+
+def _detects(config: Config) -> bool:
+    return config.data.source == "ava"
+
+
+def _items(config: Config) -> str:
+    return "key frames" if _detects(config) else "videos"
+
+
+def _count(source: Source) -> str:
+    if isinstance(source, KeyFrameClips):
+        boxes = len(source.key_frames.score)
+        return f"{len(source):,} key frames, {boxes:,} boxes"
+    return f"{len(source):,}"
+
+
+def _box_files(config: Config) -> Lines:
+    """Returns the files of boxes and classes beside the lists of a detection data set."""
+    d = config.data
+
+    def listed(name: str) -> str:
+        file = d[name]
+        return f"{file}{_if_missing(f'{d.folder}/{file}') if d.folder else ''}"
+
+    boxes = "the labelled ones"
+    lines = [
+        ("train boxes", f"{boxes} and {listed('train_boxes')}" if d.train_boxes else boxes),
+        *(
+            (f"{which} boxes", listed(f"{which}_boxes") if d[f"{which}_boxes"] else boxes)
+            for which in ("val", "test")
+            if d[f"{which}_list"]
+        ),
+        ("detected", f"persons with a score of at least {d.min_score:g}"),
+        ("classes", f"{listed('class_list')}, of which the mAP is the mean"),
+    ]
+    if d.excluded:
+        lines.append(("left out", f"key frames of {listed('excluded')}, in tests alone"))
     return lines
 
 
@@ -174,6 +218,7 @@ def _clips(config: Config, model: MViTConfig) -> str:
         "span": f"spread evenly over {model.frames * d.stride / 30:.2f} s, from a random start",
         "segments": f"one at random from each of {model.frames} equal parts of the video",
         "stride": f"{d.stride} frames apart, from a random start",
+        "key_frame": f"{d.stride} apart at 30 a second, around the key frame",
     }.get(d.sampling, d.sampling)
     return f"{model.frames} frames of {size}, {sampling}"
 
@@ -191,10 +236,12 @@ def _augmentation(config: Config, model: MViTConfig) -> list[str]:
         crop += f", resized to {model.size} ({config.data.interpolation})"
     else:
         crop = f"no random crop: short side to {model.size}, then the centre square"
+    of_boxes = ", of pixels and boxes" if _detects(config) else ""
+    crop += "; boxes are cut to the square" if _detects(config) else ""
     before = [*scaled, *random, crop] if model.frames > 1 else [*scaled, crop, *random]
     lines = [
         *before,
-        f"left-right flip with probability {a.flip:g}" if a.flip else "",
+        f"left-right flip with probability {a.flip:g}{of_boxes}" if a.flip else "",
         f"(value / 255 - {_rgb(config.data.mean)}) / {_rgb(config.data.std)}",
         f"random erasing with probability {a.random_erase_prob:g} ({a.random_erase_mode})"
         if a.random_erase_prob
@@ -223,7 +270,9 @@ def _steps(config: Config, videos: int, devices: int) -> Lines:
     repeats, batch = config.data.repeats, config.batch
     steps = build.count_steps(config, config.epochs, videos)
     per_epoch = videos * repeats / batch
-    content = f"{batch / repeats:g} videos x {repeats} clips" if repeats > 1 else f"{batch} videos"
+    content = f"{batch / repeats:g} {_items(config)}" + (
+        f" x {repeats} clips" if repeats > 1 else ""
+    )
     share = f"{batch / devices:g} clips per device, on {devices} devices ({jax.default_backend()})"
     if config.accumulate > 1:
         share += f", in {config.accumulate} micro-batches"
@@ -266,6 +315,12 @@ def _trained(config: Config, params: Any) -> str:
     return f"{trained:,} of {trained + frozen:,} parameters: {parts}; the others are frozen"
 
 
+_BOX_LOSS = {
+    "global": "mean over all boxes of the batch and all classes",
+    "per_device": "mean over the boxes of each device and all classes, then over devices",
+}
+
+
 def _optimizer(config: Config) -> Lines:
     c = config.optim
     average = f"decay {c.ema:g}{', after a warm-up from 0' if c.ema_warmup else ''}"
@@ -277,6 +332,7 @@ def _optimizer(config: Config) -> Lines:
     kind = sgd if c.name == "sgd" else f"AdamW, b1 {c.b1:g}, b2 {c.b2:g}, decoupled weight decay"
     return [
         ("kind", kind),
+        *([("loss", _BOX_LOSS[c.loss_reduction])] if _detects(config) else []),
         *weights,
         ("rates", rates),
         ("clipping", f"gradients to a global norm of {c.clip_norm:g}" if c.clip_norm else "none"),
@@ -339,6 +395,31 @@ def _layers(config: Config, params: Any) -> str:
 
 
 def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
+    lines = _box_tests(config, model) if _detects(config) else _views(config, model)
+    e = config.eval
+    if e.every_epochs > 0 and config.data.val_list:
+        every = build.count_steps(config, e.every_epochs, videos)
+        views = "the same view" if _detects(config) else "one centre view"
+        lines.append(("validation", f"every {every:,} steps, {views}"))
+    return lines
+
+
+def _box_tests(config: Config, model: MViTConfig) -> Lines:
+    part = f"centre square of {model.size}"
+    if config.eval.full_frame:
+        part = "the whole frame, a compilation per shape"
+        if model.relative_positions != "none":
+            verb = {"stretch": "stretched", "clamp": "clamped"}[model.relative_resize]
+            part += f"; relative positions are {verb}"
+    return [
+        ("views", f"1 clip around the key frame: short side to {config.data.short_side}, {part}"),
+        ("scores", "sigmoids of each box"),
+        ("metrics", "frame mAP at IoU 0.5, with boxes matched in the order of the file (papers) "
+                    "and of the scores (ActivityNet)"),
+    ]  # fmt: skip
+
+
+def _views(config: Config, model: MViTConfig) -> Lines:
     e, scores = config.eval, "sigmoids" if config.data.multi_label else "softmax"
     views = f"{plural(e.clips, 'clip')} x {plural(e.crops, 'crop')}" if model.frames > 1 else "one"
     square = f"short side to {config.data.short_side}, centre square of {model.size}"
@@ -350,15 +431,11 @@ def _tests(config: Config, model: MViTConfig, videos: int) -> Lines:
     metrics = "top-1, top-5, mean class accuracy"
     if config.data.multi_label:
         metrics = "mean average precision"
-    lines = [
+    return [
         ("views", f"{views}: {square}"),
         ("scores", f"{scores}, {ensemble or e.ensemble}"),
         ("metrics", metrics),
     ]
-    if e.every_epochs > 0 and config.data.val_list:
-        every = build.count_steps(config, e.every_epochs, videos)
-        lines.append(("validation", f"every {every:,} steps, one centre view"))
-    return lines
 
 
 def _rgb(values: Iterable[float]) -> str:

@@ -29,7 +29,8 @@ from tests.support import commands, tiny
 from tests.support.environment import of_process
 
 RECIPES = ["kinetics:mvitv2_l_40x3_312_in21k", "imagenet:mvit_b16_max", "charades:mvit_b_16x4",
-           "ssv2:mvitv2_s_16x4", "moving_digits:vit", "custom:mvitv2_t"]  # fmt: skip
+           "ssv2:mvitv2_s_16x4", "moving_digits:vit", "custom:mvitv2_t",
+           "ava:mvitv2_s_16x4,full"]  # fmt: skip
 
 
 def test_choices_are_those_of_the_code():
@@ -213,7 +214,7 @@ def test_config_files_of_the_working_directory_have_precedence(tmp_path, monkeyp
     (tmp_path / "configs" / "ssv2.py").write_text(f"{code}    c.batch = 7\n    return c\n")
     assert config.load("ssv2").batch == config.load("configs/ssv2.py").batch == 7
     assert config.load("charades").batch == 256
-    with pytest.raises(UserError, match=r"there is no config 'ssv3': .* has charades, custom"):
+    with pytest.raises(UserError, match=r"there is no config 'ssv3': .* has ava, charades, custom"):
         config.load("ssv3")
 
 

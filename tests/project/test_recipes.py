@@ -47,6 +47,7 @@ SSV2_S = (100, 3, 16 * 8, 1, 0.0025 * 8, 1e-4 * 8, 1e-6 * 8, 1e-4, 0, 1, True)
 SSV2_B = (100, 3, 16 * 8, 1, 0.0015 * 8, 1e-4 * 8, 1e-6 * 8, 1e-4, 0, 1, True)
 SSV2_L = (40, 3, 8 * 16, 1, 0.00125 * 16, 1e-6 * 16, 1e-6 * 16, 1e-4, 2, 1, False)
 CHARADES = (200, 30, 256, 1, 0.6, 0.024, 2.4e-4, 1e-7, 0, 1, False)
+AVA = (30, 5, 16 * 8, 1, 0.075 * 8, 1e-6 * 8, 1e-6 * 8, 1e-8, 0, 1, False)
 
 # recipe: (schedule, frames x stride, pixels, drop path, views, inflation, published)
 NO_RESULT = "no result"
@@ -126,11 +127,22 @@ ROWS = {
     "charades:mvit_b_16x4_k600": (CHARADES, "16x4", 224, 0.45, "10x3", None, "43.9 mAP"),
     "charades:mvit_b_32x3_k600": (CHARADES, "32x3", 224, 0.45, "10x3", None, "47.1 mAP"),
     "charades:mvit_b24_32x3_k600": (CHARADES, "32x3", 224, 0.45, "10x3", None, "47.7 mAP"),
+    "ava:mvit_b_16x4_k400": (AVA, "16x4", 224, 0.4, "1x1", None, "24.5 mAP"),
+    "ava:mvit_b_16x4_k600": (AVA, "16x4", 224, 0.4, "1x1", None, "26.1 mAP"),
+    "ava:mvit_b_32x3_k400": (AVA, "32x3", 224, 0.4, "1x1", None, "26.8 mAP"),
+    "ava:mvit_b_32x3_k600": (AVA, "32x3", 224, 0.4, "1x1", None, "27.5 mAP"),
+    "ava:mvit_b_64x3_k400": (AVA, "64x3", 224, 0.4, "1x1", None, "27.3 mAP"),
+    "ava:mvit_b24_32x3_k600": (AVA, "32x3", 224, 0.4, "1x1", None, "28.7 mAP"),
+    "ava:mvitv2_s_16x4_k400": (AVA, "16x4", 224, 0.4, "1x1", None, "26.8 mAP"),
+    "ava:mvitv2_b_32x3_k400": (AVA, "32x3", 224, 0.4, "1x1", None, "28.1 mAP"),
+    "ava:mvitv2_b_32x3_k600": (AVA, "32x3", 224, 0.4, "1x1", None, "29.9 mAP"),
+    "ava:mvitv2_b_32x3_k700": (AVA, "32x3", 224, 0.4, "1x1", None, "31.3 mAP"),
+    "ava:mvitv2_l_40x3_312_k700": (AVA, "40x3", 312, 0.4, "1x1", None, "33.5 mAP"),
 }  # fmt: skip
 
 CLASSES = {
     "kinetics": 400, "k600": 600, "k700": 700, "imagenet": 1000, "in21k": 19168, "ssv2": 174,
-    "charades": 157,
+    "charades": 157, "ava": 80,
 }  # fmt: skip
 
 
@@ -161,7 +173,7 @@ def test_a_recipe_has_the_papers_values(name):
     assert c.data.repeats == repeats
     assert (c.optim.weight_decay, c.optim.clip_norm, c.optim.layer_decay) == (decay, clip, layers)
     assert (c.augment.mixup, c.augment.cutmix) == ((0.8, 1.0) if mix else (0, 0))
-    assert c.optim.name == ("sgd" if name.startswith(("ssv2", "charades")) else "adamw")
+    assert c.optim.name == ("sgd" if name.startswith(("ssv2", "charades", "ava")) else "adamw")
     assert (c.optim.momentum, c.optim.b1, c.optim.b2, c.optim.ema) == (0.9, 0.9, 0.999, 0)
     assert not c.optim.ema_warmup
     model = build.model_config(c, c.data.classes)
@@ -175,9 +187,13 @@ def test_a_recipe_has_the_papers_values(name):
     assert (tuple(c.data.mean), tuple(c.data.std)) == normal
     assert c.published.startswith(published)
     assert c.data.classes == model.num_classes == CLASSES[data_of(name)]
-    assert c.data.short_side == {224: 256, 312: 356, 320: 365, 352: 402, 384: 438, 512: 585}[size]
     assert plan(model)
+    if not name.startswith("ava"):
+        check_data_and_augmentation(name, c, size)
 
+
+def check_data_and_augmentation(name, c, size):
+    assert c.data.short_side == {224: 256, 312: 356, 320: 365, 352: 402, 384: 438, 512: 585}[size]
     a, data = c.augment, c.data
     assert (a.random_erase_prob, a.random_erase_mode, a.mixup_switch_prob) == (0.25, "pixel", 0.5)
     file = name.partition(":")[0]
@@ -205,7 +221,33 @@ def test_a_recipe_has_the_papers_values(name):
         assert a.short_side is None
 
 
-@pytest.mark.parametrize("file", ["kinetics", "imagenet", "ssv2", "charades"])
+@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("ava")])
+def test_detection_recipes_change_nothing_but_scale_position_and_side(name):
+    c = recipe(name)
+    a, large = c.augment, "_312" in name
+    assert (a.crop_area, a.jitter, a.flip) == (None, (356, 446) if large else (256, 320), 0.5)
+    assert (a.randaugment, a.random_erase_prob, a.label_smoothing) == ("", 0, 0)
+    assert (c.data.short_side, c.data.min_score) == (312 if large else 224, 0.9)
+    assert (c.data.sampling, c.data.first_second, c.dtype) == ("key_frame", 900, "float32")
+    assert not c.eval.full_frame and c.optim.loss_reduction == "global"
+
+
+def test_detection_recipes_have_shorter_names_and_whole_frames():
+    get_config = tiny.load_config_file("ava").get_config
+    for name in ("mvit_b_16x4", "mvit_b24_32x3", "mvitv2_b_32x3", "mvitv2_l_40x3_312"):
+        first = next(row for row in ROWS if row.startswith(f"ava:{name}_k"))
+        assert get_config(name) == recipe(first)
+    whole = get_config("mvitv2_b_32x3_k700,full")
+    assert whole.eval.full_frame
+    assert whole.published == "32.3 mAP (whole frames; MViTv2, Table A.2)"
+    assert get_config("mvit_b_16x4,full").published.endswith("none for whole frames")
+    assert get_config("mvitv2_l_40x3_312,full").published.startswith("34.4 mAP")
+    for unknown in ("mvit_b_16x4_k700", "mvit_b_16x4,centre", "mvit_b"):
+        with pytest.raises(ValueError, match=f"no experiment '{unknown}': choose one of mvit_b_16"):
+            get_config(unknown)
+
+
+@pytest.mark.parametrize("file", ["kinetics", "imagenet", "ssv2", "charades", "ava"])
 def test_every_recipe_of_a_config_file_is_in_the_table(file):
     message = f"configs/{file}.py has no experiment 'no_such': choose one of "
     with pytest.raises(ValueError, match=message) as error:
@@ -236,7 +278,7 @@ def test_recipes_name_the_weights_that_they_need():
     assert needed("charades:mvit_b_64x3").endswith("kinetics.py:mvit_b_64x3")
     # The named weights are those of a recipe of that file.
     for name in ROWS:
-        if name.startswith(("ssv2", "charades")):
+        if name.startswith(("ssv2", "charades", "ava")):
             assert f"kinetics:{needed(name).rpartition(':')[2]}" in ROWS, name
 
 
@@ -275,7 +317,7 @@ def source_of(name):
         return variant("vit_b16", num_classes=21841, width=16 * 12, depths=(1,))
     if "maskfeat" in name:
         return small_model(name)
-    if name.startswith(("ssv2", "charades")):
+    if name.startswith(("ssv2", "charades", "ava")):
         return small_model(f"kinetics:{needed.rpartition(':')[2]}")
     source = needed.split()[2]
     if "ImageNet" in needed:
@@ -288,7 +330,9 @@ def source_of(name):
 
 def alike(model):
     """Returns a model without what no shape of a block depends on."""
-    return dataclasses.replace(model, num_classes=2, drop_path=0.0, dropout=0.0)
+    return dataclasses.replace(
+        model, num_classes=2, task="classification", drop_path=0.0, dropout=0.0
+    )
 
 
 def transfer(name):

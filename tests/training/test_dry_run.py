@@ -6,6 +6,7 @@ from mvit_jax import train
 from mvit_jax.common.errors import UserError
 from mvit_jax.training import build, dry_run
 from tests.support import commands, tiny
+from tests.support.ava_folder import FLAGS, write_ava
 
 
 def described(file, arg, devices=8, **changes):
@@ -162,6 +163,51 @@ def test_charades_is_scored_by_mean_average_precision():
     assert row(text, "Tests", "scores")[1] == "sigmoids, maximum over the views"
     assert row(text, "Tests", "metrics")[1] == "mean average precision"
     assert "7,985" in row(text, "Data", "train")[1]
+
+
+def test_the_plan_of_ava_has_boxes_beside_labels():
+    """By hand: 211,000 key frames in batches of 128, 30 epochs: 49,453.1 steps."""
+    text = described("ava", "mvit_b_16x4")
+    assert "36,364,592 parameters, 70.6 G multiply-adds" in text
+    assert "MISSING: weights of configs/kinetics.py:mvit_b_16x4;" in text
+    assert row(text, "Data", "train")[1].endswith("assuming 211,000 key frames (data.train_videos)")
+    assert row(text, "Data", "train boxes")[1].startswith(
+        "the labelled ones and annotations/person"
+    )
+    assert row(text, "Data", "test boxes")[1].endswith("/ava_detection_val_boxes_and_labels.csv")
+    assert row(text, "Data", "detected")[1] == "persons with a score of at least 0.9"
+    assert row(text, "Data", "labels")[1] == "any number per box"
+    assert row(text, "Data", "clips")[1].endswith("4 apart at 30 a second, around the key frame")
+    assert "boxes are cut to the square" in text and "0.5, of pixels and boxes" in text
+    assert row(text, "Steps", "batch")[1] == "128 clips = 128 key frames"
+    assert row(text, "Steps", "steps")[1] == "49,453 = 30 epochs x 1,648.44"
+    assert row(text, "Optimiser", "loss")[1] == "mean over all boxes of the batch and all classes"
+    views = row(text, "Tests", "views")[1]
+    assert views == "1 clip around the key frame: short side to 224, centre square of 224"
+    assert row(text, "Tests", "metrics")[1].startswith("frame mAP at IoU 0.5")
+    changes = {"optim.loss_reduction": "per_device", "model.relative_resize": "clamp", "batch": 64}
+    text = described("ava", "mvitv2_s_16x4,full", **changes)
+    assert row(text, "Optimiser", "loss")[1].endswith(
+        "of each device and all classes, then over devices"
+    )
+    assert row(text, "Tests", "views")[1].endswith("per shape; relative positions are clamped")
+
+
+def test_the_plan_counts_key_frames_and_names_missing_files_of_boxes(tmp_path):
+    """Two key frames a video; the boxes of a labelled person and a detected one."""
+    write_ava(tmp_path, videos=2)
+    config = tiny.config(tmp_path, **FLAGS, epochs=2.0, batch=4)
+    text = dry_run.describe(config, 1)
+    assert row(text, "Data", "train")[1] == f"{tmp_path}/train.csv: 4 key frames, 10 boxes"
+    assert row(text, "Data", "train boxes")[1] == "the labelled ones and boxes.csv"
+    assert row(text, "Data", "classes")[1] == "classes.pbtxt, of which the mAP is the mean"
+    assert row(text, "Steps", "steps")[1] == "2 = 2 epochs x 1.00" and ", 4 classes" in text
+    config.data.train_videos = 9
+    for name in ("train.csv", "test.csv", "boxes.csv"):
+        (tmp_path / name).unlink()
+    text = dry_run.describe(config, 1)
+    assert "there is no list" in row(text, "Data", "train")[1]
+    assert row(text, "Data", "test boxes")[1] == "boxes.csv (missing)"
 
 
 def test_the_program_prints_the_plan_and_writes_no_files(tmp_path):
