@@ -3,6 +3,7 @@
     python -m mvit_jax.convert SOURCE --variant=mvit_b_16x4 --out=DIR
     python -m mvit_jax.convert SOURCE --variant=mvitv2_s_16x4 --out=DIR --inflate=centre
     python -m mvit_jax.convert SOURCE --variant=mvit_b_16x4 --out=DIR num_classes=10 frames=32
+    python -m mvit_jax.convert SOURCE --variant=mvit_b_16x4 --out=DIR task=detection
     python -m mvit_jax.convert DIR --to=torchvision --out=FILE
     python -m mvit_jax.convert DIR --to=stablehlo --out=FILE [--platforms=cpu,cuda,tpu] [--batch=N]
 
@@ -10,6 +11,10 @@ SOURCE is a .pyth, .pth, .pt or safetensors file; pickles are read without execu
 program writes DIR, which `evaluate`, `predict` and `--config.init.checkpoint` read. DIR holds the
 parameters, architecture, preprocessing, report.txt with a line per tensor, and with --labels also
 labels.txt. If a tensor does not fit the model, the program ends with an error and writes nothing.
+
+A checkpoint of action detection has the tensor names of a classifier. With task=detection, DIR is a
+detection model, whose config names AVA's files as in configs/ava.py.
+
 If SOURCE has plain and averaged weights (EMA), the averaged ones are read; --weights=plain reads
 the others, and report.txt has a note.
 
@@ -33,8 +38,11 @@ from absl import flags
 from mvit_jax.common import errors
 from mvit_jax.common.files import AnyPath, local_path, to_path, write_atomically
 from mvit_jax.common.text import first_line
-from mvit_jax.config import base
+from mvit_jax.config import RECIPES, Config, base
+from mvit_jax.config import load as load_config
+from mvit_jax.data.formats.ava_tables import read_class_list
 from mvit_jax.data.formats.video_list import read_class_names
+from mvit_jax.models.plan import MViTConfig
 from mvit_jax.models.variants import override, preprocessing
 from mvit_jax.training import build
 from mvit_jax.training.run import workdir
@@ -53,7 +61,9 @@ _OUT = flags.DEFINE_string("out", None, "Folder to write; with --to, the file to
 _TO = flags.DEFINE_enum(
     "to", None, (*TARGETS, "stablehlo"), "Format to export a run or a converted folder to."
 )
-_LABELS = flags.DEFINE_string("labels", None, "File with class names, one per line, label 0 first.")
+_LABELS = flags.DEFINE_string(
+    "labels", None, "Class names, one per line, label 0 first; or AVA's .pbtxt."
+)
 _INFLATE = flags.DEFINE_enum(
     "inflate", None, INFLATIONS, "Conversion of an image model's kernels to a video model, or back."
 )
@@ -119,7 +129,7 @@ def main(argv: list[str]) -> None:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise errors.UserError(f"{out} already exists: choose another --out, or move it away")
-    labels = None if _LABELS.value is None else read_class_names(local_path(_LABELS.value))
+    labels = None if _LABELS.value is None else _read_names(_LABELS.value)
     import_checkpoint(
         source, _VARIANT.value, out, labels, _INFLATE.value, _WEIGHTS.value, **overrides
     )
@@ -173,11 +183,14 @@ def import_checkpoint(
 
 
 def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] | None) -> None:
-    config = base()
+    detects = loaded.config.task == "detection"
+    config = _detection_config(loaded.config) if detects else base()
     config.model.update(build.model_fields(variant, loaded.config))
     expected = preprocessing(variant, frames=loaded.config.frames, size=loaded.config.size)
-    for field in ("stride", "short_side", "mean", "std", "interpolation"):
+    for field in ("stride", "mean", "std", "interpolation"):
         config.data[field] = getattr(expected, field)
+    # AVA's frames are tested at the size of the crop.
+    config.data.short_side = expected.size if detects else expected.short_side
     if expected.frames == 1:
         config.eval.clips = 1  # all clips of an image are equal
     workdir.record_config(config, folder)
@@ -187,6 +200,22 @@ def _write(folder: Path, loaded: Loaded, variant: str, labels: tuple[str, ...] |
         write_atomically(folder / "labels.txt", "\n".join(labels) + "\n")
     with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save_params(loaded.params)
+
+
+def _detection_config(model: MViTConfig) -> Config:
+    """Returns the defaults with data, augmentation and test of configs/ava.py."""
+    config, recipe = base(), load_config(str(RECIPES / "ava.py"))
+    for section in ("data", "augment", "eval"):
+        config[section].update(recipe[section].to_dict())
+    config.data.classes = model.num_classes
+    return config
+
+
+def _read_names(path: str) -> tuple[str, ...]:
+    """Reads class names, one per line or from AVA's list (.pbtxt)."""
+    if path.endswith(".pbtxt"):
+        return read_class_list(local_path(path)).all_names()
+    return read_class_names(local_path(path))
 
 
 def export_checkpoint(
@@ -217,6 +246,10 @@ def export_program(
     """Exports the model of a run or a converted folder to a StableHLO file."""
     with RunFolder(folder, weights=weights) as run:
         params, config, settings = run.params(which), run.config, run.settings(which)
+    if settings.model.config.task == "detection":
+        raise errors.UserError(
+            f"{folder} classifies boxes, which --to=stablehlo does not support: use the folder"
+        )
     mean, std = settings.step.mean, settings.step.std
     with jax.default_matmul_precision(config.precision):
         exported = save_stablehlo(

@@ -21,6 +21,7 @@ TARGETS = (*key_tables.FORMATS, "safetensors")
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "slowfast": {"skip": ("normalised",), "growth": (2,)},
     "torchvision": {
+        "task": ("classification",),
         "skip": ("normalised",),
         "class_token": (True,),
         "positions": ("none", "separate"),
@@ -29,8 +30,14 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "pool_first": (False,),
         "mean_pooling": (False,),
     },
-    "pytorchvideo": {"skip": ("normalised",), "expand": ("mlp",), "mean_pooling": (False,)},
+    "pytorchvideo": {
+        "task": ("classification",),
+        "skip": ("normalised",),
+        "expand": ("mlp",),
+        "mean_pooling": (False,),
+    },
     "timm": {
+        "task": ("classification",),
         "skip": ("normalised",),
         "frames": (1,),
         "positions": ("none", "joint"),

@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 
 from mvit_jax import convert
 from mvit_jax.common.errors import UserError
+from mvit_jax.config import check
 from mvit_jax.models.functional import functional
 from mvit_jax.training import build, run_folder
 from mvit_jax.training.run import workdir
@@ -23,6 +24,7 @@ from mvit_jax.training.run.checkpoints import Checkpoints
 from mvit_jax.weights.load import load
 from mvit_jax.weights.tensor_files import read_tensors, write_safetensors, write_torch
 from tests.support import commands, tiny
+from tests.support.ava_folder import write_ava
 from tests.weights import foreign
 from tests.weights.test_tensor_files import attacks, zipped
 
@@ -113,6 +115,58 @@ def test_a_converted_folder_has_the_preprocessing_of_its_variant(kind, expected,
     assert config.eval.clips == (5 if kind == "v1 video" else 1)
     assert config.model.variant == name and config.model.size == 32
     assert config.init.checkpoint is None and config.resume is None
+
+
+def test_weights_of_action_detection_go_in_and_out(tmp_path):
+    """80 classes as of AVA, in PySlowFast's names."""
+    tensors = {
+        name: np.repeat(values, 10, 0) if name.startswith("head") else values
+        for name, values in tensors_of().items()
+    }
+    write_torch(tmp_path / "ava.pyth", tensors, wrapper="model_state")
+    (tmp_path / "ava.pbtxt").write_text("item { name: 'stand' id: 12 }\nitem { name: 'go' id: 80 }")
+    folder, labels = tmp_path / "out", f"--labels={tmp_path / 'ava.pbtxt'}"
+    run(tmp_path / "ava.pyth", f"--out={folder}", labels, *VIDEO, "task=detection")
+    config = workdir.recorded_config(folder)
+    check(config)
+    assert (config.data.source, config.data.classes, config.data.short_side) == ("ava", 80, 32)
+    assert config.data.test_list == "annotations/ava_val_v2.2.csv"
+    assert (folder / "labels.txt").read_text().splitlines()[11::68] == ["stand", "go"]
+    params, model = run_folder.read_params(folder)
+    assert model.config.task == "detection"
+    kernel = params["head"]["classifier"]["kernel"]
+    np.testing.assert_array_equal(kernel, tensors["head.projection.weight"].T)
+    run(folder, "--to=slowfast", f"--out={tmp_path / 'again.pyth'}")
+    again = read_tensors(tmp_path / "again.pyth").tensors
+    foreign.same(again, tensors)
+    for target, words in {
+        "torchvision": "torchvision cannot hold this model: task is detection",
+        "stablehlo": "classifies boxes, which --to=stablehlo does not support",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            run(folder, f"--to={target}", f"--out={tmp_path / target}")
+
+
+@pytest.mark.slow
+def test_converted_weights_of_action_detection_are_tested_on_boxes(tmp_path):
+    """Weights of 4 classes, and a data set whose files have AVA's names."""
+    tensors = {n: v[:4] if n.startswith("head") else v for n, v in tensors_of().items()}
+    write_torch(tmp_path / "ava.pyth", tensors, wrapper="model_state")
+    run(tmp_path / "ava.pyth", f"--out={tmp_path / 'out'}", *VIDEO, "task=detection")
+    data = write_ava(tmp_path / "data", videos=2)
+    config = workdir.recorded_config(tmp_path / "out").data
+    for name, file in {
+        config.val_list: "test.csv", config.val_boxes: "boxes.csv", config.excluded: "none.csv",
+        config.class_list: "classes.pbtxt",
+    }.items():  # fmt: skip
+        (data / "none.csv").touch()
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / file, data / name)
+    with run_folder.RunFolder(tmp_path / "out", {"data.folder": str(data)}) as opened:
+        [scores], _ = run_folder.score(opened, build.videos(opened.config, "test"))
+    # Two persons in each of 4 key frames, and a box without label in 2 of them.
+    assert scores.probabilities.shape == (10, 4) and scores.metrics()["videos"] == 4
+    assert np.std(scores.probabilities, axis=0).min() > 0
 
 
 @pytest.mark.slow
