@@ -1,11 +1,14 @@
 """Contact sheet of an experiment's first training clips, after augmentation."""
 
 import os
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+import matplotlib.patches
 import numpy as np
 
 from mvit_jax.analysis import plots
@@ -16,10 +19,13 @@ from mvit_jax.training import build, step
 
 CLIPS = 8
 FRAMES = 8  # frames drawn per clip
+TITLE = 120  # characters above a clip
 
 
 def draw(config: Config, path: str | os.PathLike[str]) -> Path:
     """Draws the first clips of step 0 after all augmentation, including random erasing and mixup.
+
+    For detection, the boxes are solid in the key frame and dotted in the others.
 
     Args:
       config: an experiment. The clips equal those of a run on one device.
@@ -53,25 +59,60 @@ def draw(config: Config, path: str | os.PathLike[str]) -> Path:
     pixels = np.clip(clips.astype(np.float32) * settings.step.std + settings.step.mean, 0, 1)
     if not settings.step.multi_label and settings.step.label_smoothing < 1:
         targets = _without_smoothing(targets, settings.step.label_smoothing)
-    plots.save(_figure(pixels, targets, videos.class_names), path)
+    boxes = step.augment_boxes(arrays, key, settings.step)
+    corners = None if boxes is None else np.asarray(boxes[0])
+    plots.save(_figure(pixels, targets, videos.class_names, corners, batch.get("box_mask")), path)
     return Path(path)
 
 
 def _figure(
-    clips: np.ndarray, targets: np.ndarray, names: tuple[str, ...]
+    clips: np.ndarray,
+    targets: np.ndarray,
+    names: tuple[str, ...],
+    boxes: np.ndarray | None,
+    mask: np.ndarray | None,
 ) -> matplotlib.figure.Figure:
-    shown = np.unique(np.linspace(0, clips.shape[1] - 1, FRAMES).round().astype(int))
+    key_frame = clips.shape[1] // 2
+    shown = np.linspace(0, clips.shape[1] - 1, FRAMES).round().astype(int)
+    if boxes is not None:
+        shown[np.abs(shown - key_frame).argmin()] = key_frame
+    shown = np.unique(shown)
     with plots.style():
         figure = matplotlib.figure.Figure(
             (1.2 * len(shown) + 0.4, 1.5 * len(clips)), layout="constrained"
         )
         rows = figure.subplots(len(clips), len(shown), squeeze=False)
-        for axes, clip, target in zip(rows, clips, targets, strict=True):
-            for ax, frame in zip(axes, clip[shown], strict=True):
-                ax.imshow(frame)
+        for i, axes in enumerate(rows):
+            for ax, frame in zip(axes, shown, strict=True):
+                ax.imshow(clips[i, frame])
                 ax.axis("off")
-            axes[0].set_title(_label(target, names), loc="left", fontsize="small")
+                if boxes is not None and mask is not None:
+                    _draw_boxes(ax, boxes[i, mask[i]], "-" if frame == key_frame else ":")
+            title = (
+                _label(targets[i], names) if mask is None else _labels(targets[i, mask[i]], names)
+            )
+            axes[0].set_title(title, loc="left", fontsize="small")
     return figure
+
+
+def _draw_boxes(ax: Any, boxes: np.ndarray, line: str) -> None:
+    """Draws the outlines and numbers of boxes; a box outside the crop is a line at its border."""
+    for number, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        colour = f"C{number % 10}"
+        outline = matplotlib.patches.Rectangle(
+            (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=colour, linestyle=line
+        )
+        ax.add_patch(outline)
+        ax.text(x1, y1, str(number + 1), color=colour, fontsize="x-small", va="top", clip_on=True)
+
+
+def _labels(targets: np.ndarray, names: tuple[str, ...]) -> str:
+    """Returns the number of each box with its classes."""
+    texts = [
+        f"{number} " + (", ".join(names[i] for i in np.flatnonzero(target)) or "no label")
+        for number, target in enumerate(targets, start=1)
+    ]
+    return textwrap.shorten("; ".join(texts), TITLE, placeholder=" …")
 
 
 def _without_smoothing(targets: np.ndarray, smoothing: float) -> np.ndarray:

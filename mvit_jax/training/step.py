@@ -76,7 +76,7 @@ def train_step(
     key_batch, key_model = keys(recipe.seed, state.step)
     with jax.named_scope("augment"):
         clip, targets = augment(batch, key_batch, recipe)
-        boxes = _augment_boxes(batch, key_batch, recipe)
+        boxes = augment_boxes(batch, key_batch, recipe)
 
     # Frozen parameters are constants of the loss, so that no gradient of them is computed.
     trained, frozen = partition(state.params, recipe.trained_blocks)
@@ -208,7 +208,7 @@ def augment(batch: dict[str, Array], key: Array, recipe: StepConfig) -> tuple[Ar
     )
 
 
-def _augment_boxes(
+def augment_boxes(
     batch: dict[str, Array], key: Array, recipe: StepConfig
 ) -> tuple[Array, Array] | None:
     """Returns the boxes of flipped clips, and the weight of each box in the loss.

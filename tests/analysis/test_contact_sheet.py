@@ -11,6 +11,7 @@ from mvit_jax.common.errors import UserError
 from mvit_jax.data import pipeline
 from mvit_jax.training import build, step
 from tests.support import commands, tiny
+from tests.support.ava_folder import COLOURS, FLAGS, write_ava
 
 
 def test_the_sheet_shows_the_batch_of_the_first_step(digits, tmp_path, monkeypatch):
@@ -24,7 +25,8 @@ def test_the_sheet_shows_the_batch_of_the_first_step(digits, tmp_path, monkeypat
     (batch,) = pipeline.train_batches(
         videos, build.settings(config, model.num_classes).clips, seed=0, batch=8, steps=1, repeats=2
     )
-    [(clips, targets, names)] = calls
+    [(clips, targets, names, boxes, _)] = calls
+    assert boxes is None
     np.testing.assert_allclose(clips, batch["clip"] / 255, atol=1e-5)
     assert targets.argmax(1).tolist() == batch["label"].tolist()
     assert names == videos.class_names
@@ -62,6 +64,25 @@ def test_cutmix_shows_both_classes_with_their_shares_of_the_pixels(classes):
             label = contact_sheet._label(share, ("left", "right", "up"))
             assert label == ", ".join(f"{name} {value:.2f}" for value, name in parts)
     assert mixed >= 2
+
+
+def test_boxes_are_drawn_where_the_persons_are(tmp_path, monkeypatch):
+    """Clips of persons in one colour: each box has that of its first class, also when flipped."""
+    calls, draw = [], contact_sheet._figure
+    monkeypatch.setattr(contact_sheet, "_figure", lambda *a: calls.append(a) or draw(*a))
+    write_ava(tmp_path, videos=2)
+    config = tiny.config(tmp_path, **FLAGS, batch=4)
+    contact_sheet.draw(config, tmp_path / "sheet.png")
+    [(clips, targets, names, boxes, _)] = calls
+    assert len(clips) == 4 and names == ("red", "action 2", "blue", "green")
+    for clip, labels, corners in zip(clips, targets, boxes, strict=True):
+        for label, (x1, y1, x2, y2) in zip(labels, corners.round().astype(int), strict=True):
+            pixels = clip[2, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2]
+            if label.any() and pixels.size:
+                expected = np.array(COLOURS[label.argmax() + 1]) / 255
+                np.testing.assert_allclose(pixels.mean((0, 1)), expected, atol=0.15)
+    text = contact_sheet._labels(np.array([[1, 0, 0, 1], [0] * 4]), names)
+    assert text == "1 red, green; 2 no label"
 
 
 def test_missing_folders_are_errors(digits, tmp_path):
