@@ -15,15 +15,15 @@ from mvit_jax import config
 
 def get_config(task: str = "boxes") -> Any:  # a ConfigDict
     c = config.base()
-    c.epochs = 9.0
+    c.epochs = 6.0
     c.batch = 32
     c.model.variant = "mvit_b_16x4"
-    c.model.update(frames=8, size=64, drop_path=0.0, dropout=0.0)
-    c.model.update(width=32, heads=1, depths=(1, 2, 3), kv_stride=(1, 4, 4))
+    c.model.update(frames=8, size=96, drop_path=0.0, dropout=0.0)
+    c.model.update(width=48, heads=1, depths=(2, 4), kv_stride=(1, 4, 4))
     c.model.update(patch_kernel=(3, 9, 9), patch_stride=(2, 8, 8), patch_padding=(1, 4, 4))
 
     c.data.folder = "data/moving_scenes"
-    c.data.short_side = 64
+    c.data.short_side = 96
     c.data.threads = 2
     # Flips preserve the labels.
     c.augment.flip = 0.5
@@ -45,10 +45,10 @@ def get_config(task: str = "boxes") -> Any:  # a ConfigDict
         for split in ("train", "val", "test"):
             c.data[f"{split}_boxes"] = f"{split}_boxes.csv"
         c.eval.clips = 1
-        c.augment.jitter = (64, 72)
+        c.augment.jitter = (96, 108)
         c.eval.full_frame = True
     elif task == "clips":
-        c.epochs = 20.0
+        c.epochs = 18.0
         for split in ("train", "val", "test"):
             c.data[f"{split}_list"] = f"clips_{split}.csv"
         # A random crop could cut a partner off; the central square has both.

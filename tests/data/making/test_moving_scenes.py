@@ -49,7 +49,7 @@ def listed(tmp_path_factory):
 
 
 def key_frames(folder, split, **options):
-    options = {"classes": 20, "min_score": 0.0, **options}
+    options = {"classes": 18, "min_score": 0.0, **options}
     return ava_tables.read_key_frames([folder / f"{split}.csv"], **options)
 
 
@@ -224,13 +224,13 @@ def test_files_are_wide_or_tall_and_long_enough_for_clips_of_the_last_key_frame(
 @pytest.mark.parametrize("split", SPLITS)
 def test_tables_are_read_without_a_note(listed, split, capfd):
     evaluated = ava_tables.read_class_list(listed / "classes.pbtxt")
-    assert evaluated.names == NAMES and evaluated.count == 20
+    assert evaluated.names == NAMES and evaluated.count == 18
     assert evaluated.groups == {
         kind.lower(): tuple(group.values()) for kind, group in CLASSES.items()
     }
     truth = key_frames(listed, split)
     ava_tables.read_key_frames(
-        [listed / f"{split}.csv"], [listed / f"{split}_boxes.csv"], classes=20
+        [listed / f"{split}.csv"], [listed / f"{split}_boxes.csv"], classes=18
     )
     assert set(truth.second.tolist()) == {902, 903, 904}
     assert len(truth) == 3 * len(truth.videos)
