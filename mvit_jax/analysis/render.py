@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 import av
 import matplotlib
@@ -94,7 +95,7 @@ def mp4(frames: Iterable[UInt8[np.ndarray, "height width 3"]], fps: float) -> by
     """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=max(round(fps), 1))
+        stream = container.add_stream("libx264", rate=max(Fraction(fps).limit_denominator(1001), 1))
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18"}
         for i, frame in enumerate(frames):

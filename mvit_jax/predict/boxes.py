@@ -20,7 +20,7 @@ from mvit_jax.data import detection
 from mvit_jax.data.augmentation import Cut, whole_cut
 from mvit_jax.data.formats import ava_tables
 from mvit_jax.data.formats.ava import clip_indices
-from mvit_jax.data.media.video import Video
+from mvit_jax.data.media.video import Video, opened
 from mvit_jax.data.sampling import FRAME_RATE
 from mvit_jax.predict.detector import PersonDetector
 from mvit_jax.predict.tracks import link
@@ -164,9 +164,10 @@ class BoxPredictor:
             once for the scores.
 
         Raises:
-          DecodeError: the file cannot be decoded.
+          DecodeError: the file cannot be decoded, or is an image.
         """
-        with Video(path) as video:
+        with opened(path, max(self._settings.frames, 2)) as video:
+            assert isinstance(video, Video)  # an image has no frames for a clip of two
             check(video)
             frames = key_frames(video, progress=progress)
             seconds = video.num_frames / video.fps
