@@ -285,15 +285,14 @@ def predict(
       the same most probable class throughout. Times are in seconds.
     """
 
-    def answer(path: Path, file: str, stem: str, progress: Progress) -> dict[str, Any]:
+    def answer(result: dict[str, Any], path: Path, stem: str, progress: Progress) -> None:
         prediction = predictor.predict(path, progress=progress)
         if prediction.features is not None:
-            add_features(file, prediction.features)
-        result = _described(prediction, predictor.names, top)
+            add_features(result["file"], prediction.features)
+        result |= _described(prediction, predictor.names, top)
         if pictures is not None:
-            written = _draw(predictor, prediction, file, pictures / stem, top, grad_cam)
+            written = _draw(predictor, prediction, result["file"], pictures / stem, top, grad_cam)
             result["pictures"] = [str(path) for path in written]
-        return result
 
     results = _each_file(files, pictures, "window", answer)
     config = predictor.config.eval
@@ -323,31 +322,30 @@ def predict_boxes(
       "error".
     """
 
-    def answer(path: Path, file: str, stem: str, progress: Progress) -> dict[str, Any]:
+    def answer(result: dict[str, Any], path: Path, stem: str, progress: Progress) -> None:
         prediction = predictor.predict(path, persons, progress=progress)
-        result = described(prediction, predictor.names, shown)
+        result |= described(prediction, predictor.names, shown)
         if pictures is not None:
             written = box_figures.write(
                 path, prediction, predictor.names, shown, pictures / stem, progress
             )
             result["pictures"] = [str(path) for path in written]
-        return result
 
     results = _each_file(files, pictures, "key frame", answer)
     return {"step": predictor.step, "files": results}
 
 
 def _each_file(
-    files: list[str], pictures: Path | None, unit: str, answer: Callable[..., dict[str, Any]]
+    files: list[str], pictures: Path | None, unit: str, answer: Callable[..., None]
 ) -> list[dict[str, Any]]:
-    """Returns an entry per file, with its answer or an error.
+    """Returns an entry per file, with its answer, and an error if there is one.
 
     Args:
       files: paths of the files.
       pictures: folder of the figures, if any.
       unit: of the progress.
-      answer: called with the absolute path, the file as it was passed, the prefix of its figures
-        and a function for the progress.
+      answer: adds to an entry, of which it is called with the absolute path, the prefix of the
+        figures and a function for the progress. An error leaves what was added before.
     """
     stems = picture_names(files, pictures) if pictures else files
     results: list[dict[str, Any]] = []
@@ -362,7 +360,7 @@ def _each_file(
                     bar.update(done - bar.n)
 
                 # Absolute, since FFmpeg takes "12:30.mp4" for an address.
-                result |= answer(expanded(file).absolute(), file, stem, progress)
+                answer(result, expanded(file).absolute(), stem, progress)
         except DecodeError as error:
             result["error"] = f"cannot be decoded: {error.reason}"
         except errors.UserError as error:
