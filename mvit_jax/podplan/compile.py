@@ -38,7 +38,7 @@ _KINDS = {
     "parameters": ("state.params", "params"),
     "optimiser": ("state.opt_state",),
     "average": ("state.ema",),
-    "batch": ("batch", "clip"),
+    "batch": ("batch", "clip", "boxes"),
 }
 STATE = ("parameters", "optimiser", "average")
 
@@ -124,7 +124,9 @@ def measure(
         as the compiler prefetches nothing into on-chip memory.
     """
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.precision):
-        settings = build.settings(config, model.num_classes)
+        settings = build.with_loss_reduction(
+            config, build.settings(config, model.num_classes), mesh
+        )
         program = build.program(config, settings, mesh)
         batch = build.batch_shapes(config, model, mesh)
         state = program.state
@@ -136,8 +138,9 @@ def measure(
             views = jax.ShapeDtypeStruct(
                 (clip.shape[0], 1, *clip.shape[1:]), clip.dtype, sharding=clip.sharding
             )
-            lowered = program.predict.lower(state.params, views)
-            arguments = (state.params, None, None, views)
+            inputs = [views, *(batch[name] for name in ("boxes",) if name in batch)]
+            lowered = program.predict.lower(state.params, *inputs)
+            arguments = (state.params, None, None, inputs)
         began = time.perf_counter()
         try:
             compiled = lowered.compile(compiler_options=compiler_options(effort))

@@ -64,6 +64,7 @@ RUNS = {
              "--config.remat=blocks", "--largest_batch"],
     "images": ["--config=configs/imagenet.py:mvitv2_s", "--topology=v5e:16x16",
                "--config.batch=256"],
+    "boxes": ["--config=configs/ava.py:mvit_b_16x4", "--topology=v5e:4x4"],
 }  # fmt: skip
 
 
@@ -102,6 +103,13 @@ def test_an_interrupted_sweep_writes_the_plans_it_has(outputs):
     assert status == 1 and "thirteen" in err
     (plan,) = json.loads((outputs[0] / "kept.json").read_text())["plans"]
     assert plan["clips_a_chip"] == 2 and plan["fits"]
+
+
+def test_action_detection_is_planned(outputs):
+    """211,000 key frames, 8 clips on each of 16 chips: 8 x 1.05 + 1.5 GiB fit."""
+    status, out, err = outputs[1]["boxes"]
+    assert status == 0, err
+    assert re.search(r"steps +49,453: 30 epochs of 211,000", out) and "8 per chip" in out
 
 
 def test_a_sweep_compares_all_combinations(outputs):

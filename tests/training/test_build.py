@@ -9,6 +9,7 @@ from mvit_jax.data.formats.synthetic import Synthetic
 from mvit_jax.training import build
 from mvit_jax.training.distributed import sharding
 from tests.support import tiny
+from tests.support.ava_folder import FLAGS, write_ava
 
 
 @pytest.mark.parametrize("multi_label", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -27,6 +28,24 @@ def test_abstract_shapes_and_shardings_equal_those_of_real_arrays(multi_label):
         assert_same_shapes(abstract.state, state)
         assert_same_shapes(build.batch_shapes(config, model, mesh), batch)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+
+
+def test_the_step_of_a_detection_plan_takes_the_batches_of_training(tmp_path, monkeypatch):
+    """Apart from the number of boxes in a clip, which plans assume."""
+    write_ava(tmp_path, videos=2)
+    config = tiny.config(tmp_path, **FLAGS, **{"optim.loss_reduction": "per_device"})
+    clips = build.videos(config, "train")
+    monkeypatch.setattr(build, "ASSUMED_BOXES", clips.max_boxes)
+    settings, mesh = build.settings(config, 4), sharding.make_mesh(2, 4, jax.devices())
+    with jax.set_mesh(mesh):
+        batch = next(iter(build.batches(config, settings, clips, mesh, 1)))
+        shapes = build.batch_shapes(config, settings.model.config, mesh)
+        assert_same_shapes(shapes, sharding.to_devices(batch, mesh))
+        settings = build.with_loss_reduction(config, settings, mesh)
+        program = build.program(config, settings, mesh)
+        rate = jax.ShapeDtypeStruct((), np.float32)
+        _, metrics = program.step.lower(program.state, shapes, rate).out_info
+        assert metrics["loss"][0].shape == ()
 
 
 def assert_same_shapes(abstract, real) -> None:
