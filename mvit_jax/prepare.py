@@ -44,6 +44,11 @@ overwritten.
 
 decodes every video and image of a data set, stored in shards or listed in files. The command prints
 each broken file and each error in a manifest, and exits with status 1 if there is any.
+
+    python -m mvit_jax.prepare check DIR --config=configs/ava.py
+
+checks the csv files of a detection data set, as the config names them, and decodes the key frames:
+missing videos and frames, seconds beyond the end, frames that differ in size, boxes out of range.
 """
 
 import os
@@ -52,6 +57,9 @@ import sys
 from absl import flags
 
 from mvit_jax.common import errors, files
+from mvit_jax.config import check as check_config
+from mvit_jax.config import define_flag
+from mvit_jax.data.formats.ava import KeyFrameClips
 from mvit_jax.data.making import (
     fashion_mnist,
     moving_digits,
@@ -62,6 +70,7 @@ from mvit_jax.data.making import (
     verifying,
 )
 
+CONFIG = define_flag()
 OUT = flags.DEFINE_string("out", None, "Output folder: new, empty, or of an interrupted run.")
 SEED = flags.DEFINE_integer("seed", 0, "Random seed of moving digits or scenes, and of lists.")
 VAL = flags.DEFINE_float("val", 0.1, "Share of each class for the validation list.")
@@ -111,7 +120,7 @@ DATA_SETS = {
         "shards",
         "workers",
     ),
-    "check": ("split", "prefix", "separator", "multi_label", "workers"),
+    "check": ("config", "split", "prefix", "separator", "multi_label", "workers"),
 }
 
 
@@ -190,17 +199,53 @@ def _check(rest: list[str]) -> None:
         raise errors.UserError(
             "the data set to check is missing: give its folder, as in prepare check DIR"
         )
-    reports = verifying.check(
-        rest[0], SPLIT.value, prefix=PREFIX.value, separator=SEPARATOR.value,
-        workers=WORKERS.value, multi_label=MULTI_LABEL.value,
-    )  # fmt: skip
+    if CONFIG.value is None:
+        reports = verifying.check(
+            rest[0], SPLIT.value, prefix=PREFIX.value, separator=SEPARATOR.value,
+            workers=WORKERS.value, multi_label=MULTI_LABEL.value,
+        )  # fmt: skip
+    else:
+        reports = _check_boxes(rest[0])
     for report in reports:
         for problem in report.problems:
             print(problem)
-        print(f"{report.split}: {report.videos} videos, {len(report.problems)} problems")
+        contents = f"{report.contents}, " if report.contents else ""
+        print(f"{report.split}: {report.videos} videos, {contents}{len(report.problems)} problems")
     problems = sum(len(report.problems) for report in reports)
     if problems:
         raise errors.UserError(f"{rest[0]} has {problems} problems, listed above")
+
+
+def _check_boxes(folder: str) -> list[verifying.Report]:
+    """Checks the lists of a detection config; those that cannot be read are problems, too."""
+    from mvit_jax.training import build  # imports JAX, which all else here does without
+
+    config = CONFIG.value
+    errors.lock(config)
+    if config.data.source != "ava":
+        raise errors.UserError(
+            f"--config is for detection, but has data.source={config.data.source}: leave it out"
+        )
+    config.data.folder = folder
+    config.data.max_broken = 1.0  # each missing video is a problem, not an error
+    check_config(config)
+    splits: dict[tuple[str, str | None], str] = {}  # validation and test may be the same
+    for split in ("train", "val", "test"):
+        names = config.data[f"{split}_list"], config.data[f"{split}_boxes"]
+        if names[0] and SPLIT.value in (None, split):
+            splits.setdefault(names, split)
+    if not splits:
+        raise errors.UserError(f"the config has no list {SPLIT.value}: give train, val or test")
+    reports = []
+    for split in splits.values():
+        try:
+            clips = build.videos(config, split)
+        except errors.UserError as error:
+            reports.append(verifying.Report(split, 0, (str(error),)))
+        else:
+            assert isinstance(clips, KeyFrameClips)
+            reports.append(verifying.check_key_frames(split, clips, WORKERS.value))
+    return reports
 
 
 if __name__ == "__main__":

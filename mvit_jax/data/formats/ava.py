@@ -165,15 +165,23 @@ def clip_indices(
       stride: tau, distance between neighbouring frames at 30 frames per second.
       first_second: 900 for AVA's videos, which begin there if the file is a whole film.
     """
+    start, length = cut_of(footage, first_second)
     numbers = centre - frames * stride // 2 + stride * np.arange(frames)
+    numbers = np.clip(numbers, 0, length - 1)
     if not isinstance(footage, Video):
-        return np.clip(numbers, 0, footage.num_frames - 1)
-    times, start, end = footage.seconds, 0.0, footage.num_frames / footage.fps
-    length = max(round(end * FRAME_RATE), 1)
+        return numbers
+    shown = start + numbers / FRAME_RATE + _ROUNDING
+    return np.maximum(np.searchsorted(footage.seconds, shown, side="right") - 1, 0)
+
+
+def cut_of(footage: Footage, first_second: int) -> tuple[float, int]:
+    """Returns the second of a file at which the frames begin, and their number at 30 per second."""
+    if not isinstance(footage, Video):
+        return 0.0, footage.num_frames
+    end = footage.num_frames / footage.fps
     if first_second == CUT_START and end > _LONGEST_CUT:
-        start, length = float(CUT_START), _CUT_FRAMES
-    shown = start + np.clip(numbers, 0, length - 1) / FRAME_RATE + _ROUNDING
-    return np.maximum(np.searchsorted(times, shown, side="right") - 1, 0)
+        return float(CUT_START), _CUT_FRAMES
+    return 0.0, max(round(end * FRAME_RATE), 1)
 
 
 def seconds(first_second: int) -> range:

@@ -1,16 +1,23 @@
-"""End-to-end checks of a data set: decode failures and wrong manifests."""
+"""End-to-end checks of a data set: decode failures, wrong manifests, and key frames with boxes."""
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.common.progress import track
+from mvit_jax.common.text import plural
 from mvit_jax.data.formats import shards
+from mvit_jax.data.formats.ava import KeyFrameClips, cut_of
+from mvit_jax.data.formats.frame_lists import FRAME_RATE
+from mvit_jax.data.formats.listing import frame_files
 from mvit_jax.data.formats.video_list import VideoList, read_video_list
 from mvit_jax.data.media.images import DecodeError, is_image
 from mvit_jax.data.media.video import decode_failure
@@ -25,11 +32,13 @@ class Report:
       split: name of the split.
       videos: number of listed videos.
       problems: one sentence per problem.
+      contents: the split's other contents in words, or "".
     """
 
     split: str
     videos: int
     problems: tuple[str, ...]
+    contents: str = ""
 
 
 def check(
@@ -145,6 +154,83 @@ def _manifest_mismatches(
             except DecodeError:
                 pass  # reported by `_decode_failures`
             index += 1
+
+
+def check_key_frames(split: str, clips: KeyFrameClips, workers: int | None = None) -> Report:
+    """Decodes the key frames of a detection data set, and checks that the videos have them all.
+
+    Args:
+      split: name of the split.
+      clips: the key frames. Their lists were checked when they were read.
+      workers: decoding threads; None for one per core.
+    """
+    videos = len(clips.files)
+    sides: list[int] = []
+
+    def problems(video: int) -> list[str]:
+        try:
+            side, sentences = _check_key_frames(clips, video)
+        except DecodeError as error:
+            return [f"{clips.files[video]} cannot be decoded: {error.reason}"]
+        sides.append(side)
+        return sentences
+
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        of_videos = track(split, pool.map(problems, range(videos)), videos)
+        sentences = [sentence for each in of_videos for sentence in each]
+    contents = [
+        f"{len(clips):,} key frames",
+        f"{len(clips.key_frames.score):,} boxes, {clips.max_boxes} in a key frame at most",
+    ]
+    if sides:  # frames must have the resolution of the videos
+        contents.append(f"short sides of {min(sides)} to {max(sides)} pixels")
+    return Report(split, videos, tuple(sentences), ", ".join(contents))
+
+
+def _check_key_frames(clips: KeyFrameClips, video: int) -> tuple[int, list[str]]:
+    """Returns the short side of a video's frames, and the problems of its key frames.
+
+    Raises:
+      DecodeError: a key frame cannot be decoded, or differs from the first one in size.
+    """
+    path = clips.files[video]
+    rows = np.flatnonzero(clips.key_frames.video == video)
+    seconds = clips.key_frames.second[rows]
+    problems = _missing_frames(path) if Path(path).is_dir() else []
+    with clips.opened(int(rows[0]), 1) as footage:
+        length = cut_of(footage, clips.first_second)[1]
+        beyond = seconds[(seconds - clips.first_second) * round(FRAME_RATE) >= length]
+        if len(beyond):
+            problems.append(
+                f"{path} has {length:,} frames at 30 per second from second {clips.first_second} "
+                f"on, and ends before {plural(len(beyond), 'key frame')}, the first at second "
+                f"{beyond[0]}"
+            )
+        indices = np.concatenate([clips.clip_indices(row, footage, 1, 1) for row in rows.tolist()])
+        height, width = footage.frames(indices[:1]).shape[1:3]
+        for start in range(0, len(indices), _STEP):  # beside the first, whose size they must have
+            footage.frames(np.append(indices[:1], indices[start : start + _STEP]))
+    return min(height, width), problems
+
+
+_STEP = 32  # frames decoded at a time
+
+
+def _missing_frames(folder: str) -> list[str]:
+    """Returns a sentence if the numbers of a folder's frames have gaps."""
+    matches = (re.search(r"(\d+)\D*$", name) for name in frame_files(folder))
+    numbers = sorted({int(match[1]) for match in matches if match})
+    if not numbers:
+        return []
+    first = min(numbers[0], 1)
+    missing = numbers[-1] - first + 1 - len(numbers)
+    if not missing:
+        return []
+    gap = next(i for i, number in enumerate(numbers, start=first) if i != number)
+    return [
+        f"{folder} lacks {plural(missing, 'frame')}, the first is number {gap}, so that later "
+        "frames are read for earlier seconds: extract the video again"
+    ]
 
 
 def _decode_failures(title: str, videos: Source, threads: int) -> Iterator[str]:
