@@ -359,7 +359,8 @@ def initial_params(
     """Returns the weights in `folder`, adapted to `model`, and a summary for the log.
 
     Positional embeddings are resized. Tensors that do not match are newly initialised. The
-    classifier is new if the classes differ; for the same classes in another order, it is reordered.
+    classifier is new if the classes or the tasks differ; for the same classes in another order, it
+    is reordered.
 
     Args:
       folder: the workdir of a run, or a folder of converted weights.
@@ -377,6 +378,8 @@ def initial_params(
         kind = {"ema": "averaged ", "params": "plain "}[run._item] if run.averages else ""
         trained = run.trained_classes()
     change, note = _compare_classes(trained, class_names, source.config.num_classes)
+    if source.config.task != model.config.task:  # boxes are classified by other features
+        change, note = "replace", f"the classifier is new, because the task is {model.config.task}"
     if change == "reorder":
         assert trained is not None and class_names is not None
         order = [trained.index(name) for name in class_names]

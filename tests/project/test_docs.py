@@ -48,6 +48,13 @@ _IMAGES = ["--config.model.width=16", "--config.model.depths=(1,2)", *tiny.FLAGS
 SMALL = {
     "mvit_jax.train": [*tiny.FLAGS, "--config.model.heads=1", "--config.epochs=1"],
     "mvit_jax.train of images": [*_IMAGES, "--config.epochs=1"],
+    "mvit_jax.train of boxes": [
+        *tiny.FLAGS,
+        "--config.model.heads=1",
+        "--config.epochs=1",
+        "--config.eval.clips=1",
+    ],
+    "mvit_jax.prepare moving_scenes": ["--train_videos=8", "--val_videos=4", "--test_videos=4"],
     "mvit_jax.prepare moving_digits": ["--train_videos=24", "--val_videos=8", "--test_videos=10"],
     "mvit_jax.podplan": [*tiny.FLAGS[:6], "--config.model.heads=1"],
 }
@@ -64,6 +71,8 @@ program = args[1] if args[:1] == ["-m"] else ""
 workdir = "".join(a.removeprefix("--workdir=") for a in args if a.startswith("--workdir="))
 if program == "mvit_jax.train" and any("pictures" in a or "fashion" in a for a in args):
     program += " of images"
+if program == "mvit_jax.train" and any("scenes" in a or "boxes" in a for a in args):
+    program += " of boxes"
 if program == "mvit_jax.prepare":
     program += " " + args[2]
 if {compiler!r} not in flags:  # a page has set its own: two devices show as much as eight

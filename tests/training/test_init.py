@@ -23,6 +23,7 @@ from mvit_jax.training.state import init_state
 from mvit_jax.weights.report import WeightsError
 from mvit_jax.weights.tensor_files import write_torch
 from tests.support import group, tiny
+from tests.support.ava_folder import FLAGS
 from tests.weights import foreign
 
 KIND = "v1 video"
@@ -201,6 +202,19 @@ def test_a_run_resumes_only_on_the_classes_of_its_classifier(digits, tmp_path):
     for names in (NAMES[::-1], (*NAMES[:7], "i")):
         with pytest.raises(UserError, match=r"^resume=.* was trained on other classes"):
             train.initial_weights(config, model, names)
+
+
+@pytest.mark.parametrize("classes", [8, foreign.CLASSES])
+def test_a_classifier_initialises_a_detector_with_a_new_head(classes, converted, digits):
+    """Even for as many classes; larger clips have more positions."""
+    folder, source = converted
+    larger = {"model.size": 48, "data.short_side": 48, "augment.jitter": (50, 60)}
+    config = settings(digits, **FLAGS | larger | {"init.checkpoint": str(folder)})
+    ours, words = initial(config, classes)
+    assert_same_except(ours, source, "head/", "positions/space")
+    assert 0.01 < ours["head/classifier/kernel"].std() < 0.03
+    assert ours["positions/space"].shape > source["positions/space"].shape
+    assert "1 resized" in words and words.endswith("because the task is detection")
 
 
 def test_other_clip_sizes_resize_positional_embeddings_alone(converted, digits):
