@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+import matplotlib.layout_engine
 import matplotlib.patches
 import numpy as np
 
@@ -78,9 +79,8 @@ def _figure(
         shown[np.abs(shown - key_frame).argmin()] = key_frame
     shown = np.unique(shown)
     with plots.style():
-        figure = matplotlib.figure.Figure(
-            (1.2 * len(shown) + 0.4, 1.5 * len(clips)), layout="constrained"
-        )
+        layout = matplotlib.layout_engine.ConstrainedLayoutEngine(h_pad=0.15)
+        figure = matplotlib.figure.Figure((1.2 * len(shown) + 0.4, 1.6 * len(clips)), layout=layout)
         rows = figure.subplots(len(clips), len(shown), squeeze=False)
         for i, axes in enumerate(rows):
             for ax, frame in zip(axes, shown, strict=True):
@@ -91,7 +91,8 @@ def _figure(
             title = (
                 _label(targets[i], names) if mask is None else _labels(targets[i, mask[i]], names)
             )
-            axes[0].set_title(title, loc="left", fontsize="small")
+            text = axes[0].text(0, 1.05, title, fontsize="small", transform=axes[0].transAxes)
+            text.set_in_layout(False)  # a long title would widen its column
     return figure
 
 
