@@ -202,9 +202,10 @@ def _box_files(config: Config) -> Lines:
             for which in ("val", "test")
             if d[f"{which}_list"]
         ),
-        ("detected", f"persons with a score of at least {d.min_score:g}"),
-        ("classes", f"{listed('class_list')}, of which the mAP is the mean"),
     ]
+    if d.train_boxes or d.val_boxes or d.test_boxes:
+        lines.append(("detected", f"persons with a score of at least {d.min_score:g}"))
+    lines.append(("classes", f"{listed('class_list')}, of which the mAP is the mean"))
     if d.excluded:
         lines.append(("left out", f"key frames of {listed('excluded')}, in tests alone"))
     return lines
