@@ -76,10 +76,15 @@ SEED = flags.DEFINE_integer("seed", 0, "Random seed of moving digits or scenes, 
 VAL = flags.DEFINE_float("val", 0.1, "Share of each class for the validation list.")
 TEST = flags.DEFINE_float("test", 0.1, "Share of each class for the test list.")
 VIDEOS = {
-    f"{split}_videos": flags.DEFINE_integer(
-        f"{split}_videos", None, f"Number of {word} videos; default: as above."
-    )
-    for split, word in (("train", "training"), ("val", "validation"), ("test", "test"))
+    "train_videos": flags.DEFINE_integer(
+        "train_videos", None, "Number of training videos; default: as above."
+    ),
+    "val_videos": flags.DEFINE_integer(
+        "val_videos", None, "Number of validation videos; default: as above."
+    ),
+    "test_videos": flags.DEFINE_integer(
+        "test_videos", None, "Number of test videos; default: as above."
+    ),
 }
 FILES = flags.DEFINE_string("files", None, "Folder of Fashion-MNIST's files; default: download.")
 CSV = flags.DEFINE_string("csv", None, "List of the videos to pack.")
