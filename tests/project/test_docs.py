@@ -54,7 +54,7 @@ SMALL = {
         "--config.epochs=1",
         "--config.eval.clips=1",
     ],
-    "mvit_jax.prepare moving_scenes": ["--train_videos=8", "--val_videos=4", "--test_videos=4"],
+    "mvit_jax.prepare moving_scenes": ["--train_videos=12", "--val_videos=8", "--test_videos=8"],
     "mvit_jax.prepare moving_digits": ["--train_videos=24", "--val_videos=8", "--test_videos=10"],
     "mvit_jax.podplan": [*tiny.FLAGS[:6], "--config.model.heads=1"],
 }
