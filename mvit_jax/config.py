@@ -214,7 +214,8 @@ KEYS: dict[str, Key] = {
                          kind=str),
     "data.class_list": Key(None, "required by source ava: classes that the mAP is the mean of "
                            "(.pbtxt)", kind=str),
-    "data.first_second": Key(900, "second that AVA's lists assign to the first frame", low=0),
+    "data.first_second": Key(900, "second that AVA's lists assign to the first frame", low=0,
+                             high=100_000),
     "data.short_side": Key(256, "short side of test videos before the crop",
                            unit="pixels", low=1),
     "data.interpolation": Key("bilinear", "interpolation when resizing; bicubic is antialiased, as "
@@ -468,8 +469,14 @@ def _check_detection(config: Config) -> None:
             f"{config.data.source} and {config.data.sampling}: set both or neither"
         )
     if not detects:
-        if config.eval.full_frame:
-            raise UserError("eval.full_frame requires data.source=ava: set it to False")
+        defaults = {
+            "eval.full_frame": False, "optim.loss_reduction": "global", "data.train_boxes": None,
+            "data.val_boxes": None, "data.test_boxes": None, "data.excluded": None,
+            "data.class_list": None,
+        }  # fmt: skip
+        for name, default in defaults.items():
+            if value(config, name) != default:
+                raise UserError(f"{name} requires data.source=ava: set it to {default!r}")
         return
     if not config.data.class_list:
         raise UserError(

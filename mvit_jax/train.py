@@ -42,7 +42,7 @@ from mvit_jax.analysis import contact_sheet, run_data
 from mvit_jax.common import errors, files
 from mvit_jax.common.text import first_line
 from mvit_jax.config import Config, check, check_start, define_flag
-from mvit_jax.data.source import Source, class_notes, fingerprint
+from mvit_jax.data.source import Source, class_notes, elements, fingerprint
 from mvit_jax.models.functional import Functional
 from mvit_jax.training import build, custom, dry_run, loop
 from mvit_jax.training.distributed import coordination, failure, launch
@@ -315,7 +315,7 @@ def log_start(log: Logbook, config, model, state, videos, mesh, start, steps) ->
     log.print(
         f"{config.model.variant}: {parameters:,} parameters{of_these}, "
         f"clips of {model.config.frames} x {model.config.size}^2, "
-        f"{len(videos):,} {'key frames' if model.config.task == 'detection' else 'videos'} of "
+        f"{len(videos):,} {elements(videos)} of "
         f"{len(videos.class_names)} classes, "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices ({jax.default_backend()})"
     )

@@ -3,12 +3,12 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import UInt8
 
 from mvit_jax.analysis import box_drawing, example_clips, render
 from mvit_jax.data.sampling import ClipSettings
 from mvit_jax.training.evaluation.boxes import BoxScores
-from mvit_jax.training.evaluation.frame_map import MIN_IOU, iou
+from mvit_jax.training.evaluation.frame_map import MIN_IOU, overlaps
 
 EXAMPLES = 12  # key frames at most
 MISTAKES = 8  # false positives, and misses, at most
@@ -29,7 +29,7 @@ def make(scores: BoxScores, settings: ClipSettings) -> dict[str, Any]:
       - "false": the pairs of a box and a class with the highest scores that no truth box matches
         (IoU of at least 0.5), one per key frame. A pair has "frame", "picture", "class", "score".
       - "missed": likewise, the pairs of the truth with the lowest score of any matching box. A
-        score of None means that no box matches.
+        score of None means that no box matches. Key frames without detections are left out.
     """
     tables = _Tables(scores)
     tested = np.flatnonzero(scores.tested)
@@ -66,7 +66,7 @@ class _Tables:
             boxes, true = frames.rows(index), rows.get(self._name(index), slice(0, 0))
             self.counted[boxes] = True
             self.frame_of_truth[true] = index
-            matches = _overlap(truth.box[true], frames.box[boxes]) >= MIN_IOU
+            matches = overlaps(truth.box[true], frames.box[boxes]) >= MIN_IOU
             self.listed[boxes] = matches.T @ (truth.labels[true] > 0)
             for row, match in zip(range(true.start, true.stop), matches, strict=True):
                 if match.any():
@@ -111,14 +111,6 @@ class _Tables:
         return list(pairs.values())
 
 
-def _overlap(
-    truth: Float64[np.ndarray, "truth 4"], boxes: Float64[np.ndarray, "boxes 4"]
-) -> Float64[np.ndarray, "truth boxes"]:
-    """Returns the IoU of each truth box with each box."""
-    pairs = np.repeat(truth, len(boxes), axis=0), np.tile(boxes, (len(truth), 1))
-    return iou(*pairs).reshape(len(truth), len(boxes))
-
-
 def _example(
     scores: BoxScores, settings: ClipSettings, tables: _Tables, index: int
 ) -> dict[str, Any]:
@@ -132,15 +124,15 @@ def _example(
         }
         best = sorted(values.items(), key=lambda pair: -pair[1])[:CLASSES]
         predicted = [(name, score) for name, score in best if score >= MIN_SCORE]
-        red, green, blue = box_drawing.colour_of(number)
+        red, green, blue = box_drawing.colour_of(number % len(box_drawing.COLOURS))
         entries.append({
             "colour": f"#{red:02x}{green:02x}{blue:02x}",
             "truth": [names[i] for i in np.flatnonzero(tables.listed[row])],
             "predicted": [list(pair) for pair in predicted],
         })  # fmt: skip
         labels.append(predicted)
-    tracks = list(range(len(boxes)))
-    frame = box_drawing.draw_boxes(_key_frame(scores, settings, index), boxes, labels, tracks)
+    colours = [number % len(box_drawing.COLOURS) for number in range(len(boxes))]
+    frame = box_drawing.draw_boxes(_key_frame(scores, settings, index), boxes, labels, colours)
     return {"frame": _name(scores, index), "picture": _data_uri(frame), "boxes": entries}
 
 

@@ -79,19 +79,22 @@ def load_test_clip(
             indices = shuffle.permutation(indices)
         loaded = _load(
             clips, index, footage, indices,
-            lambda height, width: [test_cut(height, width, settings)], settings.interpolation,
+            lambda height, width: [choose_test_cut(height, width, settings)],
+            settings.interpolation,
         )  # fmt: skip
     return {name: x if name == "clip" else x[0] for name, x in loaded.items()}
 
 
-def test_cut(height: int, width: int, settings: ClipSettings) -> Cut:
+def choose_test_cut(height: int, width: int, settings: ClipSettings) -> Cut:
     """Returns the part of a frame that is tested, with a short side of `settings.short_side`."""
     if settings.full_frame:
         return whole_cut(height, width, settings.short_side)
     return centre_cut(height, width, settings.short_side, settings.size)
 
 
-def blank(clips: KeyFrameClips, frames: int, height: int, width: int) -> dict[str, np.ndarray]:
+def make_blank_clip(
+    clips: KeyFrameClips, frames: int, height: int, width: int
+) -> dict[str, np.ndarray]:
     """Returns a black test clip without boxes, for a video that cannot be decoded."""
     boxes, classes = clips.max_boxes, clips.classes.count
     return {

@@ -359,7 +359,10 @@ class _TestElements:
         seed = self.shuffle_seed
         rng = None if seed is None else _make_rng(_SHUFFLE, seed, video)
         if isinstance(self.videos, KeyFrameClips):
-            return detection.load_test_clip(self.videos, video, self.settings, rng)
+            content = detection.load_test_clip(self.videos, video, self.settings, rng)
+            if content["clip"].shape[2:4] != self.size:
+                raise DecodeError(self.videos.item(video), "its frames differ in size")
+            return content
         label = self.videos.label(video)
         views = load_views(
             self.videos, video, self.settings, clips=self.clips, crops=self.crops, shuffle=rng
@@ -370,7 +373,7 @@ class _TestElements:
         """Returns black views with labels of 0; all labels of a source have one shape."""
         frames = self.settings.frames
         if isinstance(self.videos, KeyFrameClips):
-            return detection.blank(self.videos, frames, *self.size)
+            return detection.make_blank_clip(self.videos, frames, *self.size)
         label = 0
         with contextlib.suppress(DecodeError):
             label = np.zeros_like(self.videos.label(0))

@@ -95,6 +95,7 @@ def open_source(
     separator: str | None = None,
     multi_label: bool = False,
     max_missing: float = 0.0,
+    labelled: bool = False,
     boxes: str | None = None,
     class_list: str | None = None,
     min_score: float = 0.9,
@@ -113,7 +114,9 @@ def open_source(
       separator: separator of path and label in a list; None for white space.
       multi_label: True if an element may have any number of classes.
       max_missing: share of missing files at which a list raises an error.
-      boxes: csv file of the split's person boxes; this and the following for AVA alone.
+      labelled: True for clips with the labelled boxes beside those of `boxes`, as for training;
+        this and the following for AVA alone.
+      boxes: csv file of the split's person boxes.
       class_list: list of the evaluated classes.
       min_score: smallest score of a person box.
       excluded: list of the key frames that the metric leaves out.
@@ -151,7 +154,7 @@ def open_source(
     if source == "ava":
         assert class_list  # `config.check`
         return read_ava(
-            folder, list_name, boxes=boxes, class_list=class_list, train=list_name == train_list,
+            folder, list_name, boxes=boxes, class_list=class_list, train=labelled,
             min_score=min_score, excluded=excluded, first_second=first_second, prefix=prefix,
             max_missing=max_missing,
         )  # fmt: skip
@@ -190,6 +193,11 @@ def all_labels(videos: Source) -> Int32[np.ndarray, " videos"]:
         with suppress(DecodeError):
             labels[index] = videos.label(index)
     return labels
+
+
+def elements(videos: Source) -> str:
+    """Returns the name of the elements of a data set in messages."""
+    return "key frames" if isinstance(videos, KeyFrameClips) else "videos"
 
 
 def video_of(videos: Source, index: int) -> int:

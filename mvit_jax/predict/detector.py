@@ -25,7 +25,7 @@ from mvit_jax.common import extras
 from mvit_jax.common.errors import UserError
 from mvit_jax.common.files import expanded
 from mvit_jax.common.text import first_line
-from mvit_jax.predict.tracks import overlaps
+from mvit_jax.training.evaluation.frame_map import overlaps
 
 MIN_SCORE = 0.5
 """Smallest score of a person.

@@ -5,20 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int64
 
+from mvit_jax.training.evaluation.frame_map import overlaps
+
 MIN_IOU = 0.3
 """Smallest overlap of a person's boxes a second apart."""
 
 Boxes = Float[np.ndarray, "_ 4"]  # x1, y1, x2, y2
-
-
-def overlaps(first: Boxes, second: Boxes) -> Float[np.ndarray, "_ _"]:
-    """Returns the intersection over union of each box of `first` with each box of `second`."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.maximum(high - low, 0).prod(-1)
-    areas = [np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(-1) for boxes in (first, second)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    return shared / np.where(union > 0, union, 1)
 
 
 def link(

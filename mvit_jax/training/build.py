@@ -222,6 +222,7 @@ def videos(config: Config, which: str) -> Source:
         separator=c.separator or None,
         multi_label=c.multi_label,
         max_missing=c.max_broken,
+        labelled=which == "train",
         boxes=c[f"{which}_boxes"],
         class_list=c.class_list,
         min_score=c.min_score,

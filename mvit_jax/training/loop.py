@@ -12,7 +12,7 @@ import numpy as np
 from mvit_jax.common import errors
 from mvit_jax.data.loader import Batch, WorkerError
 from mvit_jax.data.media.video import decode_failure
-from mvit_jax.data.source import Source, video_of
+from mvit_jax.data.source import Source, elements, video_of
 from mvit_jax.training.distributed import coordination, sharding
 from mvit_jax.training.run import profiling, workdir
 from mvit_jax.training.run.checkpoints import Checkpoints
@@ -116,9 +116,10 @@ def train(
             return _log_stop(log, done, steps, signal)
     upkeep.finish()
     if broken:
+        names = {video_of(videos, i): videos.item(i) for i in sorted(broken, reverse=True)}
         log.print(
-            f"{len(broken)} of the {len(videos)} videos could not be decoded and were "
-            f"replaced by others: {', '.join(videos.item(i) for i in sorted(broken))}"
+            f"{len(broken)} of the {len(videos)} {elements(videos)} could not be decoded and were "
+            f"replaced by others: {', '.join(reversed(names.values()))}"
         )
     return 0
 

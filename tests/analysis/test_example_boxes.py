@@ -1,5 +1,7 @@
 """False positives and misses of a test, by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -55,9 +57,20 @@ def test_a_label_without_a_box_has_no_score(clips):
         BoxScores(other, scores, np.ones(len(other), bool)), ClipSettings(2, 2, 32, 32)
     )
     absent = [pair for pair in sheet["missed"] if pair["score"] is None]
-    if first == 1:
-        assert not absent
-    else:
-        assert [(p["frame"], p["class"]) for p in absent] == [
-            ("v0, second 902", clips.class_names[first])
-        ]
+    assert first != 1  # an evaluated class
+    expected = [("v0, second 902", clips.class_names[first])]
+    assert [(pair["frame"], pair["class"]) for pair in absent] == expected
+
+
+def test_a_crowd_has_more_boxes_than_colours(clips, tmp_path):
+    for name in ("classes.pbtxt", "test.csv"):
+        (tmp_path / name).write_bytes((Path(clips.list_file).parent / name).read_bytes())
+    (tmp_path / "videos").symlink_to(Path(clips.files[0]).parent)
+    rows = [f"v0,902,0.{i:02d},0.1,0.{i + 5:02d},0.4,,0.95" for i in range(10, 40, 2)]
+    (tmp_path / "boxes.csv").write_text("\n".join(rows))
+    crowd = read_ava(
+        tmp_path, "test.csv", boxes="boxes.csv", class_list="classes.pbtxt", train=False
+    )
+    scores = BoxScores(crowd, np.full((15, 4), 0.5), np.ones(1, bool))
+    sheet = example_boxes.make(scores, ClipSettings(2, 2, 32, 32))
+    assert len(sheet["examples"][0]["boxes"]) == 15

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from mvit_jax.predict.tracks import colours, link, overlaps
+from mvit_jax.predict.tracks import colours, link
+from mvit_jax.training.evaluation.frame_map import overlaps
 
 
 def test_overlaps_are_shares_of_the_union():

@@ -24,7 +24,8 @@ def names(text):
 FREE_TEXTS = names("""
     published resume init.checkpoint init.needed model.variant model.block model.attention
     model.pooling data.folder data.tfds data.prefix data.separator data.train_list data.val_list
-    data.test_list augment.randaugment
+    data.test_list data.train_boxes data.val_boxes data.test_boxes data.excluded data.class_list
+    augment.randaugment
 """)
 NOT_NONE = names("""
     seed epochs batch accumulate remat dtype precision ops on_nan log_every model.variant
@@ -36,18 +37,20 @@ NOT_NONE = names("""
     optim.start_lr optim.end_lr optim.warmup_epochs optim.weight_decay optim.layer_decay optim.b1
     optim.b2 optim.momentum optim.clip_norm optim.ema mesh.data mesh.fsdp checkpoint.every
     checkpoint.keep eval.every_epochs eval.batch eval.clips eval.crops eval.ensemble
-    eval.whole_image data.balanced optim.ema_warmup
+    eval.whole_image eval.full_frame data.balanced data.min_score data.first_second
+    optim.ema_warmup optim.loss_reduction
 """)
 ZERO = names("""
-    seed data.threads data.processes data.timeout data.max_broken augment.flip
-    augment.random_erase_prob augment.mixup augment.cutmix augment.mixup_switch_prob
+    seed data.threads data.processes data.timeout data.max_broken data.min_score
+    data.first_second augment.flip augment.random_erase_prob augment.mixup augment.cutmix
+    augment.mixup_switch_prob
     augment.label_smoothing optim.lr optim.start_lr optim.end_lr optim.warmup_epochs
     optim.weight_decay optim.layer_decay optim.b1 optim.b2 optim.momentum optim.clip_norm
     optim.ema optim.trained_blocks eval.every_epochs model.drop_path model.dropout
 """)
 UP_TO_ONE = names("""
-    data.max_broken augment.flip augment.random_erase_prob augment.mixup_switch_prob
-    augment.label_smoothing optim.layer_decay
+    data.max_broken data.min_score augment.flip augment.random_erase_prob
+    augment.mixup_switch_prob augment.label_smoothing optim.layer_decay
 """)
 BELOW_ONE = names("optim.b1 optim.b2 optim.momentum optim.ema model.drop_path model.dropout")
 MAY_BE_EMPTY = names("model.q_kernels model.kv_kernels augment.crop_area augment.jitter")

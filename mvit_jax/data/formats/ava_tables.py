@@ -39,6 +39,7 @@ CLASSES = 80
 """Number of AVA's classes, of which 60 are evaluated."""
 
 _SHOWN = 20  # lines that an error describes
+_MAX_CLASSES = 10_000  # of a class list; each box has a byte for each
 
 
 # eq=False, repr=False: equality and repr of arrays with hundreds of thousands of rows.
@@ -135,7 +136,8 @@ def read_key_frames(
     problems.raise_any()
     table.note_flat_boxes()
     key_frames = table.key_frames()
-    _check_videos(key_frames, videos is not None, [*label_files, *box_files], min_score)
+    lowest = min_score if box_files else 0.0
+    _check_videos(key_frames, videos is not None, [*label_files, *box_files], lowest)
     return key_frames
 
 
@@ -228,8 +230,8 @@ def _add_class(names: dict[int, str], item: dict[str, str]) -> int:
         missing = "name" if "name" not in item else "id"
         raise _BadRowError(f"the item that ends here has no {missing}")
     number = _whole(item["id"], "id")
-    if number < 1:
-        raise _BadRowError("the id 0 is not from 1")
+    if not 1 <= number <= _MAX_CLASSES:
+        raise _BadRowError(f"the id {number} is not from 1 to {_MAX_CLASSES:,}")
     if number in names:
         raise _BadRowError(f"the id {number} is that of {names[number]!r} already")
     name = item["name"]
@@ -422,7 +424,8 @@ class _Table:
         second = _whole(text, "second")
         if second not in self._seconds:
             first, last = self._seconds[0], self._seconds[-1]
-            raise _BadRowError(f"the second {second} is not from {first} to {last}")
+            hint = " (for other data set data.first_second)" if self._seconds == SECONDS else ""
+            raise _BadRowError(f"the second {second} is not from {first} to {last}{hint}")
         return second
 
     def _parse_action(self, text: str) -> int:
@@ -478,7 +481,9 @@ class _Table:
         position[by_frame] = np.arange(len(codes))
         box, column = np.divmod(np.array(self._pairs, np.int64), self._classes)
         labels, listed = np.zeros((len(codes), self._classes), np.uint8), len(self._lines)
-        np.add.at(labels, (position[box[:listed]], column[:listed]), 1)
+        pairs, counts = np.unique(np.array(self._pairs[:listed], np.int64), return_counts=True)
+        true_box, true_column = np.divmod(pairs, self._classes)
+        labels[position[true_box], true_column] = np.minimum(counts, 255)
         detected = position[box[listed:]], column[listed:]
         labels[detected] = np.maximum(labels[detected], 1)
         video, second = np.divmod(frames, self._seconds.stop)
@@ -502,15 +507,15 @@ def _check_videos(
 ) -> None:
     """Raises `UserError` if there are no boxes, or if a listed video has no key frame."""
     names = " and ".join(map(str, files))
+    with_score = f" of score {score:g} or more" if score else ""
     if not len(key_frames.box):
-        raise UserError(f"{names} hold no boxes of score {score:g} or more: check the files")
+        raise UserError(f"there are no boxes{with_score} in {names}: check the files")
     absent = np.setdiff1d(np.arange(len(key_frames.videos)), key_frames.video)
     if listed and len(absent):
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UserError(
-            f"{names} have no box of the video {key_frames.videos[absent[0]]}{more} of the frame "
-            f"list, counting scores of {score:g} and more: lower the score, or remove the video "
-            "from the list"
+            f"there is no box{with_score} of the video {key_frames.videos[absent[0]]}{more} of the "
+            f"frame list in {names}: add boxes, or remove the video from the list"
         )
 
 

@@ -1,6 +1,5 @@
 """Action detection tests: class probabilities of every box, and the frame mAP."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 from mvit_jax.common.errors import UserError
 from mvit_jax.data import detection, pipeline
@@ -36,7 +35,7 @@ class BoxScores:
       clips: the tested key frames.
       probabilities: those of each row of `clips.key_frames.box`.
       tested: False for key frames that could not be decoded.
-      failures: one sentence for each of these.
+      failures: one sentence for each video that has some of these.
     """
 
     clips: KeyFrameClips
@@ -48,8 +47,19 @@ class BoxScores:
         """Computes the average precisions in an order of matching, see `frame_map`."""
         frames, truth = self.clips.key_frames, self.clips.truth
         names = {name: i for i, name in enumerate(dict.fromkeys(frames.videos + truth.videos))}
-        image, true_image = _number_images(frames, names), _number_images(truth, names)
-        broken = image[~self.tested]
+        codes = _encode(frames, names), _encode(truth, names)
+        images, numbers = np.unique(np.concatenate(codes), return_inverse=True)
+        image, true_image = np.split(numbers, [len(frames)])
+        if not np.isin(image, true_image).any():
+            raise UserError(
+                f"none of the tested key frames is in {self.clips.list_file}: check "
+                "data.test_boxes and data.val_boxes, which may be of another split"
+            )
+        left_out = np.isin(true_image, image[~self.tested])
+        # In a video that cannot be decoded, key frames without detections are left out as well.
+        whole = np.setdiff1d(frames.video[~self.tested], frames.video[self.tested])
+        broken = [names[frames.videos[video]] for video in whole.tolist()]
+        left_out |= np.isin(codes[1] // _SECONDS, broken)
         classes = np.array([*self.clips.classes.names])
         counted = np.repeat(self.tested, np.diff(frames.starts))
         rows = np.flatnonzero(counted)
@@ -62,13 +72,14 @@ class BoxScores:
         box, column = np.nonzero(truth.labels)
         repeats = truth.labels[box, column]
         box, column = np.repeat(box, repeats), np.repeat(column, repeats)
-        sound = ~np.isin(_spread(truth, true_image)[box], broken)
+        sound = ~_spread(truth, left_out)[box]
         box, column = box[sound], column[sound]
-        excluded = [
+        excluded_codes = [
             names[video] * _SECONDS + second
             for video, second in self.clips.excluded
             if video in names
         ]
+        excluded = np.flatnonzero(np.isin(images, excluded_codes)).tolist()
         return measure_frame_ap(
             Boxes(_spread(truth, true_image)[box], truth.box[box], column + 1),
             detections,
@@ -94,7 +105,7 @@ class BoxScores:
             `frame_map.SIZES`.
           * "counts": numbers of images and pairs of a box and a class, see `FrameAP`.
           * "videos": number of tested key frames.
-          * "left_out": one sentence per key frame that could not be decoded.
+          * "left_out": one sentence per video with key frames that could not be decoded.
 
         Raises:
           UserError: no key frame was tested, or no evaluated class has a labelled box.
@@ -129,13 +140,15 @@ class BoxScores:
 _SECONDS = 10**6  # more than any second of a key frame
 
 
-def _number_images(frames: KeyFrames, names: dict[str, int]) -> Int64[np.ndarray, " frames"]:
+def _encode(frames: KeyFrames, names: dict[str, int]) -> Int64[np.ndarray, " frames"]:
     """Returns a number for each key frame, equal for the same video and second."""
     videos = np.array([names[name] for name in frames.videos], np.int64)
     return videos[frames.video] * _SECONDS + frames.second
 
 
-def _spread(frames: KeyFrames, values: Int64[np.ndarray, " frames"]) -> Int64[np.ndarray, " boxes"]:
+def _spread(
+    frames: KeyFrames, values: Shaped[np.ndarray, " frames"]
+) -> Shaped[np.ndarray, " boxes"]:
     """Returns the value of each box's key frame."""
     return np.repeat(values, np.diff(frames.starts))
 
@@ -189,17 +202,27 @@ def score_boxes(
             done += int((index >= 0).sum())
             progress(done)
 
-    @functools.cache
-    def failure(video: int) -> str | None:  # once per video, which is decoded whole
-        index = int(np.searchsorted(clips.key_frames.video, video))
-        return decode_failure(clips.opened(index, settings.frames))
-
-    failures = [
-        f"{clips.item(i)}: {failure(int(clips.key_frames.video[i]))}"
-        for i in np.flatnonzero(~tested).tolist()
-    ]
-    check_failures(failures, len(clips), protocol, clips.list_file)
+    broken = np.flatnonzero(~tested)
+    failures = _failures(clips, broken, settings.frames)
+    check_failures(failures, len(broken), len(clips), protocol, clips.list_file, "key frames")
     return BoxScores(clips, scores, tested, failures)
+
+
+def _failures(
+    clips: KeyFrameClips, broken: Int64[np.ndarray, " frames"], clip_frames: int
+) -> list[str]:
+    """Returns a sentence for each video of key frames that could not be decoded."""
+    sentences = []
+    of_video = clips.key_frames.video[broken]
+    for video in np.unique(of_video).tolist():
+        indices = broken[of_video == video].tolist()
+        # All frames may decode, but differ in size from the first.
+        reason = (
+            decode_failure(clips.opened(indices[0], clip_frames)) or "its frames differ in size"
+        )
+        more = f" and {len(indices) - 1} more key frames" if len(indices) > 1 else ""
+        sentences.append(f"{clips.item(indices[0])}{more}: {reason}")
+    return sentences
 
 
 def _same_size(
@@ -214,7 +237,7 @@ def _same_size(
     for video in range(len(clips.key_frames.videos)):
         size = clips.frame_size(video)
         # The clips of a video that cannot be decoded are black, of any size.
-        cut = size and detection.test_cut(*size, settings)
+        cut = size and detection.choose_test_cut(*size, settings)
         sizes.append((cut.height, cut.width) if cut else (settings.size, settings.size))
     of_clips = np.array(sizes)[clips.key_frames.video]
     for size in sorted(set(sizes)):

@@ -175,7 +175,7 @@ def score_videos(
         f"{videos.item(i)}: {decode_failure(videos.opened(i, settings.frames))}"
         for i in np.flatnonzero(~tested).tolist()
     ]
-    check_failures(failures, count, protocol, videos.list_file)
+    check_failures(failures, len(failures), count, protocol, videos.list_file)
     return [Scores(p, labels, tested, failures) for p in scores]
 
 

@@ -244,7 +244,7 @@ def _match(truth: Boxes, pairs: Boxes, classes: int) -> Int[np.ndarray, " pairs"
     for candidate in range(count.max(initial=0)):
         rows = rows[count[rows] > candidate]
         boxes = by_key[first[rows] + candidate]
-        overlap = iou(truth.box[boxes], pairs.box[rows])
+        overlap = _iou(truth.box[boxes], pairs.box[rows])
         better = overlap > best[rows]  # so the first box wins ties
         best[rows[better]] = overlap[better]
         matched[rows[better]] = boxes[better]
@@ -252,7 +252,15 @@ def _match(truth: Boxes, pairs: Boxes, classes: int) -> Int[np.ndarray, " pairs"
     return matched
 
 
-def iou(
+def overlaps(
+    first: Float64[np.ndarray, "first 4"], second: Float64[np.ndarray, "second 4"]
+) -> Float64[np.ndarray, "first second"]:
+    """Returns the IoU of each box of `first` with each box of `second`."""
+    shape = len(first), len(second)
+    return _iou(np.repeat(first, shape[1], axis=0), np.tile(second, (shape[0], 1))).reshape(shape)
+
+
+def _iou(
     truth: Float64[np.ndarray, "pairs 4"], boxes: Float64[np.ndarray, "pairs 4"]
 ) -> Float64[np.ndarray, " pairs"]:
     """Returns the IoU of each truth box with the box of the same row."""

@@ -40,21 +40,30 @@ def divisible_batch(protocol: Protocol, mesh: Mesh) -> int:
     return -(-protocol.batch // mesh.size) * mesh.size
 
 
-def check_failures(failures: Sequence[str], count: int, protocol: Protocol, list_file: str) -> None:
+def check_failures(
+    failures: Sequence[str],
+    broken: int,
+    count: int,
+    protocol: Protocol,
+    list_file: str,
+    noun: str = "videos",
+) -> None:
     """Checks the share of videos that could not be decoded; none decoded is no error here.
 
     Args:
-      failures: a sentence for each such video.
+      failures: sentences on these videos.
+      broken: their number.
       count: number of all videos.
       protocol: the protocol with the largest share.
       list_file: name of the list in messages.
+      noun: name of its elements.
 
     Raises:
       UserError: the share exceeds `protocol.max_broken`.
     """
-    if protocol.max_broken * count < len(failures) < count:
+    if protocol.max_broken * count < broken < count:
         raise UserError(
-            f"{len(failures)} of the {count} videos of {list_file} cannot be decoded, a "
+            f"{broken} of the {count} {noun} of {list_file} cannot be decoded, a "
             f"larger share than data.max_broken={protocol.max_broken:g}: repair or remove them, or "
             f"raise data.max_broken; the first: {failures[0]}"
         )

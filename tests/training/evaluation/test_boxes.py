@@ -99,11 +99,49 @@ def test_key_frames_that_cannot_be_decoded_are_left_out(folder, tmp_path):
     clips = opened(folder)
     broken = dataclasses.replace(clips, files=(str(tmp_path / "v0.mp4"), *clips.files[1:]))
     scores = score(broken)
-    assert scores.tested.tolist() == [False] * 2 + [True] * 6 and len(scores.failures) == 2
+    assert scores.tested.tolist() == [False] * 2 + [True] * 6
+    [sentence] = scores.failures
+    assert "v0.mp4 at second 902 and 1 more key frames: " in sentence
     metrics = scores.metrics()
-    assert metrics["map"] == 100 and metrics["counts"]["truth_images"] <= 6
-    with refused("2 of the 8 videos of", "larger share than data.max_broken=0.2"):
+    assert metrics["map"] == 100
+    evaluated = clips.truth.labels[4:, [0, 2, 3]]  # two boxes in each of two key frames
+    assert metrics["counts"]["truth"] == evaluated.sum()
+    with refused("2 of the 8 key frames of", "larger share than data.max_broken=0.2"):
         score(broken, max_broken=0.2)
     nothing = dataclasses.replace(clips, files=(str(tmp_path / "v0.mp4"),) * 4)
     with refused("none of the 8 key frames can be decoded"):
         score(nothing).metrics()
+
+
+def test_key_frames_beyond_the_end_are_left_out(folder):
+    """Seconds 902 and 903 of videos of 4 s that begin at second 0, or at second 898."""
+    for first_second, tested in ((0, 0), (898, 4)):
+        scores = score(opened(folder, first_second=first_second))
+        assert scores.tested.sum() == tested
+        assert "key frame is beyond the end of the video, second" in scores.failures[0]
+
+
+def test_a_video_whose_frames_change_their_size_is_left_out(folder, tmp_path):
+    for name in ("test.csv", "boxes.csv", "classes.pbtxt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    write_ava(tmp_path / "as_frames", videos=4, frames=True)
+    (tmp_path / "frames").symlink_to(tmp_path / "as_frames" / "frames")
+    stored = tmp_path / "as_frames" / "frames" / "v0"
+    other = tmp_path / "as_frames" / "frames" / "v1" / "v1_000001.png"
+    for path in sorted(stored.iterdir())[:20]:
+        path.write_bytes(other.read_bytes())
+    scores = score(opened(tmp_path))
+    assert scores.tested.tolist() == [False] * 2 + [True] * 6
+    assert "differ in size" in scores.failures[0]
+
+
+def test_boxes_of_another_split_are_refused(folder, tmp_path):
+    other = (
+        (folder / "boxes.csv").read_text().replace(",0902,", ",0904,").replace(",0903,", ",0904,")
+    )
+    (folder / "later.csv").write_text(other)
+    clips = opened(folder, boxes="later.csv")
+    scores = score(clips, predict=by_colour)
+    scores.tested[:] = True
+    with refused("none of the tested key frames is in", "data.test_boxes"):
+        scores.metrics()
