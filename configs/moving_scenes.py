@@ -15,11 +15,11 @@ from mvit_jax import config
 
 def get_config(task: str = "boxes") -> Any:  # a ConfigDict
     c = config.base()
-    c.epochs = 6.0
+    c.epochs = 7.0
     c.batch = 32
     c.model.variant = "mvit_b_16x4"
     c.model.update(frames=8, size=96, drop_path=0.0, dropout=0.0)
-    c.model.update(width=48, heads=1, depths=(2, 4), kv_stride=(1, 4, 4))
+    c.model.update(width=48, heads=1, depths=(2, 4), kv_stride=(1, 2, 2))
     c.model.update(patch_kernel=(3, 9, 9), patch_stride=(2, 8, 8), patch_padding=(1, 4, 4))
 
     c.data.folder = "data/moving_scenes"

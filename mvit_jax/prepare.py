@@ -10,7 +10,7 @@ unchanged.
 
     python -m mvit_jax.prepare moving_scenes --out=DIR
 
-writes the data set `moving_scenes` likewise: 720, 60 and 180 videos (mp4, 176x128 or 128x176, 155
+writes the data set `moving_scenes` likewise: 1,200, 60 and 180 videos (mp4, 176x128 or 128x176, 155
 to 170 frames) of several digits with motions of their own and relations to each other. The csv
 files have AVA's formats: labels, boxes of a detector, excluded key frames, and classes.pbtxt. The
 lists clips_train.csv, clips_val.csv and clips_test.csv have one label a video.

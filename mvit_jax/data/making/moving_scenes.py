@@ -1,7 +1,7 @@
 """Moving scenes: several handwritten digits in one video, in the file formats of AVA.
 
-Each digit is an actor. Two actors of one warm colour are partners; up to two more actors have cold
-colours. The labels of an actor, the same at all key frames of a video:
+Each digit is an actor. Two actors of one warm colour are partners; a third one, in half of the
+videos, has a cold colour. The labels of an actor, the same at all key frames of a video:
 
 * a motion: up, down, sideways, still, growing, shrinking or turning.
 * the relation to the partner, if it has one. In "approaches", "leaves" and "passes", the partner
@@ -10,8 +10,8 @@ colours. The labels of an actor, the same at all key frames of a video:
 * an identity: its numeral, from 0 to 4 or from 5 to 9.
 
 Motions and relations are visible in time alone (`scene_drawing`), and left-right flips preserve
-them. The identity is the control, which single frames show. Ground that drifts, grey patterns that
-move (distractors), pillars in front, and cuts to new positions make the task harder.
+them. The identity is the control, which single frames show. Ground that drifts, a grey pattern that
+moves (the distractor), a pillar in front, and cuts to new positions make the task harder.
 
 Second 900 is the first frame, and the key frames are the seconds 902 to 904. A detector is
 imitated: its boxes are slightly moved, some are missing, some come twice, some show no actor.
@@ -106,8 +106,8 @@ def scene(seed: int, split: str, index: int) -> Scene:
     rng = np.random.default_rng((seed, 4 + list(HANDWRITING).index(split), index))
     relation = index % len(RELATIONS)
     pair = scene_drawing.draw_pair(RELATIONS[relation], rng)
-    singles = [scene_drawing.draw_role(rng) for _ in range(rng.integers(3))]
-    distractors = [scene_drawing.draw_role(rng) for _ in range(rng.integers(1, 3))]
+    singles = [scene_drawing.draw_role(rng) for _ in range(rng.integers(2))]
+    distractors = [scene_drawing.draw_role(rng)]
     roles = [pair.first, pair.second, *singles]
     width, height = scene_drawing.SIZE if rng.integers(2) else scene_drawing.SIZE[::-1]
     shots = scene_drawing.draw_shots(int(rng.integers(*scene_drawing.LENGTHS, endpoint=True)), rng)
@@ -126,7 +126,7 @@ def scene(seed: int, split: str, index: int) -> Scene:
     glyphs += [scene_drawing.distractor_glyph(rng) for _ in distractors]
     colours = scene_drawing.draw_colours(len(singles), len(distractors), rng)
     bodies = [scene_drawing.Body(*parts) for parts in zip(glyphs, colours, poses, strict=True)]
-    pillars = int(rng.integers(3))
+    pillars = int(rng.integers(2))
     picture = scene_drawing.Picture(
         width, height, scene_drawing.draw_texture(rng),
         drift=np.concatenate([scene_drawing.draw_drift(len(shot), rng) for shot in shots]),
@@ -221,7 +221,7 @@ def prepare(
     out: str | os.PathLike[str],
     *,
     seed: int = 0,
-    train_videos: int = 720,
+    train_videos: int = 1200,
     val_videos: int = 60,
     test_videos: int = 180,
 ) -> None:

@@ -1,11 +1,12 @@
 """Motion and appearance of moving scenes: random paths of actors, their frames and boxes.
 
-Time is cut into shots, as in a film: at a cut everything jumps to new positions. The first cut is
-uniformly random, so that any frame is at a uniformly random phase of its shot. A shot has
+Time is cut into shots, as in a film: at a cut everything jumps to new positions. Each key frame is
+near the middle of its shot, so that a clip of 30 frames around it has no cut. A shot has
 parameters, such as the distance of two actors, each with a range. A driven parameter runs through
-its range at constant velocity in one shot, forwards or backwards. Others are constant in the shot,
-at a uniformly random point of the same range. So any single frame has nearly the same distribution
-for all motions and for all relations.
+its range at constant velocity in one shot, forwards or backwards. Others are constant in the shot.
+At the key frame, all have the same distribution around the middle of their range. So a key frame
+alone shows neither motion nor relation, and the frames of a clip without their order show no
+direction. Frames at other known times do show something: first frames of growing actors are small.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ from jaxtyping import Float, Float32, Float64, UInt8
 
 SIZE = (176, 128)  # px, long and short side of a frame
 LENGTHS = (155, 170)  # frames, both ends included
-SHOTS = (22, 32)  # frames of a shot, both ends included
+SHOT = 30  # frames of a shot
+BEFORE = 16  # frames of a shot before a key frame; clips of up to 30 frames have no cut
+_JITTER = 0.15  # of all parameters at a key frame, in parts of their range in a shot
 
 MOTIONS = ("up", "down", "sideways", "still", "growing", "shrinking", "turning")
 IN_PLACE = MOTIONS[3:]
@@ -27,8 +30,8 @@ RELATIONS = ("approaches", "leaves", "follows", "passes", "accompanies", "overta
 
 _ROOM = 128  # px, side of the central square that the partners stay in: a central crop has both
 _TRAVEL = 34.0  # px, longest way in a shot
-_SIDES = (24.0, 32.0)  # px for the 8 px of handwriting, geometric middle of an actor's range
-_GROWTH = (1.4, 1.7)  # factor in a shot
+_SIDES = (20.0, 28.0)  # px for the 8 px of handwriting, geometric middle of an actor's range
+_GROWTH = (1.5, 1.8)  # factor in a shot
 _TURNS = (2.5, 6.0)  # degrees a frame
 _CELL = 8  # px of the enlarged glyph for each px of the handwriting
 _INK = 0.25  # least ink of a pixel inside a box
@@ -123,15 +126,17 @@ def _travel(direction: tuple[int, int]) -> Role:
 
 
 def draw_shots(length: int, rng: np.random.Generator) -> list[Float64[np.ndarray, " time"]]:
-    """Draws the cuts of a video; returns the phases, from 0 to 1, of the frames of each shot."""
-    shots, missing = [], length
-    while missing > 0:
-        frames = int(rng.integers(SHOTS[0], SHOTS[1] + 1))
-        phases = (np.arange(frames) + 0.5) / frames
-        start = 0 if shots else int(rng.integers(frames))
-        shots.append(phases[start : start + missing])
-        missing -= len(shots[-1])
-    return shots
+    """Draws the phases of the frames of each shot of a video, 0 to 1 but for the jitter."""
+    shots = []
+    first = -BEFORE  # a key frame is the middle of every shot: all are at multiples of `SHOT`
+    for start in range(first, length, SHOT):
+        phases = (np.arange(SHOT) - BEFORE) / SHOT + _value(rng)
+        shots.append(phases[max(-start, 0) : length - start])
+    return [shot for shot in shots if len(shot)]
+
+
+def _value(rng: np.random.Generator) -> float:
+    return 0.5 + rng.uniform(-_JITTER, _JITTER)
 
 
 def draw_poses(
@@ -167,7 +172,7 @@ def _draw_sides(
     role: Role, phase: Float64[np.ndarray, " time"], rng: np.random.Generator
 ) -> tuple[Float64[np.ndarray, " time"], float]:
     """Draws the side in each frame, and the radius that the body stays within."""
-    middle, growth, constant = rng.uniform(*_SIDES), rng.uniform(*_GROWTH), rng.uniform()
+    middle, growth, constant = rng.uniform(*_SIDES), rng.uniform(*_GROWTH), _value(rng)
     driven = {"growing": phase, "shrinking": 1 - phase}.get(role.motion)
     exponent = (np.full(len(phase), constant) if driven is None else driven) - 0.5
     return middle * growth**exponent, 0.55 * middle * growth**0.5
@@ -198,7 +203,7 @@ def _pair_paths(
     slack = room - near
     travel = rng.uniform(0.7, 1) * min(_TRAVEL, slack / 2)
     one = np.ones(len(phase))
-    distance, offset, ahead, aside = (one * rng.uniform() for _ in range(4))
+    distance, offset, ahead, aside = (one * _value(rng) for _ in range(4))
     heading, side = np.array(pair.first.direction), rng.choice((-1, 1))
     line, across = side * heading[::-1], heading
     if pair.relation in ("approaches", "leaves", "follows"):
@@ -242,7 +247,7 @@ def _path(
     path = np.empty((len(phase), 2))
     for axis in range(2):
         margin = radius + travel / 2
-        start, constant = rng.uniform(margin, size[axis] - margin), rng.uniform()
+        start, constant = rng.uniform(margin, size[axis] - margin), _value(rng)
         driven = role.motion not in IN_PLACE and role.direction[axis] != 0
         forwards = phase if role.direction[axis] > 0 else 1 - phase
         path[:, axis] = start + travel * ((forwards if driven else constant) - 0.5)

@@ -202,7 +202,7 @@ def test_partners_have_one_colour_and_further_actors_have_others():
 
 def test_files_are_wide_or_tall_and_long_enough_for_clips_of_the_last_key_frame():
     sizes = set()
-    for index in range(6):
+    for index in range(12):
         picture = scene(index).picture
         sizes.add((picture.width, picture.height))
         assert 155 <= len(picture.drift) <= 170
