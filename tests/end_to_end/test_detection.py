@@ -39,6 +39,7 @@ def trained(folder, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.nightly
 def test_one_process_resumes_a_run_of_two_with_equal_results(folder, trained, tmp_path):
     workdir = tmp_path / "two"
     program = ["-m", "mvit_jax.train", "--config=configs/moving_digits.py", *FLAGS]
