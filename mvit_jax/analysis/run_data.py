@@ -55,6 +55,7 @@ def read(folder: str | AnyPath) -> Run:
         key=lambda e: (
             e["shuffled_frames"],
             Path(e["list"]).name != config.data.test_list,
+            e.get("full_frame", False) != config.eval.full_frame,
             e["checkpoint"] != "last",
             e.get("plain_weights", False),
         ),

@@ -140,7 +140,7 @@ def test(folder: AnyPath) -> None:
         "plain_weights": run.averages and _WEIGHTS.value == "plain",
         "classes": list(videos.class_names),
     } | scores.metrics()
-    end = suffix(results, _LIST.value)
+    end = suffix(results, _LIST.value, _FULL_FRAME.value)
     # Results are written before the example clips are rendered, which can fail.
     if isinstance(scores, BoxScores):
         written = detection.write(folder, scores, results, end)
@@ -186,12 +186,12 @@ def numbers(texts: list[str] | None) -> list[int]:
     return counts
 
 
-def suffix(results: dict[str, Any], which: str) -> str:
+def suffix(results: dict[str, Any], which: str, full_frame: bool | None) -> str:
     """Returns the file name suffix for options of a test other than the default."""
     checkpoint = results["checkpoint"]
     parts = [which if which != "test" else "", checkpoint if checkpoint != "last" else ""]
     parts.append("plain" if results["plain_weights"] else "")
-    parts.append("full" if results["full_frame"] else "")
+    parts.append({None: "", True: "full", False: "centre"}[full_frame])
     parts.append("shuffled" if results["shuffled_frames"] else "")
     return "".join(f"_{part}" for part in parts if part)
 
