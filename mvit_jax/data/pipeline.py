@@ -353,7 +353,7 @@ class _TestElements:
             with contextlib.suppress(DecodeError), watchdog.record_read(self.reads, element, video):
                 content = self._content(video)
         valid = np.bool_(content is not None)
-        return (content or self._blank()) | {"video": np.int32(video), "valid": valid}
+        return (content or self._blank(video)) | {"video": np.int32(video), "valid": valid}
 
     def _content(self, video: int) -> dict[str, Any]:
         seed = self.shuffle_seed
@@ -369,14 +369,18 @@ class _TestElements:
         )
         return {"clip": views, "label": _label_array(label)}
 
-    def _blank(self) -> dict[str, Any]:
-        """Returns black views with labels of 0; all labels of a source have one shape."""
+    def _blank(self, video: int) -> dict[str, Any]:
+        """Returns black views, with the label of a video if it can be read.
+
+        Other labels are 0; all labels of a source have one shape.
+        """
         frames = self.settings.frames
         if isinstance(self.videos, KeyFrameClips):
             return detection.make_blank_clip(self.videos, frames, *self.size)
         label = 0
         with contextlib.suppress(DecodeError):
             label = np.zeros_like(self.videos.label(0))
+            label = self.videos.label(video) if video >= 0 else label
         shape = (sum(self.clips) * self.crops, frames, *self.size, 3)
         return {"clip": np.zeros(shape, np.uint8), "label": _label_array(label)}
 
