@@ -52,11 +52,10 @@ def test_labels_are_whole_and_inside_the_frame(shape):
     for corner in [(0.0, 0.0), (0.8, 0.8), (0.9, 0.0), (0.0, 0.85)]:
         box = np.array([(*corner, corner[0] + 0.1, corner[1] + 0.1)])
         drawn = draw_boxes(frame, box, [[("stand", 0.8), (LONG, 0.4)]], [0])
-        rows, columns = np.nonzero(fills(drawn, 0))
         # The block of two lines: its height is that of a box in the middle of a large frame.
         height = 2 * round(1.2 * max(11, round(min(shape) / 42)))
         full = fills(drawn, 0).any(1).sum()
-        assert full >= min(height, shape[0]) and columns.max() < shape[1] and rows.min() >= 0
+        assert full >= min(height, shape[0])
 
 
 def test_labels_of_neighbours_do_not_cover_each_other():

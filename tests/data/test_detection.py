@@ -8,6 +8,7 @@ from mvit_jax.data.augmentation import Augmentation
 from mvit_jax.data.formats.ava import read_ava
 from mvit_jax.data.loader import LoaderOptions
 from mvit_jax.data.sampling import ClipSettings
+from tests.data.bar_codes import BAR, BITS, HEIGHT, numbers_of, write
 from tests.support.ava_folder import COLOURS, write_ava
 
 JITTER = Augmentation(crop_area=None, jitter=(34, 60))
@@ -62,6 +63,21 @@ def test_whole_frames_have_all_persons(clips):
     np.testing.assert_allclose(
         detection.load_test_clip(clips, 0, whole)["boxes"][0], expected, rtol=1e-5
     )
+
+
+def test_shuffled_frames_are_those_of_the_clip_in_another_order(tmp_path):
+    (tmp_path / "videos").mkdir()
+    write(tmp_path / "videos/v.mp4", 120)
+    (tmp_path / "test.csv").write_text("v,902,0,0,1,1,1,0\n")
+    (tmp_path / "classes.pbtxt").write_text('x { name: "a" id: 1 }')
+    clips = read_ava(tmp_path, "test.csv", boxes=None, class_list="classes.pbtxt", train=False)
+    size = min(HEIGHT, BAR * BITS)
+    whole = ClipSettings(8, 4, size, size, sampling="key_frame", full_frame=True)
+    orders = [
+        numbers_of(detection.load_test_clip(clips, 0, whole, shuffle)["clip"][0])
+        for shuffle in (None, np.random.default_rng(0))
+    ]
+    assert orders[0] == list(range(44, 76, 4)) == sorted(orders[1]) != orders[1]
 
 
 def batches(clips, rows, start=0, threads=0):

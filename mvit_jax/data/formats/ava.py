@@ -5,7 +5,7 @@ of its frames at 30 per second, `frames/VIDEO/`, or the file itself, `videos/VID
 of a video). A file is read at 30 frames per second: frame i is the picture shown at i / 30 s.
 
 AVA's videos are the minutes 15 to 30 of films. The files may be whole films or these minutes. A
-process that loads clips holds the packet times of all files in memory, 4 MB for 15 minutes.
+process that loads clips holds the packet times of all files in memory, 5 MB for 15 minutes.
 """
 
 import contextlib

@@ -133,7 +133,7 @@ class Video:
 
     @property
     def packet_list(self) -> packets.Packets:
-        """The packets, 4 MB for 15 minutes."""
+        """The packets, 5 MB for 27,000 frames (15 minutes)."""
         return self._packets
 
     @property
